@@ -1,0 +1,37 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` the tests.
+PYTHON ?= python3
+EXTRAS ?= cpu,test
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test test-slow gpu lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.ready
+	$(BIN)/scm-export demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+# The tests that take minutes: training until the pictures are good, exports of large networks.
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
+
+# On a machine with a CUDA GPU: make gpu EXTRAS=gpu,test
+gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Made once, and again when what it is made from changes.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("scm-sdk needs Python 3.10 or later" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,102 @@
+"""``bench``: how fast each backend runs a bundle here, against each other and against a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import json_option, print_json, progress_bar, say
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--backend", "backends", multiple=True, default=("torch", "onnxruntime"), help="May be repeated."
+)
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="May be repeated."
+)
+@click.option("--steps", type=click.IntRange(1), help="Network calls; 2 where the bundle has it.")
+@click.option("--rounds", type=click.IntRange(10), default=50, help="Interleaved rounds; 100 for a p99.")
+@click.option(
+    "--budget", metavar="LIMIT", help="For example p95=25ms@b1 or onnxruntime:median=5ms@b8; over it exits 4."
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; the library's choice when absent.")
+@json_option
+def bench(
+    bundle: Path, backends: tuple[str, ...], batches: tuple[int, ...], steps: int | None, rounds: int,
+    budget: str | None, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Time BACKENDS on BUNDLE in turn, round by round, and print each one's ratio to the first."""
+    from contextlib import ExitStack
+
+    from scm_sdk.evaluate.latency import measure
+    from scm_sdk.generator import Generator
+
+    budgets, results = _by_batch(budget, batches), []
+    with ExitStack() as stack:
+        opened = {
+            name: stack.enter_context(
+                Generator.from_pretrained(
+                    bundle, backend=name, num_inference_steps=steps, num_threads=threads, verify="none"
+                )
+            )
+            for name in backends
+        }
+        for batch in batches:
+            with progress_bar(f"batch {batch}", rounds) as update:
+                results.append(
+                    measure(
+                        opened, batch=batch, rounds=rounds, budget=budgets.get(batch),
+                        progress=lambda done, _: update(done),
+                    )
+                )  # fmt: skip
+    if as_json:
+        print_json([latency.to_dict() for latency in results])
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(
+            "batch",
+            "backend",
+            "load ms",
+            "first ms",
+            "median ms",
+            "p90 ms",
+            "images/s",
+            "speed-up (95 %)",
+            box=None,
+        )
+        for latency in results:
+            for timing in latency:
+                low, high = timing.speedup_interval
+                load = "-" if timing.load_ms is None else f"{timing.load_ms:.0f}"
+                table.add_row(
+                    str(latency.batch), timing.name, load, f"{timing.first_call_ms:.1f}", f"{timing.median_ms:.2f}",
+                    f"{timing.p90_ms:.2f}", f"{timing.images_per_s:.0f}", f"{timing.speedup:.2f}x ({low:.2f}..{high:.2f})",
+                )  # fmt: skip
+        Console(width=120).print(table)
+        if not all(latency.stable for latency in results):
+            say(
+                "The machine did not become steady during warm-up: trust the ratios more than the milliseconds."
+            )
+    for latency in results:
+        latency.raise_if_over()
+
+
+def _by_batch(budget: str | None, batches: tuple[int, ...]) -> dict[int, str]:
+    """Sort the parts of a budget by the batch they are about."""
+    from scm_sdk.errors import ConfigError
+    from scm_sdk.evaluate.budget import Budget
+
+    parts: dict[int, list[str]] = {}
+    for part in (budget or "").split(","):
+        if part.strip():
+            parts.setdefault(Budget.parse(part).batch, []).append(part)
+    if unmeasured := sorted(parts.keys() - set(batches)):
+        raise ConfigError(
+            f"the budget is about batch {unmeasured[0]}, which is not measured. Add --batch {unmeasured[0]}."
+        )
+    return {batch: ",".join(texts) for batch, texts in parts.items()}

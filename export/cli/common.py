@@ -1,0 +1,83 @@
+"""What the verbs share: exit codes, JSON output, the console and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from scm_sdk.errors import ScmError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Failure(click.ClickException):
+    """A ``ScmError`` as click shows it: one line, and the error's own exit code."""
+
+    def __init__(self, error: ScmError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+class ScmGroup(click.Group):
+    """Shows a ``ScmError`` as one line; lets every other exception show its traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except ScmError as exc:
+            raise _Failure(exc) from exc
+        except KeyboardInterrupt:
+            click.echo("Interrupted. Run the same command again to go on.", err=True)
+            sys.exit(130)
+
+
+def json_option(command: Command) -> Command:
+    """Add ``--json``: machine-readable output on stdout, everything else on stderr."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+
+
+def print_json(value: object) -> None:
+    """Write a value as indented JSON to stdout."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def say(text: str) -> None:
+    """Write a line for people to stderr; stdout belongs to results."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show a bar with count, rate and ETA on stderr; plain log lines where it is no terminal.
+
+    Yields:
+        ``update(completed, note="")``.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total, completed=done, note="")
+
+        def update(completed: int, note: str | None = None) -> None:
+            progress.update(task, completed=completed, **({} if note is None else {"note": note}))
+
+        yield update

@@ -1,0 +1,82 @@
+"""``evaluate``: how good the pictures are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import json_option, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from scm_sdk.evaluate.scoring import Samples
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--steps", multiple=True, type=click.IntRange(1), default=(1, 2), help="May be repeated.")
+@click.option(
+    "--teacher-steps", type=click.IntRange(2), help="MODEL is a teacher: second-order solver steps."
+)
+@click.option("--num-images", type=click.IntRange(64), default=10_000)
+@click.option("--data", default="avatars", metavar="SOURCE", help="As for train.")
+@click.option("--label", default="hairColor", metavar="COLUMN")
+@click.option("--rows", nargs=2, type=click.IntRange(0), default=(10_000, 20_000), help="Held-out rows.")
+@click.option("--real-rows", nargs=2, type=click.IntRange(0), default=(0, 10_000), help="Rows for the floor.")
+@click.option("--backend", default="auto")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder for features of real pictures.")
+@json_option
+def evaluate(
+    model: Path, steps: tuple[int, ...], teacher_steps: int | None, num_images: int, data: str, label: str,
+    rows: tuple[int, int], real_rows: tuple[int, int], backend: str, cache: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare MODEL's pictures with held-out ones: Fréchet distance, KID, label accuracy.
+
+    \b
+    scm-export evaluate avatars
+    scm-export evaluate runs/teacher --teacher-steps 18
+    """
+    from scm_sdk.evaluate.scoring import sample_diffusion, sample_student, score
+
+    def draw(count: int) -> Samples:
+        with progress_bar("sample", num_images) as update:
+            if teacher_steps:
+                return sample_diffusion(
+                    model, num_images, num_steps=teacher_steps, progress=lambda n, _: update(n)
+                )
+            return sample_student(
+                model, num_images, num_inference_steps=count, backend=backend, progress=lambda n, _: update(n)
+            )
+
+    scores = []
+    for count in (1,) if teacher_steps else steps:
+        samples = draw(count)
+        with progress_bar("compare", 1) as update:
+            scores.append(
+                score(
+                    samples, source=data, label=label, reference_rows=rows, real_rows=real_rows, cache=cache
+                )
+            )
+            update(1)
+    if as_json:
+        print_json([each.to_dict() for each in scores])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    quality = scores[0].quality
+    table = Table(
+        "sampler", "calls", quality.metric, "real vs real", "KID x1e3 (95 %)", "labels (real)", "palette", box=None,
+        title=f"{quality.num_generated} pictures against {quality.num_reference} held-out ones",
+    )  # fmt: skip
+    for each in scores:
+        q = each.quality
+        low, high = q.kid_interval
+        table.add_row(
+            each.sampler, str(each.network_calls), f"{q.fd:.1f}", f"{q.fd_floor:.1f}",
+            f"{q.kid * 1e3:.1f} ({low * 1e3:.1f}..{high * 1e3:.1f})",
+            "-" if each.labels is None else f"{each.labels.accuracy:.1%} ({each.labels_real:.1%})",
+            "-" if each.palette is None else f"{each.palette:.1%}",
+        )  # fmt: skip
+    Console(width=140).print(table)

@@ -1,0 +1,51 @@
+"""``inspect``: what lies in a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import json_option, print_json
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Print what BUNDLE holds: samplers, artifacts, files, recorded parity, provenance."""
+    import msgspec
+
+    from scm_sdk.bundle import Bundle
+
+    manifest = Bundle.open(bundle, verify="none").manifest
+    if as_json:
+        print_json(msgspec.to_builtins(manifest))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"[bold]{manifest.name}[/]  build {manifest.build_id[:12]}  schema {manifest.schema_version}"
+    )
+    for spec in manifest.samplers:
+        times = ", ".join(f"{t:.4f}" for t in spec.times)
+        console.print(f"{spec.num_inference_steps} steps at t = {times}: {spec.sample_shape}, "
+                      f"{spec.num_classes} classes, batch 1..{spec.max_batch}")  # fmt: skip
+    if manifest.samplers[0].class_names:
+        console.print("labels: " + ", ".join(manifest.samplers[0].class_names))
+    files = Table("file", "role", "bytes", "sha256", box=None)
+    for entry in manifest.files:
+        files.add_row(entry.path, entry.role, f"{entry.size:,}", entry.sha256[:12])
+    console.print(files)
+    if manifest.parity:
+        parity = Table("parity of", "backend", "max abs", "allowed", "noise floor", "samples", "", box=None)
+        for record in manifest.parity:
+            parity.add_row(
+                record.artifact, record.backend, f"{record.max_abs:.2e}", f"{record.threshold:.1e}",
+                f"{record.noise_floor:.1e}", str(record.num_samples), "passed" if record.passed else "FAILED",
+            )  # fmt: skip
+        console.print(parity)
+    for key, value in (*manifest.provenance.items(), *manifest.versions.items()):
+        console.print(f"{key}: {value}")

@@ -1,0 +1,191 @@
+"""``train`` and ``distill``: a TrigFlow teacher, then a consistency model from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .common import json_option, print_json, progress_bar, say
+
+if TYPE_CHECKING:
+    from scm_sdk.train.config import TrainConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _run_options(
+    *, iterations: int, learning_rate: float, optimizer: str, p_mean: float
+) -> Callable[[Command], Command]:
+    """Return the options that both verbs have, with the verb's own defaults."""
+    options = [
+        click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run."),
+        click.option(
+            "--data", default="avatars", metavar="SOURCE", help="avatars, fashion-mnist, an image folder or an .npz."
+        ),
+        click.option("--label", default="", metavar="COLUMN", help="Label column; for a folder: 'folder'."),
+        click.option(
+            "--rows", nargs=2, type=click.IntRange(0), default=(0, 0), metavar="FIRST LAST",
+            help="Train on these rows only; 0 0 is all.",
+        ),
+        click.option("--iterations", type=click.IntRange(1), default=iterations, help="Length of the run."),
+        click.option("--batch-size", type=click.IntRange(1), default=64, help="Samples of one iteration."),
+        click.option("--lr", type=click.FloatRange(0, min_open=True), default=learning_rate, help="Learning rate."),
+        click.option("--optimizer", type=click.Choice(["adam", "radam"]), default=optimizer),
+        click.option("--p-mean", type=float, default=p_mean, help="Mean of ln(sigma)."),
+        click.option("--p-std", type=click.FloatRange(0, min_open=True), default=1.4, help="Deviation of ln(sigma)."),
+        click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0),
+        click.option("--label-dropout", type=click.FloatRange(0, 1), default=0.0, help="Share trained without label."),
+        click.option("--sigma-data", type=click.FloatRange(0, min_open=True), default=0.5),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Names the run."),
+        click.option("--compile", is_flag=True, help="torch.compile the loss: slower start, faster iterations."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads; all when absent."),
+        click.option("--sample-every", type=click.IntRange(0), default=1000, help="Iterations between grids; 0: none."),
+        click.option("--checkpoint-every", type=click.IntRange(1), default=250, help="Iterations between checkpoints."),
+        click.option("-n", "--dry-run", is_flag=True, help="Print the resolved config and stop."),
+        json_option,
+    ]  # fmt: skip
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.command()
+@click.option("--preset", default="pixels16", metavar="NAME", help="Network: pixels16, pixels32 or tiny.")
+@_run_options(iterations=14_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8)
+def train(preset: str, **options: Any) -> None:
+    """Train a TrigFlow diffusion teacher.
+
+    Run the same command again to go on after an interruption.
+
+    \b
+    scm-export train -o runs/teacher --data avatars --label hairColor --rows 0 10000
+    """
+    from scm_sdk.errors import ConfigError
+    from scm_sdk.model.presets import PRESETS
+    from scm_sdk.train.data import load_data
+
+    if preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}.")
+    data_config = _data_config(options)
+    data = load_data(data_config)
+    network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
+    _run(_config("diffusion", data_config, options, network=network), options)
+
+
+@click.command()
+@click.option("--teacher", default="", metavar="FOLDER", help="Run or checkpoint folder of the teacher.")
+@click.option(
+    "--no-teacher", is_flag=True, help="Train from data alone (sCT); --init gives the first weights."
+)
+@click.option("--init", default="", metavar="FOLDER", help="First weights of an sCT run.")
+@click.option("--tangent-norm", type=click.Choice(["l2", "rms"]), default="l2", help="l2 is the paper's.")
+@click.option(
+    "--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H."
+)
+@click.option(
+    "--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm."
+)
+@_run_options(iterations=10_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0)
+def distill(teacher: str, no_teacher: bool, init: str, **options: Any) -> None:
+    """Make a consistency model: distil a teacher (sCD) or train from data (sCT).
+
+    Run the same command again to go on after an interruption.
+
+    \b
+    scm-export distill -o runs/avatars --teacher runs/teacher --label hairColor --rows 0 10000
+    """
+    from scm_sdk.errors import ConfigError
+
+    if no_teacher == bool(teacher):
+        raise ConfigError(
+            "give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither."
+        )
+    if init and not no_teacher:
+        raise ConfigError("--init goes with --no-teacher; a distilled student starts from its teacher.")
+    if no_teacher and not init:
+        raise ConfigError(
+            "--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights."
+        )
+    extra = {name: options[name] for name in ("tangent_norm", "tangent_warmup", "tangent_c")}
+    objective = "sct" if no_teacher else "scd"
+    _run(_config(objective, _data_config(options), options, init_from=teacher or init, **extra), options)
+
+
+def _data_config(options: dict[str, Any]) -> Any:
+    from scm_sdk.train.config import DataConfig
+
+    return DataConfig(source=options["data"], label=options["label"], rows=tuple(options["rows"]))
+
+
+def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> TrainConfig:
+    from scm_sdk.train.config import TrainConfig
+
+    same = (
+        "batch_size",
+        "optimizer",
+        "p_mean",
+        "p_std",
+        "dropout",
+        "label_dropout",
+        "sigma_data",
+        "seed",
+        "compile",
+    )
+    return TrainConfig(
+        objective=objective,  # type: ignore[arg-type]
+        data=data,
+        num_iterations=options["iterations"],
+        learning_rate=options["lr"],
+        **{name: options[name] for name in same},
+        **more,
+    )
+
+
+def _run(config: TrainConfig, options: dict[str, Any]) -> None:
+    import torch
+
+    from scm_sdk.train.loop import Hooks, StepLog, resolve, train
+    from scm_sdk.train.samples import write_samples
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    if options["dry_run"]:
+        click.echo(resolve(config)[0].to_json())
+        return
+    out: Path = options["out"]
+    say(
+        f"{config.objective}: {config.num_iterations} iterations into {out}. Interrupt at will; run again to go on."
+    )
+    lines: list[StepLog] = []
+
+    with progress_bar(config.objective, config.num_iterations) as update:
+
+        def on_log(line: StepLog) -> None:
+            lines.append(line)
+            update(
+                line.iteration, f"loss {line.loss:.3f} residual {line.residual:.4f} skipped {line.skipped}"
+            )
+
+        hooks = Hooks(
+            on_step=update,
+            on_log=on_log,
+            on_sample=lambda model, at: write_samples(model, config.objective, out / "samples", at),
+            sample_every=options["sample_every"],
+            checkpoint_every=options["checkpoint_every"],
+        )
+        train(config, out, hooks)
+    if options["as_json"]:
+        from dataclasses import asdict
+
+        print_json({"out": str(out), "last": asdict(lines[-1]) if lines else None})
+    else:
+        say(
+            f"Done: {out} is a checkpoint. Next: scm-export {'distill' if config.objective == 'diffusion' else 'onnx'}"
+        )

@@ -1,0 +1,169 @@
+"""From a checkpoint to a bundle: weights, graphs, goldens, card and manifest, published in one rename."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk._version import __version__
+from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
+from scm_sdk.errors import ConfigError
+from scm_sdk.files import atomic_write_bytes
+from scm_sdk.goldens import Golden, write_goldens
+from scm_sdk.manifest import Artifact
+from scm_sdk.noise import draw_noise
+from scm_sdk.spec import SamplerSpec
+
+from .card import model_card
+from .graph import export_samplers
+from .write import GraphReport
+
+if TYPE_CHECKING:
+    from scm_sdk.model.consistency import ConsistencyModel
+
+DENOISER = "denoiser"
+NUM_GOLDENS = 4
+LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleReport:
+    """What was made.
+
+    Attributes:
+        path: The bundle.
+        build_id: Its identity.
+        graphs: One report for each graph, with paths inside the bundle.
+        bytes: Size of all files together.
+    """
+
+    path: Path
+    build_id: str
+    graphs: tuple[GraphReport, ...]
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        graphs = [graph.to_dict() for graph in self.graphs]
+        return {"path": str(self.path), "build_id": self.build_id, "bytes": self.bytes, "graphs": graphs}
+
+
+def plan_samplers(
+    model: ConsistencyModel, steps: Sequence[int], *, times: Sequence[float] = (), max_batch: int = 32
+) -> tuple[SamplerSpec, ...]:
+    """Return one spec for each number of steps, or the one with the given times.
+
+    Raises:
+        ConfigError: If a number of steps is out of range or there twice.
+    """
+    if times:
+        return (model.spec(len(times), times=tuple(times), max_batch=max_batch),)
+    if len(set(steps)) != len(steps) or not steps:
+        raise ConfigError(f"steps are {list(steps)}, expected different numbers, for example 1 and 2.")
+    return tuple(model.spec(n, max_batch=max_batch) for n in steps)
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    steps: Sequence[int] = (1, 2),
+    times: Sequence[float] = (),
+    max_batch: int = 32,
+    name: str = "",
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> BundleReport:
+    """Turn a checkpoint into a bundle with one fp32 sampler graph for each number of steps.
+
+    Nothing is left behind when a stage fails; an older bundle at ``out`` stays until the new one is whole.
+
+    Args:
+        checkpoint: Folder with ``config.json`` and safetensors; a training run is one.
+        out: The bundle's folder.
+        steps: Numbers of steps.
+        times: Times of one sampler, radians, instead of ``steps``.
+        max_batch: Largest batch.
+        name: Human name; the folder's when empty.
+        overwrite: Replace a bundle that is there.
+        provenance: Where the weights come from; the checkpoint's own when absent.
+        progress: Called with the name of each stage as it begins.
+
+    Raises:
+        BundleError: If ``out`` may not be replaced or cannot be written.
+        ExportError: If the network cannot be exported.
+    """
+    from scm_sdk.model.consistency import ConsistencyModel
+
+    report = progress or (lambda _: None)
+    model = ConsistencyModel.from_pretrained(checkpoint)
+    specs = plan_samplers(model, steps, times=times, max_batch=max_batch)
+    out, provenance = Path(out), provenance or dict(model.config.provenance)
+    name = name or out.name
+    with publish_bundle(out, overwrite=overwrite) as folder:
+        model.save_pretrained(folder / DENOISER)
+        graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
+        report("draw goldens")
+        write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
+        card = model_card(name, specs, provenance)
+        atomic_write_bytes(folder / "README.md", card.encode())
+        report("hash and publish")
+        relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
+        weights = f"{DENOISER}/diffusion_pytorch_model.safetensors"
+        made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
+        manifest = write_bundle(
+            folder,
+            name=name,
+            samplers=specs,
+            artifacts=[
+                Artifact(path=DENOISER, format="safetensors"),
+                *(
+                    Artifact(path=path, format="onnx", num_inference_steps=spec.num_inference_steps)
+                    for path, spec in zip(relative, specs, strict=True)
+                ),
+            ],
+            built_from={path: [weights, f"{DENOISER}/config.json"] for path in made},
+            provenance=provenance,
+            versions=library_versions(),
+        )
+    bundle = Bundle.open(out, verify="none")
+    return BundleReport(
+        path=out,
+        build_id=manifest.build_id,
+        graphs=graphs,
+        bytes=sum(entry.size for entry in bundle.manifest.files),
+    )
+
+
+def draw_golden(model: ConsistencyModel, spec: SamplerSpec) -> Golden:
+    """Sample a few images with the torch ``Sampler``, the definition that backends are held to."""
+    import numpy as np
+    import torch
+
+    from scm_sdk.model.sampler import Sampler
+
+    count = min(NUM_GOLDENS, spec.max_batch)
+    seeds = np.arange(count, dtype=np.int64)
+    labels = seeds % spec.num_classes if spec.num_classes else None
+    inputs = [torch.from_numpy(noise) for noise in draw_noise(spec, [int(seed) for seed in seeds])]
+    if labels is not None:
+        inputs.append(torch.from_numpy(labels))
+    with torch.inference_mode():
+        images = Sampler(model, spec).eval()(*inputs).numpy()
+    return Golden(images=images, seeds=seeds, class_labels=labels)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what builds a bundle; absent libraries are left out."""
+    found = {"scm-sdk": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

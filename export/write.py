@@ -1,0 +1,176 @@
+"""Check a graph and put it on disk, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk.errors import ConfigError, ExportError, UnsupportedGraphError
+from scm_sdk.files import sha256_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EXTERNAL_DATA_ABOVE = 100 * 2**20
+"""Default of ``external_data_above``, bytes. Protobuf ends at 2 GiB, but a graph with its weights
+inside is copied several times while it is parsed; weights in a file of their own are memory-mapped.
+100 MiB is also the largest file that common Git hosts take."""
+_LARGEST_GRAPH = 2**31 - 2**26
+"""Protobuf's limit of 2 GiB, less room for the nodes."""
+_INLINE_BYTES = 1024
+"""Tensors up to this size stay in the graph: shapes and axes must be readable without the data file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphReport:
+    """What was written.
+
+    Attributes:
+        path: The graph.
+        bytes: Its size.
+        sha256: Digest of the graph file.
+        data_path: The weights' own file, or None if they are in the graph.
+        data_bytes: Size of that file; 0 if there is none.
+        data_sha256: Its digest; empty if there is none.
+        opset: ONNX opset.
+        num_nodes: Nodes of the graph.
+        num_initializers: Stored tensors.
+        num_parameters: Elements of all stored tensors.
+        seconds: Wall time of each stage that led here.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    data_path: Path | None
+    data_bytes: int
+    data_sha256: str
+    opset: int
+    num_nodes: int
+    num_initializers: int
+    num_parameters: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; paths as text."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def data_path_of(path: Path) -> Path:
+    """Return where the weights of the graph at ``path`` lie when they are not inside: ``<path>_data``."""
+    return path.with_name(path.name + "_data")
+
+
+def write_model(
+    model: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE
+) -> GraphReport:
+    """Check a model and write it, with its weights in ``<path>_data`` if they are large.
+
+    Both files are written and checked under temporary names before the first replaces an old one,
+    and an old pair is restored if the second cannot follow. Only a power cut between the two
+    renames can leave a new data file beside an old graph; their sha256 tell.
+
+    Args:
+        model: It is not changed. The same model gives the same bytes.
+        path: The file, for example ``model.onnx``; missing folders are made.
+        external_data_above: Weights of more bytes than this in all get a file of their own.
+
+    Raises:
+        ConfigError: If ``external_data_above`` is more than a graph file can hold.
+        UnsupportedGraphError: If ``onnx.checker`` finds the model at fault.
+        ExportError: If the files cannot be written. Nothing is left behind.
+    """
+    if external_data_above > _LARGEST_GRAPH:
+        raise ConfigError(
+            f"external_data_above is {external_data_above}, expected at most {_LARGEST_GRAPH}: a graph file "
+            "cannot hold more, larger weights need a file of their own."
+        )
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    external = sum(tensor.nbytes for tensor in weights) > external_data_above
+    target = Path(os.path.realpath(path))  # through a link, as files.atomic_write_bytes does
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        staged = staging / target.name
+        _save(model, staged, external=external)
+        _check(staged)
+        report = GraphReport(
+            path=path,
+            bytes=staged.stat().st_size,
+            sha256=sha256_file(staged),
+            data_path=data_path_of(path) if external else None,
+            data_bytes=data_path_of(staged).stat().st_size if external else 0,
+            data_sha256=sha256_file(data_path_of(staged)) if external else "",
+            opset=model.opset_imports[""],
+            num_nodes=model.graph.num_nodes(),
+            num_initializers=len(weights),
+            num_parameters=sum(tensor.size for tensor in weights),
+        )
+        _publish(staging, target)
+    except OSError as exc:
+        raise ExportError(
+            f"{path} cannot be written: {exc.strerror or exc}. Expected a folder that may be written to, "
+            "with room for the weights. Nothing was changed; choose another place or free some space."
+        ) from exc
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return report
+
+
+def _save(model: ir.Model, path: Path, *, external: bool) -> None:
+    import onnx_ir as ir
+
+    if external:
+        ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=_INLINE_BYTES)
+    else:
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _check(path: Path) -> None:
+    """Run the checker of onnx, shape inference included, on a file and the weights beside it."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        raise UnsupportedGraphError(
+            f"onnx.checker refused the graph: {str(exc).strip()}. Expected a valid model; this is a bug of "
+            "the exporter or of scm-sdk, please report it."
+        ) from exc
+
+
+def _publish(staging: Path, path: Path) -> None:
+    """Move the staged graph and its data file, if any, to ``path``; restore the old data on failure."""
+    data_path, new_data, old_data = data_path_of(path), data_path_of(staging / path.name), staging / "old"
+    for file in (staging / path.name, new_data):
+        if file.exists():
+            _fsync(file)
+    if data_path.exists():
+        os.replace(data_path, old_data)
+    try:
+        if new_data.exists():
+            os.replace(new_data, data_path)
+        os.replace(staging / path.name, path)
+    except BaseException:  # Ctrl-C too
+        data_path.unlink(missing_ok=True)
+        if old_data.exists():
+            os.replace(old_data, data_path)
+        raise
+    if os.name != "nt":  # a folder cannot be opened there
+        _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    # Windows flushes only a handle opened for writing; POSIX takes any.
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Backends, one file and one library each; ``scm_sdk.dispatch`` finds them by name."""

@@ -1,0 +1,99 @@
+"""What every backend is, and the checks that stand between a caller and its library.
+
+``Backend`` itself is defined in ``scm_sdk.dispatch``, below the wall, because ``Generator`` speaks
+it too; a backend's author needs only this file. A new backend is one file with an ``open_backend``
+and one line in ``scm_sdk.dispatch.BACKENDS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scm_sdk.dispatch import Backend
+from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError, ShapeError
+from scm_sdk.spec import SamplerSpec, TensorSpec
+
+__all__ = ["Backend", "check_artifact", "check_images", "check_inputs", "check_num_threads"]
+
+
+def check_inputs(
+    spec: SamplerSpec, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Refuse inputs that do not fit ``spec``, before a foreign library does so unkindly.
+
+    Values are not read (NaN, label range): that is ``Generator``'s work, done once for each request.
+
+    Args:
+        spec: The sampler to be run.
+        noise: One (B, *sample_shape) float32 array per step, 1 <= B <= ``spec.max_batch``.
+        conditioning: Exactly the tensors of ``spec.conditioning_inputs`` by name, (B, *shape).
+
+    Returns:
+        Every input by name in the order of ``spec.inputs``, C-contiguous.
+
+    Raises:
+        ShapeError: If an array is missing, too many, or of another shape or dtype.
+    """
+    steps = spec.num_inference_steps
+    if len(noise) != steps:
+        raise ShapeError(
+            f"noise holds {len(noise)} arrays, expected {steps}: one per step. "
+            "scm_sdk.noise.draw_noise makes them."
+        )
+    batch = noise[0].shape[0] if noise[0].ndim else 0
+    if not 1 <= batch <= spec.max_batch:
+        raise ShapeError(
+            f"noise_0 has shape {noise[0].shape}, a batch of {batch}; expected 1..{spec.max_batch}. "
+            "Split larger requests, as Generator does."
+        )
+    wanted = {tensor.name for tensor in spec.conditioning_inputs}
+    if wanted != set(conditioning):
+        raise ShapeError(f"conditioning holds {sorted(conditioning)}, expected exactly {sorted(wanted)}.")
+    feeds = {tensor.name: array for tensor, array in zip(spec.noise_inputs, noise, strict=True)}
+    feeds |= {tensor.name: conditioning[tensor.name] for tensor in spec.conditioning_inputs}
+    for tensor in spec.inputs:
+        feeds[tensor.name] = _checked(tensor, feeds[tensor.name], batch)
+    return feeds
+
+
+def check_images(spec: SamplerSpec, images: Any, batch: int, *, backend: str) -> np.ndarray:
+    """Check what a library returned: a float32 array (B, *image_shape), or raise ``BackendFailure``."""
+    shape = (batch, *spec.image_shape)
+    if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.float32:
+        found = f"{images.shape} {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise BackendFailure(
+            f"{backend} returned {found}, expected {shape} float32. "
+            "The artifact does not do what its spec says: export it again."
+        )
+    return images
+
+
+def check_artifact(path: Path, *, is_folder: bool = False) -> None:
+    """Raise ``IntegrityError`` unless the file (or folder) that a backend is to open is there."""
+    if not (path.is_dir() if is_folder else path.is_file()):
+        kind = "folder" if is_folder else "file"
+        raise IntegrityError(
+            f"{path} is not there, expected a {kind}. Export the bundle again or copy it whole."
+        )
+
+
+def check_num_threads(num_threads: int | None) -> None:
+    """Raise ``ConfigError`` unless ``num_threads`` is None (the library chooses) or at least 1."""
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(
+            f"num_threads is {num_threads}, expected 1 or more, or None for the library's choice."
+        )
+
+
+def _checked(tensor: TensorSpec, array: np.ndarray, batch: int) -> np.ndarray:
+    shape = (batch, *tensor.shape)
+    if array.shape != shape or array.dtype != np.dtype(tensor.dtype):
+        raise ShapeError(
+            f"{tensor.name} is {array.shape} {array.dtype}, expected {shape} {tensor.dtype}: "
+            "the batch first, the same for every input."
+        )
+    return np.ascontiguousarray(array)

@@ -1,0 +1,154 @@
+"""Run the sampler graph with ONNX Runtime; torch is never imported.
+
+Opening checks three things that ONNX Runtime lets pass: that the execution provider asked for is the
+one that runs (it falls back to the CPU silently), that the graph's inputs and output are those of the
+spec, and that the spec written into the graph is the manifest's.
+
+Threads: ``InferenceSession.run`` is safe from many threads, so ``sample`` takes no lock. The
+session's worker threads do not spin while they wait: that costs a shared machine more than it gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scm_sdk._lazy import require
+from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, IntegrityError
+from scm_sdk.spec import SamplerSpec, TensorSpec
+
+from .base import check_artifact, check_images, check_inputs, check_num_threads
+
+SPEC_KEY = "scm_spec"
+"""Key of the graph's metadata under which ``export/`` writes the spec's JSON."""
+_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+_ERRORS_ONLY = 3
+
+
+def open_backend(
+    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
+) -> OrtBackend:
+    """Load a sampler graph and check it against ``spec``.
+
+    Args:
+        artifact_path: The ``.onnx`` file; its external data lies beside it.
+        spec: What the manifest says the graph is.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is ``"cpu"``.
+        num_threads: Threads within one operator; None leaves ONNX Runtime's own choice.
+
+    Raises:
+        BackendUnavailable: If onnxruntime or the execution provider for ``device`` is not here.
+        IntegrityError: If the file is missing, damaged, or is not the graph the manifest describes.
+    """
+    return OrtBackend(artifact_path, spec, device=device, num_threads=num_threads)
+
+
+class OrtBackend:
+    """One ``InferenceSession`` over a sampler graph; see ``Backend``."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        artifact_path: Path,
+        spec: SamplerSpec,
+        *,
+        device: str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        ort = require("onnxruntime", extra="onnxruntime", purpose="backend 'onnxruntime'")
+        check_num_threads(num_threads)
+        check_artifact(artifact_path)
+        provider, index = _provider(ort, device)
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        settings = [provider] if index is None else [(provider, {"device_id": str(index)})]
+        try:
+            session = ort.InferenceSession(str(artifact_path), options, providers=settings)
+        except Exception as exc:  # onnxruntime's errors have no common base class
+            raise IntegrityError(
+                f"onnxruntime {ort.__version__} cannot load {artifact_path}: {_first_line(exc)}. "
+                "Expected a sampler graph of scm-export with its external data beside it. Export it again."
+            ) from exc
+        if session.get_providers()[:1] != [provider]:
+            raise BackendUnavailable(
+                f"onnxruntime runs {artifact_path.name} on {session.get_providers()}, expected {provider} "
+                "first: it fell back silently. Check the driver (scm-export doctor) or use device='cpu'."
+            )
+        _check_graph(session, spec, artifact_path)
+        self.spec = spec
+        self.device = "cpu" if index is None else f"cuda:{index}"
+        self._session: Any = session
+
+    def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See ``Backend.sample``."""
+        feeds = check_inputs(self.spec, noise, conditioning)
+        session = self._session
+        if session is None:
+            raise BackendFailure("this onnxruntime backend was closed, expected an open one. Open it again.")
+        try:
+            (images,) = session.run([self.spec.output_name], feeds)
+        except Exception as exc:  # onnxruntime's errors have no common base class
+            raise BackendFailure(
+                f"onnxruntime failed on a batch of {len(noise[0])} on {self.device}: {_first_line(exc)}. "
+                "Expected images; try a smaller batch_size, and report it if that does not help."
+            ) from exc
+        return check_images(self.spec, images, len(noise[0]), backend="onnxruntime")
+
+    def close(self) -> None:
+        """Drop the session, which owns the memory."""
+        self._session = None
+
+
+def _provider(ort: Any, device: str | None) -> tuple[str, int | None]:
+    kind, _, number = (device or "cpu").partition(":")
+    if kind == "cpu" and not number:
+        return "CPUExecutionProvider", None
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise ConfigError(
+            f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend 'onnxruntime'."
+        )
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise BackendUnavailable(
+            f"device is {device!r}, but this onnxruntime offers {ort.get_available_providers()}. "
+            "Use device='cpu', or: pip uninstall onnxruntime && pip install 'scm-sdk[onnxruntime-gpu]'"
+        )
+    return "CUDAExecutionProvider", int(number or 0)
+
+
+def _check_graph(session: Any, spec: SamplerSpec, path: Path) -> None:
+    """Hold the graph's own inputs, output and metadata against the manifest's spec."""
+    found = [_describe(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
+    found += [_describe(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
+    output = TensorSpec(name=spec.output_name, shape=spec.image_shape)
+    expected = [_describe(t.name, _TYPES[t.dtype], t.shape) for t in (*spec.inputs, output)]
+    if found != expected:
+        raise IntegrityError(
+            f"{path} has inputs and output {', '.join(found)}; expected {', '.join(expected)} "
+            "from the manifest. The two are of different exports: export the bundle again."
+        )
+    text = session.get_modelmeta().custom_metadata_map.get(SPEC_KEY)
+    if text is None:
+        raise IntegrityError(
+            f"{path} has no {SPEC_KEY!r} in its metadata, expected the sampler's spec. Export it again."
+        )
+    if SamplerSpec.from_json(text) != spec:
+        raise IntegrityError(
+            f"{path} carries the spec {text}, expected the manifest's {spec.to_json()}. "
+            "The two are of different exports: export the bundle again."
+        )
+
+
+def _describe(name: str, kind: str, shape: Sequence[object]) -> str:
+    return f"{name}: {kind} (batch{''.join(f', {axis}' for axis in shape)})"
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(". ")

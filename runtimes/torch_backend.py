@@ -1,0 +1,158 @@
+"""Run the sampler with PyTorch: the reference that every other backend is held against.
+
+Opens a checkpoint folder (``config.json`` + safetensors) and unrolls it over ``spec.times``, so any
+number of steps runs. fp32 means fp32: TF32 convolutions are switched off while it runs.
+
+Threads: ``sample`` may be called from many threads and runs one call at a time, because the number
+of CPU threads and the TF32 switch belong to the whole process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from scm_sdk._lazy import require
+from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
+from scm_sdk.spec import SamplerSpec
+
+from .base import check_artifact, check_images, check_inputs, check_num_threads
+
+if TYPE_CHECKING:
+    from scm_sdk.model.consistency import ConsistencyModel
+
+_RUNNING = threading.Lock()  # one for the process: see the module's docstring
+_LOADING = threading.Lock()
+_MODELS: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
+"""Checkpoints in use, so that a 1-step and a 2-step sampler share one copy of the weights."""
+
+
+def open_backend(
+    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
+) -> TorchBackend:
+    """Load a checkpoint folder and unroll it.
+
+    Args:
+        artifact_path: Folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``.
+        spec: The sampler to run.
+        device: A torch device such as ``"cuda"`` or ``"cuda:1"``; None is ``"cpu"``.
+        num_threads: CPU threads of one call; None leaves torch's own choice.
+
+    Raises:
+        BackendUnavailable: If torch or the device is not here.
+        BundleError: If the folder is missing or its files are damaged.
+    """
+    return TorchBackend(artifact_path, spec, device=device, num_threads=num_threads)
+
+
+def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
+    """Load a checkpoint in evaluation mode, or return the copy that is already in use.
+
+    Raises:
+        BackendUnavailable: If torch or the device is not here.
+        BundleError: If the folder is missing or its files are damaged.
+    """
+    torch = require("torch", extra="torch", purpose="backend 'torch'")
+    check_artifact(folder, is_folder=True)
+    target = _device(torch, device)
+    # The files' times and sizes are part of the key: a checkpoint written anew is loaded anew.
+    stamps = tuple(
+        sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir() if f.is_file())
+    )
+    key = (str(folder.resolve()), stamps, str(target))
+    with _LOADING:
+        model = _MODELS.get(key)
+        if model is None:
+            from scm_sdk.model.consistency import ConsistencyModel
+
+            model = ConsistencyModel.from_pretrained(folder).eval().requires_grad_(False).to(target)
+            _MODELS[key] = model
+    return model
+
+
+class TorchBackend:
+    """``scm_sdk.model.sampler.Sampler`` over one checkpoint; see ``Backend``."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        artifact_path: Path,
+        spec: SamplerSpec,
+        *,
+        device: str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        self._torch = require("torch", extra="torch", purpose="backend 'torch'")
+        check_num_threads(num_threads)
+        self.spec = spec
+        self.device = str(_device(self._torch, device))
+        self._num_threads = num_threads
+        from scm_sdk.model.sampler import Sampler
+
+        model = load_model(artifact_path, device=device)
+        self._sampler: Any = Sampler(model, spec).eval().to(self.device)
+
+    def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See ``Backend.sample``."""
+        feeds = check_inputs(self.spec, noise, conditioning)
+        sampler, torch = self._sampler, self._torch
+        if sampler is None:
+            raise BackendFailure(
+                "this torch backend was closed, expected an open one. Open the generator again."
+            )
+        try:
+            with _RUNNING, torch.inference_mode(), self._settings():
+                tensors = [torch.tensor(array, device=self.device) for array in feeds.values()]
+                images = sampler(*tensors).to("cpu", torch.float32).numpy()
+        except ScmError:
+            raise
+        except Exception as exc:
+            raise BackendFailure(
+                f"torch failed on a batch of {len(noise[0])} on {self.device}: {exc}. "
+                "Expected images; try a smaller batch_size or device='cpu'."
+            ) from exc
+        return check_images(self.spec, images, len(noise[0]), backend="torch")
+
+    def close(self) -> None:
+        """Drop the weights; the last sampler that uses them frees the memory."""
+        self._sampler = None
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        torch = self._torch
+        if self.device.startswith("cuda"):
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=False, allow_tf32=False
+            ):
+                yield
+            return
+        before = torch.get_num_threads()
+        if self._num_threads is not None and self._num_threads != before:
+            torch.set_num_threads(self._num_threads)
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
+
+
+def _device(torch: Any, device: str | None) -> Any:
+    try:
+        target = torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as exc:
+        raise ConfigError(
+            f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend 'torch'."
+        ) from exc
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices. "
+            "Use device='cpu', or install a CUDA build of torch and its driver. See: scm-export doctor"
+        )
+    return target

@@ -1,0 +1,157 @@
+"""What a bundle from a stranger must satisfy, in the order in which ``Bundle.open`` asks.
+
+Each check is cheap for hostile input: sizes are compared before anything is read, and no file is
+opened that is not a plain file inside the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from .errors import BundleError, IntegrityError, SchemaError
+from .files import check_relative, safe_join, sha256_file
+from .goldens import check_safetensors
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, Role
+
+MANIFEST_MAX_BYTES = 8 << 20
+REPAIR = "Copy the bundle again, or export it again."
+
+_BUILD_ROLES: frozenset[Role] = frozenset({"weights", "config", "graph", "graph-data", "engine", "plan"})
+"""Roles of the files that decide what is computed; cards, goldens and reports only describe it."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a folder.
+
+    Raises:
+        BundleError: If there is no manifest, or a path in it is not allowed.
+        SchemaError: If it is too large, malformed, contradicts itself or is from a newer version.
+        IntegrityError: If it was altered after it was written.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        state = path.stat()
+    except (OSError, ValueError) as exc:
+        state = None
+        cause: Exception | None = exc
+    else:
+        cause = None
+    if state is None or not stat.S_ISREG(state.st_mode):
+        found = f"holds no file {MANIFEST_NAME}" if folder.is_dir() else "is not a folder"
+        raise BundleError(
+            f"{folder} {found}, expected a bundle. "
+            "Give the folder that scm-export wrote; scm-export -h lists how."
+        ) from cause
+    if state.st_size > MANIFEST_MAX_BYTES:
+        raise SchemaError(
+            f"{path} has {state.st_size} bytes, expected at most {MANIFEST_MAX_BYTES}. "
+            "Do not use this folder unless you trust who made it."
+        )
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MANIFEST_MAX_BYTES)
+    except OSError as exc:
+        raise BundleError(f"{path} cannot be read: {exc.strerror}. Check its permissions.") from exc
+    manifest = Manifest.from_json(data)
+    check_manifest(manifest)
+    if manifest.build_id != make_build_id(manifest):
+        raise IntegrityError(f"{path} was altered: its build_id does not fit its content. {REPAIR}")
+    return manifest
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Refuse a manifest that contradicts itself. Reads no file.
+
+    Raises:
+        BundleError: If a path is not allowed.
+        SchemaError: If the parts do not fit together.
+    """
+    paths = [entry.path for entry in manifest.files]
+    # Compared without case, because two such files are one file on some disks.
+    known = {path.casefold() for path in paths}
+    folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents} - {"."}
+    for entry in manifest.files:
+        check_relative(entry.path)
+        if entry.size < 0 or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+            raise SchemaError(
+                f"{MANIFEST_NAME} gives {entry.path} size {entry.size} and sha256 {entry.sha256!r}, expected "
+                f"bytes and 64 hex digits. {REPAIR}"
+            )
+        if unknown := set(entry.built_from) - set(paths):
+            raise SchemaError(
+                f"{entry.path} is built from {sorted(unknown)}, expected listed files. {REPAIR}"
+            )
+    if len(known) != len(paths) or MANIFEST_NAME.casefold() in known:
+        raise SchemaError(f"{MANIFEST_NAME} lists a path twice, or itself; expected each file once. {REPAIR}")
+    for artifact in manifest.artifacts:
+        where = folders if artifact.format == "safetensors" else paths
+        if artifact.path not in where:
+            raise SchemaError(
+                f"artifact {artifact.path!r} ({artifact.format}) is none of the listed files or folders: "
+                f"{', '.join(sorted(where))}. {REPAIR}"
+            )
+    steps = [spec.num_inference_steps for spec in manifest.samplers]
+    if not steps or len(set(steps)) != len(steps):
+        raise SchemaError(
+            f"{MANIFEST_NAME} holds samplers of {steps} steps, expected at least one, each number "
+            f"once. {REPAIR}"
+        )
+    if orphans := {a.num_inference_steps for a in manifest.artifacts} - {0, *steps}:
+        raise SchemaError(
+            f"artifacts of {sorted(orphans)} steps have no sampler; samplers have {steps}. {REPAIR}"
+        )
+
+
+def check_present(folder: Path, entry: FileEntry) -> Path:
+    """Return the path of a listed file that is there, inside the folder, with its recorded size.
+
+    Raises:
+        BundleError: If a link leads out of the folder.
+        IntegrityError: If it is missing, no plain file or of another size.
+    """
+    path = safe_join(folder, entry.path)
+    try:
+        state = path.stat()
+    except OSError as exc:
+        raise IntegrityError(
+            f"{path} is missing ({exc.strerror}), expected {entry.size} bytes. {REPAIR}"
+        ) from exc
+    if not stat.S_ISREG(state.st_mode):
+        raise IntegrityError(f"{path} is not a plain file, expected one of {entry.size} bytes. {REPAIR}")
+    if state.st_size != entry.size:
+        raise IntegrityError(f"{path} has {state.st_size} bytes, expected {entry.size}. {REPAIR}")
+    return path
+
+
+def check_content(folder: Path, entry: FileEntry) -> None:
+    """Compare a file with its recorded sha256; of a tensor file, also check the header.
+
+    Raises:
+        BundleError: If a link leads out of the folder.
+        IntegrityError: If the file is missing, altered, truncated or no tensor file.
+    """
+    path = check_present(folder, entry)
+    found = sha256_file(path)
+    if found != entry.sha256:
+        raise IntegrityError(
+            f"{path} has sha256 {found[:12]}.., expected {entry.sha256[:12]}..: it was altered or "
+            f"damaged. {REPAIR}"
+        )
+    if entry.path.endswith(".safetensors"):
+        check_safetensors(path)
+
+
+def make_build_id(manifest: Manifest) -> str:
+    """Return the sha256 over what decides the artifacts: their files, samplers and library versions."""
+    parts = {
+        "files": sorted([e.path, e.sha256] for e in manifest.files if e.role in _BUILD_ROLES),
+        "samplers": manifest.samplers,
+        "artifacts": manifest.artifacts,
+        "versions": manifest.versions,
+    }
+    return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()

@@ -1,0 +1,269 @@
+"""A bundle: one folder with a model in every form it runs in, and a manifest that vouches for each file.
+
+``export`` fills a folder and calls ``write_bundle``; ``Generator`` calls ``Bundle.open``. Opening trusts
+nothing: path and size limits, then the schema, then every file's size and sha256, and only then may
+a file be handed to a library. Files that the manifest does not list are never touched. No pickle.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from ._bundle_checks import check_content, check_manifest, check_present, make_build_id, read_manifest
+from .errors import BundleError, ConfigError
+from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_file
+from .goldens import GOLDEN_PATH, Golden, read_goldens
+from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role
+from .spec import Precision, SamplerSpec
+
+Verify = Literal["none", "digest"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk that passed its checks. Make one with ``Bundle.open``.
+
+    Attributes:
+        path: The folder.
+        manifest: What it holds.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: Verify = "digest") -> Bundle:
+        """Open and check a bundle.
+
+        Args:
+            path: The folder.
+            verify: ``digest`` compares every file with its sha256; ``none`` only looks whether each
+                is there and has its size, for a folder that was checked before.
+
+        Raises:
+            BundleError: If the folder is no bundle, or a path in it leads out of it.
+            SchemaError: If the manifest is malformed or from a newer version.
+            IntegrityError: If a file is missing, altered or truncated.
+            ConfigError: If ``verify`` is neither of the two.
+        """
+        if verify not in get_args(Verify):
+            raise ConfigError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}.")
+        folder = Path(path)
+        bundle = cls(folder, read_manifest(folder))
+        for entry in bundle.manifest.files:
+            check_present(folder, entry)
+        if verify == "digest":
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compare every file with its recorded size and sha256, and the headers of tensor files.
+
+        Raises:
+            IntegrityError: If one differs; the message names it.
+        """
+        for entry in self.manifest.files:
+            check_content(self.path, entry)
+
+    def file(self, relpath: str) -> Path:
+        """Return the path of a listed file, or of a folder that holds listed files.
+
+        Raises:
+            BundleError: If the manifest lists no such file.
+        """
+        if not any(e.path == relpath or e.path.startswith(f"{relpath}/") for e in self.manifest.files):
+            raise BundleError(
+                f"{self.path} lists no {relpath!r}, expected one of: "
+                f"{', '.join(e.path for e in self.manifest.files)}. Export the bundle again with that part."
+            )
+        return safe_join(self.path, relpath)
+
+    def artifacts(
+        self,
+        *,
+        format: Format | None = None,
+        precision: Precision | None = None,
+        num_inference_steps: int | None = None,
+    ) -> tuple[Artifact, ...]:
+        """Return what can be run, in the manifest's order, narrowed by each argument that is given.
+
+        A checkpoint, which is unrolled on demand, matches any ``num_inference_steps``.
+        """
+        return tuple(
+            a
+            for a in self.manifest.artifacts
+            if (format is None or a.format == format)
+            and (precision is None or a.precision == precision)
+            and (num_inference_steps is None or a.num_inference_steps in (0, num_inference_steps))
+        )
+
+    def spec(self, num_inference_steps: int) -> SamplerSpec:
+        """Return the sampler with this number of steps.
+
+        A number that was not exported is derived from the first sampler, if the bundle holds a
+        checkpoint, which runs any number.
+
+        Raises:
+            ConfigError: If the bundle cannot run this number of steps.
+        """
+        samplers = self.manifest.samplers
+        for spec in samplers:
+            if spec.num_inference_steps == num_inference_steps:
+                return spec
+        if any(a.num_inference_steps == 0 for a in self.manifest.artifacts):
+            return samplers[0].with_steps(num_inference_steps)
+        raise ConfigError(
+            f"num_inference_steps is {num_inference_steps}, expected one of "
+            f"{', '.join(str(s.num_inference_steps) for s in samplers)}, which {self.path} was exported with."
+        )
+
+    def goldens(self) -> dict[int, Golden]:
+        """Return the recorded samples by number of steps; empty if the bundle has none.
+
+        Raises:
+            IntegrityError: If the file does not fit the samplers.
+        """
+        if not any(entry.path == GOLDEN_PATH for entry in self.manifest.files):
+            return {}
+        return read_goldens(self.file(GOLDEN_PATH), self.manifest.samplers)
+
+    def with_parity(self, *records: ParityRecord) -> Bundle:
+        """Record measured comparisons in the manifest on disk; each replaces an older one of its pair.
+
+        Returns:
+            The bundle with the new manifest.
+
+        Raises:
+            ConfigError: If a record holds a number that JSON cannot hold.
+            BundleError: If the manifest cannot be written.
+        """
+        kept = {(r.artifact, r.reference, r.backend): r for r in (*self.manifest.parity, *records)}
+        manifest = msgspec.structs.replace(self.manifest, parity=tuple(kept.values()))
+        atomic_write_bytes(self.path / MANIFEST_NAME, _encode(manifest), error=BundleError)
+        return Bundle(self.path, manifest)
+
+
+@contextmanager
+def publish_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a folder that becomes the bundle at ``path`` when the ``with`` block ends well.
+
+    Call ``write_bundle`` as the last thing in the block. With ``overwrite`` an older bundle is replaced,
+    and stays whole when anything fails; a folder that is no bundle is never replaced.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        BundleError: If ``path`` may not be replaced or cannot be written.
+    """
+    with atomic_folder(path, overwrite=overwrite, marker=MANIFEST_NAME, error=BundleError) as folder:
+        yield folder
+        if not (folder / MANIFEST_NAME).is_file():
+            raise BundleError(
+                f"no {MANIFEST_NAME} was written for {os.fspath(path)}. Call write_bundle last."
+            )
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    name: str,
+    samplers: Sequence[SamplerSpec],
+    artifacts: Sequence[Artifact],
+    roles: Mapping[str, Role] | None = None,
+    built_from: Mapping[str, Sequence[str]] | None = None,
+    parity: Sequence[ParityRecord] = (),
+    provenance: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Write the manifest of a folder that already holds everything else.
+
+    Args:
+        folder: The folder, normally the one that ``publish_bundle`` or ``atomic_folder`` gave.
+        name: Human name of the model.
+        samplers: One spec for each number of steps, at least one.
+        artifacts: What can be run, by relative path.
+        roles: Role by relative path, for files whose name does not tell it.
+        built_from: For a file, the files it was made from; relative paths.
+        parity: Measured comparisons.
+        provenance: Where weights and data come from; JSON values.
+        versions: Versions of the libraries that built it.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ConfigError: If a role cannot be told, or the parts do not fit together.
+        BundleError: If the folder holds a link or cannot be read or written.
+    """
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise BundleError(f"{path} is a link, expected a file. Copy what it points at into the bundle.")
+        if path.is_dir() or relative == MANIFEST_NAME:
+            continue
+        entries.append(
+            FileEntry(
+                path=relative,
+                size=path.stat().st_size,
+                sha256=sha256_file(path),
+                role=(roles or {}).get(relative) or _role_of(relative),
+                built_from=tuple((built_from or {}).get(relative, ())),
+            )
+        )
+    manifest = Manifest(
+        build_id="",
+        name=name,
+        samplers=tuple(samplers),
+        artifacts=tuple(artifacts),
+        files=tuple(entries),
+        parity=tuple(parity),
+        provenance=dict(provenance or {}),
+        versions=dict(versions or {}),
+    )
+    data = _encode(manifest)
+    manifest = Manifest.from_json(data)
+    atomic_write_bytes(folder / MANIFEST_NAME, data, error=BundleError)
+    return manifest
+
+
+def _encode(manifest: Manifest) -> bytes:
+    """Return the text of a manifest with its build id, after reading it back as a reader will."""
+    try:
+        data = msgspec.structs.replace(manifest, build_id=make_build_id(manifest)).to_json()
+        check_manifest(Manifest.from_json(data))  # a NaN or a forgotten file is met here, not by the reader
+    except (BundleError, TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise ConfigError(f"the parts of bundle {manifest.name!r} do not fit together: {exc}") from exc
+    return data
+
+
+_ROLE_OF_NAME: dict[str, Role] = {
+    "README.md": "card",
+    "config.json": "config",
+    "build.json": "config",
+    ".safetensors": "weights",
+    ".onnx": "graph",
+    ".onnx_data": "graph-data",
+    ".engine": "engine",
+}
+_ROLE_OF_FOLDER: dict[str, Role] = {"golden": "golden", "reports": "report", "precision": "plan"}
+
+
+def _role_of(relative: str) -> Role:
+    path = PurePosixPath(relative)
+    role = _ROLE_OF_FOLDER.get(path.parts[0]) if len(path.parts) > 1 else None
+    role = role or _ROLE_OF_NAME.get(path.name) or _ROLE_OF_NAME.get(path.suffix)
+    if role is None:
+        raise ConfigError(
+            f"the role of {relative} cannot be told from its name, expected one of "
+            f"{', '.join(get_args(Role))}. Give it in roles, or leave the file out."
+        )
+    return role

@@ -1,0 +1,27 @@
+"""What a reader must know about the machine before believing a number measured on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+
+def peak_rss_mib() -> float | None:
+    """Return the largest resident memory this process ever had, MiB; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def describe_machine() -> dict[str, str]:
+    """Return what a reader must know before comparing milliseconds."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": platform.processor() or "unknown",
+        "cpus": str(os.cpu_count()),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,266 @@
+"""Put files and folders on disk whole or not at all, and take paths from strangers safely.
+
+Every write of the package goes through here: a temporary name in the same folder, fsync, rename.
+A reader sees the old content or the new one. A kill between the steps may leave a hidden
+``.<name>.<hex>.partial`` beside the target; it is never read and may be deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from .errors import BundleError, IntegrityError, ScmError
+
+_CHUNK_BYTES = 1 << 20
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
+
+
+def atomic_write_bytes(
+    path: str | os.PathLike[str], data: bytes | memoryview, *, error: type[ScmError] = ScmError
+) -> None:
+    """Write a file so that it holds ``data`` or what it held before, never a part.
+
+    Args:
+        path: The file; missing parent folders are made.
+        data: Its whole new content.
+        error: What to raise when the disk refuses.
+
+    Raises:
+        ScmError: Of type ``error``, if the file cannot be written; nothing new is left behind. Also if the
+            disk took it but could not confirm that the rename will outlast a power cut.
+    """
+    target = _real(path)
+    temp = _sibling(target, "partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temp, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temp, target)
+    except OSError as exc:
+        raise error(_cannot_write(path, exc)) from exc
+    finally:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+    try:
+        _fsync_folder(target.parent)
+    except OSError as exc:
+        raise error(
+            f"{os.fspath(path)} was replaced, but the disk did not confirm it: {exc.strerror}. "
+            "Check the disk, then write it again."
+        ) from exc
+
+
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    marker: str | None = None,
+    error: type[ScmError] = BundleError,
+) -> Iterator[Path]:
+    """Fill a folder that appears at ``path`` only when the ``with`` block ends well.
+
+    The block gets an empty folder beside ``path``. When it ends, everything in it is fsynced and the
+    folder is renamed; when it raises, the folder is removed. An old folder is moved aside first and
+    moved back if the new one cannot take its place; between these two renames ``path`` is absent, and
+    a power cut just there leaves the old content in ``.<name>.<hex>.old``.
+
+    Args:
+        path: The folder to make; missing parents are made. An empty folder may be there already.
+        overwrite: Replace a folder that is not empty.
+        marker: With ``overwrite``, replace only a folder that holds a file of this name, so that a
+            mistyped path never costs somebody's documents.
+        error: What to raise when the disk refuses.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ScmError: Of type ``error``, if ``path`` may not be replaced or cannot be written.
+    """
+    target = _real(path)
+    _check_target(path, target, overwrite=overwrite, marker=marker, error=error)
+    temp = _sibling(target, "partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temp.mkdir()
+    except OSError as exc:
+        raise error(_cannot_write(path, exc)) from exc
+    try:
+        try:
+            yield temp
+        except OSError as exc:
+            if exc.errno in _DISK_ERRORS:
+                raise error(_cannot_write(path, exc)) from exc
+            raise
+        # Again: the block may have run for minutes, and somebody may have filled the place meanwhile.
+        _check_target(path, target, overwrite=overwrite, marker=marker, error=error)
+        try:
+            _fsync_tree(temp)
+            _swap_in(temp, target)
+        except OSError as exc:
+            raise error(_cannot_write(path, exc)) from exc
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the sha256 of a file's content as 64 hex digits.
+
+    Raises:
+        IntegrityError: If the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as exc:
+        raise IntegrityError(f"{os.fspath(path)} cannot be read: {exc.strerror}. Copy it again.") from exc
+    return digest.hexdigest()
+
+
+def check_relative(relative: str) -> None:
+    """Refuse a path that is not plain, relative and POSIX. Looks at the text alone.
+
+    Raises:
+        BundleError: If it is empty or absolute, or holds ``..``, ``.``, a backslash, a colon (a drive)
+            or a character that cannot be printed.
+    """
+    pure = PurePosixPath(relative)
+    plain = relative == str(pure) and relative not in ("", ".") and not pure.is_absolute()
+    if not plain or ".." in pure.parts or any(c in relative for c in "\\:") or not relative.isprintable():
+        raise BundleError(
+            f"path {relative!r} is not allowed, expected a relative POSIX path such as 'onnx/model.onnx'. "
+            "Do not use this folder unless you trust who made it."
+        )
+
+
+def safe_join(root: Path, relative: str) -> Path:
+    """Join a path from an untrusted file to ``root``, or refuse to leave ``root``.
+
+    Args:
+        root: An existing folder.
+        relative: A relative POSIX path: no ``..``, no backslash, no drive, no link that leads out.
+
+    Returns:
+        ``root / relative``; it need not exist.
+
+    Raises:
+        BundleError: If the path is not of that form or a link leads out of ``root``.
+    """
+    check_relative(relative)
+    joined = root / relative
+    try:
+        inside = joined.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as exc:  # a loop of links: RuntimeError up to Python 3.12
+        raise BundleError(f"path {relative!r} cannot be resolved: {exc}. Copy the folder again.") from exc
+    if not inside:
+        raise BundleError(
+            f"path {relative!r} is a link that leads out of {root}, expected a file inside it. "
+            "Copy the folder with its links resolved, for example with: cp -rL"
+        )
+    return joined
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """Follow a link, so that what it points at is replaced and the link stays."""
+    return Path(os.path.realpath(path))
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def _check_target(
+    path: str | os.PathLike[str], target: Path, *, overwrite: bool, marker: str | None, error: type[ScmError]
+) -> None:
+    shown = os.fspath(path)
+    try:
+        if not os.path.lexists(target):
+            return
+        if not target.is_dir():
+            raise error(f"{shown} is a file, expected a folder or a new name. Choose another path.")
+        if not any(target.iterdir()):
+            return
+        holds_marker = marker is None or (target / marker).is_file()
+    except OSError as exc:
+        raise error(_cannot_write(path, exc)) from exc
+    if not overwrite:
+        raise error(
+            f"{shown} exists and is not empty, expected a new or an empty folder. "
+            "Choose another path, or allow it to be replaced (overwrite)."
+        )
+    if not holds_marker:
+        raise error(
+            f"{shown} holds no {marker}, so it is not replaced although overwriting was allowed. "
+            "Choose another path, or delete the folder yourself."
+        )
+
+
+def _swap_in(temp: Path, target: Path) -> None:
+    """Rename ``temp`` to ``target``; when a step fails, undo those before it."""
+    old = _sibling(target, "old") if target.exists() else None
+    if old:
+        os.replace(target, old)
+    try:
+        os.replace(temp, target)
+        try:
+            _fsync_folder(target.parent)
+        except OSError:
+            os.replace(target, temp)
+            raise
+    except OSError:
+        if old:
+            os.replace(old, target)
+        raise
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            if not os.path.islink(path):
+                # Windows flushes only a handle opened for writing; POSIX takes any.
+                handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+        _fsync_folder(Path(root))
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: str | os.PathLike[str], exc: OSError) -> str:
+    remedy = {
+        errno.ENOSPC: "Free some space or choose another disk.",
+        errno.EDQUOT: "Free some space or choose another disk.",
+        errno.EROFS: "Choose a folder on a disk that is not read-only.",
+        errno.EACCES: "Choose a folder that you may write to.",
+        errno.EPERM: "Choose a folder that you may write to.",
+    }.get(exc.errno or 0, "Check the path and the disk.")
+    return f"{os.fspath(path)} cannot be written: {exc.strerror or exc}. Nothing was changed. {remedy}"

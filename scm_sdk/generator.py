@@ -1,0 +1,296 @@
+"""``Generator``: from a bundle to pictures, whatever runs it.
+
+    with Generator.from_pretrained("runs/avatars") as gen:
+        out = gen(num_images=4, class_labels="robot", seed=1234)
+        out.images[0].save("robot.png")
+
+Threads: one generator may be called from many threads. Opening is done once under a lock; running is
+as parallel as the backend allows (ONNX Runtime: fully, torch: one call at a time).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from .dispatch import Backend, Plan
+from .errors import ConfigError
+from .opening import Fallback, Opened, Opener
+from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
+from .request import Labels, OutputType, Request, check_count, check_output_type, make_request, merge
+from .sources import Source, open_source
+
+Verify = Literal["none", "digest", "smoke", "full"]
+
+
+class Generator:
+    """Generates images from a bundle or a checkpoint. Make one with ``from_pretrained``.
+
+    Attributes:
+        source: The model on disk.
+    """
+
+    def __init__(self, source: Source, opener: Opener, arguments: Mapping[str, Any]) -> None:
+        self.source = source
+        self._opener = opener
+        self._arguments = dict(arguments)
+        self._max_batch: int | None = arguments["max_batch"]
+        self._default_steps: int = arguments["num_inference_steps"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        precision: str = "auto",
+        device: str | None = None,
+        fallback: Fallback = "error",
+        verify: Verify = "digest",
+        num_threads: int | None = None,
+        max_batch: int | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Generator:
+        """Open a model and load it for its default number of steps; other numbers load on first use.
+
+        Args:
+            path: Folder of a bundle, or of a checkpoint (``config.json`` and safetensors; torch only).
+            backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` takes the
+                fastest, as measured here by ``benchmark``, of what is the fp32 reference or has a
+                recorded parity that passed; unmeasured, ONNX Runtime comes before torch.
+            precision: ``"auto"`` or the only precision to take.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None is ``"cpu"``.
+            fallback: What happens when the backend, the precision or the library asked for is not
+                there: ``"error"`` raises; ``"warn"`` takes what else can run and warns; ``"allow"``
+                takes it without a warning. Both record it in ``out.info.fallback``.
+            verify: ``"digest"`` checks every file's sha256 and ``"none"`` only its size; ``"smoke"``
+                also runs the recorded sample of the default number of steps, ``"full"`` of each.
+            num_threads: CPU threads of one call; None leaves the library's choice.
+            max_batch: Largest batch to run at once, 1..the spec's; None is the spec's.
+            num_inference_steps: The default of calls; None is 2 where there are two steps.
+
+        Raises:
+            BundleError: If ``path`` is neither of the two, or a file is missing or damaged.
+            BackendUnavailable: If nothing that may run is installed here.
+            ConfigError: If an argument is not one of those above.
+            BackendFailure: If a recorded sample comes out differently.
+        """
+        for name, value, known in (("verify", verify, Verify), ("fallback", fallback, Fallback)):
+            if value not in get_args(known):
+                raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}.")
+        source = open_source(path, verify="none" if verify == "none" else "digest")
+        steps = source.default_steps if num_inference_steps is None else num_inference_steps
+        arguments = {
+            "backend": backend,
+            "precision": precision,
+            "device": device,
+            "fallback": fallback,
+            "verify": verify,
+            "num_threads": num_threads,
+            "max_batch": max_batch,
+            "num_inference_steps": check_count("num_inference_steps", steps),
+        }
+        opener = Opener(source, backend, precision, device=device, fallback=fallback, num_threads=num_threads)
+        opened = opener.get(steps)
+        if max_batch is not None:
+            check_count("max_batch", max_batch, most=opened.spec.max_batch)
+        if verify in ("smoke", "full"):
+            opener.run_goldens(source.steps if verify == "full" else (steps,))
+        return cls(source, opener, arguments)
+
+    def __call__(
+        self,
+        num_images: int = 1,
+        class_labels: Labels | None = None,
+        num_inference_steps: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Sequence[np.ndarray] | np.ndarray | None = None,
+        output_type: OutputType = "pil",
+        progress: Progress = False,
+        batch_size: int | None = None,
+        *,
+        guidance_scale: float | Sequence[float] | None = None,
+        conditioning: Mapping[str, np.ndarray] | None = None,
+    ) -> GeneratorOutput:
+        """Generate images.
+
+        Args:
+            num_images: How many, 1 or more; run in batches.
+            class_labels: One label for all, or one for each image, by number or name. None lets each
+                seed draw its own label, always the same one (``request.draw_label``).
+            num_inference_steps: Network calls; None is the generator's default.
+            seed: ``s`` gives the images the seeds s, s+1, ...; a list gives each its own. None draws
+                a fresh s and reports it. A seed names an image: neither batch nor position matter.
+            noise: Instead of seeds: one (num_images, *sample_shape) float32 array per step.
+            output_type: ``"pil"`` list of PIL images; ``"np"`` (N, H, W, C) float32 in [0, 1];
+                ``"pt"`` torch tensor (N, C, H, W) float32 in [0, 1]; ``"uint8"`` (N, H, W, C) uint8;
+                ``"raw"`` (N, *image_shape) float32 in data units, not clipped.
+            progress: True shows a bar on stderr; a function is called as f(images_done, num_images).
+            batch_size: Images run at once, at most ``max_batch``; None is ``max_batch``.
+            guidance_scale: For models that have this input: one number, or one for each image.
+            conditioning: For models with further inputs: (num_images, ...) arrays by name.
+
+        Raises:
+            ConfigError: If an argument is out of its range.
+            ShapeError: If ``noise`` or ``conditioning`` has the wrong shape or dtype.
+            BackendFailure: If the backend's library raised, or images hold NaN.
+        """
+        start = perf_counter()
+        opened, request = self._prepare(
+            output_type,
+            num_inference_steps,
+            num_images=num_images,
+            class_labels=class_labels,
+            seed=seed,
+            noise=noise,
+            guidance_scale=guidance_scale,
+            conditioning=conditioning,
+        )
+        raw, info = self._run(opened, request, self._batch_size(opened, batch_size), progress)
+        return make_output(request, raw, output_type, info.with_total((perf_counter() - start) * 1e3))
+
+    def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[GeneratorOutput]:
+        """Run many calls and give back their outputs in order, sharing batches between small ones.
+
+        Neighbours with the same number of steps are gathered until they fill a batch, then run
+        together; each image equals that of its own call. So up to a batch of requests is read ahead.
+
+        Args:
+            requests: Keyword arguments of ``__call__``, without ``progress`` and ``batch_size``.
+
+        Yields:
+            One output for each request. ``info.batches`` and ``info.timings`` are the shared run's.
+
+        Raises:
+            ScmError: What ``__call__`` raises, after the outputs of the requests before it.
+        """
+        waiting: list[tuple[Request, OutputType]] = []
+        opened: Opened | None = None
+        for arguments in requests:
+            options = dict(arguments)
+            output_type = options.pop("output_type", "pil")
+            try:
+                mine, request = self._prepare(
+                    output_type, options.pop("num_inference_steps", None), **options
+                )
+            except Exception:  # whatever it is, it is this request's: those before it are answered first
+                yield from self._flush(opened, waiting)
+                raise
+            held = sum(len(each) for each, _ in waiting)
+            if mine is not opened or held + len(request) > self._batch_size(mine, None):
+                yield from self._flush(opened, waiting)
+                waiting = []
+            opened = mine
+            waiting.append((request, output_type))
+        yield from self._flush(opened, waiting)
+
+    def plan(self, num_inference_steps: int | None = None) -> Plan:
+        """Return every artifact held against every backend, with the reason; ``str()`` is a table.
+
+        Raises:
+            ConfigError: If the number of steps is not there.
+        """
+        return self._opener.plan(self._steps(num_inference_steps))
+
+    def opened(self, num_inference_steps: int | None = None) -> Opened:
+        """Return what is open: the backend (noise in, images out), its artifact, spec and load time."""
+        return self._opener.get(self._steps(num_inference_steps))
+
+    @property
+    def num_threads(self) -> int | None:
+        """CPU threads of one call; None is the library's choice."""
+        threads: int | None = self._arguments["num_threads"]
+        return threads
+
+    def warmup(self, num_images: int = 1, num_inference_steps: int | None = None) -> float:
+        """Run once and throw the images away, so that the next call is not the first. Returns its ms."""
+        start = perf_counter()
+        self(num_images, num_inference_steps=num_inference_steps, seed=0, output_type="raw")
+        return (perf_counter() - start) * 1e3
+
+    def reopen(self, **changes: Any) -> Generator:
+        """Open the same model again with other arguments of ``from_pretrained``; this one stays open."""
+        return type(self).from_pretrained(self.source.path, **{**self._arguments, **changes})
+
+    def compare(self, reference: Generator | Backend, **options: Any) -> Any:
+        """Compare with a reference on the same noise: ``evaluate.parity.compare(self, reference)``.
+
+        Returns:
+            ``scm_sdk.evaluate.parity.Parity``. That room lies above this one, so it is found by name.
+        """
+        return import_module("scm_sdk.evaluate.parity").compare(self, reference, **options)
+
+    def benchmark(self, **options: Any) -> Any:
+        """Measure everything the plan accepts, interleaved, and remember it for ``backend="auto"``.
+
+        Args:
+            **options: Those of ``scm_sdk.evaluate.latency.measure``, and ``num_inference_steps``.
+
+        Returns:
+            ``scm_sdk.evaluate.latency.Latency``, one entry ``backend:artifact`` for each. Only medians
+            at batch 1 are remembered.
+        """
+        steps = self._steps(options.pop("num_inference_steps", None))
+        candidates = self._opener.open_accepted(steps)
+        try:
+            latency = import_module("scm_sdk.evaluate.latency").measure(
+                {f"{o.row.backend}:{o.row.artifact}": o.backend for o in candidates}, **options
+            )
+        finally:
+            for opened in candidates:
+                opened.backend.close()
+        if latency.batch == 1:
+            medians = {
+                (o.row.backend, o.row.artifact): r.median_ms for o, r in zip(candidates, latency, strict=True)
+            }
+            self._opener.remember(medians)
+        return latency
+
+    def close(self) -> None:
+        """Give all memory back; may be called twice. A later call raises ``BackendFailure``."""
+        self._opener.close()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _steps(self, asked: int | None) -> int:
+        return self._default_steps if asked is None else check_count("num_inference_steps", asked)
+
+    def _batch_size(self, opened: Opened, asked: int | None) -> int:
+        most = self._max_batch or opened.spec.max_batch
+        return most if asked is None else check_count("batch_size", asked, most=most)
+
+    def _prepare(self, output_type: str, steps: int | None, **arguments: Any) -> tuple[Opened, Request]:
+        opened = self._opener.get(self._steps(steps))
+        check_output_type(opened.spec, output_type)
+        return opened, make_request(opened.spec, **arguments)
+
+    def _flush(
+        self, opened: Opened | None, waiting: Sequence[tuple[Request, OutputType]]
+    ) -> Iterator[GeneratorOutput]:
+        if opened is None or not waiting:
+            return
+        start = perf_counter()
+        raw, info = self._run(
+            opened, merge([request for request, _ in waiting]), self._batch_size(opened, None), False
+        )
+        at = 0
+        for request, output_type in waiting:
+            mine = info.with_total((perf_counter() - start) * 1e3)
+            yield make_output(request, raw[at : at + len(request)], output_type, mine)
+            at += len(request)
+
+    def _run(
+        self, opened: Opened, request: Request, batch_size: int, progress: Progress
+    ) -> tuple[np.ndarray, GenerationInfo]:
+        with report_progress(progress, len(request)) as report:
+            raw, batches, timings = opened.run(request, batch_size, report)
+        return raw, opened.info(self.source, batches=batches, timings=timings)

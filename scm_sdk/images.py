@@ -1,0 +1,133 @@
+"""From a sampler's output to pictures: 8-bit arrays, PIL images, contact sheets, PNG files.
+
+Arrays of a sampler are (B, C, H, W) float32 in data units; pictures are (H, W, C) uint8. C is 1 for
+grey and 3 for RGB. Callers: ``generator``, ``evaluate``, ``train``, the commands.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConfigError, ShapeError
+from .files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def to_uint8(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """Map samples in data units to 8-bit pictures.
+
+    A value x becomes ``(x - lo) / (hi - lo) * 255``, rounded to the nearest level and clipped.
+
+    Args:
+        images: Samples, (B, C, H, W) with C 1 or 3, floating point, data units.
+        value_range: Values (lo, hi) that become black (0) and full (255); ``spec.value_range``.
+
+    Returns:
+        Pictures, (B, H, W, C), uint8, owned by the caller.
+
+    Raises:
+        ShapeError: If the shape or the dtype differs from that.
+        ConfigError: If ``value_range`` is empty or a sample holds NaN or infinity.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 1:
+        raise ShapeError(
+            f"images have shape {images.shape}, expected (B, C, H, W) with C = 1 (grey) or 3 (RGB). "
+            "For latents or other data take output_type='np'."
+        )
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ShapeError(f"images are {images.dtype}, expected floating point numbers in data units.")
+    low, high = value_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(f"value_range is {value_range}, expected two finite numbers (lowest, highest).")
+    bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if bad.size:
+        raise ConfigError(
+            f"sample {bad[0]} holds NaN or infinity ({bad.size} of {len(images)} samples do), expected "
+            "finite numbers. Compare with another backend or precision: scm-export validate"
+        )
+    levels = (images.astype(np.float64) - low) * (255.0 / (high - low))
+    return np.ascontiguousarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def to_pil(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) -> list[Image.Image]:
+    """Map samples in data units to PIL images, mode ``L`` for grey and ``RGB`` for colour.
+
+    Arguments and errors are those of ``to_uint8``.
+    """
+    return [_pil(picture) for picture in to_uint8(images, value_range)]
+
+
+def make_grid(
+    images_uint8: NDArray[np.uint8], columns: int, scale: int = 1, *, padding: int = 0
+) -> NDArray[np.uint8]:
+    """Lay pictures side by side, row by row.
+
+    Args:
+        images_uint8: Pictures, (B, H, W, C), uint8.
+        columns: Pictures in a row, 1 or more. Places left over in the last row are white.
+        scale: Each pixel becomes a square of this many pixels a side.
+        padding: White pixels between neighbours, after scaling.
+
+    Returns:
+        One picture, (rows*H*scale + gaps, columns*W*scale + gaps, C), uint8.
+
+    Raises:
+        ShapeError: If the shape or the dtype differs from that, or there is no picture.
+        ConfigError: If ``columns``, ``scale`` or ``padding`` is out of range.
+    """
+    if images_uint8.ndim != 4 or images_uint8.dtype != np.uint8 or not images_uint8.size:
+        raise ShapeError(
+            f"pictures are {images_uint8.shape} {images_uint8.dtype}, expected (B, H, W, C) uint8, B >= 1. "
+            "scm_sdk.images.to_uint8 makes them."
+        )
+    if columns < 1 or scale < 1 or padding < 0:
+        raise ConfigError(
+            f"columns is {columns}, scale {scale}, padding {padding}, expected columns and scale of 1 or "
+            "more and padding of 0 or more."
+        )
+    pictures = images_uint8.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, channels = pictures.shape
+    rows = -(-count // columns)
+    cell_height, cell_width = height + padding, width + padding
+    cells = np.full((rows * columns, cell_height, cell_width, channels), 255, np.uint8)
+    cells[:count, :height, :width] = pictures
+    sheet = cells.reshape(rows, columns, cell_height, cell_width, channels).swapaxes(1, 2)
+    whole = sheet.reshape(rows * cell_height, columns * cell_width, channels)
+    return np.ascontiguousarray(whole[: rows * cell_height - padding, : columns * cell_width - padding])
+
+
+def save_png(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> None:
+    """Write one picture as a PNG file, whole or not at all.
+
+    Args:
+        array_uint8: Picture, (H, W, C) with C 1 or 3, uint8.
+        path: The file.
+
+    Raises:
+        ShapeError: If the shape or the dtype differs from that.
+        ScmError: If the file cannot be written.
+    """
+    fits = array_uint8.ndim == 3 and array_uint8.dtype == np.uint8 and array_uint8.shape[2] in (1, 3)
+    if not fits or not array_uint8.size:
+        raise ShapeError(
+            f"picture is {array_uint8.shape} {array_uint8.dtype}, expected (H, W, C) uint8 with C = 1 or 3. "
+            "scm_sdk.images.to_uint8 and make_grid make such arrays."
+        )
+    buffer = io.BytesIO()
+    _pil(array_uint8).save(buffer, format="PNG")
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def _pil(picture: NDArray[np.uint8]) -> Image.Image:
+    # Inside: generating arrays never needs it, and it would slow the start of every process.
+    from PIL import Image
+
+    return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)

@@ -1,0 +1,143 @@
+"""The manifest of a bundle: one JSON file that is the only authority on what the bundle holds.
+
+Plain data and no file access; ``scm_sdk.bundle`` reads, writes and enforces it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from .errors import ConfigError, SchemaError
+from .spec import Precision, SamplerSpec
+
+MANIFEST_NAME = "scm_manifest.json"
+SCHEMA_VERSION = 1
+
+Role = Literal["weights", "config", "graph", "graph-data", "engine", "golden", "report", "card", "plan"]
+Format = Literal["safetensors", "onnx", "tensorrt", "tensorrt_rtx"]
+
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for hostile text: bad JSON or schema, bytes that are no UTF-8, deep nesting."""
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file of the bundle.
+
+    Attributes:
+        path: Relative POSIX path inside the bundle.
+        size: Bytes.
+        sha256: Hex digest of the content.
+        role: What the file is for.
+        built_from: Paths of the files it was made from.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    role: Role
+    built_from: tuple[str, ...] = ()
+
+
+class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something a backend can run: a torch checkpoint, a graph or an engine.
+
+    Attributes:
+        path: The file (or, for ``safetensors``, the folder) a backend opens.
+        format: Which kind of backend opens it.
+        precision: The precision that lies in the artifact.
+        num_inference_steps: Its number of steps; 0 means any (a checkpoint is unrolled on demand).
+    """
+
+    path: str
+    format: Format
+    precision: Precision = "fp32"
+    num_inference_steps: int = 0
+
+
+class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A measured comparison of one artifact with its reference, in units of ``sigma_data``.
+
+    Attributes:
+        artifact: Path of the candidate.
+        reference: Path of the reference.
+        backend: Which backend ran the candidate.
+        threshold: Largest ``max_abs`` that passes; derived from ``noise_floor``.
+        noise_floor: Largest difference between the reference and itself run another way.
+        max_abs: Largest absolute difference seen.
+        num_samples: Samples compared.
+        passed: Whether the gate was met.
+        reason: Why the threshold is not the derived one, if it was set by hand.
+    """
+
+    artifact: str
+    reference: str
+    backend: str
+    threshold: float
+    noise_floor: float
+    max_abs: float
+    num_samples: int
+    passed: bool
+    reason: str = ""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a bundle holds.
+
+    Attributes:
+        schema_version: Version of this schema; a newer one is refused.
+        build_id: sha256 over what determines the artifacts: graph bytes, options, library versions.
+        name: Human name of the model.
+        samplers: One spec for each number of steps the bundle has graphs for.
+        artifacts: What can be run.
+        files: Every file except the manifest itself.
+        parity: Recorded comparisons.
+        provenance: Where the weights and the data come from, licences, recipe; free form.
+        versions: Versions of the libraries that built it.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    build_id: str
+    name: str
+    samplers: tuple[SamplerSpec, ...]
+    artifacts: tuple[Artifact, ...]
+    files: tuple[FileEntry, ...]
+    parity: tuple[ParityRecord, ...] = ()
+    provenance: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+    def to_json(self) -> bytes:
+        """Return indented JSON that ``from_json`` reads back to an equal manifest."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            SchemaError: If it is no JSON, is of a newer schema, or breaks the schema.
+        """
+        try:
+            version = msgspec.json.decode(data, type=_VersionOnly).schema_version
+        except _UNREADABLE as exc:
+            raise SchemaError(f"{MANIFEST_NAME} cannot be read: {exc}. Export the bundle again.") from exc
+        if version < 1:
+            raise SchemaError(
+                f"{MANIFEST_NAME} has schema version {version}, expected 1 or more. Export the bundle again."
+            )
+        if version > SCHEMA_VERSION:
+            raise SchemaError(
+                f"{MANIFEST_NAME} has schema version {version}, this scm-sdk reads up to {SCHEMA_VERSION}. "
+                "Update scm-sdk: pip install -U scm-sdk"
+            )
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (*_UNREADABLE, ConfigError) as exc:  # ConfigError: a sampler breaks its own contract
+            raise SchemaError(
+                f"{MANIFEST_NAME} breaks schema version {version}: {exc}. Export the bundle again."
+            ) from exc
+
+
+class _VersionOnly(msgspec.Struct):
+    schema_version: int

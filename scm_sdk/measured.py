@@ -1,0 +1,87 @@
+"""Latencies remembered on this machine, so that ``backend="auto"`` can choose the fastest.
+
+One small JSON file in the user's cache folder, written by ``Generator.benchmark``. A time is valid
+for one build, artifact, backend and library version, device, number of threads and processor;
+anything else simply is not found. The file may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from .dispatch import BACKENDS
+from .files import atomic_write_bytes
+
+MAX_ENTRIES = 1000
+
+
+def cache_path() -> Path:
+    """Return where the times lie: the platform's cache folder, which ``XDG_CACHE_HOME`` moves."""
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        base = Path(home)
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "scm-sdk" / "latency.json"
+
+
+def recall(build_id: str, *, device: str | None, num_threads: int | None) -> dict[tuple[str, str], float]:
+    """Return the remembered medians, ms at batch 1, by (backend, artifact path).
+
+    A file that cannot be read counts as empty: a cache decides about speed, never about results.
+    """
+    found = {}
+    for key, ms in _read().items():
+        backend, _, rest = key.partition("|")
+        artifact, _, conditions = rest.partition("|")
+        if conditions == _conditions(backend, build_id, device, num_threads):
+            found[backend, artifact] = ms
+    return found
+
+
+def remember(
+    medians_ms: Mapping[tuple[str, str], float], build_id: str, *, device: str | None, num_threads: int | None
+) -> None:
+    """Store medians, ms at batch 1, by (backend, artifact path).
+
+    Raises:
+        ScmError: If the cache folder cannot be written.
+    """
+    times = _read()
+    for (backend, artifact), ms in medians_ms.items():
+        key = f"{backend}|{artifact}|{_conditions(backend, build_id, device, num_threads)}"
+        times.pop(key, None)  # so that the newest are last and the oldest fall out first
+        times[key] = ms
+    kept = dict(list(times.items())[-MAX_ENTRIES:])
+    atomic_write_bytes(cache_path(), json.dumps(kept, indent=1).encode() + b"\n")
+
+
+def _read() -> dict[str, float]:
+    try:
+        raw = json.loads(cache_path().read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return (
+        {k: float(v) for k, v in raw.items() if isinstance(v, int | float)} if isinstance(raw, dict) else {}
+    )
+
+
+def _conditions(backend: str, build_id: str, device: str | None, num_threads: int | None) -> str:
+    library = BACKENDS[backend].library if backend in BACKENDS else backend
+    version = _version(library) or _version(f"{library}-gpu") or "unknown"
+    machine = f"{platform.system()}-{platform.machine()}-{platform.processor()}-{os.cpu_count()}"
+    return f"{build_id}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

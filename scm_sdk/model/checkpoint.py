@@ -1,0 +1,92 @@
+"""Checkpoints on disk: Hugging Face's folder names, safetensors, no pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..errors import BundleError, ConfigError, IntegrityError
+from ..files import atomic_write_bytes
+from .consistency import ConsistencyModel, ModelConfig
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CLASS_NAME = "ScmUNet2DModel"
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Parse a ``config.json``.
+
+    Raises:
+        BundleError: If the file is absent.
+        ConfigError: If it is malformed or of another kind of model.
+    """
+    try:
+        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    except FileNotFoundError as exc:
+        raise BundleError(
+            f"no {CONFIG_NAME} in {path.parent}, expected a checkpoint folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
+        ) from exc
+    except (OSError, msgspec.MsgspecError) as exc:
+        raise ConfigError(f"{path} cannot be read: {exc}. Save the checkpoint again.") from exc
+    kind = bytes(raw.pop("_class_name", msgspec.Raw(b'""'))).decode()
+    if kind != f'"{CLASS_NAME}"':
+        raise ConfigError(f"{path} describes a {kind}, expected a {CLASS_NAME!r} written by save_pretrained.")
+    try:
+        return msgspec.json.decode(msgspec.json.encode(raw), type=ModelConfig)
+    except msgspec.MsgspecError as exc:
+        raise ConfigError(f"{path} breaks the model config: {exc}. Save the checkpoint again.") from exc
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Load a safetensors file.
+
+    Raises:
+        BundleError: If the file is absent.
+        IntegrityError: If it is truncated or no safetensors file.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as exc:
+        raise BundleError(f"no {path.name} in {path.parent}, expected the weights there.") from exc
+    except (SafetensorError, OSError) as exc:
+        raise IntegrityError(
+            f"{path} is truncated or no safetensors file ({exc}). Copy or train the checkpoint again."
+        ) from exc
+
+
+def load_checkpoint(folder: Path) -> ConsistencyModel:
+    """Load a checkpoint folder; see ``ConsistencyModel.from_pretrained``."""
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is no folder, expected a checkpoint with {CONFIG_NAME} and {WEIGHTS_NAME}.")
+    config = read_config(folder / CONFIG_NAME)
+    tensors = read_tensors(folder / WEIGHTS_NAME)
+    with torch.device("meta"):
+        model = ConsistencyModel(config)
+    expected = {name: tuple(p.shape) for name, p in model.network.state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in tensors.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = wrong[0]
+        raise IntegrityError(
+            f"{folder / WEIGHTS_NAME} does not fit its {CONFIG_NAME}: {len(wrong)} tensors differ, first {name!r}: "
+            f"found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}. "
+            "The two files belong to different models."
+        )
+    model = ConsistencyModel(config)
+    model.network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return model.eval().requires_grad_(False)
+
+
+def save_checkpoint(model: ConsistencyModel, folder: Path) -> None:
+    """Write a checkpoint folder; see ``ConsistencyModel.save_pretrained``."""
+    config = {"_class_name": CLASS_NAME, **msgspec.to_builtins(model.config)}
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.network.state_dict().items()}
+    text = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+    atomic_write_bytes(folder / WEIGHTS_NAME, save(weights, metadata={"format": "pt"}), error=BundleError)
+    atomic_write_bytes(folder / CONFIG_NAME, text, error=BundleError)

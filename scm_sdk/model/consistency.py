@@ -1,0 +1,117 @@
+"""The consistency model: a network, the scale of its data, and what its labels mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..spec import SamplerSpec, default_times
+from .trigflow import predict_data
+from .unet import UNet, UNetConfig
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All there is to know about a model but its weights; stored as ``config.json``.
+
+    Attributes:
+        network: Shape of the network.
+        sigma_data: Standard deviation of the data, data units.
+        class_names: Names of the labels in order, or ().
+        value_range: The data's lowest and highest values.
+        provenance: Where the weights come from: data, licence, recipe; free form.
+    """
+
+    network: UNetConfig
+    sigma_data: float = 0.5
+    class_names: tuple[str, ...] = ()
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    provenance: dict[str, str] = {}
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, without the batch axis."""
+        return self.network.sample_shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class labels; 0 for an unconditional model."""
+        return self.network.num_classes
+
+
+class ConsistencyModel(nn.Module):
+    """``f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t)`` around a network F.
+
+    A TrigFlow diffusion model has the same form; there f is its denoiser. ``f(x, 0) = x`` holds
+    whatever the weights are.
+
+    Args:
+        config: Shape of the network and scale of the data.
+        network: The network; made from ``config`` with random weights when absent.
+
+    Source: arXiv 2410.11081, equation 5.
+    """
+
+    def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.network: nn.Module = UNet(config.network) if network is None else network
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data, data units."""
+        return self.config.sigma_data
+
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Return the data end of each sample's trajectory, (B, ...), data units.
+
+        Args:
+            x_t: Noisy samples, (B, ...), data units.
+            t: Times, (B,) or (1,), radians.
+            class_labels: Labels, (B,), int64, or None for none.
+
+        Raises:
+            ShapeError: If the samples do not have the model's shape.
+        """
+        if tuple(x_t.shape[1:]) != self.config.sample_shape:
+            raise ShapeError(
+                f"x_t has shape {tuple(x_t.shape)}, expected (batch, "
+                f"{', '.join(map(str, self.config.sample_shape))})."
+            )
+        F = self.network(x_t / self.sigma_data, t, class_labels)
+        return predict_data(x_t, F, t, sigma_data=self.sigma_data)
+
+    def spec(
+        self, num_inference_steps: int = 2, *, times: tuple[float, ...] | None = None, max_batch: int = 32
+    ) -> SamplerSpec:
+        """Describe the sampler that unrolls this model over ``num_inference_steps`` times."""
+        config = self.config
+        return SamplerSpec(
+            times=times or default_times(num_inference_steps, sigma_data=config.sigma_data),
+            sample_shape=config.sample_shape,
+            sigma_data=config.sigma_data,
+            value_range=config.value_range,
+            num_classes=config.num_classes,
+            class_names=config.class_names,
+            max_batch=max_batch,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ConsistencyModel:
+        """Load ``config.json`` and ``diffusion_pytorch_model.safetensors`` from a folder, in eval mode.
+
+        Raises:
+            BundleError: If the folder or a file is absent.
+            IntegrityError: If the weights are truncated or do not fit the config.
+        """
+        from .checkpoint import load_checkpoint
+
+        return load_checkpoint(Path(folder))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, each file atomically."""
+        from .checkpoint import save_checkpoint
+
+        save_checkpoint(self, Path(folder))

@@ -1,0 +1,157 @@
+"""Layers of the sCM networks: the three changes of the paper and nothing that breaks a JVP or an export.
+
+1. The network sees the time ``t`` itself (identity), not a logarithm of a noise level.
+2. ``t`` is embedded by slow sinusoids (positional), not by fast Fourier features.
+3. Modulation is doubly normalized: ``y = norm(x) * pnorm(s(t)) + pnorm(b(t))``.
+
+Attention is written as MatMul + Softmax: forward-mode differentiation supports it (the fused kernels
+do not) and ONNX opset 20 carries it to engines that fuse it again.
+
+Shape letters: B batch, C channels, H height, W width, E embedding, N tokens.
+Source: arXiv 2410.11081, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def pixel_norm(x: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Divide by the root mean square over axis 1, the channels: ``x / sqrt(mean_c(x^2) + eps)``."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
+
+
+class PositionalEmbedding(nn.Module):
+    """Sinusoids of the raw time: ``[cos(t f), sin(t f)]`` with ``f_i = max_period^(-i / (E/2 - 1))``.
+
+    Args:
+        channels: Size E of the embedding; even, at least 4.
+        max_period: Ratio between the fastest frequency, 1, and the slowest.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        half = channels // 2
+        exponent = torch.arange(half, dtype=torch.float64) / (half - 1)
+        frequencies = torch.exp(-math.log(max_period) * exponent).float()
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """Embed times (B,), radians, as (B, E) in the dtype of ``t_B``, at least float32."""
+        angle_BE = t_B[:, None] * self.frequencies.to(t_B.dtype)
+        return torch.cat([angle_BE.cos(), angle_BE.sin()], dim=1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization that accepts any memory layout and can be compiled under a JVP.
+
+    The native kernel's forward derivative needs a contiguous input and cannot be traced by
+    ``torch.compile``; there the plain formula is used, which the compiler fuses.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (B, C, ...)."""
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return super().forward(x.contiguous())
+        groups = x.reshape(x.shape[0], self.num_groups, -1)
+        mean = groups.mean(dim=2, keepdim=True)
+        centred = groups - mean
+        out = centred * torch.rsqrt(centred.square().mean(dim=2, keepdim=True) + self.eps)
+        out = out.reshape(x.shape)
+        if self.affine:
+            shape = (1, -1, *([1] * (x.ndim - 2)))
+            out = out * self.weight.reshape(shape) + self.bias.reshape(shape)
+        return out
+
+
+def group_norm(channels: int, *, affine: bool = True) -> GroupNorm:
+    """Return a group normalization with up to 32 groups of at least 4 channels."""
+    groups = min(32, channels // 4)
+    while channels % groups:
+        groups -= 1
+    return GroupNorm(groups, channels, eps=1e-6, affine=affine)
+
+
+def zero_(layer: nn.Conv2d) -> nn.Conv2d:
+    """Zero the weights, so that a residual branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class AdaptiveDoubleNorm(nn.Module):
+    """``norm(x) * pnorm(s) + pnorm(b)`` with ``s, b`` affine in the embedding.
+
+    There is no "+1" on the scale: pixel normalization already gives it unit magnitude.
+    ``double=False`` is plain AdaGN, ``norm(x) * (1 + s) + b``, which diverges in consistency
+    training; it exists for ablations.
+    """
+
+    def __init__(self, channels: int, emb_channels: int, *, double: bool = True) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, affine=False)
+        self.affine = nn.Linear(emb_channels, 2 * channels)
+        self.double = double
+        with torch.no_grad():
+            self.affine.bias[:channels].fill_(1.0 if double else 0.0)
+            self.affine.bias[channels:].normal_(std=0.1 if double else 0.0)
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
+        """Modulate (B, C, H, W) by embeddings (B, E)."""
+        scale_BC, shift_BC = self.affine(emb_BE).chunk(2, dim=1)
+        if self.double:
+            scale_BC, shift_BC = pixel_norm(scale_BC), pixel_norm(shift_BC)
+        else:
+            scale_BC = scale_BC + 1.0
+        return self.norm(x_BCHW) * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around an adaptive double normalization, with a residual connection."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_channels: int, *, dropout: float, double_norm: bool
+    ) -> None:
+        super().__init__()
+        self.norm = group_norm(in_channels)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulation = AdaptiveDoubleNorm(out_channels, emb_channels, double=double_norm)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
+        """Return (B, out_channels, H, W)."""
+        h = self.conv0(functional.silu(self.norm(x_BCHW)))
+        h = functional.silu(self.modulation(h, emb_BE))
+        skip: Tensor = self.skip(x_BCHW)
+        return (skip + self.conv1(self.dropout(h))) * math.sqrt(0.5)
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head self-attention over the pixels, with a residual connection."""
+
+    def __init__(self, channels: int, *, head_channels: int) -> None:
+        super().__init__()
+        self.num_heads = max(1, channels // head_channels)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return (B, C, H, W)."""
+        B, C, H, W = x_BCHW.shape
+        qkv = self.qkv(self.norm(x_BCHW)).reshape(B, 3, self.num_heads, C // self.num_heads, H * W)
+        q, k, v = qkv.unbind(1)  # each (B, heads, channels per head, N)
+        scale = (C // self.num_heads) ** -0.5
+        weights = torch.softmax((q * scale).transpose(-2, -1) @ k, dim=-1)
+        h = (v @ weights.transpose(-2, -1)).reshape(B, C, H, W)
+        return (x_BCHW + self.proj(h)) * math.sqrt(0.5)

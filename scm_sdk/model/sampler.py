@@ -1,0 +1,72 @@
+"""The whole sampler as one module: the consistency model unrolled over the times of a spec.
+
+This is the definition that every exported graph and engine is compared with. Noise comes in, images
+go out; nothing is drawn inside.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..spec import SamplerSpec
+from .consistency import ConsistencyModel
+
+
+class Sampler(nn.Module):
+    """Multistep consistency sampling: denoise, add fresh noise at the next time, denoise again.
+
+    Args:
+        model: The consistency model.
+        spec: Times, shapes and labels; ``model.spec(2)`` makes the usual one.
+
+    Raises:
+        ShapeError: If the spec belongs to another model.
+
+    Source: arXiv 2410.11081, section 5.2; Song et al. 2023, algorithm 1.
+    """
+
+    def __init__(self, model: ConsistencyModel, spec: SamplerSpec) -> None:
+        super().__init__()
+        found = (spec.sample_shape, spec.num_classes, spec.sigma_data)
+        expected = (model.config.sample_shape, model.config.num_classes, model.sigma_data)
+        if found != expected:
+            raise ShapeError(
+                f"the spec has (sample_shape, num_classes, sigma_data) = {found}, the model {expected}. "
+                "Make the spec with model.spec(num_inference_steps)."
+            )
+        self.model = model
+        self.spec = spec
+        # Computed in float64 and rounded once: float32 trigonometry would differ between backends.
+        self.cosines = [math.cos(t) for t in spec.times]
+        self.sines = [math.sin(t) for t in spec.times]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return samples, (B, ...), data units, not clipped.
+
+        Args:
+            *inputs: As ``spec.inputs`` orders them: one standard normal noise (B, ...) for each
+                step, float32, then class_labels (B,), int64, if the model has classes.
+
+        Raises:
+            ShapeError: If an input is missing.
+        """
+        if len(inputs) != len(self.spec.inputs):
+            names = ", ".join(tensor.name for tensor in self.spec.inputs)
+            raise ShapeError(f"the sampler got {len(inputs)} inputs, expected {len(self.spec.inputs)}: {names}.")
+        steps = self.spec.num_inference_steps
+        class_labels = inputs[steps] if self.spec.num_classes else None
+        sigma_data = self.spec.sigma_data
+        x_0: Tensor | None = None
+        for cos, sin, t, noise in zip(self.cosines, self.sines, self.spec.times, inputs, strict=False):
+            x_t = (sin * sigma_data) * noise
+            if x_0 is not None:
+                x_t = cos * x_0 + x_t
+            t_1 = torch.full((1,), t, dtype=torch.float32, device=noise.device)
+            F = self.model.network(x_t / sigma_data, t_1, class_labels)
+            x_0 = cos * x_t - (sin * sigma_data) * F
+        assert x_0 is not None
+        return x_0

@@ -1,0 +1,282 @@
+"""Open what the plan chose, once, and go by the user's word when that cannot be done."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from time import perf_counter
+from typing import Literal, get_args
+
+import numpy as np
+
+from .dispatch import BACKENDS, Backend, Plan, PlanRow, backend_info, make_plan, open_backend
+from .errors import BackendError, BackendFailure, BackendUnavailable, BundleError, ConfigError
+from .measured import recall, remember
+from .output import GenerationInfo
+from .request import Request, make_request
+from .sources import Source
+from .spec import Precision, SamplerSpec
+
+Fallback = Literal["error", "warn", "allow"]
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference to a recorded sample, in units of sigma_data, where no parity record allows more.
+Wide enough for another processor's fp32 rounding, two powers of ten below what an eye could see."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """One backend that is open.
+
+    Attributes:
+        backend: It.
+        row: The row of the plan that it came from.
+        plan: The whole plan.
+        spec: The sampler it runs.
+        load_ms: How long opening took.
+        fallback: What could not run in its place, if anything.
+    """
+
+    backend: Backend
+    row: PlanRow
+    plan: Plan
+    spec: SamplerSpec
+    load_ms: float
+    fallback: str | None = None
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as the backend says."""
+        return str(getattr(self.backend, "device", "cpu"))
+
+    def run(
+        self, request: Request, batch_size: int, report: Callable[[int], object] = lambda done: None
+    ) -> tuple[np.ndarray, tuple[int, ...], dict[str, float]]:
+        """Run a request batch by batch.
+
+        Returns:
+            The images (N, *image_shape) float32 in data units, the size of each batch, and ``timings``.
+        """
+        raw = np.empty((len(request), *self.spec.image_shape), np.float32)
+        starts = range(0, len(request), batch_size)
+        noise_s = sample_s = 0.0
+        for start in starts:
+            stop = min(start + batch_size, len(request))
+            began = perf_counter()
+            noise, conditioning = request.inputs(start, stop)
+            drawn = perf_counter()
+            raw[start:stop] = self.backend.sample(noise, conditioning)
+            noise_s, sample_s = noise_s + drawn - began, sample_s + perf_counter() - drawn
+            report(stop)
+        timings = {"load_ms": self.load_ms, "noise_ms": noise_s * 1e3, "sample_ms": sample_s * 1e3}
+        return raw, tuple(min(batch_size, len(request) - start) for start in starts), timings
+
+    def info(self, source: Source, *, batches: tuple[int, ...], timings: dict[str, float]) -> GenerationInfo:
+        """Describe a run of this backend."""
+        return GenerationInfo(
+            backend=self.row.backend,
+            device=self.device,
+            precision=self.row.precision,
+            artifact=self.row.artifact,
+            sha256=source.sha256(self.row.artifact),
+            build_id=source.build_id,
+            num_inference_steps=self.spec.num_inference_steps,
+            batches=batches,
+            timings=timings,
+            rejected=self.plan.rejected,
+            fallback=self.fallback,
+        )
+
+
+class Opener:
+    """Keeps one open backend for each number of steps; safe for threads.
+
+    Args:
+        source: The model on disk.
+        backend: ``"auto"`` or a name.
+        precision: ``"auto"`` or a precision.
+        device: Passed to the backend.
+        fallback: Whether something else may run when the choice cannot.
+        num_threads: Passed to the backend.
+
+    Raises:
+        ConfigError: If the backend or the precision is unknown.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        backend: str,
+        precision: str,
+        *,
+        device: str | None,
+        fallback: Fallback,
+        num_threads: int | None,
+    ) -> None:
+        if backend != "auto":
+            backend_info(backend)
+        if precision not in ("auto", *get_args(Precision)):
+            raise ConfigError(
+                f"precision is {precision!r}, expected 'auto' or one of {', '.join(get_args(Precision))}."
+            )
+        self._source, self._backend, self._precision = source, backend, precision
+        self._device, self._fallback, self._num_threads = device, fallback, num_threads
+        self._opened: dict[int, Opened] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def plan(self, steps: int) -> Plan:
+        """Return the plan of what is open, or the one by which it would be opened."""
+        opened = self._opened.get(steps)
+        return opened.plan if opened else self._plan(steps, self._backend, self._precision)
+
+    def get(self, steps: int) -> Opened:
+        """Return the open backend for this number of steps; open it on first use.
+
+        Raises:
+            BackendError: If nothing that may run can be opened.
+            ConfigError: If the source lacks what was asked for.
+            BundleError: If an artifact is damaged; this never falls back.
+        """
+        with self._lock:
+            if self._closed:
+                raise BackendFailure("this generator was closed, expected an open one. Open it again.")
+            if steps not in self._opened:
+                self._opened[steps] = self._open_first(steps)
+            return self._opened[steps]
+
+    def open_accepted(self, steps: int) -> list[Opened]:
+        """Open every accepted row of the plan anew; the caller closes them."""
+        plan = self.plan(steps)
+        opened: list[Opened] = []
+        try:
+            for row in plan.accepted:
+                opened.append(self._open(plan, row, steps))
+        except BaseException:
+            for each in opened:
+                each.backend.close()
+            raise
+        return opened
+
+    def remember(self, medians_ms: Mapping[tuple[str, str], float]) -> None:
+        """Store medians at batch 1 by (backend, artifact) for later plans on this machine."""
+        remember(medians_ms, self._source.build_id, device=self._device, num_threads=self._num_threads)
+
+    def run_goldens(self, all_steps: Sequence[int]) -> None:
+        """Run the recorded samples and compare.
+
+        Raises:
+            BundleError: If nothing is recorded.
+            BackendFailure: If a sample comes out differently.
+        """
+        goldens = self._source.bundle.goldens() if self._source.bundle else {}
+        for steps in all_steps:
+            if steps not in goldens:
+                raise BundleError(
+                    f"{self._source.path} records no sample of {steps} steps, expected one for "
+                    "verify='smoke' or 'full'. Use verify='digest', or export the bundle again."
+                )
+            golden, opened = goldens[steps], self.get(steps)
+            labels = None if golden.class_labels is None else golden.class_labels.tolist()
+            request = make_request(
+                opened.spec, num_images=len(golden.seeds), seed=golden.seeds.tolist(), class_labels=labels
+            )
+            images, _, _ = opened.run(request, opened.spec.max_batch)
+            worst = float(np.abs(images - golden.images).max()) / opened.spec.sigma_data
+            allowed = max([GOLDEN_TOLERANCE, *self._thresholds(opened.row)])
+            if not worst <= allowed:  # NaN fails, too
+                raise BackendFailure(
+                    f"{opened.row.backend} ({opened.row.artifact}) differs from the recorded sample by "
+                    f"{worst:.1e} sigma_data, expected at most {allowed:.1e}. "
+                    "Compare it here: scm-export validate"
+                )
+
+    def close(self) -> None:
+        """Close every backend."""
+        with self._lock:
+            self._closed = True
+            for opened in self._opened.values():
+                opened.backend.close()
+            self._opened.clear()
+
+    def _thresholds(self, row: PlanRow) -> Iterator[float]:
+        records = self._source.parity
+        return (r.threshold for r in records if (r.artifact, r.backend) == (row.artifact, row.backend))
+
+    def _plan(self, steps: int, backend: str, precision: str) -> Plan:
+        measured = recall(self._source.build_id, device=self._device, num_threads=self._num_threads)
+        # Steps the source was not made for run only where the user named a backend that unrolls them:
+        # "auto" would otherwise change the backend because of a number.
+        unrolled = backend != "auto" and "safetensors" in BACKENDS[backend].opens
+        if steps not in self._source.steps and not unrolled:
+            self._source.spec(steps, unrolled=False)  # raises with the steps there are
+        return make_plan(
+            self._source.artifacts,
+            num_inference_steps=steps,
+            backend=backend,
+            precision=precision,
+            parity=self._source.parity,
+            measured_ms=measured,
+        )
+
+    def _open_first(self, steps: int) -> Opened:
+        """Open the best row; with a fallback allowed, the best that opens at all."""
+        problems: list[BackendError | ConfigError] = []
+        wanted = (self._backend, self._precision)
+        for backend, precision in dict.fromkeys([wanted, ("auto", self._precision), ("auto", "auto")]):
+            plan = self._plan(steps, backend, precision)
+            if not plan.accepted:
+                problems.append(self._nothing_accepted(plan, steps, backend, precision))
+            for row in plan.accepted:
+                try:
+                    return self._open(plan.choose(row), row, steps, problems)
+                except BackendError as exc:
+                    problems.append(exc)
+                    if self._fallback == "error":
+                        raise
+            if self._fallback == "error":
+                break
+        raise problems[0]
+
+    def _open(
+        self, plan: Plan, row: PlanRow, steps: int, problems: Sequence[BackendError | ConfigError] = ()
+    ) -> Opened:
+        start = perf_counter()
+        spec = self._source.spec(steps, unrolled=row.num_inference_steps == 0)
+        path = self._source.locate(row.artifact)
+        backend = open_backend(row.backend, path, spec, device=self._device, num_threads=self._num_threads)
+        load_ms = (perf_counter() - start) * 1e3
+        fallback = None
+        if problems:
+            fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}"
+            if self._fallback == "warn":
+                # The frames between: _open_first, get, from_pretrained or __call__, the user.
+                warnings.warn(fallback, RuntimeWarning, stacklevel=5)
+        return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
+
+    def _nothing_accepted(
+        self, plan: Plan, steps: int, backend: str, precision: str
+    ) -> BackendError | ConfigError:
+        info = BACKENDS.get(backend)
+        if info is not None and find_spec(info.library) is None:
+            return BackendUnavailable(
+                f"backend {backend!r} needs {info.library}, which is not installed. "
+                f"Install it with: pip install 'scm-sdk[{info.extra}]'. See what runs here: scm-export doctor"
+            )
+        formats = {artifact.path: artifact.format for artifact in self._source.artifacts}
+        # The pairs whose format does not fit would be noise in the message.
+        telling = [row for row in plan if formats[row.artifact] in BACKENDS[row.backend].opens]
+        reasons = "; ".join(f"{row.backend} on {row.artifact}: {row.reason}" for row in telling)
+        asked = f"backend={backend!r}, precision={precision!r}"
+        found = f"{self._source.path} has nothing to run {steps} steps with {asked}"
+        if info is not None and not any(kind in info.opens for kind in formats.values()):
+            return ConfigError(
+                f"{found}: it holds {', '.join(sorted(set(formats.values())))}, {backend} opens "
+                f"{', '.join(info.opens)}. Export it first: scm-export onnx"
+            )
+        error = BackendUnavailable if backend == "auto" and precision == "auto" else ConfigError
+        return error(
+            f"{found}: {reasons}. Choose one of what is there: scm-export inspect {self._source.path}"
+        )

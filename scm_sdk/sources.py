@@ -1,0 +1,145 @@
+"""What a ``Generator`` can be opened from: a bundle, or a plain checkpoint folder.
+
+Both become one ``Source``, so that nothing above asks which it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from .bundle import Bundle
+from .errors import BundleError, ConfigError
+from .files import sha256_file
+from .manifest import MANIFEST_NAME, Artifact, ParityRecord
+from .spec import SamplerSpec
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CHECKPOINT_STEPS = (1, 2)
+"""What a checkpoint folder offers by itself; asked for by number it runs any steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model on disk that passed its checks.
+
+    Attributes:
+        path: The folder.
+        build_id: The bundle's build id; the weights' sha256 for a checkpoint, "" if it was not computed.
+        artifacts: What can be run.
+        parity: Recorded comparisons.
+        steps: The numbers of steps it was made for, in its own order.
+        bundle: The bundle, or None for a checkpoint folder.
+    """
+
+    path: Path
+    build_id: str
+    artifacts: tuple[Artifact, ...]
+    parity: tuple[ParityRecord, ...]
+    steps: tuple[int, ...]
+    bundle: Bundle | None
+    _spec: Callable[[int], SamplerSpec]
+
+    @property
+    def default_steps(self) -> int:
+        """Two steps where there are two, otherwise the first the source names."""
+        return 2 if 2 in self.steps else self.steps[0]
+
+    def spec(self, num_inference_steps: int, *, unrolled: bool) -> SamplerSpec:
+        """Return the sampler with this number of steps.
+
+        Args:
+            num_inference_steps: Number of network calls.
+            unrolled: Whether the caller unrolls a checkpoint, which runs any number of steps.
+
+        Raises:
+            ConfigError: If the source does not have this number of steps.
+        """
+        if num_inference_steps not in self.steps and not unrolled:
+            raise ConfigError(
+                f"num_inference_steps is {num_inference_steps}, expected one of "
+                f"{', '.join(map(str, self.steps))}, which {self.path} was made for. "
+                "Choose one of them, or backend='torch', which unrolls any number."
+            )
+        return self._spec(num_inference_steps)
+
+    def locate(self, artifact: str) -> Path:
+        """Return where an artifact lies on disk."""
+        return self.bundle.file(artifact) if self.bundle else self.path / artifact
+
+    def sha256(self, artifact: str) -> str:
+        """Return the recorded sha256 of an artifact's main file: the graph, the engine or the weights."""
+        if self.bundle is None:
+            return self.build_id
+        names = (artifact, f"{artifact}/{WEIGHTS_NAME}")
+        return next((entry.sha256 for entry in self.bundle.manifest.files if entry.path in names), "")
+
+
+def open_source(path: str | os.PathLike[str], *, verify: Literal["none", "digest"] = "digest") -> Source:
+    """Open a bundle or a checkpoint folder and check its files.
+
+    Args:
+        path: The folder.
+        verify: ``digest`` reads every file; ``none`` only looks whether each is there.
+
+    Raises:
+        BundleError: If there is no such folder, or it is neither of the two, or a file is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise BundleError(
+            f"{folder} {found}, expected the folder of a bundle or of a checkpoint. Check the path; "
+            "make one with: scm-export demo"
+        )
+    if (folder / MANIFEST_NAME).exists():
+        return _from_bundle(Bundle.open(folder, verify=verify))
+    if (folder / CONFIG_NAME).exists():
+        return _from_checkpoint(folder, verify)
+    raise BundleError(
+        f"{folder} holds neither {MANIFEST_NAME} (a bundle) nor {CONFIG_NAME} (a checkpoint). "
+        "Point at the folder that scm-export or save_pretrained wrote."
+    )
+
+
+def _from_bundle(bundle: Bundle) -> Source:
+    manifest = bundle.manifest
+    return Source(
+        path=bundle.path,
+        build_id=manifest.build_id,
+        artifacts=manifest.artifacts,
+        parity=manifest.parity,
+        steps=tuple(spec.num_inference_steps for spec in manifest.samplers),
+        bundle=bundle,
+        _spec=bundle.spec,
+    )
+
+
+def _from_checkpoint(folder: Path, verify: str) -> Source:
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise BundleError(
+            f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole."
+        )
+    models: list[Any] = []
+
+    def spec(num_inference_steps: int) -> SamplerSpec:
+        # Only the model knows its shapes, and only torch can open it; kept so that it loads once.
+        if not models:
+            models.append(import_module("scm_sdk.runtimes.torch_backend").load_model(folder))
+        found: SamplerSpec = models[0].spec(num_inference_steps)
+        return found
+
+    return Source(
+        path=folder,
+        build_id=sha256_file(folder / WEIGHTS_NAME) if verify == "digest" else "",
+        artifacts=(Artifact(path=".", format="safetensors"),),
+        parity=(),
+        steps=CHECKPOINT_STEPS,
+        bundle=None,
+        _spec=spec,
+    )

@@ -1,0 +1,188 @@
+"""What a sampler is: its times, its tensors, its batch range. Both sides of the wall know only this.
+
+``export/`` writes a ``SamplerSpec`` into every graph and manifest; ``runtimes/`` and ``Generator``
+read it back. It is plain data: frozen, JSON both ways, unknown keys refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from .errors import ConfigError
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-cpu", "fp8"]
+DType = Literal["float32", "int64"]
+
+NOISE_CONTRACT = "scm-noise-v1"
+T_LIMIT = 1.57080
+"""Largest time, radians. SANA's 1.57080 lies a hair above pi/2 and is allowed."""
+MAX_STEPS = 64
+
+
+def default_times(num_inference_steps: int, *, sigma_data: float = 0.5) -> tuple[float, ...]:
+    """Return the times, radians, of a sampler with ``num_inference_steps`` network calls.
+
+    One step starts at ``t_max = arctan(80 / sigma_data)``; two add ``t_mid = 1.1`` (the paper's
+    value for every data set); more are spread evenly between ``t_max`` and 0.
+
+    Raises:
+        ConfigError: If the number of steps is not in 1..64.
+
+    Source: arXiv 2410.11081, section 5.2 and appendix G.2.
+    """
+    if not 1 <= num_inference_steps <= MAX_STEPS:
+        raise ConfigError(
+            f"num_inference_steps is {num_inference_steps}, expected 1..{MAX_STEPS}; 1 or 2 is usual."
+        )
+    t_max = math.atan(80.0 / sigma_data)
+    if num_inference_steps == 2:
+        return (t_max, 1.1)
+    return tuple(t_max * (1 - i / num_inference_steps) for i in range(num_inference_steps))
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tensor at the border of a sampler graph. Axis 0 is the batch and is not in ``shape``.
+
+    Attributes:
+        name: Name in the graph.
+        shape: Shape of one sample, without the batch axis; () for one number per sample.
+        dtype: ``float32`` or ``int64``.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: DType = "float32"
+
+
+class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One sampler: its times, its tensors and its batch range.
+
+    Attributes:
+        times: Times of the network calls, radians, strictly falling, in (0, pi/2].
+        sample_shape: Shape of one noise tensor without the batch axis; (C, H, W) for images.
+        sigma_data: Standard deviation of the training data, data units.
+        output: Whether the graph returns pixels or latents.
+        output_shape: Shape of one output without the batch axis; () means ``sample_shape``.
+        value_range: The outputs' lowest and highest meaningful values; images are clipped to it.
+        num_classes: Number of class labels; 0 for an unconditional model.
+        class_names: Names of the labels in order, or () when they have none.
+        guidance_range: Lowest and highest ``guidance_scale``, or None when there is no such input.
+        conditioning: Further inputs, for example prompt embeddings.
+        max_batch: Largest batch the graph is meant for; the smallest is always 1.
+        noise_contract: How a seed becomes noise; see ``scm_sdk.noise``.
+    """
+
+    times: tuple[float, ...]
+    sample_shape: tuple[int, ...]
+    sigma_data: float = 0.5
+    output: Literal["pixels", "latents"] = "pixels"
+    output_shape: tuple[int, ...] = ()
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    guidance_range: tuple[float, float] | None = None
+    conditioning: tuple[TensorSpec, ...] = ()
+    max_batch: int = 32
+    noise_contract: str = NOISE_CONTRACT
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.times) <= MAX_STEPS:
+            raise ConfigError(f"times holds {len(self.times)} entries, expected 1..{MAX_STEPS}: {self.times}")
+        if not all(0 < t <= T_LIMIT for t in self.times):
+            raise ConfigError(
+                f"times are {self.times}, expected radians in (0, pi/2]. "
+                "An EDM noise level sigma becomes t = atan(sigma / sigma_data)."
+            )
+        if list(self.times) != sorted(set(self.times), reverse=True):
+            raise ConfigError(f"times are {self.times}, expected to fall strictly, from noise to data.")
+        if not (math.isfinite(self.sigma_data) and self.sigma_data > 0):
+            raise ConfigError(f"sigma_data is {self.sigma_data}, expected a number greater than 0.")
+        if not self.sample_shape or min(self.sample_shape) < 1:
+            raise ConfigError(f"sample_shape is {self.sample_shape}, expected at least one axis, all >= 1.")
+        if self.output_shape and min(self.output_shape) < 1:
+            raise ConfigError(
+                f"output_shape is {self.output_shape}, expected axes >= 1, or () for sample_shape."
+            )
+        if not self.value_range[0] < self.value_range[1]:
+            raise ConfigError(f"value_range is {self.value_range}, expected (lowest, highest).")
+        if self.num_classes < 0:
+            raise ConfigError(f"num_classes is {self.num_classes}, expected 0 (unconditional) or more.")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ConfigError(
+                f"class_names holds {len(self.class_names)} names, expected num_classes = {self.num_classes}."
+            )
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ConfigError("class_names holds a name twice, expected unique names.")
+        if self.guidance_range is not None and not self.guidance_range[0] <= self.guidance_range[1]:
+            raise ConfigError(f"guidance_range is {self.guidance_range}, expected (lowest, highest) or None.")
+        names = [tensor.name for tensor in self.inputs]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"inputs are named {', '.join(names)}, expected each name once. Rename one.")
+        if self.max_batch < 1:
+            raise ConfigError(f"max_batch is {self.max_batch}, expected 1 or more.")
+        if self.noise_contract != NOISE_CONTRACT:
+            raise ConfigError(
+                f"noise_contract is {self.noise_contract!r}, expected {NOISE_CONTRACT!r}. "
+                "The sampler was made by a newer scm-sdk; update this one."
+            )
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Number of network calls."""
+        return len(self.times)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one output, without the batch axis."""
+        return self.output_shape or self.sample_shape
+
+    @property
+    def noise_inputs(self) -> tuple[TensorSpec, ...]:
+        """The noise tensors, ``noise_0`` first, one for each step."""
+        return tuple(TensorSpec(name=f"noise_{i}", shape=self.sample_shape) for i in range(len(self.times)))
+
+    @property
+    def conditioning_inputs(self) -> tuple[TensorSpec, ...]:
+        """Every input that is not noise: labels, guidance, then the model's own."""
+        inputs: tuple[TensorSpec, ...] = ()
+        if self.num_classes:
+            inputs += (TensorSpec(name="class_labels", dtype="int64"),)
+        if self.guidance_range is not None:
+            inputs += (TensorSpec(name="guidance_scale"),)
+        return inputs + self.conditioning
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Every graph input in order; axis 0 of each is the batch."""
+        return self.noise_inputs + self.conditioning_inputs
+
+    @property
+    def output_name(self) -> str:
+        """Name of the one graph output, ``images`` or ``latents``."""
+        return "images" if self.output == "pixels" else "latents"
+
+    def with_steps(self, num_inference_steps: int) -> SamplerSpec:
+        """Return this spec with the default times of another number of steps."""
+        times = default_times(num_inference_steps, sigma_data=self.sigma_data)
+        return msgspec.structs.replace(self, times=times)
+
+    def to_json(self) -> str:
+        """Return compact JSON; ``from_json`` gives back an equal spec."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SamplerSpec:
+        """Parse what ``to_json`` wrote.
+
+        Raises:
+            ConfigError: If the text is no JSON, a key is unknown, or a value breaks the contract.
+        """
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise ConfigError(
+                f"sampler spec cannot be read: {exc}. Expected the JSON that scm-export wrote."
+            ) from exc

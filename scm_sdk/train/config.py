@@ -1,0 +1,140 @@
+"""What a training run is: everything that determines its result, as one frozen, JSON-able value."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ..errors import ConfigError
+from ..model.unet import UNetConfig
+
+Objective = Literal["diffusion", "sct", "scd"]
+
+
+class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which images are trained on.
+
+    Attributes:
+        source: ``avatars`` (shipped), ``fashion-mnist``, a folder of images or an ``.npz`` file.
+        label: Column of labels to condition on, or "" for none. For a folder: ``folder`` names the
+            classes after its sub-folders.
+        rows: First and last-plus-one row that are trained on; the others are held out. (0, 0): all.
+    """
+
+    source: str = "avatars"
+    label: str = ""
+    rows: tuple[int, int] = (0, 0)
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One training run.
+
+    Attributes:
+        objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distils a teacher and
+            ``sct`` trains from data alone (Algorithm 1).
+        data: The images.
+        network: The network; None takes the teacher's.
+        init_from: Checkpoint folder whose weights start the run, "" for random weights. For ``scd``
+            it is also the teacher.
+        sigma_data: Standard deviation of the data, data units.
+        batch_size: Samples of one iteration.
+        num_iterations: Length of the run.
+        optimizer: ``adam`` or ``radam``.
+        learning_rate: Peak learning rate.
+        betas: Moment decay rates.
+        warmup_iterations: Linear learning-rate warm-up.
+        decay_fraction: Last share of the run in which the learning rate falls linearly to 1 %.
+        grad_clip: Largest gradient norm; larger gradients are scaled down.
+        ema_halflife: Half-life of the weight average, samples; shorter early in the run.
+        ema_ramp: Largest half-life as a share of the samples seen so far.
+        p_mean: Mean of ln(sigma), where sigma = sigma_data tan(t).
+        p_std: Standard deviation of ln(sigma).
+        label_dropout: Share of samples trained without their label.
+        dropout: Dropout of the network, replaces the network's own.
+        tangent_norm: Norm of the tangent over one sample; ``l2`` is the paper's, ``rms`` suits
+            samples of few elements.
+        tangent_c: Constant c of the tangent normalization ``g / (||g|| + c)``.
+        tangent_warmup: Iterations H over which the JVP part of the tangent is faded in.
+        normalize_tangent: False switches the normalization off, for ablations.
+        adaptive_weighting: False switches the learned weighting off, for ablations.
+        seed: Names the run: batches, times, noise and initial weights follow from it.
+        max_bad_steps: Consecutive non-finite steps that are skipped before the run stops.
+        compile: Use ``torch.compile`` for the loss.
+    """
+
+    objective: Objective
+    data: DataConfig = DataConfig()
+    network: UNetConfig | None = None
+    init_from: str = ""
+    sigma_data: float = 0.5
+    batch_size: int = 64
+    num_iterations: int = 10_000
+    optimizer: Literal["adam", "radam"] = "adam"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_iterations: int = 200
+    decay_fraction: float = 0.3
+    grad_clip: float = 10.0
+    ema_halflife: int = 50_000
+    ema_ramp: float = 0.05
+    p_mean: float = -0.8
+    p_std: float = 1.4
+    label_dropout: float = 0.0
+    dropout: float = 0.0
+    tangent_norm: Literal["l2", "rms"] = "l2"
+    tangent_c: float = 0.1
+    tangent_warmup: int = 10_000
+    normalize_tangent: bool = True
+    adaptive_weighting: bool = True
+    seed: int = 0
+    max_bad_steps: int = 10
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_iterations", "max_bad_steps", "ema_halflife"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more.")
+        for name in ("learning_rate", "sigma_data", "p_std", "grad_clip", "tangent_c", "ema_ramp"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0.")
+        for name in ("label_dropout", "dropout", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected a share in [0, 1].")
+        if self.warmup_iterations < 0 or self.tangent_warmup < 0:
+            raise ConfigError("warmup_iterations and tangent_warmup cannot be negative.")
+        if self.objective == "scd" and not self.init_from:
+            raise ConfigError("objective 'scd' distils a teacher: give init_from, a checkpoint folder.")
+        if self.network is None and not self.init_from:
+            raise ConfigError("a run needs a network or init_from, a checkpoint folder; both are absent.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}, expected 0 <= seed < 2**32.")
+
+    def learning_rate_at(self, iteration: int) -> float:
+        """Return the learning rate of an iteration: warm-up, plateau, linear decay."""
+        rise = min(1.0, (iteration + 1) / self.warmup_iterations) if self.warmup_iterations else 1.0
+        decay = self.decay_fraction * self.num_iterations
+        left = (self.num_iterations - iteration) / decay if decay else 1.0
+        return self.learning_rate * rise * max(0.01, min(1.0, left))
+
+    def ema_decay_at(self, iteration: int) -> float:
+        """Return the weight average's decay of an iteration."""
+        seen = (iteration + 1) * self.batch_size
+        halflife = min(float(self.ema_halflife), self.ema_ramp * seen)
+        return float(0.5 ** (self.batch_size / max(halflife, 1e-8)))
+
+    def to_json(self) -> str:
+        """Return indented JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> TrainConfig:
+        """Parse what ``to_json`` wrote.
+
+        Raises:
+            ConfigError: If it cannot be read or a value breaks the contract.
+        """
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as exc:
+            raise ConfigError(f"training config cannot be read: {exc}.") from exc

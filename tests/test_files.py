@@ -1,0 +1,267 @@
+"""Nothing half-written stays on disk, whatever fails and whenever it fails."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scm_sdk.errors import BundleError, IntegrityError, ScmError, TrainError
+from scm_sdk.files import atomic_folder, atomic_write_bytes, check_relative, safe_join, sha256_file
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too, with its content."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def fail_on_call(number: int, real: Callable[..., Any], code: int = errno.ENOSPC) -> Callable[..., Any]:
+    """Return ``real`` with its call ``number`` (from 0) replaced by an error of the disk."""
+    calls = iter(range(10**6))
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+
+    return wrapper
+
+
+def fill(path: Path, content: bytes, **options: Any) -> None:
+    with atomic_folder(path, **options) as folder:
+        (folder / "deep" / "er").mkdir(parents=True)
+        (folder / "deep" / "er" / "a.bin").write_bytes(content)
+        (folder / "mark.json").write_bytes(b"{}")
+
+
+def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "x.bin"
+    for content in (b"one", memoryview(b"two, longer"), b""):
+        atomic_write_bytes(target, content)
+        assert tree(tmp_path) == {"new/folder/x.bin": bytes(content)}
+
+
+def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    atomic_write_bytes(tmp_path / "ours", b"")
+    fill(tmp_path / "folder", b"")
+    (tmp_path / "plain_folder").mkdir()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain_folder").stat().st_mode
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("old", [None, b"old"], ids=["new", "old"])
+def test_a_full_disk_leaves_the_old_file(
+    call: str, old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x.bin"
+    if old is not None:
+        target.write_bytes(old)
+    before = tree(tmp_path)
+    monkeypatch.setattr(os, call, fail_on_call(0, getattr(os, call)))
+    with pytest.raises(TrainError, match=r"x.bin cannot be written: No space left.*Free some space"):
+        atomic_write_bytes(target, b"new", error=TrainError)
+    assert tree(tmp_path) == before
+
+
+def test_a_rename_that_the_disk_does_not_confirm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", fail_on_call(1, os.fsync, errno.EIO))
+    with pytest.raises(
+        ScmError, match=r"x was replaced, but the disk did not confirm it: Input/output error"
+    ):
+        atomic_write_bytes(tmp_path / "x", b"new")
+    assert tree(tmp_path) == {"x": b"new"}
+
+
+def test_a_file_system_without_folder_fsync_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", fail_on_call(1, os.fsync, errno.EINVAL))
+    atomic_write_bytes(tmp_path / "x", b"new")
+    assert tree(tmp_path) == {"x": b"new"}
+
+
+@pytest.mark.parametrize(
+    "code, remedy",
+    [
+        (errno.EROFS, "Choose a folder on a disk that is not read-only"),
+        (errno.EACCES, "Choose a folder that you may write to"),
+        (errno.EPERM, "Choose a folder that you may write to"),
+        (errno.EDQUOT, "Free some space"),
+        (errno.EIO, "Check the path and the disk"),
+    ],
+)
+def test_each_refusal_says_what_to_do(
+    code: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", fail_on_call(0, os.fsync, code))
+    with pytest.raises(ScmError, match=remedy):
+        atomic_write_bytes(tmp_path / "x", b"")
+    assert tree(tmp_path) == {}
+
+
+def test_a_path_below_a_file_or_onto_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"kept")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ScmError, match=r"cannot be written: (Not a directory|File exists)"):
+        atomic_write_bytes(tmp_path / "file" / "x", b"")
+    with pytest.raises(ScmError, match="cannot be written: Is a directory"):
+        atomic_write_bytes(tmp_path / "folder", b"")
+    with pytest.raises(BundleError, match=r"cannot be written: (Not a directory|File exists)"):
+        fill(tmp_path / "file" / "x", b"")
+    assert tree(tmp_path) == {"file": b"kept"}
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "bundle"
+    with atomic_folder(target) as folder:
+        assert folder.parent == target.parent.resolve()
+        (folder / "a").write_bytes(b"1")
+        assert not target.exists()
+    assert tree(tmp_path) == {"out/bundle/a": b"1"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, FileNotFoundError, BundleError])
+def test_an_error_in_the_block_removes_the_folder_and_is_kept(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=r"^mine$"), atomic_folder(tmp_path / "b") as folder:
+        (folder / "a").write_bytes(b"1")
+        raise error("mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_in_the_block_is_translated(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BundleError, match=r"b cannot be written: No space left on device"),
+        atomic_folder(tmp_path / "b"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("old", [None, b"old"], ids=["new", "old"])
+def test_a_full_disk_leaves_the_old_folder(
+    call: str, number: int, old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever call fails, what is there afterwards is all of the old or all of the new."""
+    target = tmp_path / "b"
+    if old is not None:
+        fill(target, old)
+    before = tree(tmp_path)
+    monkeypatch.setattr(os, call, fail_on_call(number, getattr(os, call)))
+    try:
+        fill(target, b"new", overwrite=True)
+    except BundleError as exc:
+        assert "b cannot be written: No space left on device" in str(exc)
+        assert tree(tmp_path) == before
+    else:
+        # Renames: one for a new folder, two for an old one. Fsyncs: two files, three folders, the parent.
+        assert call == "replace"
+        assert number >= (1 if old is None else 2)
+        assert tree(tmp_path) == {"b/deep/er/a.bin": b"new", "b/mark.json": b"{}"}
+
+
+def test_an_old_folder_is_replaced_only_when_allowed(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    fill(target, b"old")
+    with pytest.raises(BundleError, match=r"exists and is not empty, expected a new.*overwrite"):
+        fill(target, b"new")
+    assert tree(target)["deep/er/a.bin"] == b"old"
+    fill(target, b"new", overwrite=True)
+    assert tree(tmp_path) == {"b/deep/er/a.bin": b"new", "b/mark.json": b"{}"}
+
+
+def test_a_folder_without_the_marker_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "last.txt").write_bytes(b"years")
+    with pytest.raises(BundleError, match=r"holds no mark.json, so it is not replaced"):
+        fill(tmp_path / "thesis", b"new", overwrite=True, marker="mark.json")
+    assert tree(tmp_path) == {"thesis/last.txt": b"years"}
+
+
+def test_an_empty_folder_may_wait_and_a_file_may_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    fill(tmp_path / "empty", b"new")
+    assert (tmp_path / "empty" / "mark.json").is_file()
+    (tmp_path / "file").write_bytes(b"kept")
+    with pytest.raises(BundleError, match="file is a file, expected a folder"):
+        fill(tmp_path / "file", b"new", overwrite=True)
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="exists and is not empty"), atomic_folder(tmp_path / "b") as folder:
+        (folder / "a").write_bytes(b"mine")
+        fill(tmp_path / "b", b"theirs")
+    assert tree(tmp_path)["b/deep/er/a.bin"] == b"theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    fill(tmp_path / "real", b"old")
+    (tmp_path / "link").symlink_to("real")
+    fill(tmp_path / "link", b"new", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert tree(tmp_path / "real")["deep/er/a.bin"] == b"new"
+
+
+@given(st.binary(max_size=100), st.integers(0, 3))
+def test_sha256(tmp_path_factory: pytest.TempPathFactory, content: bytes, repeats: int) -> None:
+    path = tmp_path_factory.getbasetemp() / "hashed"
+    content *= 30_000**repeats if repeats < 2 else 1
+    path.write_bytes(content)
+    assert sha256_file(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_sha256_of_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="gone cannot be read: No such file"):
+        sha256_file(tmp_path / "gone")
+
+
+HOSTILE = [
+    *["", ".", "..", "/etc/passwd", "a/../../b", "../b", "a/..", "./a", "a//b", "a/", "a\\b", "C:/x", "c:x"],
+    *["a\0b", "a\nb", "\u202etxt.exe"],  # a right-to-left mark shows another name than it has
+]
+
+
+@pytest.mark.parametrize("relative", HOSTILE)
+def test_hostile_paths_are_refused(relative: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not allowed, expected a relative POSIX path"):
+        safe_join(tmp_path, relative)
+
+
+@given(st.text(max_size=12) | st.lists(st.sampled_from(["..", ".", "a", "", "/", "\\", "C:"])).map("/".join))
+def test_an_accepted_path_stays_inside(relative: str) -> None:
+    try:
+        check_relative(relative)
+    except BundleError:
+        return
+    normal = os.path.normpath(os.path.join("/root", relative))
+    assert normal == f"/root/{relative}"
+
+
+def test_a_link_may_point_inside_and_not_outside(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "real").write_bytes(b"")
+    (tmp_path / "secret").write_bytes(b"")
+    (root / "inside").symlink_to("real")
+    (root / "outside").symlink_to("../secret")
+    (root / "folder").symlink_to(tmp_path)
+    (root / "loop").symlink_to("loop")
+    assert safe_join(root, "inside") == root / "inside"
+    for relative in ("outside", "folder/secret"):
+        with pytest.raises(BundleError, match=r"is a link that leads out of .*cp -rL"):
+            safe_join(root, relative)
+    # Newer Pythons resolve a loop to itself, which is inside; opening it then fails.
+    try:
+        assert safe_join(root, "loop") == root / "loop"
+    except BundleError as exc:
+        assert "cannot be resolved" in str(exc)

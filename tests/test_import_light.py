@@ -1,0 +1,68 @@
+"""``import scm_sdk`` costs nothing, and each public name is where the documentation says."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+import scm_sdk
+
+BACKENDS = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt"}
+HEAVY = BACKENDS | {"numpy", "PIL", "click", "rich", "msgspec", "safetensors"}
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter holds after ``code``."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_is_light() -> None:
+    loaded = loaded_after("import scm_sdk; scm_sdk.__version__; dir(scm_sdk)")
+    assert "scm_sdk" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("name", ["SamplerSpec", "Bundle", "Generator"])
+def test_names_that_serve_without_torch_load_no_backend(name: str) -> None:
+    loaded = loaded_after(f"from scm_sdk import {name}")
+    assert "msgspec" in loaded, "the name was really imported"
+    assert not loaded & (BACKENDS | {"click"})
+
+
+def test_the_command_is_light() -> None:
+    loaded = loaded_after("import scm_sdk.export.cli")
+    assert "click" in loaded
+    assert not loaded & (BACKENDS | {"PIL"})
+
+
+def test_the_public_names_are_these() -> None:
+    assert scm_sdk.__all__ == [
+        "Bundle",
+        "ConsistencyModel",
+        "Generator",
+        "Sampler",
+        "SamplerSpec",
+        "__version__",
+    ]
+    assert dir(scm_sdk) == scm_sdk.__all__
+
+
+@pytest.mark.parametrize("name", scm_sdk.__all__)
+def test_each_public_name_is_there_and_at_home(name: str) -> None:
+    value = getattr(scm_sdk, name)
+    if name == "__version__":
+        assert value == importlib.import_module("scm_sdk._version").__version__
+    else:
+        assert value.__name__ == name
+        assert value.__doc__
+        assert value is getattr(importlib.import_module(value.__module__), name)
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'scm_sdk' has no attribute 'Generater'"):
+        scm_sdk.Generater  # noqa: B018

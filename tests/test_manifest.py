@@ -1,0 +1,110 @@
+"""The manifest as text: what it reads back, and what it refuses."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scm_sdk.errors import SchemaError
+from scm_sdk.manifest import SCHEMA_VERSION, Artifact, FileEntry, Manifest, ParityRecord
+from scm_sdk.spec import SamplerSpec, default_times
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+DIGEST = "0" * 64
+
+
+def make(**changes: Any) -> Manifest:
+    entry = FileEntry(path="onnx/model.onnx", size=3, sha256=DIGEST, role="graph", built_from=("denoiser/x",))
+    parity = ParityRecord(
+        artifact="onnx/model.onnx",
+        reference="denoiser",
+        backend="onnxruntime",
+        threshold=1e-5,
+        noise_floor=2e-6,
+        max_abs=3e-6,
+        num_samples=32,
+        passed=True,
+    )
+    parts: dict[str, Any] = {
+        "build_id": "b",
+        "name": "avatars",
+        "samplers": (SamplerSpec(times=default_times(2), sample_shape=(3, 16, 16)),),
+        "artifacts": (Artifact(path="onnx/model.onnx", format="onnx", num_inference_steps=2),),
+        "files": (entry,),
+        "parity": (parity,),
+    }
+    return Manifest(**(parts | changes))
+
+
+@given(
+    st.dictionaries(st.text(max_size=5), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3)
+)
+def test_json_gives_back_an_equal_manifest(provenance: dict[str, Any], versions: dict[str, str]) -> None:
+    manifest = make(provenance=provenance, versions=versions)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_json_is_for_people_too() -> None:
+    lines = make().to_json().decode().splitlines()
+    assert lines[:2] == ["{", f'  "schema_version": {SCHEMA_VERSION},']
+    assert len(lines) > 50
+
+
+def changed(**changes: Any) -> bytes:
+    return json.dumps(json.loads(make().to_json()) | changes).encode()
+
+
+def test_a_newer_schema_says_update() -> None:
+    with pytest.raises(
+        SchemaError, match=r"has schema version 2, this scm-sdk reads up to 1. Update scm-sdk: pip"
+    ):
+        Manifest.from_json(changed(schema_version=2, what_we_do_not_know_yet=[1, 2]))
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "cannot be read: Input data was truncated"),
+        (b"\x80\x04\x95", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b'{"a":' * 100_000, "cannot be read: maximum recursion depth"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"[]", "cannot be read: Expected `object`"),
+        (b"{}", "cannot be read: .*missing required field `schema_version`"),
+        (changed(schema_version="1"), "cannot be read: Expected `int`, got `str`"),
+        (changed(schema_version=True), "cannot be read: Expected `int`, got `bool`"),
+        (changed(schema_version=0), "has schema version 0, expected 1 or more"),
+        (changed(colour="red"), "breaks schema version 1: .*unknown field `colour`"),
+        (changed(name=3), r"breaks schema version 1: .*`\$.name`"),
+        (changed(name="x").replace(b'"x"', b'"\xff"'), "breaks schema version 1: 'utf-8'"),
+        (changed(samplers=[{"times": [9.0], "sample_shape": [3]}]), "breaks schema version 1: times are"),
+        (changed(artifacts=[{"path": "x", "format": "pickle"}]), "breaks schema version 1: .*'pickle'"),
+        (
+            changed(files=[{"path": "x", "size": 1.5, "sha256": "", "role": "graph"}]),
+            "breaks schema version 1",
+        ),
+        (make().to_json()[:-9], "cannot be read: Input data was truncated"),
+    ],
+    ids=range(17),
+)
+def test_other_text_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(SchemaError, match=f"scm_manifest.json {message}"):
+        Manifest.from_json(data)
+
+
+@given(st.data())
+def test_any_bytes_give_a_manifest_or_a_schema_error(data: st.DataObject) -> None:
+    good = make().to_json()
+    cut = data.draw(st.integers(0, len(good)))
+    junk = data.draw(st.binary(max_size=4))
+    try:
+        manifest = Manifest.from_json(good[:cut] + junk + good[cut + data.draw(st.integers(0, 9)) :])
+    except SchemaError:
+        return
+    assert Manifest.from_json(manifest.to_json()) == manifest

@@ -1,0 +1,264 @@
+"""Backends: what they refuse, what they translate, and that many threads get the right images."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scm_sdk.dispatch import BACKENDS, Backend, open_backend
+from scm_sdk.errors import (
+    BackendFailure,
+    BackendUnavailable,
+    BundleError,
+    ConfigError,
+    IntegrityError,
+    ShapeError,
+)
+from scm_sdk.noise import draw_noise
+from scm_sdk.spec import SamplerSpec, TensorSpec
+
+SPEC = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), num_classes=3, max_batch=4)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def inputs(spec: SamplerSpec, batch: int = 2) -> tuple[list[Any], dict[str, np.ndarray]]:
+    labels = np.arange(batch, dtype=np.int64) % spec.num_classes
+    return list(draw_noise(spec, range(batch))), {"class_labels": labels}
+
+
+@pytest.fixture
+def graph(tmp_path: Path, linear_graph: Any) -> Path:
+    linear_graph(tmp_path / "model.onnx", SPEC)
+    return tmp_path / "model.onnx"
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def opened(request: pytest.FixtureRequest, unet_bundle: Path, ort: Any, reference: Any) -> Backend:
+    backend: Backend = (ort if request.param == "onnxruntime" else reference).opened(2).backend
+    return backend
+
+
+def test_a_backend_is_what_has_three_members(opened: Backend) -> None:
+    assert isinstance(opened, Backend)
+    assert not isinstance(object(), Backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n, c: (n[:1], c), "noise holds 1 arrays, expected 2"),
+        (lambda n, c: ([n[0], n[1][:1]], c), r"noise_1 is \(1, 3, 8, 8\) float32, expected \(2, 3, 8, 8\)"),
+        (lambda n, c: ([n[0].astype(np.float64), n[1]], c), "noise_0 is .* float64, expected .* float32"),
+        (lambda n, c: ([a[:0] for a in n], c), r"a batch of 0; expected 1\.\.5"),
+        (lambda n, c: ([np.concatenate([a] * 3) for a in n], c), r"a batch of 6; expected 1\.\.5"),
+        (lambda n, c: ([np.float32(0), n[1]], c), r"a batch of 0; expected 1\.\.5"),
+        (lambda n, c: (n, {}), r"conditioning holds \[\], expected exactly \['class_labels'\]"),
+        (lambda n, c: (n, c | {"x": n[0]}), "expected exactly"),
+        (lambda n, c: (n, {"class_labels": c["class_labels"].astype(np.int32)}), "int32, expected .* int64"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    opened: Backend, change: Callable[..., Any], message: str
+) -> None:
+    noise, conditioning = change(*inputs(opened.spec))
+    with pytest.raises(ShapeError, match=message):
+        opened.sample(noise, conditioning)
+
+
+def test_many_threads_get_what_one_gets(opened: Backend) -> None:
+    jobs = [inputs(opened.spec, batch) for batch in (1, 2, 3, 5)] * 6
+    alone = [opened.sample(*job) for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda job: opened.sample(*job), jobs))
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_inputs_may_be_views_and_read_only(opened: Backend) -> None:
+    noise, conditioning = inputs(opened.spec, 4)
+    views = [array[::2] for array in noise]
+    for view in views:
+        view.setflags(write=False)
+    labels = {"class_labels": conditioning["class_labels"][::2]}
+    found = opened.sample(views, labels)
+    copies = {"class_labels": labels["class_labels"].copy()}
+    np.testing.assert_array_equal(found, opened.sample([view.copy() for view in views], copies))
+
+
+def test_the_linear_graph_gives_its_formula(graph: Path) -> None:
+    noise, conditioning = inputs(SPEC, 3)
+    images = open_backend("onnxruntime", graph, SPEC).sample(noise, conditioning)
+    shift = conditioning["class_labels"].reshape(3, 1, 1, 1) / 10
+    np.testing.assert_allclose(images, 0.5 * (noise[0] + noise[1]) + shift, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_closed_backend_says_so(backend: str, unet_bundle: Path, unet_checkpoint: Path, ort: Any) -> None:
+    spec = ort.opened(1).spec
+    path = unet_checkpoint if backend == "torch" else unet_bundle / "onnx/fp32/1step/model.onnx"
+    opened = open_backend(backend, path, spec, num_threads=1)
+    opened.close()
+    opened.close()
+    with pytest.raises(BackendFailure, match="was closed, expected an open one"):
+        opened.sample(*inputs(spec))
+
+
+def test_an_unknown_backend_lists_the_known(graph: Path) -> None:
+    with pytest.raises(ConfigError, match="backend is 'tpu', expected 'auto' or one of onnxruntime, torch"):
+        open_backend("tpu", graph, SPEC)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_arguments_of_opening(backend: str, unet_bundle: Path, unet_checkpoint: Path, ort: Any) -> None:
+    path = unet_checkpoint if backend == "torch" else unet_bundle / "onnx/fp32/1step/model.onnx"
+    spec = ort.opened(1).spec
+    with pytest.raises(ConfigError, match="num_threads is 0, expected 1 or more"):
+        open_backend(backend, path, spec, num_threads=0)
+    with pytest.raises(ConfigError, match="device is 'gpu', expected 'cpu', 'cuda' or 'cuda:N'"):
+        open_backend(backend, path, spec, device="gpu")
+    with pytest.raises(IntegrityError, match=r"absent is not there, expected a (file|folder)"):
+        open_backend(backend, path.parent / "absent", spec)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_device_that_is_not_here(backend: str, unet_bundle: Path, unet_checkpoint: Path, ort: Any) -> None:
+    path = unet_checkpoint if backend == "torch" else unet_bundle / "onnx/fp32/1step/model.onnx"
+    with pytest.raises(BackendUnavailable, match=r"device is 'cuda:1', but .* Use device='cpu'"):
+        open_backend(backend, path, ort.opened(1).spec, device="cuda:1")
+
+
+def test_onnxruntime_does_not_fall_back_in_silence(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is told to offer CUDA where there is none: it warns at most and runs on the CPU."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(BackendUnavailable, match="expected CUDAExecutionProvider first: it fell back"):
+            open_backend("onnxruntime", graph, SPEC, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (SPEC.with_steps(1), "has inputs and output noise_0: .*; expected noise_0: .*noise_1"),
+        (SamplerSpec(times=SPEC.times, sample_shape=(3, 4, 4), max_batch=4), "expected .*class_labels"),
+        (
+            SamplerSpec(times=SPEC.times, sample_shape=(3, 8, 4), num_classes=3, max_batch=4),
+            r"\(batch, 3, 8, 4\)",
+        ),
+    ],
+)
+def test_a_graph_of_another_sampler_is_refused(
+    tmp_path: Path, linear_graph: Any, written: SamplerSpec, message: str
+) -> None:
+    linear_graph(tmp_path / "model.onnx", written)
+    with pytest.raises(IntegrityError, match=message):
+        open_backend("onnxruntime", tmp_path / "model.onnx", SPEC)
+
+
+def test_a_graph_must_carry_the_manifests_spec(tmp_path: Path, linear_graph: Any) -> None:
+    path = tmp_path / "model.onnx"
+    linear_graph(path, SPEC, metadata="")
+    with pytest.raises(IntegrityError, match="has no 'scm_spec' in its metadata"):
+        open_backend("onnxruntime", path, SPEC)
+    linear_graph(
+        path, SPEC, metadata=SamplerSpec(times=(1.5, 1.0), sample_shape=(3, 4, 4), num_classes=3).to_json()
+    )
+    with pytest.raises(IntegrityError, match=r"carries the spec .*1\.0.*, expected the manifest's .*1\.1"):
+        open_backend("onnxruntime", path, SPEC)
+
+
+def test_a_damaged_graph_is_translated(graph: Path) -> None:
+    graph.write_bytes(graph.read_bytes()[:-30])
+    with pytest.raises(IntegrityError, match=r"onnxruntime [\d.]+ cannot load .*Export it again"):
+        open_backend("onnxruntime", graph, SPEC)
+
+
+def test_a_failing_run_is_translated(graph: Path, opened: Backend) -> None:
+    backends = [open_backend("onnxruntime", graph, SPEC)]
+    backends += [opened] if getattr(opened, "name", "") == "torch" else []
+    for backend in backends:
+        noise, _ = inputs(backend.spec)
+        with pytest.raises(
+            BackendFailure, match=r"failed on a batch of 2 on cpu: .*try a smaller batch_size"
+        ):
+            backend.sample(noise, {"class_labels": np.array([0, 99])})
+
+
+def test_an_artifact_that_breaks_its_spec_is_caught(graph: Path) -> None:
+    backend: Any = open_backend("onnxruntime", graph, SPEC)
+    backend.spec = SamplerSpec(
+        times=SPEC.times, sample_shape=(3, 4, 4), output_shape=(3, 8, 8), num_classes=3
+    )
+    with pytest.raises(BackendFailure, match=r"returned \(2, 3, 4, 4\) float32, expected \(2, 3, 8, 8\)"):
+        backend.sample(*inputs(SPEC))
+
+
+def test_further_conditioning_reaches_the_graph(tmp_path: Path, linear_graph: Any) -> None:
+    spec = SamplerSpec(
+        times=(1.5,), sample_shape=(1, 2, 2), conditioning=(TensorSpec(name="prompt", shape=(7,)),)
+    )
+    linear_graph(tmp_path / "model.onnx", spec)
+    backend = open_backend("onnxruntime", tmp_path / "model.onnx", spec)
+    noise = draw_noise(spec, [1, 2])
+    assert backend.sample(noise, {"prompt": np.zeros((2, 7), np.float32)}).shape == (2, 1, 2, 2)
+    with pytest.raises(ShapeError, match=r"prompt is \(2, 6\) float32, expected \(2, 7\) float32"):
+        backend.sample(noise, {"prompt": np.zeros((2, 6), np.float32)})
+
+
+def test_torch_leaves_the_threads_as_they_were(unet_checkpoint: Path, ort: Any) -> None:
+    spec = ort.opened(1).spec
+    before = torch.get_num_threads()
+    backend = open_backend("torch", unet_checkpoint, spec, num_threads=before + 1)
+    backend.sample(*inputs(spec))
+    with pytest.raises(BackendFailure):
+        backend.sample(inputs(spec)[0], {"class_labels": np.array([0, 99])})
+    assert torch.get_num_threads() == before
+
+
+def test_samplers_of_one_checkpoint_share_their_weights(
+    unet_checkpoint: Path, tmp_path: Path, ort: Any
+) -> None:
+    folder = Path(shutil.copytree(unet_checkpoint, tmp_path / "checkpoint"))
+    one, two = (open_backend("torch", folder, ort.opened(steps).spec) for steps in (1, 2))
+    model = one._sampler.model  # type: ignore[attr-defined]
+    assert model is two._sampler.model  # type: ignore[attr-defined]
+    assert not model.training
+    os.utime(folder / WEIGHTS, ns=(1, 1))  # written anew, as far as anybody can see
+    three = open_backend("torch", folder, ort.opened(1).spec)
+    assert three._sampler.model is not model  # type: ignore[attr-defined]
+
+
+def test_a_damaged_checkpoint_is_translated(unet_checkpoint: Path, tmp_path: Path, ort: Any) -> None:
+    folder = Path(shutil.copytree(unet_checkpoint, tmp_path / "checkpoint"))
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(BundleError, match="truncated"):
+        open_backend("torch", folder, ort.opened(1).spec)
+
+
+def test_onnxruntime_never_imports_torch(unet_bundle: Path) -> None:
+    code = (
+        "import sys\n"
+        "from scm_sdk import Generator\n"
+        f"with Generator.from_pretrained({str(unet_bundle)!r}, backend='onnxruntime', verify='full') as gen:\n"
+        "    for kind in ('pil', 'np', 'uint8', 'raw'): gen(2, seed=0, output_type=kind)\n"
+        "    gen.plan(), gen.warmup()\n"
+        "heavy = {'torch', 'onnx', 'onnx_ir', 'onnxscript'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

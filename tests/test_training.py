@@ -1,0 +1,303 @@
+"""Runs as people make them: they end where they should, resume exactly, and fail in one clear line."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from scm_sdk.errors import BundleError, ConfigError, IntegrityError, TrainError
+from scm_sdk.model.consistency import ConsistencyModel
+from scm_sdk.model.presets import tiny
+from scm_sdk.train import loop
+from scm_sdk.train.config import DataConfig, TrainConfig
+from scm_sdk.train.data import FASHION_MNIST, HAIR_NAMES, load_data
+from scm_sdk.train.ema import update_ema
+from scm_sdk.train.loop import Hooks, draw_batch, train
+from scm_sdk.train.state import STATE_FILE
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Twelve 8x8 grey images in three classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    path = tmp_path / "data.npz"
+    np.savez(path, images=images, kind=np.arange(12) % 3, kind_names=np.array(["a", "b", "c"]))
+    return path
+
+
+def config(npz, **changes) -> TrainConfig:
+    base = {
+        "objective": "diffusion",
+        "data": DataConfig(source=str(npz), label="kind"),
+        "network": tiny(num_classes=3),
+        "batch_size": 4,
+        "num_iterations": 6,
+        "warmup_iterations": 2,
+        "label_dropout": 0.2,
+        "dropout": 0.1,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+def weights(folder):
+    return ConsistencyModel.from_pretrained(folder).state_dict()
+
+
+def assert_equal_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(iteration):
+    def step(done):
+        if done == iteration:
+            raise Stop
+
+    return step
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "scd", "sct"])
+def test_interrupted_run_ends_like_an_uninterrupted_one(npz, tmp_path, objective):
+    teacher = tmp_path / "teacher"
+    train(config(npz, num_iterations=2), teacher)
+    run = config(npz, objective=objective, init_from="" if objective == "diffusion" else str(teacher), optimizer="radam")
+    train(run, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(run, tmp_path / "parts", Hooks(checkpoint_every=2, on_step=stop_at(5)))
+    train(run, tmp_path / "parts", Hooks(checkpoint_every=2))
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_ctrl_c_keeps_what_was_done(npz, tmp_path):
+    def interrupt(done):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(npz), tmp_path / "run", Hooks(on_step=interrupt))
+    done = []
+    train(config(npz), tmp_path / "run", Hooks(on_step=done.append))
+    assert done == [4, 5, 6]
+
+
+def test_finished_run_is_not_run_again(npz, tmp_path):
+    train(config(npz), tmp_path / "run")
+    before = (tmp_path / "run" / STATE_FILE).read_bytes()
+    train(config(npz), tmp_path / "run", Hooks(on_step=lambda _: pytest.fail("an iteration ran")))
+    assert (tmp_path / "run" / STATE_FILE).read_bytes() == before
+
+
+def test_another_run_is_refused(npz, tmp_path):
+    train(config(npz), tmp_path / "run")
+    with pytest.raises(TrainError, match=r"other settings \(seed: 0 there, 1 here\).*another folder"):
+        train(config(npz, seed=1), tmp_path / "run")
+
+
+def test_truncated_state_is_named(npz, tmp_path):
+    train(config(npz), tmp_path / "run")
+    state = tmp_path / "run" / STATE_FILE
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(IntegrityError, match=r"state\.safetensors cannot be resumed from"):
+        train(config(npz), tmp_path / "run")
+
+
+def test_log_and_learning(npz, tmp_path):
+    logs = []
+    train(config(npz, num_iterations=60, learning_rate=3e-3), tmp_path / "run", Hooks(on_log=logs.append, log_every=20))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [20, 40, 60]
+    assert lines[-1]["residual"] < lines[0]["residual"]
+    assert logs[-1].residual == lines[-1]["residual"]
+
+
+def test_nan_steps_are_skipped_then_stop_the_run(npz, tmp_path, monkeypatch):
+    real, calls = loop.loss_function, []
+
+    def faulty(*arguments):
+        compute = real(*arguments)
+
+        def at(batch, iteration):
+            calls.append(iteration)
+            loss, residual = compute(batch, iteration)
+            return loss * (float("nan") if iteration in bad else 1.0), residual
+
+        return at
+
+    monkeypatch.setattr(loop, "loss_function", faulty)
+    bad = {1, 3}
+    logs = []
+    train(config(npz, max_bad_steps=2), tmp_path / "some", Hooks(on_log=logs.append))
+    assert logs[-1].skipped == 2
+    assert all(torch.isfinite(p).all() for p in weights(tmp_path / "some").values())
+    bad = {2, 3}
+    with pytest.raises(TrainError, match="2 steps in a row had a loss or gradient that is not finite, at iteration 3"):
+        train(config(npz, max_bad_steps=2), tmp_path / "many")
+
+
+def test_batches_are_epochs_in_seeded_order(npz):
+    run, data = config(npz), load_data(DataConfig(source=str(npz), label="kind"))
+    seen = torch.cat([draw_batch(run, data, i).x_0 for i in range(3)])
+    real = torch.from_numpy(data.normalized(np.arange(12)))
+    assert sorted(map(tuple, seen.flatten(1).tolist())) == sorted(map(tuple, real.flatten(1).tolist()))
+    again = draw_batch(run, data, 1)
+    torch.testing.assert_close(again.z, draw_batch(run, data, 1).z, rtol=0, atol=0)
+    other = draw_batch(msgspec.structs.replace(run, seed=1), data, 1)
+    assert not torch.equal(again.z, other.z)
+
+
+def test_times_follow_the_proposal(npz):
+    run = config(npz, batch_size=4000, p_mean=-1.0, p_std=1.4)
+    t = loop.sample_times(4000, run, torch.Generator().manual_seed(0)).double()
+    tau = (run.sigma_data * t.tan()).log()
+    assert t.dtype == torch.float64 and float(tau.mean()) == pytest.approx(-1.0, abs=0.07)
+    assert float(tau.std()) == pytest.approx(1.4, abs=0.05)
+
+
+def test_ema_half_life():
+    a, b = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(a.weight), torch.nn.init.ones_(b.weight)
+    for _ in range(10):
+        update_ema(a, b, 0.5 ** (1 / 10))
+    assert float(a.weight.detach()) == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
+        ({"dropout": 2.0}, r"dropout is 2.0, expected a share in \[0, 1\]"),
+        ({"objective": "scd"}, "give init_from"),
+        ({"network": None}, "needs a network or init_from"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_impossible_configs(npz, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(npz, **changes)
+
+
+def test_config_round_trip_and_unknown_key(npz):
+    run = config(npz)
+    assert TrainConfig.from_json(run.to_json()) == run
+    with pytest.raises(ConfigError, match="unknown field `speed`"):
+        TrainConfig.from_json(run.to_json().replace('"seed"', '"speed"'))
+
+
+def test_data_and_network_must_fit(npz, tmp_path):
+    with pytest.raises(TrainError, match=r"images are \(C, H, W\) = \(1, 8, 8\), the network takes \(1, 16, 16\)"):
+        train(config(npz, network=tiny(num_classes=3, image_size=16)), tmp_path / "run")
+    with pytest.raises(TrainError, match="data has 3 classes, the network 4"):
+        train(config(npz, network=tiny(num_classes=4)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return DataConfig(source=str(path), label="")
+
+
+def test_data_from_npz(tmp_path):
+    floats = np.zeros((3, 4, 4, 3), np.float32)
+    assert load_data(save(tmp_path / "ok.npz", images=floats)).images.dtype == np.float32
+    floats[1, 2, 2, 0] = np.nan
+    with pytest.raises(TrainError, match=r"image 1 of .*nan\.npz holds a NaN"):
+        load_data(save(tmp_path / "nan.npz", images=floats))
+    with pytest.raises(TrainError, match="reach 3, expected floats in"):
+        load_data(save(tmp_path / "wide.npz", images=np.full((1, 4, 4, 3), 3.0)))
+    with pytest.raises(TrainError, match="expected uint8 or floats"):
+        load_data(save(tmp_path / "int.npz", images=np.zeros((1, 4, 4, 3), np.int32)))
+    with pytest.raises(TrainError, match=r"expected \(N, H, W, 1 or 3\)"):
+        load_data(save(tmp_path / "shape.npz", images=np.zeros((1, 4), np.uint8)))
+    with pytest.raises(TrainError, match="expected an array called 'images'"):
+        load_data(save(tmp_path / "other.npz", pictures=np.zeros(3)))
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(TrainError, match="cannot be read as an npz"):
+        load_data(DataConfig(source=str(tmp_path / "broken.npz")))
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "evil.npz", images=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(TrainError, match="cannot be read as an npz"):
+        load_data(DataConfig(source=str(tmp_path / "evil.npz")))
+
+
+def test_unknown_label_lists_the_columns(npz):
+    with pytest.raises(TrainError, match=r"label 'colour' is no column of .*\['kind'\]"):
+        load_data(DataConfig(source=str(npz), label="colour"))
+    with pytest.raises(TrainError, match="rows are 0..99, expected a range within the 12 images"):
+        load_data(DataConfig(source=str(npz), rows=(0, 99)))
+
+
+def test_shipped_avatars():
+    data = load_data(DataConfig(source="avatars", label="hairColor", rows=(0, 10_000)))
+    assert data.images.shape == (10_000, 16, 16, 3) and data.class_names == HAIR_NAMES
+    assert data.label_values[9] == "#bd1700" and data.class_names[9] == "red"
+    batch = data.normalized(np.arange(2))
+    assert batch.shape == (2, 3, 16, 16) and batch.min() >= -1 and batch.max() <= 1
+
+
+def test_image_folder(tmp_path):
+    from PIL import Image
+
+    for name, colour in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name / "1.png")
+    data = load_data(DataConfig(source=str(tmp_path), label="folder"))
+    assert data.class_names == ("cat", "dog") and data.labels is not None and data.labels.tolist() == [0, 1]
+    assert data.images[1, 0, 0].tolist() == [0, 0, 255]
+    Image.new("RGB", (9, 8)).save(tmp_path / "dog" / "2.png")
+    with pytest.raises(TrainError, match=r"2\.png is \(8, 9, 3\), expected \(8, 8, 3\)"):
+        load_data(DataConfig(source=str(tmp_path)))
+    (tmp_path / "dog" / "2.png").write_bytes(b"no picture")
+    with pytest.raises(TrainError, match=r"2\.png cannot be read as an image"):
+        load_data(DataConfig(source=str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainError, match="holds no images"):
+        load_data(DataConfig(source=str(tmp_path / "empty")))
+    with pytest.raises(TrainError, match="is no folder"):
+        load_data(DataConfig(source=str(tmp_path / "absent")))
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist():
+    data = load_data(DataConfig(source="fashion-mnist", label="label"))
+    assert data.images.shape == (60_000, 32, 32, 1) and data.class_names[9] == "ankle boot"
+
+
+def test_checkpoint_round_trip_and_damage(npz, tmp_path):
+    train(config(npz, num_iterations=1), tmp_path / "run")
+    model = ConsistencyModel.from_pretrained(tmp_path / "run")
+    assert not model.training and model.config.class_names == ("a", "b", "c")
+    model.save_pretrained(tmp_path / "copy")
+    assert_equal_weights(tmp_path / "run", tmp_path / "copy")
+
+    file = tmp_path / "copy" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(IntegrityError, match="truncated or no safetensors file"):
+        ConsistencyModel.from_pretrained(tmp_path / "copy")
+    file.unlink()
+    with pytest.raises(BundleError, match="expected the weights there"):
+        ConsistencyModel.from_pretrained(tmp_path / "copy")
+    with pytest.raises(BundleError, match="is no folder"):
+        ConsistencyModel.from_pretrained(tmp_path / "absent")
+
+
+def test_weights_of_another_network_are_refused(npz, tmp_path):
+    train(config(npz, num_iterations=1), tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace('"num_classes": 3', '"num_classes": 5'))
+    with pytest.raises(IntegrityError, match=r"1 tensors differ, first 'label_embedding\.weight'"):
+        ConsistencyModel.from_pretrained(tmp_path / "run")
+    file.write_text(file.read_text().replace("ScmUNet2DModel", "UNet2DModel"))
+    with pytest.raises(ConfigError, match="expected a 'ScmUNet2DModel'"):
+        ConsistencyModel.from_pretrained(tmp_path / "run")
