@@ -69,7 +69,7 @@ def compose_sampler(network: NetworkGraph, spec: SamplerSpec) -> ir.Model:
         [x0],
         nodes=unroller.nodes,
         initializers=list(unroller.initializers.values()),
-        opset_imports=dict(network.model.opset_imports),
+        opset_imports={"": network.model.opset_imports[""]},
         name="sampler",
     )
     model = ir.Model(
@@ -108,9 +108,7 @@ class _Unroller:
         self.classes = classify(self.source)
         (self.output,) = self.source.outputs
         types = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
-        self.inputs = {
-            i.name: ir.val(i.name, types[i.dtype], ir.Shape([BATCH_DIM, *i.shape])) for i in spec.inputs
-        }
+        self.inputs = {i.name: ir.val(i.name, types[i.dtype], ir.Shape([BATCH_DIM, *i.shape])) for i in spec.inputs}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.border = time_border(self.source, self.classes)
@@ -207,9 +205,7 @@ class _Unroller:
 
         shape = ir.Shape([BATCH_DIM, *self.spec.sample_shape])
         out = ir.val(f"step{step}/{name}", ir.DataType.FLOAT, shape)
-        self.nodes.append(
-            ir.Node("", op_type, inputs, outputs=[out], name=f"step{step}/sampler/{name}/{op_type}")
-        )
+        self.nodes.append(ir.Node("", op_type, inputs, outputs=[out], name=f"step{step}/sampler/{name}/{op_type}"))
         return out
 
     def _expand(self, step: int, row: ir.Value, x: ir.Value) -> ir.Value:

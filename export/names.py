@@ -27,8 +27,8 @@ def name_by_module(model: ir.Model, *, root: str = "") -> ir.Model:
     Ensures: unique names; inputs and outputs of the graph keep theirs.
     """
     graph = model.graph
-    fixed = {v.name for v in (*graph.inputs, *graph.outputs)}
-    taken: set[str] = set()
+    fixed = {v.name or "" for v in (*graph.inputs, *graph.outputs)}
+    taken = set(fixed)
 
     def unique(name: str) -> str:
         candidates = (f"{name}_{i}" if i else name for i in itertools.count())

@@ -83,9 +83,7 @@ def needed(values: Iterable[ir.Value], *, stop: Mapping[ir.Value, Any]) -> list[
     return [node for node in graph if node in wanted]
 
 
-def evaluate(
-    graph: ir.Graph, values: list[ir.Value], *, batch: int = 1, t: float | None = None
-) -> list[np.ndarray]:
+def evaluate(graph: ir.Graph, values: list[ir.Value], *, batch: int = 1, t: float | None = None) -> list[np.ndarray]:
     """Compute ``values``, none of them ``DATA``, with numpy.
 
     Args:
@@ -120,11 +118,7 @@ def evaluate(
         [ir.to_proto(node) for node in nodes],
         "partial",
         [onnx.helper.make_empty_tensor_value_info(v.name or "") for v in feeds],
-        [
-            onnx.helper.make_empty_tensor_value_info(v.name or "")
-            for v in dict.fromkeys(values)
-            if v not in feeds
-        ],
+        [onnx.helper.make_empty_tensor_value_info(v.name or "") for v in dict.fromkeys(values) if v not in feeds],
     )
     try:
         # Weights go in as feeds, not as initializers: that copies none of them.

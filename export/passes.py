@@ -69,7 +69,7 @@ def require_plain(model: ir.Model) -> ir.Model:
                 "expected sizes that depend on the batch alone. Use torch.where instead of masks as "
                 f"indices.{source_line(node)}"
             )
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain:
             raise UnsupportedGraphError(
                 f"node {node.name!r} is {node.domain}::{node.op_type}, expected standard ONNX operators "
                 f"only. Write that part of the network with plain torch operators.{source_line(node)}"
@@ -94,9 +94,7 @@ def fold_constants(model: ir.Model) -> ir.Model:
     ]
     for value, array in zip(targets, evaluate(graph, targets), strict=True):
         if array.nbytes <= SMALL_CONSTANT or not any(
-            classes[n.outputs[0]] != Depends.CONSTANT
-            for weight in _weights_of(value)
-            for n in weight.consumers()
+            classes[n.outputs[0]] != Depends.CONSTANT for weight in _weights_of(value) for n in weight.consumers()
         ):
             _replace_by_constant(graph, value, array)
     return drop_unused(model)
@@ -115,9 +113,7 @@ def static_reshapes(model: ir.Model) -> ir.Model:
     reshapes = [
         node
         for node in graph
-        if node.op_type == "Reshape"
-        and (target := node.inputs[1]) is not None
-        and classes[target] == Depends.BATCH
+        if node.op_type == "Reshape" and (target := node.inputs[1]) is not None and classes[target] == Depends.BATCH
     ]
     targets = [node.inputs[1] for node in reshapes if node.inputs[1] is not None]
     constants: dict[bytes, ir.Value] = {}
@@ -150,11 +146,16 @@ def strip_metadata(model: ir.Model) -> ir.Model:
 
     Ensures: empty ``metadata_props`` and no ``doc_string`` on the model, graph, nodes and values.
     """
+    import onnx_ir as ir
+
     parts: list[_Documented] = [model, model.graph, *model.graph, *_values(model.graph)]
-    parts += [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     for part in parts:
         part.metadata_props.clear()
         part.doc_string = None
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and (tensor.doc_string or tensor.metadata_props):
+            value.const_value = ir.tensor(tensor.numpy(), name=value.name)
     return model
 
 

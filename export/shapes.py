@@ -79,9 +79,7 @@ def _inferred(graph: ir.Graph, batch: int) -> dict[str, tuple[int, list[int | No
 
     def declare(value: ir.Value) -> onnx.ValueInfoProto:
         assert value.dtype is not None, "inputs, outputs and weights have a type"
-        dims = (
-            None if value.shape is None else [batch if d == BATCH_DIM else int(str(d)) for d in value.shape]
-        )
+        dims = None if value.shape is None else [batch if d == BATCH_DIM else int(str(d)) for d in value.shape]
         return onnx.helper.make_tensor_value_info(value.name or "", int(value.dtype), dims)
 
     inputs, initializers = [declare(value) for value in graph.inputs], []
@@ -91,9 +89,7 @@ def _inferred(graph: ir.Graph, batch: int) -> dict[str, tuple[int, list[int | No
             initializers.append(onnx.numpy_helper.from_array(value.const_value.numpy(), value.name))
         else:
             inputs.append(declare(value))
-    outputs = [
-        onnx.helper.make_tensor_value_info(v.name or "", int(v.dtype or 1), None) for v in graph.outputs
-    ]
+    outputs = [onnx.helper.make_tensor_value_info(v.name or "", int(v.dtype or 1), None) for v in graph.outputs]
     nodes = [ir.to_proto(node) for node in graph]
     skeleton = onnx.helper.make_graph(nodes, "skeleton", inputs, outputs, initializers)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
@@ -117,7 +113,7 @@ def _inferred(graph: ir.Graph, batch: int) -> dict[str, tuple[int, list[int | No
 
 def _not_inferred(node: ir.Node, value: ir.Value) -> UnsupportedGraphError:
     return UnsupportedGraphError(
-        f"the shape of {value.name!r} ({node.op_type}) could not be inferred, expected sizes that are fixed or "
-        "proportional to the batch. Avoid operators whose output size depends on "
+        f"the shape of {value.name!r} ({node.op_type}) could not be inferred, expected sizes that are fixed "
+        "or proportional to the batch. Avoid operators whose output size depends on "
         f"values.{source_line(node)}"
     )

@@ -66,9 +66,7 @@ def data_path_of(path: Path) -> Path:
     return path.with_name(path.name + "_data")
 
 
-def write_model(
-    model: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE
-) -> GraphReport:
+def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> GraphReport:
     """Check a model and write it, with its weights in ``<path>_data`` if they are large.
 
     Both files are written and checked under temporary names before the first replaces an old one,

@@ -41,8 +41,7 @@ def check_inputs(
     steps = spec.num_inference_steps
     if len(noise) != steps:
         raise ShapeError(
-            f"noise holds {len(noise)} arrays, expected {steps}: one per step. "
-            "scm_sdk.noise.draw_noise makes them."
+            f"noise holds {len(noise)} arrays, expected {steps}: one per step. scm_sdk.noise.draw_noise makes them."
         )
     batch = noise[0].shape[0] if noise[0].ndim else 0
     if not 1 <= batch <= spec.max_batch:
@@ -76,17 +75,13 @@ def check_artifact(path: Path, *, is_folder: bool = False) -> None:
     """Raise ``IntegrityError`` unless the file (or folder) that a backend is to open is there."""
     if not (path.is_dir() if is_folder else path.is_file()):
         kind = "folder" if is_folder else "file"
-        raise IntegrityError(
-            f"{path} is not there, expected a {kind}. Export the bundle again or copy it whole."
-        )
+        raise IntegrityError(f"{path} is not there, expected a {kind}. Export the bundle again or copy it whole.")
 
 
 def check_num_threads(num_threads: int | None) -> None:
     """Raise ``ConfigError`` unless ``num_threads`` is None (the library chooses) or at least 1."""
     if num_threads is not None and num_threads < 1:
-        raise ConfigError(
-            f"num_threads is {num_threads}, expected 1 or more, or None for the library's choice."
-        )
+        raise ConfigError(f"num_threads is {num_threads}, expected 1 or more, or None for the library's choice.")
 
 
 def _checked(tensor: TensorSpec, array: np.ndarray, batch: int) -> np.ndarray:

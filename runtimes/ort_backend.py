@@ -112,9 +112,7 @@ def _provider(ort: Any, device: str | None) -> tuple[str, int | None]:
     if kind == "cpu" and not number:
         return "CPUExecutionProvider", None
     if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
-        raise ConfigError(
-            f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend 'onnxruntime'."
-        )
+        raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend 'onnxruntime'.")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise BackendUnavailable(
             f"device is {device!r}, but this onnxruntime offers {ort.get_available_providers()}. "

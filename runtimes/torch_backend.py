@@ -62,9 +62,7 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
     check_artifact(folder, is_folder=True)
     target = _device(torch, device)
     # The files' times and sizes are part of the key: a checkpoint written anew is loaded anew.
-    stamps = tuple(
-        sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir() if f.is_file())
-    )
+    stamps = tuple(sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir() if f.is_file()))
     key = (str(folder.resolve()), stamps, str(target))
     with _LOADING:
         model = _MODELS.get(key)
@@ -104,9 +102,7 @@ class TorchBackend:
         feeds = check_inputs(self.spec, noise, conditioning)
         sampler, torch = self._sampler, self._torch
         if sampler is None:
-            raise BackendFailure(
-                "this torch backend was closed, expected an open one. Open the generator again."
-            )
+            raise BackendFailure("this torch backend was closed, expected an open one. Open the generator again.")
         try:
             with _RUNNING, torch.inference_mode(), self._settings():
                 tensors = [torch.tensor(array, device=self.device) for array in feeds.values()]
@@ -128,9 +124,7 @@ class TorchBackend:
     def _settings(self) -> Iterator[None]:
         torch = self._torch
         if self.device.startswith("cuda"):
-            with torch.backends.cudnn.flags(
-                enabled=True, benchmark=False, deterministic=False, allow_tf32=False
-            ):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
                 yield
             return
         before = torch.get_num_threads()
@@ -147,9 +141,7 @@ def _device(torch: Any, device: str | None) -> Any:
     try:
         target = torch.device(device or "cpu")
     except (RuntimeError, TypeError) as exc:
-        raise ConfigError(
-            f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend 'torch'."
-        ) from exc
+        raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend 'torch'.") from exc
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise BackendUnavailable(
             f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices. "

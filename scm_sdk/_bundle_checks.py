@@ -44,8 +44,7 @@ def read_manifest(folder: Path) -> Manifest:
     if state is None or not stat.S_ISREG(state.st_mode):
         found = f"holds no file {MANIFEST_NAME}" if folder.is_dir() else "is not a folder"
         raise BundleError(
-            f"{folder} {found}, expected a bundle. "
-            "Give the folder that scm-export wrote; scm-export -h lists how."
+            f"{folder} {found}, expected a bundle. Give the folder that scm-export wrote; scm-export -h lists how."
         ) from cause
     if state.st_size > MANIFEST_MAX_BYTES:
         raise SchemaError(
@@ -83,9 +82,7 @@ def check_manifest(manifest: Manifest) -> None:
                 f"bytes and 64 hex digits. {REPAIR}"
             )
         if unknown := set(entry.built_from) - set(paths):
-            raise SchemaError(
-                f"{entry.path} is built from {sorted(unknown)}, expected listed files. {REPAIR}"
-            )
+            raise SchemaError(f"{entry.path} is built from {sorted(unknown)}, expected listed files. {REPAIR}")
     if len(known) != len(paths) or MANIFEST_NAME.casefold() in known:
         raise SchemaError(f"{MANIFEST_NAME} lists a path twice, or itself; expected each file once. {REPAIR}")
     for artifact in manifest.artifacts:
@@ -98,13 +95,10 @@ def check_manifest(manifest: Manifest) -> None:
     steps = [spec.num_inference_steps for spec in manifest.samplers]
     if not steps or len(set(steps)) != len(steps):
         raise SchemaError(
-            f"{MANIFEST_NAME} holds samplers of {steps} steps, expected at least one, each number "
-            f"once. {REPAIR}"
+            f"{MANIFEST_NAME} holds samplers of {steps} steps, expected at least one, each number once. {REPAIR}"
         )
     if orphans := {a.num_inference_steps for a in manifest.artifacts} - {0, *steps}:
-        raise SchemaError(
-            f"artifacts of {sorted(orphans)} steps have no sampler; samplers have {steps}. {REPAIR}"
-        )
+        raise SchemaError(f"artifacts of {sorted(orphans)} steps have no sampler; samplers have {steps}. {REPAIR}")
 
 
 def check_present(folder: Path, entry: FileEntry) -> Path:
@@ -118,9 +112,7 @@ def check_present(folder: Path, entry: FileEntry) -> Path:
     try:
         state = path.stat()
     except OSError as exc:
-        raise IntegrityError(
-            f"{path} is missing ({exc.strerror}), expected {entry.size} bytes. {REPAIR}"
-        ) from exc
+        raise IntegrityError(f"{path} is missing ({exc.strerror}), expected {entry.size} bytes. {REPAIR}") from exc
     if not stat.S_ISREG(state.st_mode):
         raise IntegrityError(f"{path} is not a plain file, expected one of {entry.size} bytes. {REPAIR}")
     if state.st_size != entry.size:
@@ -139,8 +131,7 @@ def check_content(folder: Path, entry: FileEntry) -> None:
     found = sha256_file(path)
     if found != entry.sha256:
         raise IntegrityError(
-            f"{path} has sha256 {found[:12]}.., expected {entry.sha256[:12]}..: it was altered or "
-            f"damaged. {REPAIR}"
+            f"{path} has sha256 {found[:12]}.., expected {entry.sha256[:12]}..: it was altered or damaged. {REPAIR}"
         )
     if entry.path.endswith(".safetensors"):
         check_safetensors(path)

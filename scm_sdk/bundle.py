@@ -166,9 +166,7 @@ def publish_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     with atomic_folder(path, overwrite=overwrite, marker=MANIFEST_NAME, error=BundleError) as folder:
         yield folder
         if not (folder / MANIFEST_NAME).is_file():
-            raise BundleError(
-                f"no {MANIFEST_NAME} was written for {os.fspath(path)}. Call write_bundle last."
-            )
+            raise BundleError(f"no {MANIFEST_NAME} was written for {os.fspath(path)}. Call write_bundle last.")
 
 
 def write_bundle(

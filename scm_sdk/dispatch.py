@@ -184,9 +184,7 @@ class Plan(Sequence[PlanRow]):
             steps = str(row.num_inference_steps or "any")
             table.append((mark, row.backend, row.artifact, row.precision, steps, verdict, row.reason))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table
-        )
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return the rows as plain data for JSON."""
@@ -208,7 +206,7 @@ def make_plan(
         artifacts: What can be run.
         num_inference_steps: The steps that are asked for.
         backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes only what is the fp32
-            reference or has a recorded parity that passed; a name also takes what was never compared.
+            reference or has a recorded parity that passed; a name also takes what was never compared or failed, and the reason says so.
         precision: ``"auto"`` or the only precision that is taken.
         parity: The recorded comparisons.
         measured_ms: Medians remembered from this machine by (backend, artifact path).
@@ -232,9 +230,7 @@ def make_plan(
     if len(times) == len(accepted):
         accepted.sort(key=lambda row: row.measured_ms or 0.0)
     else:
-        accepted.sort(
-            key=lambda row: row.precision != "fp32"
-        )  # stable: within a precision the order of BACKENDS
+        accepted.sort(key=lambda row: row.precision != "fp32")  # stable: within a precision the order of BACKENDS
     plan = Plan(accepted + [row for row in rows if not row.accepted])
     return plan.choose(accepted[0]) if accepted else plan
 
@@ -263,8 +259,8 @@ def _judge(
         against = f"is a {artifact.num_inference_steps}-step graph, {steps} asked for"
     elif find_spec(info.library) is None:
         against = f"{info.library} is not installed: pip install 'scm-sdk[{info.extra}]'"
-    elif failed:
-        against = f"recorded parity failed: {failed[0].max_abs:.1e} is over {failed[0].threshold:.1e}"
+    elif failed and wanted == "auto":
+        against = _failure(failed[0])
     elif not records and not _is_reference(artifact) and wanted == "auto":
         against = "no recorded parity; compare it (scm-export validate) or ask for the backend by name"
     if against is None:
@@ -283,12 +279,18 @@ def _judge(
 def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: float | None) -> str:
     if _is_reference(artifact):
         reason = "the fp32 reference"
+    elif failed := [record for record in records if not record.passed]:
+        reason = f"asked for by name, although {_failure(failed[0])}"
     elif records:
         worst = max(records, key=lambda record: record.max_abs)
         reason = f"parity passed: {worst.max_abs:.1e} of {worst.threshold:.1e} allowed"
     else:
         reason = "asked for by name; no recorded parity"
     return reason if measured is None else f"{reason}; measured here: {measured:.2f} ms at batch 1"
+
+
+def _failure(record: ParityRecord) -> str:
+    return f"recorded parity failed: {record.max_abs:.1e} is over {record.threshold:.1e}"
 
 
 def _is_reference(artifact: Artifact) -> bool:

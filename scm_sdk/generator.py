@@ -22,7 +22,7 @@ from .dispatch import Backend, Plan
 from .errors import ConfigError
 from .opening import Fallback, Opened, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
-from .request import Labels, OutputType, Request, check_count, check_output_type, make_request, merge
+from .request import Labels, OutputType, Request, Seeds, check_count, check_output_type, make_request, merge
 from .sources import Source, open_source
 
 Verify = Literal["none", "digest", "smoke", "full"]
@@ -62,7 +62,8 @@ class Generator:
             path: Folder of a bundle, or of a checkpoint (``config.json`` and safetensors; torch only).
             backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` takes the
                 fastest, as measured here by ``benchmark``, of what is the fp32 reference or has a
-                recorded parity that passed; unmeasured, ONNX Runtime comes before torch.
+                recorded parity that passed; unmeasured, ONNX Runtime comes before torch. A name also
+                takes what was never compared, and, with a warning, what failed.
             precision: ``"auto"`` or the only precision to take.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None is ``"cpu"``.
             fallback: What happens when the backend, the precision or the library asked for is not
@@ -108,7 +109,7 @@ class Generator:
         num_images: int = 1,
         class_labels: Labels | None = None,
         num_inference_steps: int | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: Seeds | None = None,
         noise: Sequence[np.ndarray] | np.ndarray | None = None,
         output_type: OutputType = "pil",
         progress: Progress = False,
@@ -175,9 +176,7 @@ class Generator:
             options = dict(arguments)
             output_type = options.pop("output_type", "pil")
             try:
-                mine, request = self._prepare(
-                    output_type, options.pop("num_inference_steps", None), **options
-                )
+                mine, request = self._prepare(output_type, options.pop("num_inference_steps", None), **options)
             except Exception:  # whatever it is, it is this request's: those before it are answered first
                 yield from self._flush(opened, waiting)
                 raise
@@ -245,10 +244,8 @@ class Generator:
             for opened in candidates:
                 opened.backend.close()
         if latency.batch == 1:
-            medians = {
-                (o.row.backend, o.row.artifact): r.median_ms for o, r in zip(candidates, latency, strict=True)
-            }
-            self._opener.remember(medians)
+            medians = {(o.row.backend, o.row.artifact): r.median_ms for o, r in zip(candidates, latency, strict=True)}
+            self._opener.remember(medians, steps)
         return latency
 
     def close(self) -> None:
@@ -273,15 +270,11 @@ class Generator:
         check_output_type(opened.spec, output_type)
         return opened, make_request(opened.spec, **arguments)
 
-    def _flush(
-        self, opened: Opened | None, waiting: Sequence[tuple[Request, OutputType]]
-    ) -> Iterator[GeneratorOutput]:
+    def _flush(self, opened: Opened | None, waiting: Sequence[tuple[Request, OutputType]]) -> Iterator[GeneratorOutput]:
         if opened is None or not waiting:
             return
         start = perf_counter()
-        raw, info = self._run(
-            opened, merge([request for request, _ in waiting]), self._batch_size(opened, None), False
-        )
+        raw, info = self._run(opened, merge([request for request, _ in waiting]), self._batch_size(opened, None), False)
         at = 0
         for request, output_type in waiting:
             mine = info.with_total((perf_counter() - start) * 1e3)

@@ -125,9 +125,7 @@ def check_safetensors(path: Path) -> None:
 def _steps_of(key: str, path: Path) -> int:
     match = re.fullmatch(r"([1-9][0-9]?)step/(images|seeds|class_labels)", key)
     if match is None:
-        raise IntegrityError(
-            f"{path} holds a tensor {key!r}, expected names such as '2step/images'. {_REPAIR}"
-        )
+        raise IntegrityError(f"{path} holds a tensor {key!r}, expected names such as '2step/images'. {_REPAIR}")
     return int(match[1])
 
 
@@ -135,9 +133,7 @@ def _problem(golden: Golden, spec: SamplerSpec | None = None) -> str:
     """Say what is wrong with a golden, or return an empty string."""
     images, seeds, labels = golden.images, golden.seeds, golden.class_labels
     if images.dtype != np.float32 or not images.size or not np.isfinite(images).all():
-        return (
-            f"images are {images.dtype} {images.shape}, expected finite float32 numbers, at least one sample."
-        )
+        return f"images are {images.dtype} {images.shape}, expected finite float32 numbers, at least one sample."
     if seeds.dtype != np.int64 or seeds.shape != images.shape[:1] or seeds.min() < 0:
         return f"seeds are {seeds.dtype} {seeds.shape}, expected int64, 0 or more, one for each image."
     if labels is not None and (labels.dtype != np.int64 or labels.shape != seeds.shape):

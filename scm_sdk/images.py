@@ -65,9 +65,7 @@ def to_pil(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) 
     return [_pil(picture) for picture in to_uint8(images, value_range)]
 
 
-def make_grid(
-    images_uint8: NDArray[np.uint8], columns: int, scale: int = 1, *, padding: int = 0
-) -> NDArray[np.uint8]:
+def make_grid(images_uint8: NDArray[np.uint8], columns: int, scale: int = 1, *, padding: int = 0) -> NDArray[np.uint8]:
     """Lay pictures side by side, row by row.
 
     Args:

@@ -1,7 +1,7 @@
 """Latencies remembered on this machine, so that ``backend="auto"`` can choose the fastest.
 
 One small JSON file in the user's cache folder, written by ``Generator.benchmark``. A time is valid
-for one build, artifact, backend and library version, device, number of threads and processor;
+for one build, artifact, number of steps, backend and library version, device, number of threads and processor;
 anything else simply is not found. The file may be deleted at any time.
 """
 
@@ -32,7 +32,9 @@ def cache_path() -> Path:
     return base / "scm-sdk" / "latency.json"
 
 
-def recall(build_id: str, *, device: str | None, num_threads: int | None) -> dict[tuple[str, str], float]:
+def recall(
+    build_id: str, *, num_inference_steps: int, device: str | None, num_threads: int | None
+) -> dict[tuple[str, str], float]:
     """Return the remembered medians, ms at batch 1, by (backend, artifact path).
 
     A file that cannot be read counts as empty: a cache decides about speed, never about results.
@@ -41,13 +43,18 @@ def recall(build_id: str, *, device: str | None, num_threads: int | None) -> dic
     for key, ms in _read().items():
         backend, _, rest = key.partition("|")
         artifact, _, conditions = rest.partition("|")
-        if conditions == _conditions(backend, build_id, device, num_threads):
+        if conditions == _conditions(backend, build_id, num_inference_steps, device, num_threads):
             found[backend, artifact] = ms
     return found
 
 
 def remember(
-    medians_ms: Mapping[tuple[str, str], float], build_id: str, *, device: str | None, num_threads: int | None
+    medians_ms: Mapping[tuple[str, str], float],
+    build_id: str,
+    *,
+    num_inference_steps: int,
+    device: str | None,
+    num_threads: int | None,
 ) -> None:
     """Store medians, ms at batch 1, by (backend, artifact path).
 
@@ -56,7 +63,7 @@ def remember(
     """
     times = _read()
     for (backend, artifact), ms in medians_ms.items():
-        key = f"{backend}|{artifact}|{_conditions(backend, build_id, device, num_threads)}"
+        key = f"{backend}|{artifact}|{_conditions(backend, build_id, num_inference_steps, device, num_threads)}"
         times.pop(key, None)  # so that the newest are last and the oldest fall out first
         times[key] = ms
     kept = dict(list(times.items())[-MAX_ENTRIES:])
@@ -68,16 +75,14 @@ def _read() -> dict[str, float]:
         raw = json.loads(cache_path().read_bytes())
     except (OSError, ValueError):
         return {}
-    return (
-        {k: float(v) for k, v in raw.items() if isinstance(v, int | float)} if isinstance(raw, dict) else {}
-    )
+    return {k: float(v) for k, v in raw.items() if isinstance(v, int | float)} if isinstance(raw, dict) else {}
 
 
-def _conditions(backend: str, build_id: str, device: str | None, num_threads: int | None) -> str:
+def _conditions(backend: str, build_id: str, steps: int, device: str | None, num_threads: int | None) -> str:
     library = BACKENDS[backend].library if backend in BACKENDS else backend
     version = _version(library) or _version(f"{library}-gpu") or "unknown"
     machine = f"{platform.system()}-{platform.machine()}-{platform.processor()}-{os.cpu_count()}"
-    return f"{build_id}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"
+    return f"{build_id}|{steps}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"
 
 
 def _version(distribution: str) -> str | None:

@@ -94,9 +94,7 @@ def check_seed(seed: object) -> int:
         except TypeError:
             value = None
     if value is None or not 0 <= value < 1 << 64:
-        raise ConfigError(
-            f"seed is {seed!r}, expected a whole number with 0 <= seed < 2**64. Choose one in range."
-        )
+        raise ConfigError(f"seed is {seed!r}, expected a whole number with 0 <= seed < 2**64. Choose one in range.")
     return value
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from .dispatch import BACKENDS, Backend, Plan, PlanRow, backend_info, make_plan, open_backend
 from .errors import BackendError, BackendFailure, BackendUnavailable, BundleError, ConfigError
+from .manifest import ParityRecord
 from .measured import recall, remember
 from .output import GenerationInfo
 from .request import Request, make_request
@@ -160,9 +161,15 @@ class Opener:
             raise
         return opened
 
-    def remember(self, medians_ms: Mapping[tuple[str, str], float]) -> None:
+    def remember(self, medians_ms: Mapping[tuple[str, str], float], steps: int) -> None:
         """Store medians at batch 1 by (backend, artifact) for later plans on this machine."""
-        remember(medians_ms, self._source.build_id, device=self._device, num_threads=self._num_threads)
+        remember(
+            medians_ms,
+            self._source.build_id,
+            num_inference_steps=steps,
+            device=self._device,
+            num_threads=self._num_threads,
+        )
 
     def run_goldens(self, all_steps: Sequence[int]) -> None:
         """Run the recorded samples and compare.
@@ -185,7 +192,7 @@ class Opener:
             )
             images, _, _ = opened.run(request, opened.spec.max_batch)
             worst = float(np.abs(images - golden.images).max()) / opened.spec.sigma_data
-            allowed = max([GOLDEN_TOLERANCE, *self._thresholds(opened.row)])
+            allowed = max([GOLDEN_TOLERANCE, *(record.threshold for record in self._records(opened.row))])
             if not worst <= allowed:  # NaN fails, too
                 raise BackendFailure(
                     f"{opened.row.backend} ({opened.row.artifact}) differs from the recorded sample by "
@@ -201,12 +208,16 @@ class Opener:
                 opened.backend.close()
             self._opened.clear()
 
-    def _thresholds(self, row: PlanRow) -> Iterator[float]:
-        records = self._source.parity
-        return (r.threshold for r in records if (r.artifact, r.backend) == (row.artifact, row.backend))
+    def _records(self, row: PlanRow) -> Iterator[ParityRecord]:
+        return (r for r in self._source.parity if (r.artifact, r.backend) == (row.artifact, row.backend))
 
     def _plan(self, steps: int, backend: str, precision: str) -> Plan:
-        measured = recall(self._source.build_id, device=self._device, num_threads=self._num_threads)
+        measured = recall(
+            self._source.build_id,
+            num_inference_steps=steps,
+            device=self._device,
+            num_threads=self._num_threads,
+        )
         # Steps the source was not made for run only where the user named a backend that unrolls them:
         # "auto" would otherwise change the backend because of a number.
         unrolled = backend != "auto" and "safetensors" in BACKENDS[backend].opens
@@ -248,17 +259,17 @@ class Opener:
         path = self._source.locate(row.artifact)
         backend = open_backend(row.backend, path, spec, device=self._device, num_threads=self._num_threads)
         load_ms = (perf_counter() - start) * 1e3
-        fallback = None
-        if problems:
-            fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}"
-            if self._fallback == "warn":
-                # The frames between: _open_first, get, from_pretrained or __call__, the user.
-                warnings.warn(fallback, RuntimeWarning, stacklevel=5)
+        fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}" if problems else None
+        doubts = [fallback] if fallback and self._fallback == "warn" else []
+        if any(not record.passed for record in self._records(row)):
+            # Only a name gets here. It must, so that the comparison can be run again.
+            doubts.append(f"{row.backend} runs {row.artifact}, {row.reason}. Compare it again: scm-export validate")
+        for doubt in doubts:
+            # The frames between: _open_first, get, from_pretrained or __call__, the user.
+            warnings.warn(doubt, RuntimeWarning, stacklevel=5)
         return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
 
-    def _nothing_accepted(
-        self, plan: Plan, steps: int, backend: str, precision: str
-    ) -> BackendError | ConfigError:
+    def _nothing_accepted(self, plan: Plan, steps: int, backend: str, precision: str) -> BackendError | ConfigError:
         info = BACKENDS.get(backend)
         if info is not None and find_spec(info.library) is None:
             return BackendUnavailable(
@@ -277,6 +288,4 @@ class Opener:
                 f"{', '.join(info.opens)}. Export it first: scm-export onnx"
             )
         error = BackendUnavailable if backend == "auto" and precision == "auto" else ConfigError
-        return error(
-            f"{found}: {reasons}. Choose one of what is there: scm-export inspect {self._source.path}"
-        )
+        return error(f"{found}: {reasons}. Choose one of what is there: scm-export inspect {self._source.path}")

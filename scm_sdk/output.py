@@ -74,9 +74,7 @@ class GeneratorOutput:
     info: GenerationInfo
 
 
-def make_output(
-    request: Request, raw: np.ndarray, output_type: OutputType, info: GenerationInfo
-) -> GeneratorOutput:
+def make_output(request: Request, raw: np.ndarray, output_type: OutputType, info: GenerationInfo) -> GeneratorOutput:
     """Dress up what a backend returned for a request, (N, *image_shape) float32 in data units.
 
     Raises:

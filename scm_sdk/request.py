@@ -12,16 +12,18 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import ConfigError, ShapeError
 from .noise import check_seed, draw_noise
 from .spec import SamplerSpec
 
 OutputType = Literal["pil", "np", "pt", "uint8", "raw"]
-Labels = int | str | Sequence[int | str]
+Labels = SupportsIndex | str | Sequence[int | str] | NDArray[Any]
+Seeds = SupportsIndex | Sequence[int] | NDArray[Any]
 _FRESH_SEEDS = 1 << 53
 """Fresh seeds stay below this, so that they survive JSON and JavaScript."""
 _SHOWN_NAMES = 12
@@ -73,8 +75,7 @@ def merge(requests: Sequence[Request]) -> Request:
         seeds=() if noise is not None else tuple(seed for request in requests for seed in request.seeds),
         noise=noise,
         conditioning={
-            name: np.concatenate([request.conditioning[name] for request in requests])
-            for name in first.conditioning
+            name: np.concatenate([request.conditioning[name] for request in requests]) for name in first.conditioning
         },
     )
 
@@ -84,7 +85,7 @@ def make_request(
     *,
     num_images: int = 1,
     class_labels: Labels | None = None,
-    seed: int | Sequence[int] | None = None,
+    seed: Seeds | None = None,
     noise: Sequence[np.ndarray] | np.ndarray | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     conditioning: Mapping[str, np.ndarray] | None = None,
@@ -97,9 +98,7 @@ def make_request(
     """
     count = check_count("num_images", num_images)
     if noise is not None and seed is not None:
-        raise ConfigError(
-            "seed and noise are both given, expected one of them: the noise is what a seed names."
-        )
+        raise ConfigError("seed and noise are both given, expected one of them: the noise is what a seed names.")
     arrays = None if noise is None else _check_noise(spec, noise, count)
     seeds = () if noise is not None else _seeds(seed, count)
     known: dict[str, np.ndarray] = {}
@@ -110,9 +109,7 @@ def make_request(
     if spec.guidance_range is not None:
         known["guidance_scale"] = _guidance(spec.guidance_range, guidance_scale, count)
     elif guidance_scale is not None:
-        raise ConfigError(
-            "guidance_scale is given, but this model has no such input. Leave guidance_scale out."
-        )
+        raise ConfigError("guidance_scale is given, but this model has no such input. Leave guidance_scale out.")
     known |= _conditioning(spec, conditioning or {}, count)
     return Request(spec=spec, seeds=seeds, noise=arrays, conditioning=known)
 
@@ -144,9 +141,7 @@ def check_count(name: str, value: object, *, most: int | None = None) -> int:
 def check_output_type(spec: SamplerSpec, output_type: str) -> None:
     """Raise ``ConfigError`` unless ``output_type`` is known and can show what the sampler returns."""
     if output_type not in get_args(OutputType):
-        raise ConfigError(
-            f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}."
-        )
+        raise ConfigError(f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}.")
     is_picture = spec.output == "pixels" and len(spec.image_shape) == 3
     if output_type != "raw" and not is_picture:
         raise ConfigError(
@@ -160,7 +155,7 @@ def check_output_type(spec: SamplerSpec, output_type: str) -> None:
         )
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+def _seeds(seed: Seeds | None, count: int) -> tuple[int, ...]:
     if seed is None:
         seed = secrets.randbelow(_FRESH_SEEDS - count)
     if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str | bytes):
@@ -182,8 +177,7 @@ def _labels(spec: SamplerSpec, labels: Labels | None, count: int, seeds: Sequenc
     if isinstance(labels, Sequence | np.ndarray) and not isinstance(labels, str | bytes):
         if len(labels) != count:
             raise ConfigError(
-                f"class_labels holds {len(labels)} labels, expected num_images = {count}, "
-                "or one label for all."
+                f"class_labels holds {len(labels)} labels, expected num_images = {count}, or one label for all."
             )
         return np.array([_label(spec, label) for label in labels], np.int64)
     return np.full(count, _label(spec, labels), np.int64)
@@ -194,13 +188,9 @@ def _label(spec: SamplerSpec, label: object) -> int:
         if label in spec.class_names:
             return spec.class_names.index(label)
         if not spec.class_names:
-            raise ConfigError(
-                f"class label is {label!r}, but the labels have no names. Use 0..{spec.num_classes - 1}."
-            )
+            raise ConfigError(f"class label is {label!r}, but the labels have no names. Use 0..{spec.num_classes - 1}.")
         close = get_close_matches(label, spec.class_names, n=3, cutoff=0.5)
-        names = ", ".join(spec.class_names[:_SHOWN_NAMES]) + (
-            ", ..." if len(spec.class_names) > _SHOWN_NAMES else ""
-        )
+        names = ", ".join(spec.class_names[:_SHOWN_NAMES]) + (", ..." if len(spec.class_names) > _SHOWN_NAMES else "")
         hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The names are: {names}."
         raise ConfigError(f"class label is {label!r}, expected one of {spec.num_classes} names. {hint}")
     try:
@@ -228,25 +218,19 @@ def _check_noise(spec: SamplerSpec, noise: Any, count: int) -> tuple[np.ndarray,
             raise ShapeError(f"noise[{step}] is {found}, expected {shape} float32: num_images first. {do}")
         if not np.isfinite(array).all():
             bad = int(np.flatnonzero(~np.isfinite(array).reshape(count, -1).all(axis=1))[0])
-            raise ConfigError(
-                f"noise[{step}] holds NaN or infinity in image {bad}, expected finite numbers. {do}"
-            )
+            raise ConfigError(f"noise[{step}] holds NaN or infinity in image {bad}, expected finite numbers. {do}")
     return tuple(noise)
 
 
 def _guidance(limits: tuple[float, float], scale: float | Sequence[float] | None, count: int) -> np.ndarray:
     if scale is None:
-        raise ConfigError(
-            f"guidance_scale is missing, expected a number in {limits[0]}..{limits[1]} for this model."
-        )
+        raise ConfigError(f"guidance_scale is missing, expected a number in {limits[0]}..{limits[1]} for this model.")
     try:
         array = np.asarray(scale, np.float32)
     except (TypeError, ValueError):
         raise ConfigError(f"guidance_scale is {scale!r}, expected a number or one for each image.") from None
     if array.shape not in ((), (count,)):
-        raise ConfigError(
-            f"guidance_scale has shape {array.shape}, expected one number or num_images = {count}."
-        )
+        raise ConfigError(f"guidance_scale has shape {array.shape}, expected one number or num_images = {count}.")
     if not ((array >= limits[0]) & (array <= limits[1])).all():  # NaN is refused, too
         raise ConfigError(f"guidance_scale is {scale!r}, expected numbers in {limits[0]}..{limits[1]}.")
     return np.ascontiguousarray(np.broadcast_to(array, (count,)))
@@ -259,9 +243,7 @@ def _conditioning(spec: SamplerSpec, given: Mapping[str, np.ndarray], count: int
     for name, tensor in wanted.items():
         array, shape = np.asarray(given[name]), (count, *tensor.shape)
         if array.shape != shape or array.dtype != np.dtype(tensor.dtype):
-            raise ShapeError(
-                f"conditioning[{name!r}] is {array.shape} {array.dtype}, expected {shape} {tensor.dtype}."
-            )
+            raise ShapeError(f"conditioning[{name!r}] is {array.shape} {array.dtype}, expected {shape} {tensor.dtype}.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ConfigError(f"conditioning[{name!r}] holds NaN or infinity, expected finite numbers.")
     return {name: np.asarray(given[name]) for name in wanted}

@@ -122,9 +122,7 @@ def _from_bundle(bundle: Bundle) -> Source:
 
 def _from_checkpoint(folder: Path, verify: str) -> Source:
     if not (folder / WEIGHTS_NAME).is_file():
-        raise BundleError(
-            f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole."
-        )
+        raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole.")
     models: list[Any] = []
 
     def spec(num_inference_steps: int) -> SamplerSpec:

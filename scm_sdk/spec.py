@@ -34,9 +34,7 @@ def default_times(num_inference_steps: int, *, sigma_data: float = 0.5) -> tuple
     Source: arXiv 2410.11081, section 5.2 and appendix G.2.
     """
     if not 1 <= num_inference_steps <= MAX_STEPS:
-        raise ConfigError(
-            f"num_inference_steps is {num_inference_steps}, expected 1..{MAX_STEPS}; 1 or 2 is usual."
-        )
+        raise ConfigError(f"num_inference_steps is {num_inference_steps}, expected 1..{MAX_STEPS}; 1 or 2 is usual.")
     t_max = math.atan(80.0 / sigma_data)
     if num_inference_steps == 2:
         return (t_max, 1.1)
@@ -103,9 +101,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if not self.sample_shape or min(self.sample_shape) < 1:
             raise ConfigError(f"sample_shape is {self.sample_shape}, expected at least one axis, all >= 1.")
         if self.output_shape and min(self.output_shape) < 1:
-            raise ConfigError(
-                f"output_shape is {self.output_shape}, expected axes >= 1, or () for sample_shape."
-            )
+            raise ConfigError(f"output_shape is {self.output_shape}, expected axes >= 1, or () for sample_shape.")
         if not self.value_range[0] < self.value_range[1]:
             raise ConfigError(f"value_range is {self.value_range}, expected (lowest, highest).")
         if self.num_classes < 0:
@@ -183,6 +179,4 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         try:
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise ConfigError(
-                f"sampler spec cannot be read: {exc}. Expected the JSON that scm-export wrote."
-            ) from exc
+            raise ConfigError(f"sampler spec cannot be read: {exc}. Expected the JSON that scm-export wrote.") from exc

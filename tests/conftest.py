@@ -26,9 +26,7 @@ class ToyBundle:
 
     specs = tuple(SamplerSpec(times=default_times(n), sample_shape=(3, 4, 4), num_classes=2) for n in (1, 2))
     checkpoint = Artifact(path="denoiser", format="safetensors")
-    graphs = tuple(
-        Artifact(path=f"onnx/fp32/{n}step/model.onnx", format="onnx", num_inference_steps=n) for n in (1, 2)
-    )
+    graphs = tuple(Artifact(path=f"onnx/fp32/{n}step/model.onnx", format="onnx", num_inference_steps=n) for n in (1, 2))
     weights = "denoiser/diffusion_pytorch_model.safetensors"
 
     def golden(self, seed: int = 0) -> Golden:
@@ -102,13 +100,13 @@ def unet_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from scm_sdk.model.unet import UNetConfig
 
     shape = UNetConfig(
-        image_size=8, channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), num_classes=4
+        image_size=8, channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(8,), num_classes=4
     )
     model = ConsistencyModel(ModelConfig(network=shape, class_names=("cat", "dog", "robot", "rocket")))
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # the layers that start at zero would hide everything before them
         with torch.no_grad():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.2)
     folder = tmp_path_factory.mktemp("unet") / "checkpoint"
     model.save_pretrained(folder)
     return folder
@@ -116,7 +114,7 @@ def unet_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unet_bundle(unet_checkpoint: Path) -> Path:
-    """Return the bundle of ``unet_checkpoint`` with its 1- and 2-step graphs, largest batch 5; do not touch."""
+    """Return the bundle of ``unet_checkpoint`` with its 1- and 2-step graphs, largest batch 5; read only."""
     from scm_sdk.export.pipeline import export_bundle
 
     path = unet_checkpoint.parent / "bundle"
@@ -166,9 +164,7 @@ def _linear_graph(path: Path, spec: SamplerSpec, *, gain: float = 0.5, metadata:
     last = "scaled"
     if spec.num_classes:
         nodes += [
-            helper.make_node(
-                "Gather", ["table", "class_labels"], ["label"]
-            ),  # refuses labels that are not there
+            helper.make_node("Gather", ["table", "class_labels"], ["label"]),  # refuses labels that are not there
             helper.make_node("Mul", ["label", "tenth"], ["shift"]),
             helper.make_node("Reshape", ["shift", "ones"], ["shift_B111"]),
             helper.make_node("Add", ["scaled", "shift_B111"], ["shifted"]),

@@ -76,9 +76,7 @@ def test_a_file_that_is_not_listed_is_not_given(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [WEIGHTS, GRAPH, GOLDEN_PATH, "README.md", "denoiser/config.json"])
-@pytest.mark.parametrize(
-    "damage", ["missing", "truncated", "emptied", "longer", "one bit", "a folder", "a pipe"]
-)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "emptied", "longer", "one bit", "a folder", "a pipe"])
 def test_each_damage_to_each_file_is_named(victim: str, damage: str, bundle_copy: Path) -> None:
     path = bundle_copy / victim
     content = path.read_bytes()
@@ -99,9 +97,7 @@ def test_each_damage_to_each_file_is_named(victim: str, damage: str, bundle_copy
         "a folder": "is not a plain file",
         "a pipe": "is not a plain file",
     }.get(damage, rf"has \d+ bytes, expected {len(content)}")
-    with pytest.raises(
-        IntegrityError, match=rf"{victim} {expected}.*Copy the bundle again, or export it again"
-    ):
+    with pytest.raises(IntegrityError, match=rf"{victim} {expected}.*Copy the bundle again, or export it again"):
         Bundle.open(bundle_copy)
 
 
@@ -113,9 +109,7 @@ def test_what_is_no_bundle(bundle_copy: Path, tmp_path: Path) -> None:
         (tmp_path, f"holds no file {MANIFEST_NAME}"),
         (Path("nul\0byte"), "is not a folder"),
     ):
-        with pytest.raises(
-            BundleError, match=rf"{found}, expected a bundle. Give the folder that scm-export wrote"
-        ):
+        with pytest.raises(BundleError, match=rf"{found}, expected a bundle. Give the folder that scm-export wrote"):
             Bundle.open(path)
     (bundle_copy / MANIFEST_NAME).unlink()
     (bundle_copy / MANIFEST_NAME).mkdir()

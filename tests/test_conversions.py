@@ -134,9 +134,7 @@ def test_round_trips(name: str, seed: int, t: float, sd: float) -> None:
     convention, (x_t, time) = CONVENTIONS[name], state(seed, t, sd)
     F = torch.randn(4, DIM, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     again = convention.to_trigflow(x_t, convention.from_trigflow(x_t, F, time, sd), time, sd)
-    torch.testing.assert_close(
-        again, F, rtol=1e-12, atol=1e-12 * max(1, 0.1 / math.sin(t), 0.1 / math.cos(t))
-    )
+    torch.testing.assert_close(again, F, rtol=1e-12, atol=1e-12 * max(1, 0.1 / math.sin(t), 0.1 / math.cos(t)))
     back = convention.time_to_trigflow(convention.time(time, sd), sd)
     torch.testing.assert_close(back, time, rtol=0, atol=tolerance(name, t, sd))
 
@@ -156,9 +154,7 @@ def test_known_special_cases(seed: int, t: float, sd: float) -> None:
     """The printed formulas of the papers, where ours are simplified forms of them."""
     x_t, time = state(seed, t, sd)
     v = torch.randn(4, DIM, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    torch.testing.assert_close(
-        CONVENTIONS["vp_velocity"].to_trigflow(x_t, v, time, 1.0), v, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(CONVENTIONS["vp_velocity"].to_trigflow(x_t, v, time, 1.0), v, rtol=1e-12, atol=1e-12)
     # SANA-Sprint's scheduler.
     u = math.sin(t) / (math.cos(t) + math.sin(t))
     root = math.hypot(u, 1 - u)
@@ -172,9 +168,7 @@ def test_known_special_cases(seed: int, t: float, sd: float) -> None:
     c_skip, c_out = sd**2 / (sigma**2 + sd**2), sigma * sd / math.hypot(sigma, sd)
     denoised = c_skip * CONVENTIONS["edm_denoiser"].model_input(x_t, time, sd) + c_out * v
     F = CONVENTIONS["edm_denoiser"].to_trigflow(x_t, denoised, time, sd)
-    torch.testing.assert_close(
-        F, CONVENTIONS["edm_network"].to_trigflow(x_t, v, time, sd), rtol=1e-11, atol=1e-11
-    )
+    torch.testing.assert_close(F, CONVENTIONS["edm_network"].to_trigflow(x_t, v, time, sd), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -72,9 +72,7 @@ def test_a_full_disk_leaves_the_old_file(
 
 def test_a_rename_that_the_disk_does_not_confirm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fail_on_call(1, os.fsync, errno.EIO))
-    with pytest.raises(
-        ScmError, match=r"x was replaced, but the disk did not confirm it: Input/output error"
-    ):
+    with pytest.raises(ScmError, match=r"x was replaced, but the disk did not confirm it: Input/output error"):
         atomic_write_bytes(tmp_path / "x", b"new")
     assert tree(tmp_path) == {"x": b"new"}
 
@@ -95,9 +93,7 @@ def test_a_file_system_without_folder_fsync_is_fine(tmp_path: Path, monkeypatch:
         (errno.EIO, "Check the path and the disk"),
     ],
 )
-def test_each_refusal_says_what_to_do(
-    code: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_refusal_says_what_to_do(code: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fail_on_call(0, os.fsync, code))
     with pytest.raises(ScmError, match=remedy):
         atomic_write_bytes(tmp_path / "x", b"")
@@ -126,9 +122,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, FileNotFoundError, BundleError])
-def test_an_error_in_the_block_removes_the_folder_and_is_kept(
-    error: type[BaseException], tmp_path: Path
-) -> None:
+def test_an_error_in_the_block_removes_the_folder_and_is_kept(error: type[BaseException], tmp_path: Path) -> None:
     with pytest.raises(error, match=r"^mine$"), atomic_folder(tmp_path / "b") as folder:
         (folder / "a").write_bytes(b"1")
         raise error("mine")

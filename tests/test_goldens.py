@@ -49,9 +49,7 @@ def test_goldens_come_back(made_bundle: Path, tmp_path: Path, toy: Any) -> None:
     ],
     ids=range(11),
 )
-def test_goldens_that_do_not_fit_are_refused(
-    tensors: dict[str, Any], message: str, tmp_path: Path, toy: Any
-) -> None:
+def test_goldens_that_do_not_fit_are_refused(tensors: dict[str, Any], message: str, tmp_path: Path, toy: Any) -> None:
     good: dict[str, Any] = {
         "1step/images": IMAGES,
         "1step/seeds": SEEDS,
@@ -71,7 +69,7 @@ def test_goldens_that_do_not_fit_are_refused(
 def test_goldens_are_checked_when_they_are_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="goldens is empty"):
         write_goldens(tmp_path, {})
-    bad = Golden(images=IMAGES, seeds=np.array([1, 2**64 - 1, 3], np.uint64))  # type: ignore[arg-type]
+    bad = Golden(images=IMAGES, seeds=np.array([1, 2**64 - 1, 3], np.uint64))
     with pytest.raises(ConfigError, match="golden of 2 steps: seeds are uint64"):
         write_goldens(tmp_path, {2: bad})
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """From data units to pictures and files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,7 @@ def test_golden_levels() -> None:
 
 
 @given(hnp.arrays(np.float32, (2, 3, 2, 2), elements=st.floats(-4, 4, width=32)), RANGES)
-def test_agrees_with_the_formula_and_keeps_the_input(
-    images: np.ndarray, value_range: tuple[float, float]
-) -> None:
+def test_agrees_with_the_formula_and_keeps_the_input(images: np.ndarray, value_range: tuple[float, float]) -> None:
     before = images.copy()
     low, high = value_range
     exact = np.clip((images.astype(np.float64) - low) / (high - low) * 255, 0, 255)
@@ -61,7 +60,7 @@ def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_wrong_dtype_and_range_are_refused() -> None:
     with pytest.raises(ShapeError, match="images are uint8, expected floating point"):
-        to_uint8(np.zeros((1, 3, 2, 2), np.uint8), (-1, 1))  # type: ignore[arg-type]
+        to_uint8(np.zeros((1, 3, 2, 2), np.uint8), (-1, 1))
     for value_range in ((1.0, 1.0), (1.0, -1.0), (0.0, np.inf), (np.nan, 1.0)):
         with pytest.raises(ConfigError, match=r"value_range is .*expected two finite numbers"):
             to_uint8(np.zeros((1, 3, 2, 2), np.float32), value_range)
@@ -81,9 +80,7 @@ def test_pil_images_hold_the_same_pixels(pictures: np.ndarray) -> None:
 
 
 @given(PICTURES, st.integers(1, 6), st.integers(1, 3), st.integers(0, 2))
-def test_each_picture_lies_where_it_should(
-    pictures: np.ndarray, columns: int, scale: int, padding: int
-) -> None:
+def test_each_picture_lies_where_it_should(pictures: np.ndarray, columns: int, scale: int, padding: int) -> None:
     count, height, width, channels = pictures.shape
     grid = make_grid(pictures, columns, scale, padding=padding)
     rows = -(-count // columns)
@@ -101,7 +98,8 @@ def test_each_picture_lies_where_it_should(
 
 def test_grids_of_nothing_or_with_odd_numbers_are_refused() -> None:
     good = np.zeros((2, 3, 3, 3), np.uint8)
-    for bad in (good[:0], good[0], good.astype(np.float32)):
+    refused: list[Any] = [good[:0], good[0], good.astype(np.float32)]
+    for bad in refused:
         with pytest.raises(ShapeError, match=r"pictures are .*expected \(B, H, W, C\) uint8"):
             make_grid(bad, 2)
     for columns, scale, padding in ((0, 1, 0), (1, 0, 0), (1, 1, -1)):
@@ -111,9 +109,7 @@ def test_grids_of_nothing_or_with_odd_numbers_are_refused() -> None:
 
 @settings(max_examples=20)  # each waits for the disk
 @given(PICTURES)
-def test_png_files_hold_the_same_pixels(
-    tmp_path_factory: pytest.TempPathFactory, pictures: np.ndarray
-) -> None:
+def test_png_files_hold_the_same_pixels(tmp_path_factory: pytest.TempPathFactory, pictures: np.ndarray) -> None:
     path = tmp_path_factory.getbasetemp() / "x.png"
     save_png(pictures[0], path)
     with Image.open(path) as image:
@@ -122,7 +118,8 @@ def test_png_files_hold_the_same_pixels(
 
 
 def test_png_refuses_other_arrays_and_targets(tmp_path: Path) -> None:
-    for bad in (np.zeros((3, 3), np.uint8), np.zeros((3, 3, 2), np.uint8), np.zeros((3, 3, 3), np.float32)):
+    refused: list[Any] = [np.zeros((3, 3), np.uint8), np.zeros((3, 3, 2), np.uint8), np.zeros((3, 3, 3), np.float32)]
+    for bad in refused:
         with pytest.raises(ShapeError, match=r"picture is .*expected \(H, W, C\) uint8"):
             save_png(bad, tmp_path / "x.png")
     (tmp_path / "file").write_bytes(b"")

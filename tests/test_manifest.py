@@ -42,9 +42,7 @@ def make(**changes: Any) -> Manifest:
     return Manifest(**(parts | changes))
 
 
-@given(
-    st.dictionaries(st.text(max_size=5), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3)
-)
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
 def test_json_gives_back_an_equal_manifest(provenance: dict[str, Any], versions: dict[str, str]) -> None:
     manifest = make(provenance=provenance, versions=versions)
     assert Manifest.from_json(manifest.to_json()) == manifest
@@ -61,9 +59,7 @@ def changed(**changes: Any) -> bytes:
 
 
 def test_a_newer_schema_says_update() -> None:
-    with pytest.raises(
-        SchemaError, match=r"has schema version 2, this scm-sdk reads up to 1. Update scm-sdk: pip"
-    ):
+    with pytest.raises(SchemaError, match=r"has schema version 2, this scm-sdk reads up to 1. Update scm-sdk: pip"):
         Manifest.from_json(changed(schema_version=2, what_we_do_not_know_yet=[1, 2]))
 
 

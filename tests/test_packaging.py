@@ -1,5 +1,6 @@
 """The wheel must hold every package of the checkout and its data, all of it inside scm_sdk."""
 
+import importlib
 import importlib.metadata
 import re
 import shutil
@@ -57,8 +58,8 @@ def test_the_links_point_at_the_folders() -> None:
         link = ROOT / "scm_sdk" / name
         if link.is_symlink():  # a clone without symbolic links works too
             assert link.resolve() == ROOT / name
-        module = __import__(f"scm_sdk.{name}", fromlist=["__file__"])
-        assert Path(module.__file__).resolve() == ROOT / name / "__init__.py"
+        module = importlib.import_module(f"scm_sdk.{name}")
+        assert Path(str(module.__file__)).resolve() == ROOT / name / "__init__.py"
 
 
 def test_the_installed_package_is_this_checkout() -> None:

@@ -34,16 +34,12 @@ def reader(avatars: dict[str, NDArray[Any]]) -> palette.LabelReader:
     )
 
 
-def test_labels_of_real_pictures_are_read(
-    avatars: dict[str, NDArray[Any]], reader: palette.LabelReader
-) -> None:
+def test_labels_of_real_pictures_are_read(avatars: dict[str, NDArray[Any]], reader: palette.LabelReader) -> None:
     """The ceiling: 98.6 % of pictures show any hair at all, the rest wear it under a hat."""
     images, labels = avatars["images"][10_000:14_000], avatars["hairColor"][10_000:14_000]
     clean = palette.label_accuracy(images, labels, reader)
     assert clean.accuracy >= 0.98 and clean.undecided < 0.02
-    assert (
-        min(clean.per_class.values()) > 0.95 and list(clean.per_class) == avatars["hairColor_names"].tolist()
-    )
+    assert min(clean.per_class.values()) > 0.95 and list(clean.per_class) == avatars["hairColor_names"].tolist()
     assert clean.confusion.sum() == clean.count == 4000
     bareheaded = avatars["hat"][10_000:14_000] == 0
     assert palette.label_accuracy(images[bareheaded], labels[bareheaded], reader).accuracy >= 0.999

@@ -66,16 +66,14 @@ def test_a_backend_is_what_has_three_members(opened: Backend) -> None:
         (lambda n, c: (n, {"class_labels": c["class_labels"].astype(np.int32)}), "int32, expected .* int64"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(
-    opened: Backend, change: Callable[..., Any], message: str
-) -> None:
+def test_inputs_that_do_not_fit_are_refused(opened: Backend, change: Callable[..., Any], message: str) -> None:
     noise, conditioning = change(*inputs(opened.spec))
     with pytest.raises(ShapeError, match=message):
         opened.sample(noise, conditioning)
 
 
 def test_many_threads_get_what_one_gets(opened: Backend) -> None:
-    jobs = [inputs(opened.spec, batch) for batch in (1, 2, 3, 5)] * 6
+    jobs = [inputs(opened.spec, batch) for batch in (1, 2, 3, 5)] * 4
     alone = [opened.sample(*job) for job in jobs]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda job: opened.sample(*job), jobs))
@@ -139,8 +137,7 @@ def test_a_device_that_is_not_here(backend: str, unet_bundle: Path, unet_checkpo
 
 def test_onnxruntime_does_not_fall_back_in_silence(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is told to offer CUDA where there is none: it warns at most and runs on the CPU."""
-    import onnxruntime
-
+    onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -174,9 +171,7 @@ def test_a_graph_must_carry_the_manifests_spec(tmp_path: Path, linear_graph: Any
     linear_graph(path, SPEC, metadata="")
     with pytest.raises(IntegrityError, match="has no 'scm_spec' in its metadata"):
         open_backend("onnxruntime", path, SPEC)
-    linear_graph(
-        path, SPEC, metadata=SamplerSpec(times=(1.5, 1.0), sample_shape=(3, 4, 4), num_classes=3).to_json()
-    )
+    linear_graph(path, SPEC, metadata=SamplerSpec(times=(1.5, 1.0), sample_shape=(3, 4, 4), num_classes=3).to_json())
     with pytest.raises(IntegrityError, match=r"carries the spec .*1\.0.*, expected the manifest's .*1\.1"):
         open_backend("onnxruntime", path, SPEC)
 
@@ -192,25 +187,19 @@ def test_a_failing_run_is_translated(graph: Path, opened: Backend) -> None:
     backends += [opened] if getattr(opened, "name", "") == "torch" else []
     for backend in backends:
         noise, _ = inputs(backend.spec)
-        with pytest.raises(
-            BackendFailure, match=r"failed on a batch of 2 on cpu: .*try a smaller batch_size"
-        ):
+        with pytest.raises(BackendFailure, match=r"failed on a batch of 2 on cpu: .*try a smaller batch_size"):
             backend.sample(noise, {"class_labels": np.array([0, 99])})
 
 
 def test_an_artifact_that_breaks_its_spec_is_caught(graph: Path) -> None:
     backend: Any = open_backend("onnxruntime", graph, SPEC)
-    backend.spec = SamplerSpec(
-        times=SPEC.times, sample_shape=(3, 4, 4), output_shape=(3, 8, 8), num_classes=3
-    )
+    backend.spec = SamplerSpec(times=SPEC.times, sample_shape=(3, 4, 4), output_shape=(3, 8, 8), num_classes=3)
     with pytest.raises(BackendFailure, match=r"returned \(2, 3, 4, 4\) float32, expected \(2, 3, 8, 8\)"):
         backend.sample(*inputs(SPEC))
 
 
 def test_further_conditioning_reaches_the_graph(tmp_path: Path, linear_graph: Any) -> None:
-    spec = SamplerSpec(
-        times=(1.5,), sample_shape=(1, 2, 2), conditioning=(TensorSpec(name="prompt", shape=(7,)),)
-    )
+    spec = SamplerSpec(times=(1.5,), sample_shape=(1, 2, 2), conditioning=(TensorSpec(name="prompt", shape=(7,)),))
     linear_graph(tmp_path / "model.onnx", spec)
     backend = open_backend("onnxruntime", tmp_path / "model.onnx", spec)
     noise = draw_noise(spec, [1, 2])
@@ -229,9 +218,7 @@ def test_torch_leaves_the_threads_as_they_were(unet_checkpoint: Path, ort: Any) 
     assert torch.get_num_threads() == before
 
 
-def test_samplers_of_one_checkpoint_share_their_weights(
-    unet_checkpoint: Path, tmp_path: Path, ort: Any
-) -> None:
+def test_samplers_of_one_checkpoint_share_their_weights(unet_checkpoint: Path, tmp_path: Path, ort: Any) -> None:
     folder = Path(shutil.copytree(unet_checkpoint, tmp_path / "checkpoint"))
     one, two = (open_backend("torch", folder, ort.opened(steps).spec) for steps in (1, 2))
     model = one._sampler.model  # type: ignore[attr-defined]
@@ -254,7 +241,8 @@ def test_onnxruntime_never_imports_torch(unet_bundle: Path) -> None:
     code = (
         "import sys\n"
         "from scm_sdk import Generator\n"
-        f"with Generator.from_pretrained({str(unet_bundle)!r}, backend='onnxruntime', verify='full') as gen:\n"
+        f"path, options = {str(unet_bundle)!r}, dict(backend='onnxruntime', verify='full')\n"
+        "with Generator.from_pretrained(path, **options) as gen:\n"
         "    for kind in ('pil', 'np', 'uint8', 'raw'): gen(2, seed=0, output_type=kind)\n"
         "    gen.plan(), gen.warmup()\n"
         "heavy = {'torch', 'onnx', 'onnx_ir', 'onnxscript'} & set(sys.modules)\n"

@@ -84,9 +84,7 @@ def gaussian_velocity(std: float, sigma_data: float) -> VelocityFn:
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         cos, sin = t.cos()[:, None], t.sin()[:, None]
-        return (
-            cos * sin * (sigma_data**2 - std**2) / (cos**2 * std**2 + sin**2 * sigma_data**2) * x / sigma_data
-        )
+        return cos * sin * (sigma_data**2 - std**2) / (cos**2 * std**2 + sin**2 * sigma_data**2) * x / sigma_data
 
     return velocity
 

@@ -125,9 +125,7 @@ def test_json_of_a_broken_contract_is_refused_like_the_value() -> None:
     ],
 )  # fmt: skip
 def test_other_text_is_refused(text: str | bytes) -> None:
-    with pytest.raises(
-        ConfigError, match=r"sampler spec cannot be read: .*Expected the JSON that scm-export wrote"
-    ):
+    with pytest.raises(ConfigError, match=r"sampler spec cannot be read: .*Expected the JSON that scm-export wrote"):
         SamplerSpec.from_json(text)
 
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from scm_sdk.model.presets import tiny
 from scm_sdk.model.unet import UNet
 from scm_sdk.train.config import TrainConfig
-from scm_sdk.train.objectives import Batch, LogVariance, consistency_loss, consistency_target, diffusion_loss, weighted_residual
+from scm_sdk.train.objectives import (
+    Batch,
+    LogVariance,
+    consistency_loss,
+    consistency_target,
+    diffusion_loss,
+    weighted_residual,
+)
 from scm_sdk.train.tangent import normalize_tangent, scaled_jvp, tangent
 
 SD = 0.5

@@ -69,11 +69,18 @@ def stop_at(iteration):
 def test_interrupted_run_ends_like_an_uninterrupted_one(npz, tmp_path, objective):
     teacher = tmp_path / "teacher"
     train(config(npz, num_iterations=2), teacher)
-    run = config(npz, objective=objective, init_from="" if objective == "diffusion" else str(teacher), optimizer="radam")
+    run = config(
+        npz,
+        objective=objective,
+        init_from="" if objective == "diffusion" else str(teacher),
+        optimizer="radam",
+    )
     train(run, tmp_path / "whole")
     with pytest.raises(Stop):
-        train(run, tmp_path / "parts", Hooks(checkpoint_every=2, on_step=stop_at(5)))
-    train(run, tmp_path / "parts", Hooks(checkpoint_every=2))
+        train(run, tmp_path / "parts", Hooks(checkpoint_every=2, log_every=1, on_step=stop_at(5)))
+    train(run, tmp_path / "parts", Hooks(checkpoint_every=2, log_every=1))
+    lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -112,7 +119,11 @@ def test_truncated_state_is_named(npz, tmp_path):
 
 def test_log_and_learning(npz, tmp_path):
     logs = []
-    train(config(npz, num_iterations=60, learning_rate=3e-3), tmp_path / "run", Hooks(on_log=logs.append, log_every=20))
+    train(
+        config(npz, num_iterations=60, learning_rate=3e-3),
+        tmp_path / "run",
+        Hooks(on_log=logs.append, log_every=20),
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [20, 40, 60]
     assert lines[-1]["residual"] < lines[0]["residual"]

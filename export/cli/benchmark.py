@@ -11,12 +11,8 @@ from .common import json_option, print_json, progress_bar, say
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--backend", "backends", multiple=True, default=("torch", "onnxruntime"), help="May be repeated."
-)
-@click.option(
-    "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="May be repeated."
-)
+@click.option("--backend", "backends", multiple=True, default=("torch", "onnxruntime"), help="May be repeated.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="May be repeated.")
 @click.option("--steps", type=click.IntRange(1), help="Network calls; 2 where the bundle has it.")
 @click.option("--rounds", type=click.IntRange(10), default=50, help="Interleaved rounds; 100 for a p99.")
 @click.option(
@@ -75,13 +71,12 @@ def bench(
                 load = "-" if timing.load_ms is None else f"{timing.load_ms:.0f}"
                 table.add_row(
                     str(latency.batch), timing.name, load, f"{timing.first_call_ms:.1f}", f"{timing.median_ms:.2f}",
-                    f"{timing.p90_ms:.2f}", f"{timing.images_per_s:.0f}", f"{timing.speedup:.2f}x ({low:.2f}..{high:.2f})",
+                    f"{timing.p90_ms:.2f}", f"{timing.images_per_s:.0f}",
+                    f"{timing.speedup:.2f}x ({low:.2f}..{high:.2f})",
                 )  # fmt: skip
         Console(width=120).print(table)
         if not all(latency.stable for latency in results):
-            say(
-                "The machine did not become steady during warm-up: trust the ratios more than the milliseconds."
-            )
+            say("The machine did not become steady during warm-up: trust the ratios more than the milliseconds.")
     for latency in results:
         latency.raise_if_over()
 

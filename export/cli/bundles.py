@@ -24,10 +24,9 @@ def verify(path: Path, as_json: bool) -> None:
     manifest = Bundle.open(path, verify="digest").manifest
     size = sum(entry.size for entry in manifest.files)
     if as_json:
-        print_json(
-            {"path": str(path), "build_id": manifest.build_id, "files": len(manifest.files), "bytes": size}
-        )
+        print_json({"path": str(path), "build_id": manifest.build_id, "files": len(manifest.files), "bytes": size})
     else:
         say(
-            f"{path}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all as recorded. Build {manifest.build_id[:12]}."
+            f"{path}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all as recorded. "
+            f"Build {manifest.build_id[:12]}."
         )

@@ -20,7 +20,7 @@ class _Failure(click.ClickException):
 
     def __init__(self, error: ScmError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]
 
 
 class ScmGroup(click.Group):
@@ -78,6 +78,8 @@ def progress_bar(description: str, total: int, *, done: int = 0) -> Iterator[Cal
         task = progress.add_task(description, total=total, completed=done, note="")
 
         def update(completed: int, note: str | None = None) -> None:
-            progress.update(task, completed=completed, **({} if note is None else {"note": note}))
+            if note is not None:
+                progress.update(task, note=note)
+            progress.update(task, completed=completed)
 
         yield update

@@ -10,9 +10,7 @@ from .common import say
 
 
 @click.command()
-@click.option(
-    "-o", "--out", default=Path("scm-demo"), type=click.Path(path_type=Path), help="Folder for the results."
-)
+@click.option("-o", "--out", default=Path("scm-demo"), type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="First seed of the pictures.")
 def demo(out: Path, seed: int) -> None:
     """Export the shipped avatars model, prove two backends equal, draw pictures, time both.
@@ -33,9 +31,7 @@ def demo(out: Path, seed: int) -> None:
     start, bundle = perf_counter(), out / "avatars"
     say("1. Export: PyTorch checkpoint → one ONNX graph for each number of steps → bundle")
     with as_file(files("scm_sdk.assets") / "avatars") as checkpoint:
-        report = export_bundle(
-            checkpoint, bundle, name="avatars", overwrite=True, progress=lambda s: say(f"   {s} …")
-        )
+        report = export_bundle(checkpoint, bundle, name="avatars", overwrite=True, progress=lambda s: say(f"   {s} …"))
     for graph in report.graphs:
         say(f"   {graph.path.parent.name}: {graph.num_nodes} nodes, {graph.bytes / 1e6:.1f} MB")
 
@@ -46,7 +42,7 @@ def demo(out: Path, seed: int) -> None:
     say("3. Generate: a row for each hair colour, by what runs fastest among what passed")
     with Generator.from_pretrained(bundle) as gen:
         say("   " + str(gen.plan()).replace("\n", "\n   "))
-        names = gen.backend().spec.class_names
+        names = gen.opened().spec.class_names
         for steps in (1, 2):
             result = gen(
                 8 * len(names), class_labels=[name for name in names for _ in range(8)], num_inference_steps=steps,

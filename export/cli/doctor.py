@@ -53,9 +53,7 @@ def doctor(as_json: bool) -> None:
         console.print(f"{key:<8} {report[key] or 'none found'}")
     table = Table("library", "version", "for", "get it with", box=None)
     for name, (extra, purpose) in LIBRARIES.items():
-        table.add_row(
-            name, found[name] or "-", purpose, "" if found[name] else f"pip install 'scm-sdk\\[{extra}]'"
-        )
+        table.add_row(name, found[name] or "-", purpose, "" if found[name] else f"pip install 'scm-sdk\\[{extra}]'")
     console.print(table)
     for name, info in BACKENDS.items():
         state = "runs here" if find_spec(info.library) else f"needs pip install 'scm-sdk\\[{info.extra}]'"

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--steps", multiple=True, type=click.IntRange(1), default=(1, 2), help="May be repeated.")
-@click.option(
-    "--teacher-steps", type=click.IntRange(2), help="MODEL is a teacher: second-order solver steps."
-)
+@click.option("--teacher-steps", type=click.IntRange(2), help="MODEL is a teacher: second-order solver steps.")
 @click.option("--num-images", type=click.IntRange(64), default=10_000)
 @click.option("--data", default="avatars", metavar="SOURCE", help="As for train.")
 @click.option("--label", default="hairColor", metavar="COLUMN")
@@ -42,9 +40,7 @@ def evaluate(
     def draw(count: int) -> Samples:
         with progress_bar("sample", num_images) as update:
             if teacher_steps:
-                return sample_diffusion(
-                    model, num_images, num_steps=teacher_steps, progress=lambda n, _: update(n)
-                )
+                return sample_diffusion(model, num_images, num_steps=teacher_steps, progress=lambda n, _: update(n))
             return sample_student(
                 model, num_images, num_inference_steps=count, backend=backend, progress=lambda n, _: update(n)
             )
@@ -54,9 +50,7 @@ def evaluate(
         samples = draw(count)
         with progress_bar("compare", 1) as update:
             scores.append(
-                score(
-                    samples, source=data, label=label, reference_rows=rows, real_rows=real_rows, cache=cache
-                )
+                score(samples, source=data, label=label, reference_rows=rows, real_rows=real_rows, cache=cache)
             )
             update(1)
     if as_json:

@@ -11,13 +11,9 @@ from .common import json_option, print_json, progress_bar, say
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", default=Path("images.png"), type=click.Path(path_type=Path), help="PNG, or a folder."
-)
+@click.option("-o", "--out", default=Path("images.png"), type=click.Path(path_type=Path), help="PNG, or a folder.")
 @click.option("--num-images", type=int, default=16, help="How many.")
-@click.option(
-    "--class-labels", default="", metavar="A,B,…", help="Names or numbers; one for all, or one each."
-)
+@click.option("--class-labels", default="", metavar="A,B,…", help="Names or numbers; one for all, or one each.")
 @click.option("--steps", type=int, help="Network calls; 2 where the bundle has it.")
 @click.option("--seed", type=int, help="First seed; fresh when absent.")
 @click.option("--backend", default="auto", help="auto, torch or onnxruntime.")
@@ -43,9 +39,7 @@ def generate(
             rows = gen.plan()
             print_json(rows.to_dict()) if as_json else click.echo(str(rows))
             return
-        labels: list[int | str] = [
-            int(part) if part.lstrip("-").isdigit() else part for part in _split(class_labels)
-        ]
+        labels: list[int | str] = [int(part) if part.lstrip("-").isdigit() else part for part in _split(class_labels)]
         with progress_bar("generate", num_images) as update:
             result = gen(
                 num_images,

@@ -26,9 +26,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     from rich.table import Table
 
     console = Console()
-    console.print(
-        f"[bold]{manifest.name}[/]  build {manifest.build_id[:12]}  schema {manifest.schema_version}"
-    )
+    console.print(f"[bold]{manifest.name}[/]  build {manifest.build_id[:12]}  schema {manifest.schema_version}")
     for spec in manifest.samplers:
         times = ", ".join(f"{t:.4f}" for t in spec.times)
         console.print(f"{spec.num_inference_steps} steps at t = {times}: {spec.sample_shape}, "

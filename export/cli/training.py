@@ -17,7 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _run_options(
-    *, iterations: int, learning_rate: float, optimizer: str, p_mean: float
+    *, iterations: int, learning_rate: float, optimizer: str, p_mean: float, lr_decay: float
 ) -> Callable[[Command], Command]:
     """Return the options that both verbs have, with the verb's own defaults."""
     options = [
@@ -33,6 +33,9 @@ def _run_options(
         click.option("--iterations", type=click.IntRange(1), default=iterations, help="Length of the run."),
         click.option("--batch-size", type=click.IntRange(1), default=64, help="Samples of one iteration."),
         click.option("--lr", type=click.FloatRange(0, min_open=True), default=learning_rate, help="Learning rate."),
+        click.option(
+            "--lr-decay", type=click.FloatRange(0, 1), default=lr_decay, help="Last share in which the rate falls."
+        ),
         click.option("--optimizer", type=click.Choice(["adam", "radam"]), default=optimizer),
         click.option("--p-mean", type=float, default=p_mean, help="Mean of ln(sigma)."),
         click.option("--p-std", type=click.FloatRange(0, min_open=True), default=1.4, help="Deviation of ln(sigma)."),
@@ -58,7 +61,7 @@ def _run_options(
 
 @click.command()
 @click.option("--preset", default="pixels16", metavar="NAME", help="Network: pixels16, pixels32 or tiny.")
-@_run_options(iterations=14_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8)
+@_run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
 def train(preset: str, **options: Any) -> None:
     """Train a TrigFlow diffusion teacher.
 
@@ -81,18 +84,12 @@ def train(preset: str, **options: Any) -> None:
 
 @click.command()
 @click.option("--teacher", default="", metavar="FOLDER", help="Run or checkpoint folder of the teacher.")
-@click.option(
-    "--no-teacher", is_flag=True, help="Train from data alone (sCT); --init gives the first weights."
-)
+@click.option("--no-teacher", is_flag=True, help="Train from data alone (sCT); --init gives the first weights.")
 @click.option("--init", default="", metavar="FOLDER", help="First weights of an sCT run.")
 @click.option("--tangent-norm", type=click.Choice(["l2", "rms"]), default="l2", help="l2 is the paper's.")
-@click.option(
-    "--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H."
-)
-@click.option(
-    "--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm."
-)
-@_run_options(iterations=10_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0)
+@click.option("--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H.")
+@click.option("--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm.")
+@_run_options(iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
 def distill(teacher: str, no_teacher: bool, init: str, **options: Any) -> None:
     """Make a consistency model: distil a teacher (sCD) or train from data (sCT).
 
@@ -104,15 +101,11 @@ def distill(teacher: str, no_teacher: bool, init: str, **options: Any) -> None:
     from scm_sdk.errors import ConfigError
 
     if no_teacher == bool(teacher):
-        raise ConfigError(
-            "give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither."
-        )
+        raise ConfigError("give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither.")
     if init and not no_teacher:
         raise ConfigError("--init goes with --no-teacher; a distilled student starts from its teacher.")
     if no_teacher and not init:
-        raise ConfigError(
-            "--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights."
-        )
+        raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
     extra = {name: options[name] for name in ("tangent_norm", "tangent_warmup", "tangent_c")}
     objective = "sct" if no_teacher else "scd"
     _run(_config(objective, _data_config(options), options, init_from=teacher or init, **extra), options)
@@ -143,6 +136,7 @@ def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> 
         data=data,
         num_iterations=options["iterations"],
         learning_rate=options["lr"],
+        decay_fraction=options["lr_decay"],
         **{name: options[name] for name in same},
         **more,
     )
@@ -151,7 +145,8 @@ def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> 
 def _run(config: TrainConfig, options: dict[str, Any]) -> None:
     import torch
 
-    from scm_sdk.train.loop import Hooks, StepLog, resolve, train
+    from scm_sdk.train.loop import Hooks, StepLog, train
+    from scm_sdk.train.prepare import resolve
     from scm_sdk.train.samples import write_samples
 
     if options["threads"]:
@@ -160,18 +155,14 @@ def _run(config: TrainConfig, options: dict[str, Any]) -> None:
         click.echo(resolve(config)[0].to_json())
         return
     out: Path = options["out"]
-    say(
-        f"{config.objective}: {config.num_iterations} iterations into {out}. Interrupt at will; run again to go on."
-    )
+    say(f"{config.objective}: {config.num_iterations} iterations into {out}. Interrupt at will; run again to go on.")
     lines: list[StepLog] = []
 
     with progress_bar(config.objective, config.num_iterations) as update:
 
         def on_log(line: StepLog) -> None:
             lines.append(line)
-            update(
-                line.iteration, f"loss {line.loss:.3f} residual {line.residual:.4f} skipped {line.skipped}"
-            )
+            update(line.iteration, f"loss {line.loss:.3f} residual {line.residual:.4f} skipped {line.skipped}")
 
         hooks = Hooks(
             on_step=update,
@@ -186,6 +177,4 @@ def _run(config: TrainConfig, options: dict[str, Any]) -> None:
 
         print_json({"out": str(out), "last": asdict(lines[-1]) if lines else None})
     else:
-        say(
-            f"Done: {out} is a checkpoint. Next: scm-export {'distill' if config.objective == 'diffusion' else 'onnx'}"
-        )
+        say(f"Done: {out} is a checkpoint. Next: scm-export {'distill' if config.objective == 'diffusion' else 'onnx'}")

@@ -15,16 +15,10 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--backend", "backends", multiple=True, default=("onnxruntime",), help="Candidates; may be repeated."
-)
+@click.option("--backend", "backends", multiple=True, default=("onnxruntime",), help="Candidates; may be repeated.")
 @click.option("--num-seeds", type=click.IntRange(1), default=32, help="Samples for each batch split.")
-@click.option(
-    "--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch splits; 1, 3 and the largest."
-)
-@click.option(
-    "--threshold", type=click.FloatRange(0), help="Largest difference that passes, units of sigma_data."
-)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch splits; 1, 3 and the largest.")
+@click.option("--threshold", type=click.FloatRange(0), help="Largest difference that passes, units of sigma_data.")
 @click.option("--reason", default="", help="Why a threshold is looser than the derived one.")
 @json_option
 def validate(

@@ -1,0 +1,1 @@
+"""Parity, latency and quality: the measurements that gates are made of."""

@@ -10,9 +10,7 @@ from ..errors import ConfigError
 
 P99_ROUNDS = 100
 """A 99th percentile needs at least this many samples; of fewer it is their maximum by another name."""
-_FORM = re.compile(
-    r"(?:(?P<name>.+):)?(?P<stat>\w+)=(?P<number>[0-9]*\.?[0-9]+)(?P<unit>us|ms|s)@b(?P<batch>[0-9]+)"
-)
+_FORM = re.compile(r"(?:(?P<name>.+):)?(?P<stat>\w+)=(?P<number>[0-9]*\.?[0-9]+)(?P<unit>us|ms|s)@b(?P<batch>[0-9]+)")
 _STATISTICS: dict[str, Literal["median", "p90", "p95", "p99"]] = {
     "median": "median",
     "p50": "median",
@@ -70,9 +68,7 @@ def parse_budgets(text: str | None, *, batch: int, rounds: int, names: tuple[str
     budgets = tuple(Budget.parse(part) for part in text.split(",")) if text else ()
     for budget in budgets:
         if budget.batch != batch:
-            raise ConfigError(
-                f"budget is for batch {budget.batch}, expected {batch}, the one that is measured."
-            )
+            raise ConfigError(f"budget is for batch {budget.batch}, expected {batch}, the one that is measured.")
         if budget.name is not None and budget.name not in names:
             raise ConfigError(f"budget is for {budget.name!r}, expected one of {', '.join(names)}.")
         if budget.statistic == "p99" and rounds < P99_ROUNDS:

@@ -51,9 +51,7 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; a number that is NaN or infinite becomes None."""
-        return {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()
-        }
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def difference(
@@ -98,9 +96,7 @@ def difference(
     picture = spec.output == "pixels" and len(spec.image_shape) == 3
     mismatch = step = None
     if picture and spec.image_shape[0] in (1, 3):
-        levels = np.abs(
-            to_uint8(candidate, spec.value_range).astype(np.int16) - to_uint8(reference, spec.value_range)
-        )
+        levels = np.abs(to_uint8(candidate, spec.value_range).astype(np.int16) - to_uint8(reference, spec.value_range))
         mismatch, step = float(np.mean(levels != 0)), int(levels.max())
     return Difference(
         max_abs=float(delta.max()) / spec.sigma_data,

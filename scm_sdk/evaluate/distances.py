@@ -47,9 +47,7 @@ def feature_stats(features: FloatArray) -> FeatureStats:
         ConfigError: If it holds a value that is not finite.
     """
     if features.ndim != 2 or features.shape[0] < 2:
-        raise ShapeError(
-            f"features have shape {features.shape}, expected (N, D) with N >= 2: one row per image."
-        )
+        raise ShapeError(f"features have shape {features.shape}, expected (N, D) with N >= 2: one row per image.")
     x = np.asarray(features, np.float64)
     if not np.isfinite(x).all():
         raise ConfigError(

@@ -33,7 +33,7 @@ METRIC = "FD-EffLite0@96"
 SIZE = 96
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 """Called after each batch with (images done, images in all)."""
 
 
@@ -170,9 +170,7 @@ def _read_cache(path: Path, key: str, count: int) -> NDArray[np.float32]:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             features, found = archive["features"], str(archive["key"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
-        raise IntegrityError(
-            f"{path} is not a readable feature cache ({exc}). Delete it and run again."
-        ) from exc
+        raise IntegrityError(f"{path} is not a readable feature cache ({exc}). Delete it and run again.") from exc
     if found != key or features.shape != (count, FEATURE_DIM) or features.dtype != np.float32:
         raise IntegrityError(
             f"{path} holds {features.dtype} features {features.shape} of other images, expected "

@@ -162,9 +162,7 @@ def measure(
             progress(number + 1, rounds)
     base = np.array(next(iter(samples.values())))
     timings = tuple(
-        _timing(
-            name, batch, _load_ms(candidates[name], num_inference_steps), first[name], np.array(times), base
-        )
+        _timing(name, batch, _load_ms(candidates[name], num_inference_steps), first[name], np.array(times), base)
         for name, times in samples.items()
     )
     return Latency(
@@ -199,22 +197,16 @@ def _call(
 ) -> Callable[[], object]:
     """Return the function to time; everything that is not to be timed is done here."""
     if isinstance(candidate, Generator) and end_to_end:
-        return lambda: candidate(
-            batch, num_inference_steps=steps, seed=0, output_type="uint8", batch_size=batch
-        )
+        return lambda: candidate(batch, num_inference_steps=steps, seed=0, output_type="uint8", batch_size=batch)
     backend = candidate.opened(steps).backend if isinstance(candidate, Generator) else candidate
     if isinstance(backend, Backend):
         if batch > backend.spec.max_batch:
-            raise ConfigError(
-                f"batch is {batch}, expected 1..{backend.spec.max_batch}, the sampler's largest."
-            )
+            raise ConfigError(f"batch is {batch}, expected 1..{backend.spec.max_batch}, the sampler's largest.")
         request = make_request(backend.spec, num_images=batch, seed=0)
         noise, conditioning = request.inputs(0, batch)
         return lambda: backend.sample(noise, conditioning)
     if not callable(backend):
-        raise ConfigError(
-            f"a candidate is {type(backend).__name__}, expected a Generator, a backend or a function."
-        )
+        raise ConfigError(f"a candidate is {type(backend).__name__}, expected a Generator, a backend or a function.")
     return backend
 
 
@@ -228,9 +220,7 @@ def _time_ms(call: Callable[[], object]) -> float:
     return (perf_counter_ns() - start) / 1e6
 
 
-def _round(
-    calls: Mapping[str, Callable[[], object]], samples: Mapping[str, list[float]], number: int
-) -> None:
+def _round(calls: Mapping[str, Callable[[], object]], samples: Mapping[str, list[float]], number: int) -> None:
     names = list(calls)
     shift = number % len(names)  # so that each comes first equally often
     for name in names[shift:] + names[:shift]:

@@ -124,9 +124,7 @@ def parse_colours(names: Sequence[str]) -> NDArray[np.uint8]:
     return np.array([list(bytes.fromhex(name[1:])) for name in names], np.uint8)
 
 
-def fit_label_reader(
-    images: NDArray[np.uint8], labels: NDArray[np.integer], names: Sequence[str]
-) -> LabelReader:
+def fit_label_reader(images: NDArray[np.uint8], labels: NDArray[np.integer], names: Sequence[str]) -> LabelReader:
     """Learn from real pictures where the labelled colour lies and which other colours there are.
 
     Args:
@@ -140,9 +138,7 @@ def fit_label_reader(
     """
     check_images(images, name="the")
     if images.shape[3] != 3:
-        raise ShapeError(
-            f"the images are {images.shape}, expected (N, H, W, 3): labels are read from colours."
-        )
+        raise ShapeError(f"the images are {images.shape}, expected (N, H, W, 3): labels are read from colours.")
     colours = parse_colours(names)
     labels = _check_labels(labels, len(images), len(names))
     own = (images == colours[labels][:, None, None]).all(axis=-1)
@@ -163,9 +159,7 @@ def fit_label_reader(
     )
 
 
-def label_accuracy(
-    images: NDArray[np.uint8], labels: NDArray[np.integer], reader: LabelReader
-) -> LabelAccuracy:
+def label_accuracy(images: NDArray[np.uint8], labels: NDArray[np.integer], reader: LabelReader) -> LabelAccuracy:
     """Compare the labels that were asked for with those that the pictures show.
 
     Args:
@@ -234,9 +228,7 @@ def _blur(cells: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _check_labels(labels: NDArray[np.integer], count: int, num_classes: int) -> NDArray[np.int64]:
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ShapeError(
-            f"labels are {labels.shape} {labels.dtype}, expected ({count},) integers: one per image."
-        )
+        raise ShapeError(f"labels are {labels.shape} {labels.dtype}, expected ({count},) integers: one per image.")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ConfigError(
             f"labels are in {labels.min()}..{labels.max()}, expected 0..{num_classes - 1}: "

@@ -75,9 +75,7 @@ def real_floor(features: FloatArray, *, num_generated: int, seed: int = 0) -> fl
     """
     quarter = len(features) // 4
     if quarter < 2:
-        raise ConfigError(
-            f"{len(features)} features, expected at least 8 to cut into quarters. Give more images."
-        )
+        raise ConfigError(f"{len(features)} features, expected at least 8 to cut into quarters. Give more images.")
     order = np.random.default_rng(seed).permutation(len(features))[: 4 * quarter].reshape(4, quarter)
     stats = [feature_stats(features[part]) for part in order]
     small = (frechet_distance(stats[0], stats[1]) + frechet_distance(stats[2], stats[3])) / 2

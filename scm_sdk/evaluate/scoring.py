@@ -64,9 +64,7 @@ class Score:
         labels = self.labels
         return {
             **asdict(replace(self, labels=None)),
-            "labels": None
-            if labels is None
-            else {"accuracy": labels.accuracy, "per_class": labels.per_class},
+            "labels": None if labels is None else {"accuracy": labels.accuracy, "per_class": labels.per_class},
         }
 
 
@@ -81,7 +79,7 @@ def sample_student(
 ) -> Samples:  # fmt: skip
     """Draw seeds 0..N-1 from a bundle or a checkpoint."""
     with Generator.from_pretrained(path, backend=backend, num_inference_steps=num_inference_steps) as gen:
-        spec = gen.backend().spec
+        spec = gen.opened().spec
         labels = cycle_labels(num_images, spec.num_classes)
         out = gen(
             num_images,
@@ -154,9 +152,7 @@ def score(
     from ..train.data import load_data
 
     if max(reference_rows[0], real_rows[0]) < min(reference_rows[1], real_rows[1]):
-        raise ConfigError(
-            f"reference rows {reference_rows} and real rows {real_rows} overlap, expected disjoint ones."
-        )
+        raise ConfigError(f"reference rows {reference_rows} and real rows {real_rows} overlap, expected disjoint ones.")
     reference = load_data(DataConfig(source=source, label=label, rows=reference_rows))
     real = load_data(DataConfig(source=source, label=label, rows=real_rows))
     if reference.images.dtype != np.uint8:
@@ -167,7 +163,7 @@ def score(
         reference.images.astype(np.uint8),
         other_real=real.images[:count].astype(np.uint8) if len(real) >= count else None,
         cache=cache,
-        progress=None if progress is None else lambda done, total: progress(done, total) and None,
+        progress=progress,
     )
     result = Score(sampler=samples.sampler, network_calls=samples.network_calls, quality=quality)
     if not (reference.label_values and reference.labels is not None and real.labels is not None):

@@ -77,8 +77,7 @@ class ConsistencyModel(nn.Module):
         """
         if tuple(x_t.shape[1:]) != self.config.sample_shape:
             raise ShapeError(
-                f"x_t has shape {tuple(x_t.shape)}, expected (batch, "
-                f"{', '.join(map(str, self.config.sample_shape))})."
+                f"x_t has shape {tuple(x_t.shape)}, expected (batch, {', '.join(map(str, self.config.sample_shape))})."
             )
         F = self.network(x_t / self.sigma_data, t, class_labels)
         return predict_data(x_t, F, t, sigma_data=self.sigma_data)

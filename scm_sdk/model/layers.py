@@ -98,7 +98,7 @@ class AdaptiveDoubleNorm(nn.Module):
         super().__init__()
         self.norm = group_norm(channels, affine=False)
         self.affine = nn.Linear(emb_channels, 2 * channels)
-        self.double = double
+        self.normalize_affine = double
         with torch.no_grad():
             self.affine.bias[:channels].fill_(1.0 if double else 0.0)
             self.affine.bias[channels:].normal_(std=0.1 if double else 0.0)
@@ -106,11 +106,12 @@ class AdaptiveDoubleNorm(nn.Module):
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
         """Modulate (B, C, H, W) by embeddings (B, E)."""
         scale_BC, shift_BC = self.affine(emb_BE).chunk(2, dim=1)
-        if self.double:
+        if self.normalize_affine:
             scale_BC, shift_BC = pixel_norm(scale_BC), pixel_norm(shift_BC)
         else:
             scale_BC = scale_BC + 1.0
-        return self.norm(x_BCHW) * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]
+        out: Tensor = self.norm(x_BCHW) * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]
+        return out
 
 
 class ResBlock(nn.Module):
@@ -133,7 +134,8 @@ class ResBlock(nn.Module):
         h = self.conv0(functional.silu(self.norm(x_BCHW)))
         h = functional.silu(self.modulation(h, emb_BE))
         skip: Tensor = self.skip(x_BCHW)
-        return (skip + self.conv1(self.dropout(h))) * math.sqrt(0.5)
+        out: Tensor = (skip + self.conv1(self.dropout(h))) * math.sqrt(0.5)
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -154,4 +156,5 @@ class AttentionBlock(nn.Module):
         scale = (C // self.num_heads) ** -0.5
         weights = torch.softmax((q * scale).transpose(-2, -1) @ k, dim=-1)
         h = (v @ weights.transpose(-2, -1)).reshape(B, C, H, W)
-        return (x_BCHW + self.proj(h)) * math.sqrt(0.5)
+        out: Tensor = (x_BCHW + self.proj(h)) * math.sqrt(0.5)
+        return out

@@ -65,8 +65,8 @@ class Sampler(nn.Module):
             x_t = (sin * sigma_data) * noise
             if x_0 is not None:
                 x_t = cos * x_0 + x_t
-            t_1 = torch.full((1,), t, dtype=torch.float32, device=noise.device)
-            F = self.model.network(x_t / sigma_data, t_1, class_labels)
+            t_B = torch.full(noise.shape[:1], t, dtype=torch.float32, device=noise.device)
+            F = self.model.network(x_t / sigma_data, t_B, class_labels)
             x_0 = cos * x_t - (sin * sigma_data) * F
         assert x_0 is not None
         return x_0

@@ -120,9 +120,7 @@ def sample_ode(
     def network(x: Tensor, t: float) -> Tensor:
         F = velocity_fn(x, noise.new_full((len(noise),), t))
         if F.shape != x.shape:
-            raise ShapeError(
-                f"velocity_fn returned {tuple(F.shape)}, expected {tuple(x.shape)}: the shape of its x_t."
-            )
+            raise ShapeError(f"velocity_fn returned {tuple(F.shape)}, expected {tuple(x.shape)}: the shape of its x_t.")
         return F
 
     steps = len(times) - 1

@@ -108,13 +108,9 @@ class UNet(nn.Module):
         self.time_linear0 = nn.Linear(channels, emb_channels)
         self.time_linear1 = nn.Linear(emb_channels, emb_channels)
         # One row more than there are labels: the last is "no label".
-        self.label_embedding = (
-            nn.Embedding(config.num_classes + 1, emb_channels) if config.num_classes else None
-        )
+        self.label_embedding = nn.Embedding(config.num_classes + 1, emb_channels) if config.num_classes else None
         self.conv_in = nn.Conv2d(patch_channels, channels, 3, padding=1)
-        self.position = (
-            nn.Parameter(torch.zeros(channels, resolution, resolution)) if config.learned_position else None
-        )
+        self.position = nn.Parameter(torch.zeros(channels, resolution, resolution)) if config.learned_position else None
 
         widths = [channels * m for m in config.channel_mult]
         skips, width = [channels], channels
@@ -163,7 +159,8 @@ class UNet(nn.Module):
         if class_labels is not None and self.label_embedding is None:
             raise ShapeError("class_labels were given, expected None: this network has num_classes = 0.")
         emb = self.embed(t, class_labels)
-        h = self.conv_in(functional.pixel_unshuffle(x, self.config.patch_size))
+        patch = self.config.patch_size
+        h = self.conv_in(functional.pixel_unshuffle(x, patch) if patch > 1 else x)
         if self.position is not None:
             h = h + self.position
         skips = [h]
@@ -177,4 +174,4 @@ class UNet(nn.Module):
             else:
                 h = layer(functional.interpolate(h, scale_factor=2.0, mode="nearest"))
         out: Tensor = self.conv_out(functional.silu(self.norm_out(h)))
-        return functional.pixel_shuffle(out, self.config.patch_size)
+        return functional.pixel_shuffle(out, patch) if patch > 1 else out

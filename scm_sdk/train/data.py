@@ -41,12 +41,14 @@ class ImageData:
         class_names: Name of each label, or ().
         label_values: The names as the data has them, where people call them something else: the
             avatars' exact colours.
+        license: SPDX identifier of the images' licence, or "" where it is not known.
     """
 
     images: NDArray[np.uint8] | NDArray[np.float32]
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] = ()
     label_values: tuple[str, ...] = ()
+    license: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,10 +75,11 @@ def load_data(config: DataConfig) -> ImageData:
     """
     if config.source == AVATARS[0]:
         data = _read_npz(Path(str(files("scm_sdk.assets") / AVATARS[1])), config.label)
+        data = replace(data, license="cc0-1.0")
         if config.label == "hairColor":
             data = replace(data, class_names=HAIR_NAMES, label_values=data.class_names)
     elif config.source == "fashion-mnist":
-        data = _read_fashion_mnist(config.label)
+        data = replace(_read_fashion_mnist(config.label), license="mit")
     elif config.source.endswith(".npz"):
         data = _read_npz(Path(config.source), config.label)
     else:

@@ -16,21 +16,20 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 from torch import nn
 
 from ..errors import TrainError
 from ..files import atomic_write_bytes
-from ..model.consistency import ConsistencyModel, ModelConfig
+from ..model.consistency import ConsistencyModel
 from .config import TrainConfig
-from .data import ImageData, load_data
+from .data import ImageData
 from .ema import update_ema
 from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss, sample_times
+from .prepare import claim_folder, resolve
 from .state import RunState, load_state, save_state
 
-CONFIG_FILE = "train.json"
 LOG_FILE = "log.jsonl"
 
 
@@ -78,40 +77,6 @@ class Hooks:
     checkpoint_every: int = 500
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, ModelConfig, ImageData, ConsistencyModel | None]:
-    """Load the data and the initial model and complete the config from them.
-
-    Returns:
-        The config with its network filled in, the model's config, the data, and the initial model.
-
-    Raises:
-        TrainError: If data, network and initial model do not belong together.
-    """
-    data = load_data(config.data)
-    initial = ConsistencyModel.from_pretrained(config.init_from) if config.init_from else None
-    network = config.network or (initial.config.network if initial else None)
-    assert network is not None  # TrainConfig refuses a run without either
-    network = msgspec.structs.replace(network, dropout=config.dropout)
-    height, width, channels = data.images.shape[1:]
-    if (channels, height, width) != network.sample_shape:
-        raise TrainError(
-            f"the images are (C, H, W) = {(channels, height, width)}, the network takes {network.sample_shape}. "
-            "Choose a network of the data's size."
-        )
-    if network.num_classes != data.num_classes:
-        raise TrainError(
-            f"the data has {data.num_classes} classes, the network {network.num_classes}. "
-            "Choose the label column the network was made for."
-        )
-    model_config = ModelConfig(network=network, sigma_data=config.sigma_data, class_names=data.class_names)
-    if initial is not None:
-        found = msgspec.structs.replace(initial.config.network, dropout=network.dropout)
-        if found != network or initial.sigma_data != config.sigma_data:
-            raise TrainError(f"the network of {config.init_from} differs from the run's; leave out the network.")
-        model_config = msgspec.structs.replace(model_config, provenance=initial.config.provenance)
-    return msgspec.structs.replace(config, network=network), model_config, data, initial
-
-
 def draw_batch(config: TrainConfig, data: ImageData, iteration: int) -> Batch:
     """Return what an iteration sees: a pure function of the seed, the data and the iteration."""
     count, size = len(data), config.batch_size
@@ -122,14 +87,13 @@ def draw_batch(config: TrainConfig, data: ImageData, iteration: int) -> Batch:
         order = np.random.Generator(np.random.Philox([config.seed, int(epoch)])).permutation(count)
         rows[here] = order[positions[here] % count]
     generator = torch.Generator().manual_seed((config.seed << 31) + iteration)
-    x_0 = torch.from_numpy(data.normalized(rows)).to(memory_format=torch.channels_last)
+    x_0 = torch.from_numpy(data.normalized(rows))
     labels: torch.Tensor | None = None
     if data.labels is not None and data.num_classes:
         labels = torch.from_numpy(data.labels[rows])
         dropped = torch.rand(size, generator=generator) < config.label_dropout
         labels = torch.where(dropped, data.num_classes, labels)
     z = torch.randn(x_0.shape, generator=generator) * config.sigma_data
-    z = z.to(memory_format=torch.channels_last)
     return Batch(x_0=x_0, z=z, t=sample_times(size, config, generator), class_labels=labels)
 
 
@@ -152,8 +116,7 @@ def train(config: TrainConfig, out: str | Path, hooks: Hooks | None = None) -> C
     config, model_config, data, initial = resolve(config)
     claim_folder(config, out)
     torch.manual_seed(config.seed)
-    # Channels last: a third faster convolutions on CPUs, the layout of tensor cores on GPUs.
-    network = ConsistencyModel(model_config).network.train().to(memory_format=torch.channels_last)
+    network = _arrange(ConsistencyModel(model_config).network.train(), config)
     if initial is not None:
         network.load_state_dict(initial.network.state_dict())
     average = ConsistencyModel(model_config, deepcopy(network)).eval().requires_grad_(False)
@@ -163,10 +126,11 @@ def train(config: TrainConfig, out: str | Path, hooks: Hooks | None = None) -> C
     optimizer = kind(parameters, lr=config.learning_rate, betas=config.betas, eps=1e-8)
     state = RunState(network=network, average=average.network, logvar=logvar, optimizer=optimizer)
     load_state(out, state)
+    _trim_log(out / LOG_FILE, state.iteration)
 
     teacher = None
     if initial is not None and config.objective == "scd":
-        teacher = initial.network.to(memory_format=torch.channels_last)
+        teacher = _arrange(initial.network, config)
     compute = loss_function(config, network, teacher, logvar if config.adaptive_weighting else None)
     window: list[tuple[float, float, float]] = []
     started, bad = time.monotonic() - state.seconds, 0
@@ -218,6 +182,16 @@ def train(config: TrainConfig, out: str | Path, hooks: Hooks | None = None) -> C
     return average
 
 
+def _arrange(module: nn.Module, config: TrainConfig) -> nn.Module:
+    """Put the weights in the layout that is fastest: channels last when compiled, plain when not.
+
+    Without the compiler each group normalization would copy back and forth between the layouts.
+    """
+    if not config.compile:
+        return module
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def loss_function(
     config: TrainConfig, network: nn.Module, teacher: nn.Module | None, logvar: LogVariance | None
 ) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
@@ -244,27 +218,18 @@ def loss_function(
     return at
 
 
-def claim_folder(config: TrainConfig, out: Path) -> None:
-    """Write the run's config into its folder, or check that it is the one that lies there.
-
-    Raises:
-        TrainError: If the folder holds a run with another config.
-    """
-    path = out / CONFIG_FILE
-    if not path.exists():
-        atomic_write_bytes(path, config.to_json().encode() + b"\n", error=TrainError)
-        return
-    there = msgspec.to_builtins(TrainConfig.from_json(path.read_bytes()))
-    here = msgspec.to_builtins(config)
-    here["compile"] = there["compile"]  # how it runs, not what it is
-    if differ := [f"{key}: {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]:
-        raise TrainError(
-            f"{out} holds a run with other settings ({'; '.join(differ)}). "
-            "Use the same settings to go on with it, or another folder for a new run."
-        )
+def _trim_log(path: Path, iteration: int) -> None:
+    """Drop what was logged after the last checkpoint: those iterations are run again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        if kept != lines:
+            atomic_write_bytes(path, "".join(kept).encode(), error=TrainError)
 
 
-def _summarize(window: list[tuple[float, float, float]], state: RunState, config: TrainConfig, seconds: float) -> StepLog:
+def _summarize(
+    window: list[tuple[float, float, float]], state: RunState, config: TrainConfig, seconds: float
+) -> StepLog:
     losses, residuals, norms = zip(*window, strict=True)
     return StepLog(
         iteration=state.iteration,

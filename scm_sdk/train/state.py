@@ -90,4 +90,8 @@ def load_state(out: Path, state: RunState) -> None:
         raise IntegrityError(
             f"{path} cannot be resumed from: {exc}. Delete it to start again, or copy it again."
         ) from exc
-    state.iteration, state.skipped, state.seconds = counters["iteration"], counters["skipped"], counters["seconds"]
+    state.iteration, state.skipped, state.seconds = (
+        counters["iteration"],
+        counters["skipped"],
+        counters["seconds"],
+    )

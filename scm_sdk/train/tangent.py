@@ -37,12 +37,20 @@ def scaled_jvp(network: Network, x_t: Tensor, t: Tensor, dxdt: Tensor, *, sigma_
     speed_B = torch.cos(t) * torch.sin(t)
     primals = (x_t / sigma_data, t)
     tangents = (expand_time(speed_B, x_t) * dxdt / sigma_data, speed_B)
-    F, dF = torch.func.jvp(network, primals, tangents)
+    F: Tensor
+    F, dF = torch.func.jvp(network, primals, tangents)[:2]
     return F, dF
 
 
 def tangent(
-    F: Tensor, scaled_dF: Tensor, x_t: Tensor, t: Tensor, dxdt: Tensor, *, sigma_data: float, warmup: float = 1.0
+    F: Tensor,
+    scaled_dF: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    dxdt: Tensor,
+    *,
+    sigma_data: float,
+    warmup: Tensor | float = 1.0,
 ) -> Tensor:
     """Return ``g = cos(t) df/dt``, (B, ...), data units, before normalization.
 

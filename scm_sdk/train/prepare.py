@@ -1,0 +1,80 @@
+"""Before the first iteration: load what a run's config names, complete it, and claim the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from .._version import __version__
+from ..errors import TrainError
+from ..files import atomic_write_bytes
+from ..model.consistency import ConsistencyModel, ModelConfig
+from .config import TrainConfig
+from .data import ImageData, load_data
+
+CONFIG_FILE = "train.json"
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, ModelConfig, ImageData, ConsistencyModel | None]:
+    """Load the data and the initial model and complete the config from them.
+
+    Returns:
+        The config with its network filled in, the model's config, the data, and the initial model.
+
+    Raises:
+        TrainError: If data, network and initial model do not belong together.
+    """
+    data = load_data(config.data)
+    initial = ConsistencyModel.from_pretrained(config.init_from) if config.init_from else None
+    network = config.network or (initial.config.network if initial else None)
+    assert network is not None  # TrainConfig refuses a run without either
+    network = msgspec.structs.replace(network, dropout=config.dropout)
+    height, width, channels = data.images.shape[1:]
+    if (channels, height, width) != network.sample_shape:
+        raise TrainError(
+            f"the images are (C, H, W) = {(channels, height, width)}, the network takes {network.sample_shape}. "
+            "Choose a network of the data's size."
+        )
+    if network.num_classes != data.num_classes:
+        raise TrainError(
+            f"the data has {data.num_classes} classes, the network {network.num_classes}. "
+            "Choose the label column the network was made for."
+        )
+    rows = "" if config.data.rows == (0, 0) else f", rows {config.data.rows[0]}..{config.data.rows[1] - 1}"
+    model_config = ModelConfig(
+        network=network,
+        sigma_data=config.sigma_data,
+        class_names=data.class_names,
+        provenance={
+            "data": f"{Path(config.data.source).name}, label {config.data.label or 'none'}{rows}",
+            "license": data.license or "other",
+            "objective": config.objective,
+            "software": f"scm-sdk {__version__}",
+        },
+    )
+    if initial is not None:
+        found = msgspec.structs.replace(initial.config.network, dropout=network.dropout)
+        if found != network or initial.sigma_data != config.sigma_data:
+            raise TrainError(f"the network of {config.init_from} differs from the run's; leave out the network.")
+    return msgspec.structs.replace(config, network=network), model_config, data, initial
+
+
+def claim_folder(config: TrainConfig, out: Path) -> None:
+    """Write the run's config into its folder, or check that it is the one that lies there.
+
+    Raises:
+        TrainError: If the folder holds a run with another config.
+    """
+    path = out / CONFIG_FILE
+    if not path.exists():
+        atomic_write_bytes(path, config.to_json().encode() + b"\n", error=TrainError)
+        return
+    there = msgspec.to_builtins(TrainConfig.from_json(path.read_bytes()))
+    here = msgspec.to_builtins(config)
+    here["compile"] = there["compile"]  # how it runs, not what it is
+    if differ := [f"{key}: {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]:
+        raise TrainError(
+            f"{out} holds a run with other settings ({'; '.join(differ)}). "
+            "Use the same settings to go on with it, or another folder for a new run."
+        )

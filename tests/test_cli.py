@@ -1,0 +1,180 @@
+"""``scm-export`` as people call it: the whole street on a tiny model, every exit code, one line per error."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from scm_sdk.export.cli import main
+
+VERBS = ["demo", "train", "distill", "onnx", "generate", "validate", "bench", "evaluate", "inspect", "bundle", "doctor"]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def one_line(result):
+    """The error is one line on stderr, without a traceback."""
+    text = result.stderr.strip().splitlines()[-1]
+    assert text.startswith("Error: ") and "Traceback" not in result.output
+    return text
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory):
+    """Teacher, student and bundle of 8x8 noise in three classes, made by the commands."""
+    root = tmp_path_factory.mktemp("street")
+    rng = np.random.default_rng(0)
+    kinds = np.array(["a", "b", "c"])
+    np.savez(
+        root / "data.npz", images=rng.integers(0, 256, (12, 8, 8, 1), np.uint8), k=np.arange(12) % 3, k_names=kinds
+    )
+    common = ["--data", root / "data.npz", "--label", "k", "--iterations", 4, "--batch-size", 4, "--sample-every", 4]
+    run("train", "-o", root / "teacher", "--preset", "tiny", *common)
+    run("distill", "-o", root / "student", "--teacher", root / "teacher", *common)
+    run("onnx", root / "student", "-o", root / "bundle", "--max-batch", 4)
+    return root
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb):
+    assert "Usage:" in run(verb, "-h").output
+
+
+def test_version_and_unknown_verb():
+    from scm_sdk import __version__
+
+    assert __version__ in run("--version").output
+    assert "No such command" in run("fly", code=2).output
+
+
+def test_training_leaves_a_checkpoint_a_log_and_pictures(street):
+    for run_folder in ("teacher", "student"):
+        files = {p.name for p in (street / run_folder).iterdir()}
+        assert {"config.json", "diffusion_pytorch_model.safetensors", "log.jsonl", "train.json", "samples"} <= files
+        with Image.open(street / run_folder / "samples" / "000004.png") as picture:
+            assert picture.size[0] > 100
+
+
+def test_dry_run_prints_the_resolved_config(street):
+    out = run(
+        "distill", "-o", street / "never", "--teacher", street / "teacher", "--data", street / "data.npz",
+        "--label", "k", "--dry-run",
+    )  # fmt: skip
+    config = json.loads(out.stdout)
+    assert config["objective"] == "scd" and config["network"]["num_classes"] == 3
+    assert not (street / "never").exists()
+
+
+def test_sct_needs_and_takes_initial_weights(street, tmp_path):
+    common = ["--data", street / "data.npz", "--label", "k", "--iterations", 2, "--batch-size", 4]
+    run("distill", "-o", tmp_path / "sct", "--no-teacher", "--init", street / "teacher", *common, "--sample-every", 0)
+    assert json.loads((tmp_path / "sct" / "train.json").read_text())["objective"] == "sct"
+    assert "give either --teacher" in one_line(run("distill", "-o", tmp_path / "x", code=2))
+    assert "needs --init" in one_line(run("distill", "-o", tmp_path / "x", "--no-teacher", code=2))
+
+
+def test_onnx_dry_run_and_existing_target(street, tmp_path):
+    lines = run("onnx", street / "student", "-o", tmp_path / "b", "--steps", 2, "--dry-run").stdout.splitlines()
+    assert len(lines) == 1 and json.loads(lines[0])["times"][1] == 1.1
+    assert not (tmp_path / "b").exists()
+    one_line(run("onnx", street / "student", "-o", street / "bundle", code=6))
+
+
+def test_generate_one_grid_many_files_and_json(street, tmp_path):
+    arguments = ["--num-images", 4, "--class-labels", "b", "--seed", 7]
+    out = json.loads(run("generate", street / "bundle", "-o", tmp_path / "g.png", *arguments, "--json").stdout)
+    assert out["seeds"] == [7, 8, 9, 10]
+    with Image.open(tmp_path / "g.png") as grid:
+        assert grid.width >= 2 * 8 * 4
+    run("generate", street / "bundle", "-o", tmp_path / "many", *arguments, "--backend", "torch", "--steps", 1)
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["10.png", "7.png", "8.png", "9.png"]
+
+
+def test_generate_plan(street):
+    assert "onnxruntime" in run("generate", street / "bundle", "--plan").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--class-labels", "z"], "class label is 'z'"),
+        (["--class-labels", "9"], "class label is 9"),
+        (["--num-images", "0"], "num_images is 0"),
+        (["--steps", "3"], "num_inference_steps is 3|3"),
+        (["--backend", "abacus"], "abacus"),
+    ],
+)
+def test_generate_refuses_in_one_line(street, tmp_path, arguments, message):
+    import re
+
+    result = run(
+        "generate", street / "bundle", "-o", tmp_path / "no.png", "--backend", "onnxruntime", *arguments, code=2
+    )
+    assert re.search(message, one_line(result))
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_validate_records_and_gates(street):
+    results = json.loads(run("validate", street / "bundle", "--json").stdout)
+    assert [r["num_inference_steps"] for r in results] == [1, 2] and all(r["passed"] for r in results)
+    assert {int(b) for b in results[0]["by_batch"]} == {1, 3, 4}
+    failed = run("validate", street / "bundle", "--threshold", 0, code=3)
+    assert "expected at most 0.0e+00" in one_line(failed)
+    assert "looser than the derived" in one_line(run("validate", street / "bundle", "--threshold", 1, code=2))
+    loose = run("validate", street / "bundle", "--threshold", 1, "--reason", "a test")
+    assert "reason: a test" in loose.stderr
+    run("validate", street / "bundle")
+
+
+def test_bench_table_json_and_budget(street):
+    table = run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--threads", 1).stdout
+    assert "onnxruntime" in table and "speed-up" in table
+    rows = json.loads(run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--json").stdout)
+    assert len(rows[0]["timings"]) == 2
+    over = run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--budget", "median=1us@b1", code=4)
+    assert "over" in over.output or "budget" in one_line(over)
+    assert "not measured" in one_line(run("bench", street / "bundle", "--batch", 1, "--budget", "p95=1s@b8", code=2))
+
+
+def test_inspect_and_verify(street):
+    assert "1.1000" in run("inspect", street / "bundle").stdout
+    manifest = json.loads(run("inspect", street / "bundle", "--json").stdout)
+    assert {a["format"] for a in manifest["artifacts"]} == {"safetensors", "onnx"}
+    assert json.loads(run("bundle", "verify", street / "bundle", "--json").stdout)["files"] == len(manifest["files"])
+
+
+def test_damage_is_exit_6(street, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(street / "bundle", tmp_path / "copy")
+    graph = copy / "onnx" / "fp32" / "1step" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
+    assert "1step/model.onnx" in one_line(run("bundle", "verify", copy, code=6))
+    one_line(run("generate", copy, code=6))
+    one_line(run("inspect", tmp_path / "absent", code=6))
+
+
+def test_doctor():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["backends"]["onnxruntime"] is True and report["libraries"]["torch"]
+    assert "backend torch: runs here" in run("doctor").stdout
+
+
+def test_nan_in_the_data_leaves_no_run(tmp_path):
+    images = np.zeros((4, 8, 8, 1), np.float32)
+    images[2, 0, 0] = np.nan
+    np.savez(tmp_path / "nan.npz", images=images)
+    result = run("train", "-o", tmp_path / "run", "--preset", "tiny", "--data", tmp_path / "nan.npz", code=1)
+    assert "image 2" in one_line(result) and not (tmp_path / "run").exists()
+
+
+def test_unknown_preset(tmp_path):
+    assert "expected one of pixels16" in one_line(run("train", "-o", tmp_path / "r", "--preset", "huge", code=2))
