@@ -7,7 +7,7 @@ from collections.abc import Callable
 from .unet import UNetConfig
 
 
-def pixels16(num_classes: int = 0) -> UNetConfig:
+def pixels16(num_classes: int = 0, in_channels: int = 3) -> UNetConfig:
     """16x16 pixel art: 1.5M parameters, trained on two CPU cores in about two hours.
 
     Squares of 2x2 pixels are folded into channels, so that the trunk works on 8x8 and 4x4 maps that
@@ -15,6 +15,7 @@ def pixels16(num_classes: int = 0) -> UNetConfig:
     """
     return UNetConfig(
         image_size=16,
+        in_channels=in_channels,
         channels=48,
         channel_mult=(1, 2),
         num_blocks=1,
