@@ -180,7 +180,8 @@ def test_damage_never_falls_back(unet_copy: Path) -> None:
 
 
 def test_a_checkpoint_folder_runs_with_torch(unet_checkpoint: Path, reference: Generator) -> None:
-    with Generator.from_pretrained(unet_checkpoint) as gen:
+    # One thread like the reference: another number orders the sums of a convolution differently.
+    with Generator.from_pretrained(unet_checkpoint, num_threads=1) as gen:
         out = gen(3, seed=1, output_type="raw")
         np.testing.assert_array_equal(out.images, reference(3, seed=1, output_type="raw").images)
         assert (out.info.artifact, len(out.info.sha256)) == (".", 64)

@@ -10,6 +10,12 @@ import sys
 def peak_rss_mib() -> float | None:
     """Return the largest resident memory this process ever had, MiB; None where the system does not say."""
     try:
+        # Linux: getrusage would report a parent's peak too, which survives fork and exec.
+        with open("/proc/self/status") as stream:
+            return next(int(line.split()[1]) / 2**10 for line in stream if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
         import resource
     except ImportError:  # Windows
         return None
