@@ -206,7 +206,8 @@ def make_plan(
         artifacts: What can be run.
         num_inference_steps: The steps that are asked for.
         backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes only what is the fp32
-            reference or has a recorded parity that passed; a name also takes what was never compared or failed, and the reason says so.
+            reference or has a recorded parity that passed; a name also takes what was never compared or
+            failed, and the reason says so.
         precision: ``"auto"`` or the only precision that is taken.
         parity: The recorded comparisons.
         measured_ms: Medians remembered from this machine by (backend, artifact path).
