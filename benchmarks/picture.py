@@ -38,8 +38,10 @@ def main(teacher: Path, bundle: Path, out: Path) -> None:
     grids = [np.concatenate(real), to_uint8(sample_teacher(model, noise, torch.from_numpy(labels)).numpy(), (-1, 1))]
     with Generator.from_pretrained(bundle) as gen:
         for steps in (1, 2):
-            call = {"class_labels": labels.tolist(), "num_inference_steps": steps, "seed": 0, "output_type": "uint8"}
-            grids.append(gen(len(labels), **call).images)
+            images = gen(
+                len(labels), class_labels=labels.tolist(), num_inference_steps=steps, seed=0, output_type="uint8"
+            ).images
+            grids.append(images)
     columns = [make_grid(np.asarray(grid, np.uint8), COLUMNS, scale=2) for grid in grids]
     gap = np.full((columns[0].shape[0], 14, 3), 255, np.uint8)
     save_png(np.concatenate([part for column in columns for part in (column, gap)][:-1], axis=1), out)

@@ -210,3 +210,13 @@ def linear_bundle(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """Twelve 8x8 grey images in three classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    path = tmp_path / "data.npz"
+    np.savez(path, images=images, kind=np.arange(12) % 3, kind_names=np.array(["a", "b", "c"]))
+    return path

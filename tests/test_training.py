@@ -12,20 +12,10 @@ from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.presets import tiny
 from scm_sdk.train import loop
 from scm_sdk.train.config import DataConfig, TrainConfig
-from scm_sdk.train.data import FASHION_MNIST, HAIR_NAMES, load_data
+from scm_sdk.train.data import load_data
 from scm_sdk.train.ema import update_ema
 from scm_sdk.train.loop import Hooks, draw_batch, train
 from scm_sdk.train.state import STATE_FILE
-
-
-@pytest.fixture
-def npz(tmp_path):
-    """Twelve 8x8 grey images in three classes."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
-    path = tmp_path / "data.npz"
-    np.savez(path, images=images, kind=np.arange(12) % 3, kind_names=np.array(["a", "b", "c"]))
-    return path
 
 
 def config(npz, **changes) -> TrainConfig:
@@ -210,79 +200,6 @@ def test_data_and_network_must_fit(npz, tmp_path):
     with pytest.raises(TrainError, match="data has 3 classes, the network 4"):
         train(config(npz, network=tiny(num_classes=4)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def save(path, **arrays):
-    np.savez(path, **arrays)
-    return DataConfig(source=str(path), label="")
-
-
-def test_data_from_npz(tmp_path):
-    floats = np.zeros((3, 4, 4, 3), np.float32)
-    assert load_data(save(tmp_path / "ok.npz", images=floats)).images.dtype == np.float32
-    floats[1, 2, 2, 0] = np.nan
-    with pytest.raises(TrainError, match=r"image 1 of .*nan\.npz holds a NaN"):
-        load_data(save(tmp_path / "nan.npz", images=floats))
-    with pytest.raises(TrainError, match="reach 3, expected floats in"):
-        load_data(save(tmp_path / "wide.npz", images=np.full((1, 4, 4, 3), 3.0)))
-    with pytest.raises(TrainError, match="expected uint8 or floats"):
-        load_data(save(tmp_path / "int.npz", images=np.zeros((1, 4, 4, 3), np.int32)))
-    with pytest.raises(TrainError, match=r"expected \(N, H, W, 1 or 3\)"):
-        load_data(save(tmp_path / "shape.npz", images=np.zeros((1, 4), np.uint8)))
-    with pytest.raises(TrainError, match="expected an array called 'images'"):
-        load_data(save(tmp_path / "other.npz", pictures=np.zeros(3)))
-    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(TrainError, match="cannot be read as an npz"):
-        load_data(DataConfig(source=str(tmp_path / "broken.npz")))
-
-
-def test_pickled_arrays_are_refused(tmp_path):
-    np.savez(tmp_path / "evil.npz", images=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(TrainError, match="cannot be read as an npz"):
-        load_data(DataConfig(source=str(tmp_path / "evil.npz")))
-
-
-def test_unknown_label_lists_the_columns(npz):
-    with pytest.raises(TrainError, match=r"label 'colour' is no column of .*\['kind'\]"):
-        load_data(DataConfig(source=str(npz), label="colour"))
-    with pytest.raises(TrainError, match=r"rows are 0\.\.99, expected a range within the 12 images"):
-        load_data(DataConfig(source=str(npz), rows=(0, 99)))
-
-
-def test_shipped_avatars():
-    data = load_data(DataConfig(source="avatars", label="hairColor", rows=(0, 10_000)))
-    assert data.images.shape == (10_000, 16, 16, 3) and data.class_names == HAIR_NAMES
-    assert data.label_values[9] == "#bd1700" and data.class_names[9] == "red"
-    batch = data.normalized(np.arange(2))
-    assert batch.shape == (2, 3, 16, 16) and batch.min() >= -1 and batch.max() <= 1
-
-
-def test_image_folder(tmp_path):
-    from PIL import Image
-
-    for name, colour in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8), colour).save(tmp_path / name / "1.png")
-    data = load_data(DataConfig(source=str(tmp_path), label="folder"))
-    assert data.class_names == ("cat", "dog") and data.labels is not None and data.labels.tolist() == [0, 1]
-    assert data.images[1, 0, 0].tolist() == [0, 0, 255]
-    Image.new("RGB", (9, 8)).save(tmp_path / "dog" / "2.png")
-    with pytest.raises(TrainError, match=r"2\.png is \(8, 9, 3\), expected \(8, 8, 3\)"):
-        load_data(DataConfig(source=str(tmp_path)))
-    (tmp_path / "dog" / "2.png").write_bytes(b"no picture")
-    with pytest.raises(TrainError, match=r"2\.png cannot be read as an image"):
-        load_data(DataConfig(source=str(tmp_path)))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(TrainError, match="holds no images"):
-        load_data(DataConfig(source=str(tmp_path / "empty")))
-    with pytest.raises(TrainError, match="is no folder"):
-        load_data(DataConfig(source=str(tmp_path / "absent")))
-
-
-@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_fashion_mnist():
-    data = load_data(DataConfig(source="fashion-mnist", label="label"))
-    assert data.images.shape == (60_000, 32, 32, 1) and data.class_names[9] == "ankle boot"
 
 
 def test_checkpoint_round_trip_and_damage(npz, tmp_path):

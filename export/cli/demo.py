@@ -39,7 +39,7 @@ def demo(out: Path, seed: int) -> None:
     for parity in validate_bundle(bundle, on_result=lambda parity: say(f"   {summary(parity)}")):
         parity.raise_if_failed()
 
-    say("3. Generate: a row for each hair colour, by what runs fastest among what passed")
+    say("3. Generate: a row for each hair colour, by what the plan chose among what passed")
     with Generator.from_pretrained(bundle) as gen:
         say("   " + str(gen.plan()).replace("\n", "\n   "))
         names = gen.opened().spec.class_names

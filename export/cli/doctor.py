@@ -30,13 +30,14 @@ def doctor(as_json: bool) -> None:
 
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
+    from scm_sdk.evaluate.machine import cpu_name
 
     found = {name: _version(name) if find_spec(name) else None for name in LIBRARIES}
     report = {
         "scm-sdk": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": _gpu_name() if found["torch"] else None,
         "libraries": found,
@@ -67,15 +68,6 @@ def _version(module: str) -> str:
         return version(packages_distributions().get(module, [module])[0])
     except PackageNotFoundError:
         return "unknown"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as stream:
-            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def _gpu_name() -> str | None:

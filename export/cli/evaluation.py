@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
@@ -45,14 +46,18 @@ def evaluate(
                 model, num_images, num_inference_steps=count, backend=backend, progress=lambda n, _: update(n)
             )
 
-    scores = []
-    for count in (1,) if teacher_steps else steps:
-        samples = draw(count)
-        with progress_bar("compare", 1) as update:
-            scores.append(
-                score(samples, source=data, label=label, reference_rows=rows, real_rows=real_rows, cache=cache)
-            )
-            update(1)
+    with TemporaryDirectory() as scratch:  # the real pictures' features are computed once for all samplers
+        scores = []
+        for count in (1,) if teacher_steps else steps:
+            samples = draw(count)
+            with progress_bar("compare", 1) as update:
+                scores.append(
+                    score(
+                        samples, source=data, label=label, reference_rows=rows, real_rows=real_rows,
+                        cache=cache or Path(scratch),
+                    )
+                )  # fmt: skip
+                update(1)
     if as_json:
         print_json([each.to_dict() for each in scores])
         return

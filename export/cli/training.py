@@ -12,6 +12,7 @@ from .common import json_option, print_json, progress_bar, say
 
 if TYPE_CHECKING:
     from scm_sdk.train.config import TrainConfig
+    from scm_sdk.train.data import ImageData
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,7 +44,7 @@ def _run_options(
         click.option("--label-dropout", type=click.FloatRange(0, 1), default=0.0, help="Share trained without label."),
         click.option("--sigma-data", type=click.FloatRange(0, min_open=True), default=0.5),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Names the run."),
-        click.option("--compile", is_flag=True, help="torch.compile the loss: slower start, faster iterations."),
+        click.option("--compile", is_flag=True, help="torch.compile the loss; the first iteration takes minutes."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads; all when absent."),
         click.option("--sample-every", type=click.IntRange(0), default=1000, help="Iterations between grids; 0: none."),
         click.option("--checkpoint-every", type=click.IntRange(1), default=250, help="Iterations between checkpoints."),
@@ -79,7 +80,7 @@ def train(preset: str, **options: Any) -> None:
     data_config = _data_config(options)
     data = load_data(data_config)
     network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
-    _run(_config("diffusion", data_config, options, network=network), options)
+    _run(_config("diffusion", data_config, options, network=network), options, data)
 
 
 @click.command()
@@ -142,7 +143,7 @@ def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> 
     )
 
 
-def _run(config: TrainConfig, options: dict[str, Any]) -> None:
+def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = None) -> None:
     import torch
 
     from scm_sdk.train.loop import Hooks, StepLog, train
@@ -152,7 +153,7 @@ def _run(config: TrainConfig, options: dict[str, Any]) -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     if options["dry_run"]:
-        click.echo(resolve(config)[0].to_json())
+        click.echo(resolve(config, data)[0].to_json())
         return
     out: Path = options["out"]
     say(f"{config.objective}: {config.num_iterations} iterations into {out}. Interrupt at will; run again to go on.")
@@ -171,7 +172,7 @@ def _run(config: TrainConfig, options: dict[str, Any]) -> None:
             sample_every=options["sample_every"],
             checkpoint_every=options["checkpoint_every"],
         )
-        train(config, out, hooks)
+        train(config, out, hooks, data)
     if options["as_json"]:
         from dataclasses import asdict
 

@@ -23,11 +23,21 @@ def peak_rss_mib() -> float | None:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it, or "unknown"."""
+    try:
+        with open("/proc/cpuinfo") as stream:
+            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or "unknown"
+
+
 def describe_machine() -> dict[str, str]:
     """Return what a reader must know before comparing milliseconds."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": platform.processor() or "unknown",
+        "processor": cpu_name(),
         "cpus": str(os.cpu_count()),
         "python": platform.python_version(),
     }

@@ -97,13 +97,16 @@ def draw_batch(config: TrainConfig, data: ImageData, iteration: int) -> Batch:
     return Batch(x_0=x_0, z=z, t=sample_times(size, config, generator), class_labels=labels)
 
 
-def train(config: TrainConfig, out: str | Path, hooks: Hooks | None = None) -> ConsistencyModel:
+def train(
+    config: TrainConfig, out: str | Path, hooks: Hooks | None = None, data: ImageData | None = None
+) -> ConsistencyModel:
     """Run training to its end, from the start or from where an earlier call stopped.
 
     Args:
         config: The run. An existing run in ``out`` must have the same.
         out: The run's folder.
         hooks: What to report on the way.
+        data: What ``load_data(config.data)`` returned, where the caller has it already.
 
     Returns:
         The averaged model, as it lies in ``out``.
@@ -113,7 +116,7 @@ def train(config: TrainConfig, out: str | Path, hooks: Hooks | None = None) -> C
             row are not finite.
     """
     hooks, out = hooks or Hooks(), Path(out)
-    config, model_config, data, initial = resolve(config)
+    config, model_config, data, initial = resolve(config, data)
     claim_folder(config, out)
     torch.manual_seed(config.seed)
     network = _arrange(ConsistencyModel(model_config).network.train(), config)
@@ -183,7 +186,7 @@ def train(config: TrainConfig, out: str | Path, hooks: Hooks | None = None) -> C
 
 
 def _arrange(module: nn.Module, config: TrainConfig) -> nn.Module:
-    """Put the weights in the layout that is fastest: channels last when compiled, plain when not.
+    """Put the weights in channels-last layout when compiled and leave them as they are when not.
 
     Without the compiler each group normalization would copy back and forth between the layouts.
     """

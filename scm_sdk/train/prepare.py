@@ -16,8 +16,14 @@ from .data import ImageData, load_data
 CONFIG_FILE = "train.json"
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, ModelConfig, ImageData, ConsistencyModel | None]:
+def resolve(
+    config: TrainConfig, data: ImageData | None = None
+) -> tuple[TrainConfig, ModelConfig, ImageData, ConsistencyModel | None]:
     """Load the data and the initial model and complete the config from them.
+
+    Args:
+        config: The run.
+        data: What ``load_data(config.data)`` returned, where the caller has it already.
 
     Returns:
         The config with its network filled in, the model's config, the data, and the initial model.
@@ -25,7 +31,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, ModelConfig, ImageData, C
     Raises:
         TrainError: If data, network and initial model do not belong together.
     """
-    data = load_data(config.data)
+    data = load_data(config.data) if data is None else data
     initial = ConsistencyModel.from_pretrained(config.init_from) if config.init_from else None
     network = config.network or (initial.config.network if initial else None)
     assert network is not None  # TrainConfig refuses a run without either
