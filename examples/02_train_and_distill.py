@@ -28,7 +28,7 @@ def main(out: Path, iterations: int = 40) -> None:
     teacher = TrainConfig(objective="diffusion", data=data, network=tiny(num_classes=2), num_iterations=iterations)
     train(teacher, out / "teacher", hooks)
     student = TrainConfig(
-        objective="scd", data=data, init_from=str(out / "teacher"), num_iterations=iterations,
+        objective="scd", data=data, teacher=str(out / "teacher"), num_iterations=iterations,
         optimizer="radam", learning_rate=5e-4, tangent_norm="rms", tangent_warmup=100,
     )  # fmt: skip
     model = train(student, out / "student", hooks)

@@ -77,8 +77,19 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
     common = ["--data", street / "data.npz", "--label", "k", "--iterations", 2, "--batch-size", 4]
     run("distill", "-o", tmp_path / "sct", "--no-teacher", "--init", street / "teacher", *common, "--sample-every", 0)
     assert json.loads((tmp_path / "sct" / "train.json").read_text())["objective"] == "sct"
+    target = ["--teacher", street / "teacher", "--init", street / "student"]
+    run("distill", "-o", tmp_path / "more", *target, *common, "--sample-every", 0)
+    more = json.loads((tmp_path / "more" / "train.json").read_text())
+    assert (more["objective"], more["teacher"], more["init_from"]) == ("scd", *map(str, target[1::2]))
     assert "give either --teacher" in one_line(run("distill", "-o", tmp_path / "x", code=2))
     assert "needs --init" in one_line(run("distill", "-o", tmp_path / "x", "--no-teacher", code=2))
+
+
+def test_train_goes_on_from_a_checkpoint_with_stable_targets(street, tmp_path):
+    common = ["--preset", "tiny", "--data", street / "data.npz", "--label", "k", "--iterations", 2, "--sample-every", 0]
+    run("train", "-o", tmp_path / "more", "--init", street / "teacher", "--stable-targets", *common)
+    config = json.loads((tmp_path / "more" / "train.json").read_text())
+    assert config["stable_targets"] and config["init_from"] == str(street / "teacher")
 
 
 def test_onnx_dry_run_and_existing_target(street, tmp_path):

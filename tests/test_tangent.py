@@ -96,7 +96,7 @@ def test_normalization_bounds_each_sample(scale, c):
 
 
 def config(**changes) -> TrainConfig:
-    return TrainConfig(objective="scd", init_from="teacher", network=tiny(num_classes=3), **changes)
+    return TrainConfig(objective="scd", teacher="teacher", network=tiny(num_classes=3), **changes)
 
 
 def transcription(net, teacher, logvar, b, *, r, c=0.1):

@@ -62,7 +62,8 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(npz, tmp_path, objective
     run = config(
         npz,
         objective=objective,
-        init_from="" if objective == "diffusion" else str(teacher),
+        init_from=str(teacher) if objective == "sct" else "",
+        teacher=str(teacher) if objective == "scd" else "",
         optimizer="radam",
     )
     train(run, tmp_path / "whole")
@@ -71,6 +72,30 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(npz, tmp_path, objective
     train(run, tmp_path / "parts", Hooks(checkpoint_every=2, log_every=1))
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_student_may_start_from_another_student(npz, tmp_path):
+    train(config(npz, num_iterations=2), tmp_path / "teacher")
+    train(config(npz, num_iterations=2, seed=1), tmp_path / "other")
+    run = config(
+        npz, objective="scd", teacher=str(tmp_path / "teacher"), init_from=str(tmp_path / "other"),
+        num_iterations=1, learning_rate=1e-12,
+    )  # fmt: skip
+    train(run, tmp_path / "run")
+    mine, other, teacher = (weights(tmp_path / name) for name in ("run", "other", "teacher"))
+    assert all(torch.allclose(mine[name], other[name], atol=1e-9) for name in mine)
+    assert not all(torch.allclose(mine[name], teacher[name], atol=1e-4) for name in mine)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "sct"])
+def test_stable_targets_train_and_resume_exactly(npz, tmp_path, objective):
+    train(config(npz, num_iterations=2), tmp_path / "first")
+    run = config(npz, objective=objective, init_from=str(tmp_path / "first"), stable_targets=True)
+    train(run, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(run, tmp_path / "parts", Hooks(checkpoint_every=2, on_step=stop_at(5)))
+    train(run, tmp_path / "parts", Hooks(checkpoint_every=2))
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -177,7 +202,8 @@ def test_ema_half_life():
         ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
         ({"dropout": 2.0}, r"dropout is 2.0, expected a share in \[0, 1\]"),
-        ({"objective": "scd"}, "give init_from"),
+        ({"objective": "scd"}, "'scd' distils a teacher"),
+        ({"teacher": "x"}, "the other objectives have none"),
         ({"network": None}, "needs a network or init_from"),
         ({"seed": -1}, "seed is -1"),
     ],

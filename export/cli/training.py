@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from scm_sdk.train.data import ImageData
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+stable_targets_option = click.option(
+    "--stable-targets", is_flag=True, help="Regress onto exact posterior means; for data that fits in memory."
+)
 
 
 def _run_options(
@@ -41,6 +44,7 @@ def _run_options(
         click.option("--p-mean", type=float, default=p_mean, help="Mean of ln(sigma)."),
         click.option("--p-std", type=click.FloatRange(0, min_open=True), default=1.4, help="Deviation of ln(sigma)."),
         click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0),
+        click.option("--init", default="", metavar="FOLDER", help="Checkpoint folder of the first weights."),
         click.option("--label-dropout", type=click.FloatRange(0, 1), default=0.0, help="Share trained without label."),
         click.option("--sigma-data", type=click.FloatRange(0, min_open=True), default=0.5),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Names the run."),
@@ -62,6 +66,7 @@ def _run_options(
 
 @click.command()
 @click.option("--preset", default="pixels16", metavar="NAME", help="Network: pixels16, pixels32 or tiny.")
+@stable_targets_option
 @_run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
 def train(preset: str, **options: Any) -> None:
     """Train a TrigFlow diffusion teacher.
@@ -80,18 +85,19 @@ def train(preset: str, **options: Any) -> None:
     data_config = _data_config(options)
     data = load_data(data_config)
     network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
-    _run(_config("diffusion", data_config, options, network=network), options, data)
+    config = _config("diffusion", data_config, options, network=network, stable_targets=options["stable_targets"])
+    _run(config, options, data)
 
 
 @click.command()
 @click.option("--teacher", default="", metavar="FOLDER", help="Run or checkpoint folder of the teacher.")
 @click.option("--no-teacher", is_flag=True, help="Train from data alone (sCT); --init gives the first weights.")
-@click.option("--init", default="", metavar="FOLDER", help="First weights of an sCT run.")
+@stable_targets_option
 @click.option("--tangent-norm", type=click.Choice(["l2", "rms"]), default="l2", help="l2 is the paper's.")
 @click.option("--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H.")
 @click.option("--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm.")
 @_run_options(iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
-def distill(teacher: str, no_teacher: bool, init: str, **options: Any) -> None:
+def distill(teacher: str, no_teacher: bool, **options: Any) -> None:
     """Make a consistency model: distil a teacher (sCD) or train from data (sCT).
 
     Run the same command again to go on after an interruption.
@@ -103,13 +109,12 @@ def distill(teacher: str, no_teacher: bool, init: str, **options: Any) -> None:
 
     if no_teacher == bool(teacher):
         raise ConfigError("give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither.")
-    if init and not no_teacher:
-        raise ConfigError("--init goes with --no-teacher; a distilled student starts from its teacher.")
-    if no_teacher and not init:
+    if no_teacher and not options["init"]:
         raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
-    extra = {name: options[name] for name in ("tangent_norm", "tangent_warmup", "tangent_c")}
+    names = ("tangent_norm", "tangent_warmup", "tangent_c", "stable_targets")
+    extra = {name: options[name] for name in names}
     objective = "sct" if no_teacher else "scd"
-    _run(_config(objective, _data_config(options), options, init_from=teacher or init, **extra), options)
+    _run(_config(objective, _data_config(options), options, teacher=teacher, **extra), options)
 
 
 def _data_config(options: dict[str, Any]) -> Any:
@@ -135,6 +140,7 @@ def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> 
     return TrainConfig(
         objective=objective,  # type: ignore[arg-type]
         data=data,
+        init_from=options["init"],
         num_iterations=options["iterations"],
         learning_rate=options["lr"],
         decay_fraction=options["lr_decay"],
@@ -153,7 +159,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     if options["dry_run"]:
-        click.echo(resolve(config, data)[0].to_json())
+        click.echo(resolve(config, data).config.to_json())
         return
     out: Path = options["out"]
     say(f"{config.objective}: {config.num_iterations} iterations into {out}. Interrupt at will; run again to go on.")

@@ -35,8 +35,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ``sct`` trains from data alone (Algorithm 1).
         data: The images.
         network: The network; None takes the teacher's.
-        init_from: Checkpoint folder whose weights start the run, "" for random weights. For ``scd``
-            it is also the teacher.
+        init_from: Checkpoint folder whose weights start the run, "" for random weights; for ``scd``,
+            "" for the teacher's.
+        teacher: Checkpoint folder of the diffusion model that ``scd`` distils.
         sigma_data: Standard deviation of the data, data units.
         batch_size: Samples of one iteration.
         num_iterations: Length of the run.
@@ -50,6 +51,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ema_ramp: Largest half-life as a share of the samples seen so far.
         p_mean: Mean of ln(sigma), where sigma = sigma_data tan(t).
         p_std: Standard deviation of ln(sigma).
+        stable_targets: Regress onto the mean of all images that may lie behind a noisy sample rather
+            than the one that does (``stable_target``); for data sets that fit in memory.
         label_dropout: Share of samples trained without their label.
         dropout: Dropout of the network, replaces the network's own.
         tangent_norm: Norm of the tangent over one sample; ``l2`` is the paper's, ``rms`` suits
@@ -67,6 +70,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     data: DataConfig = DataConfig()
     network: UNetConfig | None = None
     init_from: str = ""
+    teacher: str = ""
     sigma_data: float = 0.5
     batch_size: int = 64
     num_iterations: int = 10_000
@@ -80,6 +84,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ema_ramp: float = 0.05
     p_mean: float = -0.8
     p_std: float = 1.4
+    stable_targets: bool = False
     label_dropout: float = 0.0
     dropout: float = 0.0
     tangent_norm: Literal["l2", "rms"] = "l2"
@@ -103,12 +108,22 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a share in [0, 1].")
         if self.warmup_iterations < 0 or self.tangent_warmup < 0:
             raise ConfigError("warmup_iterations and tangent_warmup cannot be negative.")
-        if self.objective == "scd" and not self.init_from:
-            raise ConfigError("objective 'scd' distils a teacher: give init_from, a checkpoint folder.")
-        if self.network is None and not self.init_from:
+        if (self.objective == "scd") != bool(self.teacher):
+            raise ConfigError(
+                f"objective is {self.objective!r} and teacher {self.teacher!r}: 'scd' distils a teacher, "
+                "a checkpoint folder; the other objectives have none."
+            )
+        if self.stable_targets and self.objective == "scd":
+            raise ConfigError("stable_targets replace the data's velocity; 'scd' follows its teacher's. Leave them out.")
+        if self.network is None and not self.first_weights:
             raise ConfigError("a run needs a network or init_from, a checkpoint folder; both are absent.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}, expected 0 <= seed < 2**32.")
+
+    @property
+    def first_weights(self) -> str:
+        """Checkpoint folder whose weights start the run, "" for random weights."""
+        return self.init_from or self.teacher
 
     def learning_rate_at(self, iteration: int) -> float:
         """Return the learning rate of an iteration: warm-up, plateau, linear decay."""

@@ -28,6 +28,7 @@ from .data import ImageData
 from .ema import update_ema
 from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss, sample_times
 from .prepare import claim_folder, resolve
+from .stable_target import StableTarget
 from .state import RunState, load_state, save_state
 
 LOG_FILE = "log.jsonl"
@@ -116,13 +117,14 @@ def train(
             row are not finite.
     """
     hooks, out = hooks or Hooks(), Path(out)
-    config, model_config, data, initial = resolve(config, data)
+    start = resolve(config, data)
+    config, data = start.config, start.data
     claim_folder(config, out)
     torch.manual_seed(config.seed)
-    network = _arrange(ConsistencyModel(model_config).network.train(), config)
-    if initial is not None:
-        network.load_state_dict(initial.network.state_dict())
-    average = ConsistencyModel(model_config, deepcopy(network)).eval().requires_grad_(False)
+    network = _arrange(ConsistencyModel(start.model_config).network.train(), config)
+    if start.initial is not None:
+        network.load_state_dict(start.initial.network.state_dict())
+    average = ConsistencyModel(start.model_config, deepcopy(network)).eval().requires_grad_(False)
     logvar = LogVariance()
     parameters = [*network.parameters(), *logvar.parameters()]
     kind = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.Adam
@@ -131,9 +133,8 @@ def train(
     load_state(out, state)
     _trim_log(out / LOG_FILE, state.iteration)
 
-    teacher = None
-    if initial is not None and config.objective == "scd":
-        teacher = _arrange(initial.network, config)
+    teacher = _arrange(start.teacher.network, config) if start.teacher else None
+    stable_target = StableTarget(data, sigma_data=config.sigma_data) if config.stable_targets else None
     compute = loss_function(config, network, teacher, logvar if config.adaptive_weighting else None)
     window: list[tuple[float, float, float]] = []
     started, bad = time.monotonic() - state.seconds, 0
@@ -146,6 +147,8 @@ def train(
     try:
         while state.iteration < config.num_iterations:
             batch = draw_batch(config, data, state.iteration)
+            if stable_target is not None:
+                batch = stable_target(batch)
             torch.manual_seed((config.seed << 31) + state.iteration)  # dropout
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(state.iteration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -16,23 +17,38 @@ from .data import ImageData, load_data
 CONFIG_FILE = "train.json"
 
 
-def resolve(
-    config: TrainConfig, data: ImageData | None = None
-) -> tuple[TrainConfig, ModelConfig, ImageData, ConsistencyModel | None]:
-    """Load the data and the initial model and complete the config from them.
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run starts from.
+
+    Attributes:
+        config: The run, with its network filled in.
+        model_config: The config of the model that it makes.
+        data: The images.
+        initial: The model whose weights start the run, or None for random weights.
+        teacher: The model that ``scd`` distils, or None.
+    """
+
+    config: TrainConfig
+    model_config: ModelConfig
+    data: ImageData
+    initial: ConsistencyModel | None
+    teacher: ConsistencyModel | None
+
+
+def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
+    """Load the data and the models a config names and complete the config from them.
 
     Args:
         config: The run.
         data: What ``load_data(config.data)`` returned, where the caller has it already.
 
-    Returns:
-        The config with its network filled in, the model's config, the data, and the initial model.
-
     Raises:
-        TrainError: If data, network and initial model do not belong together.
+        TrainError: If data, network and models do not belong together.
     """
     data = load_data(config.data) if data is None else data
-    initial = ConsistencyModel.from_pretrained(config.init_from) if config.init_from else None
+    initial = ConsistencyModel.from_pretrained(config.first_weights) if config.first_weights else None
+    teacher = ConsistencyModel.from_pretrained(config.teacher) if config.teacher else None
     network = config.network or (initial.config.network if initial else None)
     assert network is not None  # TrainConfig refuses a run without either
     network = msgspec.structs.replace(network, dropout=config.dropout)
@@ -59,11 +75,13 @@ def resolve(
             "software": f"scm-sdk {__version__}",
         },
     )
-    if initial is not None:
-        found = msgspec.structs.replace(initial.config.network, dropout=network.dropout)
-        if found != network or initial.sigma_data != config.sigma_data:
-            raise TrainError(f"the network of {config.init_from} differs from the run's; leave out the network.")
-    return msgspec.structs.replace(config, network=network), model_config, data, initial
+    for model, folder in ((initial, config.first_weights), (teacher, config.teacher)):
+        if model is not None:
+            found = msgspec.structs.replace(model.config.network, dropout=network.dropout)
+            if found != network or model.sigma_data != config.sigma_data:
+                raise TrainError(f"the network of {folder} differs from the run's; give models of one shape.")
+    config = msgspec.structs.replace(config, network=network)
+    return Prepared(config=config, model_config=model_config, data=data, initial=initial, teacher=teacher)
 
 
 def claim_folder(config: TrainConfig, out: Path) -> None:
