@@ -4,6 +4,10 @@ Opening checks three things that ONNX Runtime lets pass: that the execution prov
 one that runs (it falls back to the CPU silently), that the graph's inputs and output are those of the
 spec, and that the spec written into the graph is the manifest's.
 
+A graph of precision ``int8`` is meant for engines: it runs here as it is written, Q/DQ computed in
+floating point, because the fused int8 kernels of a CPU without VNNI saturate. For speed on a CPU there
+is ``int8-cpu``.
+
 Threads: ``InferenceSession.run`` is safe from many threads, so ``sample`` takes no lock. The
 session's worker threads do not spin while they wait: that costs a shared machine more than it gains.
 """
@@ -24,6 +28,8 @@ from .base import check_artifact, check_images, check_inputs, check_num_threads
 
 SPEC_KEY = "scm_spec"
 """Key of the graph's metadata under which ``export/`` writes the spec's JSON."""
+PRECISION_KEY = "scm_precision"
+"""Key under which it writes the precision, if that is not fp32."""
 _TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 _ERRORS_ONLY = 3
 
@@ -70,13 +76,10 @@ class OrtBackend:
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         settings = [provider] if index is None else [(provider, {"device_id": str(index)})]
-        try:
-            session = ort.InferenceSession(str(artifact_path), options, providers=settings)
-        except Exception as exc:  # onnxruntime's errors have no common base class
-            raise IntegrityError(
-                f"onnxruntime {ort.__version__} cannot load {artifact_path}: {_first_line(exc)}. "
-                "Expected a sampler graph of scm-export with its external data beside it. Export it again."
-            ) from exc
+        session = _load(ort, artifact_path, options, settings)
+        if _metadata(session, PRECISION_KEY).partition(" ")[0] == "int8" and index is None:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            session = _load(ort, artifact_path, options, settings)
         if session.get_providers()[:1] != [provider]:
             raise BackendUnavailable(
                 f"onnxruntime runs {artifact_path.name} on {session.get_providers()}, expected {provider} "
@@ -107,6 +110,26 @@ class OrtBackend:
         self._session = None
 
 
+def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
+    try:
+        return ort.InferenceSession(str(path), options, providers=settings)
+    except Exception as exc:  # onnxruntime's errors have no common base class
+        text = _first_line(exc)
+        if "NOT_IMPLEMENTED" in text:
+            raise BackendUnavailable(
+                f"onnxruntime {ort.__version__} has no kernel for a node of {path}: {text}. Expected a precision "
+                "that this device computes; fp32 runs everywhere, bf16 needs a GPU."
+            ) from exc
+        raise IntegrityError(
+            f"onnxruntime {ort.__version__} cannot load {path}: {text}. "
+            "Expected a sampler graph of scm-export with its external data beside it. Export it again."
+        ) from exc
+
+
+def _metadata(session: Any, key: str) -> str:
+    return str(session.get_modelmeta().custom_metadata_map.get(key, ""))
+
+
 def _provider(ort: Any, device: str | None) -> tuple[str, int | None]:
     kind, _, number = (device or "cpu").partition(":")
     if kind == "cpu" and not number:
@@ -132,8 +155,8 @@ def _check_graph(session: Any, spec: SamplerSpec, path: Path) -> None:
             f"{path} has inputs and output {', '.join(found)}; expected {', '.join(expected)} "
             "from the manifest. The two are of different exports: export the bundle again."
         )
-    text = session.get_modelmeta().custom_metadata_map.get(SPEC_KEY)
-    if text is None:
+    text = _metadata(session, SPEC_KEY)
+    if not text:
         raise IntegrityError(
             f"{path} has no {SPEC_KEY!r} in its metadata, expected the sampler's spec. Export it again."
         )

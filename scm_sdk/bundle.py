@@ -252,7 +252,12 @@ _ROLE_OF_NAME: dict[str, Role] = {
     ".onnx_data": "graph-data",
     ".engine": "engine",
 }
-_ROLE_OF_FOLDER: dict[str, Role] = {"golden": "golden", "reports": "report", "precision": "plan"}
+_ROLE_OF_FOLDER: dict[str, Role] = {
+    "golden": "golden",
+    "reports": "report",
+    "precision": "plan",
+    "calibration": "calibration",
+}
 
 
 def _role_of(relative: str) -> Role:

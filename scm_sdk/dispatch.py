@@ -284,14 +284,14 @@ def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: float | 
         reason = f"asked for by name, although {_failure(failed[0])}"
     elif records:
         worst = max(records, key=lambda record: record.max_abs)
-        reason = f"parity passed: {worst.max_abs:.1e} of {worst.threshold:.1e} allowed"
+        reason = f"parity passed: {worst.finding}"
     else:
         reason = "asked for by name; no recorded parity"
     return reason if measured is None else f"{reason}; measured here: {measured:.2f} ms at batch 1"
 
 
 def _failure(record: ParityRecord) -> str:
-    return f"recorded parity failed: {record.max_abs:.1e} is over {record.threshold:.1e}"
+    return f"recorded parity failed: {record.finding}"
 
 
 def _is_reference(artifact: Artifact) -> bool:

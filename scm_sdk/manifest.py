@@ -15,8 +15,11 @@ from .spec import Precision, SamplerSpec
 MANIFEST_NAME = "scm_manifest.json"
 SCHEMA_VERSION = 1
 
-Role = Literal["weights", "config", "graph", "graph-data", "engine", "golden", "report", "card", "plan"]
+Role = Literal["weights", "config", "graph", "graph-data", "engine", "golden", "report", "card", "plan", "calibration"]
 Format = Literal["safetensors", "onnx", "tensorrt", "tensorrt_rtx"]
+
+PSNR_CAP = 999.0
+"""dB. JSON has no infinity; no two different float32 images come near this."""
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for hostile text: bad JSON or schema, bytes that are no UTF-8, deep nesting."""
@@ -40,6 +43,28 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     built_from: tuple[str, ...] = ()
 
 
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where an engine runs: what must hold before it is handed to its library.
+
+    Attributes:
+        library_version: Version of the library that built it, all four numbers.
+        compute_capabilities: GPUs it was built for, for example ``("8.0", "8.6")``.
+        platform: ``<system>-<machine>`` it was built for, for example ``linux-x86_64``.
+        batch: Smallest, best and largest batch of its profile.
+        hardware_compatibility: ``none``, ``same_compute_capability`` or ``ampere_plus``.
+        version_compatible: Whether newer versions of the library may load it.
+        gpu: Name of the GPU it was built on; "" when built ahead of time.
+    """
+
+    library_version: str
+    compute_capabilities: tuple[str, ...]
+    platform: str
+    batch: tuple[int, int, int]
+    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
+    version_compatible: bool = False
+    gpu: str = ""
+
+
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Something a backend can run: a torch checkpoint, a graph or an engine.
 
@@ -48,24 +73,31 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         format: Which kind of backend opens it.
         precision: The precision that lies in the artifact.
         num_inference_steps: Its number of steps; 0 means any (a checkpoint is unrolled on demand).
+        engine: Where it runs, if it is an engine.
+        recipe: The options it was made with, JSON values; with ``built_from`` they say whether it is
+            still what a command would make.
     """
 
     path: str
     format: Format
     precision: Precision = "fp32"
     num_inference_steps: int = 0
+    engine: EngineFacts | None = None
+    recipe: dict[str, Any] = {}
 
 
 class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measured comparison of one artifact with its reference, in units of ``sigma_data``.
+    """A measured comparison of one artifact with its reference; differences in units of ``sigma_data``.
 
     Attributes:
         artifact: Path of the candidate.
         reference: Path of the reference.
         backend: Which backend ran the candidate.
-        threshold: Largest ``max_abs`` that passes; derived from ``noise_floor``.
+        gate: What decides: ``max_abs`` for the reference's own precision, ``psnr_db`` for a lower one.
+        threshold: Largest ``max_abs`` that passes, derived from ``noise_floor``; or the least ``psnr_db``.
         noise_floor: Largest difference between the reference and itself run another way.
         max_abs: Largest absolute difference seen.
+        psnr_db: Peak signal to noise ratio, dB; at most ``PSNR_CAP``, where the two are equal.
         num_samples: Samples compared.
         passed: Whether the gate was met.
         reason: Why the threshold is not the derived one, if it was set by hand.
@@ -74,12 +106,21 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     artifact: str
     reference: str
     backend: str
+    gate: Literal["max_abs", "psnr_db"] = "max_abs"
     threshold: float
     noise_floor: float
     max_abs: float
+    psnr_db: float = 0.0
     num_samples: int
     passed: bool
     reason: str = ""
+
+    @property
+    def finding(self) -> str:
+        """What was found and what is allowed, in a few words."""
+        if self.gate == "psnr_db":
+            return f"{self.psnr_db:.1f} dB of at least {self.threshold:.0f} dB"
+        return f"{self.max_abs:.1e} of {self.threshold:.1e} allowed"
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .dispatch import BACKENDS
 from .files import atomic_write_bytes
+from .processor import cpu_name
 
 MAX_ENTRIES = 1000
 
@@ -81,7 +82,7 @@ def _read() -> dict[str, float]:
 def _conditions(backend: str, build_id: str, steps: int, device: str | None, num_threads: int | None) -> str:
     library = BACKENDS[backend].library if backend in BACKENDS else backend
     version = _version(library) or _version(f"{library}-gpu") or "unknown"
-    machine = f"{platform.system()}-{platform.machine()}-{platform.processor()}-{os.cpu_count()}"
+    machine = f"{platform.system()}-{platform.machine()}-{cpu_name()}-{os.cpu_count()}"
     return f"{build_id}|{steps}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"
 
 

@@ -16,7 +16,8 @@ from scm_sdk import Generator
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ParityError, ShapeError
 from scm_sdk.evaluate.difference import difference, ssim
-from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR, compare, noise_floor
+from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR, compare
+from scm_sdk.evaluate.reference import noise_floor
 from scm_sdk.manifest import Manifest
 from scm_sdk.spec import SamplerSpec
 

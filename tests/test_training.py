@@ -124,6 +124,16 @@ def test_another_run_is_refused(npz, tmp_path):
         train(config(npz, seed=1), tmp_path / "run")
 
 
+def test_two_processes_never_train_in_one_folder(npz, tmp_path):
+    def second(done):
+        if done == 1:
+            with pytest.raises(TrainError, match=r"another process is training in .*run, expected one at a time"):
+                train(config(npz), tmp_path / "run")
+
+    train(config(npz), tmp_path / "run", Hooks(on_step=second))
+    train(config(npz, num_iterations=6), tmp_path / "run")  # the folder is free again
+
+
 def test_truncated_state_is_named(npz, tmp_path):
     train(config(npz), tmp_path / "run")
     state = tmp_path / "run" / STATE_FILE

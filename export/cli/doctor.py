@@ -30,7 +30,7 @@ def doctor(as_json: bool) -> None:
 
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
-    from scm_sdk.evaluate.machine import cpu_name
+    from scm_sdk.processor import cpu_name
 
     found = {name: _version(name) if find_spec(name) else None for name in LIBRARIES}
     report = {

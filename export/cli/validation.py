@@ -11,30 +11,36 @@ from .common import json_option, print_json, say
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.parity import Parity
+    from scm_sdk.spec import Precision
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, default=("onnxruntime",), help="Candidates; may be repeated.")
+@click.option("--backend", "backends", multiple=True, help="Candidates; every one that can run here when absent.")
+@click.option("--precision", "precisions", multiple=True, help="Only these; all when absent.")
 @click.option("--num-seeds", type=click.IntRange(1), default=32, help="Samples for each batch split.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch splits; 1, 3 and the largest.")
-@click.option("--threshold", type=click.FloatRange(0), help="Largest difference that passes, units of sigma_data.")
-@click.option("--reason", default="", help="Why a threshold is looser than the derived one.")
+@click.option("--threshold", type=click.FloatRange(0), help="Largest difference of fp32, units of sigma_data.")
+@click.option("--min-psnr", type=float, help="Least PSNR of lower precisions, dB.")
+@click.option("--reason", default="", help="Why a gate is looser than its own.")
 @json_option
 def validate(
-    bundle: Path, backends: tuple[str, ...], num_seeds: int, batches: tuple[int, ...], threshold: float | None,
-    reason: str, as_json: bool,
+    bundle: Path, backends: tuple[str, ...], precisions: tuple[Precision, ...], num_seeds: int,
+    batches: tuple[int, ...], threshold: float | None, min_psnr: float | None, reason: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Hold each graph of BUNDLE against its PyTorch checkpoint, record the result, exit 3 on failure.
+    """Hold each graph and engine of BUNDLE against its PyTorch checkpoint, record it, exit 3 on failure.
 
-    Both run on the same noise and labels. The threshold is derived from how far the checkpoint is
-    from itself under another batch split and another number of threads.
+    Both run on the same noise and labels. The threshold of fp32 is derived from how far the
+    checkpoint is from itself under another batch split and another number of threads; a lower
+    precision must reach a least PSNR.
     """
     from scm_sdk.evaluate.gate import SPLITS, validate_bundle
 
     results = validate_bundle(
-        bundle, backends=backends, num_seeds=num_seeds, batches=batches or SPLITS, threshold=threshold, reason=reason,
+        bundle, backends=backends, precisions=precisions, num_seeds=num_seeds, batches=batches or SPLITS,
+        threshold=threshold, min_psnr_db=min_psnr, reason=reason,
         on_result=lambda parity: None if as_json else say(summary(parity)),
+        on_skip=lambda line: say(f"skip  {line}"),
     )  # fmt: skip
     if as_json:
         print_json([parity.to_dict() for parity in results])
@@ -45,9 +51,12 @@ def validate(
 def summary(parity: Parity) -> str:
     """Return a comparison as one line."""
     overall = parity.overall
+    if parity.gate == "psnr_db":
+        gate = f"at least {parity.threshold:.0f} dB"
+    else:
+        gate = f"allowed {parity.threshold:.1e} (floor {parity.noise_floor:.1e})"
     return (
         f"{'pass' if parity else 'FAIL'}  {parity.candidate} on {parity.candidate_backend}: max {parity.max_abs:.2e}, "
         f"mean {overall.mean_abs:.1e}, PSNR {overall.psnr_db:.1f} dB, {parity.num_samples} seeds x batches "
-        f"{', '.join(map(str, parity.by_batch))}; allowed {parity.threshold:.1e} (floor {parity.noise_floor:.1e})"
-        + (f"; reason: {parity.reason}" if parity.reason else "")
+        f"{', '.join(map(str, parity.by_batch))}; {gate}" + (f"; reason: {parity.reason}" if parity.reason else "")
     )

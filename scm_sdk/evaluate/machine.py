@@ -6,6 +6,8 @@ import os
 import platform
 import sys
 
+from ..processor import cpu_name
+
 
 def peak_rss_mib() -> float | None:
     """Return the largest resident memory this process ever had, MiB; None where the system does not say."""
@@ -21,16 +23,6 @@ def peak_rss_mib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the system gives it, or "unknown"."""
-    try:
-        with open("/proc/cpuinfo") as stream:
-            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def describe_machine() -> dict[str, str]:

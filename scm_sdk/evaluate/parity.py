@@ -1,29 +1,28 @@
 """Does a candidate compute what its reference computes? A gate, not a picture show.
 
-Both run on the same noise and labels, batch split by batch split. The threshold is not chosen but
-derived from the noise floor: how far the reference is from *itself* when it runs with another batch
-split or another number of threads. Two right programs cannot be told apart below that.
+Both run on the same noise and labels, batch split by batch split. In the reference's own precision the
+threshold is not chosen but derived from the noise floor: how far the reference is from *itself* when
+it runs with another batch split or another number of threads. Two right programs cannot be told
+apart below that. A lower precision is a different program on purpose; it is held to a least PSNR.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from ..dispatch import Backend
 from ..errors import ConfigError, ParityError
 from ..generator import Generator
-from ..manifest import ParityRecord
-from ..request import Request, make_request
+from ..manifest import PSNR_CAP, ParityRecord
 from ..spec import SamplerSpec
 from .difference import Difference, difference
+from .reference import ReferenceRun, Side, run_reference
 
-NUM_SEEDS = 32
 ROUNDING_FLOOR = 1e-5
 """Least threshold, units of sigma_data. Two right fp32 programs order a network's sums differently;
 on the U-Nets of this package that gave 1e-6 to 3e-6, also where the reference repeats itself bit for bit."""
@@ -43,7 +42,8 @@ class Parity:
         reference_backend: What ran that.
         num_inference_steps: Network calls for each sample.
         num_samples: Samples in each batch split.
-        threshold: Largest ``overall.max_abs`` that passes, units of sigma_data.
+        gate: What decides, ``max_abs`` or ``psnr_db``.
+        threshold: Largest ``overall.max_abs`` that passes, units of sigma_data; or least PSNR, dB.
         noise_floor: Largest difference between the reference and itself, units of sigma_data.
         reason: Why the threshold is not the derived one, if it was set by hand.
         overall: The difference over every batch split.
@@ -56,6 +56,7 @@ class Parity:
     reference_backend: str
     num_inference_steps: int
     num_samples: int
+    gate: Literal["max_abs", "psnr_db"]
     threshold: float
     noise_floor: float
     reason: str
@@ -63,6 +64,8 @@ class Parity:
     by_batch: dict[int, Difference]
 
     def __bool__(self) -> bool:
+        if self.gate == "psnr_db":
+            return self.overall.finite and self.overall.psnr_db >= self.threshold
         return self.overall.finite and self.overall.max_abs <= self.threshold
 
     @property
@@ -85,10 +88,14 @@ class Parity:
         else:
             found = f"{what} differs from {self.reference} on {self.reference_backend}"
             found += f" by {self.max_abs:.1e} sigma_data (seed {self.worst_seed}, "
-            found += f"mean {self.overall.mean_abs:.1e})"
+            found += f"mean {self.overall.mean_abs:.1e}, PSNR {self.overall.psnr_db:.1f} dB)"
+        expected = f"at most {self.threshold:.1e} (noise floor {self.noise_floor:.1e})"
+        remedy = "export again"
+        if self.gate == "psnr_db":
+            expected = f"at least {self.threshold:.1f} dB"
+            remedy = "keep more of it in a higher precision (--target-psnr)"
         raise ParityError(
-            f"{found}; expected at most {self.threshold:.1e} (noise floor {self.noise_floor:.1e}). "
-            f"Do not ship it: look at seed {self.worst_seed} on both, then export again."
+            f"{found}; expected {expected}. Do not ship it: look at seed {self.worst_seed} on both, then {remedy}."
         )
 
     def record(self) -> ParityRecord:
@@ -97,10 +104,12 @@ class Parity:
             artifact=self.candidate,
             reference=self.reference,
             backend=self.candidate_backend,
+            gate=self.gate,
             threshold=self.threshold,
             noise_floor=self.noise_floor,
             # JSON has no NaN: the largest float says "did not even give numbers" and fails every gate.
             max_abs=self.max_abs if self.overall.finite else float(np.finfo(np.float64).max),
+            psnr_db=min(self.overall.psnr_db, PSNR_CAP) if self.overall.finite else 0.0,
             num_samples=self.num_samples,
             passed=bool(self),
             reason=self.reason,
@@ -119,24 +128,26 @@ class Parity:
 
 def compare(
     candidate: Generator | Backend,
-    reference: Generator | Backend,
+    reference: Generator | Backend | ReferenceRun,
     *,
     seeds: Sequence[int] | None = None,
     batches: Sequence[int | None] = (1, 3, None),
     num_inference_steps: int | None = None,
     threshold: float | None = None,
+    min_psnr_db: float | None = None,
     reason: str = "",
 ) -> Parity:
     """Run both on the same noise and measure the difference.
 
     Args:
         candidate: What is in question: a generator or an open backend.
-        reference: What it should compute.
-        seeds: The samples; None is 0..31, or as many as the largest batch. Labels are drawn from the seeds.
+        reference: What it should compute; what ``run_reference`` returned brings its own seeds and batches.
+        seeds: See ``run_reference``.
         batches: Batch splits to run; None is the largest the two allow.
         num_inference_steps: Which sampler of a generator; None is its default.
         threshold: Largest difference that passes, units of sigma_data; None derives it:
             ``max(ROUNDING_FLOOR, FLOOR_FACTOR * noise_floor)``.
+        min_psnr_db: Least PSNR, dB, instead of a threshold: for a candidate of lower precision.
         reason: Why ``threshold`` is looser than the derived one; every report prints it.
 
     Returns:
@@ -147,12 +158,20 @@ def compare(
             comes without a reason.
         BackendError: If one of them cannot run.
     """
-    one, other = _Side.of(candidate, num_inference_steps), _Side.of(reference, num_inference_steps)
-    _check_same(one.spec, other.spec)
-    most = min(one.spec.max_batch, other.spec.max_batch)
-    sizes, request = _request(other.spec, seeds, batches, most)
-    wanted = {size: other.run(request, size) for size in sizes}
-    floor = _floor(wanted, other, reference, request)
+    one = Side.of(candidate, num_inference_steps)
+    if not isinstance(reference, ReferenceRun):
+        _check_same(one.spec, Side.of(reference, num_inference_steps).spec)
+        reference = run_reference(
+            reference, seeds=seeds, batches=batches, num_inference_steps=num_inference_steps, most=one.spec.max_batch
+        )
+    _check_same(one.spec, reference.spec)
+    sizes, request, wanted, floor = (
+        list(reference.images), reference.request, reference.images, reference.noise_floor,
+    )  # fmt: skip
+    if max(sizes) > one.spec.max_batch:
+        raise ConfigError(f"batches are {sizes}, expected at most {one.spec.max_batch}, the candidate's largest.")
+    if threshold is not None and min_psnr_db is not None:
+        raise ConfigError("threshold and min_psnr_db were both given, expected one of them: one gate decides.")
     derived = max(ROUNDING_FLOOR, FLOOR_FACTOR * floor)
     if threshold is not None and not threshold <= derived and not reason:
         raise ConfigError(
@@ -163,101 +182,22 @@ def compare(
     return Parity(
         candidate=one.artifact,
         candidate_backend=one.name,
-        reference=other.artifact,
-        reference_backend=other.name,
-        num_inference_steps=other.spec.num_inference_steps,
+        reference=reference.artifact,
+        reference_backend=reference.name,
+        num_inference_steps=reference.spec.num_inference_steps,
         num_samples=len(request),
-        threshold=derived if threshold is None else threshold,
+        gate="max_abs" if min_psnr_db is None else "psnr_db",
+        threshold=min_psnr_db if min_psnr_db is not None else derived if threshold is None else threshold,
         noise_floor=floor,
         reason=reason,
         overall=difference(
             np.concatenate([found[size] for size in sizes]),
             np.concatenate([wanted[size] for size in sizes]),
             request.seeds * len(sizes),
-            other.spec,
+            reference.spec,
         ),
-        by_batch={size: difference(found[size], wanted[size], request.seeds, other.spec) for size in sizes},
+        by_batch={size: difference(found[size], wanted[size], request.seeds, reference.spec) for size in sizes},
     )
-
-
-def noise_floor(
-    reference: Generator | Backend,
-    *,
-    seeds: Sequence[int] | None = None,
-    batches: Sequence[int | None] = (1, 3, None),
-    num_inference_steps: int | None = None,
-) -> float:
-    """Measure how far a reference is from itself, run another way.
-
-    The other ways are the batch splits and, for one batch of a generator on a CPU, another number of
-    threads.
-
-    Returns:
-        The largest absolute difference, units of sigma_data; 0 where it repeats itself bit for bit.
-
-    Raises:
-        ConfigError: If a batch is out of range.
-        BackendError: If it cannot run.
-    """
-    side = _Side.of(reference, num_inference_steps)
-    sizes, request = _request(side.spec, seeds, batches, side.spec.max_batch)
-    return _floor({size: side.run(request, size) for size in sizes}, side, reference, request)
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A generator's open backend, or a backend that was given as it is."""
-
-    backend: Backend
-    spec: SamplerSpec
-    name: str
-    artifact: str
-    device: str
-
-    @classmethod
-    def of(cls, given: Generator | Backend, steps: int | None) -> _Side:
-        if isinstance(given, Generator):
-            opened = given.opened(steps)
-            return cls(opened.backend, opened.spec, opened.row.backend, opened.row.artifact, opened.device)
-        kind = type(given).__name__
-        if not isinstance(given, Backend):
-            raise ConfigError(f"{kind} cannot be compared, expected a Generator or an object with spec and sample.")
-        name, device = getattr(given, "name", kind), getattr(given, "device", "cpu")
-        return cls(given, given.spec, str(name), kind, str(device))
-
-    def run(self, request: Request, batch_size: int) -> NDArray[np.float32]:
-        starts = range(0, len(request), batch_size)
-        parts = [self.backend.sample(*request.inputs(at, min(at + batch_size, len(request)))) for at in starts]
-        return np.concatenate(parts)
-
-
-def _floor(
-    runs: dict[int, NDArray[np.float32]], side: _Side, reference: Generator | Backend, request: Request
-) -> float:
-    first, *others = runs.values()
-    worst = max((float(np.abs(first - other).max()) for other in others), default=0.0)
-    if isinstance(reference, Generator) and side.device == "cpu":
-        threads = 1 if reference.num_threads not in (None, 1) else 2
-        with reference.reopen(num_threads=threads, verify="none") as again:
-            # One batch only: on a busy machine a second thread can make torch a hundred times slower.
-            size = min(len(request), side.spec.max_batch)
-            noise, conditioning = request.inputs(0, size)
-            images = again.opened(side.spec.num_inference_steps).backend.sample(noise, conditioning)
-        worst = max(worst, float(np.abs(first[:size] - images).max()))
-    # A reference that gives NaN has no floor; compare() then fails on its finite check.
-    return worst / side.spec.sigma_data if np.isfinite(worst) else 0.0
-
-
-def _request(
-    spec: SamplerSpec, seeds: Sequence[int] | None, batches: Sequence[int | None], most: int
-) -> tuple[list[int], Request]:
-    sizes = list(dict.fromkeys(most if size is None else size for size in batches))
-    if not sizes or not all(1 <= size <= most for size in sizes):
-        raise ConfigError(f"batches are {list(batches)}, expected sizes in 1..{most}, at least one.")
-    chosen = list(range(max(NUM_SEEDS, *sizes, 1))) if seeds is None else list(seeds)
-    if len(chosen) < max(sizes):
-        raise ConfigError(f"seeds holds {len(chosen)}, expected at least {max(sizes)}, the largest batch.")
-    return sizes, make_request(spec, num_images=len(chosen), seed=chosen)
 
 
 def _check_same(one: SamplerSpec, other: SamplerSpec) -> None:

@@ -114,7 +114,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "a checkpoint folder; the other objectives have none."
             )
         if self.stable_targets and self.objective == "scd":
-            raise ConfigError("stable_targets replace the data's velocity; 'scd' follows its teacher's. Leave them out.")
+            raise ConfigError(
+                "stable_targets replace the data's velocity; 'scd' follows its teacher's. Leave them out."
+            )
         if self.network is None and not self.first_weights:
             raise ConfigError("a run needs a network or init_from, a checkpoint folder; both are absent.")
         if not 0 <= self.seed < 2**32:

@@ -27,7 +27,7 @@ from .config import TrainConfig
 from .data import ImageData
 from .ema import update_ema
 from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss, sample_times
-from .prepare import claim_folder, resolve
+from .prepare import Prepared, claimed_folder, resolve
 from .stable_target import StableTarget
 from .state import RunState, load_state, save_state
 
@@ -116,10 +116,13 @@ def train(
         TrainError: If the data does not fit, the folder holds another run, or too many steps in a
             row are not finite.
     """
-    hooks, out = hooks or Hooks(), Path(out)
-    start = resolve(config, data)
+    out, start = Path(out), resolve(config, data)
+    with claimed_folder(start.config, out):
+        return _train(start, out, hooks or Hooks())
+
+
+def _train(start: Prepared, out: Path, hooks: Hooks) -> ConsistencyModel:
     config, data = start.config, start.data
-    claim_folder(config, out)
     torch.manual_seed(config.seed)
     network = _arrange(ConsistencyModel(start.model_config).network.train(), config)
     if start.initial is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from .._version import __version__
 from ..errors import TrainError
@@ -15,6 +18,7 @@ from .config import TrainConfig
 from .data import ImageData, load_data
 
 CONFIG_FILE = "train.json"
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +88,32 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
     return Prepared(config=config, model_config=model_config, data=data, initial=initial, teacher=teacher)
 
 
-def claim_folder(config: TrainConfig, out: Path) -> None:
-    """Write the run's config into its folder, or check that it is the one that lies there.
+@contextmanager
+def claimed_folder(config: TrainConfig, out: Path) -> Iterator[None]:
+    """Hold a run's folder: no other process may train in it, and it holds this run's config.
 
     Raises:
-        TrainError: If the folder holds a run with another config.
+        TrainError: If another process holds it, it holds a run with another config, or it cannot be
+            written.
     """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK_FILE, timeout=0)
+        lock.acquire()
+    except Timeout as exc:
+        raise TrainError(
+            f"another process is training in {out}, expected one at a time. Wait for it or use another folder."
+        ) from exc
+    except OSError as exc:
+        raise TrainError(f"{out} cannot be written: {exc.strerror}. Choose a folder that you may write to.") from exc
+    try:
+        _claim(config, out)
+        yield
+    finally:
+        lock.release()
+
+
+def _claim(config: TrainConfig, out: Path) -> None:
     path = out / CONFIG_FILE
     if not path.exists():
         atomic_write_bytes(path, config.to_json().encode() + b"\n", error=TrainError)

@@ -1,0 +1,29 @@
+"""Which processor this is: what a measured time belongs to, and what an int8 graph may expect of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+_INT8_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "asimddp", "amx_int8"}
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it, or "unknown"."""
+    return next(_cpuinfo("model name"), "") or platform.processor() or "unknown"
+
+
+def has_int8_dot_product() -> bool | None:
+    """Return whether the processor adds int8 products without saturating; None where it cannot be told."""
+    flags = next(_cpuinfo("flags"), "") or next(_cpuinfo("Features"), "")
+    return bool(_INT8_DOT_PRODUCTS & set(flags.split())) if flags else None
+
+
+def _cpuinfo(key: str) -> Iterator[str]:
+    """Yield the values of a key in /proc/cpuinfo; nothing on systems without it."""
+    try:
+        with open("/proc/cpuinfo") as stream:
+            lines = stream.readlines()
+    except OSError:
+        return
+    yield from (line.split(":", 1)[1].strip() for line in lines if line.split(":", 1)[0].strip() == key)
