@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scm_sdk._lazy import require
 from scm_sdk.errors import ConfigError, ExportError, UnsupportedGraphError
 from scm_sdk.files import sha256_file
 
@@ -64,6 +65,30 @@ class GraphReport:
 def data_path_of(path: Path) -> Path:
     """Return where the weights of the graph at ``path`` lie when they are not inside: ``<path>_data``."""
     return path.with_name(path.name + "_data")
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read a graph; its weights stay on disk until they are used.
+
+    Args:
+        path: A graph that ``write_model`` wrote, or any other ONNX file; weights in files of their own
+            must lie beside it.
+
+    Raises:
+        BackendUnavailable: If onnx_ir is not installed.
+        ExportError: If the file is missing or is no ONNX graph.
+    """
+    require("onnx_ir", extra="export", purpose="reading ONNX graphs")
+    import onnx_ir as ir
+
+    try:
+        return ir.load(path)
+    except OSError as exc:
+        raise ExportError(f"{path} cannot be read: {exc.strerror or exc}. Expected an ONNX graph.") from exc
+    except Exception as exc:  # protobuf's and onnx_ir's own, which share no base class
+        raise ExportError(
+            f"{path} is no ONNX graph: {exc}. Expected what scm-export onnx writes; export it again."
+        ) from exc
 
 
 def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> GraphReport:
@@ -128,6 +153,8 @@ def _save(model: ir.Model, path: Path, *, external: bool) -> None:
     if external:
         ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=_INLINE_BYTES)
     else:
+        # Weights that were read from another graph's file still point there; here they go into the graph.
+        ir.external_data.load_to_model(model)
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 

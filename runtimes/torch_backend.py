@@ -9,6 +9,7 @@ of CPU threads and the TF32 switch belong to the whole process.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,27 @@ class TorchBackend:
                 "Expected images; try a smaller batch_size or device='cpu'."
             ) from exc
         return check_images(self.spec, images, len(noise[0]), backend="torch")
+
+    def sample_float64(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return what ``sample`` would without rounding to float32, (B, *image_shape) float64, on the CPU.
+
+        Twice the memory of the weights, and slow: to see how far float32 itself is from the truth.
+        """
+        torch = self._torch
+        feeds = check_inputs(self.spec, noise, conditioning)
+        with torch.inference_mode():
+            sampler = copy.deepcopy(self._sampler).to("cpu", torch.float64)
+            tensors = [torch.from_numpy(array) for array in feeds.values()]
+            images: np.ndarray = sampler(*(x.double() if x.is_floating_point() else x for x in tensors)).numpy()
+        return images
+
+    @property
+    def model(self) -> ConsistencyModel:
+        """The model that is unrolled, to be asked at other times than the sampler's."""
+        if self._sampler is None:
+            raise BackendFailure("this torch backend was closed, expected an open one. Open the generator again.")
+        model: ConsistencyModel = self._sampler.model
+        return model
 
     def close(self) -> None:
         """Drop the weights; the last sampler that uses them frees the memory."""

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from .errors import BackendUnavailable
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it.
+
+    A bare folder of that name, as some stub packages leave one, is not the module.
+    """
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # the package around it is absent
+        return False
+    return spec is not None and spec.loader is not None and spec.origin is not None
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

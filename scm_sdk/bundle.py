@@ -145,7 +145,18 @@ class Bundle:
             BundleError: If the manifest cannot be written.
         """
         kept = {(r.artifact, r.reference, r.backend): r for r in (*self.manifest.parity, *records)}
-        manifest = msgspec.structs.replace(self.manifest, parity=tuple(kept.values()))
+        return self._with(parity=tuple(kept.values()))
+
+    def with_budgets(self, *budgets: str) -> Bundle:
+        """Replace the latencies that the bundle must keep; see ``evaluate.contract``.
+
+        Raises:
+            BundleError: If the manifest cannot be written.
+        """
+        return self._with(budgets=budgets)
+
+    def _with(self, **changes: object) -> Bundle:
+        manifest = msgspec.structs.replace(self.manifest, **changes)
         atomic_write_bytes(self.path / MANIFEST_NAME, _encode(manifest), error=BundleError)
         return Bundle(self.path, manifest)
 
@@ -178,6 +189,7 @@ def write_bundle(
     roles: Mapping[str, Role] | None = None,
     built_from: Mapping[str, Sequence[str]] | None = None,
     parity: Sequence[ParityRecord] = (),
+    budgets: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Manifest:
@@ -191,6 +203,7 @@ def write_bundle(
         roles: Role by relative path, for files whose name does not tell it.
         built_from: For a file, the files it was made from; relative paths.
         parity: Measured comparisons.
+        budgets: Latencies that it must keep.
         provenance: Where weights and data come from; JSON values.
         versions: Versions of the libraries that built it.
 
@@ -224,6 +237,7 @@ def write_bundle(
         artifacts=tuple(artifacts),
         files=tuple(entries),
         parity=tuple(parity),
+        budgets=tuple(budgets),
         provenance=dict(provenance or {}),
         versions=dict(versions or {}),
     )

@@ -1,27 +1,31 @@
 """Which backend runs which artifact, and why: a plan that can be printed.
 
-Every artifact of a bundle is held against every backend; each pair is one row, accepted or rejected
-with its reason, and the accepted rows are ranked. ``Generator`` opens the first and shows the rest.
+Every artifact of a bundle is held against every backend that opens its kind; each pair is one row, accepted
+or rejected with its reason, and the accepted rows are ranked. ``Generator`` opens the first and shows the rest.
 
 Rank: what was measured on this machine (``Generator.benchmark`` remembers it) when every accepted
-row was measured; otherwise the order of ``BACKENDS``, and fp32 before the other precisions.
+row was measured; otherwise engines that fit this GPU, then fp32, then the order of ``BACKENDS``.
 Nothing here imports a backend's library: its presence is looked up, not tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ._lazy import is_installed
+from .engine_fit import TRUST_VARIABLE, EngineHost, why_not
 from .errors import ConfigError
 from .manifest import Artifact, ParityRecord
+from .plan import Plan, PlanRow
 from .spec import SamplerSpec
+
+__all__ = ["BACKENDS", "Backend", "BackendInfo", "Plan", "PlanRow", "backend_info", "make_plan", "open_backend"]
 
 
 @runtime_checkable
@@ -73,8 +77,18 @@ class BackendInfo:
     extra: str
     opens: tuple[str, ...]
 
+    @property
+    def runs_engines(self) -> bool:
+        """Whether it opens engines, which are code and fit some machines only."""
+        return self.module == _TENSORRT
 
+
+_TENSORRT = "scm_sdk.runtimes.trt_backend"
 BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was measured
+    "tensorrt": BackendInfo(module=_TENSORRT, library="tensorrt", extra="tensorrt", opens=("tensorrt",)),
+    "tensorrt_rtx": BackendInfo(
+        module=_TENSORRT, library="tensorrt_rtx", extra="tensorrt-rtx", opens=("tensorrt_rtx",)
+    ),
     "onnxruntime": BackendInfo(
         module="scm_sdk.runtimes.ort_backend", library="onnxruntime", extra="onnxruntime", opens=("onnx",)
     ),
@@ -91,16 +105,22 @@ def open_backend(
     *,
     device: str | None = None,
     num_threads: int | None = None,
+    trust_engines: bool = False,
 ) -> Backend:
     """Open one artifact with one backend, without a bundle or a plan.
+
+    ``trust_engines`` lets an engine run code on the host; see ``Generator.from_pretrained``.
 
     Raises:
         ConfigError: If no backend has this name.
         BackendUnavailable: If its library or the device is not here.
         BundleError: If the artifact is missing, damaged or not what ``spec`` says.
     """
-    module = import_module(backend_info(name).module)
-    backend: Backend = module.open_backend(artifact_path, spec, device=device, num_threads=num_threads)
+    info = backend_info(name)
+    options: dict[str, Any] = {"device": device, "num_threads": num_threads}
+    if info.runs_engines:
+        options["trust_engines"] = trust_engines
+    backend: Backend = import_module(info.module).open_backend(artifact_path, spec, **options)
     return backend
 
 
@@ -111,86 +131,6 @@ def backend_info(name: str) -> BackendInfo:
     return BACKENDS[name]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanRow:
-    """One artifact held against one backend.
-
-    Attributes:
-        backend: Name in ``BACKENDS``.
-        artifact: Path inside the bundle.
-        precision: The precision that lies in the artifact.
-        num_inference_steps: Its steps; 0 means any.
-        accepted: Whether it may run.
-        reason: Why, or why not.
-        measured_ms: Median latency at batch 1 remembered from this machine, if there is one.
-        chosen: Whether it is the one that runs.
-    """
-
-    backend: str
-    artifact: str
-    precision: str
-    num_inference_steps: int
-    accepted: bool
-    reason: str
-    measured_ms: float | None = None
-    chosen: bool = False
-
-
-class Plan(Sequence[PlanRow]):
-    """Every row, the accepted ones first and best first. ``str()`` is a table."""
-
-    def __init__(self, rows: Sequence[PlanRow]) -> None:
-        self.rows = tuple(rows)
-
-    @property
-    def accepted(self) -> tuple[PlanRow, ...]:
-        """The rows that may run, best first."""
-        return tuple(row for row in self.rows if row.accepted)
-
-    @property
-    def rejected(self) -> tuple[PlanRow, ...]:
-        """The rows that may not, with their reasons."""
-        return tuple(row for row in self.rows if not row.accepted)
-
-    @property
-    def chosen(self) -> PlanRow | None:
-        """The row that runs, or None when nothing can."""
-        return next((row for row in self.rows if row.chosen), None)
-
-    def choose(self, chosen: PlanRow) -> Plan:
-        """Return this plan with another row as the chosen one."""
-        rows = [replace(row, chosen=False) for row in self.rows]
-        at = self.rows.index(chosen)
-        rows[at] = replace(rows[at], chosen=True)
-        return Plan(rows)
-
-    @overload
-    def __getitem__(self, index: int) -> PlanRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[PlanRow, ...]: ...
-    def __getitem__(self, index: int | slice) -> PlanRow | tuple[PlanRow, ...]:
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[PlanRow]:
-        return iter(self.rows)
-
-    def __str__(self) -> str:
-        table = [("", "backend", "artifact", "precision", "steps", "verdict", "reason")]
-        for row in self.rows:
-            mark, verdict = "*" if row.chosen else "", "accepted" if row.accepted else "rejected"
-            steps = str(row.num_inference_steps or "any")
-            table.append((mark, row.backend, row.artifact, row.precision, steps, verdict, row.reason))
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Return the rows as plain data for JSON."""
-        return [asdict(row) for row in self.rows]
-
-
 def make_plan(
     artifacts: Sequence[Artifact],
     *,
@@ -199,8 +139,11 @@ def make_plan(
     precision: str = "auto",
     parity: Sequence[ParityRecord] = (),
     measured_ms: Mapping[tuple[str, str], float] | None = None,
+    device: str | None = None,
+    host: EngineHost | None = None,
+    sha256: Callable[[str], str] = lambda path: "",
 ) -> Plan:
-    """Hold every artifact against every backend.
+    """Hold every artifact against every backend that opens its kind.
 
     Args:
         artifacts: What can be run.
@@ -211,6 +154,9 @@ def make_plan(
         precision: ``"auto"`` or the only precision that is taken.
         parity: The recorded comparisons.
         measured_ms: Medians remembered from this machine by (backend, artifact path).
+        device: The device that was asked for; engines run on GPUs alone.
+        host: This machine, for engines; None looks at it where there are engines.
+        sha256: Digest of an artifact's file, which says whether an engine is trusted.
 
     Returns:
         The plan, with the best accepted row chosen.
@@ -220,10 +166,17 @@ def make_plan(
     """
     if backend != "auto":
         backend_info(backend)
+    if host is None and any(artifact.engine is not None for artifact in artifacts):
+        host = EngineHost.here(device=device)
+
+    def engine_doubt(artifact: Artifact) -> str | None:
+        return _engine_doubt(artifact, device, host, sha256(artifact.path))
+
     rows = [
-        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured_ms or {})
-        for name in BACKENDS
+        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured_ms or {}, engine_doubt)
+        for name, info in BACKENDS.items()
         for artifact in artifacts
+        if artifact.format in info.opens
     ]
     accepted = [row for row in rows if row.accepted]
     times = [row.measured_ms for row in accepted if row.measured_ms is not None]
@@ -231,7 +184,14 @@ def make_plan(
     if len(times) == len(accepted):
         accepted.sort(key=lambda row: row.measured_ms or 0.0)
     else:
-        accepted.sort(key=lambda row: row.precision != "fp32")  # stable: within a precision the order of BACKENDS
+        # Engines that fit and passed first: whoever built them wants them; those for one kind of GPU before those
+        # for several. Then fp32; within that the order of BACKENDS.
+        kinds = {a.path: a.engine for a in artifacts}
+        accepted.sort(
+            key=lambda row: (
+                (0, len(facts.compute_capabilities)) if (facts := kinds[row.artifact]) else (1, row.precision != "fp32")
+            )
+        )
     plan = Plan(accepted + [row for row in rows if not row.accepted])
     return plan.choose(accepted[0]) if accepted else plan
 
@@ -244,22 +204,23 @@ def _judge(
     precision: str,
     parity: Sequence[ParityRecord],
     measured_ms: Mapping[tuple[str, str], float],
+    engine_doubt: Callable[[Artifact], str | None],
 ) -> PlanRow:
     """One row: the first thing that speaks against the pair, or what speaks for it."""
     info = BACKENDS[name]
     records = [r for r in parity if r.artifact == artifact.path and r.backend == name]
     failed = [r for r in records if not r.passed]
     against = None
-    if artifact.format not in info.opens:
-        against = f"opens {' or '.join(info.opens)}, not {artifact.format}"
-    elif wanted not in ("auto", name):
+    if wanted not in ("auto", name):
         against = f"backend={wanted!r} was asked for"
     elif precision not in ("auto", artifact.precision):
         against = f"precision={precision!r} was asked for"
     elif artifact.num_inference_steps not in (0, steps):
         against = f"is a {artifact.num_inference_steps}-step graph, {steps} asked for"
-    elif find_spec(info.library) is None:
+    elif not is_installed(info.library):
         against = f"{info.library} is not installed: pip install 'scm-sdk[{info.extra}]'"
+    elif info.runs_engines and (unfit := engine_doubt(artifact)) is not None:
+        against = unfit
     elif failed and wanted == "auto":
         against = _failure(failed[0])
     elif not records and not _is_reference(artifact) and wanted == "auto":
@@ -275,6 +236,21 @@ def _judge(
         reason=reason if against is None else against,
         measured_ms=measured_ms.get((name, artifact.path)),
     )
+
+
+def _engine_doubt(artifact: Artifact, device: str | None, host: EngineHost | None, sha256: str) -> str | None:
+    """Return what speaks against running an engine here, or None."""
+    if artifact.engine is None or host is None:
+        return "the manifest does not say where this engine runs; build it again: scm-export engine"
+    if device is not None and device.partition(":")[0] != "cuda":
+        return f"device={device!r} was asked for, engines run on GPUs"
+    unfit = why_not("tensorrt" if artifact.format == "tensorrt" else "tensorrt_rtx", artifact.engine, host)
+    if unfit is None and not host.trusts(sha256):
+        return (
+            "an engine is executable code and this one was not built here; if you trust where it comes from: "
+            f"trust_engines=True or {TRUST_VARIABLE}=1"
+        )
+    return unfit
 
 
 def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: float | None) -> str:

@@ -1,7 +1,8 @@
 """Add artifacts to a bundle that is there: a new folder with links to the old files takes its place.
 
 A reader sees the bundle without the new artifacts or with all of them. Nothing is copied where the
-file system has hard links; files are never changed in place, so the links are safe.
+file system has hard links; files are never changed in place, so the links are safe. They are made last: while
+a draft is open each file has one name only, as readers that suspect hard links of an attack expect.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Draft:
 
     Attributes:
         bundle: The bundle as it is.
-        folder: Its files, and those that are being added.
+        folder: The files that are being added; what stays is read from ``bundle``.
         artifacts: What can be run, by path.
         built_from: Sources of each file, by path.
         roles: Roles of files whose name does not tell it, by path.
@@ -39,14 +40,13 @@ class Draft:
     built_from: dict[str, tuple[str, ...]]
     roles: dict[str, Role] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
 
     def path(self, relative: str) -> Path:
-        """Return where a new file goes, with nothing in its way: an older file of that name is let go of."""
+        """Return where a new file or folder goes; what the bundle has under that name is let go of."""
         target = safe_join(self.folder, relative)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            shutil.rmtree(target)
-        target.unlink(missing_ok=True)
+        self._drop(relative)
         return target
 
     def add(self, artifact: Artifact, built_from: Sequence[str], *, files: Sequence[str] = ()) -> None:
@@ -64,11 +64,23 @@ class Draft:
     def remove(self, path: str) -> None:
         """Remove an artifact with the files in its folder."""
         self.artifacts.pop(path)
-        folder = path.rpartition("/")[0]
-        for listed in [*self.built_from, *(entry.path for entry in self.bundle.manifest.files)]:
-            if listed.startswith(f"{folder}/"):
-                self.built_from.pop(listed, None)
-                safe_join(self.folder, listed).unlink(missing_ok=True)
+        for listed in self._drop(path.rpartition("/")[0]):
+            self.built_from.pop(listed, None)
+
+    def link_the_rest(self) -> None:
+        """Link what stays as it was into the folder."""
+        for entry in self.bundle.manifest.files:
+            target = self.folder / entry.path
+            if entry.path not in self.dropped and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link(self.bundle.file(entry.path), target)
+
+    def _drop(self, relative: str) -> list[str]:
+        """Let go of a file, or of all files of a folder; return their paths."""
+        files = [entry.path for entry in self.bundle.manifest.files]
+        gone = [path for path in files if path == relative or path.startswith(f"{relative}/")]
+        self.dropped.update(gone)
+        return gone
 
 
 @contextmanager
@@ -86,10 +98,6 @@ def extend_bundle(path: str | os.PathLike[str]) -> Iterator[Draft]:
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     with publish_bundle(path, overwrite=True) as folder:
-        for entry in manifest.files:
-            target = folder / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link(bundle.file(entry.path), target)
         draft = Draft(
             bundle=bundle,
             folder=folder,
@@ -99,6 +107,7 @@ def extend_bundle(path: str | os.PathLike[str]) -> Iterator[Draft]:
             versions=dict(manifest.versions),
         )
         yield draft
+        draft.link_the_rest()
         kept = [r for r in manifest.parity if r.artifact in draft.artifacts and _unchanged(draft, r.artifact)]
         there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         write_bundle(
@@ -109,6 +118,7 @@ def extend_bundle(path: str | os.PathLike[str]) -> Iterator[Draft]:
             roles={p: role for p, role in draft.roles.items() if p in there},
             built_from={p: [s for s in sources if s in there] for p, sources in draft.built_from.items() if p in there},
             parity=kept,
+            budgets=manifest.budgets,
             provenance=manifest.provenance,
             versions=draft.versions,
         )

@@ -130,6 +130,11 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def sha256_bytes(data: bytes) -> str:
+    """Return the sha256 of bytes as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def check_relative(relative: str) -> None:
     """Refuse a path that is not plain, relative and POSIX. Looks at the text alone.
 

@@ -55,6 +55,7 @@ class Generator:
         num_threads: int | None = None,
         max_batch: int | None = None,
         num_inference_steps: int | None = None,
+        trust_engines: bool = False,
     ) -> Generator:
         """Open a model and load it for its default number of steps; other numbers load on first use.
 
@@ -65,7 +66,7 @@ class Generator:
                 recorded parity that passed; unmeasured, ONNX Runtime comes before torch. A name also
                 takes what was never compared, and, with a warning, what failed.
             precision: ``"auto"`` or the only precision to take.
-            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None is ``"cpu"``.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None is ``"cpu"``, and the first GPU for engines.
             fallback: What happens when the backend, the precision or the library asked for is not
                 there: ``"error"`` raises; ``"warn"`` takes what else can run and warns; ``"allow"``
                 takes it without a warning. Both record it in ``out.info.fallback``.
@@ -74,6 +75,8 @@ class Generator:
             num_threads: CPU threads of one call; None leaves the library's choice.
             max_batch: Largest batch to run at once, 1..the spec's; None is the spec's.
             num_inference_steps: The default of calls; None is 2 where there are two steps.
+            trust_engines: A TensorRT engine is executable code. Those built on this machine run; others only
+                with True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
 
         Raises:
             BundleError: If ``path`` is neither of the two, or a file is missing or damaged.
@@ -95,8 +98,12 @@ class Generator:
             "num_threads": num_threads,
             "max_batch": max_batch,
             "num_inference_steps": check_count("num_inference_steps", steps),
+            "trust_engines": trust_engines,
         }
-        opener = Opener(source, backend, precision, device=device, fallback=fallback, num_threads=num_threads)
+        opener = Opener(
+            source, backend, precision, device=device, fallback=fallback, num_threads=num_threads,
+            trust_engines=trust_engines,
+        )  # fmt: skip
         opened = opener.get(steps)
         if max_batch is not None:
             check_count("max_batch", max_batch, most=opened.spec.max_batch)
@@ -189,7 +196,7 @@ class Generator:
         yield from self._flush(opened, waiting)
 
     def plan(self, num_inference_steps: int | None = None) -> Plan:
-        """Return every artifact held against every backend, with the reason; ``str()`` is a table.
+        """Return what could run and what runs, each with the reason; ``str()`` is a table.
 
         Raises:
             ConfigError: If the number of steps is not there.

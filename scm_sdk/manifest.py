@@ -134,6 +134,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         artifacts: What can be run.
         files: Every file except the manifest itself.
         parity: Recorded comparisons.
+        budgets: Latencies that ``scm-export validate`` enforces, as ``evaluate.budget`` writes them.
         provenance: Where the weights and the data come from, licences, recipe; free form.
         versions: Versions of the libraries that built it.
     """
@@ -145,6 +146,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     artifacts: tuple[Artifact, ...]
     files: tuple[FileEntry, ...]
     parity: tuple[ParityRecord, ...] = ()
+    budgets: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}
     versions: dict[str, str] = {}
 

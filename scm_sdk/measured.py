@@ -10,27 +10,22 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 from .dispatch import BACKENDS
 from .files import atomic_write_bytes
+from .gpu import gpus
 from .processor import cpu_name
+from .user_cache import cache_folder
 
 MAX_ENTRIES = 1000
 
 
 def cache_path() -> Path:
-    """Return where the times lie: the platform's cache folder, which ``XDG_CACHE_HOME`` moves."""
-    if home := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(home)
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "scm-sdk" / "latency.json"
+    """Return where the times lie."""
+    return cache_folder() / "latency.json"
 
 
 def recall(
@@ -83,6 +78,8 @@ def _conditions(backend: str, build_id: str, steps: int, device: str | None, num
     library = BACKENDS[backend].library if backend in BACKENDS else backend
     version = _version(library) or _version(f"{library}-gpu") or "unknown"
     machine = f"{platform.system()}-{platform.machine()}-{cpu_name()}-{os.cpu_count()}"
+    if backend in BACKENDS and BACKENDS[backend].runs_engines:
+        machine += "".join(f"-{gpu.name}-{gpu.driver}" for gpu in gpus())
     return f"{build_id}|{steps}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"
 
 

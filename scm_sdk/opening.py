@@ -6,17 +6,18 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from time import perf_counter
 from typing import Literal, get_args
 
 import numpy as np
 
 from .dispatch import BACKENDS, Backend, Plan, PlanRow, backend_info, make_plan, open_backend
-from .errors import BackendError, BackendFailure, BackendUnavailable, BundleError, ConfigError
+from .engine_fit import EngineHost
+from .errors import BackendError, BackendFailure, BundleError, ConfigError
 from .manifest import ParityRecord
 from .measured import recall, remember
 from .output import GenerationInfo
+from .refusal import nothing_accepted
 from .request import Request, make_request
 from .sources import Source
 from .spec import Precision, SamplerSpec
@@ -25,6 +26,8 @@ Fallback = Literal["error", "warn", "allow"]
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference to a recorded sample, in units of sigma_data, where no parity record allows more.
 Wide enough for another processor's fp32 rounding, two powers of ten below what an eye could see."""
+GOLDEN_FACTOR = 2.0
+"""A lower precision may differ by this many times what it did when it was compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,7 @@ class Opener:
         device: Passed to the backend.
         fallback: Whether something else may run when the choice cannot.
         num_threads: Passed to the backend.
+        trust_engines: Run engines that were not built here.
 
     Raises:
         ConfigError: If the backend or the precision is unknown.
@@ -115,6 +119,7 @@ class Opener:
         device: str | None,
         fallback: Fallback,
         num_threads: int | None,
+        trust_engines: bool = False,
     ) -> None:
         if backend != "auto":
             backend_info(backend)
@@ -124,6 +129,7 @@ class Opener:
             )
         self._source, self._backend, self._precision = source, backend, precision
         self._device, self._fallback, self._num_threads = device, fallback, num_threads
+        self._trust_engines = trust_engines
         self._opened: dict[int, Opened] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -192,7 +198,7 @@ class Opener:
             )
             images, _, _ = opened.run(request, opened.spec.max_batch)
             worst = float(np.abs(images - golden.images).max()) / opened.spec.sigma_data
-            allowed = max([GOLDEN_TOLERANCE, *(record.threshold for record in self._records(opened.row))])
+            allowed = max([GOLDEN_TOLERANCE, *(_allowed(record) for record in self._records(opened.row))])
             if not worst <= allowed:  # NaN fails, too
                 raise BackendFailure(
                     f"{opened.row.backend} ({opened.row.artifact}) differs from the recorded sample by "
@@ -230,7 +236,16 @@ class Opener:
             precision=precision,
             parity=self._source.parity,
             measured_ms=measured,
+            device=self._device,
+            host=self._host(),
+            sha256=self._source.sha256,
         )
+
+    def _host(self) -> EngineHost | None:
+        """Look at this machine's GPU and libraries only where there are engines to run."""
+        if not any(artifact.engine is not None for artifact in self._source.artifacts):
+            return None
+        return EngineHost.here(device=self._device, trust_engines=self._trust_engines)
 
     def _open_first(self, steps: int) -> Opened:
         """Open the best row; with a fallback allowed, the best that opens at all."""
@@ -239,7 +254,7 @@ class Opener:
         for backend, precision in dict.fromkeys([wanted, ("auto", self._precision), ("auto", "auto")]):
             plan = self._plan(steps, backend, precision)
             if not plan.accepted:
-                problems.append(self._nothing_accepted(plan, steps, backend, precision))
+                problems.append(nothing_accepted(self._source, plan, steps, backend, precision))
             for row in plan.accepted:
                 try:
                     return self._open(plan.choose(row), row, steps, problems)
@@ -257,7 +272,10 @@ class Opener:
         start = perf_counter()
         spec = self._source.spec(steps, unrolled=row.num_inference_steps == 0)
         path = self._source.locate(row.artifact)
-        backend = open_backend(row.backend, path, spec, device=self._device, num_threads=self._num_threads)
+        backend = open_backend(
+            row.backend, path, spec, device=self._device, num_threads=self._num_threads,
+            trust_engines=self._trust_engines,
+        )  # fmt: skip
         load_ms = (perf_counter() - start) * 1e3
         fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}" if problems else None
         doubts = [fallback] if fallback and self._fallback == "warn" else []
@@ -269,23 +287,7 @@ class Opener:
             warnings.warn(doubt, RuntimeWarning, stacklevel=5)
         return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
 
-    def _nothing_accepted(self, plan: Plan, steps: int, backend: str, precision: str) -> BackendError | ConfigError:
-        info = BACKENDS.get(backend)
-        if info is not None and find_spec(info.library) is None:
-            return BackendUnavailable(
-                f"backend {backend!r} needs {info.library}, which is not installed. "
-                f"Install it with: pip install 'scm-sdk[{info.extra}]'. See what runs here: scm-export doctor"
-            )
-        formats = {artifact.path: artifact.format for artifact in self._source.artifacts}
-        # The pairs whose format does not fit would be noise in the message.
-        telling = [row for row in plan if formats[row.artifact] in BACKENDS[row.backend].opens]
-        reasons = "; ".join(f"{row.backend} on {row.artifact}: {row.reason}" for row in telling)
-        asked = f"backend={backend!r}, precision={precision!r}"
-        found = f"{self._source.path} has nothing to run {steps} steps with {asked}"
-        if info is not None and not any(kind in info.opens for kind in formats.values()):
-            return ConfigError(
-                f"{found}: it holds {', '.join(sorted(set(formats.values())))}, {backend} opens "
-                f"{', '.join(info.opens)}. Export it first: scm-export onnx"
-            )
-        error = BackendUnavailable if backend == "auto" and precision == "auto" else ConfigError
-        return error(f"{found}: {reasons}. Choose one of what is there: scm-export inspect {self._source.path}")
+
+def _allowed(record: ParityRecord) -> float:
+    """Return the largest difference that a comparison leads one to expect, units of sigma_data."""
+    return record.threshold if record.gate == "max_abs" else GOLDEN_FACTOR * record.max_abs

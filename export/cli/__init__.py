@@ -6,15 +6,22 @@ import click
 
 from scm_sdk._version import __version__
 
+from .all import build
 from .benchmark import bench
 from .bundles import bundle
+from .checking import selfcheck
 from .common import ScmGroup
 from .demo import demo
 from .doctor import doctor
+from .engines import cache, engine, targets
 from .evaluation import evaluate
 from .generation import generate
 from .graphs import onnx
+from .handover import handover
 from .inspection import inspect
+from .precision import precision
+from .quantization import quantize
+from .report import report
 from .training import distill, train
 from .validation import validate
 
@@ -31,5 +38,9 @@ def main() -> None:
     """
 
 
-for _verb in (demo, train, distill, onnx, generate, validate, bench, evaluate, inspect, bundle, doctor):
+_VERBS = (
+    demo, train, distill, build, onnx, precision, quantize, engine, generate, validate, selfcheck, bench, evaluate,
+    report, handover, inspect, bundle, targets, cache, doctor,
+)  # fmt: skip
+for _verb in _VERBS:
     main.add_command(_verb)

@@ -11,33 +11,59 @@ from .common import json_option, print_json, progress_bar, say
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, default=("torch", "onnxruntime"), help="May be repeated.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    default=("torch", "onnxruntime"),
+    help="NAME or NAME:PRECISION; may be repeated.",
+)
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="May be repeated.")
 @click.option("--steps", type=click.IntRange(1), help="Network calls; 2 where the bundle has it.")
 @click.option("--rounds", type=click.IntRange(10), default=50, help="Interleaved rounds; 100 for a p99.")
 @click.option(
     "--budget", metavar="LIMIT", help="For example p95=25ms@b1 or onnxruntime:median=5ms@b8; over it exits 4."
 )
+@click.option("--keep-budget", is_flag=True, help="Store the budget in BUNDLE; validate enforces it from then on.")
+@click.option(
+    "--against",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Another bundle, or an older one, to time beside; may be repeated.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; the library's choice when absent.")
 @json_option
 def bench(
     bundle: Path, backends: tuple[str, ...], batches: tuple[int, ...], steps: int | None, rounds: int,
-    budget: str | None, threads: int | None, as_json: bool,
+    budget: str | None, keep_budget: bool, others: tuple[Path, ...], threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Time BACKENDS on BUNDLE in turn, round by round, and print each one's ratio to the first."""
+    """Time BACKENDS on BUNDLE in turn, round by round, and print each one's ratio to the first.
+
+    \b
+    scm-export bench avatars --backend onnxruntime:fp32 --backend onnxruntime:int8
+    scm-export bench avatars --backend onnxruntime --against avatars-before
+    """
     from contextlib import ExitStack
 
+    from scm_sdk.evaluate.contract import keep_budgets
     from scm_sdk.evaluate.latency import measure
     from scm_sdk.generator import Generator
 
     budgets, results = _by_batch(budget, batches), []
     with ExitStack() as stack:
         opened = {
-            name: stack.enter_context(
+            name + (f" of {path.name}" if path != bundle else ""): stack.enter_context(
                 Generator.from_pretrained(
-                    bundle, backend=name, num_inference_steps=steps, num_threads=threads, verify="none"
+                    path,
+                    backend=name.partition(":")[0],
+                    precision=name.partition(":")[2] or "auto",
+                    num_inference_steps=steps,
+                    num_threads=threads,
+                    verify="none",
                 )
             )
+            for path in (bundle, *others)
             for name in backends
         }
         for batch in batches:
@@ -77,6 +103,8 @@ def bench(
         Console(width=120).print(table)
         if not all(latency.stable for latency in results):
             say("The machine did not become steady during warm-up: trust the ratios more than the milliseconds.")
+    if keep_budget:
+        keep_budgets(bundle, budget or "")
     for latency in results:
         latency.raise_if_over()
 

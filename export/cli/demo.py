@@ -13,19 +13,26 @@ from .common import say
 @click.option("-o", "--out", default=Path("scm-demo"), type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="First seed of the pictures.")
 def demo(out: Path, seed: int) -> None:
-    """Export the shipped avatars model, prove two backends equal, draw pictures, time both.
+    """Export the shipped avatars model, add FP16 and an A100 engine, prove what runs here, draw pictures, time them.
 
     Leaves OUT/avatars, a bundle, and OUT/*.png. Takes about a minute on two cores.
     """
     from importlib.resources import as_file, files
     from time import perf_counter
 
+    from scm_sdk._lazy import is_installed
     from scm_sdk.evaluate.gate import validate_bundle
     from scm_sdk.evaluate.latency import measure
     from scm_sdk.generator import Generator
     from scm_sdk.images import make_grid, save_png
+    from scm_sdk.targets import resolve_target
 
+    from ..engines import add_engines
     from ..pipeline import export_bundle
+    from ..precision import default_plan
+    from ..variants import add_precision
+    from .engines import summary as engine_summary
+    from .precision import summary as variant_summary
     from .validation import summary
 
     start, bundle = perf_counter(), out / "avatars"
@@ -35,11 +42,23 @@ def demo(out: Path, seed: int) -> None:
     for graph in report.graphs:
         say(f"   {graph.path.parent.name}: {graph.num_nodes} nodes, {graph.bytes / 1e6:.1f} MB")
 
-    say("2. Prove: ONNX Runtime against PyTorch, same noise, same labels")
-    for parity in validate_bundle(bundle, on_result=lambda parity: say(f"   {summary(parity)}")):
+    say("2. Lower precision: FP16 in the graph itself, not a switch of some builder")
+    for variant in add_precision(bundle, default_plan("fp16")):
+        say(f"   {variant_summary(variant)}")
+    if is_installed("tensorrt_rtx"):
+        say("   An engine for an A100, built on this machine; the census counts what was built:")
+        for engine in add_engines(bundle, [resolve_target("a100")], precisions=["fp16"], steps=[1]):
+            say(f"   {engine_summary(engine)}")
+    else:
+        say("   No engine: TensorRT-RTX is not installed (pip install 'scm-sdk[tensorrt-rtx]')")
+
+    say("3. Prove: everything that can run here against PyTorch, same noise, same labels")
+    for parity in validate_bundle(
+        bundle, on_result=lambda parity: say(f"   {summary(parity)}"), on_skip=lambda line: say(f"   skip  {line}")
+    ):
         parity.raise_if_failed()
 
-    say("3. Generate: a row for each hair colour, by what the plan chose among what passed")
+    say("4. Generate: a row for each hair colour, by what the plan chose among what passed")
     with Generator.from_pretrained(bundle) as gen:
         say("   " + str(gen.plan()).replace("\n", "\n   "))
         names = gen.opened().spec.class_names
@@ -53,7 +72,7 @@ def demo(out: Path, seed: int) -> None:
             say(f"   {picture}: {len(result.seeds)} images by {result.info.backend}, "
                 f"{result.info.timings['sample_ms'] / len(result.seeds):.2f} ms each")  # fmt: skip
 
-    say("4. Time: both backends in turn, 2 steps, batch 1")
+    say("5. Time: both backends in turn, 2 steps, batch 1")
     with (
         Generator.from_pretrained(bundle, backend="torch", verify="none") as torch_gen,
         Generator.from_pretrained(bundle, backend="onnxruntime", verify="none") as ort_gen,

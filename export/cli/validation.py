@@ -23,29 +23,71 @@ if TYPE_CHECKING:
 @click.option("--threshold", type=click.FloatRange(0), help="Largest difference of fp32, units of sigma_data.")
 @click.option("--min-psnr", type=float, help="Least PSNR of lower precisions, dB.")
 @click.option("--reason", default="", help="Why a gate is looser than its own.")
+@click.option(
+    "--bisect",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Say what is wrong with a graph that fails and at which node it begins; pictures into FOLDER.",
+)
 @json_option
 def validate(
     bundle: Path, backends: tuple[str, ...], precisions: tuple[Precision, ...], num_seeds: int,
-    batches: tuple[int, ...], threshold: float | None, min_psnr: float | None, reason: str, as_json: bool,
+    batches: tuple[int, ...], threshold: float | None, min_psnr: float | None, reason: str, folder: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Hold each graph and engine of BUNDLE against its PyTorch checkpoint, record it, exit 3 on failure.
 
     Both run on the same noise and labels. The threshold of fp32 is derived from how far the
     checkpoint is from itself under another batch split and another number of threads; a lower
-    precision must reach a least PSNR.
+    precision must reach a least PSNR. Budgets that lie in the bundle (bench --keep-budget) are measured
+    and enforced, exit 4.
     """
-    from scm_sdk.evaluate.gate import SPLITS, validate_bundle
+    from scm_sdk.evaluate.contract import check_budgets
+    from scm_sdk.evaluate.gate import validate_bundle
 
     results = validate_bundle(
-        bundle, backends=backends, precisions=precisions, num_seeds=num_seeds, batches=batches or SPLITS,
+        bundle, backends=backends, precisions=precisions, num_seeds=num_seeds, batches=batches or None,
         threshold=threshold, min_psnr_db=min_psnr, reason=reason,
         on_result=lambda parity: None if as_json else say(summary(parity)),
         on_skip=lambda line: say(f"skip  {line}"),
     )  # fmt: skip
     if as_json:
         print_json([parity.to_dict() for parity in results])
+    if folder is not None:
+        for parity in results:
+            if not parity:
+                _localise(bundle, parity, folder)
     for parity in results:
         parity.raise_if_failed()
+    if not (backends or precisions):
+        for latency in check_budgets(bundle, on_skip=lambda line: say(f"skip  {line}")):
+            for timing in latency:
+                kept = "FAIL" if any(line.startswith(timing.name) for line in latency.over_budget) else "pass"
+                say(f"{kept}  latency of {timing.name}, batch {timing.batch}: median {timing.median_ms:.2f} ms, "
+                    f"p95 {timing.p95_ms:.2f} ms")  # fmt: skip
+            latency.raise_if_over()
+
+
+def _localise(bundle: Path, parity: Parity, folder: Path) -> None:
+    from ..localise import localise
+
+    if not parity.candidate.endswith(".onnx"):
+        say(f"{parity.candidate} cannot be looked into: it is no graph")
+        return
+    found = localise(bundle, parity, folder)
+    say(f"{found.artifact}:")
+    for finding in found.findings:
+        say(f"  {finding}")
+    if not found.findings:
+        say("  its algebra, time, labels and weights are those of the checkpoint: what is lost is lost to rounding")
+    if found.bisection is not None:
+        say(f"  beside the fp32 graph: {found.bisection}")
+        if found.bisection.first is not None:
+            for step in found.bisection.around():
+                say(f"    {step.error:8.1e}  {step.op:<12} {step.node}")
+    if found.picture is not None:
+        say(f"  seed {parity.worst_seed}, reference, candidate, difference x10: {found.picture}")
 
 
 def summary(parity: Parity) -> str:
@@ -58,5 +100,7 @@ def summary(parity: Parity) -> str:
     return (
         f"{'pass' if parity else 'FAIL'}  {parity.candidate} on {parity.candidate_backend}: max {parity.max_abs:.2e}, "
         f"mean {overall.mean_abs:.1e}, PSNR {overall.psnr_db:.1f} dB, {parity.num_samples} seeds x batches "
-        f"{', '.join(map(str, parity.by_batch))}; {gate}" + (f"; reason: {parity.reason}" if parity.reason else "")
+        f"{', '.join(map(str, parity.by_batch))}; {gate}"
+        + (f"; {parity.step.psnr_db:.1f} dB beside the rung below" if parity.step is not None else "")
+        + (f"; reason: {parity.reason}" if parity.reason else "")
     )

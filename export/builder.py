@@ -1,0 +1,152 @@
+"""Drive TensorRT or TensorRT-RTX from a graph to an engine's bytes; they differ in a few lines only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scm_sdk.errors import ExportError
+from scm_sdk.files import atomic_write_bytes
+from scm_sdk.spec import SamplerSpec
+from scm_sdk.trt import make_logger
+
+from .build_errors import explain
+from .engine_options import EngineOptions
+
+Progress = Callable[[str, int, int], object]
+"""Called with a phase's name, its step and how many it has; return False to cancel the build."""
+
+
+class Build:
+    """One build. It keeps the parser, the network and the logger alive: the library does not."""
+
+    def __init__(
+        self,
+        library: Any,
+        graph: Path,
+        spec: SamplerSpec,
+        options: EngineOptions,
+        timing_cache: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.trt, self.graph, self.spec, self.options = library, graph, spec, options
+        self.timing_cache, self.progress = timing_cache, progress
+        self.log = make_logger(library)
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> bytes:
+        """Parse and build; return the engine's bytes."""
+        trt, start = self.trt, time.perf_counter()
+        try:
+            self.builder = trt.Builder(self.log)
+        except TypeError as exc:  # the library is there, but could not start
+            raise explain([*self.log.errors(), str(exc)], doing=f"starting {self.options.flavour}") from exc
+        self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self.parser = trt.OnnxParser(self.network, self.log)
+        # From the file, so that weights beside it are found; an empty file parses well and has no output.
+        parsed = self.parser.parse_from_file(str(self.graph.resolve())) and self.network.num_outputs > 0
+        if not parsed:
+            errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
+            texts = [f"{e.code().name}: {e.desc()} (node {e.node_name()!r}, {e.node_operator()})" for e in errors]
+            raise explain([*texts, *self.log.errors()] or ["the graph is empty"], doing=f"parsing {self.graph}")
+        self.seconds["parse"] = time.perf_counter() - start
+        config = self._configure()
+        start = time.perf_counter()
+        plan = self.builder.build_serialized_network(self.network, config)
+        self.seconds["build"] = time.perf_counter() - start
+        if plan is None:
+            self._clear_target()
+        if self.monitor is not None and self.monitor.stopped_by is not None:
+            raise self.monitor.stopped_by
+        if plan is None:
+            raise explain(self.log.errors(), doing=f"building {self.graph}")
+        self._keep_timing_cache(config)
+        return bytes(memoryview(plan))
+
+    def _configure(self) -> Any:
+        trt, options = self.trt, self.options
+        config = self.builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32
+        if options.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.weight_streaming:
+            config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if options.flavour == "tensorrt_rtx":
+            config.num_compute_capabilities = len(options.compute_capabilities)
+            for i, capability in enumerate(options.compute_capabilities):
+                name = "SM" + capability.replace(".", "")
+                config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+        else:
+            level = options.hardware_compatibility.upper()
+            config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+            if self.timing_cache is not None:
+                old = self.timing_cache.read_bytes() if self.timing_cache.exists() else b""
+                config.set_timing_cache(config.create_timing_cache(old), ignore_mismatch=False)
+        profile = self.builder.create_optimization_profile()
+        for tensor in self.spec.inputs:
+            profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in options.batch))
+        config.add_optimization_profile(profile)
+        self.monitor = make_monitor(trt, self.progress) if self.progress is not None else None
+        if self.monitor is not None:
+            config.progress_monitor = self.monitor
+        return config
+
+    def _clear_target(self) -> None:
+        """Build something tiny, so that the target of a failed build is forgotten.
+
+        TensorRT-RTX 1.7.1 keeps it in the process (measured): after a build for 7.5 that failed, the next one for 8.0
+        was compiled for 7.5, without a word, and only INT8 showed it in the census.
+        """
+        if self.options.flavour != "tensorrt_rtx":
+            return
+        trt = self.trt
+        network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        x = network.add_input("x", trt.float16, (4, 4))
+        network.mark_output(network.add_elementwise(x, x, trt.ElementWiseOperation.SUM).get_output(0))
+        config = self.builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+        self.builder.build_serialized_network(network, config)
+
+    def _keep_timing_cache(self, config: Any) -> None:
+        if self.timing_cache is not None and self.options.flavour == "tensorrt":
+            atomic_write_bytes(self.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+
+
+def make_monitor(library: Any, progress: Progress) -> Any:
+    """Return the library's progress monitor, which reports to ``progress`` and stops when it says so.
+
+    Returns:
+        An object with ``stopped_by``: the exception to raise when the build was stopped, or None.
+    """
+
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.stopped_by: BaseException | None = None
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                if progress(phase_name, step + 1, self.totals.get(phase_name, step + 1)) is False:
+                    self.stopped_by = ExportError(
+                        f"the build was cancelled in {phase_name!r}, expected to go on. Nothing was written."
+                    )
+            except BaseException as exc:  # Ctrl-C too: it may not cross the library's frames
+                self.stopped_by = exc
+            return self.stopped_by is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.totals.pop(phase_name, None)
+
+    return Monitor()

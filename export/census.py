@@ -1,0 +1,191 @@
+"""What was really built: the fused kernels of an engine, counted and held against the graph.
+
+Asked for details, the builder prints one line for each fused kernel, with its types and the ONNX nodes in
+it. TensorRT's engine inspector prints the same lines in its one-line form. From them follows in which type each
+convolution runs and whether attention is one kernel; the graph says in which it should.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_LINE = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<rest>.*)")
+_TYPE = re.compile(r"Datatype: (\w+)")
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_COMPUTES = ("correlation", "Corr", "conv", "Conv", "deconv", "gemm", "Fc")
+"""Kinds of kernels, or beginnings of a fused kernel's name, that multiply a convolution out; one of 1x1 may become
+a plain matrix product (``__myl_Fc...``, marked ``__gemm_from_conv1x1``)."""
+_NAMES = {"FLOAT": "Float", "FLOAT16": "Half", "BFLOAT16": "BFloat16"}
+_REDUCED = ("Half", "BFloat16")
+
+
+class Census(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The kernels of an engine, or what a graph asks for.
+
+    Attributes:
+        convolutions: How many convolutions of the graph run in which type.
+        attention: Attention blocks, softmax between two matrix products.
+        attention_fused: How many of them are one kernel.
+        kernels: Fused kernels by ``<kind>:<type>``; empty for what a graph asks for.
+        odd: Convolutions that do not run in the type the graph asks for, as ``<node>: <type>``.
+    """
+
+    convolutions: dict[str, int]
+    attention: int
+    attention_fused: int
+    kernels: dict[str, int] = {}
+    odd: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        total = sum(self.convolutions.values())
+        first, *others = Counter(self.convolutions).most_common() or [("none", 0)]
+        parts = [f"{first[1]} of {total} convolutions {first[0]}", *(f"{count} {name}" for name, count in others)]
+        if self.attention:
+            every = "all" if self.attention_fused == self.attention else f"{self.attention_fused} of"
+            parts.append(f"{every} {self.attention} attention blocks fused")
+        if "Float" not in self.convolutions:
+            parts.append("0 convolutions Float")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One fused kernel.
+
+    Attributes:
+        name: Its name.
+        kind: Its ``LayerType``.
+        input_types: Types of what it reads, in order.
+        constant_types: Types of its weights, in order.
+        nodes: The ONNX nodes in it.
+    """
+
+    name: str
+    kind: str
+    input_types: tuple[str, ...]
+    constant_types: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+    @property
+    def computes_convolution(self) -> bool:
+        """Whether a convolution is multiplied out here, not merely prepared."""
+        return any(self.kind.startswith(c) or self.name.startswith(f"__myl_{c}") for c in _COMPUTES)
+
+    @property
+    def type(self) -> str:
+        """Int8 or FP8 if both data and weights are; else the type of what it reads first."""
+        for low in ("Int8", "FP8"):
+            if low in self.input_types and low in self.constant_types:
+                return low
+        return next(iter(self.input_types or self.constant_types), "none")
+
+
+def parse_kernels(lines: Iterable[str]) -> list[Kernel]:
+    """Return the kernels that a build log or the engine inspector's one-line form names."""
+    return list(_kernels(lines))
+
+
+def _kernels(lines: Iterable[str]) -> Iterator[Kernel]:
+    for text in lines:
+        for line in text.splitlines():
+            if match := _LINE.search(line):
+                rest = match["rest"]
+                before_outputs = rest.partition("], Outputs:")[0]
+                inputs, _, constants = before_outputs.partition("], Constants: [")
+                yield Kernel(
+                    name=match["name"],
+                    kind=match["kind"],
+                    input_types=tuple(_TYPE.findall(inputs)),
+                    constant_types=tuple(_TYPE.findall(constants)),
+                    nodes=tuple(_NODE.findall(rest)),
+                )
+
+
+def planned_census(model: ir.Model) -> tuple[Census, dict[str, str], tuple[str, ...]]:
+    """Return what a graph asks for, with each convolution's type and each attention block's softmax."""
+    types = {node.name or "": _planned_type(node) for node in model.graph if node.op_type == "Conv"}
+    softmaxes = {node.name or "": node for node in model.graph if _is_attention(node)}
+    low = sum(_NAMES.get(_dtype(node), "") in _REDUCED and _fusible(node) for node in softmaxes.values())
+    planned = Census(convolutions=dict(Counter(types.values())), attention=len(softmaxes), attention_fused=low)
+    return planned, types, tuple(softmaxes)
+
+
+def take_census(model: ir.Model, lines: Iterable[str]) -> Census | None:
+    """Count what was built from a graph.
+
+    Args:
+        model: The graph.
+        lines: The build log, or the inspector's text.
+
+    Returns:
+        The census; None if no kernel is named: nothing is known then, and nothing is claimed.
+    """
+    kernels = parse_kernels(lines)
+    if not kernels:
+        return None
+    _, types, softmaxes = planned_census(model)
+    built: dict[str, set[str]] = {name: set() for name in types}
+    for kernel in kernels:
+        if kernel.computes_convolution:
+            for node in kernel.nodes:
+                if node in built:
+                    built[node].add(kernel.type)
+    found = {name: "+".join(sorted(kinds)) or "not found" for name, kinds in built.items()}
+    fused = {node for kernel in kernels if "mha" in kernel.name for node in kernel.nodes}
+    return Census(
+        convolutions=dict(Counter(found.values())),
+        attention=len(softmaxes),
+        attention_fused=sum(name in fused for name in softmaxes),
+        kernels=dict(sorted(Counter(f"{k.kind}:{k.type}" + ":mha" * ("mha" in k.name) for k in kernels).items())),
+        odd=tuple(f"{name}: {found[name]}, not {types[name]}" for name in types if found[name] != types[name]),
+    )
+
+
+def mismatches(planned: Census, built: Census) -> list[str]:
+    """Return how an engine is not what the graph asks for; empty if it is."""
+    found = []
+    if built.odd:
+        some = "; ".join(built.odd[:3]) + (f" and {len(built.odd) - 3} more" if len(built.odd) > 3 else "")
+        found.append(f"{len(built.odd)} convolutions run in another type ({some})")
+    if built.attention_fused < planned.attention_fused:
+        found.append(f"{built.attention_fused} of {planned.attention_fused} attention blocks are one kernel")
+    return found
+
+
+def _planned_type(node: ir.Node) -> str:
+    producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+    if all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):
+        codes: Any = producers[0].inputs[0]  # type: ignore[union-attr]
+        return "FP8" if "FLOAT8" in str(codes.dtype) else "Int8"
+    return _NAMES.get(_dtype(node), _dtype(node))
+
+
+def _dtype(node: ir.Node) -> str:
+    dtype = node.outputs[0].dtype
+    return dtype.name if dtype is not None else ""
+
+
+def _fusible(softmax: ir.Node) -> bool:
+    """Return whether the builder has one kernel for a head of this size: 32 and 48 were seen, 8 was not."""
+    before = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+    queries = before.inputs[0] if before is not None else None
+    size = queries.shape[-1] if queries is not None and queries.shape is not None else None
+    return isinstance(size, int) and size % 16 == 0 and size <= 256
+
+
+def _is_attention(node: ir.Node) -> bool:
+    """Return whether a softmax stands between two matrix products, quantization apart."""
+    if node.op_type != "Softmax" or node.inputs[0] is None:
+        return False
+    before = node.inputs[0].producer()
+    after = {reader.op_type for reader in node.outputs[0].consumers()}
+    return before is not None and before.op_type in ("MatMul", "Mul", "Add") and bool(after & {"MatMul", "Transpose"})

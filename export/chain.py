@@ -1,0 +1,116 @@
+"""The whole way in one call: checkpoint, bundle, precisions, engines, proof. Run it again and it goes on.
+
+Each part adds what is missing or would come out differently and leaves the rest, so an interruption costs
+at most the part that it hit, and a second run with the same arguments does nothing but prove.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from scm_sdk.build_record import Flavour
+from scm_sdk.bundle import Bundle
+from scm_sdk.errors import ConfigError, ScmError
+from scm_sdk.evaluate.gate import MIN_PSNR_DB
+from scm_sdk.files import sha256_file
+from scm_sdk.manifest import MANIFEST_NAME
+from scm_sdk.sources import CONFIG_NAME, WEIGHTS_NAME
+from scm_sdk.spec import Precision
+from scm_sdk.targets import Target
+
+from .engines import EngineVariant, add_engines
+from .pipeline import DENOISER, export_bundle
+from .precision import LowPrecision, default_plan
+from .quantized_variants import Int8, QuantizeOptions, add_int8
+from .variants import Variant, add_precision
+
+Say = Callable[[str], None]
+
+
+def build_all(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precisions: Sequence[Precision] = ("fp16", "int8"),
+    targets: Sequence[Target] = (),
+    flavour: Flavour = "tensorrt_rtx",
+    steps: Sequence[int] = (1, 2),
+    max_batch: int = 32,
+    target_db: float | None = None,
+    on_stage: Say = lambda _: None,
+    on_variant: Callable[[Variant], object] = lambda _: None,
+    on_engine: Callable[[EngineVariant], object] = lambda _: None,
+    **engine_options: Any,
+) -> Bundle:
+    """Make or complete a bundle.
+
+    Args:
+        checkpoint: Folder with ``config.json`` and safetensors.
+        out: The bundle. One that was exported from other weights or for other samplers is exported anew.
+        precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
+        targets: GPUs to build engines for; () builds none.
+        flavour: Which library builds them.
+        steps: Numbers of steps.
+        max_batch: Largest batch.
+        target_db: Least PSNR of int8, dB, for which the fewest layers are left out; None is the gate's.
+        on_stage: Called with a few words for each stage.
+        on_variant: Called with each graph of lower precision.
+        on_engine: Called with each engine.
+        engine_options: More arguments of ``add_engines``.
+
+    Returns:
+        The bundle. Proof is another call: ``scm_sdk.evaluate.gate.validate_bundle``.
+
+    Raises:
+        ConfigError: If a precision is unknown or cannot be made.
+        ScmError: As the parts do.
+    """
+    unknown = set(precisions) - {"fp32", *get_args(LowPrecision), *get_args(Int8)}
+    if unknown:
+        raise ConfigError(f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp16, bf16, int8 or int8-cpu.")
+    if _is_current(Path(checkpoint), Path(out), steps, max_batch):
+        on_stage(f"{os.fspath(out)}: exported already")
+    else:
+        on_stage(f"export {os.fspath(checkpoint)}")
+        export_bundle(Path(checkpoint), Path(out), steps=steps, max_batch=max_batch, overwrite=True, progress=on_stage)
+    for precision in get_args(LowPrecision):
+        if precision in precisions:
+            _tell(add_precision(out, default_plan(precision), progress=on_stage), on_variant)
+    for kind in get_args(Int8):
+        if kind in precisions:
+            cpu = kind == "int8-cpu"
+            options = QuantizeOptions(
+                precision=kind,
+                base="fp32" if cpu else "fp16",
+                target_db=None if cpu else target_db or MIN_PSNR_DB[kind],
+            )
+            _tell(add_int8(out, options, progress=on_stage), on_variant)
+    wanted = [p for p in precisions if p != "int8-cpu"]
+    if targets and wanted:
+        add_engines(out, targets, flavour=flavour, precisions=wanted, on_engine=on_engine,
+                    on_skip=lambda line: on_stage(f"skip {line}"), **engine_options)  # fmt: skip
+    return Bundle.open(out, verify="none")
+
+
+def _tell(variants: Sequence[Variant], on_variant: Callable[[Variant], object]) -> None:
+    for variant in variants:
+        on_variant(variant)
+
+
+def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: int) -> bool:
+    """Return whether a bundle was exported from these weights for these samplers."""
+    if not (out / MANIFEST_NAME).is_file():
+        return False
+    try:
+        manifest = Bundle.open(out).manifest
+    except ScmError:  # damaged: exporting again repairs it
+        return False
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    same_weights = all(
+        digests.get(f"{DENOISER}/{name}") == sha256_file(checkpoint / name) for name in (WEIGHTS_NAME, CONFIG_NAME)
+    )
+    samplers = {(spec.num_inference_steps, spec.max_batch) for spec in manifest.samplers}
+    return same_weights and samplers == {(n, max_batch) for n in steps}

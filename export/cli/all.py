@@ -1,0 +1,61 @@
+"""``all``: from a checkpoint to proved graphs and engines in one command that goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import say
+from .engines import BuildBars
+from .engines import summary as engine_summary
+from .precision import summary as variant_summary
+
+if TYPE_CHECKING:
+    from scm_sdk.build_record import Flavour
+    from scm_sdk.spec import Precision
+
+
+@click.command(name="all")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("-t", "--target", "names", multiple=True, help="GPUs to build engines for; none builds none.")
+@click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
+              type=click.Choice(["fp32", "fp16", "bf16", "int8", "int8-cpu"]))  # fmt: skip
+@click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx")
+@click.option("--steps", multiple=True, type=click.IntRange(1, 64), default=(1, 2), help="May be repeated.")
+@click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch.")
+@click.option(
+    "--target-psnr",
+    type=float,
+    help="dB; the fewest layers are kept out of int8 that reach it. The gate's when absent.",
+)
+@click.option("--validate/--no-validate", default=True, help="Hold everything that can run here against PyTorch.")
+def build(
+    checkpoint: Path, out: Path, names: tuple[str, ...], precisions: tuple[Precision, ...], flavour: Flavour,
+    steps: tuple[int, ...], max_batch: int, target_psnr: float | None, validate: bool,
+) -> None:  # fmt: skip
+    """Export CHECKPOINT, add precisions, build engines, prove what can run here. Run it again to go on.
+
+    \b
+    scm-export all runs/avatars -o avatars --target a100 --target l4 --target t4
+    """
+    from scm_sdk.evaluate.gate import validate_bundle
+    from scm_sdk.targets import resolve_targets
+
+    from ..chain import build_all
+    from .validation import summary as parity_summary
+
+    build_all(
+        checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavour=flavour,
+        steps=steps, max_batch=max_batch, target_db=target_psnr, on_stage=lambda text: say(f"  {text} …"),
+        on_variant=lambda variant: say(f"  {variant_summary(variant)}"),
+        on_engine=lambda variant: say(f"  {engine_summary(variant)}"), on_build=BuildBars().start,
+    )  # fmt: skip
+    if validate:
+        results = validate_bundle(
+            out, on_result=lambda parity: say(parity_summary(parity)), on_skip=lambda line: say(f"skip  {line}")
+        )
+        for parity in results:
+            parity.raise_if_failed()

@@ -1,0 +1,53 @@
+"""``selfcheck``: what must hold of any model on any backend, without data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import json_option, print_json
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--backend", default="auto")
+@click.option("--precision", default="auto")
+@click.option("--steps", type=click.IntRange(1, 64), help="Network calls; 2 where the bundle has it.")
+@click.option("--num-samples", type=click.IntRange(2), default=16)
+@json_option
+def selfcheck(model: Path, backend: str, precision: str, steps: int | None, num_samples: int, as_json: bool) -> None:
+    """Check what must hold of MODEL without data: f(x, 0) = x, batches, order, labels, extreme seeds; exits 3.
+
+    \b
+    scm-export selfcheck avatars
+    scm-export selfcheck avatars --backend torch
+    """
+    from scm_sdk.errors import ParityError
+    from scm_sdk.evaluate.selfcheck import selfcheck as run
+    from scm_sdk.generator import Generator
+
+    with Generator.from_pretrained(
+        model, backend=backend, precision=precision, num_inference_steps=steps, verify="none"
+    ) as generator:
+        checks = run(generator, num_samples=num_samples)
+        row = generator.opened().row
+    if as_json:
+        print_json({"backend": row.backend, "artifact": row.artifact, "checks": [check.to_dict() for check in checks]})
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("check", "", "found", "allowed", "of what", box=None, title=f"{row.artifact} on {row.backend}")
+        for check in checks:
+            verdict = "-" if check.passed is None else "pass" if check.passed else "FAIL"
+            numbers = ("", "") if check.passed is None else (f"{check.value:.2g}", f"{check.allowed:.2g}")
+            table.add_row(check.name, verdict, *numbers, check.text)
+        Console().print(table)
+    failed = [check for check in checks if check.passed is False]
+    if failed:
+        raise ParityError(
+            f"{row.artifact} on {row.backend}: {failed[0].text} is {failed[0].value:.2g}, expected at most "
+            f"{failed[0].allowed:.2g} ({len(failed)} of {len(checks)} checks failed). Do not ship it; "
+            "see what differs: scm-export validate --bisect FOLDER"
+        )

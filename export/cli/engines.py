@@ -1,0 +1,210 @@
+"""``engine``, ``targets`` and ``cache``: engines for GPUs, what they can be built for, and those built before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import json_option, print_json, progress_bar, say
+
+if TYPE_CHECKING:
+    from scm_sdk.build_record import Flavour
+    from scm_sdk.spec import Precision
+
+    from ..builder import Progress
+    from ..engines import EngineVariant
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-t", "--target", "names", multiple=True, help="a100, l4, rtx4090, sm_86 …; this machine's GPU if absent."
+)
+@click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx",
+              help="tensorrt_rtx builds anywhere; tensorrt on the GPU that runs the engine.")  # fmt: skip
+@click.option("--precision", "precisions", multiple=True, help="Graphs to build from; all when absent.")
+@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
+@click.option("--batch", nargs=3, type=click.IntRange(1), help="Smallest, best and largest batch.")
+@click.option("--one-for-all", is_flag=True, help="One engine that holds all targets (tensorrt_rtx).")
+@click.option("--workspace", type=click.IntRange(1), help="MiB that a kernel may use at run time.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Build time against speed (tensorrt).")
+@click.option("--hardware-compatibility", default="none",
+              type=click.Choice(["none", "same_compute_capability", "ampere_plus"]))  # fmt: skip
+@click.option("--version-compatible", is_flag=True, help="Let newer TensorRT load it (tensorrt).")
+@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory.")
+@click.option("--allow-mismatch", is_flag=True, help="Keep an engine whose kernels are not in the graph's precision.")
+@json_option
+def engine(
+    bundle: Path, names: tuple[str, ...], flavour: Flavour, precisions: tuple[Precision, ...], steps: tuple[int, ...],
+    batch: tuple[int, int, int] | None, one_for_all: bool, workspace: int | None, optimization_level: int | None,
+    hardware_compatibility: str, version_compatible: bool, weight_streaming: bool, allow_mismatch: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Build engines from BUNDLE's graphs into BUNDLE, and count the kernels that were built.
+
+    Precision comes from the graph, never from the builder; an engine that is not what its graph asks for is refused.
+
+    \b
+    scm-export engine avatars --target a100 --target l4
+    scm-export engine avatars --target t4 --precision fp16 --steps 2
+    """
+    from scm_sdk.targets import resolve_targets
+
+    from ..engines import add_engines
+
+    targets = resolve_targets(names) if names else ()
+    for target in targets:
+        if target.note and flavour == "tensorrt_rtx":
+            say(f"  note: {target.name}: {target.note}")
+    bars = BuildBars()
+    variants = add_engines(
+        bundle, targets, flavour=flavour, precisions=precisions, steps=steps, one_for_all=one_for_all, batch=batch,
+        allow_mismatch=allow_mismatch, on_engine=lambda v: None if as_json else say(f"  {summary(v)}"),
+        on_build=bars.start, on_skip=None if precisions else lambda line: say(f"  skip {line}"),
+        workspace_bytes=workspace * 2**20 if workspace else None,
+        optimization_level=optimization_level, hardware_compatibility=hardware_compatibility,
+        version_compatible=version_compatible, weight_streaming=weight_streaming,
+    )  # fmt: skip
+    if as_json:
+        print_json([variant.to_dict() for variant in variants])
+
+
+class BuildBars:
+    """A bar for each engine that is being built; its phases follow each other on one line."""
+
+    def start(self, path: str) -> Progress:
+        """Show that a build begins; return what it reports to."""
+        say(f"  build {path} …")
+        update: Callable[..., None] | None = None
+        context, phase_now = None, ""
+
+        def progress(phase: str, step: int, total: int) -> None:
+            nonlocal context, update, phase_now
+            if phase != phase_now:
+                if context is not None:
+                    context.__exit__(None, None, None)
+                context, phase_now = progress_bar(phase, total), phase
+                update = context.__enter__()
+            if update is not None:
+                update(step)
+            if step >= total and context is not None:
+                context.__exit__(None, None, None)
+                context, phase_now = None, ""
+
+        return progress
+
+
+def summary(variant: EngineVariant) -> str:
+    """Return an engine as one line."""
+    from scm_sdk.manifest import EngineFacts
+
+    from ..census import Census
+
+    record = variant.record
+    facts: EngineFacts = record.facts
+    built = record.census.get("built")
+    census = str(Census(**built)) if built else "kernels unknown"
+    how = (
+        "unchanged" if variant.unchanged else "from the cache" if variant.cached else f"{record.seconds['build']:.1f} s"
+    )
+    odd = "".join(f"; MISMATCH: {text}" for text in record.census.get("mismatches", []))
+    return (
+        f"{variant.path}: {record.engine_bytes / 1e6:.1f} MB, {how}, {', '.join(facts.compute_capabilities)}, "
+        f"batch {'/'.join(map(str, facts.batch))}; {census}{odd}"
+    )
+
+
+@click.command()
+@json_option
+def targets(as_json: bool) -> None:
+    """List the GPUs that engines can be built for, and how."""
+    from scm_sdk.targets import TARGETS
+
+    if as_json:
+        print_json(
+            [
+                {**vars(t), "ahead_of_time": t.ahead_of_time, "precisions": t.precisions, "note": t.note}
+                for t in TARGETS.values()
+            ]
+        )
+        return
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("capability", "targets", "computes", "tensorrt_rtx, anywhere", box=None)
+    for capability, group in groupby(TARGETS.values(), key=lambda target: target.compute_capability):
+        first, *others = group
+        built = (
+            [p for p in first.precisions if p != "fp8" and not first.lacks(p, "tensorrt_rtx")]
+            if first.ahead_of_time
+            else ["-"]
+        )
+        note = f" ({first.note})" if first.note else ""
+        table.add_row(
+            capability, ", ".join(target.name for target in (first, *others)), " ".join(first.precisions),
+            " ".join(built) + note,
+        )  # fmt: skip
+    Console().print(table)
+
+
+@click.group()
+def cache() -> None:
+    """Engines that were built before, in the user's cache folder."""
+
+
+@cache.command("ls")
+@json_option
+def cache_ls(as_json: bool) -> None:
+    """List them, the longest unused first."""
+    from ..engine_cache import engines_folder, entries
+
+    found = entries()
+    if as_json:
+        print_json([{"key": e.key, "bytes": e.bytes, "used": e.used, "folder": e.folder} for e in found])
+        return
+    for entry in found:
+        say(f"  {entry.key[:12]}  {entry.bytes / 1e6:8.1f} MB  {_what(entry.record)}")
+    say(f"{len(found)} engines, {sum(e.bytes for e in found) / 1e6:.1f} MB in {engines_folder()}")
+
+
+@cache.command("verify")
+def cache_verify() -> None:
+    """Hash each again; exits 6 if one is damaged. A damaged engine is never served, and gc removes it."""
+    from scm_sdk.errors import IntegrityError
+
+    from ..engine_cache import entries
+
+    found = entries()
+    problems = {entry.key: problem for entry in found if (problem := entry.problem())}
+    for key, problem in problems.items():
+        say(f"  {key[:12]}: {problem}")
+    if problems:
+        raise IntegrityError(
+            f"{len(problems)} of {len(found)} engines are damaged, expected none. Remove them: scm-export cache gc"
+        )
+    say(f"{len(found)} engines, all as they were built")
+
+
+@cache.command("gc")
+@click.option("--max-size", type=click.FloatRange(0), help="MB that may stay.")
+@click.option("--max-age", type=click.FloatRange(0), help="Days since last use.")
+def cache_gc(max_size: float | None, max_age: float | None) -> None:
+    """Remove the damaged, those unused for long, then the longest unused until the rest is small enough."""
+    from ..engine_cache import collect_garbage
+
+    removed = collect_garbage(max_bytes=None if max_size is None else int(max_size * 1e6), max_age_days=max_age)
+    say(f"removed {len(removed)} engines, {sum(e.bytes for e in removed) / 1e6:.1f} MB")
+
+
+def _what(record: object) -> str:
+    from scm_sdk.build_record import BuildRecord
+
+    if not isinstance(record, BuildRecord):
+        return "unreadable"
+    capabilities = ", ".join(record.facts.compute_capabilities)
+    steps = record.spec.num_inference_steps
+    return f"{record.flavour} {record.facts.library_version}, {capabilities}, {record.precision}, {steps} steps"

@@ -1,0 +1,42 @@
+"""``handover``: let Polygraphy on another machine check a bundle, and judge what it sends back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import json_option, print_json, say
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", default=Path("handover"), type=click.Path(path_type=Path), help="Folder for the files.")
+@click.option("--steps", type=click.IntRange(1, 64), default=2)
+@click.option("--num-samples", type=click.IntRange(1), default=32)
+@click.option("--check", "outputs", type=click.Path(path_type=Path), help="Judge this file of --save-outputs instead.")
+@click.option("--precision", default="fp32", help="What ran there; decides the gate.")
+@json_option
+def handover(
+    bundle: Path, out: Path, steps: int, num_samples: int, outputs: Path | None, precision: str, as_json: bool
+) -> None:  # fmt: skip
+    """Write inputs and PyTorch's outputs for ``polygraphy run``, which needs no scm-sdk where the GPU is.
+
+    \b
+    scm-export handover avatars -o handover
+    polygraphy run model.onnx --trt --load-inputs inputs.json --load-outputs reference.json --save-outputs outputs.json
+    scm-export handover avatars --check handover/outputs.json --precision fp16
+    """
+    from ..handover import check_outputs, write_handover
+
+    if outputs is not None:
+        found = check_outputs(bundle, outputs, steps=steps, precision=precision)
+        for runner, gap in found.items():
+            say(f"pass  {runner}: max {gap.max_abs:.1e} sigma_data, PSNR {gap.psnr_db:.1f} dB")
+        if as_json:
+            print_json({runner: gap.to_dict() for runner, gap in found.items()})
+        return
+    written = write_handover(bundle, out, steps=steps, num_samples=num_samples)
+    say(f"wrote {written.inputs} and {written.reference}; beside them and the graph:\n  {written.command}")
+    if as_json:
+        print_json({name: str(value) for name, value in vars(written).items()})

@@ -1,0 +1,70 @@
+"""``precision``: the same samplers in FP16 or BF16, added to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import json_option, print_json, say
+
+if TYPE_CHECKING:
+    from ..precision import LowPrecision
+    from ..variants import Variant
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--to", "precisions", multiple=True, type=click.Choice(["fp16", "bf16"]), default=("fp16",))
+@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Islands of your own: an edited precision/<p>.json.")  # fmt: skip
+@click.option("--target-psnr", type=float, help="dB; find the fewest blocks that must stay fp32 to reach it.")
+@click.option("--num-samples", type=click.IntRange(1), default=32, help="Pictures for the quick look.")
+@json_option
+def precision(
+    bundle: Path, precisions: tuple[LowPrecision, ...], steps: tuple[int, ...], plan_file: Path | None,
+    target_psnr: float | None, num_samples: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Add FP16 or BF16 graphs to BUNDLE; the plan of what stays float32 lies in BUNDLE/precision/.
+
+    \b
+    scm-export precision avatars
+    scm-export precision avatars --to fp16 --to bf16
+    """
+    from ..precision import PrecisionPlan, default_plan
+    from ..variants import add_precision
+
+    plans = [default_plan(p) for p in precisions]
+    if plan_file is not None:
+        plans = [PrecisionPlan.from_json(plan_file.read_bytes())]
+    variants = [
+        variant
+        for plan in plans
+        for variant in add_precision(
+            bundle, plan, target_db=target_psnr, steps=steps, num_samples=num_samples,
+            progress=lambda stage: say(f"  {stage} …"),
+        )
+    ]  # fmt: skip
+    report(variants, bundle, as_json=as_json)
+
+
+def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
+    """Print what was added to a bundle."""
+    if as_json:
+        print_json([variant.to_dict() for variant in variants])
+        return
+    for variant in variants:
+        say(f"  {summary(variant)}")
+    say(f"Next: scm-export validate {bundle}")
+
+
+def summary(variant: Variant) -> str:
+    """Return a variant as one line."""
+    if variant.graph is None:
+        return f"{variant.path}: unchanged"
+    size = (variant.graph.bytes + variant.graph.data_bytes) / 1e6
+    nodes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(variant.nodes.items(), key=lambda x: -x[1]))
+    look = "not run: no CPU kernels" if variant.psnr_db is None else f"{variant.psnr_db:.1f} dB beside fp32"
+    return "; ".join([f"{variant.path}: {size:.1f} MB, nodes {nodes}", look, *variant.notes])

@@ -1,0 +1,68 @@
+"""``quantize``: the same samplers in INT8, added to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import json_option, say
+from .precision import report
+
+if TYPE_CHECKING:
+    from ..calibration import Method
+    from ..quantized_variants import Base, Int8
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--to", "precisions", multiple=True, type=click.Choice(["int8", "int8-cpu"]), default=("int8",),
+              help="int8 for engines, int8-cpu for ONNX Runtime on CPUs.")  # fmt: skip
+@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
+@click.option("--base", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", help="What the rest computes in.")
+@click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax")
+@click.option("--percentile", type=click.FloatRange(50, 100), default=99.99)
+@click.option("--num-samples", type=click.IntRange(1), default=128, help="Pictures to calibrate on.")
+@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Which ones.")
+@click.option("--exclude", "excluded", multiple=True, help="Pattern of layers to leave out; may be repeated.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Exclusions of your own: an edited precision/int8.json.")  # fmt: skip
+@click.option("--target-psnr", type=float, help="dB; leave out the fewest layers that reach it.")
+@click.option("--from", "foreign", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Adopt a graph that another tool quantized, with --steps N.")  # fmt: skip
+@json_option
+def quantize(
+    bundle: Path, precisions: tuple[Int8, ...], steps: tuple[int, ...], base: Base, method: Method, percentile: float,
+    num_samples: int, seed: int, excluded: tuple[str, ...], plan_file: Path | None, target_psnr: float | None,
+    foreign: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Add INT8 graphs to BUNDLE, calibrated on the sampler's own states at its own times.
+
+    \b
+    scm-export quantize avatars
+    scm-export quantize avatars --target-psnr 40
+    scm-export quantize avatars --from modelopt.onnx --steps 2
+    """
+    from ..quantize import Exclusion, QuantizePlan, default_quantize_plan
+    from ..quantized_variants import QuantizeOptions, add_foreign_int8, add_int8
+    from ..variants import first_graph
+
+    if foreign is not None:
+        if len(steps) != 1:
+            raise click.UsageError("--from takes one graph: say which with --steps N.")
+        report([add_foreign_int8(bundle, foreign, steps=steps[0])], bundle, as_json=as_json)
+        return
+    plan = QuantizePlan.from_json(plan_file.read_bytes()) if plan_file is not None else None
+    if excluded:
+        start = plan if plan is not None else default_quantize_plan(first_graph(bundle, steps))
+        plan = start.excluding(*(Exclusion(pattern=pattern, reason="asked for") for pattern in excluded))
+    variants = []
+    for precision in precisions:
+        cpu = precision == "int8-cpu"
+        options = QuantizeOptions(
+            precision=precision, base="fp32" if cpu else base, plan=plan, method=method, percentile=percentile,
+            num_samples=num_samples, seed=seed, target_db=target_psnr,
+        )  # fmt: skip
+        variants += add_int8(bundle, options, steps=steps, progress=lambda stage: say(f"  {stage} …"))
+    report(variants, bundle, as_json=as_json)

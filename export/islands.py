@@ -1,0 +1,128 @@
+"""Find the smallest part of a network that must stay float32 for its pictures to be close enough.
+
+Strongly typed engines offer no layer-by-layer precision to play with, so the search edits the graph:
+each block in turn runs alone in low precision, and the blocks that cost most become islands until
+the target is met.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from scm_sdk.errors import ParityError
+
+from .precision import MOVES, Island, PrecisionPlan, apply_precision, island_nodes
+from .probe import Probe
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+T = TypeVar("T")
+_BLOCK = re.compile(r"step\d+/([^./]+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IslandSearch:
+    """What the search found.
+
+    Attributes:
+        plan: The plan that reaches the target, each new island with what its block costs alone.
+        psnr_db: PSNR of that plan, dB.
+        start_db: PSNR of the plan that the search began with.
+        alone_db: PSNR with one block in low precision and all others in float32, by pattern, worst first.
+    """
+
+    plan: PrecisionPlan
+    psnr_db: float
+    start_db: float
+    alone_db: dict[str, float]
+
+
+def find_islands(
+    model: ir.Model,
+    plan: PrecisionPlan,
+    probe: Probe,
+    target_db: float,
+    *,
+    progress: Callable[[str], object] = lambda _: None,
+) -> IslandSearch:
+    """Add the fewest blocks to a plan's islands that bring its pictures to a PSNR.
+
+    Args:
+        model: The float32 sampler graph.
+        plan: Where to begin.
+        probe: Made from the same graph.
+        target_db: PSNR to reach, dB.
+        progress: Called with a few words for each stage.
+
+    Raises:
+        ParityError: If the target is out of reach even with every block in float32.
+    """
+
+    def measure(islands: Sequence[Island]) -> float:
+        return probe.psnr_db(apply_precision(model, plan.with_islands(*islands)))
+
+    start = measure([])
+    progress(f"as planned: {start:.1f} dB")
+    if start >= target_db:
+        return IslandSearch(plan=plan, psnr_db=start, start_db=start, alone_db={})
+    blocks = {pattern: Island(pattern=pattern, reason="float32 for the search") for pattern in _patterns(model, plan)}
+    best = measure(list(blocks.values()))
+    if best < target_db:
+        noise = probe.noise_rounding_db()
+        raise ParityError(
+            f"{plan.precision} reaches {best:.1f} dB with every block in float32, expected {target_db:.1f} dB; "
+            f"rounding the noise alone to float16 leaves {noise:.1f} dB. The network magnifies too much for this "
+            "target: lower it, or ship fp32."
+        )
+    alone: dict[str, float] = {}
+    for pattern in blocks:
+        alone[pattern] = measure([island for other, island in blocks.items() if other != pattern])
+        progress(f"{pattern} alone in {plan.precision}: {alone[pattern]:.1f} dB")
+    worst_first = sorted(alone, key=alone.__getitem__)
+    chosen = smallest_set(worst_first, lambda patterns: measure([blocks[p] for p in patterns]) >= target_db)
+    islands = [
+        Island(pattern=p, reason=f"alone in {plan.precision} it costs {alone[p]:.1f} dB; target {target_db:.0f} dB")
+        for p in chosen
+    ]
+    found = plan.with_islands(*islands)
+    return IslandSearch(
+        plan=found, psnr_db=measure(islands), start_db=start, alone_db={p: alone[p] for p in worst_first}
+    )
+
+
+def smallest_set(worst_first: Sequence[T], passes: Callable[[Sequence[T]], bool]) -> list[T]:
+    """Return few of the candidates that together pass: a prefix found by bisection, then thinned out.
+
+    Requires: all of them together pass.
+
+    Args:
+        worst_first: Candidates, those that help most first.
+        passes: Whether a selection is enough. Called about ``log2(n) + k`` times for ``k`` that are kept.
+    """
+    low, high = 0, len(worst_first)
+    while low < high:
+        middle = (low + high) // 2
+        if passes(worst_first[:middle]):
+            high = middle
+        else:
+            low = middle + 1
+    kept = list(worst_first[:high])
+    for candidate in reversed(kept[:]):  # the least harmful first
+        fewer = [other for other in kept if other != candidate]
+        if passes(fewer):
+            kept = fewer
+    return kept
+
+
+def _patterns(model: ir.Model, plan: PrecisionPlan) -> list[str]:
+    """Return one pattern for each block of the network that is not an island yet, in graph order."""
+    kept = island_nodes(model.graph, plan)
+    found: dict[str, None] = {}
+    for node in model.graph:
+        if node not in kept and node.op_type not in MOVES and (match := _BLOCK.match(node.name or "")):
+            found[f"step*/{match[1]}[./]*" if "/" in (node.name or "")[match.end(1) :] else f"step*/{match[1]}"] = None
+    return list(found)

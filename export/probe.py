@@ -1,0 +1,98 @@
+"""How far does a changed graph move the pictures? Asked of many candidates while a precision is being chosen.
+
+A quick look on this machine's CPU, not the gate: ``scm-export validate`` compares through the backends
+that users run, and only what passes there is dispatched to.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scm_sdk.errors import ConfigError
+from scm_sdk.evaluate.difference import difference
+from scm_sdk.spec import SamplerSpec
+
+from .feeds import feeds_of
+from .sessions import open_session
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+NUM_SAMPLES = 32
+
+
+class Probe:
+    """Holds the pictures of a float32 sampler and compares other graphs of the same sampler with them.
+
+    Args:
+        reference: Its float32 graph.
+        spec: The sampler.
+        num_samples: Seeds 0, 1, ... that are compared, labels in turn.
+        batch_size: How many run at once; bounds memory.
+        num_threads: Threads of ONNX Runtime; None leaves it the choice.
+
+    Raises:
+        BackendUnavailable: If onnxruntime or onnx_ir is not installed.
+        ConfigError: If ``num_samples`` is less than 1, or the sampler has inputs that no seed gives.
+    """
+
+    def __init__(
+        self,
+        reference: ir.Model | Path,
+        spec: SamplerSpec,
+        *,
+        num_samples: int = NUM_SAMPLES,
+        batch_size: int = 8,
+        num_threads: int | None = None,
+    ) -> None:
+        if num_samples < 1:
+            raise ConfigError(f"num_samples is {num_samples}, expected 1 or more.")
+        self.spec = spec
+        self._threads = num_threads
+        self._reference = reference
+        batch = min(batch_size, spec.max_batch)
+        self._batches = [range(a, min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
+        self.images = self.run(reference)
+
+    def psnr_db(self, model: ir.Model | Path, *, glance: bool = False) -> float:
+        """Return the PSNR of a graph's pictures, dB over the value range; infinite where equal, 0 for NaN.
+
+        Args:
+            model: The graph.
+            glance: Look at the first batch only, to rank many graphs.
+
+        Raises:
+            UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+        """
+        batches = self._batches[:1] if glance else self._batches
+        return self._psnr_db(self._run(model, [feeds_of(self.spec, seeds) for seeds in batches]))
+
+    def noise_rounding_db(self) -> float:
+        """Return the PSNR that is left when nothing but the noise is rounded to float16, dB.
+
+        It tells how much the network magnifies: an FP16 graph that rounds everything else too rarely does better.
+        """
+        inputs = [feeds_of(self.spec, seeds) for seeds in self._batches]
+        for feeds in inputs:
+            for tensor in self.spec.noise_inputs:
+                feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
+        return self._psnr_db(self._run(self._reference, inputs))
+
+    def run(self, model: ir.Model | Path) -> np.ndarray:
+        """Return a graph's pictures for the probe's seeds, (N, *image_shape) float32."""
+        return self._run(model, [feeds_of(self.spec, seeds) for seeds in self._batches])
+
+    def _run(self, model: ir.Model | Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            session = open_session(model, Path(folder), num_threads=self._threads)
+            return np.concatenate([session.run([self.spec.output_name], dict(feeds))[0] for feeds in inputs])
+
+    def _psnr_db(self, images: np.ndarray) -> float:
+        seeds = [seed for batch in self._batches for seed in batch][: len(images)]
+        found = difference(images, self.images[: len(images)], seeds, self.spec)
+        return found.psnr_db if found.finite else 0.0

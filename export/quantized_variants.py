@@ -1,0 +1,186 @@
+"""Add INT8 to a bundle: calibrate, quantize, or adopt a graph that another tool quantized."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from scm_sdk.bundle import Bundle
+from scm_sdk.errors import ConfigError
+from scm_sdk.extend import Draft, extend_bundle
+from scm_sdk.files import atomic_write_bytes, sha256_bytes, sha256_file
+
+from .adopt import adopt_quantized
+from .calibration import Calibration, Method, calibrate
+from .precision import LowPrecision, PrecisionPlan, apply_precision, default_plan
+from .probe import Probe
+from .quantize import QuantizePlan, choose_layers, default_quantize_plan, quantize
+from .quantize_cpu import quantize_for_cpu
+from .sensitivity import exclude_to_target
+from .variants import Progress, Source, Variant, add_graph, fp32_sources, unchanged_variants
+from .write import read_model
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Int8 = Literal["int8", "int8-cpu"]
+Base = Literal["fp16", "bf16", "fp32"]
+
+
+class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How INT8 is made.
+
+    Attributes:
+        precision: ``int8`` for engines, ``int8-cpu`` for ONNX Runtime on CPUs.
+        base: What the rest of the graph computes in; ``int8-cpu`` takes fp32 alone.
+        plan: Which layers are not quantized; None is ``default_quantize_plan``.
+        method: How ranges are chosen; ``int8-cpu`` takes ``minmax`` alone.
+        percentile: For ``percentile``, percent.
+        num_samples: Pictures to calibrate on.
+        seed: Which ones.
+        target_db: Least PSNR, dB: layers are excluded until it is reached; ``int8`` alone.
+    """
+
+    precision: Int8 = "int8"
+    base: Base = "fp16"
+    plan: QuantizePlan | None = None
+    method: Method = "minmax"
+    percentile: float = 99.99
+    num_samples: int = 128
+    seed: int = 0
+    target_db: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision == "int8-cpu" and (self.method != "minmax" or self.target_db is not None):
+            raise ConfigError(
+                f"int8-cpu was asked for with method {self.method} and target {self.target_db}, expected minmax and no "
+                "target: ONNX Runtime's own quantizer makes it. Use --exclude, or int8."
+            )
+
+
+def add_int8(
+    path: str | os.PathLike[str],
+    options: QuantizeOptions | None = None,
+    *,
+    steps: Sequence[int] = (),
+    progress: Progress = lambda _: None,
+) -> list[Variant]:
+    """Add the INT8 form of a bundle's graphs, calibrated on the sampler's own states.
+
+    Args:
+        path: The bundle.
+        options: How; the defaults when absent.
+        steps: Only graphs with these numbers of steps; () is all.
+        progress: Called with a few words for each stage.
+
+    Raises:
+        BundleError: If the bundle is damaged or cannot be written.
+        ConfigError: If it has no such graph, or a plan does not fit the network.
+        ParityError: If the target is out of reach.
+    """
+    options = options or QuantizeOptions()
+    bundle = Bundle.open(path)
+    base_plan = None
+    if options.precision == "int8" and options.base != "fp32":
+        base_plan = _base_plan(bundle, options.base)
+    recipe = msgspec.to_builtins(options) | {"base_plan": sha256_bytes(base_plan.to_json()) if base_plan else ""}
+    sources = fp32_sources(bundle, steps, recipe)
+    if unchanged := unchanged_variants(bundle, sources, options.precision):
+        return unchanged
+    plan = options.plan or default_quantize_plan(read_model(sources[-1].graph))
+    probes = [Probe(source.graph, source.spec) for source in sources]
+    made: list[tuple[ir.Model, Calibration | None]] = []
+    if options.precision == "int8-cpu":
+        for source in sources:
+            progress(f"quantize for CPUs, {source.num_inference_steps} steps")
+            model = quantize_for_cpu(
+                source.graph, source.spec, plan, num_samples=options.num_samples, seed=options.seed
+            )
+            made.append((model, None))
+    else:
+        bases, calibrations = [], []
+        for source, probe in zip(sources, probes, strict=True):
+            full = read_model(source.graph)
+            base = full if base_plan is None else apply_precision(full, base_plan)
+            progress(f"calibrate, {source.num_inference_steps} steps")
+            calibration = _calibrate(full, source, plan, options)
+            if options.target_db is not None:  # one plan for all: each goes on from the last
+                plan = exclude_to_target(base, calibration, plan, probe, options.target_db, progress=progress)
+            bases.append(base)
+            calibrations.append(calibration)
+        made = [(quantize(b, c, plan), c) for b, c in zip(bases, calibrations, strict=True)]
+    with extend_bundle(path) as draft:
+        plan_path = f"precision/{options.precision}.json"
+        atomic_write_bytes(draft.path(plan_path), plan.to_json())
+        draft.roles[plan_path] = "plan"
+        variants = []
+        for source, probe, (model, measured) in zip(sources, probes, made, strict=True):
+            files = [plan_path, *_write_calibration(draft, source, measured)]
+            layers = choose_layers(read_model(source.graph), plan)
+            notes = [f"{layers.share()} in int8", *(f"not {name}: {why}" for name, why in _left_out(layers.left))]
+            variants.append(add_graph(draft, model, source, options.precision, probe, built_from=files, notes=notes))
+    return variants
+
+
+def add_foreign_int8(path: str | os.PathLike[str], graph: Path, *, steps: int) -> Variant:
+    """Add a sampler graph that another tool, such as ModelOpt, quantized with QuantizeLinear nodes.
+
+    Args:
+        path: The bundle.
+        graph: The ONNX file.
+        steps: Its number of steps.
+
+    Raises:
+        UnsupportedGraphError: If no engine can take it; the message says why.
+        ShapeError: If its inputs and outputs are not the sampler's.
+        BundleError: If the bundle is damaged or cannot be written.
+    """
+    bundle = Bundle.open(path)
+    (source,) = fp32_sources(bundle, [steps], {"foreign": sha256_file(graph) if graph.is_file() else ""})
+    if unchanged := unchanged_variants(bundle, [source], "int8"):
+        return unchanged[0]
+    model = adopt_quantized(graph, source.spec)
+    probe = Probe(source.graph, source.spec)
+    with extend_bundle(path) as draft:
+        return add_graph(draft, model, source, "int8", probe, built_from=[], notes=[f"adopted from {graph.name}"])
+
+
+def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
+    """Return the plan that the bundle's own graph of the base was made by, or the default one."""
+    path = f"precision/{base}.json"
+    if any(entry.path == path for entry in bundle.manifest.files):
+        return PrecisionPlan.from_json(bundle.file(path).read_bytes())
+    return default_plan("bf16" if base == "bf16" else "fp16")
+
+
+def _calibrate(model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions) -> Calibration:
+    return calibrate(
+        model,
+        choose_layers(model, plan).quantized,
+        source.spec,
+        graph_sha256=str(source.recipe["source"]),
+        method=options.method,
+        num_samples=options.num_samples,
+        seed=options.seed,
+        percentile=options.percentile,
+    )
+
+
+def _write_calibration(draft: Draft, source: Source, calibration: Calibration | None) -> list[str]:
+    if calibration is None:
+        return []
+    path = f"calibration/int8-{source.num_inference_steps}step.json"
+    atomic_write_bytes(draft.path(path), calibration.to_json())
+    draft.roles[path] = "calibration"
+    draft.built_from[path] = (source.artifact.path,)
+    return [path]
+
+
+def _left_out(left: dict[str, str]) -> list[tuple[str, str]]:
+    """Return the layers of the first step that a person chose or the plan named; the rest is the rule."""
+    named = ((n, why) for n, why in left.items() if n.startswith("step0/") and "does not depend" not in why)
+    return [(name.removeprefix("step0/"), why) for name, why in named]

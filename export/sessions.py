@@ -1,0 +1,53 @@
+"""Run a graph on this machine's CPU as it stands, for measurements; users' pictures come from ``runtimes``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk._lazy import require
+from scm_sdk.errors import UnsupportedGraphError
+
+from .precision import PRECISION_KEY
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def open_session(
+    model: ir.Model | Path, folder: Path, *, num_threads: int | None = None, node_by_node: bool = False
+) -> Any:
+    """Open a graph with ONNX Runtime.
+
+    Args:
+        model: The graph; one in memory is written into ``folder`` first.
+        folder: A folder of the caller's that outlives the session.
+        num_threads: Threads; None leaves the choice.
+        node_by_node: Fuse nothing. Graphs in int8 always run so: that is the arithmetic of a GPU, which
+            fused CPU kernels differ from.
+
+    Raises:
+        BackendUnavailable: If onnxruntime or onnx_ir is not installed.
+        UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+    """
+    onnxruntime = require("onnxruntime", extra="onnxruntime", purpose="running a graph to measure it")
+    require("onnx_ir", extra="export", purpose="reading ONNX graphs")
+    import onnx_ir as ir
+
+    if isinstance(model, Path):
+        path, precision = model, ir.load(model).metadata_props.get(PRECISION_KEY, "fp32")
+    else:
+        path, precision = folder / "model.onnx", model.metadata_props.get(PRECISION_KEY, "fp32")
+        ir.save(model, path, external_data="model.onnx_data")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = num_threads or 0
+    if node_by_node or precision == "int8":
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # its exceptions share no base class
+        raise UnsupportedGraphError(
+            f"ONNX Runtime cannot run this {precision} graph on a CPU: {str(exc).strip()}. Expected one that it "
+            "has kernels for; measure it where it will run (scm-export validate)."
+        ) from exc

@@ -1,0 +1,87 @@
+"""Artifacts held against the backends that open their kind, as rows that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, overload
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One artifact held against one backend.
+
+    Attributes:
+        backend: Name in ``BACKENDS``.
+        artifact: Path inside the bundle.
+        precision: The precision that lies in the artifact.
+        num_inference_steps: Its steps; 0 means any.
+        accepted: Whether it may run.
+        reason: Why, or why not.
+        measured_ms: Median latency at batch 1 remembered from this machine, if there is one.
+        chosen: Whether it is the one that runs.
+    """
+
+    backend: str
+    artifact: str
+    precision: str
+    num_inference_steps: int
+    accepted: bool
+    reason: str
+    measured_ms: float | None = None
+    chosen: bool = False
+
+
+class Plan(Sequence[PlanRow]):
+    """Every row, the accepted ones first and best first. ``str()`` is a table."""
+
+    def __init__(self, rows: Sequence[PlanRow]) -> None:
+        self.rows = tuple(rows)
+
+    @property
+    def accepted(self) -> tuple[PlanRow, ...]:
+        """The rows that may run, best first."""
+        return tuple(row for row in self.rows if row.accepted)
+
+    @property
+    def rejected(self) -> tuple[PlanRow, ...]:
+        """The rows that may not, with their reasons."""
+        return tuple(row for row in self.rows if not row.accepted)
+
+    @property
+    def chosen(self) -> PlanRow | None:
+        """The row that runs, or None when nothing can."""
+        return next((row for row in self.rows if row.chosen), None)
+
+    def choose(self, chosen: PlanRow) -> Plan:
+        """Return this plan with another row as the chosen one."""
+        rows = [replace(row, chosen=False) for row in self.rows]
+        at = self.rows.index(chosen)
+        rows[at] = replace(rows[at], chosen=True)
+        return Plan(rows)
+
+    @overload
+    def __getitem__(self, index: int) -> PlanRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[PlanRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> PlanRow | tuple[PlanRow, ...]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        table = [("", "backend", "artifact", "precision", "steps", "verdict", "reason")]
+        for row in self.rows:
+            mark, verdict = "*" if row.chosen else "", "accepted" if row.accepted else "rejected"
+            steps = str(row.num_inference_steps or "any")
+            table.append((mark, row.backend, row.artifact, row.precision, steps, verdict, row.reason))
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the rows as plain data for JSON."""
+        return [asdict(row) for row in self.rows]

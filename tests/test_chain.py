@@ -1,0 +1,86 @@
+"""The whole way in one command, and again: what is there is left alone, what changed is made anew."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from scm_sdk.bundle import Bundle
+from scm_sdk.errors import ConfigError
+from scm_sdk.evaluate.gate import validate_bundle
+from scm_sdk.export.chain import build_all
+from scm_sdk.export.cli import main
+from scm_sdk.export.graph import export_samplers
+from scm_sdk.export.write import write_model
+from scm_sdk.targets import resolve_targets
+
+
+def test_a_second_run_changes_nothing_and_more_is_added(unet_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    out, stages = tmp_path / "bundle", []
+    common = {"steps": [1], "max_batch": 2, "on_stage": stages.append}
+    first = build_all(unet_checkpoint, out, precisions=["fp16"], targets=resolve_targets(["l4"]), **common)
+    assert {(a.format, a.precision) for a in first.manifest.artifacts} == {
+        ("safetensors", "fp32"), ("onnx", "fp32"), ("onnx", "fp16"), ("tensorrt_rtx", "fp16"),
+    }  # fmt: skip
+    files = {str(f): (f.stat().st_ino, f.stat().st_mtime_ns) for f in out.rglob("*") if f.is_file()}
+    again = build_all(unet_checkpoint, out, precisions=["fp16"], targets=resolve_targets(["l4"]), **common)
+    assert again.manifest == first.manifest and "exported already" in stages[-1]
+    assert files == {str(f): (f.stat().st_ino, f.stat().st_mtime_ns) for f in out.rglob("*") if f.is_file()}
+
+    more = build_all(unet_checkpoint, out, precisions=["fp16", "int8"], targets=(), **common)
+    assert len(more.manifest.artifacts) == 5
+    other = build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=3)
+    assert [a.format for a in other.manifest.artifacts] == ["safetensors", "onnx"], "other samplers: exported anew"
+    (out / "onnx/fp32/1step/model.onnx").write_bytes(b"damaged")
+    build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=3)
+    Bundle.open(out)
+
+
+def test_an_interruption_keeps_what_was_done(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "bundle"
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scm_sdk.export.quantized_variants.quantize", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_all(unet_checkpoint, out, steps=[1], max_batch=2)
+    assert {a.precision for a in Bundle.open(out).manifest.artifacts} == {"fp32", "fp16"}
+    stages: list[str] = []
+    done = build_all(unet_checkpoint, out, steps=[1], max_batch=2, on_stage=stages.append)
+    assert {a.precision for a in done.manifest.artifacts} == {"fp32", "fp16", "int8"}
+    assert not any("fp16" in stage for stage in stages), "what was done is not done again"
+
+
+def test_unknown_precisions_are_refused(unet_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precisions hold fp4, expected fp32, fp16"):
+        build_all(unet_checkpoint, tmp_path / "bundle", precisions=["fp4"])  # type: ignore[list-item]
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_verb_builds_and_proves(unet_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["all", str(unet_checkpoint), "-o", str(tmp_path / "b"), "--precision", "fp16", "--steps", "1"]
+    arguments += ["--max-batch", "2"]
+    run = CliRunner().invoke(main, arguments)
+    assert run.exit_code == 0, run.output
+    assert run.stderr.count("pass  onnx/") == 2
+    again = CliRunner().invoke(main, [*arguments, "--no-validate"])
+    assert again.exit_code == 0 and "exported already" in again.stderr and "pass" not in again.stderr
+
+
+def test_weights_in_files_of_their_own_go_the_whole_way(
+    unet_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large networks have them; readers refuse files with several hard links, as an extended bundle once had."""
+    pytest.importorskip("tensorrt_rtx")
+    for function in (write_model, export_samplers):
+        monkeypatch.setitem(function.__kwdefaults__, "external_data_above", 0)
+    out = tmp_path / "bundle"
+    bundle = build_all(unet_checkpoint, out, steps=[1], max_batch=3, targets=resolve_targets(["l4"]))
+    data = [path for path in out.rglob("*_data")]
+    assert sorted(path.parts[-3] for path in data) == ["fp16", "fp32", "int8"]
+    assert {entry.path for entry in bundle.manifest.files} >= {path.relative_to(out).as_posix() for path in data}
+    assert all(path.stat().st_nlink == 1 for path in data)
+    assert all(validate_bundle(out, min_psnr_db=20, reason="random weights"))

@@ -1,0 +1,53 @@
+"""Budgets in a bundle, and bundles beside bundles."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from scm_sdk.bundle import Bundle
+from scm_sdk.errors import ConfigError, LatencyError
+from scm_sdk.evaluate.contract import check_budgets, keep_budgets
+from scm_sdk.export.cli import main
+from scm_sdk.export.precision import default_plan
+from scm_sdk.export.variants import add_precision
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_kept_budget_is_enforced_by_validate(unet_copy: Path) -> None:
+    generous = "onnxruntime:p95=60s@b1,median=60s@b2"
+    run("bench", unet_copy, "--budget", generous, "--batch", 1, "--batch", 2, "--rounds", 10, "--keep-budget")
+    assert Bundle.open(unet_copy).manifest.budgets == ("onnxruntime:p95=60s@b1", "median=60s@b2")
+    out = run("validate", unet_copy).stderr
+    assert "pass  latency of onnxruntime, batch 1" in out and "pass  latency of auto, batch 2" in out
+    keep_budgets(unet_copy, "onnxruntime:p95=0.001us@b1")
+    assert "FAIL  latency of onnxruntime, batch 1" in run("validate", unet_copy, code=4).stderr
+    assert "latency" not in run("validate", unet_copy, "--precision", "fp32").stderr
+    add_precision(unet_copy, default_plan("fp16"), steps=[1], num_samples=1)
+    assert Bundle.open(unet_copy).manifest.budgets == ("onnxruntime:p95=0.001us@b1",), "extending keeps it"
+    with pytest.raises(LatencyError, match="onnxruntime has p95"):
+        check_budgets(unet_copy)[0].raise_if_over()
+    assert keep_budgets(unet_copy, "").manifest.budgets == () and check_budgets(unet_copy) == []
+
+
+def test_budgets_that_cannot_be_kept(unet_copy: Path) -> None:
+    with pytest.raises(ConfigError, match="budget is 'fast'"):
+        keep_budgets(unet_copy, "fast")
+    keep_budgets(unet_copy, "tensorrt:p95=1ms@b1")
+    skipped: list[str] = []
+    assert check_budgets(unet_copy, on_skip=skipped.append) == []
+    assert "the budget of tensorrt is not measured here" in skipped[0]
+
+
+def test_bundles_are_timed_beside_each_other(unet_bundle: Path, tmp_path: Path) -> None:
+    before = Path(shutil.copytree(unet_bundle, tmp_path / "before"))
+    arguments = ["bench", unet_bundle, "--backend", "onnxruntime", "--against", before, "--batch", 1, "--rounds", 10]
+    (latency,) = json.loads(run(*arguments, "--json").stdout)
+    assert [timing["name"] for timing in latency["timings"]] == ["onnxruntime", "onnxruntime of before"]
