@@ -17,8 +17,9 @@ from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ParityError, ShapeError
 from scm_sdk.evaluate.difference import difference, ssim
 from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR, compare
-from scm_sdk.evaluate.reference import noise_floor
+from scm_sdk.evaluate.reference import noise_floor, run_reference
 from scm_sdk.manifest import Manifest
+from scm_sdk.request import make_request
 from scm_sdk.spec import SamplerSpec
 
 SPEC = SamplerSpec(times=(1.5,), sample_shape=(3, 16, 16))
@@ -232,3 +233,24 @@ def test_what_is_no_picture_has_no_picture_numbers() -> None:
     assert found.max_abs > 0
     with pytest.raises(ShapeError, match=r"candidate is \(2, 4, 8\), reference \(1, 4, 8\), expected both"):
         difference(a, b[:1], [0, 1], spec)
+
+
+def test_float64_counts_into_the_noise_floor(reference: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = reference.opened().backend
+    noise, conditioning = make_request(backend.spec, num_images=3, seed=0).inputs(0, 3)
+    exact = backend.sample_float64(noise, conditioning)  # type: ignore[attr-defined]
+    gap = np.abs(exact - backend.sample(noise, conditioning)).max()
+    assert exact.dtype == np.float64 and 0 < gap < 1e-4
+    before = noise_floor(reference, seeds=range(8))
+    monkeypatch.setattr(backend, "sample_float64", lambda n, c: backend.sample(n, c) + np.float64(0.5))
+    assert before < 1e-3 and noise_floor(reference, seeds=range(8)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_each_rung_is_also_held_against_the_one_below(ort: Generator, reference: Generator) -> None:
+    run = run_reference(reference, seeds=range(6))
+    first = compare(ort, run)
+    second = compare(ort, run, below=first)
+    assert first.step is None and first.rung == "" and first.overall.max_abs > 0
+    assert second.rung == "onnx/fp32/2step/model.onnx on onnxruntime"
+    assert second.step is not None and second.step.max_abs == 0, "the same graph twice"
+    assert second.to_dict()["step"]["max_abs"] == 0 and "images" not in second.to_dict()

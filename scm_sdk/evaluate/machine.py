@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 
+from ..gpu import gpus
 from ..processor import cpu_name
 
 
@@ -27,9 +28,11 @@ def peak_rss_mib() -> float | None:
 
 def describe_machine() -> dict[str, str]:
     """Return what a reader must know before comparing milliseconds."""
+    gpus_here = [f"{gpu.name} (driver for CUDA {gpu.driver})" for gpu in gpus()]
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": cpu_name(),
         "cpus": str(os.cpu_count()),
         "python": platform.python_version(),
+        **({"gpu": ", ".join(gpus_here)} if gpus_here else {}),
     }

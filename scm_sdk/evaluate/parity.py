@@ -8,12 +8,13 @@ apart below that. A lower precision is a different program on purpose; it is hel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from ..dispatch import Backend
 from ..errors import ConfigError, ParityError
@@ -48,6 +49,9 @@ class Parity:
         reason: Why the threshold is not the derived one, if it was set by hand.
         overall: The difference over every batch split.
         by_batch: The difference for each batch size.
+        rung: The candidate of the rung below, "" for the first.
+        step: The difference from that candidate: what this rung alone costs.
+        images: What the candidate made, by batch size.
     """
 
     candidate: str
@@ -62,6 +66,9 @@ class Parity:
     reason: str
     overall: Difference
     by_batch: dict[int, Difference]
+    rung: str = ""
+    step: Difference | None = None
+    images: Mapping[int, NDArray[np.float32]] = field(default_factory=dict, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         if self.gate == "psnr_db":
@@ -117,9 +124,11 @@ class Parity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("overall", "by_batch")}
+        apart = ("overall", "by_batch", "step", "images")
+        plain = {name: value for name, value in vars(self).items() if name not in apart}
         return {
             **plain,
+            "step": self.step.to_dict() if self.step else None,
             "passed": bool(self),
             "overall": self.overall.to_dict(),
             "by_batch": {str(batch): each.to_dict() for batch, each in self.by_batch.items()},
@@ -131,11 +140,12 @@ def compare(
     reference: Generator | Backend | ReferenceRun,
     *,
     seeds: Sequence[int] | None = None,
-    batches: Sequence[int | None] = (1, 3, None),
+    batches: Sequence[int | None] | None = None,
     num_inference_steps: int | None = None,
     threshold: float | None = None,
     min_psnr_db: float | None = None,
     reason: str = "",
+    below: Parity | None = None,
 ) -> Parity:
     """Run both on the same noise and measure the difference.
 
@@ -143,12 +153,13 @@ def compare(
         candidate: What is in question: a generator or an open backend.
         reference: What it should compute; what ``run_reference`` returned brings its own seeds and batches.
         seeds: See ``run_reference``.
-        batches: Batch splits to run; None is the largest the two allow.
+        batches: Batch splits to run, None among them is the largest; None is 1, 3 and the largest.
         num_inference_steps: Which sampler of a generator; None is its default.
         threshold: Largest difference that passes, units of sigma_data; None derives it:
             ``max(ROUNDING_FLOOR, FLOOR_FACTOR * noise_floor)``.
         min_psnr_db: Least PSNR, dB, instead of a threshold: for a candidate of lower precision.
         reason: Why ``threshold`` is looser than the derived one; every report prints it.
+        below: The rung below, compared with the same reference run: what does this one alone cost?
 
     Returns:
         The comparison; call ``raise_if_failed`` to make it a gate.
@@ -179,6 +190,12 @@ def compare(
             "expected a reason for that. Give one; every report prints it."
         )
     found = {size: one.run(request, size) for size in sizes}
+    seeds_of_all = request.seeds * len(sizes)
+
+    def apart(others: Mapping[int, NDArray[np.float32]]) -> Difference:
+        a, b = (np.concatenate([images[size] for size in sizes]) for images in (found, others))
+        return difference(a, b, seeds_of_all, reference.spec)
+
     return Parity(
         candidate=one.artifact,
         candidate_backend=one.name,
@@ -190,13 +207,11 @@ def compare(
         threshold=min_psnr_db if min_psnr_db is not None else derived if threshold is None else threshold,
         noise_floor=floor,
         reason=reason,
-        overall=difference(
-            np.concatenate([found[size] for size in sizes]),
-            np.concatenate([wanted[size] for size in sizes]),
-            request.seeds * len(sizes),
-            reference.spec,
-        ),
+        overall=apart(wanted),
         by_batch={size: difference(found[size], wanted[size], request.seeds, reference.spec) for size in sizes},
+        rung="" if below is None else f"{below.candidate} on {below.candidate_backend}",
+        step=None if below is None or not set(sizes) <= set(below.images) else apart(below.images),
+        images=found,
     )
 
 

@@ -1,4 +1,4 @@
-"""How good are generated pictures? Two distances between two sets of pictures, with their floors.
+"""How good are generated pictures? Distances between two sets of pictures, with their floors, and two shares.
 
 * FD-EffLite0@96: the Frechet distance between Gaussians fitted to EfficientNet-Lite0 features. It
   sees missing diversity, and it carries a bias of about ``const / N``: compare only figures of
@@ -6,7 +6,9 @@
 * KID: the squared maximum mean discrepancy of the same features, unbiased at any N, with a
   confidence interval. It hardly sees repeated pictures; hence both.
 
-Neither is the published "FID", which needs the Inception network of 2015: never call them that.
+* Precision and recall: the shares of generated pictures among the real ones and of real ones among the generated.
+
+None is the published "FID", which needs the Inception network of 2015: never call them that.
 The formulas are in ``evaluate/distances.py``, the network in ``evaluate/effnet.py``.
 """
 
@@ -21,7 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, ShapeError
-from .distances import FloatArray, feature_stats, frechet_distance, kernel_distance
+from .distances import (
+    FloatArray,
+    feature_stats,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_delta,
+    precision_recall,
+)
 from .features import METRIC, Progress, cached_features, check_images
 
 MIN_IMAGES = 64
@@ -42,6 +51,10 @@ class Quality:
             extrapolated from parts of the reference, see ``real_floor``.
         kid: Kernel distance, around 0 for equal distributions (it can be negative), smaller is better.
         kid_interval: 95 % confidence interval of ``kid``.
+        precision: Share of generated pictures that lie among the real ones.
+        recall: Share of real pictures that lie among the generated ones.
+        kid_delta: By how much ``kid`` is above that of ``beside``, the same seeds made another way; None without.
+        kid_delta_interval: 95 % confidence interval of that, from the same blocks of both.
     """
 
     metric: str
@@ -52,6 +65,10 @@ class Quality:
     fd_floor_source: Literal["measured", "halves"]
     kid: float
     kid_interval: tuple[float, float]
+    precision: float
+    recall: float
+    kid_delta: float | None = None
+    kid_delta_interval: tuple[float, float] | None = None
 
 
 def real_floor(features: FloatArray, *, num_generated: int, seed: int = 0) -> float:
@@ -92,6 +109,7 @@ def evaluate_images(
     reference: NDArray[np.uint8],
     *,
     other_real: NDArray[np.uint8] | None = None,
+    beside: NDArray[np.uint8] | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
     seed: int = 0,
@@ -105,6 +123,7 @@ def evaluate_images(
         reference: (M, H, W, C), uint8, real pictures that the model was not trained on.
         other_real: Further real pictures, as many as ``generated``: they give a measured floor.
             Without them it is extrapolated, see ``real_floor``.
+        beside: The same seeds and labels made another way, by fp32 for one: how much worse are these?
         cache: Folder in which features of the real pictures are kept, by content; None for none.
         progress: Called with (images done, images in all) over everything that is computed.
         seed: Of the shuffles; equal arguments give equal results.
@@ -120,6 +139,8 @@ def evaluate_images(
     sets = {"generated": generated, "reference": reference}
     if other_real is not None:
         sets["other real"] = other_real
+    if beside is not None:
+        sets["beside"] = beside
     for name, images in sets.items():
         check_images(images, name=name)
     for name, images in sets.items():
@@ -157,6 +178,12 @@ def evaluate_images(
     else:
         floor, source = real_floor(features["reference"], num_generated=len(generated), seed=seed), "halves"
     kid, interval = kernel_distance(features["generated"], features["reference"], seed=seed)
+    precision, recall = precision_recall(features["generated"], features["reference"])
+    delta, delta_interval = None, None
+    if beside is not None:
+        delta, delta_interval = kernel_distance_delta(
+            features["generated"], features["beside"], features["reference"], seed=seed
+        )
     return Quality(
         metric=METRIC,
         num_generated=len(generated),
@@ -166,4 +193,8 @@ def evaluate_images(
         fd_floor_source=source,
         kid=kid,
         kid_interval=interval,
+        precision=precision,
+        recall=recall,
+        kid_delta=delta,
+        kid_delta_interval=delta_interval,
     )

@@ -15,6 +15,12 @@ from ..request import Request, make_request
 from ..spec import SamplerSpec
 
 NUM_SEEDS = 32
+NUM_FLOAT64 = 8
+"""Samples that are made again in float64."""
+LARGEST_IN_FLOAT64 = 300_000_000
+"""Weights of the largest network for which that is done."""
+SPLITS: tuple[int | None, ...] = (1, 3, None)
+"""Batch splits that are compared where none are named; those larger than the largest batch fall away."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def run_reference(
     reference: Generator | Backend,
     *,
     seeds: Sequence[int] | None = None,
-    batches: Sequence[int | None] = (1, 3, None),
+    batches: Sequence[int | None] | None = None,
     num_inference_steps: int | None = None,
     most: int | None = None,
 ) -> ReferenceRun:
@@ -74,7 +80,7 @@ def run_reference(
     Args:
         reference: What they should compute.
         seeds: The samples; None is 0..31, or as many as the largest batch. Labels are drawn from the seeds.
-        batches: Batch splits to run; None is the largest.
+        batches: Batch splits to run, None among them is the largest; None is 1, 3 and the largest.
         num_inference_steps: Which sampler of a generator; None is its default.
         most: Largest batch, if the candidates allow less than the reference.
 
@@ -93,13 +99,13 @@ def noise_floor(
     reference: Generator | Backend,
     *,
     seeds: Sequence[int] | None = None,
-    batches: Sequence[int | None] = (1, 3, None),
+    batches: Sequence[int | None] | None = None,
     num_inference_steps: int | None = None,
 ) -> float:
     """Measure how far a reference is from itself, run another way.
 
     The other ways are the batch splits and, for one batch of a generator on a CPU, another number of
-    threads.
+    threads and, for a few samples of PyTorch, float64.
 
     Returns:
         The largest absolute difference, units of sigma_data; 0 where it repeats itself bit for bit.
@@ -123,13 +129,26 @@ def _floor(runs: dict[int, NDArray[np.float32]], side: Side, reference: Generato
             noise, conditioning = request.inputs(0, size)
             images = again.opened(side.spec.num_inference_steps).backend.sample(noise, conditioning)
         worst = max(worst, float(np.abs(first[:size] - images).max()))
+        worst = max(worst, _beside_float64(side, first, request))
     # A reference that gives NaN has no floor; compare() then fails on its finite check.
     return worst / side.spec.sigma_data if np.isfinite(worst) else 0.0
 
 
+def _beside_float64(side: Side, images: NDArray[np.float32], request: Request) -> float:
+    """How far PyTorch's float32 is from its own float64; 0 where there is no such backend, or too large a model."""
+    model = getattr(side.backend, "model", None)
+    if model is None or sum(p.numel() for p in model.parameters()) > LARGEST_IN_FLOAT64:
+        return 0.0
+    size = min(NUM_FLOAT64, len(request), side.spec.max_batch)
+    exact = side.backend.sample_float64(*request.inputs(0, size))  # type: ignore[attr-defined]
+    return float(np.abs(exact - images[:size]).max())
+
+
 def _request(
-    spec: SamplerSpec, seeds: Sequence[int] | None, batches: Sequence[int | None], most: int
+    spec: SamplerSpec, seeds: Sequence[int] | None, batches: Sequence[int | None] | None, most: int
 ) -> tuple[list[int], Request]:
+    if batches is None:
+        batches = [size for size in SPLITS if size is None or size <= most]
     sizes = list(dict.fromkeys(most if size is None else size for size in batches))
     if not sizes or not all(1 <= size <= most for size in sizes):
         raise ConfigError(f"batches are {list(batches)}, expected sizes in 1..{most}, at least one.")

@@ -74,11 +74,13 @@ def cycle_labels(num_images: int, num_classes: int) -> NDArray[np.int64] | None:
 
 
 def sample_student(
-    path: str | Path, num_images: int, *, num_inference_steps: int, backend: str = "auto",
+    path: str | Path, num_images: int, *, num_inference_steps: int, backend: str = "auto", precision: str = "auto",
     progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
     """Draw seeds 0..N-1 from a bundle or a checkpoint."""
-    with Generator.from_pretrained(path, backend=backend, num_inference_steps=num_inference_steps) as gen:
+    with Generator.from_pretrained(
+        path, backend=backend, precision=precision, num_inference_steps=num_inference_steps
+    ) as gen:
         spec = gen.opened().spec
         labels = cycle_labels(num_images, spec.num_classes)
         out = gen(
@@ -132,7 +134,7 @@ def sample_diffusion(
 
 def score(
     samples: Samples, *, source: str, label: str, reference_rows: tuple[int, int], real_rows: tuple[int, int],
-    cache: Path | None = None, progress: Progress | None = None,
+    beside: Samples | None = None, cache: Path | None = None, progress: Progress | None = None,
 ) -> Score:  # fmt: skip
     """Hold samples against real pictures.
 
@@ -142,6 +144,7 @@ def score(
         label: Label column, or "".
         reference_rows: Held-out rows that pictures are compared with.
         real_rows: Other real rows, as many as samples, for the floor; also fits the label reader.
+        beside: The same seeds made another way, to tell how much worse these are.
         cache: Folder for features of real pictures.
         progress: Called with (pictures done, pictures in all).
 
@@ -162,6 +165,7 @@ def score(
         samples.images,
         reference.images.astype(np.uint8),
         other_real=real.images[:count].astype(np.uint8) if len(real) >= count else None,
+        beside=None if beside is None else beside.images,
         cache=cache,
         progress=progress,
     )

@@ -1,0 +1,180 @@
+"""What must hold of any consistency model and any backend, without data and without a reference.
+
+Each check is a property that follows from the mathematics or from what the SDK promises; a number is held against what
+is allowed, and both are told. They do not say that pictures are good: an untrained network passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dispatch import Backend
+from ..generator import Generator
+from ..noise import draw_noise
+from ..request import Request, make_request
+from ..spec import SamplerSpec
+
+SAME = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5, "fp8": 1.0}
+"""Largest difference of one sample in two batches, units of sigma_data. Other batch sizes may run other kernels, whose
+last bits differ; a low precision now and then rounds those to its next step (int8 of the shipped model: 0.07)."""
+EXTREME_SEEDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63, 2**64 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One property.
+
+    Attributes:
+        name: Which.
+        passed: Whether it holds; None where it cannot be asked here, and ``text`` says why.
+        value: What was measured.
+        allowed: What it may be at most.
+        text: The property in words.
+    """
+
+    name: str
+    passed: bool | None
+    value: float
+    allowed: float
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; a number that is not finite becomes None."""
+        plain = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+
+def selfcheck(generator: Generator, *, num_samples: int = 16) -> list[Check]:
+    """Run every check that a generator's backend allows.
+
+    Args:
+        generator: The model with its backend.
+        num_samples: Samples for each check, 2 or more.
+
+    Raises:
+        BackendError: If the backend cannot run.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is a finding, not a warning
+        return list(_checks(generator, max(2, num_samples)))
+
+
+def _checks(generator: Generator, num_samples: int) -> Iterator[Check]:
+    opened = generator.opened()
+    backend, spec = opened.backend, opened.spec
+    count, same = min(num_samples, spec.max_batch), SAME[opened.row.precision]
+    request = make_request(spec, num_images=count, seed=0)
+    together = backend.sample(*request.inputs(0, count))
+    yield _at_most(
+        "repeat",
+        _gap(together, backend.sample(*request.inputs(0, count)), spec),
+        same,
+        "the same call twice, sigma_data",
+    )
+    yield _at_most(
+        "batch", _gap(together, _one_by_one(backend, request), spec), same, "samples alone and in a batch, sigma_data"
+    )
+    order = np.random.default_rng(0).permutation(count)
+    mixed = make_request(spec, num_images=count, seed=[int(s) for s in order], class_labels=_labels(request, order))
+    yield _at_most(
+        "permutation", _gap(together[order], backend.sample(*mixed.inputs(0, count)), spec), same,
+        "samples in another order of the batch, sigma_data",
+    )  # fmt: skip
+    extreme = make_request(spec, num_images=len(EXTREME_SEEDS), seed=list(EXTREME_SEEDS))
+    wild = _one_by_one(backend, extreme)
+    yield _at_most("finite", float((~np.isfinite(wild)).sum()), 0, "values that are not finite, seeds up to 2^64 - 1")
+    yield _labels_matter(backend, spec, request, together)
+    yield _steps_agree(generator, count)
+    yield from _mathematics(generator, count)
+
+
+def _labels_matter(backend: Backend, spec: SamplerSpec, request: Request, images: NDArray[np.float32]) -> Check:
+    text = "share of samples that another label leaves as they are"
+    if not spec.num_classes or request.class_labels is None:
+        return _cannot("labels", "the model has no labels")
+    others = [(int(label) + 1) % spec.num_classes for label in request.class_labels]
+    changed = make_request(spec, num_images=len(request), seed=list(request.seeds), class_labels=others)
+    other = backend.sample(*changed.inputs(0, len(request)))
+    kept = np.abs(other - images).reshape(len(images), -1).max(axis=1) <= 1e-3 * spec.sigma_data
+    return _at_most("labels", float(kept.mean()), 0.0, text)
+
+
+def _steps_agree(generator: Generator, count: int) -> Check:
+    """One and two steps from the same noise must be nearer to each other than to those of other noise."""
+    if not {1, 2} <= set(generator.source.steps) and generator.opened().row.backend != "torch":
+        return _cannot("steps", "there are no 1-step and 2-step samplers")
+    one, two = (
+        generator(
+            count, seed=range(count), num_inference_steps=n, output_type="raw", class_labels=_first(generator)
+        ).images
+        for n in (1, 2)
+    )
+    own = np.square(one - two).mean()
+    other = np.square(one - np.roll(two, 1, axis=0)).mean()
+    return _at_most(
+        "steps", float(own / other) if other else math.inf, 1.0,
+        "distance of 1-step and 2-step samples of one seed, over that of different seeds",
+    )  # fmt: skip
+
+
+def _mathematics(generator: Generator, count: int) -> Iterator[Check]:
+    """What only a network that can be asked at any time tells: PyTorch's."""
+    opened = generator.opened()
+    if opened.row.backend != "torch":
+        for name in ("boundary", "variance"):
+            yield _cannot(name, f"{opened.row.backend} runs fixed times; ask PyTorch")
+        return
+    import torch
+
+    from ..model.trigflow import add_noise
+
+    model: Any = opened.backend.model  # type: ignore[attr-defined]
+    spec = opened.spec
+    x = draw_noise(spec, range(count))[0] * np.float32(spec.sigma_data)
+    labels = torch.zeros(count, dtype=torch.int64) if spec.num_classes else None
+    x_0 = torch.from_numpy(x).to(opened.device)
+    with torch.inference_mode():
+        at_zero = model(x_0, torch.zeros(1, device=opened.device), labels)
+        boundary = float((at_zero - x_0).abs().max()) / spec.sigma_data
+        z = torch.from_numpy(draw_noise(spec, range(count, 2 * count))[0]).to(opened.device) * spec.sigma_data
+        ratios = [
+            float(add_noise(x_0, z, torch.full((1,), t, device=opened.device)).std()) / spec.sigma_data
+            for t in (0.2, 0.8, 1.1, 1.5)
+        ]
+    yield _at_most("boundary", boundary, 1e-6, "f(x, 0) - x, sigma_data")
+    # Of n values the standard deviation is known to 1 / sqrt(2 n): five of those.
+    allowed = 5 / math.sqrt(2 * x.size)
+    yield _at_most(
+        "variance", max(abs(r - 1) for r in ratios), allowed, "standard deviation of x_t over sigma_data, less 1"
+    )
+
+
+def _one_by_one(backend: Backend, request: Request) -> NDArray[np.float32]:
+    return np.concatenate([backend.sample(*request.inputs(i, i + 1)) for i in range(len(request))])
+
+
+def _labels(request: Request, order: NDArray[np.int64]) -> list[int] | None:
+    return None if request.class_labels is None else [int(request.class_labels[i]) for i in order]
+
+
+def _first(generator: Generator) -> int | None:
+    return 0 if generator.opened().spec.num_classes else None
+
+
+def _gap(a: NDArray[np.float32], b: NDArray[np.float32], spec: SamplerSpec) -> float:
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.inf
+    return float(np.abs(a - b).max()) / spec.sigma_data
+
+
+def _at_most(name: str, value: float, allowed: float, text: str) -> Check:
+    return Check(name=name, passed=value <= allowed, value=value, allowed=allowed, text=text)
+
+
+def _cannot(name: str, why: str) -> Check:
+    return Check(name=name, passed=None, value=math.nan, allowed=math.nan, text=why)

@@ -1,0 +1,224 @@
+"""Gather what a report shows: what the bundle records, and what is made, compared and timed here and now."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..build_record import BUILD_RECORD_NAME, BuildRecord
+from ..bundle import Bundle
+from ..dispatch import BACKENDS
+from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
+from ..evaluate.difference import Difference, difference
+from ..evaluate.latency import Latency, measure
+from ..evaluate.machine import describe_machine
+from ..generator import Generator
+from ..manifest import Manifest
+from ..spec import Precision, SamplerSpec
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What one artifact makes of the report's seeds, beside the reference.
+
+    Attributes:
+        name: ``<backend> <precision>``.
+        steps: Its number of steps.
+        precision: Its precision.
+        artifact: Its path.
+        images: (N, *image_shape) float32, data units.
+        difference: From the reference; None for the reference itself.
+    """
+
+    name: str
+    steps: int
+    precision: Precision
+    artifact: str
+    images: NDArray[np.float32]
+    difference: Difference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a report shows.
+
+    Attributes:
+        path: The bundle.
+        manifest: What it records.
+        seeds: Seeds of the pictures.
+        labels: Their labels' names, or ().
+        pictures: Of every artifact that runs here, the reference first for each number of steps.
+        latencies: One for each batch size, of everything that runs here with ``timed_steps``.
+        timed_steps: Steps of the timed samplers.
+        engines: Build record of each engine, by path.
+        left_out: Why an artifact has no pictures, one line each.
+        machine: Where all this was measured.
+    """
+
+    path: Path
+    manifest: Manifest
+    seeds: tuple[int, ...]
+    labels: tuple[str, ...]
+    pictures: tuple[Pictures, ...]
+    latencies: tuple[Latency, ...]
+    timed_steps: int
+    engines: dict[str, BuildRecord]
+    left_out: tuple[str, ...]
+    machine: dict[str, str]
+
+    def spec(self, steps: int) -> SamplerSpec:
+        """Return the sampler of a number of steps."""
+        return next(s for s in self.manifest.samplers if s.num_inference_steps == steps)
+
+    @property
+    def steps(self) -> list[int]:
+        """Numbers of steps that have pictures."""
+        return sorted({each.steps for each in self.pictures})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON: everything but the pictures."""
+        return {
+            "bundle": str(self.path),
+            "manifest": msgspec.to_builtins(self.manifest),
+            "seeds": list(self.seeds),
+            "measured_here": [
+                {
+                    "name": each.name,
+                    "steps": each.steps,
+                    "artifact": each.artifact,
+                    "difference": each.difference.to_dict() if each.difference else None,
+                }
+                for each in self.pictures
+            ],
+            "latency": [latency.to_dict() for latency in self.latencies],
+            "engines": {path: msgspec.to_builtins(record) for path, record in self.engines.items()},
+            "left_out": list(self.left_out),
+            "machine": self.machine,
+        }
+
+
+def collect(
+    path: Path,
+    *,
+    num_images: int = 32,
+    batches: Sequence[int] = (1, 8, 32),
+    rounds: int = 20,
+    progress: Say = lambda _: None,
+) -> Report:
+    """Run everything that can run here and gather what the bundle records.
+
+    Args:
+        path: The bundle.
+        num_images: Pictures of each artifact.
+        batches: Batch sizes to time; those above the samplers' largest fall away.
+        rounds: Interleaved rounds of each; 0 times nothing.
+        progress: Called with a few words for each stage.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        ConfigError: If it has no checkpoint to compare with, or makes no pictures.
+        BackendError: If PyTorch, which runs the reference, is not here.
+    """
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    spec = manifest.samplers[0]
+    if not bundle.artifacts(format="safetensors"):
+        raise ConfigError(f"{path} holds no checkpoint to compare with. Make it from one: scm-export onnx")
+    if spec.output != "pixels" or len(spec.image_shape) != 3 or spec.image_shape[0] not in (1, 3):
+        raise ConfigError(f"{path} makes {spec.output} {spec.image_shape}, expected pictures of 1 or 3 channels.")
+    seeds = tuple(range(num_images))
+    labels = [i % spec.num_classes for i in seeds] if spec.num_classes else None
+    pictures, left_out = [], []
+    for sampler in manifest.samplers:
+        steps = sampler.num_inference_steps
+        progress(f"{steps} steps")
+        with Generator.from_pretrained(path, backend="torch", num_inference_steps=steps, verify="none") as gen:
+            wanted = gen(num_images, seed=list(seeds), class_labels=labels, output_type="raw").images
+            row = gen.opened().row
+        pictures.append(Pictures(name="torch fp32", steps=steps, precision="fp32", artifact=row.artifact, images=wanted,
+                                 difference=None))  # fmt: skip
+        for backend, precision in _pairs(bundle, steps):
+            try:
+                with _open(path, backend, precision, steps) as gen:
+                    images = gen(num_images, seed=list(seeds), class_labels=labels, output_type="raw").images
+                    row = gen.opened().row
+            except (BackendUnavailable, IncompatibleEngineError) as exc:
+                left_out.append(str(exc))
+                continue
+            pictures.append(
+                Pictures(
+                    name=f"{backend} {precision}",
+                    steps=steps,
+                    precision=precision,
+                    artifact=row.artifact,
+                    images=images,
+                    difference=difference(images, wanted, seeds, sampler),
+                )
+            )
+    timed = max(s.num_inference_steps for s in manifest.samplers)
+    return Report(
+        path=path,
+        manifest=manifest,
+        seeds=seeds,
+        labels=tuple(spec.class_names[i] for i in labels) if labels and spec.class_names else (),
+        pictures=tuple(pictures),
+        latencies=_time(path, [p for p in pictures if p.steps == timed], batches, rounds, progress) if rounds else (),
+        timed_steps=timed,
+        engines=_records(bundle),
+        left_out=tuple(left_out),
+        machine=describe_machine(),
+    )
+
+
+def _pairs(bundle: Bundle, steps: int) -> list[tuple[str, Precision]]:
+    """Return each backend and precision that a number of steps has, once."""
+    found = {
+        (name, a.precision): None
+        for a in bundle.manifest.artifacts
+        for name, info in BACKENDS.items()
+        if a.num_inference_steps == steps and a.format in info.opens
+    }
+    return list(found)
+
+
+def _open(path: Path, backend: str, precision: Precision, steps: int) -> Generator:
+    with warnings.catch_warnings():  # that it failed its gate is in the report
+        warnings.filterwarnings("ignore", message=".*recorded parity failed", category=RuntimeWarning)
+        return Generator.from_pretrained(
+            path, backend=backend, precision=precision, num_inference_steps=steps, verify="none"
+        )
+
+
+def _time(
+    path: Path, pictures: list[Pictures], batches: Sequence[int], rounds: int, progress: Say
+) -> tuple[Latency, ...]:
+    with ExitStack() as stack:
+        opened = {
+            each.name: stack.enter_context(_open(path, each.name.split()[0], each.precision, each.steps))
+            for each in pictures
+        }
+        most = min(generator.opened().spec.max_batch for generator in opened.values())
+        results = []
+        for batch in (b for b in batches if b <= most):
+            progress(f"time batch {batch}")
+            results.append(measure(opened, batch=batch, rounds=rounds))
+        return tuple(results)
+
+
+def _records(bundle: Bundle) -> dict[str, BuildRecord]:
+    found = {}
+    for artifact in bundle.manifest.artifacts:
+        if artifact.engine is not None:
+            record = bundle.file(artifact.path).with_name(BUILD_RECORD_NAME)
+            found[artifact.path] = BuildRecord.from_json(record.read_bytes())
+    return found

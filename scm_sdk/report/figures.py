@@ -1,0 +1,144 @@
+"""The report's figures, as SVG text: difference, error histograms, speed, where each file comes from."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from .._lazy import require
+from ..manifest import Manifest
+from .collect import Report
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#65a30d", "#be185d")
+_INK = "#475569"
+_ARROW = {"arrowstyle": "->", "color": "#94a3b8", "lw": 0.8}
+
+
+def psnr_bars(report: Report) -> str:
+    """How near each artifact comes to PyTorch, dB; longer is nearer."""
+    rows = [(f"{p.name}, {p.steps} step{'s' * (p.steps > 1)}", p.difference.psnr_db, p.precision)
+            for p in report.pictures if p.difference is not None]  # fmt: skip
+    figure, axes = _figure(7, 0.8 + 0.34 * len(rows))
+    shown = [min(value, 160.0) for _, value, _ in rows]
+    order = {precision: i for i, precision in enumerate(dict.fromkeys(p for *_, p in rows))}
+    axes.barh(range(len(rows)), shown, color=[COLOURS[order[p] % len(COLOURS)] for *_, p in rows], height=0.62)
+    for i, value in enumerate(shown):
+        axes.text(value + 1, i, f"{rows[i][1]:.1f} dB", va="center", fontsize=9, color=_INK)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.set_xlim(0, max(shown, default=1) * 1.15)
+    axes.set_xlabel("PSNR beside PyTorch fp32, dB")
+    axes.invert_yaxis()
+    return _svg(figure, "PSNR of each artifact")
+
+
+def error_histogram(report: Report, steps: int) -> str:
+    """How large the errors of single values are, on a logarithmic axis."""
+    figure, axes = _figure(7, 2.9)
+    reference = next(p.images for p in report.pictures if p.steps == steps and p.difference is None)
+    edges = np.logspace(-9, 1, 90)
+    sigma = report.spec(steps).sigma_data
+    shown = [p for p in report.pictures if p.steps == steps and p.difference is not None]
+    for colour, each in zip(COLOURS, shown, strict=False):
+        errors = np.abs(each.images.astype(np.float64) - reference).ravel() / sigma
+        counts, _ = np.histogram(np.maximum(errors, 1e-9), bins=edges)
+        axes.stairs(counts / errors.size, edges, fill=True, alpha=0.25, color=colour)
+        axes.stairs(counts / errors.size, edges, color=colour, label=each.name, linewidth=1.4)
+    axes.set_xscale("log")
+    axes.set_xlabel("absolute error of one value, units of sigma_data (left end: equal)")
+    axes.set_ylabel("share of values")
+    if shown:
+        axes.legend(frameon=False, fontsize=9)
+    return _svg(figure, "Histogram of errors")
+
+
+def throughput(report: Report) -> str:
+    """Images each second against the batch size."""
+    figure, axes = _figure(7, 3.0)
+    batches = [latency.batch for latency in report.latencies]
+    names = [timing.name for timing in report.latencies[0]] if report.latencies else []
+    for colour, name in zip(COLOURS, names, strict=False):
+        axes.plot(batches, [latency[name].images_per_s for latency in report.latencies], "o-", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(b) for b in batches])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("batch")
+    axes.set_ylabel(f"images/s, {report.timed_steps} steps")
+    axes.legend(frameon=False, fontsize=9)
+    return _svg(figure, "Throughput against batch")
+
+
+def latency_strips(report: Report) -> str:
+    """Every measured call at the smallest batch, and the medians."""
+    latency = report.latencies[0]
+    figure, axes = _figure(7, 0.9 + 0.4 * len(latency))
+    draw = np.random.default_rng(0)
+    for i, timing in enumerate(latency):
+        times = np.array(timing.samples_ms)
+        axes.plot(times, i + draw.uniform(-0.16, 0.16, len(times)), ".", color=COLOURS[i % len(COLOURS)], alpha=0.5)
+        axes.plot([timing.median_ms] * 2, [i - 0.32, i + 0.32], color=COLOURS[i % len(COLOURS)], linewidth=2)
+    axes.set_yticks(range(len(latency)), [timing.name for timing in latency])
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"ms for a batch of {latency.batch}, {report.timed_steps} steps; line: median")
+    axes.invert_yaxis()
+    return _svg(figure, "Latency samples")
+
+
+def provenance(manifest: Manifest) -> str:
+    """Which file was made from which: sources on the left."""
+    sources = {entry.path: entry.built_from for entry in manifest.files}
+    shown = [path for path, entry in sources.items() if entry or any(path in s for s in sources.values())]
+    depth: dict[str, int] = {}
+
+    def depth_of(path: str) -> int:
+        if path not in depth:
+            depth[path] = 0
+            depth[path] = 1 + max((depth_of(source) for source in sources.get(path, ())), default=-1)
+        return depth[path]
+
+    columns: dict[int, list[str]] = {}
+    for path in shown:
+        columns.setdefault(depth_of(path), []).append(path)
+    tallest = max((len(column) for column in columns.values()), default=1)
+    figure, axes = _figure(3.7 * max(len(columns), 1), 0.6 + 0.34 * tallest)
+    place = {}
+    for x, column in columns.items():
+        for i, path in enumerate(column):
+            place[path] = (x, (i + 0.5) / len(column))
+    for path in shown:
+        for source in place.keys() & sources[path]:
+            (x0, y0), (x1, y1) = place[source], place[path]
+            axes.annotate("", (x1 - 0.02, y1), (x0 + 0.55, y0), arrowprops=_ARROW)
+    for path, (x, y) in place.items():
+        axes.text(x, y, path, fontsize=8, va="center", color="#0f172a", parse_math=False)
+    axes.set_xlim(-0.05, len(columns) - 0.2)
+    axes.set_ylim(1.02, -0.02)
+    axes.axis("off")
+    return _svg(figure, "Provenance of the files")
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    require("matplotlib", extra="report", purpose="a report's figures")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#cbd5e1")
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    return figure, axes
+
+
+def _svg(figure: Any, title: str) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Title": title}, transparent=True)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
