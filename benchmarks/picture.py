@@ -1,6 +1,6 @@
-"""The README's picture: real avatars, the teacher after 35 calls, the student after 1 and after 2.
+"""The README's picture: real avatars, a teacher after 35 calls if there is one, the student after 1 and after 2.
 
-    python benchmarks/picture.py runs/teacher scm-demo/avatars docs/avatars.png
+    python benchmarks/picture.py scm-demo/avatars docs/avatars.png --teacher runs/teacher
 
 A row for each hair colour; every generated column is one seed, and generated pictures share theirs.
 """
@@ -23,19 +23,21 @@ COLUMNS = 6
 
 
 @click.command()
-@click.argument("teacher", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def main(teacher: Path, bundle: Path, out: Path) -> None:
+@click.option("--teacher", type=click.Path(path_type=Path), help="Folder of the diffusion model.")
+def main(bundle: Path, out: Path, teacher: Path | None) -> None:
     """Draw OUT."""
     held_out = load_data(DataConfig(source="avatars", label="hairColor", rows=(10_000, 20_000)))
     classes = held_out.num_classes
     labels = np.repeat(np.arange(classes), COLUMNS)
     assert held_out.labels is not None
     real = [held_out.images[np.flatnonzero(held_out.labels == label)[:COLUMNS]] for label in range(classes)]
-    model = ConsistencyModel.from_pretrained(teacher)
-    noise = torch.from_numpy(draw_noise(model.spec(1), range(len(labels)))[0])
-    grids = [np.concatenate(real), to_uint8(sample_teacher(model, noise, torch.from_numpy(labels)).numpy(), (-1, 1))]
+    grids = [np.concatenate(real)]
+    if teacher is not None:
+        model = ConsistencyModel.from_pretrained(teacher)
+        noise = torch.from_numpy(draw_noise(model.spec(1), range(len(labels)))[0])
+        grids.append(to_uint8(sample_teacher(model, noise, torch.from_numpy(labels)).numpy(), (-1, 1)))
     with Generator.from_pretrained(bundle) as gen:
         for steps in (1, 2):
             images = gen(
@@ -45,7 +47,7 @@ def main(teacher: Path, bundle: Path, out: Path) -> None:
     columns = [make_grid(np.asarray(grid, np.uint8), COLUMNS, scale=2) for grid in grids]
     gap = np.full((columns[0].shape[0], 14, 3), 255, np.uint8)
     save_png(np.concatenate([part for column in columns for part in (column, gap)][:-1], axis=1), out)
-    print(f"{out}: real | teacher, 35 calls | 1 step | 2 steps")
+    print(f"{out}: real |{' teacher, 35 calls |' if teacher else ''} 1 step | 2 steps")
 
 
 if __name__ == "__main__":

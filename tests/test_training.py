@@ -99,6 +99,20 @@ def test_stable_targets_train_and_resume_exactly(npz, tmp_path, objective):
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("changes", [{"objective": "vsd"}, {"objective": "scd", "vsd_weight": 1.0}])
+def test_vsd_runs_resume_exactly(npz, tmp_path, changes):
+    train(config(npz, num_iterations=2), tmp_path / "teacher")
+    run = config(npz, network=None, teacher=str(tmp_path / "teacher"), vsd_steps=2, **changes)
+    model = train(run, tmp_path / "whole")
+    assert model.config.provenance["objective"] == ("vsd" if changes["objective"] == "vsd" else "scd+vsd")
+    with pytest.raises(Stop):
+        train(run, tmp_path / "parts", Hooks(checkpoint_every=2, on_step=stop_at(5)))
+    train(run, tmp_path / "parts", Hooks(checkpoint_every=2))
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(AssertionError):
+        assert_equal_weights(tmp_path / "whole", tmp_path / "teacher")
+
+
 def test_ctrl_c_keeps_what_was_done(npz, tmp_path):
     def interrupt(done):
         if done == 3:
@@ -213,7 +227,7 @@ def test_ema_half_life():
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
         ({"dropout": 2.0}, r"dropout is 2.0, expected a share in \[0, 1\]"),
         ({"objective": "scd"}, "'scd' distils a teacher"),
-        ({"teacher": "x"}, "the other objectives have none"),
+        ({"teacher": "x"}, "'diffusion' and 'sct' have none"),
         ({"network": None}, "needs a network or init_from"),
         ({"seed": -1}, "seed is -1"),
     ],

@@ -152,9 +152,10 @@ class AttentionBlock(nn.Module):
         """Return (B, C, H, W)."""
         B, C, H, W = x_BCHW.shape
         qkv = self.qkv(self.norm(x_BCHW)).reshape(B, 3, self.num_heads, C // self.num_heads, H * W)
-        q, k, v = qkv.unbind(1)  # each (B, heads, channels per head, N)
+        q, k, v = qkv.transpose(-2, -1).unbind(1)  # each (B, heads, N, channels per head)
         scale = (C // self.num_heads) ** -0.5
-        weights = torch.softmax((q * scale).transpose(-2, -1) @ k, dim=-1)
-        h = (v @ weights.transpose(-2, -1)).reshape(B, C, H, W)
+        # Written out, not scaled_dot_product_attention: the tangent needs it. Engines fuse this form.
+        weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
+        h = (weights @ v).transpose(-2, -1).reshape(B, C, H, W)
         out: Tensor = (x_BCHW + self.proj(h)) * math.sqrt(0.5)
         return out

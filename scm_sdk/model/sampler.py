@@ -65,7 +65,8 @@ class Sampler(nn.Module):
             x_t = (sin * sigma_data) * noise
             if x_0 is not None:
                 x_t = cos * x_0 + x_t
-            t_B = torch.full(noise.shape[:1], t, dtype=torch.float32, device=noise.device)
+            dtype = torch.promote_types(noise.dtype, torch.float32)  # never less than float32
+            t_B = torch.full(noise.shape[:1], t, dtype=dtype, device=noise.device)
             F = self.model.network(x_t / sigma_data, t_B, class_labels)
             x_0 = cos * x_t - (sin * sigma_data) * F
         assert x_0 is not None

@@ -9,7 +9,7 @@ import msgspec
 from ..errors import ConfigError
 from ..model.unet import UNetConfig
 
-Objective = Literal["diffusion", "sct", "scd"]
+Objective = Literal["diffusion", "sct", "scd", "vsd"]
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,12 +32,13 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distils a teacher and
-            ``sct`` trains from data alone (Algorithm 1).
+            ``sct`` trains from data alone (Algorithm 1); ``vsd`` is variational score distillation alone.
         data: The images.
         network: The network; None takes the teacher's.
         init_from: Checkpoint folder whose weights start the run, "" for random weights; for ``scd``,
             "" for the teacher's.
-        teacher: Checkpoint folder of the diffusion model that ``scd`` distils.
+        teacher: Checkpoint folder of the diffusion model that ``scd`` and ``vsd`` distil. ``vsd`` takes the
+            exact score of the data instead with ``stable_targets``.
         sigma_data: Standard deviation of the data, data units.
         batch_size: Samples of one iteration.
         num_iterations: Length of the run.
@@ -53,6 +54,13 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         p_std: Standard deviation of ln(sigma).
         stable_targets: Regress onto the mean of all images that may lie behind a noisy sample rather
             than the one that does (``stable_target``); for data sets that fit in memory.
+        vsd_weight: Factor of the VSD loss beside ``scd`` or ``sct``; 0 for none. The paper's is 1.
+        vsd_steps: Sampler steps whose samples VSD looks at, in turn; the paper's is 1.
+        vsd_p_mean: Mean of ln(sigma) of the comparison; the paper's is 0.4.
+        vsd_p_std: Its standard deviation; the paper's is 2.
+        vsd_learning_rate: Peak learning rate of the fake score; 0 for the student's own, as in the paper. A fake
+            score that lags behind lets the student drop modes.
+        vsd_warmup: Iterations in which only the fake score and the weighting learn; 0 where it starts from a teacher.
         label_dropout: Share of samples trained without their label.
         dropout: Dropout of the network, replaces the network's own.
         tangent_norm: Norm of the tangent over one sample; ``l2`` is the paper's, ``rms`` suits
@@ -85,6 +93,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     p_mean: float = -0.8
     p_std: float = 1.4
     stable_targets: bool = False
+    vsd_weight: float = 0.0
+    vsd_steps: int = 1
+    vsd_p_mean: float = 0.4
+    vsd_p_std: float = 2.0
+    vsd_learning_rate: float = 0.0
+    vsd_warmup: int = 0
     label_dropout: float = 0.0
     dropout: float = 0.0
     tangent_norm: Literal["l2", "rms"] = "l2"
@@ -97,21 +111,29 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_iterations", "max_bad_steps", "ema_halflife"):
+        for name in ("batch_size", "num_iterations", "max_bad_steps", "ema_halflife", "vsd_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more.")
-        for name in ("learning_rate", "sigma_data", "p_std", "grad_clip", "tangent_c", "ema_ramp"):
+        for name in ("learning_rate", "sigma_data", "p_std", "grad_clip", "tangent_c", "ema_ramp", "vsd_p_std"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0.")
         for name in ("label_dropout", "dropout", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a share in [0, 1].")
-        if self.warmup_iterations < 0 or self.tangent_warmup < 0:
-            raise ConfigError("warmup_iterations and tangent_warmup cannot be negative.")
-        if (self.objective == "scd") != bool(self.teacher):
+        for name in ("warmup_iterations", "tangent_warmup", "vsd_warmup", "vsd_weight", "vsd_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more.")
+        if self.objective != "vsd" and (self.objective == "scd") != bool(self.teacher):
             raise ConfigError(
                 f"objective is {self.objective!r} and teacher {self.teacher!r}: 'scd' distils a teacher, "
-                "a checkpoint folder; the other objectives have none."
+                "a checkpoint folder; 'diffusion' and 'sct' have none."
+            )
+        if self.objective == "diffusion" and self.vsd_weight:
+            raise ConfigError(f"vsd_weight is {self.vsd_weight} for a diffusion model, expected 0: VSD distils one.")
+        if self.uses_vsd and bool(self.teacher) == self.stable_targets:
+            raise ConfigError(
+                "VSD follows one score: expected a teacher, or stable_targets for the data's exact one, not both and "
+                "not neither."
             )
         if self.stable_targets and self.objective == "scd":
             raise ConfigError(
@@ -121,6 +143,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError("a run needs a network or init_from, a checkpoint folder; both are absent.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}, expected 0 <= seed < 2**32.")
+
+    @property
+    def uses_vsd(self) -> bool:
+        """Whether there is a fake score."""
+        return self.objective == "vsd" or self.vsd_weight > 0
 
     @property
     def first_weights(self) -> str:

@@ -30,6 +30,7 @@ from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss, sa
 from .prepare import Prepared, claimed_folder, resolve
 from .stable_target import StableTarget
 from .state import RunState, load_state, save_state
+from .vsd import Vsd, exact_score, teacher_score
 
 LOG_FILE = "log.jsonl"
 
@@ -128,17 +129,22 @@ def _train(start: Prepared, out: Path, hooks: Hooks) -> ConsistencyModel:
     if start.initial is not None:
         network.load_state_dict(start.initial.network.state_dict())
     average = ConsistencyModel(start.model_config, deepcopy(network)).eval().requires_grad_(False)
-    logvar = LogVariance()
-    parameters = [*network.parameters(), *logvar.parameters()]
-    kind = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.Adam
-    optimizer = kind(parameters, lr=config.learning_rate, betas=config.betas, eps=1e-8)
-    state = RunState(network=network, average=average.network, logvar=logvar, optimizer=optimizer)
-    load_state(out, state)
-    _trim_log(out / LOG_FILE, state.iteration)
-
     teacher = _arrange(start.teacher.network, config) if start.teacher else None
     stable_target = StableTarget(data, sigma_data=config.sigma_data) if config.stable_targets else None
-    compute = loss_function(config, network, teacher, logvar if config.adaptive_weighting else None)
+    logvar, vsd = LogVariance(), _vsd(config, network, teacher, stable_target)
+    heads = [logvar, vsd.logvar] if vsd else [logvar]
+    parameters = [p for module in (network, *heads) for p in module.parameters()]
+    kind = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.Adam
+    optimizer = kind(parameters, lr=config.learning_rate, betas=config.betas, eps=1e-8)
+    state = RunState(
+        network=network,
+        average=average.network,
+        modules={"logvar": logvar, **(vsd.modules() if vsd else {})},
+        optimizers={"optimizer": optimizer, **({"fake_optimizer": vsd.optimizer} if vsd else {})},
+    )
+    load_state(out, state)
+    _trim_log(out / LOG_FILE, state.iteration)
+    compute = loss_function(config, network, teacher, logvar if config.adaptive_weighting else None, vsd)
     window: list[tuple[float, float, float]] = []
     started, bad = time.monotonic() - state.seconds, 0
 
@@ -150,7 +156,7 @@ def _train(start: Prepared, out: Path, hooks: Hooks) -> ConsistencyModel:
     try:
         while state.iteration < config.num_iterations:
             batch = draw_batch(config, data, state.iteration)
-            if stable_target is not None:
+            if stable_target is not None and config.objective != "vsd":
                 batch = stable_target(batch)
             torch.manual_seed((config.seed << 31) + state.iteration)  # dropout
             for group in optimizer.param_groups:
@@ -201,10 +207,31 @@ def _arrange(module: nn.Module, config: TrainConfig) -> nn.Module:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+def _vsd(
+    config: TrainConfig, network: nn.Module, teacher: nn.Module | None, stable_target: StableTarget | None
+) -> Vsd | None:
+    if not config.uses_vsd:
+        return None
+    if teacher is not None:
+        return Vsd(config, teacher, teacher_score(teacher, sigma_data=config.sigma_data))
+    assert stable_target is not None  # TrainConfig refuses VSD without either
+    return Vsd(config, network, exact_score(stable_target, sigma_data=config.sigma_data))
+
+
 def loss_function(
-    config: TrainConfig, network: nn.Module, teacher: nn.Module | None, logvar: LogVariance | None
+    config: TrainConfig,
+    network: nn.Module,
+    teacher: nn.Module | None,
+    logvar: LogVariance | None,
+    vsd: Vsd | None = None,
 ) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
-    """Return ``(batch, iteration) -> (loss, residual)`` for a run, compiled if it asks for that."""
+    """Return ``(batch, iteration) -> (loss, residual)`` for a run, compiled if it asks for that.
+
+    VSD is never compiled: it takes a step of its own. Beside another loss the residual is that one's.
+    """
+    if config.objective == "vsd":
+        assert vsd is not None
+        return lambda batch, iteration: vsd(network, batch, iteration)
     if config.objective == "diffusion":
 
         def diffusion(batch: Batch, warmup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,7 +249,10 @@ def loss_function(
 
     def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         warmup = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
-        return compute(batch, torch.tensor(warmup))
+        loss, residual = compute(batch, torch.tensor(warmup))
+        if vsd is not None:
+            loss = loss + config.vsd_weight * vsd(network, batch, iteration)[0]
+        return loss, residual
 
     return at
 

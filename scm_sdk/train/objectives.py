@@ -60,9 +60,17 @@ class Batch:
     class_labels: Tensor | None
 
 
-def sample_times(count: int, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """Draw times, (B,), radians, float32, with ``ln(sigma_data tan t) ~ N(p_mean, p_std^2)``."""
-    tau = torch.randn(count, generator=generator, dtype=torch.float64) * config.p_std + config.p_mean
+def sample_times(
+    count: int,
+    config: TrainConfig,
+    generator: torch.Generator,
+    *,
+    p_mean: float | None = None,
+    p_std: float | None = None,
+) -> Tensor:
+    """Draw times, (B,), radians, float32, with ``ln(sigma_data tan t) ~ N(p_mean, p_std^2)``, the config's if None."""
+    p_mean, p_std = config.p_mean if p_mean is None else p_mean, config.p_std if p_std is None else p_std
+    tau = torch.randn(count, generator=generator, dtype=torch.float64) * p_std + p_mean
     return torch.arctan(tau.exp() / config.sigma_data).float()
 
 

@@ -30,7 +30,7 @@ class Prepared:
         model_config: The config of the model that it makes.
         data: The images.
         initial: The model whose weights start the run, or None for random weights.
-        teacher: The model that ``scd`` distils, or None.
+        teacher: The model that is distilled, or None.
     """
 
     config: TrainConfig
@@ -75,7 +75,7 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
         provenance={
             "data": f"{Path(config.data.source).name}, label {config.data.label or 'none'}{rows}",
             "license": data.license or "other",
-            "objective": config.objective,
+            "objective": config.objective + ("+vsd" if config.vsd_weight else ""),
             "software": f"scm-sdk {__version__}",
         },
     )

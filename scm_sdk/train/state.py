@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,8 @@ class RunState:
     Attributes:
         network: The weights that are trained.
         average: Their moving average.
-        logvar: The adaptive weight's head.
-        optimizer: With its moments.
+        modules: What else has weights, by name.
+        optimizers: With their moments, by name.
         iteration: Iterations done.
         skipped: Non-finite steps skipped.
         seconds: Seconds of training, over all sittings.
@@ -33,15 +34,15 @@ class RunState:
 
     network: nn.Module
     average: nn.Module
-    logvar: nn.Module
-    optimizer: torch.optim.Optimizer
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer]
     iteration: int = 0
     skipped: int = 0
     seconds: float = 0.0
 
-    def modules(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
         """Return the parts that have a state dict, by the prefix of their tensors."""
-        return {"network": self.network, "average": self.average, "logvar": self.logvar}
+        return {"network": self.network, "average": self.average, **self.modules}
 
 
 def save_state(out: Path, state: RunState) -> None:
@@ -51,12 +52,13 @@ def save_state(out: Path, state: RunState) -> None:
         TrainError: If the disk refuses; the earlier state is still there.
     """
     tensors: dict[str, Tensor] = {}
-    for prefix, module in state.modules().items():
+    for prefix, module in state.parts().items():
         for name, tensor in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = tensor.detach().contiguous()
-    for index, moments in state.optimizer.state_dict()["state"].items():
-        for name, tensor in moments.items():
-            tensors[f"optimizer.{index}.{name}"] = tensor.detach().contiguous()
+    for prefix, optimizer in state.optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            for name, tensor in moments.items():
+                tensors[f"{prefix}.{index}.{name}"] = tensor.detach().contiguous()
     counters = {"iteration": state.iteration, "skipped": state.skipped, "seconds": state.seconds}
     data = save(tensors, metadata={"counters": json.dumps(counters)})
     atomic_write_bytes(out / STATE_FILE, data, error=TrainError)
@@ -75,17 +77,14 @@ def load_state(out: Path, state: RunState) -> None:
         with safe_open(path, framework="pt") as archive:
             counters = json.loads(archive.metadata()["counters"])
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-        for prefix, module in state.modules().items():
-            start = prefix + "."
-            part = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-            module.load_state_dict(part)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
+        for prefix, module in state.parts().items():
+            module.load_state_dict(_below(tensors, prefix))
+        for prefix, optimizer in state.optimizers.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _below(tensors, prefix).items():
+                index, _, key = name.partition(".")
                 moments.setdefault(int(index), {})[key] = tensor
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as exc:
         raise IntegrityError(
             f"{path} cannot be resumed from: {exc}. Delete it to start again, or copy it again."
@@ -95,3 +94,8 @@ def load_state(out: Path, state: RunState) -> None:
         counters["skipped"],
         counters["seconds"],
     )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
