@@ -17,9 +17,12 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with a CUDA GPU: make gpu EXTRAS=gpu,test. There are none yet: exit code 5.
+# On a machine with a CUDA GPU: the tests that need it, and every engine's speed as one JSON file.
+# TensorRT-RTX comes with `test`; for TensorRT too: make gpu EXTRAS=gpu,test,tensorrt.
+gpu: EXTRAS = gpu,test
 gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py --json gpu.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

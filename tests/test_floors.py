@@ -22,21 +22,23 @@ PACKAGES = {
 
 # Lowest first. Units of one line never import each other. Then: what the line may import at module level.
 FLOORS: list[tuple[set[str], set[str]]] = [
-    ({"errors", "_version", "assets", "processor"}, set()),
-    ({"_lazy", "spec", "targets", "files"}, {"msgspec"}),
+    ({"errors", "_version", "assets", "processor", "user_cache"}, set()),
+    ({"_lazy", "spec", "targets", "files", "gpu"}, {"msgspec"}),
     ({"noise", "images", "manifest", "goldens"}, {"msgspec", "numpy"}),
     ({"_bundle_checks", "build_record"}, {"msgspec"}),
+    ({"trt"}, set()),
+    ({"engine_fit", "plan"}, set()),
     ({"bundle"}, {"msgspec"}),
     ({"extend"}, set()),
     ({"model"}, {"msgspec", "numpy", "torch", "safetensors"}),
     ({"train"}, {"filelock", "msgspec", "numpy", "torch", "safetensors"}),
     ({"dispatch", "request", "sources"}, {"msgspec", "numpy"}),
-    ({"measured", "output"}, {"msgspec", "numpy"}),
+    ({"measured", "output", "refusal"}, {"msgspec", "numpy"}),
     ({"opening"}, {"numpy"}),
     ({"generator"}, {"numpy"}),
     ({"evaluate"}, {"msgspec", "numpy"}),
-    ({"report"}, {"numpy"}),
-    ({"runtimes", "export"}, {"numpy", "click", "rich"}),
+    ({"report"}, {"msgspec", "numpy"}),
+    ({"runtimes", "export"}, {"msgspec", "numpy", "click", "rich"}),
 ]
 MAY_NAME_A_BACKEND = {"scm_sdk.dispatch", "scm_sdk.sources"}
 LEVEL = {unit: level for level, (units, _) in enumerate(FLOORS) for unit in units}

@@ -89,7 +89,7 @@ def test_the_wheel_holds_every_module_and_all_data(tmp_path: Path) -> None:
     held = {name for name in names if ".dist-info/" not in name}
     data = {path for path in sources() if path.startswith("scm_sdk/assets/")} | {"scm_sdk/py.typed"}
     assert "scm_sdk/assets/pixel_art_16.npz" in data
-    assert held == sources(".py") | data
+    assert held == sources(".py") | sources(".j2") | data
 
 
 def test_the_licence_is_apache_2_in_full(project: dict[str, Any]) -> None:
