@@ -3,14 +3,16 @@
     python benchmarks/gpu.py --json gpu.json                  # the shipped model
     python benchmarks/gpu.py runs/mine --json gpu.json        # a checkpoint of yours
 
-One JSON file: for each engine its build time, peak memory, size, census and difference from PyTorch, and for each
-batch the raw, interleaved samples. Compare ratios across machines, never milliseconds.
+One JSON file, written anew after each stage: for each engine its build time, peak memory, size, census and difference
+from PyTorch, and for each batch the raw, interleaved samples. A flavour that fails is on record with its reason, the
+others go on; the command then exits 1. Compare ratios across machines, never milliseconds.
 """
 
 import json
 import shlex
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,15 +25,50 @@ from scm_sdk.build_record import Flavour
 from scm_sdk.errors import BackendError
 from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.evaluate.latency import Latency, measure
+from scm_sdk.evaluate.machine import describe_machine
 from scm_sdk.export.chain import build_all
 from scm_sdk.export.engines import EngineVariant, add_engines
 from scm_sdk.files import atomic_write_bytes
 from scm_sdk.generator import Generator
 from scm_sdk.gpu import current_gpu
 from scm_sdk.spec import Precision
-from scm_sdk.targets import resolve_target
+from scm_sdk.targets import Target, resolve_target
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
+
+
+class Report:
+    """What was measured so far, on disk after each stage."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        self.record: dict[str, Any] = {
+            "command": shlex.join(["python", *sys.argv]), "machine": describe_machine(), "gpu": None, "skipped": [],
+            "failures": [], "engines": [], "parity": [], "latency": [],
+        }  # fmt: skip
+
+    def save(self) -> None:
+        """Write it."""
+        if self.out:
+            atomic_write_bytes(self.out, json.dumps(self.record, indent=2, default=str).encode() + b"\n")
+
+    def skip(self, reason: str) -> None:
+        """Keep why something was not tried."""
+        print(f"skip: {reason}")
+        self.record["skipped"].append(reason)
+        self.save()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Keep a failure with its reason instead of ending; whatever happens, save."""
+        print(f"{name} ...")
+        try:
+            yield
+        except Exception as exc:  # what foreign libraries raise on a GPU is not known beforehand
+            print(f"{name} failed: {type(exc).__name__}: {exc}")
+            self.record["failures"].append({"stage": name, "error": f"{type(exc).__name__}: {exc}"})
+        finally:
+            self.save()
 
 
 @click.command()
@@ -43,37 +80,57 @@ FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: int, out: Path | None) -> None:
     """Build, prove and time the engines of CHECKPOINT, the shipped model when absent."""
     gpu = current_gpu()
-    flavours = [flavour for flavour in FLAVOURS if is_installed(flavour)]
-    if gpu is None or not flavours:
+    report = Report(out)
+    installed = [flavour for flavour in FLAVOURS if is_installed(flavour)]
+    if gpu is None or not installed:
         lacking = "no GPU" if gpu is None else "neither tensorrt nor tensorrt_rtx"
         sys.exit(f"this machine has {lacking}, expected a GPU and one of the two. See: scm-export doctor")
+    report.record["gpu"] = vars(gpu)
+    target = resolve_target(gpu.compute_capability)
+    flavours = []
+    for flavour in FLAVOURS:
+        if flavour not in installed:
+            report.skip(f"{flavour} is not installed")
+        elif reason := target.unbuildable(flavour):
+            report.skip(f"{flavour}: {reason}")
+        else:
+            flavours.append(flavour)
     precisions: list[Precision] = ["fp16", "int8"]
-    if float(gpu.compute_capability) >= 8:
-        precisions.append("bf16")
+    precisions += ["bf16"] * ("bf16" in target.precisions)
     with TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        shipped = Path(str(files("scm_sdk.assets") / "avatars"))
-        build_all(checkpoint or shipped, bundle, precisions=precisions, steps=[steps],
-                  max_batch=max(batches), on_stage=print)  # fmt: skip
-        engines = []
+        source = checkpoint or Path(str(files("scm_sdk.assets") / "avatars"))
+        with report.stage("graphs"):
+            build_all(source, bundle, precisions=precisions, steps=[steps], max_batch=max(batches), on_stage=print)
         for flavour in flavours:
-            engines += add_engines(bundle, [resolve_target(gpu.compute_capability)], flavour=flavour, on_engine=_show)
-        parity = validate_bundle(bundle, backends=flavours)
-        latencies = _time(bundle, flavours, ["fp32", *precisions], batches, rounds)
-    for latency in latencies:
-        for timing in latency:
-            print(f"batch {latency.batch:>3}  {timing.name:<20} median {timing.median_ms:8.3f} ms  "
-                  f"{timing.images_per_s:8.0f} images/s  {timing.speedup:5.2f}x of PyTorch")  # fmt: skip
-    if out:
-        record = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": latencies[0].machine,
-            "gpu": vars(gpu),
-            "engines": [engine.to_dict() for engine in engines],
-            "parity": [each.to_dict() for each in parity],
-            "latency": [latency.to_dict() for latency in latencies],
-        }
-        atomic_write_bytes(out, json.dumps(record, indent=2).encode() + b"\n")
+            _prove(report, bundle, target, flavour)
+        with report.stage("latency"):
+            for batch, latency in _time(report, bundle, flavours, ["fp32", *precisions], batches, rounds):
+                report.record["latency"].append(latency.to_dict())
+                report.save()
+                for timing in latency:
+                    print(f"batch {batch:>3}  {timing.name:<20} median {timing.median_ms:8.3f} ms  "
+                          f"{timing.images_per_s:8.0f} images/s  {timing.speedup:5.2f}x of PyTorch")  # fmt: skip
+    if report.record["failures"]:
+        sys.exit(f"{len(report.record['failures'])} stages failed; the rest is in {out}")
+
+
+def _prove(report: Report, bundle: Path, target: Target, flavour: Flavour) -> None:
+    """Build one flavour's engines and hold them against PyTorch; what was done before a failure is kept."""
+
+    def keep(engine: EngineVariant) -> None:
+        _show(engine)
+        report.record["engines"].append(engine.to_dict())
+        report.save()
+
+    with report.stage(f"{flavour} engines"):
+        add_engines(bundle, [target], flavour=flavour, on_engine=keep, on_skip=report.skip)
+    with report.stage(f"{flavour} parity"):
+        results = validate_bundle(
+            bundle, backends=[flavour], on_result=lambda parity: report.record["parity"].append(parity.to_dict())
+        )
+        for parity in results:
+            parity.raise_if_failed()
 
 
 def _show(engine: EngineVariant) -> None:
@@ -82,8 +139,13 @@ def _show(engine: EngineVariant) -> None:
 
 
 def _time(
-    bundle: Path, flavours: list[Flavour], precisions: list[Precision], batches: tuple[int, ...], rounds: int
-) -> list[Latency]:
+    report: Report,
+    bundle: Path,
+    flavours: Sequence[Flavour],
+    precisions: Sequence[Precision],
+    batches: Sequence[int],
+    rounds: int,
+) -> Iterator[tuple[int, Latency]]:
     """Time everything that opens here; PyTorch on the GPU comes first, ratios refer to it."""
     wanted: list[dict[str, Any]] = [
         {"backend": "torch", "device": "cuda"}, {"backend": "onnxruntime", "device": "cuda", "precision": "fp32"},
@@ -96,8 +158,9 @@ def _time(
             try:
                 opened[name] = stack.enter_context(Generator.from_pretrained(bundle, verify="none", **options))
             except BackendError as exc:
-                print(f"{name} is left out: {exc}")
-        return [measure(opened, batch=batch, rounds=rounds) for batch in batches]
+                report.skip(f"{name} is not timed: {exc}")
+        for batch in batches:
+            yield batch, measure(opened, batch=batch, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,15 @@ class Target:
         more = [name for name, since in (("bf16", (8, 0)), ("fp8", (8, 9))) if version >= since]
         return ("fp32", "fp16", "int8", *more)
 
+    def unbuildable(self, flavour: str) -> str:
+        """Return why a flavour builds no engine for it at all, or ""."""
+        if flavour == "tensorrt_rtx" and not self.ahead_of_time:
+            return (
+                f"TensorRT-RTX cannot build for {self.name} ({self.compute_capability}), only for compute capability "
+                f"{', '.join(AHEAD_OF_TIME)}"
+            )
+        return ""
+
     def lacks(self, precision: str, flavour: str) -> str:
         """Return why engines of a precision are not built for it, or "".
 
@@ -83,6 +92,7 @@ _BOARDS = {
     },
     "9.0": {"h100": "H100", "h200": "H200", "gh200": "GH200"},
     "10.0": {"b200": "B200", "gb200": "GB200"},
+    "10.3": {"b300": "B300", "gb300": "GB300"},
     "11.0": {"thor": "Jetson Thor"},
     "12.0": {"rtx5070": "GeForce RTX 5070", "rtx5090": "GeForce RTX 5090", "rtxpro6000": "RTX PRO 6000 Blackwell"},
     "12.1": {"spark": "DGX Spark (GB10)"},

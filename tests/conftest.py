@@ -85,6 +85,15 @@ def bundle_copy(made_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made_bundle, tmp_path / "toy"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def session_cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep what fixtures of a module or the session build out of the user's cache: they run before ``cache_home``."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("session-cache")
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home
+
+
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep what tests measure out of the user's cache, and the user's cache out of the tests."""

@@ -1,6 +1,7 @@
 """Whether an engine may run here: one answer for plans and backends, each refusal with its remedy."""
 
 import dataclasses
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ from scm_sdk.engine_fit import EngineHost, doubt, installed_version, is_trusted,
 from scm_sdk.gpu import Gpu, current_gpu, gpus
 from scm_sdk.manifest import Artifact, EngineFacts, ParityRecord
 from scm_sdk.trt import version_tuple
+from scm_sdk.user_cache import cache_folder
 
 A10 = Gpu(index=0, name="NVIDIA A10", compute_capability="8.6", memory_bytes=24 << 30, driver="13.0")
 FACTS = EngineFacts(
@@ -88,6 +90,16 @@ def test_this_machine_is_described_without_loading_anything() -> None:
     assert isinstance(gpus(), tuple)
     assert version_tuple("1.7.1.116") == (1, 7, 1, 116)
     assert installed_version("tensorrt_rtx") is None or version_tuple(str(installed_version("tensorrt_rtx"))) >= (1, 7)
+
+
+@pytest.fixture(scope="module")
+def where_a_fixture_of_a_module_builds() -> Path:
+    return cache_folder()
+
+
+def test_no_fixture_builds_into_the_users_cache(where_a_fixture_of_a_module_builds: Path, tmp_path: Path) -> None:
+    """Those of a module run before ``cache_home``; what they built lay in the real cache and was not trusted."""
+    assert where_a_fixture_of_a_module_builds.is_relative_to(tmp_path.parents[1])
 
 
 @pytest.fixture

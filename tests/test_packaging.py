@@ -120,3 +120,17 @@ def test_two_commands_and_ci_run_the_same_thing() -> None:
     assert ci.stat().st_mode & 0o111, ".ci/run must be executable"
     lines = [line for line in ci.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     assert lines[-1].split()[-2:] == ["make", "test"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_each_set_of_extras_is_installed_though_another_was(tmp_path: Path) -> None:
+    (tmp_path / ".ready-cpu,test").touch()
+
+    def would_do(target: str) -> str:
+        command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={tmp_path}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert "pip install" not in would_do("test")
+    gpu = would_do("gpu")
+    assert '".[gpu,test,tensorrt]"' in gpu and "uninstall -qq --yes onnxruntime onnxruntime-gpu" in gpu
+    assert gpu.index("pytest -m gpu; tests=$?") < gpu.index("benchmarks/gpu.py") < gpu.index("exit $tests")
