@@ -23,7 +23,7 @@ from scm_sdk.spec import Precision, SamplerSpec
 from scm_sdk.trt import load_flavour
 
 from .builder import Build, Progress
-from .census import Census, mismatches, planned_census, take_census
+from .census import Census, doubts, mismatches, planned_census, take_census
 from .compose import SPEC_KEY
 from .engine_options import EngineOptions
 from .precision import PRECISION_KEY
@@ -73,7 +73,7 @@ def build_engine(
     gpu = _check_gpu(options)
     build = Build(library, graph, spec, options, timing_cache, progress)
     engine = build.run()
-    census, planned, odd = _census(library, build, model, engine)
+    census, planned, odd, unsure = _census(library, build, model, engine)
     if odd and not allow_mismatch:
         raise ExportError(
             f"the engine is not what the graph asks for: {'; '.join(odd)}. Built: {census}. Do not ship it; or, if you "
@@ -98,7 +98,7 @@ def build_engine(
         inputs=tuple(EngineTensor(name=t.name, dtype=t.dtype, shape=(-1, *t.shape)) for t in spec.inputs),
         outputs=(EngineTensor(name=spec.output_name, dtype="float32", shape=(-1, *spec.image_shape)),),
         options=_plain(options),
-        census=_plain({"planned": planned, "built": census, "mismatches": odd}),
+        census=_plain({"planned": planned, "built": census, "mismatches": odd, "doubts": unsure}),
         seconds={name: round(value, 3) for name, value in build.seconds.items()},
         peak_memory_bytes=int((peak_rss_mib() or 0) * 2**20),
         warnings=tuple(build.log.warnings()),
@@ -147,14 +147,19 @@ def _check_gpu(options: EngineOptions) -> str:
     return gpu.name if gpu is not None else ""
 
 
-def _census(library: Any, build: Build, model: ir.Model, engine: bytes) -> tuple[Census | None, Census, list[str]]:
+def _census(
+    library: Any, build: Build, model: ir.Model, engine: bytes
+) -> tuple[Census | None, Census, list[str], list[str]]:
+    """Return what was built, what was planned, how the two differ, and what could not be seen."""
     planned, _, _ = planned_census(model)
     census = take_census(model, (text for _, text in build.log.messages))
-    if census is None and build.options.flavour == "tensorrt":  # on the GPU the engine itself can be asked
-        loaded = library.Runtime(build.log).deserialize_cuda_engine(engine)
+    tensorrt = build.options.flavour == "tensorrt"
+    if census is None and tensorrt:  # on the GPU the engine itself can be asked
+        runtime = library.Runtime(build.log)  # an engine does not keep its runtime
+        loaded = runtime.deserialize_cuda_engine(engine)
         if loaded is not None:
             inspector = loaded.create_engine_inspector()
             census = take_census(model, [inspector.get_engine_information(library.LayerInformationFormat.ONELINE)])
-    if census is None:
-        return None, planned, ["the builder named no kernels, so nothing is known about them"]
-    return census, planned, mismatches(planned, census)
+    wrong = mismatches(planned, census) if census is not None else []
+    unsure = doubts(planned, census) if census is not None else ["no kernel is named, so nothing is known about them"]
+    return (census, planned, wrong, unsure) if tensorrt else (census, planned, wrong + unsure, [])

@@ -27,7 +27,7 @@ from scm_sdk.errors import (
 )
 from scm_sdk.export import engine_cache
 from scm_sdk.export.build_errors import explain
-from scm_sdk.export.census import Census, mismatches, parse_kernels, planned_census, take_census
+from scm_sdk.export.census import Census, doubts, mismatches, parse_kernels, planned_census, take_census
 from scm_sdk.export.cli import main
 from scm_sdk.export.engine import build_engine
 from scm_sdk.export.engine_options import EngineOptions
@@ -361,7 +361,7 @@ def test_a_census_sees_a_convolution_in_the_wrong_type(graphs: Path) -> None:
     assert census is not None and census.convolutions == {"Float": len(types)}
     (wrong,) = mismatches(planned, census)
     assert f"{len(types)} convolutions run in another type" in wrong
-    unfused = mismatches(Census(convolutions={}, attention=2, attention_fused=2), census)
+    unfused = doubts(Census(convolutions={}, attention=2, attention_fused=2), census)
     assert unfused[-1].endswith("of 2 attention blocks are one kernel")
     assert str(census).startswith(f"{len(types)} of {len(types)} convolutions Float")
     (kernel, *_) = parse_kernels(lines)
@@ -384,3 +384,49 @@ def test_a_1x1_convolution_may_become_a_matrix_product(graphs: Path) -> None:
     ]
     census = take_census(model, lines)
     assert census is not None and census.convolutions == planned.convolutions == {"Half": len(types)}
+
+
+def tensorrt_line(names: list[str], data: str, weights: str, kind: str = "CaskConvolution") -> str:
+    """A kernel as TensorRT 10's documentation and users' logs show it; written here, not run here."""
+    tensor = f"Location: Device, Dimensions: [1,8,8,8], Format/Datatype: {data}"
+    nodes = "\x1e".join(f"[ONNX Layer: {name}]" for name in names)
+    return (
+        f"Name: {' + '.join(names)}, LayerType: {kind}, Inputs: [ {{ Name: x, {tensor} }}], Outputs: [ {{ Name: y, "
+        f'{tensor} }}], ParameterType: Convolution, Kernel: [3,3], OutMaps: 8, Groups: 1, Weights: {{"Type": '
+        f'"{weights}", "Count": 576}}, Bias: {{"Type": "Float", "Count": 8}}, HasBias: 1, Activation: NONE, '
+        f"TacticName: sm80_xmma_fprop_implicit_gemm, TacticValue: 0x9251329244d2a80b, StreamId: 0, Metadata: {nodes}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "weights", "kind", "found"),
+    [
+        ("Half", "Half", "CaskConvolution", "Half"),
+        ("Channel major FP16 format where channel % 8 == 0", "Half", "CaskConvolution", "Half"),
+        ("Thirty-two wide channel vectorized row major Int8 format", "Int8", "CaskConvolution", "Int8"),
+        ("Thirty-two wide channel vectorized row major Int8 format.", "Int8", "CaskGemmConvolution", "Int8"),
+        ("Row major linear FP32", "Float", "CaskFlattenConvolution", "Float"),
+        ("Row major linear BF16 format", "BFloat16", "CaskGemmMatrixMultiply", "BFloat16"),
+        ("Row major linear FP16 format", "Int8", "CaskConvolution", "Half"),
+    ],
+)
+def test_tensorrts_own_lines_are_read(data: str, weights: str, kind: str, found: str) -> None:
+    (kernel,) = parse_kernels([f"Layers:\n{tensorrt_line(['pre/act', 'a/conv'], data, weights, kind)}\n\nBindings:\nx"])
+    assert kernel.computes_convolution and kernel.type == found
+    assert kernel.nodes == ("pre/act", "a/conv"), "U+001E between them ends no line"
+    (copy,) = parse_kernels([tensorrt_line(["a/conv"], data, weights, "Reformat")])
+    assert not copy.computes_convolution
+
+
+def test_what_no_kernel_names_is_a_doubt_and_a_wrong_type_a_mismatch(graphs: Path) -> None:
+    model = read_model(graph(graphs, "int8"))
+    planned, types, _ = planned_census(model)
+    first, *others = types
+    int8, half = ("Thirty-two wide channel vectorized row major Int8 format", "Int8"), ("Half", "Half")
+    lines = [tensorrt_line([n], *(int8 if types[n] == "Int8" else half)) for n in others]
+    census = take_census(model, ["Layers:\n" + "\n".join(lines)])
+    assert census is not None and census.unseen == (first,) and mismatches(planned, census) == []
+    assert doubts(planned, census)[0] == f"1 convolutions are named by no kernel ({first})"
+    wrong = take_census(model, [*lines, tensorrt_line([first], "Row major linear FP32", "Float")])
+    assert wrong is not None and wrong.odd == (f"{first}: Float, not {types[first]}",) and wrong.unseen == ()
+    assert len(mismatches(planned, wrong)) == 1

@@ -110,6 +110,7 @@ def summary(variant: EngineVariant) -> str:
         "unchanged" if variant.unchanged else "from the cache" if variant.cached else f"{record.seconds['build']:.1f} s"
     )
     odd = "".join(f"; MISMATCH: {text}" for text in record.census.get("mismatches", []))
+    odd += "".join(f"; not seen: {text}" for text in record.census.get("doubts", []))
     return (
         f"{variant.path}: {record.engine_bytes / 1e6:.1f} MB, {how}, {', '.join(facts.compute_capabilities)}, "
         f"batch {'/'.join(map(str, facts.batch))}; {census}{odd}"
