@@ -7,9 +7,10 @@ graph or an engine, and either compares there or sends its outputs back.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,9 +19,11 @@ from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ParityError
 from scm_sdk.evaluate.difference import Difference, difference
 from scm_sdk.evaluate.gate import MIN_PSNR_DB
-from scm_sdk.evaluate.parity import ROUNDING_FLOOR
+from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR
+from scm_sdk.evaluate.reference import noise_floor
 from scm_sdk.generator import Generator
-from scm_sdk.spec import SamplerSpec
+from scm_sdk.manifest import Artifact
+from scm_sdk.spec import Precision, SamplerSpec
 
 from .feeds import feeds_of
 
@@ -44,7 +47,13 @@ class Handover:
 
 
 def write_handover(
-    path: str | os.PathLike[str], folder: Path, *, steps: int, num_samples: int = 32, batch: int = 8
+    path: str | os.PathLike[str],
+    folder: Path,
+    *,
+    steps: int,
+    precision: str = "fp32",
+    num_samples: int = 32,
+    batch: int = 8,
 ) -> Handover:
     """Write inputs and PyTorch's outputs for some seeds.
 
@@ -52,16 +61,17 @@ def write_handover(
         path: The bundle.
         folder: Where the two files go.
         steps: Number of steps.
+        precision: Which graph the command runs.
         num_samples: Seeds 0, 1, ...
         batch: Samples in one iteration of Polygraphy.
 
     Raises:
         BackendUnavailable: If polygraphy or torch is not installed.
-        ConfigError: If the bundle has no such sampler.
+        ConfigError: If the bundle has no such sampler or graph.
     """
     json, comparator = _polygraphy()
     bundle = Bundle.open(path)
-    spec = bundle.spec(steps)
+    spec, graph = bundle.spec(steps), _graph(bundle, steps, precision)
     size = min(batch, spec.max_batch)
     feeds = [feeds_of(spec, range(at, min(at + size, num_samples))) for at in range(0, num_samples, size)]
     outputs = []
@@ -70,15 +80,15 @@ def write_handover(
         for each in feeds:
             images = backend.sample(*_split(spec, each))
             outputs.append(comparator.IterationResult(outputs={spec.output_name: images}, runner_name=_RUNNER))
+        threshold = _threshold(bundle, gen, steps)
     folder.mkdir(parents=True, exist_ok=True)
     json.save_json(feeds, str(folder / INPUTS), "inputs of scm-sdk")
     comparator.RunResults([(_RUNNER, outputs)]).save(str(folder / REFERENCE))
-    graph = next(a.path for a in bundle.artifacts(format="onnx", precision="fp32") if a.num_inference_steps == steps)
-    command = (
-        f"polygraphy run {graph} --trt --load-inputs {INPUTS} --load-outputs {REFERENCE} --atol 1e-3 --rtol 1e-3 "
-        "--save-outputs outputs.json"
-    )
-    return Handover(inputs=folder / INPUTS, reference=folder / REFERENCE, command=command)
+    arguments = ["polygraphy", "run", graph.path, "--trt", "--strongly-typed", *_profile(spec, size)]
+    arguments += ["--load-inputs", INPUTS, "--save-outputs", "outputs.json"]
+    if graph.precision == "fp32":  # a lower one is judged by its PSNR, which Polygraphy does not know
+        arguments += ["--load-outputs", REFERENCE, "--atol", f"{threshold * spec.sigma_data:.1e}", "--rtol", "0"]
+    return Handover(inputs=folder / INPUTS, reference=folder / REFERENCE, command=shlex.join(arguments))
 
 
 def check_outputs(
@@ -90,22 +100,26 @@ def check_outputs(
         path: The bundle.
         outputs: Its file, made from our inputs.
         steps: Number of steps.
-        precision: What ran; decides the gate.
+        precision: What ran; decides the gate. That of fp32 is the one that ``validate`` recorded, derived anew where
+            nothing is recorded.
         inputs: The inputs; None looks for ``inputs.json`` beside the outputs.
 
     Returns:
         The difference from PyTorch for each of Polygraphy's runners.
 
     Raises:
-        ConfigError: If the files do not belong together or to this sampler.
+        ConfigError: If the files do not belong together or to this sampler, or there is no such precision.
         ParityError: If a runner's outputs are too far off.
     """
     json, comparator = _polygraphy()
-    spec = Bundle.open(path).spec(steps)
+    _check_precision(precision)
+    bundle = Bundle.open(path)
+    spec = bundle.spec(steps)
     feeds = _load(lambda: json.load_json(str(inputs or outputs.with_name(INPUTS))), inputs or outputs.with_name(INPUTS))
     results = _load(lambda: comparator.RunResults.load(str(outputs)), outputs)
     with Generator.from_pretrained(path, backend="torch", num_inference_steps=steps, verify="none") as gen:
         wanted = np.concatenate([gen.opened().backend.sample(*_split(spec, each)) for each in feeds])
+        threshold = _threshold(bundle, gen, steps) if precision == "fp32" else None
     found = {}
     for runner, iterations in results:
         arrays = [np.asarray(iteration[spec.output_name]) for iteration in iterations if spec.output_name in iteration]
@@ -116,22 +130,58 @@ def check_outputs(
                 f"samples of {INPUTS}. Run polygraphy with --load-inputs {INPUTS}."
             )
         found[runner] = difference(got.astype(np.float32), wanted, range(len(got)), spec)
-        _gate(runner, found[runner], precision)
+        _gate(runner, found[runner], precision, threshold)
     return found
 
 
-def _gate(runner: str, found: Difference, precision: str) -> None:
+def _gate(runner: str, found: Difference, precision: str, threshold: float | None) -> None:
     least = MIN_PSNR_DB.get(precision)
     if not found.finite or (least is not None and found.psnr_db < least):
         raise ParityError(
             f"{runner} differs from torch with PSNR {found.psnr_db:.1f} dB, expected at least {least or 0:.0f} dB for "
             f"{precision} and finite numbers. Do not ship it; look at seed {found.worst_seed}."
         )
-    if least is None and found.max_abs > (allowed := 100 * ROUNDING_FLOOR):
+    if threshold is not None and found.max_abs > threshold:
         raise ParityError(
-            f"{runner} differs from torch by {found.max_abs:.1e} sigma_data, expected at most {allowed:.0e} between "
+            f"{runner} differs from torch by {found.max_abs:.1e} sigma_data, expected at most {threshold:.1e} between "
             f"two right fp32 programs. Do not ship it; look at seed {found.worst_seed}."
         )
+
+
+def _graph(bundle: Bundle, steps: int, precision: str) -> Artifact:
+    _check_precision(precision)
+    graphs = [a for a in bundle.artifacts(format="onnx") if a.num_inference_steps == steps]
+    found = next((a for a in graphs if a.precision == precision), None)
+    if found is None:
+        there = ", ".join(a.precision for a in graphs) or "none"
+        raise ConfigError(
+            f"{bundle.path} has no {precision} graph of {steps} steps (it has {there}), expected one to hand over. "
+            "Make it: scm-export onnx, then scm-export precision or quantize."
+        )
+    return found
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision is {precision!r}, expected one of {', '.join(get_args(Precision))}.")
+
+
+def _threshold(bundle: Bundle, reference: Generator, steps: int) -> float:
+    """Return the largest difference of fp32, units of sigma_data: the strictest that ``validate`` recorded."""
+    paths = [a.path for a in bundle.artifacts(format="onnx", precision="fp32") if a.num_inference_steps == steps]
+    recorded = [r.threshold for r in bundle.manifest.parity if r.artifact in paths and r.gate == "max_abs"]
+    if recorded:
+        return min(recorded)
+    return max(ROUNDING_FLOOR, FLOOR_FACTOR * noise_floor(reference, num_inference_steps=steps))
+
+
+def _profile(spec: SamplerSpec, size: int) -> list[str]:
+    """Return the shapes of one optimization profile; without it Polygraphy builds for a batch of 1."""
+    arguments = []
+    for name, batch in (("min", 1), ("opt", size), ("max", spec.max_batch)):
+        shapes = (f"{tensor.name}:[{','.join(map(str, (batch, *tensor.shape)))}]" for tensor in spec.inputs)
+        arguments += [f"--trt-{name}-shapes", *shapes]
+    return arguments
 
 
 def _split(spec: SamplerSpec, feeds: Any) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:

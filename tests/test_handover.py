@@ -1,5 +1,6 @@
 """Polygraphy re-checks us from files alone, and its outputs are judged by our gate: both ways, by its own command."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ParityError
 from scm_sdk.export.cli import main
 from scm_sdk.export.handover import check_outputs, write_handover
+from scm_sdk.manifest import ParityRecord
 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'scm-sdk[polygraphy]'")
 
@@ -61,3 +64,45 @@ def test_files_that_do_not_belong_together(unet_bundle: Path, folder: Path, tmp_
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match=r"broken.json cannot be read"):
         check_outputs(unet_bundle, tmp_path / "broken.json", steps=2)
+
+
+def option(words: list[str], name: str) -> list[str]:
+    """Return what follows an option, up to the next one."""
+    rest = words[words.index(name) + 1 :]
+    return rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+
+
+def test_the_command_builds_for_the_batches_that_it_feeds(unet_bundle: Path, tmp_path: Path) -> None:
+    """Without a profile Polygraphy sets the batch to 1, and then refuses our inputs of several."""
+    words = shlex.split(write_handover(unet_bundle, tmp_path, steps=2, num_samples=7).command)
+    for name, batch in (("min", 1), ("opt", 5), ("max", 5)):
+        image = f"[{batch},3,8,8]"
+        wanted = [f"noise_0:{image}", f"noise_1:{image}", f"class_labels:[{batch}]"]
+        assert option(words, f"--trt-{name}-shapes") == wanted
+    (atol,) = option(words, "--atol")
+    assert 5e-6 <= float(atol) < 5e-5, "the derived threshold, in data units"
+    tool = str(Path(sys.executable).with_name("polygraphy"))
+    done = subprocess.run([tool, *words[1:], "--gen-script", "-"], cwd=tmp_path, capture_output=True, text=True)
+    assert "min=[1, 3, 8, 8], opt=[5, 3, 8, 8], max=[5, 3, 8, 8]" in done.stdout, done.stdout + done.stderr
+
+
+def test_fp32_is_held_to_the_threshold_on_record(unet_copy: Path, folder: Path) -> None:
+    polygraphy(folder, unet_copy / "onnx/fp32/2step/model.onnx", "--save-outputs", "right.json")
+    (found,) = check_outputs(unet_copy, folder / "right.json", steps=2).values()
+    assert 0 < found.max_abs < 1e-5, "by the threshold that is derived where none is recorded"
+    record = ParityRecord(
+        artifact="onnx/fp32/2step/model.onnx", reference="denoiser", backend="onnxruntime", threshold=1e-12,
+        noise_floor=0, max_abs=0, num_samples=1, passed=True,
+    )  # fmt: skip
+    Bundle.open(unet_copy).with_parity(record)
+    with pytest.raises(ParityError, match=r"expected at most 1\.0e-12"):
+        check_outputs(unet_copy, folder / "right.json", steps=2)
+
+
+def test_what_cannot_be_handed_over(unet_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"precision is 'fp61', expected one of fp32, "):
+        check_outputs(unet_bundle, folder / "reference.json", steps=2, precision="fp61")
+    with pytest.raises(ConfigError, match=r"has no fp16 graph of 2 steps \(it has fp32\)"):
+        write_handover(unet_bundle, tmp_path, steps=2, precision="fp16")
+    with pytest.raises(ConfigError, match=r"has no fp32 graph of 3 steps \(it has none\)"):
+        write_handover(unet_bundle, tmp_path, steps=3)

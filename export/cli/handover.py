@@ -15,7 +15,11 @@ from .common import json_option, print_json, say
 @click.option("--steps", type=click.IntRange(1, 64), default=2)
 @click.option("--num-samples", type=click.IntRange(1), default=32)
 @click.option("--check", "outputs", type=click.Path(path_type=Path), help="Judge this file of --save-outputs instead.")
-@click.option("--precision", default="fp32", help="What ran there; decides the gate.")
+@click.option(
+    "--precision",
+    default="fp32",
+    help="Which graph is handed over; with --check what ran there, which decides the gate.",
+)
 @json_option
 def handover(
     bundle: Path, out: Path, steps: int, num_samples: int, outputs: Path | None, precision: str, as_json: bool
@@ -24,7 +28,7 @@ def handover(
 
     \b
     scm-export handover avatars -o handover
-    polygraphy run model.onnx --trt --load-inputs inputs.json --load-outputs reference.json --save-outputs outputs.json
+    polygraphy run model.onnx --trt --trt-min-shapes ... (the whole command is printed)
     scm-export handover avatars --check handover/outputs.json --precision fp16
     """
     from ..handover import check_outputs, write_handover
@@ -36,7 +40,7 @@ def handover(
         if as_json:
             print_json({runner: gap.to_dict() for runner, gap in found.items()})
         return
-    written = write_handover(bundle, out, steps=steps, num_samples=num_samples)
+    written = write_handover(bundle, out, steps=steps, precision=precision, num_samples=num_samples)
     say(f"wrote {written.inputs} and {written.reference}; beside them and the graph:\n  {written.command}")
     if as_json:
         print_json({name: str(value) for name, value in vars(written).items()})
