@@ -16,6 +16,7 @@ from scm_sdk import Generator
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ParityError, ShapeError
 from scm_sdk.evaluate.difference import difference, ssim
+from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR, compare
 from scm_sdk.evaluate.reference import noise_floor, run_reference
 from scm_sdk.manifest import Manifest
@@ -254,3 +255,9 @@ def test_each_rung_is_also_held_against_the_one_below(ort: Generator, reference:
     assert second.rung == "onnx/fp32/2step/model.onnx on onnxruntime"
     assert second.step is not None and second.step.max_abs == 0, "the same graph twice"
     assert second.to_dict()["step"]["max_abs"] == 0 and "images" not in second.to_dict()
+
+
+def test_validation_makes_as_many_seeds_as_the_largest_batch_needs(unet_copy: Path) -> None:
+    """With 32 seeds asked for and a largest batch of 64, or two and five, the default must not refuse itself."""
+    results = validate_bundle(unet_copy, precisions=["fp32"], num_seeds=2)
+    assert all(results) and {each.num_samples for each in results} == {5}

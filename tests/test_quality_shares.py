@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from scm_sdk.errors import ConfigError, ShapeError
+from scm_sdk.errors import ConfigError, ParityError, ShapeError
 from scm_sdk.evaluate.distances import kernel_distance, kernel_distance_delta, precision_recall
+from scm_sdk.evaluate.quality import Quality
+from scm_sdk.evaluate.scoring import Score
 from scm_sdk.export.cli import main
 
 DRAW = np.random.default_rng(0)
@@ -82,5 +84,28 @@ def test_precisions_are_compared_seed_by_seed_and_gated(tmp_path: Path) -> None:
     assert full["kid_delta"] is None and 0 <= full["recall"] <= full["precision"] + 1 <= 2
     low, high = half["kid_delta_interval"]
     assert low <= half["kid_delta"] <= high and high - low < 0.2 * (full["kid_interval"][1] - full["kid_interval"][0])
+    undecided = CliRunner().invoke(main, [*arguments, "--max-kid-delta", str(half["kid_delta"])])
+    assert undecided.exit_code == 3 and "undecided, not passed" in undecided.stderr, undecided.output
     failed = CliRunner().invoke(main, [*arguments, "--max-kid-delta", "-1"])
     assert failed.exit_code == 3 and "above the first precision" in failed.stderr
+    assert "Keep more of it in a higher precision" in failed.stderr
+
+
+def test_a_gate_that_would_compare_nothing_is_refused(tmp_path: Path) -> None:
+    run = CliRunner().invoke(main, ["evaluate", str(tmp_path), "--precision", "int8", "--max-kid-delta", "0.01"])
+    assert run.exit_code == 2 and "only one is given" in run.stderr
+
+
+def test_the_gate_passes_only_what_is_surely_good() -> None:
+    def score(delta: float, low: float, high: float) -> Score:
+        quality = Quality(
+            metric="FD", num_generated=64, num_reference=64, fd=1, fd_floor=1, fd_floor_source="halves", kid=0,
+            kid_interval=(0, 0), precision=1, recall=1, kid_delta=delta, kid_delta_interval=(low, high),
+        )  # fmt: skip
+        return Score(sampler="int8", network_calls=1, quality=quality)
+
+    score(0.001, -0.001, 0.003).raise_if_worse(0.003)
+    with pytest.raises(ParityError, match="undecided, not passed"):
+        score(0.001, -0.001, 0.003).raise_if_worse(0.002)
+    with pytest.raises(ParityError, match="Keep more of it"):
+        score(0.004, 0.003, 0.005).raise_if_worse(0.002)

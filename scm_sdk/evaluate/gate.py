@@ -13,7 +13,7 @@ from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
 from ..generator import Generator
 from ..spec import Precision
 from .parity import Parity, compare
-from .reference import NUM_SEEDS, run_reference
+from .reference import NUM_SEEDS, SPLITS, run_reference
 
 MIN_PSNR_DB: Mapping[str, float] = {"fp16": 60.0, "bf16": 45.0, "int8": 40.0, "int8-cpu": 35.0, "fp8": 35.0}
 """Least PSNR of each lower precision, dB over the declared value range. 60 dB is a quarter of a level of
@@ -42,7 +42,7 @@ def validate_bundle(
         path: The bundle.
         backends: Candidates; () is every backend that can run here. One that is named must run.
         precisions: Only these; () is all.
-        num_seeds: Samples for each batch split, at least the largest batch.
+        num_seeds: Samples for each batch split; more where the largest batch needs more.
         batches: Batch splits, None among them is the largest; None is 1, 3 and the largest.
         threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
         min_psnr_db: Least PSNR of lower precisions, dB; None is ``MIN_PSNR_DB``.
@@ -78,7 +78,8 @@ def validate_bundle(
         below: Parity | None = None
         with Generator.from_pretrained(path, backend="torch", num_inference_steps=steps, verify="none") as reference:
             most = reference.opened().spec.max_batch
-            seeds = range(max(num_seeds, *(most if size is None else size for size in batches or ()), 1))
+            sizes = SPLITS if batches is None else batches
+            seeds = range(max([num_seeds, *(most if size is None else size for size in sizes)]))
             run = run_reference(reference, seeds=seeds, batches=batches)
         for backend, precision in pairs:
             least = None if precision == "fp32" else _least_psnr(precision, min_psnr_db, reason)

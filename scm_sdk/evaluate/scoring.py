@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ParityError
 from ..generator import Generator
 from .palette import LabelAccuracy, fit_label_reader, label_accuracy, palette_share
 from .quality import Quality, evaluate_images
@@ -58,6 +58,25 @@ class Score:
     labels: LabelAccuracy | None = None
     labels_real: float | None = None
     palette: float | None = None
+
+    def raise_if_worse(self, max_kid_delta: float) -> None:
+        """Raise unless the whole interval of the KID beside the first precision lies within a limit.
+
+        What has nothing beside it passes.
+
+        Raises:
+            ParityError: If it is surely above the limit, or too few pictures leave it open.
+        """
+        delta, interval = self.quality.kid_delta, self.quality.kid_delta_interval
+        if delta is None or interval is None or interval[1] <= max_kid_delta:
+            return
+        worse = interval[0] > max_kid_delta
+        raise ParityError(
+            f"{self.sampler} has KID {delta:.2g} above the first precision (95 % {interval[0]:.2g} to "
+            f"{interval[1]:.2g}), expected surely at most {max_kid_delta:.2g}. "
+            + ("Keep more of it in a higher precision." if worse else
+               "That is undecided, not passed: give more pictures (--num-images), the interval narrows with them.")
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
