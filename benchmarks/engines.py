@@ -44,8 +44,11 @@ def main(
     graphs: list[Variant] = []
     engines: list[EngineVariant] = []
     stages: list[dict[str, Any]] = []
+    peak = 0.0
 
     def stage(text: str) -> None:
+        nonlocal peak  # each engine's own measurement begins the process's peak anew
+        peak = max(peak, peak_rss_mib() or 0)
         print(f"{perf_counter() - start:7.1f} s  {text}")
         stages.append({"seconds": perf_counter() - start, "stage": text})
 
@@ -53,24 +56,28 @@ def main(
         engines.append(engine)
         stage(_line(engine))
 
+    def keep_graph(graph: Variant) -> None:
+        graphs.append(graph)
+        stage(graph.path)
+
     with TemporaryDirectory() as folder:
         source = checkpoint or _random(Path(folder) / "random", millions or 1)
         start = perf_counter()
         build_all(
             source, Path(folder) / "bundle", precisions=precisions, steps=steps, max_batch=max_batch,
-            targets=resolve_targets(targets), on_stage=stage, on_variant=graphs.append,
-            on_engine=keep,
+            targets=resolve_targets(targets), on_stage=stage, on_variant=keep_graph, on_engine=keep,
         )  # fmt: skip
         total = perf_counter() - start
+        stage("done")
     for graph in graphs:
         print(f"{graph.path}: {'-' if graph.psnr_db is None else f'{graph.psnr_db:.1f} dB beside fp32'}")
-    print(f"{total:.0f} s in all, peak memory {peak_rss_mib() or 0:.0f} MiB")
+    print(f"{total:.0f} s in all, peak memory {peak:.0f} MiB")
     if out:
         record = {
             "command": shlex.join(["python", *sys.argv]),
             "machine": describe_machine(),
             "seconds": total,
-            "peak_rss_mib": peak_rss_mib(),
+            "peak_rss_mib": peak or None,
             "stages": stages,
             "graphs": [graph.to_dict() for graph in graphs],
             "engines": [engine.to_dict() for engine in engines],

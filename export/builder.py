@@ -33,7 +33,7 @@ class Build:
     ) -> None:
         self.trt, self.graph, self.spec, self.options = library, graph, spec, options
         self.timing_cache, self.progress = timing_cache, progress
-        self.log = make_logger(library)
+        self.log = make_logger(library, kernels=True)
         self.seconds: dict[str, float] = {}
 
     def run(self) -> bytes:
@@ -87,8 +87,7 @@ class Build:
             level = options.hardware_compatibility.upper()
             config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
             if self.timing_cache is not None:
-                old = self.timing_cache.read_bytes() if self.timing_cache.exists() else b""
-                config.set_timing_cache(config.create_timing_cache(old), ignore_mismatch=False)
+                give_timing_cache(config, self.timing_cache)
         profile = self.builder.create_optimization_profile()
         for tensor in self.spec.inputs:
             profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in options.batch))
@@ -117,7 +116,25 @@ class Build:
 
     def _keep_timing_cache(self, config: Any) -> None:
         if self.timing_cache is not None and self.options.flavour == "tensorrt":
-            atomic_write_bytes(self.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+            cache = config.get_timing_cache()
+            blob = cache.serialize() if cache is not None else None
+            if blob is not None:
+                atomic_write_bytes(self.timing_cache, bytes(memoryview(blob)))
+
+
+def give_timing_cache(config: Any, path: Path) -> None:
+    """Let a build use the times in a file, and take new ones; a damaged or foreign file counts as empty."""
+    try:
+        old = path.read_bytes()
+    except OSError:
+        old = b""
+    for blob in (old, b""):
+        try:
+            cache = config.create_timing_cache(blob)
+            if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+                return
+        except (RuntimeError, TypeError, ValueError):  # what the bindings make of a blob they cannot read
+            continue
 
 
 def make_monitor(library: Any, progress: Progress) -> Any:

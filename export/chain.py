@@ -18,10 +18,10 @@ from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.files import sha256_file
 from scm_sdk.manifest import MANIFEST_NAME
 from scm_sdk.sources import CONFIG_NAME, WEIGHTS_NAME
-from scm_sdk.spec import Precision
+from scm_sdk.spec import Precision, default_times
 from scm_sdk.targets import Target
 
-from .engines import EngineVariant, add_engines
+from .engines import EngineVariant, add_engines, check_targets
 from .pipeline import DENOISER, export_bundle
 from .precision import LowPrecision, default_plan
 from .quantized_variants import Int8, QuantizeOptions, add_int8
@@ -65,12 +65,15 @@ def build_all(
         The bundle. Proof is another call: ``scm_sdk.evaluate.gate.validate_bundle``.
 
     Raises:
-        ConfigError: If a precision is unknown or cannot be made.
+        ConfigError: If a precision is unknown or cannot be made, or a target cannot be built for.
         ScmError: As the parts do.
     """
     unknown = set(precisions) - {"fp32", *get_args(LowPrecision), *get_args(Int8)}
     if unknown:
         raise ConfigError(f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp16, bf16, int8 or int8-cpu.")
+    wanted = [p for p in precisions if p != "int8-cpu"]
+    if targets and wanted:
+        check_targets(targets, flavour)
     if _is_current(Path(checkpoint), Path(out), steps, max_batch):
         on_stage(f"{os.fspath(out)}: exported already")
     else:
@@ -88,7 +91,6 @@ def build_all(
                 target_db=None if cpu else target_db or MIN_PSNR_DB[kind],
             )
             _tell(add_int8(out, options, progress=on_stage), on_variant)
-    wanted = [p for p in precisions if p != "int8-cpu"]
     if targets and wanted:
         add_engines(out, targets, flavour=flavour, precisions=wanted, on_engine=on_engine,
                     on_skip=lambda line: on_stage(f"skip {line}"), **engine_options)  # fmt: skip
@@ -112,5 +114,6 @@ def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: in
     same_weights = all(
         digests.get(f"{DENOISER}/{name}") == sha256_file(checkpoint / name) for name in (WEIGHTS_NAME, CONFIG_NAME)
     )
-    samplers = {(spec.num_inference_steps, spec.max_batch) for spec in manifest.samplers}
-    return same_weights and samplers == {(n, max_batch) for n in steps}
+    found = {(spec.times, spec.max_batch) for spec in manifest.samplers}
+    sigma = manifest.samplers[0].sigma_data  # the checkpoint's, since their configs are the same
+    return same_weights and found == {(default_times(n, sigma_data=sigma), max_batch) for n in steps}

@@ -15,7 +15,6 @@ import msgspec
 
 from scm_sdk.build_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, EngineTensor
 from scm_sdk.errors import ConfigError, ExportError, IncompatibleEngineError
-from scm_sdk.evaluate.machine import peak_rss_mib
 from scm_sdk.files import atomic_folder, sha256_bytes, sha256_file
 from scm_sdk.gpu import current_gpu
 from scm_sdk.manifest import EngineFacts
@@ -26,6 +25,7 @@ from .builder import Build, Progress
 from .census import Census, doubts, mismatches, planned_census, take_census
 from .compose import SPEC_KEY
 from .engine_options import EngineOptions
+from .peak import PeakMemory
 from .precision import PRECISION_KEY
 from .write import data_path_of, read_model
 
@@ -72,7 +72,8 @@ def build_engine(
         )
     gpu = _check_gpu(options)
     build = Build(library, graph, spec, options, timing_cache, progress)
-    engine = build.run()
+    with PeakMemory() as peak:
+        engine = build.run()
     census, planned, odd, unsure = _census(library, build, model, engine)
     if odd and not allow_mismatch:
         raise ExportError(
@@ -100,7 +101,7 @@ def build_engine(
         options=_plain(options),
         census=_plain({"planned": planned, "built": census, "mismatches": odd, "doubts": unsure}),
         seconds={name: round(value, 3) for name, value in build.seconds.items()},
-        peak_memory_bytes=int((peak_rss_mib() or 0) * 2**20),
+        peak_memory_bytes=peak.bytes,
         warnings=tuple(build.log.warnings()),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def _census(
 ) -> tuple[Census | None, Census, list[str], list[str]]:
     """Return what was built, what was planned, how the two differ, and what could not be seen."""
     planned, _, _ = planned_census(model)
-    census = take_census(model, (text for _, text in build.log.messages))
+    census = take_census(model, build.log.kernels)
     tensorrt = build.options.flavour == "tensorrt"
     if census is None and tensorrt:  # on the GPU the engine itself can be asked
         runtime = library.Runtime(build.log)  # an engine does not keep its runtime

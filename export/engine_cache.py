@@ -19,6 +19,7 @@ import msgspec
 
 from scm_sdk._lazy import require
 from scm_sdk.build_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord
+from scm_sdk.engine_fit import remember_built
 from scm_sdk.errors import ScmError
 from scm_sdk.files import sha256_bytes, sha256_file
 from scm_sdk.gpu import current_gpu
@@ -111,7 +112,8 @@ def cached_engine(
             )
             entry = _read(entry_folder)
         (entry_folder / _USED).touch()
-    assert entry is not None, "it was built or found"
+        assert entry is not None and entry.record is not None, "it was built or found"
+        remember_built(entry.record.engine_sha256)
     return entry, hit
 
 
@@ -154,12 +156,20 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
         max_age_days: Days since an entry was made or served; None is no limit.
 
     Returns:
-        What was removed.
+        What was removed. What is being built or served stays.
     """
-    removed = list(_doomed(max_bytes, max_age_days))
-    for entry in removed:
-        shutil.rmtree(entry.folder, ignore_errors=True)
-        entry.folder.with_suffix(".lock").unlink(missing_ok=True)
+    filelock = require("filelock", extra="export", purpose="the engine cache")
+    removed = []
+    for entry in _doomed(max_bytes, max_age_days):
+        # The lock itself stays: were it deleted, one who waits for it and one who comes later would not see each other.
+        try:
+            with filelock.FileLock(entry.folder.with_suffix(".lock"), blocking=False):
+                now = _read(entry.folder)
+                if now is not None and now.used == entry.used:  # else it was served, or made anew, meanwhile
+                    shutil.rmtree(entry.folder, ignore_errors=True)
+                    removed.append(entry)
+        except filelock.Timeout:  # somebody is building it
+            continue
     return removed
 
 

@@ -11,7 +11,8 @@ import msgspec
 
 from scm_sdk.build_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, Flavour
 from scm_sdk.bundle import Bundle
-from scm_sdk.errors import ConfigError, IncompatibleEngineError, UnsupportedGraphError
+from scm_sdk.engine_fit import is_trusted
+from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, UnsupportedGraphError
 from scm_sdk.extend import extend_bundle, recipe_of
 from scm_sdk.gpu import current_gpu
 from scm_sdk.manifest import Artifact
@@ -80,8 +81,8 @@ def add_engines(
         allow_mismatch: See ``build_engine``.
         on_engine: Called with each engine.
         on_build: Called with an engine's path before it is built; returns its progress callback.
-        on_skip: Called with a line for each engine that no such GPU could run, and the others are built; None
-            raises instead.
+        on_skip: Called with a line for each engine that no such GPU could run, or that only another GPU can build,
+            and the others are built; None raises instead.
         options: More of ``EngineOptions``.
 
     Raises:
@@ -93,6 +94,8 @@ def add_engines(
     bundle = Bundle.open(path)
     library = load_flavour(flavour, purpose=f"building a {flavour} engine")
     groups = _groups(targets or _this_machine(flavour), one_for_all)
+    if on_skip is not None:
+        groups = [group for group in groups if not _is_elsewhere(group, flavour, on_skip)]
     graphs = _graphs(bundle, precisions, steps)
     made = []
     for graph in graphs:
@@ -146,9 +149,11 @@ def _add(
     recipe = {
         "options": msgspec.to_builtins(options), "source": sha256_of(bundle, graph.path), "library_version": version,
     }  # fmt: skip
-    unchanged = recipe_of(bundle, engine) == msgspec.json.decode(msgspec.json.encode(recipe))
-    if unchanged:
-        record, cached = BuildRecord.from_json(bundle.file(record_path).read_bytes()), False
+    found = None
+    if recipe_of(bundle, engine) == msgspec.json.decode(msgspec.json.encode(recipe)):
+        found = _acceptable(bundle.file(record_path).read_bytes(), allow_mismatch)
+    if found is not None:
+        record, cached = found, False
     else:
         # Built before the bundle is touched: a build that is killed leaves nothing behind.
         entry, cached = cached_engine(
@@ -176,10 +181,45 @@ def _add(
         path=engine,
         precision=graph.precision,
         num_inference_steps=graph.num_inference_steps,
-        unchanged=unchanged,
+        unchanged=found is not None,
         cached=cached,
         record=record,
     )
+
+
+def _acceptable(data: bytes, allow_mismatch: bool) -> BuildRecord | None:
+    """Return the record of an engine that may stay: built here, and what its graph asks for unless that is waived."""
+    record = BuildRecord.from_json(data)
+    fits = allow_mismatch or not record.census.get("mismatches")
+    return record if fits and is_trusted(record.engine_sha256) else None
+
+
+def check_targets(targets: Sequence[Target], flavour: Flavour) -> None:
+    """Refuse what cannot be built before anything long begins.
+
+    Raises:
+        ConfigError: If a flavour does not build for a target.
+        BackendUnavailable: If its library is not here, or it needs a GPU and there is none.
+    """
+    for target in targets:
+        if reason := target.unbuildable(flavour):
+            raise ConfigError(f"{reason}. Build with --flavour tensorrt on such a GPU, or leave this target out.")
+    load_flavour(flavour, purpose=f"building {flavour} engines")
+    if flavour == "tensorrt" and targets and current_gpu() is None:
+        raise BackendUnavailable(
+            f"engines for {targets[0].name} were asked of TensorRT, expected its GPU: it builds where the engine runs, "
+            "and no GPU is here. Build there, or use --flavour tensorrt_rtx."
+        )
+
+
+def _is_elsewhere(group: Sequence[Target], flavour: Flavour, on_skip: Callable[[str], object]) -> bool:
+    """Return, and say, whether TensorRT would have to build on another GPU than this machine's."""
+    gpu = current_gpu()
+    if flavour != "tensorrt" or gpu is None or any(t.compute_capability == gpu.compute_capability for t in group):
+        return False
+    names = ", ".join(f"{target.name} ({target.compute_capability})" for target in group)
+    on_skip(f"{names}: TensorRT builds on the GPU that runs the engine, this {gpu.name} is {gpu.compute_capability}")
+    return True
 
 
 def _graphs(bundle: Bundle, precisions: Sequence[Precision], steps: Sequence[int]) -> list[Artifact]:

@@ -50,9 +50,11 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         inputs: Its inputs in the graph's order.
         outputs: Its outputs.
         options: What the builder was told, JSON values.
-        census: Fused kernels by kind and type, as the build log names them, with what was expected.
+        census: Fused kernels by kind and type, as the build log names them, with what was expected, what is not so
+            (``mismatches``) and what the log does not show (``doubts``).
         seconds: Wall time of each stage.
-        peak_memory_bytes: Peak resident memory of the building process; 0 where it cannot be read.
+        peak_memory_bytes: Largest resident memory of the process while it parsed and built this engine, with all that
+            it held already; 0 where the system does not tell.
         warnings: What the builder warned of, each text once.
     """
 

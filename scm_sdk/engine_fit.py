@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
-from .build_record import BUILD_RECORD_NAME, BuildRecord, Flavour
-from .errors import ScmError
-from .gpu import Gpu, current_gpu
+from .build_record import Flavour
+from .files import atomic_write_bytes
+from .gpu import Gpu, current_gpu, gpus
 from .manifest import EngineFacts
+from .targets import AHEAD_OF_TIME
 from .trt import version_tuple
 from .user_cache import cache_folder
 
@@ -35,12 +38,14 @@ class EngineHost:
         versions: Installed version of each flavour; None where it is not installed.
         platform: ``<system>-<machine>``.
         trusts: Whether an engine of this sha256 may be run.
+        no_gpu: Why ``gpu`` is None, where it is.
     """
 
     gpu: Gpu | None
     versions: Mapping[str, str | None]
     platform: str
     trusts: Callable[[str], bool]
+    no_gpu: str = "no NVIDIA GPU here"
 
     @classmethod
     def here(cls, *, device: str | None = None, trust_engines: bool = False) -> EngineHost:
@@ -52,8 +57,10 @@ class EngineHost:
         """
         kind, _, number = (device or "cuda").partition(":")
         gpu = current_gpu(int(number) if number.isdecimal() else 0) if kind == "cuda" else None
+        others = ", ".join(f"cuda:{found.index} ({found.name})" for found in gpus()) if kind == "cuda" else ""
         return cls(
             gpu=gpu,
+            no_gpu=f"no GPU {device} here, only {others}" if others else cls.no_gpu,
             versions={flavour: installed_version(flavour) for flavour in _PACKAGES},
             platform=this_platform(),
             trusts=lambda sha256: trust_engines or is_trusted(sha256),
@@ -79,19 +86,30 @@ def is_trusted(engine_sha256: str) -> bool:
     """Return whether an engine was built on this machine, or the user trusts all (``SCM_TRUST_ENGINES=1``)."""
     if os.environ.get(TRUST_VARIABLE, "") not in ("", "0"):
         return True
-    for path in (cache_folder() / "engines").glob(f"*/{BUILD_RECORD_NAME}"):
-        try:
-            if BuildRecord.from_json(path.read_bytes()).engine_sha256 == engine_sha256:
-                return True
-        except (OSError, ScmError):
-            continue
-    return False
+    return bool(re.fullmatch("[0-9a-f]{64}", engine_sha256)) and (_built_folder() / engine_sha256).is_file()
+
+
+def remember_built(engine_sha256: str) -> None:
+    """Keep that an engine was built on this machine; its file may lie anywhere, and leave the cache."""
+    if not (_built_folder() / engine_sha256).is_file():
+        atomic_write_bytes(_built_folder() / engine_sha256, b"")
+
+
+def _built_folder() -> Path:
+    return cache_folder() / "built"
+
+
+def rebuild_command(flavour: Flavour, gpu: Gpu | None = None) -> str:
+    """Return the command that builds an engine again, for a GPU if one is given."""
+    target = f" --target sm_{gpu.compute_capability.replace('.', '')}" if gpu is not None else ""
+    ahead = flavour == "tensorrt_rtx" and (gpu is None or gpu.compute_capability in AHEAD_OF_TIME)
+    return f"scm-export engine BUNDLE{target}" + ("" if ahead else " --flavour tensorrt")
 
 
 def why_not(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | None:
     """Return why an engine cannot run on a machine, with what to do; None if nothing speaks against it."""
     version, gpu = host.versions.get(flavour), host.gpu
-    rebuild = f"scm-export engine BUNDLE --target {_target(gpu)}"
+    rebuild = rebuild_command(flavour, gpu)
     if facts.platform != host.platform:
         return f"built for {facts.platform}, this is {host.platform}; build it here: {rebuild}"
     if version is None:
@@ -100,7 +118,7 @@ def why_not(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | Non
         least = " or later" if facts.version_compatible else ""
         return f"built with {flavour} {facts.library_version}{least}, {version} is installed; build it again: {rebuild}"
     if gpu is None:
-        return "no NVIDIA GPU here"
+        return host.no_gpu
     if not _gpu_fits(facts, gpu):
         built_for = ", ".join(facts.compute_capabilities)
         if facts.hardware_compatibility == "ampere_plus":
@@ -126,7 +144,3 @@ def _gpu_fits(facts: EngineFacts, gpu: Gpu) -> bool:
     if facts.hardware_compatibility == "ampere_plus":
         return version_tuple(gpu.compute_capability) >= (8, 0)
     return gpu.compute_capability in facts.compute_capabilities
-
-
-def _target(gpu: Gpu | None) -> str:
-    return f"sm_{gpu.compute_capability.replace('.', '')}" if gpu is not None else "NAME"

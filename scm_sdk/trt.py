@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ._lazy import require
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MIN_TENSORRT = (10, 12)
 """The first whose strong typing is complete and lasts: weak typing is gone in 11."""
+_KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING")
+_KEPT_MESSAGES = 500
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
@@ -54,22 +57,32 @@ def version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
 
 
-def make_logger(library: Any) -> Any:
-    """Return a logger for one of the libraries that keeps what it hears.
+def make_logger(library: Any, *, kernels: bool = False) -> Any:
+    """Return a logger for one of the libraries that keeps the last warnings and errors that it hears.
 
     The libraries do not hold it: whoever made it keeps it as long as what it was given to.
 
+    Args:
+        library: The library.
+        kernels: Keep what names kernels too, all of it: for a build, which ends.
+
     Returns:
-        An object with ``messages``, a list of (severity name, text), and ``errors()`` and ``warnings()``.
+        An object with ``errors()``, ``warnings()`` and ``kernels``, the texts that name kernels.
     """
 
     class Collector(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.messages: list[tuple[str, str]] = []
+            # Bounded: an engine may run, and be warned about, for months.
+            self.messages: deque[tuple[str, str]] = deque(maxlen=_KEPT_MESSAGES)
+            self.kernels: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            self.messages.append((str(severity).rpartition(".")[2], message))
+            name = str(severity).rpartition(".")[2]
+            if name in _KEPT_SEVERITIES:
+                self.messages.append((name, message))
+            elif kernels and "LayerType: " in message:
+                self.kernels.append(message)
 
         def errors(self) -> list[str]:
             return self._of("ERROR", "INTERNAL_ERROR")
@@ -78,6 +91,6 @@ def make_logger(library: Any) -> Any:
             return self._of("WARNING")
 
         def _of(self, *severities: str) -> list[str]:
-            return list(dict.fromkeys(text for severity, text in self.messages if severity in severities))
+            return list(dict.fromkeys(text for severity, text in list(self.messages) if severity in severities))
 
     return Collector()

@@ -133,6 +133,20 @@ def unet_bundle(unet_checkpoint: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def graphs(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle with the U-Net's 1-step graph in all precisions; read only."""
+    from scm_sdk.export.precision import default_plan
+    from scm_sdk.export.quantized_variants import QuantizeOptions, add_int8
+    from scm_sdk.export.variants import add_precision
+
+    path = Path(shutil.copytree(unet_bundle, tmp_path_factory.mktemp("graphs") / "bundle"))
+    add_precision(path, default_plan("fp16"), steps=[1], num_samples=1)
+    add_precision(path, default_plan("bf16"), steps=[1], num_samples=1)
+    add_int8(path, QuantizeOptions(num_samples=4), steps=[1])
+    return path
+
+
 @pytest.fixture
 def unet_copy(unet_bundle: Path, tmp_path: Path) -> Path:
     """Return a bundle of the U-Net that the test may change."""

@@ -11,6 +11,7 @@ from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.export.chain import build_all
 from scm_sdk.export.cli import main
 from scm_sdk.export.graph import export_samplers
+from scm_sdk.export.pipeline import export_bundle
 from scm_sdk.export.write import write_model
 from scm_sdk.targets import resolve_targets
 
@@ -35,6 +36,14 @@ def test_a_second_run_changes_nothing_and_more_is_added(unet_checkpoint: Path, t
     (out / "onnx/fp32/1step/model.onnx").write_bytes(b"damaged")
     build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=3)
     Bundle.open(out)
+
+
+def test_a_bundle_of_other_times_is_not_current(unet_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    export_bundle(unet_checkpoint, out, times=(1.2,), max_batch=2)
+    stages: list[str] = []
+    made = build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=2, on_stage=stages.append)
+    assert stages[0].startswith("export") and made.spec(1).times != (1.2,)
 
 
 def test_an_interruption_keeps_what_was_done(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:

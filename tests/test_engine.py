@@ -1,12 +1,12 @@
 """Engines: real ones, built on this CPU, and every way in which building one can fail."""
 
+import importlib
 import json
 import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
+import warnings
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -15,40 +15,32 @@ import pytest
 from click.testing import CliRunner
 
 from scm_sdk.build_record import BuildRecord
-from scm_sdk.bundle import Bundle
 from scm_sdk.errors import (
     BackendUnavailable,
     ConfigError,
     ExportError,
     IncompatibleEngineError,
-    IntegrityError,
     ScmError,
     UnsupportedGraphError,
 )
-from scm_sdk.export import engine_cache
+from scm_sdk.export import engines
 from scm_sdk.export.build_errors import explain
-from scm_sdk.export.census import Census, doubts, mismatches, parse_kernels, planned_census, take_census
+from scm_sdk.export.builder import give_timing_cache
+from scm_sdk.export.census import Census, planned_census
+from scm_sdk.export.chain import build_all
 from scm_sdk.export.cli import main
 from scm_sdk.export.engine import build_engine
 from scm_sdk.export.engine_options import EngineOptions
 from scm_sdk.export.engines import add_engines
+from scm_sdk.export.pipeline import export_bundle
 from scm_sdk.export.precision import default_plan
-from scm_sdk.export.quantized_variants import QuantizeOptions, add_int8
 from scm_sdk.export.variants import add_precision
 from scm_sdk.export.write import read_model, write_model
+from scm_sdk.gpu import Gpu, current_gpu
 from scm_sdk.targets import resolve_target, resolve_targets
+from scm_sdk.trt import make_logger
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows")
-
-
-@pytest.fixture(scope="module")
-def graphs(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with 1-step graphs of all precisions, for reading."""
-    path = Path(shutil.copytree(unet_bundle, tmp_path_factory.mktemp("engines") / "bundle"))
-    add_precision(path, default_plan("fp16"), steps=[1], num_samples=1)
-    add_precision(path, default_plan("bf16"), steps=[1], num_samples=1)
-    add_int8(path, QuantizeOptions(num_samples=4), steps=[1])
-    return path
 
 
 def graph(graphs: Path, precision: str) -> Path:
@@ -73,8 +65,8 @@ ALL = ("7.5", "8.0", "8.6", "8.9", "12.0")
         *[pytest.param("fp16", (c,), "Half", id=f"fp16-{c}") for c in ALL],
         pytest.param("fp16", ALL, "Half", id="fp16-all-in-one"),
         *[pytest.param("int8", (c,), "Int8", id=f"int8-{c}") for c in ALL[1:]],
-        *[pytest.param("bf16", (c,), "BFloat16", id=f"bf16-{c}") for c in ("8.0", "12.0")],
-        *[pytest.param("fp32", (c,), "Float", id=f"fp32-{c}") for c in ("8.0", "8.9")],
+        *[pytest.param("bf16", (c,), "BFloat16", id=f"bf16-{c}") for c in ALL[1:]],
+        *[pytest.param("fp32", (c,), "Float", id=f"fp32-{c}") for c in ALL[1:]],
     ],
 )
 def test_what_is_built_is_what_the_graph_asks_for(graphs, tmp_path, precision, capabilities, kind) -> None:
@@ -117,6 +109,77 @@ def test_what_turing_cannot_do(graphs: Path, tmp_path: Path, precision: str, mes
     with pytest.raises(UnsupportedGraphError, match=message):
         build_engine(graph(graphs, precision), tmp_path / "engine", options("7.5"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_peak_is_one_builds_own(graphs: Path, tmp_path: Path) -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not reset a process's peak")
+    ballast = np.ones(400 << 17)  # 400 MiB that are gone before the build
+    before = ballast.nbytes
+    del ballast
+    record = build_engine(graph(graphs, "fp16"), tmp_path / "engine", options())
+    status = Path("/proc/self/status").read_text()
+    now = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
+    assert 1e8 < record.peak_memory_bytes < now + before * 0.9
+
+
+def test_a_damaged_timing_cache_counts_as_empty(tmp_path: Path) -> None:
+    """TensorRT-RTX keeps these calls and does nothing in them; its answers are those of the real library."""
+    trt = importlib.import_module("tensorrt_rtx")
+    log = make_logger(trt)
+    builder = trt.Builder(log)
+    path = tmp_path / "timing.cache"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for content in (None, b"garbage" * 100, b""):
+            if content is not None:
+                path.write_bytes(content)
+            config = builder.create_builder_config()
+            give_timing_cache(config, path)
+            assert config.get_timing_cache() is not None
+
+        given: list[object] = []
+
+        class Refuses:
+            """As TensorRT may: by an exception, by None, or by False."""
+
+            def create_timing_cache(self, blob: bytes) -> object:
+                if blob == b"raise":
+                    raise RuntimeError("cannot read it")
+                return None if blob == b"none" else blob
+
+            def set_timing_cache(self, cache: object, ignore_mismatch: bool) -> bool:
+                given.append(cache)
+                return cache != b"mismatch"
+
+        for content in (b"raise", b"none", b"mismatch"):
+            path.write_bytes(content)
+            give_timing_cache(Refuses(), path)
+            assert given[-1] == b""
+
+
+def test_the_log_does_not_grow_for_ever() -> None:
+    trt = importlib.import_module("tensorrt_rtx")
+    running, building = make_logger(trt), make_logger(trt, kernels=True)
+    for log in (running, building):
+        for i in range(2000):
+            log.log(trt.ILogger.VERBOSE, f"Name: k{i}, LayerType: kgen")
+            log.log(trt.ILogger.VERBOSE, f"a tactic that took {i} ms")
+            log.log(trt.ILogger.WARNING, f"warning {i}")
+        assert len(log.warnings()) <= 500 and log.warnings()[-1] == "warning 1999"
+    assert len(running.kernels) == 0 and len(building.kernels) == 2000
+
+
+def test_the_shipped_model_becomes_an_engine_for_an_a100(tmp_path: Path) -> None:
+    """The one that users get, its attention included; the others here are of a tiny network."""
+    shipped = Path(str(resources.files("scm_sdk.assets") / "avatars"))
+    path = tmp_path / "avatars"
+    export_bundle(shipped, path, steps=[1])
+    add_precision(path, default_plan("fp16"), num_samples=1)
+    (made,) = add_engines(path, resolve_targets(["a100"]), precisions=["fp16"])
+    census = built(made.record)
+    assert set(census.convolutions) == {"Half"} and census.convolutions["Half"] >= 30
+    assert census.attention_fused == census.attention > 0 and census.unseen == ()
 
 
 def test_damaged_graphs(graphs: Path, tmp_path: Path) -> None:
@@ -218,85 +281,6 @@ def test_progress_is_reported_and_stops_the_build(graphs: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_build_leaves_nothing(graphs: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(graphs, tmp_path / "bundle"))
-    before = {str(f): f.stat().st_mtime_ns for f in path.rglob("*")}
-    code = (
-        "import os, signal, sys\n"
-        "from scm_sdk.export.engines import add_engines\n"
-        "from scm_sdk.targets import resolve_targets\n"
-        "kill = lambda *step: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "add_engines(sys.argv[1], resolve_targets(['l4']), precisions=['fp16'], on_build=lambda path: kill)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=120, env=os.environ)
-    assert done.returncode == -signal.SIGKILL
-    assert {str(f): f.stat().st_mtime_ns for f in path.rglob("*")} == before
-    assert [f.name for f in tmp_path.iterdir()] == ["bundle"]
-    assert engine_cache.entries() == []
-    (variant,) = add_engines(path, resolve_targets(["l4"]), precisions=["fp16"])  # its lock is no obstacle
-    assert not variant.cached
-
-
-def test_engines_join_the_bundle_and_are_found_again(graphs: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(graphs, tmp_path / "bundle"))
-    targets = resolve_targets(["a10", "rtx3090", "rtx5090"])
-    assert [t.compute_capability for t in targets] == ["8.6", "12.0"], "two boards of one kind are one engine"
-    first = add_engines(path, targets, precisions=["fp16"])
-    assert [(v.unchanged, v.cached) for v in first] == [(False, False)] * 2
-    bundle = Bundle.open(path)
-    artifact = next(a for a in bundle.manifest.artifacts if a.path == first[0].path)
-    assert artifact.format == "tensorrt_rtx" and artifact.engine is not None
-    assert artifact.engine.compute_capabilities == ("8.6",) and artifact.engine.batch == (1, 5, 5)
-    assert all(v.unchanged for v in add_engines(path, targets, precisions=["fp16"]))
-
-    other = Path(shutil.copytree(graphs, tmp_path / "other"))
-    assert all(v.cached for v in add_engines(other, targets, precisions=["fp16"]))
-    assert not add_engines(other, targets[:1], precisions=["fp16"], batch=(1, 1, 1))[0].cached, "other options"
-
-    entry = engine_cache.entries()[0]
-    damaged = bytearray((entry.folder / "model.engine").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (entry.folder / "model.engine").unlink()  # a link into the bundle stays as it is
-    (entry.folder / "model.engine").write_bytes(damaged)
-    run = CliRunner().invoke(main, ["cache", "verify"])
-    assert run.exit_code == IntegrityError.exit_code and "altered or cut short" in run.stderr
-    third = Path(shutil.copytree(graphs, tmp_path / "third"))
-    again = add_engines(third, targets, precisions=["fp16"])
-    assert [v.cached for v in again].count(False) == 1, "a damaged engine is built again, never served"
-    assert CliRunner().invoke(main, ["cache", "verify"]).exit_code == 0
-    listed = json.loads(CliRunner().invoke(main, ["cache", "ls", "--json"]).stdout)
-    assert len(listed) == 3
-    assert "removed 3 engines" in CliRunner().invoke(main, ["cache", "gc", "--max-size", "0"]).stderr
-    assert engine_cache.entries() == []
-    Bundle.open(path), Bundle.open(other)  # they hold their own
-
-
-def test_garbage_is_what_was_not_used_for_long(graphs: Path) -> None:
-    for capability in ("8.6", "8.9"):
-        engine_cache.cached_engine(graph(graphs, "fp16"), options(capability))
-    old = engine_cache.entries()[0]
-    long_ago = time.time() - 10 * 86400
-    for file in old.folder.iterdir():
-        os.utime(file, (long_ago, long_ago))
-    assert [e.key for e in engine_cache.collect_garbage(max_age_days=5)] == [old.key]
-    assert engine_cache.collect_garbage(max_bytes=10**9) == []
-    (left,) = engine_cache.entries()
-    (left.folder / "build.json").write_text("{")
-    assert [e.problem() for e in engine_cache.collect_garbage()] == ["build.json cannot be read"]
-
-
-def test_the_second_builder_waits_and_finds_it_made(graphs: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from scm_sdk.export.engine_cache import cached_engine\n"
-        "from scm_sdk.export.engine_options import EngineOptions\n"
-        "print(cached_engine(Path(sys.argv[1]), EngineOptions(compute_capabilities=('8.0',), batch=(1, 2, 5)))[1])\n"
-    )
-    command = [sys.executable, "-c", code, str(graph(graphs, "fp16"))]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert sorted(p.communicate(timeout=120)[0].strip() for p in both) == ["False", "True"]
-
-
 def test_graphs_that_are_not_there(graphs: Path) -> None:
     with pytest.raises(ConfigError, match=r"has these graphs: .*expected fp8"):
         add_engines(graphs, resolve_targets(["l4"]), precisions=["fp8"])  # type: ignore[list-item]
@@ -310,6 +294,26 @@ def test_tensorrt_itself_is_missing_here_and_says_so(graphs: Path) -> None:
     except ImportError:
         with pytest.raises(BackendUnavailable, match=r"pip install 'scm-sdk\[tensorrt\]'"):
             add_engines(graphs, resolve_targets(["h100"]), flavour="tensorrt")
+
+
+def test_what_cannot_be_built_is_said_before_the_export(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match=r"cannot build for h100 \(9\.0\).*--flavour tensorrt on such a GPU"):
+        build_all(unet_checkpoint, tmp_path / "bundle", targets=resolve_targets(["a100", "h100"]))
+    monkeypatch.setattr(engines, "load_flavour", lambda flavour, purpose: None)
+    if current_gpu() is None:
+        with pytest.raises(BackendUnavailable, match=r"engines for a100 were asked of TensorRT.*no GPU is here"):
+            build_all(unet_checkpoint, tmp_path / "bundle", targets=resolve_targets(["a100"]), flavour="tensorrt")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_tensorrt_skips_what_only_another_gpu_can_build(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Gpu(index=0, name="NVIDIA A10", compute_capability="8.6", memory_bytes=1, driver="13.0")
+    monkeypatch.setattr(engines, "current_gpu", lambda: here)
+    monkeypatch.setattr(engines, "load_flavour", lambda flavour, purpose: None)
+    lines: list[str] = []
+    assert add_engines(graphs, resolve_targets(["a100", "l4"]), flavour="tensorrt", on_skip=lines.append) == []
+    assert lines[0] == "a100 (8.0): TensorRT builds on the GPU that runs the engine, this NVIDIA A10 is 8.6"
+    assert len(lines) == 2
 
 
 def test_the_verb_builds_and_tells(graphs: Path, tmp_path: Path) -> None:
@@ -341,92 +345,3 @@ def test_targets_have_many_names(name: str) -> None:
 def test_unknown_targets_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"expected a GPU such as .* or a compute capability"):
         resolve_target(name)
-
-
-def test_no_kernels_means_nothing_is_claimed(graphs: Path) -> None:
-    model = read_model(graph(graphs, "fp16"))
-    assert take_census(model, ["a log without kernels"]) is None
-
-
-def test_a_census_sees_a_convolution_in_the_wrong_type(graphs: Path) -> None:
-    model = read_model(graph(graphs, "fp16"))
-    planned, types, _ = planned_census(model)
-    lines = [
-        f"Name: {n}_myl0_1, LayerType: correlation, Inputs: [ {{ Name: x, Datatype: Float }}], "
-        f"Constants: [ {{ Datatype: Float }}], Outputs: [ {{ Datatype: Half }}], TacticName: , "
-        f"Metadata: [ONNX Layer: {n}]"
-        for n in types
-    ]
-    census = take_census(model, lines)
-    assert census is not None and census.convolutions == {"Float": len(types)}
-    (wrong,) = mismatches(planned, census)
-    assert f"{len(types)} convolutions run in another type" in wrong
-    unfused = doubts(Census(convolutions={}, attention=2, attention_fused=2), census)
-    assert unfused[-1].endswith("of 2 attention blocks are one kernel")
-    assert str(census).startswith(f"{len(types)} of {len(types)} convolutions Float")
-    (kernel, *_) = parse_kernels(lines)
-    assert (
-        kernel.kind == "correlation"
-        and kernel.nodes == (next(iter(types)),)
-        and np.all(kernel.input_types == ("Float",))
-    )
-
-
-def test_a_1x1_convolution_may_become_a_matrix_product(graphs: Path) -> None:
-    """As TensorRT-RTX 1.7.1 builds the attention's projections of a network with 256 channels at 16x16."""
-    model = read_model(graph(graphs, "fp16"))
-    planned, types, _ = planned_census(model)
-    lines = [
-        f"Name: __myl_FcAdd_myl0_{i}, LayerType: runtime_fusion, Inputs: [ {{ Name: x, Datatype: Half }}], "
-        f"Constants: [ {{ Datatype: Half }}], Outputs: [ {{ Datatype: Half }}], TacticName: , "
-        f"Metadata: [ONNX Layer: {n}]__gemm_from_conv1x1"
-        for i, n in enumerate(types)
-    ]
-    census = take_census(model, lines)
-    assert census is not None and census.convolutions == planned.convolutions == {"Half": len(types)}
-
-
-def tensorrt_line(names: list[str], data: str, weights: str, kind: str = "CaskConvolution") -> str:
-    """A kernel as TensorRT 10's documentation and users' logs show it; written here, not run here."""
-    tensor = f"Location: Device, Dimensions: [1,8,8,8], Format/Datatype: {data}"
-    nodes = "\x1e".join(f"[ONNX Layer: {name}]" for name in names)
-    return (
-        f"Name: {' + '.join(names)}, LayerType: {kind}, Inputs: [ {{ Name: x, {tensor} }}], Outputs: [ {{ Name: y, "
-        f'{tensor} }}], ParameterType: Convolution, Kernel: [3,3], OutMaps: 8, Groups: 1, Weights: {{"Type": '
-        f'"{weights}", "Count": 576}}, Bias: {{"Type": "Float", "Count": 8}}, HasBias: 1, Activation: NONE, '
-        f"TacticName: sm80_xmma_fprop_implicit_gemm, TacticValue: 0x9251329244d2a80b, StreamId: 0, Metadata: {nodes}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("data", "weights", "kind", "found"),
-    [
-        ("Half", "Half", "CaskConvolution", "Half"),
-        ("Channel major FP16 format where channel % 8 == 0", "Half", "CaskConvolution", "Half"),
-        ("Thirty-two wide channel vectorized row major Int8 format", "Int8", "CaskConvolution", "Int8"),
-        ("Thirty-two wide channel vectorized row major Int8 format.", "Int8", "CaskGemmConvolution", "Int8"),
-        ("Row major linear FP32", "Float", "CaskFlattenConvolution", "Float"),
-        ("Row major linear BF16 format", "BFloat16", "CaskGemmMatrixMultiply", "BFloat16"),
-        ("Row major linear FP16 format", "Int8", "CaskConvolution", "Half"),
-    ],
-)
-def test_tensorrts_own_lines_are_read(data: str, weights: str, kind: str, found: str) -> None:
-    (kernel,) = parse_kernels([f"Layers:\n{tensorrt_line(['pre/act', 'a/conv'], data, weights, kind)}\n\nBindings:\nx"])
-    assert kernel.computes_convolution and kernel.type == found
-    assert kernel.nodes == ("pre/act", "a/conv"), "U+001E between them ends no line"
-    (copy,) = parse_kernels([tensorrt_line(["a/conv"], data, weights, "Reformat")])
-    assert not copy.computes_convolution
-
-
-def test_what_no_kernel_names_is_a_doubt_and_a_wrong_type_a_mismatch(graphs: Path) -> None:
-    model = read_model(graph(graphs, "int8"))
-    planned, types, _ = planned_census(model)
-    first, *others = types
-    int8, half = ("Thirty-two wide channel vectorized row major Int8 format", "Int8"), ("Half", "Half")
-    lines = [tensorrt_line([n], *(int8 if types[n] == "Int8" else half)) for n in others]
-    census = take_census(model, ["Layers:\n" + "\n".join(lines)])
-    assert census is not None and census.unseen == (first,) and mismatches(planned, census) == []
-    assert doubts(planned, census)[0] == f"1 convolutions are named by no kernel ({first})"
-    wrong = take_census(model, [*lines, tensorrt_line([first], "Row major linear FP32", "Float")])
-    assert wrong is not None and wrong.odd == (f"{first}: Float, not {types[first]}",) and wrong.unseen == ()
-    assert len(mismatches(planned, wrong)) == 1

@@ -67,6 +67,23 @@ def test_what_does_not_fit_and_the_command_that_helps(flavour, engine, machine, 
         assert "scm-export engine BUNDLE --target sm_" in found
 
 
+def test_the_command_names_the_flavour_that_builds_there() -> None:
+    h100, t4 = gpu("9.0", "NVIDIA H100"), gpu("7.5", "T4")
+    old = facts(library_version="10.13.0.35")
+    assert str(why_not("tensorrt", old, HOST)).endswith("scm-export engine BUNDLE --target sm_86 --flavour tensorrt")
+    assert str(why_not("tensorrt_rtx", FACTS, host(gpu=t4))).endswith("scm-export engine BUNDLE --target sm_75")
+    # TensorRT-RTX builds nothing for an H100.
+    assert str(why_not("tensorrt_rtx", FACTS, host(gpu=h100))).endswith("BUNDLE --target sm_90 --flavour tensorrt")
+
+
+def test_a_number_that_no_gpu_has_is_not_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_fit, "gpus", lambda: (A10,))
+    monkeypatch.setattr(engine_fit, "current_gpu", lambda index: A10 if index == 0 else None)
+    ninth = dataclasses.replace(HOST, gpu=None, no_gpu=EngineHost.here(device="cuda:9").no_gpu)
+    assert why_not("tensorrt_rtx", FACTS, ninth) == "no GPU cuda:9 here, only cuda:0 (NVIDIA A10)"
+    assert EngineHost.here(device="cuda:0").gpu == A10
+
+
 def test_an_engine_of_another_board_is_slower_not_wrong() -> None:
     tuned = facts(gpu="NVIDIA A10G")
     assert doubt("tensorrt", tuned, HOST) == "tuned on a NVIDIA A10G, this is a NVIDIA A10"
@@ -77,10 +94,14 @@ def test_trust_is_given_by_name_or_by_having_built_it(monkeypatch: pytest.Monkey
     monkeypatch.delenv(engine_fit.TRUST_VARIABLE, raising=False)
     assert not is_trusted("0" * 64)
     assert EngineHost.here(trust_engines=True).trusts("0" * 64)
+    engine_fit.remember_built("0" * 64)
+    engine_fit.remember_built("0" * 64)
+    assert is_trusted("0" * 64) and not is_trusted("1" * 64)
+    assert not is_trusted("../built/" + "0" * 64) and not is_trusted("")
     monkeypatch.setenv(engine_fit.TRUST_VARIABLE, "1")
-    assert is_trusted("0" * 64)
+    assert is_trusted("1" * 64)
     monkeypatch.setenv(engine_fit.TRUST_VARIABLE, "0")
-    assert not is_trusted("0" * 64)
+    assert not is_trusted("1" * 64)
 
 
 def test_this_machine_is_described_without_loading_anything() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx")
 @click.option("--steps", multiple=True, type=click.IntRange(1, 64), default=(1, 2), help="May be repeated.")
 @click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch.")
+@click.option("--workspace", type=click.IntRange(1), help="MiB that an engine's kernel may use at run time.")
 @click.option(
     "--target-psnr",
     type=float,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 @click.option("--validate/--no-validate", default=True, help="Hold everything that can run here against PyTorch.")
 def build(
     checkpoint: Path, out: Path, names: tuple[str, ...], precisions: tuple[Precision, ...], flavour: Flavour,
-    steps: tuple[int, ...], max_batch: int, target_psnr: float | None, validate: bool,
+    steps: tuple[int, ...], max_batch: int, workspace: int | None, target_psnr: float | None,
+    validate: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT, add precisions, build engines, prove what can run here. Run it again to go on.
 
@@ -52,6 +54,7 @@ def build(
         steps=steps, max_batch=max_batch, target_db=target_psnr, on_stage=lambda text: say(f"  {text} …"),
         on_variant=lambda variant: say(f"  {variant_summary(variant)}"),
         on_engine=lambda variant: say(f"  {engine_summary(variant)}"), on_build=BuildBars().start,
+        workspace_bytes=workspace * 2**20 if workspace else None,
     )  # fmt: skip
     if validate:
         results = validate_bundle(

@@ -1,0 +1,102 @@
+"""The census: what the kernels' names say about an engine, in TensorRT-RTX's words and in TensorRT's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scm_sdk.export.census import Census, doubts, mismatches, parse_kernels, planned_census, take_census
+from scm_sdk.export.write import read_model
+
+
+def graph(graphs: Path, precision: str) -> Path:
+    return graphs / f"onnx/{precision}/1step/model.onnx"
+
+
+def test_no_kernels_means_nothing_is_claimed(graphs: Path) -> None:
+    model = read_model(graph(graphs, "fp16"))
+    assert take_census(model, ["a log without kernels"]) is None
+
+
+def test_a_census_sees_a_convolution_in_the_wrong_type(graphs: Path) -> None:
+    model = read_model(graph(graphs, "fp16"))
+    planned, types, _ = planned_census(model)
+    lines = [
+        f"Name: {n}_myl0_1, LayerType: correlation, Inputs: [ {{ Name: x, Datatype: Float }}], "
+        f"Constants: [ {{ Datatype: Float }}], Outputs: [ {{ Datatype: Half }}], TacticName: , "
+        f"Metadata: [ONNX Layer: {n}]"
+        for n in types
+    ]
+    census = take_census(model, lines)
+    assert census is not None and census.convolutions == {"Float": len(types)}
+    (wrong,) = mismatches(planned, census)
+    assert f"{len(types)} convolutions run in another type" in wrong
+    unfused = doubts(Census(convolutions={}, attention=2, attention_fused=2), census)
+    assert unfused[-1].endswith("of 2 attention blocks are one kernel")
+    assert str(census).startswith(f"{len(types)} of {len(types)} convolutions Float")
+    (kernel, *_) = parse_kernels(lines)
+    assert (
+        kernel.kind == "correlation"
+        and kernel.nodes == (next(iter(types)),)
+        and np.all(kernel.input_types == ("Float",))
+    )
+
+
+def test_a_1x1_convolution_may_become_a_matrix_product(graphs: Path) -> None:
+    """As TensorRT-RTX 1.7.1 builds the attention's projections of a network with 256 channels at 16x16."""
+    model = read_model(graph(graphs, "fp16"))
+    planned, types, _ = planned_census(model)
+    lines = [
+        f"Name: __myl_FcAdd_myl0_{i}, LayerType: runtime_fusion, Inputs: [ {{ Name: x, Datatype: Half }}], "
+        f"Constants: [ {{ Datatype: Half }}], Outputs: [ {{ Datatype: Half }}], TacticName: , "
+        f"Metadata: [ONNX Layer: {n}]__gemm_from_conv1x1"
+        for i, n in enumerate(types)
+    ]
+    census = take_census(model, lines)
+    assert census is not None and census.convolutions == planned.convolutions == {"Half": len(types)}
+
+
+def tensorrt_line(names: list[str], data: str, weights: str, kind: str = "CaskConvolution") -> str:
+    """A kernel as TensorRT 10's documentation and users' logs show it; written here, not run here."""
+    tensor = f"Location: Device, Dimensions: [1,8,8,8], Format/Datatype: {data}"
+    nodes = "\x1e".join(f"[ONNX Layer: {name}]" for name in names)
+    return (
+        f"Name: {' + '.join(names)}, LayerType: {kind}, Inputs: [ {{ Name: x, {tensor} }}], Outputs: [ {{ Name: y, "
+        f'{tensor} }}], ParameterType: Convolution, Kernel: [3,3], OutMaps: 8, Groups: 1, Weights: {{"Type": '
+        f'"{weights}", "Count": 576}}, Bias: {{"Type": "Float", "Count": 8}}, HasBias: 1, Activation: NONE, '
+        f"TacticName: sm80_xmma_fprop_implicit_gemm, TacticValue: 0x9251329244d2a80b, StreamId: 0, Metadata: {nodes}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "weights", "kind", "found"),
+    [
+        ("Half", "Half", "CaskConvolution", "Half"),
+        ("Channel major FP16 format where channel % 8 == 0", "Half", "CaskConvolution", "Half"),
+        ("Thirty-two wide channel vectorized row major Int8 format", "Int8", "CaskConvolution", "Int8"),
+        ("Thirty-two wide channel vectorized row major Int8 format.", "Int8", "CaskGemmConvolution", "Int8"),
+        ("Row major linear FP32", "Float", "CaskFlattenConvolution", "Float"),
+        ("Row major linear BF16 format", "BFloat16", "CaskGemmMatrixMultiply", "BFloat16"),
+        ("Row major linear FP16 format", "Int8", "CaskConvolution", "Half"),
+    ],
+)
+def test_tensorrts_own_lines_are_read(data: str, weights: str, kind: str, found: str) -> None:
+    (kernel,) = parse_kernels([f"Layers:\n{tensorrt_line(['pre/act', 'a/conv'], data, weights, kind)}\n\nBindings:\nx"])
+    assert kernel.computes_convolution and kernel.type == found
+    assert kernel.nodes == ("pre/act", "a/conv"), "U+001E between them ends no line"
+    (copy,) = parse_kernels([tensorrt_line(["a/conv"], data, weights, "Reformat")])
+    assert not copy.computes_convolution
+
+
+def test_what_no_kernel_names_is_a_doubt_and_a_wrong_type_a_mismatch(graphs: Path) -> None:
+    model = read_model(graph(graphs, "int8"))
+    planned, types, _ = planned_census(model)
+    first, *others = types
+    int8, half = ("Thirty-two wide channel vectorized row major Int8 format", "Int8"), ("Half", "Half")
+    lines = [tensorrt_line([n], *(int8 if types[n] == "Int8" else half)) for n in others]
+    census = take_census(model, ["Layers:\n" + "\n".join(lines)])
+    assert census is not None and census.unseen == (first,) and mismatches(planned, census) == []
+    assert doubts(planned, census)[0] == f"1 convolutions are named by no kernel ({first})"
+    wrong = take_census(model, [*lines, tensorrt_line([first], "Row major linear FP32", "Float")])
+    assert wrong is not None and wrong.odd == (f"{first}: Float, not {types[first]}",) and wrong.unseen == ()
+    assert len(mismatches(planned, wrong)) == 1
