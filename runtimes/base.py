@@ -17,7 +17,7 @@ from scm_sdk.dispatch import Backend
 from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError, ShapeError
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
-__all__ = ["Backend", "check_artifact", "check_images", "check_inputs", "check_num_threads"]
+__all__ = ["Backend", "check_artifact", "check_images", "check_inputs", "check_num_threads", "name_inputs"]
 
 
 def check_inputs(
@@ -38,25 +38,34 @@ def check_inputs(
     Raises:
         ShapeError: If an array is missing, too many, or of another shape or dtype.
     """
-    steps = spec.num_inference_steps
-    if len(noise) != steps:
-        raise ShapeError(
-            f"noise holds {len(noise)} arrays, expected {steps}: one per step. scm_sdk.noise.draw_noise makes them."
-        )
+    feeds = name_inputs(spec, noise, conditioning)
     batch = noise[0].shape[0] if noise[0].ndim else 0
     if not 1 <= batch <= spec.max_batch:
         raise ShapeError(
             f"noise_0 has shape {noise[0].shape}, a batch of {batch}; expected 1..{spec.max_batch}. "
             "Split larger requests, as Generator does."
         )
-    wanted = {tensor.name for tensor in spec.conditioning_inputs}
-    if wanted != set(conditioning):
-        raise ShapeError(f"conditioning holds {sorted(conditioning)}, expected exactly {sorted(wanted)}.")
-    feeds = {tensor.name: array for tensor, array in zip(spec.noise_inputs, noise, strict=True)}
-    feeds |= {tensor.name: conditioning[tensor.name] for tensor in spec.conditioning_inputs}
     for tensor in spec.inputs:
         feeds[tensor.name] = _checked(tensor, feeds[tensor.name], batch)
     return feeds
+
+
+def name_inputs(spec: SamplerSpec, noise: Sequence[Any], conditioning: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every input by name in the order of ``spec.inputs``; arrays of any library.
+
+    Raises:
+        ShapeError: If one is missing or too many.
+    """
+    if len(noise) != spec.num_inference_steps:
+        raise ShapeError(
+            f"noise holds {len(noise)} arrays, expected {spec.num_inference_steps}: one per step. "
+            "scm_sdk.noise.draw_noise makes them."
+        )
+    wanted = {tensor.name for tensor in spec.conditioning_inputs}
+    if wanted != set(conditioning):
+        raise ShapeError(f"conditioning holds {sorted(conditioning)}, expected exactly {sorted(wanted)}.")
+    named = {tensor.name: array for tensor, array in zip(spec.noise_inputs, noise, strict=True)} | dict(conditioning)
+    return {tensor.name: named[tensor.name] for tensor in spec.inputs}
 
 
 def check_images(spec: SamplerSpec, images: Any, batch: int, *, backend: str) -> np.ndarray:

@@ -9,8 +9,15 @@ import numpy as np
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import BackendFailure, BackendUnavailable
+from scm_sdk.gpu import gpus
 
 _RETRY = "Try a smaller batch_size; see: scm-export doctor"
+_OUT_OF_MEMORY, _OLD_DRIVER = 2, 35
+"""``cudaErrorMemoryAllocation`` and ``cudaErrorInsufficientDriver``, which also says that there is no driver."""
+
+
+class OutOfMemory(BackendFailure):
+    """The GPU, or pinned host memory, is full."""
 
 
 class Cuda:
@@ -28,6 +35,12 @@ class Cuda:
         self.api: Any = require("cuda.bindings.runtime", extra=extra, purpose="running an engine")
         self.index = index
         status, count = self.api.cudaGetDeviceCount()
+        if int(status) == _OLD_DRIVER and (found := gpus()):
+            major = int(found[0].driver.partition(".")[0])
+            raise BackendUnavailable(
+                f"the driver is too old: it knows CUDA {found[0].driver}, the installed cuda-bindings need a later one "
+                f"({status.name}). Update the driver, or: pip install 'cuda-bindings<{major + 1}'"
+            )
         if int(status) != 0 or index >= count:
             raise BackendUnavailable(
                 f"device 'cuda:{index}' was asked for, but the CUDA runtime sees {count or 0} GPUs ({status.name}), "
@@ -88,7 +101,8 @@ class Cuda:
     def _check(self, answer: tuple[Any, ...], doing: str) -> Any:
         status, *values = answer
         if int(status) != 0:
-            raise BackendFailure(f"{doing} failed on cuda:{self.index}: {status.name}. {_RETRY}")
+            error = OutOfMemory if int(status) == _OUT_OF_MEMORY else BackendFailure
+            raise error(f"{doing} failed on cuda:{self.index}: {status.name}. {_RETRY}")
         return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -105,7 +119,11 @@ class Buffer:
         self._cuda = cuda
         self.nbytes = int(np.prod(shape)) * dtype.itemsize
         self.device: int = int(cuda._check(cuda.api.cudaMalloc(self.nbytes), f"taking {self.nbytes} bytes"))
-        self._pinned = int(cuda._check(cuda.api.cudaHostAlloc(self.nbytes, 0), f"pinning {self.nbytes} bytes"))
+        try:
+            self._pinned = int(cuda._check(cuda.api.cudaHostAlloc(self.nbytes, 0), f"pinning {self.nbytes} bytes"))
+        except BaseException:
+            cuda.api.cudaFree(self.device)
+            raise
         raw = memoryview((ctypes.c_byte * self.nbytes).from_address(self._pinned))
         self.host: np.ndarray = np.frombuffer(raw, dtype=dtype).reshape(shape)
 

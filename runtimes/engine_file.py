@@ -7,15 +7,13 @@ from pathlib import Path
 import msgspec
 
 from scm_sdk.build_record import BUILD_RECORD_NAME, BuildRecord
-from scm_sdk.engine_fit import EngineHost, why_not
+from scm_sdk.engine_fit import EngineHost, rebuild_command, why_not
 from scm_sdk.errors import BackendUnavailable, IncompatibleEngineError, IntegrityError
 from scm_sdk.files import sha256_bytes
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.trt import EXTRAS
 
 from .base import check_artifact
-
-REBUILD = "Build it again: scm-export engine"
 
 
 def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildRecord, bytes]:
@@ -35,13 +33,15 @@ def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildR
     check_artifact(path)
     record = _read_record(path)
     if (size := path.stat().st_size) != record.engine_bytes:
-        raise IntegrityError(f"{path} has {size} bytes, expected {record.engine_bytes}: it was cut short. {REBUILD}")
+        raise IntegrityError(
+            f"{path} has {size} bytes, expected {record.engine_bytes}: it was cut short. {rebuild(record)}"
+        )
     _check_spec(path, record, spec)
     if (reason := why_not(record.flavour, record.facts, host)) is not None:
         if host.versions.get(record.flavour) is None:
             hint = f"pip install 'scm-sdk[{EXTRAS[record.flavour]}]'"
             raise BackendUnavailable(f"{path}: {reason}, expected {record.facts.library_version}. Install it: {hint}")
-        if host.gpu is None and "no NVIDIA GPU" in reason:
+        if host.gpu is None and reason == host.no_gpu:
             raise BackendUnavailable(
                 f"{path}: {reason}, expected one of compute capability {', '.join(record.facts.compute_capabilities)}. "
                 "Use backend='onnxruntime' or 'torch' here; see: scm-export doctor"
@@ -49,8 +49,15 @@ def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildR
         raise IncompatibleEngineError(f"{path} was {reason}")
     engine = path.read_bytes()
     if sha256_bytes(engine) != record.engine_sha256:
-        raise IntegrityError(f"{path} is not the engine that {BUILD_RECORD_NAME} describes: it was altered. {REBUILD}")
+        raise IntegrityError(
+            f"{path} is not the engine that {BUILD_RECORD_NAME} describes: it was altered. {rebuild(record)}"
+        )
     return record, engine
+
+
+def rebuild(record: BuildRecord | None = None) -> str:
+    """Return what to do about an engine that is not what it should be."""
+    return f"Build it again: {rebuild_command(record.flavour)}" if record else "Build it again: scm-export engine"
 
 
 def _read_record(path: Path) -> BuildRecord:
@@ -59,7 +66,7 @@ def _read_record(path: Path) -> BuildRecord:
         return BuildRecord.from_json(beside.read_bytes())
     except OSError as exc:
         raise IntegrityError(
-            f"{beside} cannot be read: {exc.strerror}. Expected it beside the engine. {REBUILD}"
+            f"{beside} cannot be read: {exc.strerror}. Expected it beside the engine. {rebuild()}"
         ) from exc
 
 
@@ -68,5 +75,5 @@ def _check_spec(path: Path, record: BuildRecord, spec: SamplerSpec) -> None:
     if own != wanted:
         names = [name for name in own.__struct_fields__ if getattr(own, name) != getattr(wanted, name)]
         raise IntegrityError(
-            f"{path} is an engine of another sampler: {', '.join(names)} differ from the manifest's. {REBUILD}"
+            f"{path} is an engine of another sampler: {', '.join(names)} differ from the manifest's. {rebuild(record)}"
         )

@@ -1,15 +1,15 @@
 """TensorRT and TensorRT-RTX: one backend for both, since they run engines through one interface.
 
-Each batch size has lanes of its own: a context with fixed shapes and addresses, a stream, and buffers. A thread
+Each batch size has lanes of its own (``lane_pool``): a context with fixed shapes, a stream, and buffers. A thread
 takes a free lane or makes one. With TensorRT a lane records a CUDA graph on its second run; TensorRT-RTX records
 graphs itself. This file runs on a GPU only; what is checked before that is in ``engine_file``.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,18 @@ import numpy as np
 
 from scm_sdk.build_record import BuildRecord
 from scm_sdk.engine_fit import EngineHost, doubt, is_trusted
-from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, IncompatibleEngineError, ShapeError
+from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, ScmError, ShapeError
 from scm_sdk.files import atomic_write_bytes
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.trt import EXTRAS, load_flavour, make_logger
 from scm_sdk.user_cache import cache_folder
 
-from .base import check_images, check_inputs, check_num_threads
-from .device_memory import Cuda
-from .engine_file import REBUILD, read_engine
-from .engine_lane import Lane
+from .base import check_images, check_inputs, check_num_threads, name_inputs
+from .device_memory import Cuda, OutOfMemory
+from .engine_file import read_engine, rebuild
+from .engine_lane import Lane, own_errors
+from .lane_pool import LanePool
 
-MAX_IDLE_LANES = 8
-"""Lanes that are kept for the next call; the longest unused goes first."""
 _VALIDITY = {
     1: "another version of the library", 2: "another kind of GPU", 4: "the driver is too old",
     8: "the CUDA runtime is too old", 16: "too little GPU memory", 32: "the file is malformed", 64: "a CUDA error",
@@ -90,9 +89,10 @@ class TrtBackend:
         self._trusted = trust_engines or is_trusted(self.record.engine_sha256)
         self._engine = self._deserialize(blob)
         _check_tensors(self._trt, self._engine, self.record, artifact_path)
-        self._config = self._runtime_config()
-        self._lanes: list[Lane] = []
-        self._lock = threading.Lock()
+        self._gpu_name = host.gpu.name if host.gpu is not None else "none"
+        with own_errors("preparing the engine"):
+            self._config = self._runtime_config()
+        self._pool = LanePool(self._make_lane, name=self.name)
         if slower := doubt(self.record.flavour, self.record.facts, host):
             warnings.warn(
                 f"{artifact_path}: {slower}; it may be slower than one built here", RuntimeWarning, stacklevel=4
@@ -102,13 +102,9 @@ class TrtBackend:
         """See ``Backend.sample``."""
         feeds = check_inputs(self.spec, noise, conditioning)
         batch = len(noise[0])
-        lane = self._take(batch)
-        try:
+        self._check_batch(batch)
+        with self._pool.lane(batch) as lane:
             images = lane.run(feeds)
-        except BaseException:
-            lane.close()
-            raise
-        self._give_back(lane)
         return check_images(self.spec, images, batch, backend=self.name)
 
     def sample_torch(self, noise: Sequence[Any], conditioning: Mapping[str, Any]) -> Any:
@@ -119,61 +115,47 @@ class TrtBackend:
             conditioning: The other inputs by name.
 
         Returns:
-            (B, *image_shape) float32 torch tensor on the same GPU, ordered after torch's current stream.
+            (B, *image_shape) float32 torch tensor on the same GPU, ordered after torch's current stream there.
 
         Raises:
-            ShapeError: If a tensor does not fit, or is not on this GPU.
+            ShapeError: If a tensor is missing, does not fit, or is not on this GPU.
             BackendFailure: If the engine cannot be run.
         """
         import torch
         import torch.utils.dlpack
 
-        named = {t.name: x for t, x in zip(self.spec.noise_inputs, noise, strict=True)} | dict(conditioning)
         tensors = {}
-        for tensor in self.spec.inputs:
-            value = named[tensor.name]
-            value = (value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)).contiguous()
-            shape, dtype = (len(noise[0]), *tensor.shape), getattr(torch, tensor.dtype)
-            if tuple(value.shape) != shape or value.dtype != dtype or str(value.device) != self.device:
-                raise ShapeError(
-                    f"{tensor.name} is {tuple(value.shape)} {value.dtype} on {value.device}, expected {shape} {dtype} "
-                    f"on {self.device}."
-                )
-            tensors[tensor.name] = value
-        batch = len(noise[0])
+        batch = 0
+        for name, value in name_inputs(self.spec, noise, conditioning).items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)
+            batch = batch or (len(tensor) if tensor.ndim else 0)
+            self._check_tensor(name, tensor, batch, str(tensor.dtype).removeprefix("torch."))
+            tensors[name] = tensor.contiguous()
         self._check_batch(batch)
-        images = torch.empty((batch, *self.spec.image_shape), dtype=torch.float32, device=self.device)
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        lane = self._take(batch, addresses={**addresses, self.spec.output_name: images.data_ptr()})
-        current = torch.cuda.current_stream(images.device)
-        self._cuda.order(current.cuda_stream, lane.stream)
-        lane.execute()
-        self._cuda.order(lane.stream, current.cuda_stream)
-        self._cuda.synchronize(lane.stream)  # the context may go when its work is done
-        lane.close()
+        with torch.cuda.device(self.device):  # the caller's current device is as before afterwards
+            images = torch.empty((batch, *self.spec.image_shape), dtype=torch.float32, device=self.device)
+            addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+            addresses[self.spec.output_name] = images.data_ptr()
+            self._enqueue(addresses, batch, torch.cuda.current_stream().cuda_stream)
         return images
 
     def close(self) -> None:
-        """Give the GPU's memory back; calls that are running finish first."""
-        with self._lock:
-            lanes, self._lanes = self._lanes, []
-            engine, self._engine = self._engine, None
-        for lane in lanes:
-            lane.close()
+        """Give the GPU's memory back, once the calls that are running have finished."""
+        self._pool.close()
+        self._engine = None
         self._keep_runtime_cache()
-        del engine
 
-    def _take(self, batch: int, *, addresses: Mapping[str, int] | None = None) -> Lane:
-        self._check_batch(batch)
-        with self._lock:
-            if self._engine is None:
-                raise BackendFailure(f"this {self.name} backend was closed, expected an open one. Open it again.")
-            self._cuda.use()
-            if addresses is None:
-                for lane in self._lanes:
-                    if lane.batch == batch:
-                        self._lanes.remove(lane)
-                        return lane
+    def _enqueue(self, addresses: Mapping[str, int], batch: int, stream: Any) -> None:
+        """Put the engine's work between what lies in the caller's stream and what will."""
+        with self._pool.lane(batch, buffers=False) as lane:
+            lane.bind(addresses)
+            self._cuda.order(stream, lane.stream)
+            lane.execute()
+            self._cuda.order(lane.stream, stream)
+
+    def _make_lane(self, batch: int, buffers: bool) -> Lane:
+        self._cuda.use()
+        with own_errors("making a context"):
             context = (
                 self._engine.create_execution_context(self._config)
                 if self._config is not None
@@ -181,25 +163,21 @@ class TrtBackend:
             )
         if context is None:
             free, need = self._cuda.free_bytes(), self._engine.device_memory_size_v2
-            raise BackendFailure(
+            raise OutOfMemory(
                 f"{self._path} needs {need / 2**20:.0f} MiB of GPU memory to run, {free / 2**20:.0f} MiB are free. "
                 "Close what else runs there, or build it for smaller batches."
             )
-        return Lane(
-            self._trt, self._cuda, context, self.spec, batch, record=self.name == "tensorrt", addresses=addresses
-        )
+        record = buffers and self.name == "tensorrt"
+        return Lane(self._cuda, context, self.spec, batch, record=record, buffers=buffers, rebuild=rebuild(self.record))
 
-    def _give_back(self, lane: Lane) -> None:
-        dropped: Lane | None = None
-        with self._lock:
-            if self._engine is None:
-                dropped = lane
-            else:
-                self._lanes.append(lane)
-                if len(self._lanes) > MAX_IDLE_LANES:
-                    dropped = self._lanes.pop(0)
-        if dropped is not None:
-            dropped.close()
+    def _check_tensor(self, name: str, tensor: Any, batch: int, dtype: str) -> None:
+        wanted = next(t for t in self.spec.inputs if t.name == name)
+        shape = (batch, *wanted.shape)
+        if tuple(tensor.shape) != shape or dtype != wanted.dtype or str(tensor.device) != self.device:
+            raise ShapeError(
+                f"{name} is {tuple(tensor.shape)} {dtype} on {tensor.device}, expected {shape} {wanted.dtype} on "
+                f"{self.device}."
+            )
 
     def _check_batch(self, batch: int) -> None:
         least, _, most = self.record.facts.batch
@@ -215,7 +193,7 @@ class TrtBackend:
             validity, bits = runtime.get_engine_validity(blob)
             if validity == self._trt.EngineValidity.INVALID:
                 found = ", ".join(text for bit, text in _VALIDITY.items() if int(bits) & bit) or "no reason given"
-                raise IncompatibleEngineError(f"{self._path} cannot run here: {found}. {REBUILD}")
+                raise IncompatibleEngineError(f"{self._path} cannot run here: {found}. {rebuild(self.record)}")
         if self.record.facts.version_compatible:
             if not self._trusted:
                 raise BackendUnavailable(
@@ -226,7 +204,9 @@ class TrtBackend:
         engine = runtime.deserialize_cuda_engine(blob)
         if engine is None:
             said = " ".join(self._log.errors()) or "nothing"
-            raise IncompatibleEngineError(f"{self._path} was refused by {self.name}: {said[:400]}. {REBUILD}")
+            raise IncompatibleEngineError(
+                f"{self._path} was refused by {self.name}: {said[:400]}. {rebuild(self.record)}"
+            )
         self._runtime = runtime  # an engine does not keep its runtime
         return engine
 
@@ -236,23 +216,25 @@ class TrtBackend:
             return None
         config = self._engine.create_runtime_config()
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # The default runs a general kernel until the special one is compiled: a seed's bits would change between calls.
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
         self._runtime_cache = config.create_runtime_cache()
-        path = self._runtime_cache_path()
-        if path.exists():
-            self._runtime_cache.deserialize(path.read_bytes())
+        with suppress(OSError, RuntimeError, ValueError):  # one that is absent or refused counts as empty
+            self._runtime_cache.deserialize(self._runtime_cache_path().read_bytes())
         config.set_runtime_cache(self._runtime_cache)
         return config
 
     def _keep_runtime_cache(self) -> None:
-        if self._config is not None:
-            serialized = self._runtime_cache.serialize()
-            if serialized is not None:
-                atomic_write_bytes(self._runtime_cache_path(), bytes(memoryview(serialized)))
-            self._config = None
+        config, self._config = self._config, None
+        if config is not None:
+            with suppress(ScmError), own_errors("keeping compiled kernels"):  # they only save time
+                serialized = self._runtime_cache.serialize()
+                if serialized is not None:
+                    atomic_write_bytes(self._runtime_cache_path(), bytes(memoryview(serialized)))
 
     def _runtime_cache_path(self) -> Path:
-        host = EngineHost.here(device=self.device)
-        gpu = host.gpu.name.replace(" ", "_") if host.gpu is not None else "none"
+        gpu = self._gpu_name.replace(" ", "_")
         return cache_folder() / "runtime" / f"{self.record.engine_sha256[:16]}-{gpu}.cache"
 
 
@@ -275,11 +257,13 @@ def _check_tensors(trt: Any, engine: Any, record: BuildRecord, path: Path) -> No
     wanted = {t.name: ("in", t.dtype, t.shape) for t in record.inputs}
     wanted |= {t.name: ("out", t.dtype, t.shape) for t in record.outputs}
     if found != wanted:
-        raise IncompatibleEngineError(f"{path} has tensors {found}, expected {wanted} from its record. {REBUILD}")
+        raise IncompatibleEngineError(
+            f"{path} has tensors {found}, expected {wanted} from its record. {rebuild(record)}"
+        )
     for tensor in record.inputs:
         sizes = tuple(shape[0] for shape in engine.get_tensor_profile_shape(tensor.name, 0))
         if sizes != record.facts.batch:
             raise IncompatibleEngineError(
                 f"{path} takes batches {sizes} of {tensor.name}, expected {record.facts.batch} from its record. "
-                f"{REBUILD}"
+                f"{rebuild(record)}"
             )

@@ -133,7 +133,7 @@ def test_a_recorded_graph_gives_the_same_bits(fp16: Generator, flavour: str) -> 
     first, *others = (backend.sample(*inputs) for _ in range(4))
     assert all(np.array_equal(first, other) for other in others)
     if flavour == "tensorrt":
-        assert all(lane._graph is not None for lane in backend._lanes if lane.batch == 2)
+        assert all(lane._graph is not None for lane in backend._pool._idle if lane.batch == 2)
 
 
 def test_threads_get_their_own_images(fp16: Generator) -> None:

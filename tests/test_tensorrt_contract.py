@@ -50,7 +50,10 @@ RTX_ONLY = {
     ("CudaGraphStrategy", ""),
     ("EngineValidity", ""),
     ("CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE"),
+    ("DynamicShapesKernelSpecializationStrategy", ""),
+    ("DynamicShapesKernelSpecializationStrategy", "EAGER"),
     ("IRuntimeConfig", "cuda_graph_strategy"),
+    ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
     ("IRuntimeConfig", "create_runtime_cache"),
     ("IRuntimeConfig", "set_runtime_cache"),
     ("IRuntimeCache", "deserialize"),
@@ -88,6 +91,7 @@ def test_the_search_sees_our_code() -> None:
         ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
         ("OnnxParser", "parse_from_file"),
         ("ICudaEngine", "device_memory_size_v2"),
+        ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
     ):
         assert expected in TOUCHED
 

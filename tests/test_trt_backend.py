@@ -5,6 +5,7 @@ and the driver: it shows that shapes and addresses are set before the engine run
 lane, that a graph is captured once, and that everything is given back. ``test_gpu.py`` runs the real thing.
 """
 
+import dataclasses
 import shutil
 import threading
 import types
@@ -33,10 +34,11 @@ from scm_sdk.export.variants import add_precision
 from scm_sdk.generator import Generator
 from scm_sdk.gpu import Gpu, gpus
 from scm_sdk.noise import draw_noise
-from scm_sdk.runtimes import trt_backend
-from scm_sdk.runtimes.device_memory import Cuda
+from scm_sdk.runtimes import device_memory, trt_backend
+from scm_sdk.runtimes.device_memory import Buffer, Cuda, OutOfMemory
 from scm_sdk.runtimes.engine_file import read_engine
-from scm_sdk.runtimes.trt_backend import MAX_IDLE_LANES, TrtBackend, open_backend
+from scm_sdk.runtimes.lane_pool import MAX_IDLE_LANES
+from scm_sdk.runtimes.trt_backend import TrtBackend, open_backend
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.targets import resolve_targets
 
@@ -208,13 +210,14 @@ class Recorder:
         return Context(self, self.contexts)
 
     def create_runtime_config(self) -> Any:
-        return types.SimpleNamespace(
+        self.runtime_config = types.SimpleNamespace(
             create_runtime_cache=lambda: types.SimpleNamespace(
                 serialize=lambda: b"kernels", deserialize=lambda b: True
             ),
             set_runtime_cache=lambda cache: True,
             cuda_graph_strategy=None,
         )
+        return self.runtime_config
 
 
 class Context:
@@ -265,6 +268,9 @@ class PlayedCuda:
 
     def synchronize(self, stream: int) -> None:
         self.recorder.calls.append(("synchronize", stream))
+
+    def order(self, first: Any, then: Any) -> None:
+        self.recorder.calls.append(("order", first, then))
 
     def begin_capture(self, stream: int) -> None:
         self.recorder.capturing = []
@@ -337,6 +343,9 @@ def test_images_come_out_and_lanes_are_kept_for_their_batch(played, spec: Sample
         noise, labels = inputs(spec, batch)
         np.testing.assert_array_equal(backend.sample(noise, labels), noise[0])
     assert recorder.contexts == 2, "one context for each batch size"
+    config = recorder.runtime_config
+    eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert config.dynamic_shapes_kernel_specialization_strategy == eager, "else a seed's bits change between calls"
     kinds = [call[0] for call in recorder.calls]
     assert kinds == ["execute", "synchronize"] * 5, "TensorRT-RTX captures graphs itself"
     backend.close()
@@ -361,6 +370,170 @@ def test_tensorrt_captures_a_graph_on_the_second_run_and_replays_it(played, spec
     assert recorder.live == set()
 
 
+def test_a_failed_capture_ends_and_the_lane_goes_on(played, spec: SamplerSpec, monkeypatch) -> None:
+    make, recorder = played
+    backend = make("tensorrt")
+    execute = Context.execute_async_v3
+
+    def refuse_to_record(self: Context, stream: int) -> bool:
+        if recorder.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return execute(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", refuse_to_record)
+    noise, labels = inputs(spec, 2)
+    backend.sample(noise, labels)
+    with pytest.warns(RuntimeWarning, match=r"no CUDA graph for batch 2: .*not permitted"):
+        np.testing.assert_array_equal(backend.sample(noise, labels), noise[0])
+    assert recorder.capturing is None, "or nothing would ever run in this stream again"
+    np.testing.assert_array_equal(backend.sample(noise, labels), noise[0])
+    backend.close()
+    assert recorder.live == set(), "the half graph too"
+
+
+def test_the_callers_memory_is_used_in_the_order_of_its_stream(played, spec: SamplerSpec) -> None:
+    make, recorder = played
+    backend = make()
+    noise, labels = inputs(spec, 2)
+    names = [*(t.name for t in spec.inputs), spec.output_name]
+    for base in (100, 200):
+        addresses = {name: base + i for i, name in enumerate(names)}
+        recorder.memory |= {addresses["noise_0"]: noise[0] + base, addresses["class_labels"]: labels["class_labels"]}
+        backend._enqueue(addresses, 2, "theirs")
+        np.testing.assert_array_equal(recorder.memory[addresses[spec.output_name]], noise[0] + base)
+    (lane,) = backend._pool._idle
+    once = [("order", "theirs", lane.stream), ("execute", 1, lane.stream), ("order", lane.stream, "theirs")]
+    assert recorder.calls == once * 2, "one lane for both, and nobody waits for the GPU"
+    backend.sample(noise, labels)
+    assert recorder.contexts == 2, "a lane with memory of its own is another"
+    before = recorder.live.copy()
+    with pytest.raises(KeyError), backend._pool.lane(2, buffers=False):
+        raise KeyError
+    assert len(recorder.live) == len(before) - 1, "what failed is not lent again"
+    backend.close()
+    assert recorder.live == set()
+
+
+def test_tensors_that_do_not_fit_are_refused_in_our_words(played, spec: SamplerSpec) -> None:
+    make, _ = played
+    backend = make()
+    torch = pytest.importorskip("torch")
+    noise, labels = inputs(spec, 2)
+    tensors, theirs = [torch.from_numpy(x) for x in noise], {k: torch.from_numpy(x) for k, x in labels.items()}
+    with pytest.raises(ShapeError, match=r"conditioning holds \[\], expected exactly \['class_labels'\]"):
+        backend.sample_torch(tensors, {})
+    with pytest.raises(ShapeError, match="noise holds 2 arrays, expected 1"):
+        backend.sample_torch(tensors * 2, theirs)
+    with pytest.raises(ShapeError, match=r"noise_0 is .* float32 on cpu, expected .* float32 on cuda:0"):
+        backend.sample_torch(tensors, theirs)
+
+
+def test_a_lane_that_cannot_be_set_up_leaves_nothing(played, spec: SamplerSpec, monkeypatch) -> None:
+    make, recorder = played
+    backend = make()
+    with monkeypatch.context() as patch:
+
+        def foreign(self: Context) -> list[str]:
+            raise RuntimeError("a pybind exception")
+
+        patch.setattr(Context, "infer_shapes", foreign)
+        with pytest.raises(BackendFailure, match="setting an engine up failed with RuntimeError: a pybind exception"):
+            backend.sample(*inputs(spec, 1))
+    made: list[PlayedBuffer] = []
+
+    def second_fails(*args: Any) -> PlayedBuffer:
+        if made:
+            raise OutOfMemory("full")
+        made.append(PlayedBuffer(*args))
+        return made[-1]
+
+    monkeypatch.setattr("scm_sdk.runtimes.engine_lane.Buffer", second_fails)
+    with pytest.raises(BackendFailure, match="full"):
+        backend.sample(*inputs(spec, 1))
+    assert recorder.live == set()
+    backend.close()
+
+
+def test_idle_lanes_go_when_memory_is_full(played, spec: SamplerSpec) -> None:
+    make, recorder = played
+    backend = make()
+    for batch in (1, 2):
+        backend.sample(*inputs(spec, batch))
+    create = recorder.create_execution_context
+    recorder.create_execution_context = lambda config=None: None if len(recorder.live) > 1 else create()  # type: ignore
+    noise, labels = inputs(spec, 3)
+    np.testing.assert_array_equal(backend.sample(noise, labels), noise[0])
+    assert [lane.batch for lane in backend._pool._idle] == [3]
+    backend.close()
+    assert recorder.live == set()
+
+
+def test_close_waits_for_the_call_that_runs(played, spec: SamplerSpec, monkeypatch) -> None:
+    make, recorder = played
+    backend = make()
+    inside, go_on = threading.Event(), threading.Event()
+    execute = Context.execute_async_v3
+
+    def slow(self: Context, stream: int) -> bool:
+        inside.set()
+        assert go_on.wait(10)
+        return execute(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", slow)
+    noise, labels = inputs(spec, 1)
+    found: list[np.ndarray] = []
+    caller = threading.Thread(target=lambda: found.append(backend.sample(noise, labels)))
+    closer = threading.Thread(target=backend.close)
+    caller.start()
+    assert inside.wait(10)
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive() and recorder.live, "the call still uses its lane"
+    go_on.set()
+    caller.join(10), closer.join(10)
+    np.testing.assert_array_equal(found[0], noise[0])
+    assert recorder.live == set()
+
+
+class FullHost:
+    """The CUDA runtime where there is no pinned memory left, and a driver of CUDA 12."""
+
+    def __init__(self) -> None:
+        self.freed: list[int] = []
+
+    status = staticmethod(lambda number, name: type("Status", (int,), {"name": name})(number))
+
+    def cudaMalloc(self, nbytes: int) -> tuple[Any, int]:
+        return self.status(0, "cudaSuccess"), 7
+
+    def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, int]:
+        return self.status(2, "cudaErrorMemoryAllocation"), 0
+
+    def cudaFree(self, address: int) -> None:
+        self.freed.append(address)
+
+    def cudaGetDeviceCount(self) -> tuple[Any, int]:
+        return self.status(35, "cudaErrorInsufficientDriver"), 0
+
+
+def test_half_a_buffer_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda.__new__(Cuda)
+    cuda.api, cuda.index = FullHost(), 0
+    with pytest.raises(OutOfMemory, match="pinning 16 bytes failed on cuda:0: cudaErrorMemoryAllocation"):
+        Buffer(cuda, (4,), np.dtype(np.float32))
+    assert cuda.api.freed == [7]
+
+
+def test_an_old_driver_is_not_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "require", lambda name, extra, purpose: FullHost())
+    monkeypatch.setattr(device_memory, "gpus", lambda: (dataclasses.replace(L4, driver="12.4"),))
+    with pytest.raises(BackendUnavailable, match=r"driver is too old: it knows CUDA 12\.4.*'cuda-bindings<13'"):
+        Cuda(0, extra="tensorrt")
+    monkeypatch.setattr(device_memory, "gpus", lambda: ())
+    with pytest.raises(BackendUnavailable, match="sees 0 GPUs"):
+        Cuda(0, extra="tensorrt")
+
+
 def test_idle_lanes_are_few(played, spec: SamplerSpec) -> None:
     make, recorder = played
     backend = make()
@@ -369,7 +542,7 @@ def test_idle_lanes_are_few(played, spec: SamplerSpec) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 1 <= len(backend._lanes) <= MAX_IDLE_LANES
+    assert 1 <= len(backend._pool._idle) <= MAX_IDLE_LANES
     backend.close()
     assert recorder.live == set()
 
