@@ -22,6 +22,7 @@ import click
 
 from scm_sdk._lazy import is_installed
 from scm_sdk.build_record import Flavour
+from scm_sdk.bundle import Bundle
 from scm_sdk.errors import BackendError
 from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.evaluate.latency import Latency, measure
@@ -52,6 +53,12 @@ class Report:
         if self.out:
             atomic_write_bytes(self.out, json.dumps(self.record, indent=2, default=str).encode() + b"\n")
 
+    def fail(self, stage: str, error: Exception) -> None:
+        """Keep what failed and why."""
+        print(f"{stage} failed: {type(error).__name__}: {error}")
+        self.record["failures"].append({"stage": stage, "error": f"{type(error).__name__}: {error}"})
+        self.save()
+
     def skip(self, reason: str) -> None:
         """Keep why something was not tried."""
         print(f"skip: {reason}")
@@ -65,10 +72,8 @@ class Report:
         try:
             yield
         except Exception as exc:  # what foreign libraries raise on a GPU is not known beforehand
-            print(f"{name} failed: {type(exc).__name__}: {exc}")
-            self.record["failures"].append({"stage": name, "error": f"{type(exc).__name__}: {exc}"})
-        finally:
-            self.save()
+            self.fail(name, exc)
+        self.save()
 
 
 @click.command()
@@ -95,6 +100,7 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
             report.skip(f"{flavour}: {reason}")
         else:
             flavours.append(flavour)
+    fp32: list[Precision] = ["fp32"]
     precisions: list[Precision] = ["fp16", "int8"]
     precisions += ["bf16"] * ("bf16" in target.precisions)
     with TemporaryDirectory() as folder:
@@ -103,9 +109,13 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
         with report.stage("graphs"):
             build_all(source, bundle, precisions=precisions, steps=[steps], max_batch=max(batches), on_stage=print)
         for flavour in flavours:
-            _prove(report, bundle, target, flavour)
+            for precision in [*fp32, *precisions]:  # each alone: one that fails costs no other
+                if reason := target.lacks(precision, flavour):
+                    report.skip(reason)
+                else:
+                    _prove(report, bundle, target, flavour, precision)
         with report.stage("latency"):
-            for batch, latency in _time(report, bundle, flavours, ["fp32", *precisions], batches, rounds):
+            for batch, latency in _time(report, bundle, flavours, [*fp32, *precisions], batches, rounds):
                 report.record["latency"].append(latency.to_dict())
                 report.save()
                 for timing in latency:
@@ -115,22 +125,25 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
         sys.exit(f"{len(report.record['failures'])} stages failed; the rest is in {out}")
 
 
-def _prove(report: Report, bundle: Path, target: Target, flavour: Flavour) -> None:
-    """Build one flavour's engines and hold them against PyTorch; what was done before a failure is kept."""
+def _prove(report: Report, bundle: Path, target: Target, flavour: Flavour, precision: Precision) -> None:
+    """Build a flavour's engines of one precision and hold them against PyTorch."""
+    made: list[EngineVariant] = []
 
     def keep(engine: EngineVariant) -> None:
         _show(engine)
+        made.append(engine)
         report.record["engines"].append(engine.to_dict())
-        report.save()
 
-    with report.stage(f"{flavour} engines"):
-        add_engines(bundle, [target], flavour=flavour, on_engine=keep, on_skip=report.skip)
-    with report.stage(f"{flavour} parity"):
-        results = validate_bundle(
-            bundle, backends=[flavour], on_result=lambda parity: report.record["parity"].append(parity.to_dict())
-        )
-        for parity in results:
-            parity.raise_if_failed()
+    with report.stage(f"{flavour} {precision} engines"):
+        add_engines(bundle, [target], flavour=flavour, precisions=[precision], on_engine=keep)
+    if made:
+        with report.stage(f"{flavour} {precision} parity"):
+            results = validate_bundle(
+                bundle, backends=[flavour], precisions=[precision],
+                on_result=lambda parity: report.record["parity"].append(parity.to_dict()),
+            )  # fmt: skip
+            for parity in results:
+                parity.raise_if_failed()
 
 
 def _show(engine: EngineVariant) -> None:
@@ -150,7 +163,8 @@ def _time(
     wanted: list[dict[str, Any]] = [
         {"backend": "torch", "device": "cuda"}, {"backend": "onnxruntime", "device": "cuda", "precision": "fp32"},
     ]  # fmt: skip
-    wanted += [{"backend": flavour, "precision": precision} for flavour in flavours for precision in precisions]
+    built = {(artifact.format, artifact.precision) for artifact in Bundle.open(bundle, verify="none").artifacts()}
+    wanted += [{"backend": f, "precision": p} for f in flavours for p in precisions if (f, p) in built]
     opened: dict[str, Generator] = {}
     with ExitStack() as stack:
         for options in wanted:
@@ -158,8 +172,11 @@ def _time(
             try:
                 opened[name] = stack.enter_context(Generator.from_pretrained(bundle, verify="none", **options))
             except BackendError as exc:
-                report.skip(f"{name} is not timed: {exc}")
-        for batch in batches:
+                if options["backend"] in flavours:
+                    report.fail(f"opening {name}", exc)
+                else:  # only something to compare with
+                    report.skip(f"{name}: {exc}")
+        for batch in batches if opened else ():
             yield batch, measure(opened, batch=batch, rounds=rounds)
 
 

@@ -1,11 +1,9 @@
 """Engines: real ones, built on this CPU, and every way in which building one can fail."""
 
-import importlib
 import json
 import os
 import re
 import shutil
-import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -20,12 +18,9 @@ from scm_sdk.errors import (
     ConfigError,
     ExportError,
     IncompatibleEngineError,
-    ScmError,
     UnsupportedGraphError,
 )
 from scm_sdk.export import engines
-from scm_sdk.export.build_errors import explain
-from scm_sdk.export.builder import give_timing_cache
 from scm_sdk.export.census import Census, planned_census
 from scm_sdk.export.chain import build_all
 from scm_sdk.export.cli import main
@@ -38,7 +33,6 @@ from scm_sdk.export.variants import add_precision
 from scm_sdk.export.write import read_model, write_model
 from scm_sdk.gpu import Gpu, current_gpu
 from scm_sdk.targets import resolve_target, resolve_targets
-from scm_sdk.trt import make_logger
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows")
 
@@ -123,53 +117,6 @@ def test_the_peak_is_one_builds_own(graphs: Path, tmp_path: Path) -> None:
     assert 1e8 < record.peak_memory_bytes < now + before * 0.9
 
 
-def test_a_damaged_timing_cache_counts_as_empty(tmp_path: Path) -> None:
-    """TensorRT-RTX keeps these calls and does nothing in them; its answers are those of the real library."""
-    trt = importlib.import_module("tensorrt_rtx")
-    log = make_logger(trt)
-    builder = trt.Builder(log)
-    path = tmp_path / "timing.cache"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        for content in (None, b"garbage" * 100, b""):
-            if content is not None:
-                path.write_bytes(content)
-            config = builder.create_builder_config()
-            give_timing_cache(config, path)
-            assert config.get_timing_cache() is not None
-
-        given: list[object] = []
-
-        class Refuses:
-            """As TensorRT may: by an exception, by None, or by False."""
-
-            def create_timing_cache(self, blob: bytes) -> object:
-                if blob == b"raise":
-                    raise RuntimeError("cannot read it")
-                return None if blob == b"none" else blob
-
-            def set_timing_cache(self, cache: object, ignore_mismatch: bool) -> bool:
-                given.append(cache)
-                return cache != b"mismatch"
-
-        for content in (b"raise", b"none", b"mismatch"):
-            path.write_bytes(content)
-            give_timing_cache(Refuses(), path)
-            assert given[-1] == b""
-
-
-def test_the_log_does_not_grow_for_ever() -> None:
-    trt = importlib.import_module("tensorrt_rtx")
-    running, building = make_logger(trt), make_logger(trt, kernels=True)
-    for log in (running, building):
-        for i in range(2000):
-            log.log(trt.ILogger.VERBOSE, f"Name: k{i}, LayerType: kgen")
-            log.log(trt.ILogger.VERBOSE, f"a tactic that took {i} ms")
-            log.log(trt.ILogger.WARNING, f"warning {i}")
-        assert len(log.warnings()) <= 500 and log.warnings()[-1] == "warning 1999"
-    assert len(running.kernels) == 0 and len(building.kernels) == 2000
-
-
 def test_the_shipped_model_becomes_an_engine_for_an_a100(tmp_path: Path) -> None:
     """The one that users get, its attention included; the others here are of a tiny network."""
     shipped = Path(str(resources.files("scm_sdk.assets") / "avatars"))
@@ -178,8 +125,8 @@ def test_the_shipped_model_becomes_an_engine_for_an_a100(tmp_path: Path) -> None
     add_precision(path, default_plan("fp16"), num_samples=1)
     (made,) = add_engines(path, resolve_targets(["a100"]), precisions=["fp16"])
     census = built(made.record)
-    assert set(census.convolutions) == {"Half"} and census.convolutions["Half"] >= 30
-    assert census.attention_fused == census.attention > 0 and census.unseen == ()
+    assert census.convolutions == {"Half": 37} and not census.unseen
+    assert census.attention_fused == census.attention == 7
 
 
 def test_damaged_graphs(graphs: Path, tmp_path: Path) -> None:
@@ -240,45 +187,6 @@ def test_options_are_checked_before_anything_is_built(graphs: Path, tmp_path: Pa
         build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(batch=(1, 2, 64)))
     with pytest.raises(ConfigError, match="compute_capabilities is empty"):
         EngineOptions(compute_capabilities=(), batch=(1, 1, 1))
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        ("cudaError 35: CUDA driver version is insufficient for CUDA runtime version", BackendUnavailable, "no GPU"),
-        ("Non-zero zero point is not supported.", UnsupportedGraphError, "shifted zero points"),
-        ("input has type Int32 but must have type FP8", UnsupportedGraphError, "quantized biases"),
-        ("Plugin not found, are the plugin name, version, and namespace correct?", UnsupportedGraphError, "operator"),
-        ("ElementWiseOperation SUM must have same input types. But", UnsupportedGraphError, "mixes types"),
-        ("Unable to load library: libnvinfer_lean.so.1", IncompatibleEngineError, "lean runtime"),
-        ("graph_jit.cpp:278: CHECK(status == CUDA_SUCCESS) failed", BackendUnavailable, "only be built with a GPU"),
-        ("something new", ExportError, "something new"),
-    ],
-)  # fmt: skip
-def test_the_builders_words_are_explained(text: str, error: type[ScmError], message: str) -> None:
-    found = (
-        explain(["a first line that says little", text], doing="building x")
-        if text != "something new"
-        else explain([text], doing="building x")
-    )
-    assert type(found) is error and message in str(found) and str(found).startswith("building x failed")
-
-
-def test_progress_is_reported_and_stops_the_build(graphs: Path, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    with pytest.raises(ExportError, match="the build was cancelled in"):
-        build_engine(
-            graph(graphs, "fp16"), tmp_path / "engine", options(),
-            progress=lambda *step: (seen.append(step), len(seen) < 5)[1],
-        )  # fmt: skip
-    assert len(seen) >= 5 and all(1 <= step <= total for _, step, total in seen)
-
-    def interrupt(phase: str, step: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(), progress=interrupt)
-    assert not list(tmp_path.iterdir())
 
 
 def test_graphs_that_are_not_there(graphs: Path) -> None:
