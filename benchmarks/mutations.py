@@ -2,38 +2,39 @@
 
     python benchmarks/mutations.py scm-demo/avatars --json benchmarks/results/mutations.json
 
-One line for each fault and rung: whether the parity gate fails, what ``diagnose`` calls it, and the node at which
-``bisect`` sees it first. Exits 1 if one goes unnoticed or gets the wrong name.
+One line for each fault and rung: what ``scm-export validate`` itself did with the bundle that holds the faulty graph,
+whether the numbers alone would have noticed, what it calls the fault, and the node at which ``bisect`` sees it first.
+Exits 1 if the command lets one pass or gives it the wrong name.
 """
 
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import msgspec
 import numpy as np
 import onnx_ir as ir
+from click.testing import CliRunner
 from rich.console import Console
 from rich.table import Table
 
 from scm_sdk.bundle import Bundle
-from scm_sdk.dispatch import open_backend
-from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.evaluate.parity import compare
-from scm_sdk.evaluate.reference import run_reference
 from scm_sdk.export.bisect import bisect
+from scm_sdk.export.cli import main as scm_export
 from scm_sdk.export.compose import compose_sampler
-from scm_sdk.export.diagnose import diagnose
 from scm_sdk.export.graph import NetworkGraph, export_network
 from scm_sdk.export.write import read_model, write_model
+from scm_sdk.extend import extend_bundle
 from scm_sdk.files import atomic_write_bytes
-from scm_sdk.generator import Generator
+from scm_sdk.manifest import Artifact
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.spec import SamplerSpec
 
@@ -107,10 +108,26 @@ def float16_time(site: Site) -> None:
 
 
 def perturbed_weight(site: Site) -> None:
-    """One weight tensor is 10 % off."""
-    names = [name for name in site.model.graph.initializers if name.endswith(("conv0.weight", "conv_out.weight"))]
+    """One weight tensor of a layer that int8 quantizes is 10 % off; in int8 its codes are."""
+    ends = ("conv0.weight", "conv0.weight.int8", "conv0.weight_quantized")
+    names = [name for name in site.model.graph.initializers if name.endswith(ends)]
     draw = np.random.default_rng(0)
-    site.change(names[-1], lambda w: w + 0.1 * w.std() * draw.standard_normal(w.shape))
+
+    def edit(w: np.ndarray) -> np.ndarray:
+        noisy = w + 0.1 * w.std() * draw.standard_normal(w.shape)
+        low, high = (-127, 127) if names[0].endswith(".int8") else (0, 255)
+        codes: np.ndarray = noisy if names[0].endswith("weight") else np.rint(noisy).clip(low, high)
+        return codes
+
+    site.change(names[0], edit)
+
+
+def wrong_scale(site: Site) -> None:
+    """One output channel of a layer is 5 % too strong; in int8 its scale is."""
+    ends = ("conv0.weight", "conv0.weight.scale", "conv0.weight_scale")
+    stored = site.model.graph.initializers
+    name = next((n for n in stored if n.endswith(ends[1:])), next(n for n in stored if n.endswith(ends)))
+    site.change(name, lambda w: np.concatenate([np.atleast_1d(w)[:1] * 1.05, np.atleast_1d(w)[1:]]).reshape(w.shape))
 
 
 def transposed_labels(site: Site) -> None:
@@ -138,11 +155,12 @@ FAULTS: dict[str, tuple[str, Callable[[Site], None]]] = {
     "swapped step order": ("time", swapped_steps),
     "wrong t_mid": ("time", wrong_t_mid),
     "perturbed weight": ("weights", perturbed_weight),
+    "wrong channel scale": ("weights", wrong_scale),
     "transposed labels": ("labels", transposed_labels),
     "scaled output": ("output", scaled_output),
     "float16 time": ("time", float16_time),
 }
-"""Fault: what ``diagnose`` must call it, how it is planted."""
+"""Fault: what the command must call it, how it is planted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,53 +170,68 @@ class Outcome:
     fault: str
     rung: str
     gate: str
-    gate_failed: bool
+    numbers_pass: bool
+    exit_code: int
     diagnosis: str
     named: bool
     first_node: str
 
     @property
     def caught(self) -> bool:
-        """Whether anything noticed."""
-        return self.gate_failed or bool(self.diagnosis)
+        """Whether the command failed, and the bundle says so."""
+        return self.exit_code == 3
 
 
-def run(path: Path, *, steps: int = 2, num_seeds: int = 32) -> list[Outcome]:
-    """Plant every fault into every graph of a bundle with ``steps`` steps, and into none of them once."""
+def run(path: Path, *, steps: int = 2, options: Sequence[str] = ()) -> list[Outcome]:
+    """Plant every fault into every graph of a bundle with ``steps`` steps, and into none of them once.
+
+    ``options`` go to ``scm-export validate``.
+    """
     bundle = Bundle.open(path)
     spec = bundle.spec(steps)
-    model = ConsistencyModel.from_pretrained(bundle.path / "denoiser").eval()
-    network = export_network(model)
+    network = export_network(ConsistencyModel.from_pretrained(bundle.path / "denoiser").eval())
     outcomes = []
-    with TemporaryDirectory() as folder, Generator.from_pretrained(path, backend="torch") as reference:
-        wanted = run_reference(reference, seeds=range(num_seeds), num_inference_steps=steps)
-        for artifact in bundle.artifacts(format="onnx"):
-            if artifact.num_inference_steps != steps:
-                continue
-            clean = read_model(bundle.file(artifact.path))
-            for fault, (name, plant) in {"none": ("", nothing), **FAULTS}.items():
-                broken = clean.clone()
-                plant(Site(broken, spec, network))
-                target = Path(folder) / artifact.precision / fault.replace(" ", "_") / "model.onnx"
-                write_model(broken, target)
-                backend = open_backend("onnxruntime", target, spec)
-                least = MIN_PSNR_DB.get(artifact.precision)
-                parity = compare(backend, wanted, min_psnr_db=least, reason="")
-                backend.close()
-                found = diagnose(broken, model, spec)
-                first = bisect(broken, clean, spec).first
-                outcomes.append(
-                    Outcome(
-                        fault=fault,
-                        rung=artifact.precision,
-                        gate=parity.record().finding,
-                        gate_failed=not parity,
-                        diagnosis=str(found[0]) if found else "",
-                        named=(found[0].fault if found else "") == name,
-                        first_node=first.node if first else "",
-                    )
+    for artifact in bundle.artifacts(format="onnx"):
+        if artifact.num_inference_steps != steps:
+            continue
+        clean = read_model(bundle.file(artifact.path))
+        for fault, (name, plant) in {"none": ("", nothing), **FAULTS}.items():
+            broken = clean.clone()
+            plant(Site(broken, spec, network))
+            result, exit_code = _validate(path, artifact, broken, options)
+            first = bisect(broken, clean, spec).first
+            gate = "worst_psnr_db" if result["gate"] == "psnr_db" else "max_abs"
+            outcomes.append(
+                Outcome(
+                    fault=fault,
+                    rung=artifact.precision,
+                    gate=f"{result['gate']} {result['overall'][result['gate']]}, {gate} {result['overall'][gate]}",
+                    numbers_pass=result["numbers_pass"],
+                    exit_code=exit_code,
+                    diagnosis=result["fault"],
+                    named=result["fault"].partition(",")[0] == name,
+                    first_node=first.node if first else "",
                 )
+            )
     return outcomes
+
+
+def _validate(path: Path, artifact: Artifact, graph: ir.Model, options: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Put a graph into a copy of a bundle and let the command judge it; return its word on that rung, and its exit."""
+    with TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(path, Path(folder) / "bundle"))
+        with extend_bundle(copy) as draft:
+            write_model(graph, draft.path(artifact.path))
+            draft.add(artifact, draft.built_from.get(artifact.path, ()))
+        arguments = ["validate", str(copy), "--precision", artifact.precision, "--json", *options]
+        arguments += ["--steps", str(artifact.num_inference_steps)]
+        done = CliRunner().invoke(scm_export, arguments)
+        if done.exit_code not in (0, 3):
+            raise RuntimeError(done.output)
+        (result,) = json.loads(done.stdout)["parity"]
+        (record,) = [r for r in Bundle.open(copy).manifest.parity if r.artifact == artifact.path]
+        assert record.passed == (done.exit_code == 0), "what the command says, it records"
+        return result, done.exit_code
 
 
 @click.command()
@@ -208,14 +241,16 @@ def run(path: Path, *, steps: int = 2, num_seeds: int = 32) -> list[Outcome]:
 def main(bundle: Path, steps: int, out: Path | None) -> None:
     """Plant every fault into BUNDLE's graphs and show what was noticed."""
     outcomes = run(bundle, steps=steps)
-    table = Table("fault", "rung", "gate", "diagnosis", "first node that differs", box=None)
+    table = Table("fault", "rung", "validate", "by its numbers alone", "called", "first node that differs", box=None)
     for o in outcomes:
-        table.add_row(o.fault, o.rung, ("FAIL " if o.gate_failed else "pass ") + o.gate, o.diagnosis, o.first_node)
+        verdict, numbers = "FAIL" if o.caught else "pass", "pass" if o.numbers_pass else "FAIL"
+        table.add_row(o.fault, o.rung, verdict, f"{numbers} {o.gate}", o.diagnosis, o.first_node)
     Console(width=200).print(table)
     planted = [o for o in outcomes if o.fault != "none"]
     clean = [o for o in outcomes if o.fault == "none"]
     caught, named = sum(o.caught for o in planted), sum(o.named for o in planted)
-    print(f"{caught} of {len(planted)} caught, {named} named; "
+    print(f"{caught} of {len(planted)} refused by validate, {sum(not o.numbers_pass for o in planted)} by its numbers "
+          f"alone; {named} named; "
           f"{sum(not o.diagnosis for o in clean)} of {len(clean)} clean graphs pass for clean")  # fmt: skip
     if out:
         record = {

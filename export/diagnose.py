@@ -4,23 +4,28 @@ A graph that differs in its first value differs in its last, so parts are judged
 the graph's own values are read, and each is made again from those before it. The sampler's algebra is linear, so its
 factors can be solved for, and what they should have been names the fault: another time, another sigma_data, a
 scaled output. The network's part is made again by PyTorch, at the time and labels of the spec and, if that differs, at
-others, until one explains it; else its weights are compared.
+others, until one explains it. Every stored tensor is compared with its original as well: a low precision's tolerance
+hides what a changed weight does to the picture, but not the weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from scm_sdk.evaluate.difference import difference
 from scm_sdk.spec import SamplerSpec
 
 from .bisect import TOLERANCE
 from .feeds import feeds_of
+from .hypotheses import other_labels, search_time
 from .precision import PRECISION_KEY
+from .stored import Stored, compare_stored
 from .taps import read_values
 
 if TYPE_CHECKING:
@@ -33,8 +38,7 @@ FACTOR_TOLERANCE = 1e-5
 """Of the sampler's factors, which are float32 in every precision."""
 _ONE = 1e-4
 """How far cos^2 + sin^2 may be from 1."""
-_ROUNDING = {"FLOAT": 1e-6, "FLOAT16": 1e-3, "BFLOAT16": 8e-3}
-"""Largest share of a weight's norm that rounding it to a type may cost."""
+_STEP = re.compile(r"step\d+/")
 _EXPLAINS = 0.2
 """A hypothesis explains a difference of which it leaves this share or less."""
 
@@ -56,40 +60,87 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"step {self.step}, {self.value}: {self.text}"
+        return f"{self.fault}, step {self.step}, {self.value}: {self.text}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What was looked at, and what was found.
+
+    Attributes:
+        findings: What is wrong, in the order of the computation.
+        stored: Which stored tensors were compared.
+        tolerance: Largest relative difference of a network's output that passes.
+        psnr_by_step: PSNR of the estimate after each step beside PyTorch's, dB; infinite where equal.
+    """
+
+    findings: tuple[Finding, ...]
+    stored: Stored
+    tolerance: float
+    psnr_by_step: tuple[float, ...]
+
+    @property
+    def fault(self) -> str:
+        """The first finding in words; "" if there is none."""
+        return str(self.findings[0]) if self.findings else ""
+
+    def __str__(self) -> str:
+        """Say what was checked, and nothing of what was not."""
+        unchecked = self.stored.unchecked
+        return (
+            f"checked: times and factors of {len(self.psnr_by_step)} steps to {FACTOR_TOLERANCE:.0e}, the network's "
+            f"output to {self.tolerance:.2g}, {self.stored.compared} of {self.stored.compared + len(unchecked)} stored "
+            "tensors" + (f"; not {unchecked[0]} and {len(unchecked) - 1} more" if unchecked else "")
+        )
 
 
 def diagnose(
-    graph: ir.Model, model: ConsistencyModel, spec: SamplerSpec, *, seeds: Sequence[int] = (0, 1, 2, 3)
-) -> list[Finding]:
+    graph: ir.Model,
+    model: ConsistencyModel,
+    spec: SamplerSpec,
+    *,
+    exact: ir.Model | None = None,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+) -> Diagnosis:
     """Look for what makes a graph differ from its checkpoint.
 
     Args:
         graph: A sampler graph with the names that ``compose`` gives.
         model: The checkpoint.
         spec: What the sampler should be.
+        exact: The float32 graph of the same sampler, to compare what is stored under no name of the checkpoint.
         seeds: Samples to look at, two or more; labels are drawn from the seeds.
-
-    Returns:
-        What is wrong, in the order of the computation; empty if nothing is.
 
     Raises:
         ExportError: If the graph lacks the names.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
-    return list(_Doctor(graph, model, spec, seeds).findings())
+    doctor = _Doctor(graph, model, spec, seeds, exact)
+    return Diagnosis(
+        findings=tuple(doctor.findings()),
+        stored=doctor.stored,
+        tolerance=doctor.tolerance,
+        psnr_by_step=doctor.psnr_by_step(),
+    )
 
 
 class _Doctor:
-    def __init__(self, graph: ir.Model, model: ConsistencyModel, spec: SamplerSpec, seeds: Sequence[int]) -> None:
-        self.graph, self.model, self.spec = graph, model, spec
+    def __init__(
+        self,
+        graph: ir.Model,
+        model: ConsistencyModel,
+        spec: SamplerSpec,
+        seeds: Sequence[int],
+        exact: ir.Model | None,
+    ) -> None:
+        self.model, self.spec, self.seeds = model, spec, seeds
         self.feeds = feeds_of(spec, seeds)
         self.tolerance = TOLERANCE[graph.metadata_props.get(PRECISION_KEY, "fp32")]
         last = spec.num_inference_steps - 1
         names = [f"step{k}/{part}" for k in range(last + 1) for part in ("x_t", "network_input", "F", "x0")]
         names[-1] = spec.output_name
         self.values = read_values(graph, names, self.feeds)
-        self.changed = self._weights()
+        self.stored = compare_stored(graph, _originals(model, exact))
         self.values[f"step{last}/x0"] = self.values[spec.output_name]
 
     def findings(self) -> Iterator[Finding]:
@@ -149,21 +200,26 @@ class _Doctor:
         off = found > self.tolerance
         enough = max(self.tolerance, _EXPLAINS * found)
         if off and labels is not None:
-            for what, others in _other_labels(labels, spec.num_classes):
+            for what, others in other_labels(labels, spec.num_classes):
                 if not np.array_equal(others, labels) and error(t, others) <= enough:
                     text = f"is what labels {what} give ({found:.1e} off), expected the labels that were asked for"
                     yield Finding(fault="labels", step=step, value="F", text=text)
                     return
-        if self.changed:  # even where so little is lost that a low precision's tolerance hides it
-            if step == 0:
-                (name, share), *rest = self.changed
-                more = f" and {len(rest)} more" if rest else ""
-                text = f"differs from the checkpoint by {share:.1e} of its norm{more}; F is {found:.1e} off"
-                yield Finding(fault="weights", step=step, value=name, text=text)
+        own = f"step{step}/"
+        changed = [each for each in self.stored.changed if "sampler/" not in each[0]]  # those were solved for
+        if mine := [each for each in changed if each[0].startswith(own)]:
+            name, share = mine[0]
+            text = f"depends on the time alone and differs from the fp32 graph's by {share:.1e} of its norm"
+            yield Finding(fault="time", step=step, value=name, text=f"{text}; F is {found:.1e} off")
+        shared = [each for each in changed if not _STEP.match(each[0])]
+        if shared and step == 0:
+            (name, share), *rest = shared
+            more = f" and {len(rest)} more" if rest else ""
+            text = f"differs from the checkpoint by {share:.1e} of its norm{more}; F is {found:.1e} off"
+            yield Finding(fault="weights", step=step, value=name, text=text)
+        if mine or shared or not off:
             return
-        if not off:
-            return
-        angle, left = _search_time(lambda angle: error(angle, labels), spec.times)
+        angle, left = search_time(lambda angle: error(angle, labels), spec.times)
         if left <= enough:
             yield self._time(step, "F", angle)
             return
@@ -188,42 +244,30 @@ class _Doctor:
         array: np.ndarray = F.numpy()
         return array
 
-    def _weights(self) -> list[tuple[str, float]]:
-        """Return the weights that differ from the checkpoint's of the same name, the worst first.
+    def psnr_by_step(self) -> tuple[float, ...]:
+        """Hold the estimate after each step against PyTorch's sampler of the steps so far."""
+        import msgspec
+        import torch
 
-        Those in int8 have other names and are not compared.
-        """
-        own = self.model.network.state_dict()
-        found: dict[str, float] = {}
-        for name, value in self.graph.graph.initializers.items():
-            tensor = value.const_value
-            if name in own and tensor is not None and tuple(tensor.shape.numpy()) == tuple(own[name].shape):
-                off = _relative(np.asarray(tensor.numpy(), np.float32), own[name].float().numpy())
-                if off > _ROUNDING.get(tensor.dtype.name, 0.0):
-                    found[name] = off
-        return sorted(found.items(), key=lambda item: -item[1])
+        from scm_sdk.model.sampler import Sampler
 
-
-def _other_labels(labels: np.ndarray, num_classes: int) -> Iterator[tuple[str, np.ndarray]]:
-    yield "in reverse order of the batch", labels[::-1].copy()
-    yield "shifted by one place of the batch", np.roll(labels, 1)
-    for shift in range(1, num_classes):
-        yield f"shifted by {shift} classes", (labels + shift) % num_classes
-    yield "mirrored (last class first)", num_classes - 1 - labels
-    for one in range(num_classes):
-        yield f"all {one}", np.full_like(labels, one)
+        found = []
+        for step in range(self.spec.num_inference_steps):
+            so_far = msgspec.structs.replace(self.spec, times=self.spec.times[: step + 1])
+            inputs = [torch.from_numpy(self.feeds[tensor.name]) for tensor in so_far.inputs]
+            with torch.inference_mode():
+                wanted = Sampler(self.model, so_far).eval()(*inputs).numpy()
+            gap = difference(self.values[f"step{step}/x0"], wanted, self.seeds, so_far)
+            found.append(gap.psnr_db if gap.finite else 0.0)
+        return tuple(found)
 
 
-def _search_time(error: Callable[[float], float], times: Sequence[float]) -> tuple[float, float]:
-    """Return the time that explains F best, and the error it leaves: known times first, then a grid, then finer."""
-    known = [*times, *(float(np.float16(t)) for t in times)]
-    best = min(((error(t), t) for t in [*known, *np.linspace(0.02, math.pi / 2, 40)]), key=lambda pair: pair[0])
-    width = 0.04
-    for _ in range(6):
-        near = np.linspace(best[1] - width, best[1] + width, 9)
-        best = min([best, *((error(float(t)), float(t)) for t in near)], key=lambda pair: pair[0])
-        width /= 4
-    return best[1], best[0]
+def _originals(model: ConsistencyModel, exact: ir.Model | None) -> dict[str, np.ndarray]:
+    """Return what each stored tensor should be: the checkpoint's word counts before the fp32 graph's."""
+    stored: Mapping[str, ir.Value] = {} if exact is None else exact.graph.initializers
+    constants = {name: value.const_value for name, value in stored.items()}
+    found = {name: np.asarray(t.numpy()) for name, t in constants.items() if t is not None}
+    return found | {name: tensor.float().numpy() for name, tensor in model.network.state_dict().items()}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +16,9 @@ from scm_sdk.images import make_grid, save_png, to_uint8
 from scm_sdk.spec import Precision, SamplerSpec
 
 from .bisect import Bisection, bisect
-from .diagnose import Finding, diagnose
+from .diagnose import Diagnosis
+from .prove import examine_graph
 from .write import read_model
-
-if TYPE_CHECKING:
-    from scm_sdk.model.consistency import ConsistencyModel
 
 _AMPLIFY = 10.0
 _LARGEST_SIDE = 256
@@ -33,7 +30,7 @@ class Localised:
 
     Attributes:
         artifact: The graph.
-        findings: What is wrong with it, as ``diagnose`` names it; empty if it found nothing.
+        diagnosis: What is wrong with it, and what was looked at.
         bisection: Where it parts from the bundle's fp32 graph; None for the fp32 graph itself, which is
             compared with the checkpoint by ``diagnose``.
         picture: The worst seed: the reference, the candidate, their difference ten times amplified; None
@@ -41,7 +38,7 @@ class Localised:
     """
 
     artifact: str
-    findings: tuple[Finding, ...]
+    diagnosis: Diagnosis
     bisection: Bisection | None
     picture: Path | None
 
@@ -56,10 +53,9 @@ def localise(path: Path, parity: Parity, folder: Path) -> Localised:
 
     Raises:
         ConfigError: If the candidate is no graph.
+        ExportError: If it lacks the names that scm-export gives.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
-    from scm_sdk.model.consistency import ConsistencyModel
-
     bundle = Bundle.open(path)
     artifact = next((a for a in bundle.artifacts(format="onnx") if a.path == parity.candidate), None)
     if artifact is None:
@@ -70,14 +66,15 @@ def localise(path: Path, parity: Parity, folder: Path) -> Localised:
     steps = artifact.num_inference_steps
     spec = bundle.spec(steps)
     graph = read_model(bundle.file(artifact.path))
-    model: ConsistencyModel = ConsistencyModel.from_pretrained(bundle.path / parity.reference).eval()
-    findings = tuple(diagnose(graph, model, spec))
     full = [a for a in bundle.artifacts(format="onnx", precision="fp32") if a.num_inference_steps == steps]
     found = None
     if full and full[0].path != artifact.path:
         found = bisect(graph, read_model(bundle.file(full[0].path)), spec, seed=parity.worst_seed)
     return Localised(
-        artifact=artifact.path, findings=findings, bisection=found, picture=_picture(bundle, parity, steps, folder)
+        artifact=artifact.path,
+        diagnosis=examine_graph(bundle, artifact),
+        bisection=found,
+        picture=_picture(bundle, parity, steps, folder),
     )
 
 

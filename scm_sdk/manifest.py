@@ -101,6 +101,9 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         num_samples: Samples compared.
         passed: Whether the gate was met.
         reason: Why the threshold is not the derived one, if it was set by hand.
+        worst_psnr_db: PSNR of the worst single sample, dB.
+        psnr_by_step: PSNR of the estimate after each step, dB; () where it was not looked at.
+        fault: What is wrong with the artifact's structure, whatever its numbers say; "" where nothing was found.
     """
 
     artifact: str
@@ -114,10 +117,15 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_samples: int
     passed: bool
     reason: str = ""
+    worst_psnr_db: float = 0.0
+    psnr_by_step: tuple[float, ...] = ()
+    fault: str = ""
 
     @property
     def finding(self) -> str:
         """What was found and what is allowed, in a few words."""
+        if self.fault:
+            return self.fault
         if self.gate == "psnr_db":
             return f"{self.psnr_db:.1f} dB of at least {self.threshold:.0f} dB"
         return f"{self.max_abs:.1e} of {self.threshold:.1e} allowed"

@@ -134,7 +134,9 @@ def test_generate_refuses_in_one_line(street, tmp_path, arguments, message):
 
 
 def test_validate_records_and_gates(street):
-    results = json.loads(run("validate", street / "bundle", "--json").stdout)
+    report = json.loads(run("validate", street / "bundle", "--json").stdout)
+    results = report["parity"]
+    assert report["latency"] == [], "no budgets"
     assert [r["num_inference_steps"] for r in results] == [1, 2] and all(r["passed"] for r in results)
     assert {int(b) for b in results[0]["by_batch"]} == {1, 3, 4}
     failed = run("validate", street / "bundle", "--threshold", 0, code=3)

@@ -22,6 +22,7 @@ from scm_sdk.export.cli import main
 from scm_sdk.export.diagnose import diagnose
 from scm_sdk.export.localise import localise
 from scm_sdk.export.precision import default_plan
+from scm_sdk.export.prove import prove
 from scm_sdk.export.quantized_variants import QuantizeOptions, add_int8
 from scm_sdk.export.taps import inner_values, read_values
 from scm_sdk.export.variants import add_precision
@@ -60,13 +61,15 @@ def graph(bundle: Path, precision: str = "fp32") -> ir.Model:
 
 
 def test_every_fault_is_caught_and_named_at_every_rung(ladder: Path) -> None:
-    outcomes = load_benchmark().run(ladder, num_seeds=8)
-    assert {o.rung for o in outcomes} == {"fp32", "fp16", "int8"} and len({o.fault for o in outcomes}) == 8
+    outcomes = load_benchmark().run(ladder, options=["--num-seeds", "5", "--batch", "5"])
+    assert {o.rung for o in outcomes} == {"fp32", "fp16", "int8"} and len({o.fault for o in outcomes}) == 9
     for o in outcomes:
         assert o.named, f"{o.fault} in {o.rung} was called {o.diagnosis!r}"
-        assert o.caught == (o.fault != "none") or (o.fault == "none" and o.rung == "int8"), o
+        if o.fault != "none" or o.numbers_pass:  # int8 of an untrained network is below its gate without a fault
+            assert o.caught == (o.fault != "none"), o
     exact = [o for o in outcomes if o.rung == "fp32"]
-    assert all(o.gate_failed == (o.fault != "none") for o in exact), "the gate of fp32 alone notices each"
+    assert all(o.numbers_pass == (o.fault == "none") for o in exact), "the numbers of fp32 alone notice each"
+    assert any(o.numbers_pass and o.caught for o in outcomes), "some are noticed by the structure alone"
     assert {o.fault: o.first_node for o in exact}["transposed labels"] == "step0/label_embedding/Gather"
 
 
@@ -112,7 +115,7 @@ def test_values_that_are_not_finite_are_named(ladder: Path, model: ConsistencyMo
     bad = graph(ladder)
     weight = bad.graph.initializers["conv_out.weight"]
     weight.const_value = ir.tensor(np.full_like(weight.const_value.numpy(), np.nan), name="conv_out.weight")
-    (finding,) = diagnose(bad, model, Bundle.open(ladder).spec(2))
+    (finding,) = diagnose(bad, model, Bundle.open(ladder).spec(2)).findings
     assert (finding.fault, finding.step, finding.value) == ("not finite", 0, "F")
     where = bisect(bad, graph(ladder), Bundle.open(ladder).spec(2))
     assert where.first is not None and where.first.node == "step0/conv_out/Conv" and np.isinf(where.first.error)
@@ -123,7 +126,7 @@ def test_a_node_that_computes_something_else_is_found(ladder: Path, model: Consi
     bad, spec = graph(ladder), Bundle.open(ladder).spec(2)
     node = next(n for n in bad.graph if n.op_type == "Sigmoid" and (n.name or "").startswith("step1/"))
     node.op_type = "Tanh"
-    (finding,) = diagnose(bad, model, spec)
+    (finding,) = diagnose(bad, model, spec).findings
     assert (finding.fault, finding.step) == ("network", 1) and "neither time, labels nor weights" in finding.text
     where = bisect(bad, graph(ladder), spec)
     assert where.first is not None and where.first.node == node.name and where.first.op == "Tanh"
@@ -147,3 +150,48 @@ def test_values_of_another_tools_graph(ladder: Path, model: ConsistencyModel) ->
             value.name = f"other_{value.name}"
     with pytest.raises(ExportError, match="share no value's name"):
         bisect(renamed, graph(ladder), bundle.spec(2))
+
+
+def test_one_code_of_an_int8_weight_is_noticed(ladder: Path, model: ConsistencyModel) -> None:
+    """No picture shows it, and its tolerance is half a step of its own channel's scale."""
+    bad, spec = graph(ladder, "int8"), Bundle.open(ladder).spec(2)
+    sound = diagnose(bad, model, spec, exact=graph(ladder))
+    assert not sound.findings and sound.fault == "" and len(sound.psnr_by_step) == 2
+    name = next(name for name in bad.graph.initializers if name.endswith("weight.int8"))
+    value = bad.graph.initializers[name]
+    codes = value.const_value.numpy().copy()
+    codes.flat[0] += -2 if codes.flat[0] > 0 else 2
+    value.const_value = ir.tensor(codes, name=name)
+    (finding,) = diagnose(bad, model, spec, exact=graph(ladder)).findings
+    assert (finding.fault, finding.value) == ("weights", name.removesuffix(".int8"))
+
+
+def test_a_constant_of_the_time_is_compared_with_the_exact_graph(ladder: Path, model: ConsistencyModel) -> None:
+    bad, spec = graph(ladder, "fp16"), Bundle.open(ladder).spec(2)
+    name = next(n for n in bad.graph.initializers if n.startswith("step1/") and "sampler/" not in n)
+    value = bad.graph.initializers[name]
+    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01), name=name)
+    finding = diagnose(bad, model, spec, exact=graph(ladder)).findings[0]
+    assert (finding.fault, finding.step, finding.value) == ("time", 1, name)
+
+
+def test_what_was_not_checked_is_not_claimed(ladder: Path, model: ConsistencyModel) -> None:
+    found = diagnose(graph(ladder, "int8"), model, Bundle.open(ladder).spec(2), exact=graph(ladder))
+    unchecked = found.stored.unchecked
+    assert unchecked and all(name.endswith("quantize.scale") for name in unchecked), "ranges have no original"
+    total = found.stored.compared + len(unchecked)
+    assert f"{found.stored.compared} of {total} stored tensors; not {unchecked[0]}" in str(found)
+
+
+def test_a_graph_with_other_names_is_said_not_to_be_looked_into(ladder: Path, tmp_path: Path) -> None:
+    """An adopted graph of another tool keeps its own names: its numbers are judged, its structure is not."""
+    path = Path(shutil.copytree(ladder, tmp_path / "bundle"))
+    other = graph(path, "fp16")
+    for node in other.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.name = f"other_{value.name}"
+    replace_graph(path, other)
+    notes: list[str] = []
+    (parity,) = prove(path, precisions=["fp16"], num_seeds=5, batches=[None], on_note=notes.append)
+    assert parity.fault == "" and parity.psnr_by_step == () and "was not looked into" in notes[0]

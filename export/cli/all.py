@@ -43,10 +43,10 @@ def build(
     \b
     scm-export all runs/avatars -o avatars --target a100 --target l4 --target t4
     """
-    from scm_sdk.evaluate.gate import validate_bundle
     from scm_sdk.targets import resolve_targets
 
     from ..chain import build_all
+    from ..prove import prove
     from .validation import summary as parity_summary
 
     build_all(
@@ -57,7 +57,7 @@ def build(
         workspace_bytes=workspace * 2**20 if workspace else None,
     )  # fmt: skip
     if validate:
-        results = validate_bundle(
+        results = prove(
             out, on_result=lambda parity: say(parity_summary(parity)), on_skip=lambda line: say(f"skip  {line}")
         )
         for parity in results:

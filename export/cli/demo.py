@@ -21,7 +21,6 @@ def demo(out: Path, seed: int) -> None:
     from time import perf_counter
 
     from scm_sdk._lazy import is_installed
-    from scm_sdk.evaluate.gate import validate_bundle
     from scm_sdk.evaluate.latency import measure
     from scm_sdk.generator import Generator
     from scm_sdk.images import make_grid, save_png
@@ -30,6 +29,7 @@ def demo(out: Path, seed: int) -> None:
     from ..engines import add_engines
     from ..pipeline import export_bundle
     from ..precision import default_plan
+    from ..prove import prove
     from ..variants import add_precision
     from .engines import summary as engine_summary
     from .precision import summary as variant_summary
@@ -53,7 +53,7 @@ def demo(out: Path, seed: int) -> None:
         say("   No engine: TensorRT-RTX is not installed (pip install 'scm-sdk[tensorrt-rtx]')")
 
     say("3. Prove: everything that can run here against PyTorch, same noise, same labels")
-    for parity in validate_bundle(
+    for parity in prove(
         bundle, on_result=lambda parity: say(f"   {summary(parity)}"), on_skip=lambda line: say(f"   skip  {line}")
     ):
         parity.raise_if_failed()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", "backends", multiple=True, help="Candidates; every one that can run here when absent.")
 @click.option("--precision", "precisions", multiple=True, help="Only these; all when absent.")
+@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these; all when absent.")
 @click.option("--num-seeds", type=click.IntRange(1), default=32, help="Samples for each batch split.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch splits; 1, 3 and the largest.")
 @click.option("--threshold", type=click.FloatRange(0), help="Largest difference of fp32, units of sigma_data.")
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def validate(
-    bundle: Path, backends: tuple[str, ...], precisions: tuple[Precision, ...], num_seeds: int,
+    bundle: Path, backends: tuple[str, ...], precisions: tuple[Precision, ...], steps: tuple[int, ...], num_seeds: int,
     batches: tuple[int, ...], threshold: float | None, min_psnr: float | None, reason: str, folder: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
@@ -40,47 +41,57 @@ def validate(
 
     Both run on the same noise and labels. The threshold of fp32 is derived from how far the
     checkpoint is from itself under another batch split and another number of threads; a lower
-    precision must reach a least PSNR. Budgets that lie in the bundle (bench --keep-budget) are measured
+    precision must reach a least PSNR. Each graph is also looked into: its times, its factors and what it stores must be
+    the checkpoint's, whatever its pictures look like. Budgets that lie in the bundle (bench --keep-budget) are measured
     and enforced, exit 4.
     """
     from scm_sdk.evaluate.contract import check_budgets
-    from scm_sdk.evaluate.gate import validate_bundle
 
-    results = validate_bundle(
-        bundle, backends=backends, precisions=precisions, num_seeds=num_seeds, batches=batches or None,
+    from ..prove import prove
+
+    results = prove(
+        bundle, backends=backends, precisions=precisions, steps=steps, num_seeds=num_seeds, batches=batches or None,
         threshold=threshold, min_psnr_db=min_psnr, reason=reason,
         on_result=lambda parity: None if as_json else say(summary(parity)),
-        on_skip=lambda line: say(f"skip  {line}"),
+        on_skip=lambda line: say(f"skip  {line}"), on_note=lambda line: say(f"      {line}"),
     )  # fmt: skip
-    if as_json:
-        print_json([parity.to_dict() for parity in results])
+    failed = [parity for parity in results if not parity]
     if folder is not None:
-        for parity in results:
-            if not parity:
-                _localise(bundle, parity, folder)
+        for parity in failed:
+            _localise(bundle, parity, folder)
+    whole = not (failed or backends or precisions or steps)
+    latencies = check_budgets(bundle, on_skip=lambda line: say(f"skip  {line}")) if whole else []
+    for latency in latencies:
+        for timing in latency:
+            kept = "FAIL" if timing.name in latency.exceeded else "pass"
+            say(f"{kept}  latency of {timing.name}, batch {timing.batch}: median {timing.median_ms:.2f} ms, "
+                f"p95 {timing.p95_ms:.2f} ms")  # fmt: skip
+    if as_json:
+        print_json({"parity": [each.to_dict() for each in results], "latency": [each.to_dict() for each in latencies]})
     for parity in results:
         parity.raise_if_failed()
-    if not (backends or precisions):
-        for latency in check_budgets(bundle, on_skip=lambda line: say(f"skip  {line}")):
-            for timing in latency:
-                kept = "FAIL" if any(line.startswith(timing.name) for line in latency.over_budget) else "pass"
-                say(f"{kept}  latency of {timing.name}, batch {timing.batch}: median {timing.median_ms:.2f} ms, "
-                    f"p95 {timing.p95_ms:.2f} ms")  # fmt: skip
-            latency.raise_if_over()
+    for latency in latencies:
+        latency.raise_if_over()
 
 
 def _localise(bundle: Path, parity: Parity, folder: Path) -> None:
+    from scm_sdk.errors import ExportError
+
     from ..localise import localise
 
     if not parity.candidate.endswith(".onnx"):
         say(f"{parity.candidate} cannot be looked into: it is no graph")
         return
-    found = localise(bundle, parity, folder)
+    try:
+        found = localise(bundle, parity, folder)
+    except ExportError as exc:
+        say(f"{parity.candidate} cannot be looked into: {exc}")
+        return
     say(f"{found.artifact}:")
-    for finding in found.findings:
+    for finding in found.diagnosis.findings:
         say(f"  {finding}")
-    if not found.findings:
-        say("  its algebra, time, labels and weights are those of the checkpoint: what is lost is lost to rounding")
+    if not found.diagnosis.findings:
+        say(f"  nothing but a loss of precision was found; {found.diagnosis}")
     if found.bisection is not None:
         say(f"  beside the fp32 graph: {found.bisection}")
         if found.bisection.first is not None:
@@ -95,6 +106,7 @@ def summary(parity: Parity) -> str:
     overall = parity.overall
     if parity.gate == "psnr_db":
         gate = f"at least {parity.threshold:.0f} dB"
+        gate += f", worst sample {overall.worst_psnr_db:.1f} of {parity.least_worst_db:.0f} dB"
     else:
         gate = f"allowed {parity.threshold:.1e} (floor {parity.noise_floor:.1e})"
     return (
@@ -102,5 +114,11 @@ def summary(parity: Parity) -> str:
         f"mean {overall.mean_abs:.1e}, PSNR {overall.psnr_db:.1f} dB, {parity.num_samples} seeds x batches "
         f"{', '.join(map(str, parity.by_batch))}; {gate}"
         + (f"; {parity.step.psnr_db:.1f} dB beside the rung below" if parity.step is not None else "")
+        + (
+            f"; after each step {', '.join(f'{db:.1f}' for db in parity.psnr_by_step)} dB"
+            if parity.psnr_by_step
+            else ""
+        )
         + (f"; reason: {parity.reason}" if parity.reason else "")
+        + (f"; {parity.fault}" if parity.fault else "")
     )

@@ -32,6 +32,7 @@ class Difference:
         mean_abs: Mean absolute difference, units of sigma_data.
         relative_l2: Norm of the difference over the norm of the reference.
         psnr_db: Peak signal to noise ratio, peak = the value range's width; infinite when equal.
+        worst_psnr_db: The same of the sample for which it is lowest: a mean hides one that is lost.
         ssim: Mean structural similarity of the pictures; None for what is no picture.
         uint8_mismatch: Share of 8-bit values that differ; None for what is no picture.
         uint8_max_step: Largest difference in 8-bit levels; None for what is no picture.
@@ -43,6 +44,7 @@ class Difference:
     mean_abs: float
     relative_l2: float
     psnr_db: float
+    worst_psnr_db: float
     ssim: float | None
     uint8_mismatch: float | None
     uint8_max_step: int | None
@@ -83,6 +85,7 @@ def difference(
             mean_abs=nan,
             relative_l2=nan,
             psnr_db=nan,
+            worst_psnr_db=nan,
             ssim=None,
             uint8_mismatch=None,
             uint8_max_step=None,
@@ -90,7 +93,8 @@ def difference(
             worst_seed=int(seeds[int(np.flatnonzero(~good)[0])]),
         )
     delta = np.abs(a - b)
-    squares = float(np.mean(delta**2))
+    by_sample = np.mean(np.square(delta).reshape(len(a), -1), axis=1)
+    squares = float(by_sample.mean())
     norm = math.sqrt(float(np.mean(b**2)))
     width = spec.value_range[1] - spec.value_range[0]
     picture = spec.output == "pixels" and len(spec.image_shape) == 3
@@ -102,13 +106,18 @@ def difference(
         max_abs=float(delta.max()) / spec.sigma_data,
         mean_abs=float(delta.mean()) / spec.sigma_data,
         relative_l2=math.sqrt(squares) / norm if norm else (math.inf if squares else 0.0),
-        psnr_db=10 * math.log10(width**2 / squares) if squares else math.inf,
+        psnr_db=_psnr_db(squares, width),
+        worst_psnr_db=_psnr_db(float(by_sample.max()), width),
         ssim=ssim(a, b, width) if picture else None,
         uint8_mismatch=mismatch,
         uint8_max_step=step,
         finite=True,
         worst_seed=int(seeds[int(delta.reshape(len(a), -1).max(axis=1).argmax())]),
     )
+
+
+def _psnr_db(mean_square: float, width: float) -> float:
+    return 10 * math.log10(width**2 / mean_square) if mean_square else math.inf
 
 
 def ssim(a: NDArray[np.float64], b: NDArray[np.float64], value_width: float) -> float:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import get_args
 
 from ..bundle import Bundle
 from ..dispatch import BACKENDS
 from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
 from ..generator import Generator
+from ..manifest import Artifact
 from ..spec import Precision
+from .parity import MIN_PSNR_DB as MIN_PSNR_DB
 from .parity import Parity, compare
 from .reference import NUM_SEEDS, SPLITS, run_reference
 
-MIN_PSNR_DB: Mapping[str, float] = {"fp16": 60.0, "bf16": 45.0, "int8": 40.0, "int8-cpu": 35.0, "fp8": 35.0}
-"""Least PSNR of each lower precision, dB over the declared value range. 60 dB is a quarter of a level of
-an 8-bit picture (root mean square), 40 dB two and a half levels. A network that magnifies rounding
-loses more than a smooth one: half of FP16's loss can be the noise's own rounding."""
+Examine = Callable[[Artifact], tuple[str, tuple[float, ...]]]
+"""What looks into an artifact: its structural fault, "" if none, and the PSNR after each step, () if unknown."""
 
 
 def validate_bundle(
@@ -26,11 +27,13 @@ def validate_bundle(
     *,
     backends: Sequence[str] = (),
     precisions: Sequence[Precision] = (),
+    steps: Sequence[int] = (),
     num_seeds: int = NUM_SEEDS,
     batches: Sequence[int | None] | None = None,
     threshold: float | None = None,
     min_psnr_db: float | None = None,
     reason: str = "",
+    examine: Examine = lambda _: ("", ()),
     on_result: Callable[[Parity], object] = lambda _: None,
     on_skip: Callable[[str], object] = lambda _: None,
 ) -> list[Parity]:
@@ -42,11 +45,13 @@ def validate_bundle(
         path: The bundle.
         backends: Candidates; () is every backend that can run here. One that is named must run.
         precisions: Only these; () is all.
+        steps: Only graphs and engines with these numbers of steps; () is all.
         num_seeds: Samples for each batch split; more where the largest batch needs more.
         batches: Batch splits, None among them is the largest; None is 1, 3 and the largest.
         threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
         min_psnr_db: Least PSNR of lower precisions, dB; None is ``MIN_PSNR_DB``.
         reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate's own.
+        examine: Looks into each artifact that ran; a fault that it finds fails the comparison, whatever its numbers.
         on_result: Called with each comparison.
         on_skip: Called with a line for each artifact that cannot run here.
 
@@ -59,32 +64,37 @@ def validate_bundle(
     """
     bundle = Bundle.open(path)
     candidates = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
-    candidates = [a for a in candidates if not precisions or a.precision in precisions]
+    candidates = [
+        a
+        for a in candidates
+        if (not precisions or a.precision in precisions) and (not steps or a.num_inference_steps in steps)
+    ]
     if not candidates or not bundle.artifacts(format="safetensors"):
         missing = "checkpoint to compare with" if candidates else "graph to validate"
         raise ConfigError(f"{bundle.path} holds no {missing}. Make it from a checkpoint: scm-export onnx")
     results: list[Parity] = []
     skipped: list[str] = []
-    for steps in sorted({artifact.num_inference_steps for artifact in candidates}):
+    by_path = {artifact.path: artifact for artifact in candidates}
+    for count in sorted({artifact.num_inference_steps for artifact in candidates}):
         pairs = sorted(
             {
                 (name, a.precision)
                 for a in candidates
                 for name, info in BACKENDS.items()
-                if a.num_inference_steps == steps and a.format in info.opens and (not backends or name in backends)
+                if a.num_inference_steps == count and a.format in info.opens and (not backends or name in backends)
             },
             key=_rung,
         )
         below: Parity | None = None
-        with Generator.from_pretrained(path, backend="torch", num_inference_steps=steps, verify="none") as reference:
+        with Generator.from_pretrained(path, backend="torch", num_inference_steps=count, verify="none") as reference:
             most = reference.opened().spec.max_batch
             sizes = SPLITS if batches is None else batches
             seeds = range(max([num_seeds, *(most if size is None else size for size in sizes)]))
             run = run_reference(reference, seeds=seeds, batches=batches)
         for backend, precision in pairs:
-            least = None if precision == "fp32" else _least_psnr(precision, min_psnr_db, reason)
+            least = None if precision == "fp32" else MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
             try:
-                candidate = open_candidate(path, backend, precision, steps)
+                candidate = open_candidate(path, backend, precision, count)
             except (BackendUnavailable, IncompatibleEngineError) as exc:
                 if backends:
                     raise
@@ -96,6 +106,8 @@ def validate_bundle(
                     candidate, run, threshold=threshold if least is None else None, min_psnr_db=least, reason=reason,
                     below=below,
                 )  # fmt: skip
+            fault, by_step = examine(by_path[below.candidate])
+            below = replace(below, fault=fault, psnr_by_step=by_step)
             results.append(below)
             on_result(below)
     if not results:
@@ -108,16 +120,6 @@ def _rung(pair: tuple[str, Precision]) -> tuple[bool, int, str]:
     """Order the ladder: graphs before engines, each from the highest precision down."""
     backend, precision = pair
     return BACKENDS[backend].runs_engines, get_args(Precision).index(precision), backend
-
-
-def _least_psnr(precision: str, asked: float | None, reason: str) -> float:
-    default = MIN_PSNR_DB[precision]
-    if asked is not None and asked < default and not reason:
-        raise ConfigError(
-            f"min_psnr_db is {asked:.1f}, looser than {default:.1f} dB for {precision}, expected a reason for that. "
-            "Give one; every report prints it."
-        )
-    return default if asked is None else asked
 
 
 def open_candidate(path: str | os.PathLike[str], backend: str, precision: Precision, steps: int) -> Generator:

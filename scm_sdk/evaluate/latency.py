@@ -78,6 +78,7 @@ class Latency:
         stable: Whether the times were stable when measuring began.
         peak_rss_mib: Largest memory of the whole process so far, MiB; None where the system does not say.
         over_budget: One line for each budget that was exceeded.
+        exceeded: Names of the candidates that these lines are about.
         machine: What it ran on.
     """
 
@@ -88,6 +89,7 @@ class Latency:
     stable: bool
     peak_rss_mib: float | None
     over_budget: tuple[str, ...]
+    exceeded: tuple[str, ...]
     machine: dict[str, str]
 
     def __bool__(self) -> bool:
@@ -165,6 +167,7 @@ def measure(
         _timing(name, batch, _load_ms(candidates[name], num_inference_steps), first[name], np.array(times), base)
         for name, times in samples.items()
     )
+    over = list(_over(budgets, timings))
     return Latency(
         timings=timings,
         batch=batch,
@@ -172,7 +175,8 @@ def measure(
         warmup_rounds=warmup_rounds,
         stable=stable,
         peak_rss_mib=peak_rss_mib(),
-        over_budget=tuple(_over(budgets, timings)),
+        over_budget=tuple(line for _, line in over),
+        exceeded=tuple(dict.fromkeys(name for name, _ in over)),
         machine=describe_machine(),
     )
 
@@ -273,12 +277,13 @@ def _timing(
     )
 
 
-def _over(budgets: tuple[Budget, ...], timings: tuple[Timing, ...]) -> Iterator[str]:
+def _over(budgets: tuple[Budget, ...], timings: tuple[Timing, ...]) -> Iterator[tuple[str, str]]:
     for budget in budgets:
         for timing in timings:
             found = getattr(timing, f"{budget.statistic}_ms")
             if budget.name in (None, timing.name) and not found <= budget.limit_ms:
                 yield (
+                    timing.name,
                     f"{timing.name} has {budget.statistic} {found:.3g} ms at batch {timing.batch}, "
-                    f"expected at most {budget.limit_ms:.3g} ms"
+                    f"expected at most {budget.limit_ms:.3g} ms",
                 )

@@ -25,20 +25,25 @@ SPLITS: tuple[int | None, ...] = (1, 3, None)
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a generator's open backend, or a backend that was given as it is."""
+    """One side of a comparison: a generator's open backend, or a backend that was given as it is.
+
+    The precision of the latter is not known: "".
+    """
 
     backend: Backend
     spec: SamplerSpec
     name: str
     artifact: str
     device: str
+    precision: str = ""
 
     @classmethod
     def of(cls, given: Generator | Backend, steps: int | None) -> Side:
         """Take a generator's backend for a number of steps, or a backend as it is."""
         if isinstance(given, Generator):
             opened = given.opened(steps)
-            return cls(opened.backend, opened.spec, opened.row.backend, opened.row.artifact, opened.device)
+            row = opened.row
+            return cls(opened.backend, opened.spec, row.backend, row.artifact, opened.device, row.precision)
         kind = type(given).__name__
         if not isinstance(given, Backend):
             raise ConfigError(f"{kind} cannot be compared, expected a Generator or an object with spec and sample.")

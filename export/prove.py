@@ -1,0 +1,73 @@
+"""The whole proof of a bundle: its numbers, by ``evaluate.gate``, and the structure of its graphs, by ``diagnose``.
+
+The gate compares pictures, and a low precision is allowed to change them: what a small fault does hides in that. The
+structure has no such allowance, so both must pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk.bundle import Bundle
+from scm_sdk.errors import ExportError, UnsupportedGraphError
+from scm_sdk.evaluate.gate import validate_bundle
+from scm_sdk.evaluate.parity import Parity
+from scm_sdk.manifest import Artifact
+
+from .diagnose import Diagnosis, diagnose
+from .write import read_model
+
+if TYPE_CHECKING:
+    from scm_sdk.model.consistency import ConsistencyModel
+
+
+def prove(path: Path, *, on_note: Callable[[str], object] = lambda _: None, **options: Any) -> list[Parity]:
+    """Compare everything that can run here with the checkpoint, look into each graph, and record both.
+
+    Args:
+        path: The bundle.
+        on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked.
+        **options: Those of ``validate_bundle``, without ``examine``.
+
+    Raises:
+        ScmError: What ``validate_bundle`` raises.
+    """
+    bundle = Bundle.open(path, verify="none")
+
+    def examine(artifact: Artifact) -> tuple[str, tuple[float, ...]]:
+        if artifact.format != "onnx":
+            return "", ()
+        try:
+            found = examine_graph(bundle, artifact)
+        except (ExportError, UnsupportedGraphError) as exc:
+            on_note(f"{artifact.path} was not looked into: {exc}")
+            return "", ()
+        if not found.findings:
+            on_note(f"{artifact.path} {found}")
+        return found.fault, found.psnr_by_step
+
+    return validate_bundle(path, examine=examine, **options)
+
+
+def examine_graph(bundle: Bundle, artifact: Artifact) -> Diagnosis:
+    """Look into one graph of a bundle.
+
+    Raises:
+        ExportError: If it lacks the names that scm-export gives, as a graph of another tool does.
+        UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
+    """
+    from scm_sdk.model.consistency import ConsistencyModel
+
+    (checkpoint, *_) = bundle.artifacts(format="safetensors")
+    model: ConsistencyModel = ConsistencyModel.from_pretrained(bundle.file(checkpoint.path)).eval()
+    steps = artifact.num_inference_steps
+    graphs = bundle.artifacts(format="onnx", precision="fp32")
+    exact = next((a for a in graphs if a.num_inference_steps == steps and a.path != artifact.path), None)
+    return diagnose(
+        read_model(bundle.file(artifact.path)),
+        model,
+        bundle.spec(steps),
+        exact=None if exact is None else read_model(bundle.file(exact.path)),
+    )
