@@ -46,14 +46,20 @@ def bench(
     """
     from contextlib import ExitStack
 
+    if keep_budget and budget is None:
+        raise click.UsageError(
+            "--keep-budget stores what --budget names, and none is given. Expected both; --budget '' removes what "
+            "is stored."
+        )
     from scm_sdk.evaluate.contract import keep_budgets
     from scm_sdk.evaluate.latency import measure
     from scm_sdk.generator import Generator
 
     budgets, results = _by_batch(budget, batches), []
+    labels = _labels(bundle, others)
     with ExitStack() as stack:
         opened = {
-            name + (f" of {path.name}" if path != bundle else ""): stack.enter_context(
+            f"{name}{label}": stack.enter_context(
                 Generator.from_pretrained(
                     path,
                     backend=name.partition(":")[0],
@@ -63,7 +69,7 @@ def bench(
                     verify="none",
                 )
             )
-            for path in (bundle, *others)
+            for path, label in labels.items()
             for name in backends
         }
         for batch in batches:
@@ -103,10 +109,22 @@ def bench(
         Console(width=120).print(table)
         if not all(latency.stable for latency in results):
             say("The machine did not become steady during warm-up: trust the ratios more than the milliseconds.")
-    if keep_budget:
-        keep_budgets(bundle, budget or "")
     for latency in results:
         latency.raise_if_over()
+    if keep_budget:  # what is not kept today is no contract
+        keep_budgets(bundle, budget or "")
+
+
+def _labels(bundle: Path, others: tuple[Path, ...]) -> dict[Path, str]:
+    """Return what is put behind the names of each bundle's candidates: its folder, or its path where two are alike."""
+    given = [path.resolve() for path in (bundle, *others)]
+    if len(set(given)) < len(given):
+        raise click.UsageError("a bundle is given twice, expected others than BUNDLE in --against, each once.")
+    names = [path.name for path in given]
+    labels = {bundle: ""}
+    for path, whole in zip(others, given[1:], strict=True):
+        labels[path] = f" of {whole.name if names.count(whole.name) == 1 else path}"
+    return labels
 
 
 def _by_batch(budget: str | None, batches: tuple[int, ...]) -> dict[int, str]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from ..bundle import Bundle
-from ..errors import BackendUnavailable, IncompatibleEngineError
+from ..dispatch import BACKENDS
+from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
 from ..generator import Generator
 from .budget import P99_ROUNDS, Budget
 from .latency import Latency, measure
@@ -24,13 +25,18 @@ def keep_budgets(path: str | os.PathLike[str], text: str) -> Bundle:
             binds what ``backend="auto"`` takes.
 
     Raises:
-        ConfigError: If one cannot be read, or is about a batch that the samplers do not allow.
+        ConfigError: If one cannot be read, or is about a backend that there is not.
         BundleError: If the bundle is damaged or cannot be written.
     """
     bundle = Bundle.open(path)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
-        Budget.parse(part)
+        backend = (Budget.parse(part).name or "auto").partition(":")[0]
+        if backend not in ("auto", *BACKENDS):
+            raise ConfigError(
+                f"budget is for {backend!r}, expected one of auto, {', '.join(BACKENDS)}: a bundle keeps budgets of "
+                "itself alone."
+            )
     return bundle.with_budgets(*parts)
 
 
