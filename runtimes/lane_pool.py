@@ -51,9 +51,11 @@ class LanePool:
             yield lane
             kept = True
         finally:
-            if lane is not None and not kept:
-                lane.close()
-            self._return(lane if kept else None)
+            try:
+                if lane is not None and not kept:
+                    lane.close()
+            finally:  # else ``close`` would wait for ever
+                self._return(lane if kept else None)
 
     def close(self) -> None:
         """Wait for the lanes that are lent, then close all."""

@@ -222,6 +222,8 @@ def test_tensorrt_skips_what_only_another_gpu_can_build(graphs: Path, monkeypatc
     assert add_engines(graphs, resolve_targets(["a100", "l4"]), flavour="tensorrt", on_skip=lines.append) == []
     assert lines[0] == "a100 (8.0): TensorRT builds on the GPU that runs the engine, this NVIDIA A10 is 8.6"
     assert len(lines) == 2
+    run = CliRunner().invoke(main, ["engine", str(graphs), "--target", "a100", "--flavour", "tensorrt"])
+    assert run.exit_code == IncompatibleEngineError.exit_code and "skip a100 (8.0): TensorRT builds on" in run.stderr
 
 
 def test_the_verb_builds_and_tells(graphs: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def engine(
     scm-export engine avatars --target a100 --target l4
     scm-export engine avatars --target t4 --precision fp16 --steps 2
     """
+    from scm_sdk.errors import IncompatibleEngineError
     from scm_sdk.targets import resolve_targets
 
     from ..engines import add_engines
@@ -69,6 +70,10 @@ def engine(
     )  # fmt: skip
     if as_json:
         print_json([variant.to_dict() for variant in variants])
+    if not variants:
+        raise IncompatibleEngineError(
+            "no engine was built, expected at least one; the lines above say why. Choose others."
+        )
 
 
 class BuildBars:
