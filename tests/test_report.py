@@ -4,22 +4,27 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from scm_sdk.bundle import Bundle
-from scm_sdk.errors import BackendUnavailable, ConfigError
+from scm_sdk.errors import BackendUnavailable, ConfigError, SchemaError
+from scm_sdk.evaluate.contract import keep_budgets
 from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.precision import default_plan
 from scm_sdk.export.variants import add_precision
+from scm_sdk.manifest import Artifact, EngineFacts
 from scm_sdk.report import render
 from scm_sdk.report.collect import Report, collect
-from scm_sdk.report.figures import provenance
-from scm_sdk.report.render import write_report
+from scm_sdk.report.figures import error_histogram, provenance
+from scm_sdk.report.render import verdict, write_report
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def pages(validated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_holds_everything_and_loads_nothing(pages: Path) -> None:
     html = pages.read_text()
-    assert "validated: 3 of 3 comparisons passed" in html
+    assert "validated: 3 of 3 artifacts passed" in html
     for part in ("onnxruntime fp16, 1 step", "derived from the noise floor", "the gate&#39;s least PSNR", "Throughput"):
         assert part in html, part
     assert html.count("<svg") == 6  # bars, a histogram for each of two samplers, two of speed, provenance
@@ -118,3 +123,69 @@ def test_what_cannot_be_reported(validated: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(BackendUnavailable, match="needs jinja2"):
         write_report(collect(validated, num_images=2, rounds=0), tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_the_badge_claims_no_more_than_is_on_record(validated: Path) -> None:
+    manifest = Bundle.open(validated).manifest
+    assert verdict(manifest) == {"kind": "pass", "text": "validated: 3 of 3 artifacts passed"}
+    facts = EngineFacts(
+        library_version="1.0.0.0", compute_capabilities=("8.0",), platform="linux-x86_64", batch=(1, 1, 1)
+    )
+    engine = Artifact(path="engines/a/model.engine", format="tensorrt_rtx", num_inference_steps=1, engine=facts)
+    more = msgspec.structs.replace(manifest, artifacts=(*manifest.artifacts, engine), parity=manifest.parity[:2])
+    found = verdict(more)
+    assert found["kind"] == "none" and found["text"].startswith("validated: 2 of 4 artifacts passed; 2 never compared")
+    assert found["text"].endswith("1 of them engines that never ran")
+    loose = tuple(msgspec.structs.replace(record, reason="a test") for record in manifest.parity)
+    found = verdict(msgspec.structs.replace(manifest, parity=loose))
+    assert found["kind"] == "none" and "3 by a gate that was loosened by hand" in found["text"]
+    gone = msgspec.structs.replace(manifest.parity[0], artifact="onnx/gone.onnx", passed=False)
+    assert verdict(msgspec.structs.replace(manifest, parity=(*manifest.parity, gone)))["kind"] == "pass"
+
+
+def test_a_candidate_that_gives_nan_is_shown_and_not_fatal(
+    validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scm_sdk.runtimes.ort_backend import OrtBackend
+
+    right = OrtBackend.sample
+
+    def broken(self: OrtBackend, noise: Any, conditioning: Any) -> np.ndarray:
+        images = right(self, noise, conditioning)
+        images[0, 0, 0, 0] = np.nan
+        images[-1, 0, 0, 1] = 1e6
+        return images
+
+    monkeypatch.setattr(OrtBackend, "sample", broken)
+    report = collect(validated, num_images=3, rounds=0)
+    write_report(report, tmp_path / "r.html")
+    assert "NaN" in (tmp_path / "r.html").read_text()
+    assert any(check.passed is False for check in report.checks["onnxruntime fp32"]), "the self-checks notice"
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_every_error_is_in_some_bin(validated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, seen = collect(validated, num_images=2, rounds=0), []
+    far = [replace(p, images=p.images + np.float32(1e4)) if p.difference else p for p in report.pictures]
+    right = np.histogram
+    monkeypatch.setattr(np, "histogram", lambda *a, **k: seen.append(right(*a, **k)) or seen[-1])
+    error_histogram(replace(report, pictures=tuple(far)), 1)
+    assert seen and all(counts[-1] == counts.sum() == 2 * 3 * 8 * 8 for counts, _ in seen)
+
+
+def test_kept_scores_are_shown(unet_copy: Path, tmp_path: Path) -> None:
+    from scm_sdk.extend import extend_bundle
+
+    quality = {"metric": "FID (inception-2015-12-05, N=64)", "fd": 12.5, "num_generated": 64, "num_reference": 0}
+    with extend_bundle(unet_copy) as draft:
+        draft.path("reports/quality.json").write_text(json.dumps([{"sampler": "sCM, 2 steps", "quality": quality}]))
+    keep_budgets(unet_copy, "p95=60s@b1")
+    write_report(collect(unet_copy, num_images=2, rounds=2, batches=[1]), tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    for part in ("FID (inception-2015-12-05, N=64)", "12.50", "64 against statistics", "Model card", "p95=60s@b1",
+                 "Peak memory", "permutation", "No comparison on record"):  # fmt: skip
+        assert part in html, part
+    with extend_bundle(unet_copy) as draft:
+        draft.path("reports/quality.json").write_text("{")
+    with pytest.raises(SchemaError, match=r"reports/quality.json of .* cannot be read"):
+        collect(unet_copy, num_images=2, rounds=0)

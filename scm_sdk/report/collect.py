@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
 from ..evaluate.difference import Difference, difference
 from ..evaluate.latency import Latency, measure
 from ..evaluate.machine import describe_machine
+from ..evaluate.reference import Side
+from ..evaluate.selfcheck import Check, selfcheck
 from ..generator import Generator
 from ..manifest import Manifest
+from ..request import Request, make_request
 from ..spec import Precision, SamplerSpec
+from .quality import read_quality
 
 Say = Callable[[str], object]
 
@@ -63,6 +67,9 @@ class Report:
         engines: Build record of each engine, by path.
         left_out: Why an artifact has no pictures, one line each.
         machine: Where all this was measured.
+        card: The model card, Markdown; "" if the bundle has none.
+        checks: Self-checks of PyTorch and of each backend, by name; of ``timed_steps``.
+        quality: Kept scores, as ``evaluate --keep`` wrote them.
     """
 
     path: Path
@@ -75,6 +82,9 @@ class Report:
     engines: dict[str, BuildRecord]
     left_out: tuple[str, ...]
     machine: dict[str, str]
+    card: str = ""
+    checks: dict[str, tuple[Check, ...]] = field(default_factory=dict)
+    quality: list[dict[str, Any]] = field(default_factory=list)
 
     def spec(self, steps: int) -> SamplerSpec:
         """Return the sampler of a number of steps."""
@@ -104,6 +114,8 @@ class Report:
             "engines": {path: msgspec.to_builtins(record) for path, record in self.engines.items()},
             "left_out": list(self.left_out),
             "machine": self.machine,
+            "checks": {name: [check.to_dict() for check in checks] for name, checks in self.checks.items()},
+            "quality": self.quality,
         }
 
 
@@ -143,14 +155,16 @@ def collect(
         steps = sampler.num_inference_steps
         progress(f"{steps} steps")
         with Generator.from_pretrained(path, backend="torch", num_inference_steps=steps, verify="none") as gen:
-            wanted = gen(num_images, seed=list(seeds), class_labels=labels, output_type="raw").images
+            wanted = _draw(gen, make_request(sampler, num_images=num_images, seed=list(seeds), class_labels=labels))
             row = gen.opened().row
         pictures.append(Pictures(name="torch fp32", steps=steps, precision="fp32", artifact=row.artifact, images=wanted,
                                  difference=None))  # fmt: skip
         for backend, precision in _pairs(bundle, steps):
             try:
                 with _open(path, backend, precision, steps) as gen:
-                    images = gen(num_images, seed=list(seeds), class_labels=labels, output_type="raw").images
+                    images = _draw(
+                        gen, make_request(sampler, num_images=num_images, seed=list(seeds), class_labels=labels)
+                    )
                     row = gen.opened().row
             except (BackendUnavailable, IncompatibleEngineError) as exc:
                 left_out.append(str(exc))
@@ -177,7 +191,30 @@ def collect(
         engines=_records(bundle),
         left_out=tuple(left_out),
         machine=describe_machine(),
+        card=_card(bundle),
+        checks=_checks(path, [p for p in pictures if p.steps == timed], progress),
+        quality=read_quality(bundle),
     )
+
+
+def _draw(generator: Generator, request: Request) -> NDArray[np.float32]:
+    """Return a request's images as the backend gives them: NaN is shown here, not refused."""
+    side = Side.of(generator, None)
+    return side.run(request, side.spec.max_batch)
+
+
+def _card(bundle: Bundle) -> str:
+    cards = [entry.path for entry in bundle.manifest.files if entry.role == "card"]
+    return bundle.file(cards[0]).read_text(encoding="utf-8", errors="replace") if cards else ""
+
+
+def _checks(path: Path, pictures: list[Pictures], progress: Say) -> dict[str, tuple[Check, ...]]:
+    found = {}
+    for each in pictures:
+        progress(f"self-check of {each.name}")
+        with _open(path, each.name.split()[0], each.precision, each.steps) as generator:
+            found[each.name] = tuple(selfcheck(generator, num_samples=4))
+    return found
 
 
 def _pairs(bundle: Bundle, steps: int) -> list[tuple[str, Precision]]:

@@ -21,20 +21,21 @@ def psnr_bars(report: Report) -> str:
     rows = [(f"{p.name}, {p.steps} step{'s' * (p.steps > 1)}", p.difference.psnr_db, p.precision)
             for p in report.pictures if p.difference is not None]  # fmt: skip
     figure, axes = _figure(7, 0.8 + 0.34 * len(rows))
-    shown = [min(value, 160.0) for _, value, _ in rows]
+    shown = [min(value, 160.0) if np.isfinite(value) or value > 0 else 0.0 for _, value, _ in rows]
     order = {precision: i for i, precision in enumerate(dict.fromkeys(p for *_, p in rows))}
     axes.barh(range(len(rows)), shown, color=[COLOURS[order[p] % len(COLOURS)] for *_, p in rows], height=0.62)
     for i, value in enumerate(shown):
-        axes.text(value + 1, i, f"{rows[i][1]:.1f} dB", va="center", fontsize=9, color=_INK)
+        said = "NaN" if np.isnan(rows[i][1]) else f"{rows[i][1]:.1f} dB"
+        axes.text(value + 1, i, said, va="center", fontsize=9, color=_INK)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
-    axes.set_xlim(0, max(shown, default=1) * 1.15)
+    axes.set_xlim(0, max([1.0, *shown]) * 1.15)
     axes.set_xlabel("PSNR beside PyTorch fp32, dB")
     axes.invert_yaxis()
     return _svg(figure, "PSNR of each artifact")
 
 
 def error_histogram(report: Report, steps: int) -> str:
-    """How large the errors of single values are, on a logarithmic axis."""
+    """How large the errors of single values are, on a logarithmic axis; every value is in some bin."""
     figure, axes = _figure(7, 2.9)
     reference = next(p.images for p in report.pictures if p.steps == steps and p.difference is None)
     edges = np.logspace(-9, 1, 90)
@@ -42,11 +43,12 @@ def error_histogram(report: Report, steps: int) -> str:
     shown = [p for p in report.pictures if p.steps == steps and p.difference is not None]
     for colour, each in zip(COLOURS, shown, strict=False):
         errors = np.abs(each.images.astype(np.float64) - reference).ravel() / sigma
-        counts, _ = np.histogram(np.maximum(errors, 1e-9), bins=edges)
+        errors = np.nan_to_num(errors, nan=edges[-1])  # what is no number, and what is off the axis: the last bin
+        counts, _ = np.histogram(np.clip(errors, edges[0], edges[-1]), bins=edges)
         axes.stairs(counts / errors.size, edges, fill=True, alpha=0.25, color=colour)
         axes.stairs(counts / errors.size, edges, color=colour, label=each.name, linewidth=1.4)
     axes.set_xscale("log")
-    axes.set_xlabel("absolute error of one value, units of sigma_data (left end: equal)")
+    axes.set_xlabel("absolute error of one value, units of sigma_data (left end: equal; right end: more, or NaN)")
     axes.set_ylabel("share of values")
     if shown:
         axes.legend(frameon=False, fontsize=9)

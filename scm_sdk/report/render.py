@@ -15,7 +15,7 @@ from .. import __version__
 from .._lazy import require
 from ..files import atomic_write_bytes
 from ..images import make_grid, to_uint8
-from ..manifest import ParityRecord
+from ..manifest import Artifact, Manifest, ParityRecord
 from . import figures
 from .collect import Pictures, Report
 
@@ -60,13 +60,6 @@ def _template(name: str, *, escape: bool) -> Any:
 
 def _context(report: Report) -> dict[str, Any]:
     records = report.manifest.parity
-    failed = sum(not record.passed for record in records)
-    if not records:
-        verdict = {"kind": "none", "text": "not validated"}
-    elif failed:
-        verdict = {"kind": "fail", "text": f"{failed} of {len(records)} comparisons failed"}
-    else:
-        verdict = {"kind": "pass", "text": f"validated: {len(records)} of {len(records)} comparisons passed"}
     engines = [
         {
             "path": path,
@@ -78,7 +71,78 @@ def _context(report: Report) -> dict[str, Any]:
         for path, record in report.engines.items()
     ]
     ladder = [{**_plain(record), "finding": record.finding, "origin": _origin(record)} for record in records]
-    return {"report": report, "verdict": verdict, "engines": engines, "ladder": ladder, "version": __version__}
+    return {
+        "report": report,
+        "verdict": verdict(report.manifest),
+        "engines": engines,
+        "ladder": ladder,
+        "unproved": [artifact.path for artifact in unproved(report.manifest)],
+        "checks": _check_rows(report),
+        "quality": [_quality(score) for score in report.quality],
+        "version": __version__,
+    }
+
+
+def verdict(manifest: Manifest) -> dict[str, str]:
+    """Return what a bundle may claim: ``kind`` (pass, fail or none) and ``text``.
+
+    It passes only if each graph and engine has a comparison on record, all passed, and no gate was loosened.
+    """
+    there = {artifact.path for artifact in manifest.artifacts if artifact.format != "safetensors"}
+    records = [record for record in manifest.parity if record.artifact in there]
+    missing, loosened = unproved(manifest), sum(bool(record.reason) for record in records)
+    if failed := sum(not record.passed for record in records):
+        return {"kind": "fail", "text": f"{failed} of {len(records)} comparisons failed"}
+    if not records:
+        return {"kind": "none", "text": "not validated"}
+    text = f"validated: {len(there) - len(missing)} of {len(there)} artifacts passed"
+    if missing:
+        engines = sum(artifact.engine is not None for artifact in missing)
+        text += f"; {len(missing)} never compared" + (f", {engines} of them engines that never ran" if engines else "")
+    if loosened:
+        text += f"; {loosened} by a gate that was loosened by hand"
+    return {"kind": "none" if missing or loosened else "pass", "text": text}
+
+
+def unproved(manifest: Manifest) -> list[Artifact]:
+    """Return the graphs and engines that no comparison on record is about."""
+    compared = {record.artifact for record in manifest.parity}
+    return [a for a in manifest.artifacts if a.format != "safetensors" and a.path not in compared]
+
+
+def _check_rows(report: Report) -> list[dict[str, Any]]:
+    columns = list(report.checks.values())
+    rows = zip(*columns, strict=True)
+    return [
+        {"name": row[0].name, "cells": row, "text": next((c.text for c in row if c.passed is not None), row[0].text)}
+        for row in rows
+    ]
+
+
+def _quality(score: dict[str, Any]) -> dict[str, Any]:
+    quality, labels = score["quality"], score.get("labels") or {}
+
+    def with_interval(name: str) -> str:
+        value, interval = quality.get(name), quality.get(f"{name}_interval")
+        if value is None or interval is None:
+            return "–"
+        return f"{1e3 * value:.2f} ({1e3 * interval[0]:.2f} to {1e3 * interval[1]:.2f})"
+
+    def number(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    return {
+        "sampler": score["sampler"],
+        "metric": quality["metric"],
+        "fd": number(quality["fd"], ".2f"),
+        "floor": number(quality.get("fd_floor"), ".2f"),
+        "kid": with_interval("kid"),
+        "delta": with_interval("kid_delta"),
+        "precision": number(quality.get("precision"), ".1%"),
+        "recall": number(quality.get("recall"), ".1%"),
+        "labels": number(labels.get("accuracy"), ".1%"),
+        "count": f"{quality['num_generated']} against {quality['num_reference'] or 'statistics'}",
+    }
 
 
 def _html_only(report: Report) -> dict[str, Any]:
