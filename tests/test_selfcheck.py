@@ -17,14 +17,14 @@ def verdicts(generator: Generator) -> dict[str, bool | None]:
     return {check.name: check.passed for check in selfcheck(generator, num_samples=4)}
 
 
-ALL = {"repeat", "batch", "permutation", "finite", "labels", "steps", "boundary", "variance"}
+ALL = {"repeat", "batch", "permutation", "finite", "labels", "steps", "boundary", "variance", "consistency"}
 
 
 def test_a_sound_model_passes(ort: Generator, reference: Generator) -> None:
     found = verdicts(reference)
     assert set(found) == ALL and all(found.values())
     found = verdicts(ort)
-    assert [name for name, passed in found.items() if passed is None] == ["boundary", "variance"]
+    assert [name for name, passed in found.items() if passed is None] == ["boundary", "variance", "consistency"]
     assert all(passed is not False for passed in found.values())
 
 
@@ -66,6 +66,32 @@ def test_a_network_that_does_not_end_in_its_data_fails(reference: Generator, mon
     monkeypatch.setattr(type(model), "forward", lambda self, x, t, labels=None: right(self, x, t + 0.1, labels))
     assert verdicts(reference)["boundary"] is False
     assert torch.is_grad_enabled()
+
+
+def test_an_estimate_that_does_not_stay_the_same_fails(reference: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time gives the end of another trajectory, as no consistency model does."""
+    model = reference.opened().backend.model  # type: ignore[attr-defined]
+    right = type(model).forward
+    calls: list[int] = []
+
+    def wanders(self, x, t, labels=None):
+        calls.append(1)
+        moved = right(self, x, t, labels)
+        return moved if not float(t[0]) else moved.roll(len(calls), dims=0)
+
+    monkeypatch.setattr(type(model), "forward", wanders)
+    found = {check.name: check for check in selfcheck(reference, num_samples=4)}
+    assert found["consistency"].passed is False and found["consistency"].value > 1
+
+
+def test_variance_is_that_of_pictures_too(reference: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that is added too weakly shows at every time, whatever the pictures' own deviation."""
+    from scm_sdk.model import trigflow
+
+    right = trigflow.add_noise
+    assert verdicts(reference)["variance"] is True
+    monkeypatch.setattr(trigflow, "add_noise", lambda x, z, t: right(x, 0.8 * z, t))
+    assert verdicts(reference)["variance"] is False
 
 
 def test_the_verb(unet_bundle: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,14 @@ from ..noise import draw_noise
 from ..request import Request, make_request
 from ..spec import SamplerSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SAME = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5, "fp8": 1.0}
 """Largest difference of one sample in two batches, units of sigma_data. Other batch sizes may run other kernels, whose
 last bits differ; a low precision now and then rounds those to its next step (int8 of the shipped model: 0.07)."""
+TRAJECTORY_TIMES, TRAJECTORY_END = 16, 0.2
+"""Times of one trajectory, and its last one, radians."""
 EXTREME_SEEDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63, 2**64 - 1)
 
 
@@ -90,7 +96,7 @@ def _checks(generator: Generator, num_samples: int) -> Iterator[Check]:
     yield _at_most("finite", float((~np.isfinite(wild)).sum()), 0, "values that are not finite, seeds up to 2^64 - 1")
     yield _labels_matter(backend, spec, request, together)
     yield _steps_agree(generator, count)
-    yield from _mathematics(generator, count)
+    yield from _mathematics(generator, together)
 
 
 def _labels_matter(backend: Backend, spec: SamplerSpec, request: Request, images: NDArray[np.float32]) -> Check:
@@ -122,36 +128,66 @@ def _steps_agree(generator: Generator, count: int) -> Check:
     )  # fmt: skip
 
 
-def _mathematics(generator: Generator, count: int) -> Iterator[Check]:
+def _mathematics(generator: Generator, images: NDArray[np.float32]) -> Iterator[Check]:
     """What only a network that can be asked at any time tells: PyTorch's."""
     opened = generator.opened()
     if opened.row.backend != "torch":
-        for name in ("boundary", "variance"):
+        for name in ("boundary", "variance", "consistency"):
             yield _cannot(name, f"{opened.row.backend} runs fixed times; ask PyTorch")
         return
     import torch
 
+    model: Any = opened.backend.model  # type: ignore[attr-defined]
+    spec, count = opened.spec, len(images)
+    noise = [draw_noise(spec, range(at, at + count))[0] * np.float32(spec.sigma_data) for at in (0, count)]
+    z, other = (torch.from_numpy(each).to(opened.device) for each in noise)
+    labels = torch.zeros(count, dtype=torch.int64, device=opened.device) if spec.num_classes else None
+    with torch.inference_mode():
+        at_zero = model(z, torch.zeros(1, device=opened.device), labels)
+        boundary = float((at_zero - z).abs().max()) / spec.sigma_data
+        yield _at_most("boundary", boundary, 1e-6, "f(x, 0) - x, sigma_data")
+        yield _variance(torch.from_numpy(images).to(opened.device), other, spec)
+        yield _consistency(model, z, labels, spec)
+
+
+def _variance(x_0: Tensor, z: Tensor, spec: SamplerSpec) -> Check:
+    """Pictures do not have sigma_data each: their own deviation s decides, sqrt(cos^2 s^2 + sin^2 sigma_data^2)."""
+    import torch
+
     from ..model.trigflow import add_noise
 
-    model: Any = opened.backend.model  # type: ignore[attr-defined]
-    spec = opened.spec
-    x = draw_noise(spec, range(count))[0] * np.float32(spec.sigma_data)
-    labels = torch.zeros(count, dtype=torch.int64) if spec.num_classes else None
-    x_0 = torch.from_numpy(x).to(opened.device)
-    with torch.inference_mode():
-        at_zero = model(x_0, torch.zeros(1, device=opened.device), labels)
-        boundary = float((at_zero - x_0).abs().max()) / spec.sigma_data
-        z = torch.from_numpy(draw_noise(spec, range(count, 2 * count))[0]).to(opened.device) * spec.sigma_data
-        ratios = [
-            float(add_noise(x_0, z, torch.full((1,), t, device=opened.device)).std()) / spec.sigma_data
-            for t in (0.2, 0.8, 1.1, 1.5)
-        ]
-    yield _at_most("boundary", boundary, 1e-6, "f(x, 0) - x, sigma_data")
+    if x_0.shape != z.shape:
+        return _cannot("variance", "the sampler does not return what its network denoises")
+    ratios, s = [], float(x_0.std())
+    for t in (0.2, 0.8, 1.1, 1.5):
+        wanted = math.hypot(math.cos(t) * s, math.sin(t) * spec.sigma_data)
+        ratios.append(float(add_noise(x_0, z, torch.full((1,), t, device=z.device)).std()) / wanted)
     # Of n values the standard deviation is known to 1 / sqrt(2 n): five of those.
-    allowed = 5 / math.sqrt(2 * x.size)
-    yield _at_most(
-        "variance", max(abs(r - 1) for r in ratios), allowed, "standard deviation of x_t over sigma_data, less 1"
+    text = "standard deviation of x_t, made of the model's own pictures, over what it must be, less 1"
+    return _at_most("variance", max(abs(r - 1) for r in ratios), 5 / math.sqrt(2 * x_0.numel()), text)
+
+
+def _consistency(model: Any, z: Tensor, labels: Tensor | None, spec: SamplerSpec) -> Check:
+    """Follow the model's own trajectory from noise and ask for its end at each time: it should stay the same.
+
+    From (x_t, t) to the next time along the arc through the estimate f(x_t, t) and the noise that it implies. The gate
+    is loose, since an untrained network has no trajectories worth the name: neighbours must agree better than seeds do.
+    """
+    import torch
+
+    x_t, ends = z, []
+    times = np.linspace(spec.times[0], TRAJECTORY_END, TRAJECTORY_TIMES)
+    for t, after in zip(times, [*times[1:], 0.0], strict=True):
+        end = model(x_t, torch.full((1,), float(t), device=z.device), labels)
+        implied = (x_t - math.cos(t) * end) / math.sin(t)
+        x_t = math.cos(after) * end + math.sin(after) * implied
+        ends.append(end)
+    steps = torch.stack([(b - a).square().mean() for a, b in pairwise(ends)])
+    apart = torch.stack([(end - end.roll(1, dims=0)).square().mean() for end in ends])
+    text = (
+        f"change of f(x, t) between {TRAJECTORY_TIMES} neighbouring times of one trajectory, over the distance of seeds"
     )
+    return _at_most("consistency", float((steps.mean() / apart.mean()).sqrt()), 1.0, text)
 
 
 def _one_by_one(backend: Backend, request: Request) -> NDArray[np.float32]:
