@@ -181,6 +181,15 @@ def test_doctor():
     assert "backend torch: runs here" in run("doctor").stdout
 
 
+def test_doctor_of_a_bundle_says_what_would_run_and_why_not(street):
+    table = run("doctor", street / "bundle").stdout
+    assert "1 step; * is what" in table and "2 steps; * is what" in table
+    assert "*  " in table and "onnx/fp32/2step/model.onnx" in table
+    plans = json.loads(run("doctor", street / "bundle", "--json").stdout)["plans"]
+    assert set(plans) == {"1", "2"} and sum(row["chosen"] for row in plans["2"]) == 1
+    run("doctor", street / "nothing", code=6)
+
+
 def test_nan_in_the_data_leaves_no_run(tmp_path):
     images = np.zeros((4, 8, 8, 1), np.float32)
     images[2, 0, 0] = np.nan

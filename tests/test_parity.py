@@ -17,7 +17,7 @@ from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ParityError, ShapeError
 from scm_sdk.evaluate.difference import difference, ssim
 from scm_sdk.evaluate.gate import validate_bundle
-from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR, compare
+from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR, _check_least_psnr, compare
 from scm_sdk.evaluate.reference import noise_floor, run_reference
 from scm_sdk.manifest import Manifest
 from scm_sdk.request import make_request
@@ -261,3 +261,46 @@ def test_validation_makes_as_many_seeds_as_the_largest_batch_needs(unet_copy: Pa
     """With 32 seeds asked for and a largest batch of 64, or two and five, the default must not refuse itself."""
     results = validate_bundle(unet_copy, precisions=["fp32"], num_seeds=2)
     assert all(results) and {each.num_samples for each in results} == {5}
+
+
+def test_a_looser_least_psnr_needs_a_reason_wherever_it_is_asked(ort: Generator, reference: Generator) -> None:
+    backend = ort.opened().backend
+    with pytest.raises(
+        ConfigError, match=r"min_psnr_db is 20\.0, looser than 35\.0 dB for any precision, expected a reason"
+    ):
+        compare(backend, reference, seeds=range(5), min_psnr_db=20)
+    assert compare(backend, reference, seeds=range(5), min_psnr_db=20, reason="a test").reason == "a test"
+    assert compare(backend, reference, seeds=range(5), min_psnr_db=60), "stricter needs none"
+    with pytest.raises(ConfigError, match=r"looser than 60\.0 dB for fp16"):
+        _check_least_psnr(45, "fp16")
+
+
+def test_one_lost_sample_fails_what_the_mean_hides(ort: Generator, reference: Generator) -> None:
+    backend = ort.opened().backend
+    lost = ort(32, seed=0, output_type="raw").images[17]
+
+    def alter(images: np.ndarray) -> np.ndarray:
+        hit = (images == lost).all(axis=(1, 2, 3))
+        moved: np.ndarray = images + np.float32(0.12) * hit.reshape(-1, 1, 1, 1)
+        return moved
+
+    parity = compare(Altered(backend, alter), reference.opened().backend, batches=(1,), min_psnr_db=38)
+    assert parity.overall.psnr_db > 38 and parity.overall.worst_psnr_db == pytest.approx(24.4, abs=0.1)
+    assert not parity and not parity.record().passed
+    with pytest.raises(ParityError, match=r"worst sample 24\.4 dB\); expected .* of each sample 26\.0 dB"):
+        parity.raise_if_failed()
+
+
+def test_a_fault_fails_whatever_the_numbers(unet_copy: Path) -> None:
+    results = validate_bundle(
+        unet_copy, precisions=["fp32"], steps=[1], num_seeds=5, batches=[5], examine=lambda _: ("time, step 0", (99.0,))
+    )
+    (parity,) = results
+    assert parity.numbers_pass and not parity
+    with pytest.raises(ParityError, match="time, step 0; expected"):
+        parity.raise_if_failed()
+    (record,) = Bundle.open(unet_copy).manifest.parity
+    assert (record.passed, record.fault, record.psnr_by_step) == (False, "time, step 0", (99.0,))
+    assert record.finding == "time, step 0"
+    with Generator.from_pretrained(unet_copy, num_inference_steps=1) as gen:
+        assert gen(1, seed=0).info.backend == "torch", "auto does not take what is faulty"

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import json_option, print_json
+
+if TYPE_CHECKING:
+    from scm_sdk.plan import Plan
 
 LIBRARIES = {
     "torch": ("torch", "train, export and run checkpoints"),
@@ -24,9 +29,15 @@ LIBRARIES = {
 
 
 @click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @json_option
-def doctor(as_json: bool) -> None:
-    """Print the machine, the libraries and which backends can run here."""
+def doctor(bundle: Path | None, as_json: bool) -> None:
+    """Print the machine, the libraries and which backends can run here; of BUNDLE what would run, and why not.
+
+    \b
+    scm-export doctor
+    scm-export doctor avatars
+    """
     from scm_sdk._lazy import is_installed
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
@@ -49,8 +60,9 @@ def doctor(as_json: bool) -> None:
         "libraries": found,
         "backends": {name: states.get(name, "not installed") for name in BACKENDS},
     }
+    plans = {} if bundle is None else _plans(bundle)
     if as_json:
-        print_json(report)
+        print_json(report | ({"plans": {steps: plan.to_dict() for steps, plan in plans.items()}} if bundle else {}))
         return
     from rich.console import Console
     from rich.table import Table
@@ -64,6 +76,19 @@ def doctor(as_json: bool) -> None:
     console.print(table)
     for name, info in BACKENDS.items():
         console.print(f"backend {name}: " + states.get(name, f"needs pip install 'scm-sdk\\[{info.extra}]'"))
+    for steps, plan in plans.items():
+        click.echo(f'\n{bundle}, {steps} step{"s" * (steps > 1)}; * is what backend="auto" takes:\n{plan}')
+
+
+def _plans(bundle: Path) -> dict[int, Plan]:
+    """Return every artifact held against every backend, for each number of steps that the model was made for."""
+    from scm_sdk.opening import Opener
+    from scm_sdk.sources import open_source
+
+    source = open_source(bundle)
+    # This opens nothing: a plan is wanted most where nothing can run.
+    opener = Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None)
+    return {steps: opener.plan(steps) for steps in source.steps}
 
 
 def _version(module: str) -> str:
