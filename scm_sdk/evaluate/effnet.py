@@ -2,7 +2,7 @@
 
 The network is written as a table of stages and a function, not as a module class, so that this
 file, and with it ``scm_sdk.evaluate``, imports without torch. Each batch norm is folded into its
-convolution, in float64, when the weights are loaded. ``evaluate/features.py`` is the only caller.
+convolution, in float64, when the weights are loaded. ``evaluate/nets.py`` is the only caller.
 
 Shape letters: B batch, C channels, H height, W width.
 Source: Google, 2020, EfficientNet-Lite (tensorflow/tpu, models/official/efficientnet/lite); the key
