@@ -20,13 +20,17 @@ NOISE_CONTRACT = "scm-noise-v1"
 T_LIMIT = 1.57080
 """Largest time, radians. SANA's 1.57080 lies a hair above pi/2 and is allowed."""
 MAX_STEPS = 64
+DEFAULT_MID_TIME = 1.1
+"""Second time of a two-step sampler, radians: the paper's for every data set."""
 
 
-def default_times(num_inference_steps: int, *, sigma_data: float = 0.5) -> tuple[float, ...]:
+def default_times(
+    num_inference_steps: int, *, sigma_data: float = 0.5, mid_time: float = DEFAULT_MID_TIME
+) -> tuple[float, ...]:
     """Return the times, radians, of a sampler with ``num_inference_steps`` network calls.
 
-    One step starts at ``t_max = arctan(80 / sigma_data)``; two add ``t_mid = 1.1`` (the paper's
-    value for every data set); more are spread evenly between ``t_max`` and 0.
+    One step starts at ``t_max = arctan(80 / sigma_data)``; two add ``mid_time``; more are spread
+    evenly between ``t_max`` and 0.
 
     Raises:
         ConfigError: If the number of steps is not in 1..64.
@@ -37,7 +41,7 @@ def default_times(num_inference_steps: int, *, sigma_data: float = 0.5) -> tuple
         raise ConfigError(f"num_inference_steps is {num_inference_steps}, expected 1..{MAX_STEPS}; 1 or 2 is usual.")
     t_max = math.atan(80.0 / sigma_data)
     if num_inference_steps == 2:
-        return (t_max, 1.1)
+        return (t_max, mid_time)
     return tuple(t_max * (1 - i / num_inference_steps) for i in range(num_inference_steps))
 
 
@@ -62,6 +66,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         times: Times of the network calls, radians, strictly falling, in (0, pi/2].
         sample_shape: Shape of one noise tensor without the batch axis; (C, H, W) for images.
         sigma_data: Standard deviation of the training data, data units.
+        mid_time: Second time of the model's two-step sampler, radians, for ``with_steps``.
         output: Whether the graph returns pixels or latents.
         output_shape: Shape of one output without the batch axis; () means ``sample_shape``.
         value_range: The outputs' lowest and highest meaningful values; images are clipped to it.
@@ -76,6 +81,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     times: tuple[float, ...]
     sample_shape: tuple[int, ...]
     sigma_data: float = 0.5
+    mid_time: float = DEFAULT_MID_TIME
     output: Literal["pixels", "latents"] = "pixels"
     output_shape: tuple[int, ...] = ()
     value_range: tuple[float, float] = (-1.0, 1.0)
@@ -162,7 +168,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def with_steps(self, num_inference_steps: int) -> SamplerSpec:
         """Return this spec with the default times of another number of steps."""
-        times = default_times(num_inference_steps, sigma_data=self.sigma_data)
+        times = default_times(num_inference_steps, sigma_data=self.sigma_data, mid_time=self.mid_time)
         return msgspec.structs.replace(self, times=times)
 
     def to_json(self) -> str:

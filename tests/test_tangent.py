@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scm_sdk.model.consistency import make_network
 from scm_sdk.model.presets import tiny
+from scm_sdk.model.transformer import TransformerConfig
 from scm_sdk.model.unet import UNet
 from scm_sdk.train.config import TrainConfig
 from scm_sdk.train.objectives import (
@@ -25,11 +27,16 @@ from scm_sdk.train.tangent import normalize_tangent, scaled_jvp, tangent
 SD = 0.5
 
 
-@pytest.fixture(scope="module")
-def network() -> UNet:
+TRANSFORMER = TransformerConfig(
+    image_size=8, in_channels=1, channels=16, depth=2, head_channels=8, patch_size=2, num_classes=3
+)
+
+
+@pytest.fixture(scope="module", params=[tiny(num_classes=3), TRANSFORMER], ids=["unet", "transformer"])
+def network(request) -> torch.nn.Module:
     """A double-precision network whose every parameter is random, so that no branch is silent."""
     torch.manual_seed(0)
-    net = UNet(tiny(num_classes=3)).double().eval()
+    net = make_network(request.param).double().eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)

@@ -99,6 +99,20 @@ def test_stable_targets_train_and_resume_exactly(npz, tmp_path, objective):
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_discrete_runs_resume_exactly_and_keep_their_second_time(npz, tmp_path):
+    train(config(npz, num_iterations=2), tmp_path / "teacher")
+    run = config(
+        npz, objective="cd", network=None, teacher=str(tmp_path / "teacher"), anchor_weight=1.0, stable_targets=True,
+        mid_time=0.6,
+    )  # fmt: skip
+    model = train(run, tmp_path / "whole")
+    assert model.spec(2).times[1] == 0.6 and model.spec(3).times[1] != 0.6
+    with pytest.raises(Stop):
+        train(run, tmp_path / "parts", Hooks(checkpoint_every=2, on_step=stop_at(5)))
+    train(run, tmp_path / "parts", Hooks(checkpoint_every=2))
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.parametrize("changes", [{"objective": "vsd"}, {"objective": "scd", "vsd_weight": 1.0}])
 def test_vsd_runs_resume_exactly(npz, tmp_path, changes):
     train(config(npz, num_iterations=2), tmp_path / "teacher")
@@ -226,7 +240,7 @@ def test_ema_half_life():
         ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
         ({"dropout": 2.0}, r"dropout is 2.0, expected a share in \[0, 1\]"),
-        ({"objective": "scd"}, "'scd' distils a teacher"),
+        ({"objective": "scd"}, "'scd' and 'cd' distil a teacher"),
         ({"teacher": "x"}, "'diffusion' and 'sct' have none"),
         ({"network": None}, "needs a network or init_from"),
         ({"seed": -1}, "seed is -1"),
@@ -276,6 +290,6 @@ def test_weights_of_another_network_are_refused(npz, tmp_path):
     file.write_text(file.read_text().replace('"num_classes": 3', '"num_classes": 5'))
     with pytest.raises(IntegrityError, match=r"1 tensors differ, first 'label_embedding\.weight'"):
         ConsistencyModel.from_pretrained(tmp_path / "run")
-    file.write_text(file.read_text().replace("ScmUNet2DModel", "UNet2DModel"))
-    with pytest.raises(ConfigError, match="expected a 'ScmUNet2DModel'"):
+    file.write_text(file.read_text().replace("ScmModel", "UNet2DModel"))
+    with pytest.raises(ConfigError, match="expected a 'ScmModel'"):
         ConsistencyModel.from_pretrained(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,6 +113,17 @@ def train(preset: str, **options: Any) -> None:
 @click.option("--vsd-p-mean", type=float, default=0.4, help="Mean of ln(sigma) where VSD compares.")
 @click.option("--vsd-p-std", type=click.FloatRange(0, min_open=True), default=2.0, help="Its deviation.")
 @click.option("--vsd-warmup", type=click.IntRange(0), default=0, help="Iterations in which only its fake score learns.")
+@click.option(
+    "--discrete-step",
+    type=click.FloatRange(0, math.pi / 2, min_open=True),
+    help="Distil in discrete time, by steps of the teacher up to this long, radians: a fast start.",
+)
+@click.option(
+    "--anchor", "anchor_weight", type=click.FloatRange(0), default=0.0, help="Weight of a denoising loss beside it."
+)
+@click.option("--anchor-p-mean", type=float, default=-1.5, help="Mean of ln(sigma) of that loss: small times.")
+@click.option("--anchor-p-std", type=click.FloatRange(0, min_open=True), default=1.0, help="Its deviation.")
+@click.option("--mid-time", type=float, default=1.1, help="Second time of the model's two-step sampler, radians.")
 @click.option("--tangent-norm", type=click.Choice(["l2", "rms"]), default="l2", help="l2 is the paper's.")
 @click.option("--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H.")
 @click.option("--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm.")
@@ -130,9 +142,13 @@ def distill(teacher: str, no_teacher: bool, vsd_only: bool, **options: Any) -> N
         raise ConfigError("give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither.")
     if no_teacher and not options["init"]:
         raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
-    names = ("tangent_norm", "tangent_warmup", "tangent_c", "stable_targets")
-    extra = {name: value for name, value in options.items() if name in names or name.startswith("vsd_")}
+    names = ("tangent_norm", "tangent_warmup", "tangent_c", "stable_targets", "mid_time")
+    extra = {name: value for name, value in options.items() if name in names or name.startswith(("vsd_", "anchor_"))}
     objective = "vsd" if vsd_only else "sct" if no_teacher else "scd"
+    if (step := options["discrete_step"]) is not None:
+        if objective != "scd" or options["vsd_weight"]:
+            raise ConfigError("--discrete-step distils a teacher by itself; leave out --no-teacher and VSD.")
+        objective, extra = "cd", {**extra, "discrete_step": step}
     _run(_config(objective, _data_config(options), options, teacher=teacher, **extra), options)
 
 

@@ -16,7 +16,8 @@ from .consistency import ConsistencyModel, ModelConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-CLASS_NAME = "ScmUNet2DModel"
+CLASS_NAME = "ScmModel"
+"""What ``_class_name`` says in a ``config.json``; the network's own ``type`` says which network."""
 
 
 def read_config(path: Path) -> ModelConfig:

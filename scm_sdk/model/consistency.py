@@ -7,10 +7,18 @@ from pathlib import Path
 import msgspec
 from torch import Tensor, nn
 
-from ..errors import ShapeError
-from ..spec import SamplerSpec, default_times
+from ..errors import ConfigError, ShapeError
+from ..spec import DEFAULT_MID_TIME, SamplerSpec, default_times
+from .transformer import Transformer, TransformerConfig
 from .trigflow import predict_data
 from .unet import UNet, UNetConfig
+
+NetworkConfig = UNetConfig | TransformerConfig
+
+
+def make_network(config: NetworkConfig) -> nn.Module:
+    """Return the network that a config describes, with random weights."""
+    return UNet(config) if isinstance(config, UNetConfig) else Transformer(config)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,14 +29,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         sigma_data: Standard deviation of the data, data units.
         class_names: Names of the labels in order, or ().
         value_range: The data's lowest and highest values.
+        mid_time: Second time of the two-step sampler, radians; the one at which this model does best.
         provenance: Where the weights come from: data, licence, recipe; free form.
     """
 
-    network: UNetConfig
+    network: NetworkConfig
     sigma_data: float = 0.5
     class_names: tuple[str, ...] = ()
     value_range: tuple[float, float] = (-1.0, 1.0)
+    mid_time: float = DEFAULT_MID_TIME
     provenance: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        t_max = default_times(1, sigma_data=self.sigma_data)[0]
+        if not 0 < self.mid_time < t_max:
+            raise ConfigError(f"mid_time is {self.mid_time}, expected radians between 0 and t_max = {t_max:.4f}.")
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -57,7 +72,7 @@ class ConsistencyModel(nn.Module):
     def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        self.network: nn.Module = UNet(config.network) if network is None else network
+        self.network: nn.Module = make_network(config.network) if network is None else network
 
     @property
     def sigma_data(self) -> float:
@@ -88,9 +103,10 @@ class ConsistencyModel(nn.Module):
         """Describe the sampler that unrolls this model over ``num_inference_steps`` times."""
         config = self.config
         return SamplerSpec(
-            times=times or default_times(num_inference_steps, sigma_data=config.sigma_data),
+            times=times or default_times(num_inference_steps, sigma_data=config.sigma_data, mid_time=config.mid_time),
             sample_shape=config.sample_shape,
             sigma_data=config.sigma_data,
+            mid_time=config.mid_time,
             value_range=config.value_range,
             num_classes=config.num_classes,
             class_names=config.class_names,

@@ -138,6 +138,25 @@ class ResBlock(nn.Module):
         return out
 
 
+def attention(qkv_BCHW: Tensor, num_heads: int) -> Tensor:
+    """Attend between all places of a map.
+
+    Args:
+        qkv_BCHW: Queries, keys and values one after the other, (B, 3 C, H, W).
+        num_heads: Heads that C is split into.
+
+    Returns:
+        (B, C, H, W).
+    """
+    B, _, H, W = qkv_BCHW.shape
+    qkv = qkv_BCHW.reshape(B, 3, num_heads, -1, H * W)
+    q, k, v = qkv.transpose(-2, -1).unbind(1)  # each (B, heads, N, channels per head)
+    scale = q.shape[-1] ** -0.5
+    # Written out, not scaled_dot_product_attention: the tangent needs it. Engines fuse this form.
+    weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
+    return (weights @ v).transpose(-2, -1).reshape(B, -1, H, W)
+
+
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over the pixels, with a residual connection."""
 
@@ -150,12 +169,6 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
-        B, C, H, W = x_BCHW.shape
-        qkv = self.qkv(self.norm(x_BCHW)).reshape(B, 3, self.num_heads, C // self.num_heads, H * W)
-        q, k, v = qkv.transpose(-2, -1).unbind(1)  # each (B, heads, N, channels per head)
-        scale = (C // self.num_heads) ** -0.5
-        # Written out, not scaled_dot_product_attention: the tangent needs it. Engines fuse this form.
-        weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
-        h = (weights @ v).transpose(-2, -1).reshape(B, C, H, W)
+        h = attention(self.qkv(self.norm(x_BCHW)), self.num_heads)
         out: Tensor = (x_BCHW + self.proj(h)) * math.sqrt(0.5)
         return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .consistency import NetworkConfig
+from .transformer import TransformerConfig
 from .unet import UNetConfig
 
 
@@ -23,6 +25,20 @@ def pixels16(num_classes: int = 0, in_channels: int = 3) -> UNetConfig:
         patch_size=2,
         num_classes=num_classes,
         learned_position=True,
+        time_max_period=10.0,
+    )
+
+
+def avatars16(num_classes: int = 0, in_channels: int = 3) -> TransformerConfig:
+    """16x16 pixel art: a transformer of 1.9M parameters over 4x4 patches.
+
+    On a CPU a training step takes half of ``pixels16``'s time, and after as many steps small noise is removed more
+    exactly.
+    """
+    return TransformerConfig(
+        image_size=16,
+        in_channels=in_channels,
+        num_classes=num_classes,
         time_max_period=10.0,
     )
 
@@ -57,4 +73,9 @@ def tiny(num_classes: int = 0, image_size: int = 8, in_channels: int = 1) -> UNe
     )
 
 
-PRESETS: dict[str, Callable[..., UNetConfig]] = {"pixels16": pixels16, "pixels32": pixels32, "tiny": tiny}
+PRESETS: dict[str, Callable[..., NetworkConfig]] = {
+    "avatars16": avatars16,
+    "pixels16": pixels16,
+    "pixels32": pixels32,
+    "tiny": tiny,
+}

@@ -16,7 +16,7 @@ from ..errors import ConfigError, ShapeError
 from .layers import AttentionBlock, PositionalEmbedding, ResBlock, group_norm, zero_
 
 
-class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="unet"):
     """The shape of a U-Net.
 
     Attributes:
@@ -67,6 +67,13 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         known = [trunk >> level for level in range(len(self.channel_mult))]
         if unknown := set(self.attention_resolutions) - set(known):
             raise ConfigError(f"attention_resolutions holds {sorted(unknown)}, the trunk has {known}.")
+        for size, mult in zip(known, self.channel_mult, strict=True):
+            width = mult * self.channels
+            if size in self.attention_resolutions and width % max(1, width // self.head_channels):
+                raise ConfigError(
+                    f"{width} channels cannot be split into heads of head_channels {self.head_channels}, "
+                    "expected a multiple."
+                )
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ from typing import Literal
 import msgspec
 
 from ..errors import ConfigError
-from ..model.unet import UNetConfig
+from ..model.consistency import NetworkConfig
+from ..spec import DEFAULT_MID_TIME
 
-Objective = Literal["diffusion", "sct", "scd", "vsd"]
+Objective = Literal["diffusion", "sct", "scd", "cd", "vsd"]
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,12 +33,13 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distils a teacher and
-            ``sct`` trains from data alone (Algorithm 1); ``vsd`` is variational score distillation alone.
+            ``sct`` trains from data alone (Algorithm 1); ``cd`` distils a teacher in discrete time
+            (``discrete``); ``vsd`` is variational score distillation alone.
         data: The images.
         network: The network; None takes the teacher's.
-        init_from: Checkpoint folder whose weights start the run, "" for random weights; for ``scd``,
+        init_from: Checkpoint folder whose weights start the run, "" for random weights; for ``scd`` and ``cd``,
             "" for the teacher's.
-        teacher: Checkpoint folder of the diffusion model that ``scd`` and ``vsd`` distil. ``vsd`` takes the
+        teacher: Checkpoint folder of the diffusion model that ``scd``, ``cd`` and ``vsd`` distil. ``vsd`` takes the
             exact score of the data instead with ``stable_targets``.
         sigma_data: Standard deviation of the data, data units.
         batch_size: Samples of one iteration.
@@ -53,7 +55,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         p_mean: Mean of ln(sigma), where sigma = sigma_data tan(t).
         p_std: Standard deviation of ln(sigma).
         stable_targets: Regress onto the mean of all images that may lie behind a noisy sample rather
-            than the one that does (``stable_target``); for data sets that fit in memory.
+            than the one that does (``stable_target``); for data sets that fit in memory. In ``cd``: the anchor's.
+        discrete_step: Longest step of the teacher in ``cd``, radians.
+        anchor_weight: Factor of the diffusion loss at small times beside ``cd``; 0 for none.
+        anchor_p_mean: Mean of ln(sigma) of those times.
+        anchor_p_std: Its standard deviation.
+        mid_time: Second time of the two-step sampler that the model will have, radians.
         vsd_weight: Factor of the VSD loss beside ``scd`` or ``sct``; 0 for none. The paper's is 1.
         vsd_steps: Sampler steps whose samples VSD looks at, in turn; the paper's is 1.
         vsd_p_mean: Mean of ln(sigma) of the comparison; the paper's is 0.4.
@@ -76,7 +83,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     objective: Objective
     data: DataConfig = DataConfig()
-    network: UNetConfig | None = None
+    network: NetworkConfig | None = None
     init_from: str = ""
     teacher: str = ""
     sigma_data: float = 0.5
@@ -93,6 +100,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     p_mean: float = -0.8
     p_std: float = 1.4
     stable_targets: bool = False
+    discrete_step: float = 0.4
+    anchor_weight: float = 0.0
+    anchor_p_mean: float = -1.5
+    anchor_p_std: float = 1.0
+    mid_time: float = DEFAULT_MID_TIME
     vsd_weight: float = 0.0
     vsd_steps: int = 1
     vsd_p_mean: float = 0.4
@@ -114,19 +126,26 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("batch_size", "num_iterations", "max_bad_steps", "ema_halflife", "vsd_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more.")
-        for name in ("learning_rate", "sigma_data", "p_std", "grad_clip", "tangent_c", "ema_ramp", "vsd_p_std"):
+        positive = ("learning_rate", "sigma_data", "p_std", "grad_clip", "tangent_c", "ema_ramp", "vsd_p_std")
+        for name in (*positive, "discrete_step", "anchor_p_std"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0.")
         for name in ("label_dropout", "dropout", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a share in [0, 1].")
-        for name in ("warmup_iterations", "tangent_warmup", "vsd_warmup", "vsd_weight", "vsd_learning_rate"):
+        not_negative = ("warmup_iterations", "tangent_warmup", "vsd_warmup", "vsd_weight", "vsd_learning_rate")
+        for name in (*not_negative, "anchor_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more.")
-        if self.objective != "vsd" and (self.objective == "scd") != bool(self.teacher):
+        if self.objective != "vsd" and (self.objective in ("scd", "cd")) != bool(self.teacher):
             raise ConfigError(
-                f"objective is {self.objective!r} and teacher {self.teacher!r}: 'scd' distils a teacher, "
+                f"objective is {self.objective!r} and teacher {self.teacher!r}: 'scd' and 'cd' distil a teacher, "
                 "a checkpoint folder; 'diffusion' and 'sct' have none."
+            )
+        if self.anchor_weight and self.objective != "cd":
+            raise ConfigError(
+                f"anchor_weight is {self.anchor_weight} with objective {self.objective!r}, expected 0: "
+                "it goes with 'cd'."
             )
         if self.objective == "diffusion" and self.vsd_weight:
             raise ConfigError(f"vsd_weight is {self.vsd_weight} for a diffusion model, expected 0: VSD distils one.")

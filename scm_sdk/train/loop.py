@@ -25,6 +25,7 @@ from ..files import atomic_write_bytes
 from ..model.consistency import ConsistencyModel
 from .config import TrainConfig
 from .data import ImageData
+from .discrete import Anchor, Draw, discrete_loss
 from .ema import update_ema
 from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss, sample_times
 from .prepare import Prepared, claimed_folder, resolve
@@ -132,19 +133,24 @@ def _train(start: Prepared, out: Path, hooks: Hooks) -> ConsistencyModel:
     teacher = _arrange(start.teacher.network, config) if start.teacher else None
     stable_target = StableTarget(data, sigma_data=config.sigma_data) if config.stable_targets else None
     logvar, vsd = LogVariance(), _vsd(config, network, teacher, stable_target)
-    heads = [logvar, vsd.logvar] if vsd else [logvar]
+    anchor = Anchor(config, stable_target) if config.anchor_weight else None
+    heads = [logvar, *([vsd.logvar] if vsd else []), *([anchor.logvar] if anchor else [])]
     parameters = [p for module in (network, *heads) for p in module.parameters()]
     kind = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.Adam
     optimizer = kind(parameters, lr=config.learning_rate, betas=config.betas, eps=1e-8)
     state = RunState(
         network=network,
         average=average.network,
-        modules={"logvar": logvar, **(vsd.modules() if vsd else {})},
+        modules={
+            "logvar": logvar,
+            **(vsd.modules() if vsd else {}),
+            **({"anchor_logvar": anchor.logvar} if anchor else {}),
+        },
         optimizers={"optimizer": optimizer, **({"fake_optimizer": vsd.optimizer} if vsd else {})},
     )
     load_state(out, state)
     _trim_log(out / LOG_FILE, state.iteration)
-    compute = loss_function(config, network, teacher, logvar if config.adaptive_weighting else None, vsd)
+    compute = loss_function(config, network, teacher, logvar if config.adaptive_weighting else None, vsd, anchor)
     window: list[tuple[float, float, float]] = []
     started, bad = time.monotonic() - state.seconds, 0
 
@@ -156,7 +162,7 @@ def _train(start: Prepared, out: Path, hooks: Hooks) -> ConsistencyModel:
     try:
         while state.iteration < config.num_iterations:
             batch = draw_batch(config, data, state.iteration)
-            if stable_target is not None and config.objective != "vsd":
+            if stable_target is not None and config.objective in ("diffusion", "sct"):
                 batch = stable_target(batch)
             torch.manual_seed((config.seed << 31) + state.iteration)  # dropout
             for group in optimizer.param_groups:
@@ -224,6 +230,7 @@ def loss_function(
     teacher: nn.Module | None,
     logvar: LogVariance | None,
     vsd: Vsd | None = None,
+    anchor: Anchor | None = None,
 ) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
     """Return ``(batch, iteration) -> (loss, residual)`` for a run, compiled if it asks for that.
 
@@ -232,6 +239,9 @@ def loss_function(
     if config.objective == "vsd":
         assert vsd is not None
         return lambda batch, iteration: vsd(network, batch, iteration)
+    if config.objective == "cd":
+        assert teacher is not None  # TrainConfig refuses cd without one
+        return _discrete(config, network, teacher, logvar, anchor)
     if config.objective == "diffusion":
 
         def diffusion(batch: Batch, warmup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +262,21 @@ def loss_function(
         loss, residual = compute(batch, torch.tensor(warmup))
         if vsd is not None:
             loss = loss + config.vsd_weight * vsd(network, batch, iteration)[0]
+        return loss, residual
+
+    return at
+
+
+def _discrete(
+    config: TrainConfig, network: nn.Module, teacher: nn.Module, logvar: LogVariance | None, anchor: Anchor | None
+) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
+    compute = torch.compile(discrete_loss) if config.compile else discrete_loss
+
+    def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+        draw = Draw.of(config, batch.x_0.shape, iteration)
+        loss, residual = compute(network, teacher, logvar, batch, draw.step, sigma_data=config.sigma_data)
+        if anchor is not None:
+            loss = loss + config.anchor_weight * anchor(network, batch, draw)
         return loss, residual
 
     return at

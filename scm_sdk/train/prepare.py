@@ -72,6 +72,7 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
         network=network,
         sigma_data=config.sigma_data,
         class_names=data.class_names,
+        mid_time=config.mid_time,
         provenance={
             "data": f"{Path(config.data.source).name}, label {config.data.label or 'none'}{rows}",
             "license": data.license or "other",

@@ -1,0 +1,148 @@
+"""A transformer over patches of pixels, with the three sCM changes of ``layers``.
+
+Every layer is a 1x1 convolution over the map of patches or attention between them, which is to say a matrix product:
+what a CPU computes fastest, what quantizers and engines handle best. For small pictures whose parts have fixed places.
+One modulation is shared by all blocks, each of which adds a table of its own (as in PixArt-alpha, arXiv 2310.00426).
+
+Shape letters: B batch, C channels, H height, W width, E embedding.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ConfigError, ShapeError
+from .layers import PositionalEmbedding, attention, pixel_norm, zero_
+
+
+class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="transformer"):
+    """The shape of a transformer.
+
+    Attributes:
+        image_size: Height and width, pixels.
+        in_channels: Channels of a sample.
+        channels: Channels of the trunk and size of the embedding.
+        depth: Blocks of attention and MLP.
+        mlp_ratio: Hidden channels of an MLP as a multiple of ``channels``.
+        head_channels: Channels of one attention head.
+        patch_size: Side of the squares of pixels that are one place of the trunk.
+        num_classes: Class labels; 0 for none.
+        dropout: Share of the MLPs' activations dropped in training.
+        time_max_period: ``max_period`` of the time embedding.
+    """
+
+    image_size: int
+    in_channels: int = 3
+    channels: int = 192
+    depth: int = 5
+    mlp_ratio: int = 2
+    head_channels: int = 32
+    patch_size: int = 4
+    num_classes: int = 0
+    dropout: float = 0.0
+    time_max_period: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            raise ConfigError(f"image_size is {self.image_size}, expected a multiple of patch_size {self.patch_size}.")
+        if self.head_channels < 1 or self.channels < 8 or self.channels % self.head_channels or self.channels % 2:
+            raise ConfigError(
+                f"channels is {self.channels}, expected an even multiple of head_channels {self.head_channels}, "
+                "8 or more."
+            )
+        if self.depth < 1 or self.mlp_ratio < 1:
+            raise ConfigError(f"(depth, mlp_ratio) is ({self.depth}, {self.mlp_ratio}), expected 1 or more each.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, H, W)."""
+        return (self.in_channels, self.image_size, self.image_size)
+
+
+class _Block(nn.Module):
+    """Attention and an MLP, each behind a doubly normalized modulation and a gate."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        channels, hidden = config.channels, config.mlp_ratio * config.channels
+        self.num_heads = channels // config.head_channels
+        self.table = nn.Parameter(torch.randn(6, channels) * 0.02)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_(nn.Conv2d(channels, channels, 1))
+        self.mlp0 = nn.Conv2d(channels, hidden, 1)
+        self.dropout = nn.Dropout(config.dropout)
+        self.mlp1 = zero_(nn.Conv2d(hidden, channels, 1))
+
+    def forward(self, x_BCHW: Tensor, modulation_B6C: Tensor) -> Tensor:
+        """Return (B, C, H, W)."""
+        scale0, shift0, gate0, scale1, shift1, gate1 = (modulation_B6C + self.table).unbind(1)
+        h = attention(self.qkv(_modulate(x_BCHW, scale0, shift0)), self.num_heads)
+        x_BCHW = x_BCHW + gate0[:, :, None, None] * self.proj(h)
+        h = functional.silu(self.mlp0(_modulate(x_BCHW, scale1, shift1)))
+        out: Tensor = x_BCHW + gate1[:, :, None, None] * self.mlp1(self.dropout(h))
+        return out
+
+
+def _modulate(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> Tensor:
+    """Return ``pnorm(x) * pnorm(scale) + pnorm(shift)``: adaptive double normalization, place by place."""
+    return pixel_norm(x_BCHW) * pixel_norm(scale_BC)[:, :, None, None] + pixel_norm(shift_BC)[:, :, None, None]
+
+
+class Transformer(nn.Module):
+    """F_theta(x, t, class_labels): unit-variance samples and a time in, a unit-variance target out."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, side = config.channels, config.image_size // config.patch_size
+        patch_channels = config.in_channels * config.patch_size**2
+        self.time_embedding = PositionalEmbedding(64, config.time_max_period)
+        self.time_linear0 = nn.Linear(64, channels)
+        self.time_linear1 = nn.Linear(channels, channels)
+        # One row more than there are labels: the last is "no label".
+        self.label_embedding = nn.Embedding(config.num_classes + 1, channels) if config.num_classes else None
+        self.modulation = nn.Linear(channels, 6 * channels)
+        self.conv_in = nn.Conv2d(patch_channels, channels, 1)
+        self.position = nn.Parameter(torch.randn(channels, side, side) * 0.02)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        self.modulation_out = nn.Linear(channels, 2 * channels)
+        self.conv_out = zero_(nn.Conv2d(channels, patch_channels, 1))
+        with torch.no_grad():  # scales and gates begin at 1, shifts in some direction
+            for layer, ones in ((self.modulation, (0, 2, 3, 5)), (self.modulation_out, (0,))):
+                bias = layer.bias.view(-1, channels).normal_(std=0.1)
+                bias[list(ones)] = 1.0
+
+    def embed(self, t_B: Tensor, class_labels_B: Tensor | None) -> Tensor:
+        """Embed times and labels as (B, E); float32 whatever the dtype of the trunk."""
+        emb = self.time_linear1(functional.silu(self.time_linear0(self.time_embedding(t_B))))
+        if self.label_embedding is not None:
+            if class_labels_B is None:
+                class_labels_B = torch.full_like(t_B, self.config.num_classes, dtype=torch.long)
+            emb = emb + self.label_embedding(class_labels_B)
+        return functional.silu(emb)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Return F, (B, C, H, W), unitless.
+
+        Args:
+            x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
+            t: Times, (B,) or (1,), radians.
+            class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
+
+        Raises:
+            ShapeError: If labels are given to a network without classes.
+        """
+        if class_labels is not None and self.label_embedding is None:
+            raise ShapeError("class_labels were given, expected None: this network has num_classes = 0.")
+        emb = self.embed(t, class_labels)
+        modulation = self.modulation(emb).unflatten(1, (6, -1))
+        h = self.conv_in(functional.pixel_unshuffle(x, self.config.patch_size)) + self.position
+        for block in self.blocks:
+            h = block(h, modulation)
+        scale, shift = self.modulation_out(emb).chunk(2, dim=1)
+        return functional.pixel_shuffle(self.conv_out(_modulate(h, scale, shift)), self.config.patch_size)

@@ -1,0 +1,139 @@
+"""Distillation in discrete time: the teacher's step, the fixed point of the loss, the anchor, exact resuming."""
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from scm_sdk.errors import ConfigError
+from scm_sdk.model.presets import tiny
+from scm_sdk.model.trigflow import add_noise, expand_time
+from scm_sdk.train.config import TrainConfig
+from scm_sdk.train.discrete import MIN_TIME, Anchor, Draw, discrete_loss, teacher_step
+from scm_sdk.train.objectives import Batch, LogVariance
+
+SIGMA, MEAN, SPREAD = 0.5, 0.3, 0.2
+
+
+def spread_at(t):
+    return torch.sqrt(torch.cos(t) ** 2 * SPREAD**2 + torch.sin(t) ** 2 * SIGMA**2)
+
+
+class Denoiser(nn.Module):
+    """The exact diffusion model of N(MEAN, SPREAD^2)."""
+
+    def forward(self, x, t, class_labels=None):
+        t = expand_time(t, x)
+        cos, sin, x_t = torch.cos(t), torch.sin(t), x * SIGMA
+        x_0 = MEAN + cos * SPREAD**2 / spread_at(t) ** 2 * (x_t - cos * MEAN)
+        return (cos * x_t - x_0) / (sin * SIGMA)
+
+
+class Endpoint(nn.Module):
+    """Its exact consistency function, wrong by a factor that grows with time and can be learned."""
+
+    def __init__(self, error: float = 0.0) -> None:
+        super().__init__()
+        self.error = nn.Parameter(torch.tensor(error, dtype=torch.float64))
+
+    def forward(self, x, t, class_labels=None):
+        t = expand_time(t, x)
+        x_t = x * SIGMA
+        x_0 = MEAN + torch.exp(self.error * t) * SPREAD / spread_at(t) * (x_t - torch.cos(t) * MEAN)
+        return (torch.cos(t) * x_t - x_0) / (torch.sin(t) * SIGMA)
+
+
+def batch(t: torch.Tensor) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    x_0 = MEAN + SPREAD * torch.randn(len(t), 1, 4, 4, generator=generator, dtype=torch.float64)
+    z = SIGMA * torch.randn(len(t), 1, 4, 4, generator=generator, dtype=torch.float64)
+    return Batch(x_0=x_0, z=z, t=t, class_labels=None)
+
+
+TIMES = torch.tensor([0.2, 0.5, 0.9, 1.3, 1.55], dtype=torch.float64)
+
+
+def test_a_step_follows_the_trajectory_to_the_third_order() -> None:
+    b = batch(TIMES)
+    x_t = add_noise(b.x_0, b.z, b.t)
+
+    def error(length: float) -> torch.Tensor:
+        s = b.t - length
+        exact = torch.cos(s).view(-1, 1, 1, 1) * MEAN + (spread_at(s) / spread_at(b.t)).view(-1, 1, 1, 1) * (
+            x_t - torch.cos(b.t).view(-1, 1, 1, 1) * MEAN
+        )
+        return (teacher_step(Denoiser(), x_t, b.t, s, None, sigma_data=SIGMA) - exact).abs().amax(dim=(1, 2, 3))
+
+    ratio = error(0.02) / error(0.01)
+    assert ((ratio > 6.5) & (ratio < 9.5)).all(), ratio
+
+
+def test_the_consistency_function_is_the_fixed_point() -> None:
+    b, step = batch(TIMES), torch.full((5,), 0.02, dtype=torch.float64)
+
+    def residual(error: float) -> float:
+        return float(discrete_loss(Endpoint(error), Denoiser(), None, b, step, sigma_data=SIGMA)[1])
+
+    assert residual(0.0) < 1e-8
+    assert residual(0.2) > 1e3 * residual(0.0)
+
+
+def test_the_loss_moves_a_student_to_it() -> None:
+    student = Endpoint(0.3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    step = torch.full((5,), 0.15, dtype=torch.float64)
+    for _ in range(100):
+        optimizer.zero_grad()
+        discrete_loss(student, Denoiser(), None, batch(TIMES), step, sigma_data=SIGMA)[0].backward()
+        optimizer.step()
+    assert abs(student.error.item()) < 0.05
+
+
+def test_below_the_least_time_nothing_is_asked() -> None:
+    b = batch(torch.full((5,), MIN_TIME / 2, dtype=torch.float64))
+    loss, residual = discrete_loss(Endpoint(0.3), Denoiser(), None, b, torch.full((5,), 0.4), sigma_data=SIGMA)
+    assert float(residual) < 1e-20 and torch.isfinite(loss)
+
+
+def run(**changes) -> TrainConfig:
+    base = {"objective": "cd", "teacher": "runs/teacher", "network": tiny(num_classes=3), "batch_size": 8}
+    return TrainConfig(**{**base, **changes})
+
+
+def test_a_draw_is_a_function_of_seed_and_iteration() -> None:
+    config, shape = run(discrete_step=0.3, anchor_weight=1.0), torch.Size((8, 1, 8, 8))
+    one, same, other = (Draw.of(config, shape, i) for i in (5, 5, 6))
+    assert torch.equal(one.step, same.step) and torch.equal(one.z, same.z) and torch.equal(one.t, same.t)
+    assert not torch.equal(one.step, other.step) and not torch.equal(one.z, other.z)
+    assert one.step.min() >= 0.1 and one.step.max() <= 0.3
+
+
+def test_the_anchor_is_the_diffusion_loss_of_the_data() -> None:
+    config = run(anchor_weight=1.0, anchor_p_mean=0.0)
+    anchor, labels = Anchor(config, None), None
+    x_0 = torch.full((8, 1, 4, 4), MEAN)
+    draw = Draw.of(config, x_0.shape, 0)
+    b = Batch(x_0=x_0, z=torch.zeros_like(x_0), t=torch.ones(8), class_labels=labels)
+
+    def exact(x, t, class_labels=None):
+        t = expand_time(t, x)
+        return (torch.cos(t) * x * SIGMA - MEAN) / (torch.sin(t) * SIGMA)
+
+    assert float(anchor(exact, b, draw).detach()) == pytest.approx(0.0, abs=1e-6)
+    assert float(anchor(lambda x, t, _=None: exact(x, t) + 1, b, draw).detach()) == pytest.approx(SIGMA**2, rel=1e-3)
+    assert isinstance(anchor.logvar, LogVariance)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "", "init_from": "x"}, "'scd' and 'cd' distil a teacher"),
+        ({"discrete_step": 0.0}, "discrete_step is 0.0, expected more than 0"),
+        ({"anchor_weight": -1.0}, "anchor_weight is -1.0, expected 0 or more"),
+        ({"objective": "scd", "anchor_weight": 1.0}, "it goes with 'cd'"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        msgspec.structs.replace(run(), **changes)
+        run(**changes)
