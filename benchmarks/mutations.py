@@ -200,12 +200,11 @@ def run(path: Path, *, steps: int = 2, options: Sequence[str] = ()) -> list[Outc
             plant(Site(broken, spec, network))
             result, exit_code = _validate(path, artifact, broken, options)
             first = bisect(broken, clean, spec).first
-            gate = "worst_psnr_db" if result["gate"] == "psnr_db" else "max_abs"
             outcomes.append(
                 Outcome(
                     fault=fault,
                     rung=artifact.precision,
-                    gate=f"{result['gate']} {result['overall'][result['gate']]}, {gate} {result['overall'][gate]}",
+                    gate=_numbers(result),
                     numbers_pass=result["numbers_pass"],
                     exit_code=exit_code,
                     diagnosis=result["fault"],
@@ -214,6 +213,13 @@ def run(path: Path, *, steps: int = 2, options: Sequence[str] = ()) -> list[Outc
                 )
             )
     return outcomes
+
+
+def _numbers(result: dict[str, Any]) -> str:
+    overall = result["overall"]
+    if result["gate"] == "max_abs":
+        return f"max {overall['max_abs']:.1e} of {result['threshold']:.1e}"
+    return f"{overall['psnr_db']:.1f} dB of {result['threshold']:.0f}, worst {overall['worst_psnr_db']:.1f}"
 
 
 def _validate(path: Path, artifact: Artifact, graph: ir.Model, options: Sequence[str]) -> tuple[dict[str, Any], int]:
