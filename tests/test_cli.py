@@ -81,6 +81,20 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
     run("distill", "-o", tmp_path / "more", *target, *common, "--sample-every", 0)
     more = json.loads((tmp_path / "more" / "train.json").read_text())
     assert (more["objective"], more["teacher"], more["init_from"]) == ("scd", *map(str, target[1::2]))
+    run(
+        "distill", "-o", tmp_path / "cd", *target[:2], *common, "--discrete-step", 0.3, "--anchor", 0.5,
+        "--stable-targets", "--mid-time", 0.7, "--sample-every", 0,
+    )  # fmt: skip
+    discrete = json.loads((tmp_path / "cd" / "train.json").read_text())
+    assert [discrete[key] for key in ("objective", "discrete_step", "anchor_weight", "mid_time")] == [
+        "cd",
+        0.3,
+        0.5,
+        0.7,
+    ]
+    assert "leave out --no-teacher and VSD" in one_line(
+        run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--vsd", 1, code=2)
+    )
     assert "give either --teacher" in one_line(run("distill", "-o", tmp_path / "x", code=2))
     assert "needs --init" in one_line(run("distill", "-o", tmp_path / "x", "--no-teacher", code=2))
 
@@ -199,4 +213,6 @@ def test_nan_in_the_data_leaves_no_run(tmp_path):
 
 
 def test_unknown_preset(tmp_path):
-    assert "expected one of pixels16" in one_line(run("train", "-o", tmp_path / "r", "--preset", "huge", code=2))
+    assert "expected one of avatars16, pixels16" in one_line(
+        run("train", "-o", tmp_path / "r", "--preset", "huge", code=2)
+    )

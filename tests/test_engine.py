@@ -125,8 +125,8 @@ def test_the_shipped_model_becomes_an_engine_for_an_a100(tmp_path: Path) -> None
     add_precision(path, default_plan("fp16"), num_samples=1)
     (made,) = add_engines(path, resolve_targets(["a100"]), precisions=["fp16"])
     census = built(made.record)
-    assert census.convolutions == {"Half": 37} and not census.unseen
-    assert census.attention_fused == census.attention == 7
+    assert census.convolutions == {"Half": 22} and not census.unseen
+    assert census.attention_fused == census.attention == 5
 
 
 def test_damaged_graphs(graphs: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scm_sdk.errors import ConfigError, ShapeError
-from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
+from scm_sdk.model.consistency import ConsistencyModel, ModelConfig, make_network
 from scm_sdk.model.layers import AdaptiveDoubleNorm, GroupNorm, PositionalEmbedding, pixel_norm
 from scm_sdk.model.presets import PRESETS, pixels16, tiny
 from scm_sdk.model.sampler import Sampler
@@ -81,7 +81,7 @@ def test_group_norm_accepts_channels_last():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_start_as_zero_and_keep_the_shape(name):
-    net = UNet(PRESETS[name](num_classes=3))
+    net = make_network(PRESETS[name](num_classes=3))
     x = torch.randn(2, *net.config.sample_shape)
     with torch.inference_mode():
         F = net(x, torch.tensor([0.2, 1.5]), torch.tensor([0, 3]))

@@ -66,7 +66,7 @@ def _run_options(
 
 
 @click.command()
-@click.option("--preset", default="pixels16", metavar="NAME", help="Network: pixels16, pixels32 or tiny.")
+@click.option("--preset", default="avatars16", metavar="NAME", help="Network: avatars16, pixels16, pixels32 or tiny.")
 @stable_targets_option
 @_run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
 def train(preset: str, **options: Any) -> None:

@@ -5,6 +5,7 @@ The student at a time t is fitted to itself at an earlier time s on the same tra
     x_s = one second-order step of the teacher from x_t
     F*  = (cos(t) x_t - f-(x_s, s)) / (sigma_d sin(t))                so that f(x_t, t) = f-(x_s, s)
 
+At the least time and below it, the teacher's own estimate is the trajectory's end: that is what holds the chain.
 Steps are long and random, up to ``discrete_step`` radians: what the teacher knows reaches the largest times in a few
 thousand iterations, where the tangent of continuous time, which looks an infinitesimal step ahead, takes far more.
 The price is the error of the teacher's step. There is no JVP and no tangent normalization.
@@ -29,7 +30,8 @@ from .objectives import Batch, ConditionedNetwork, LogVariance, diffusion_loss, 
 from .stable_target import StableTarget
 
 MIN_TIME = 0.02
-"""Radians; trajectories are followed down to here, where what is left of the noise is below one part in fifty."""
+"""Radians; trajectories are followed down to here, where what is left of the noise is below one part in fifty.
+Without an end that does not move, the student below would drift, and everything above it with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,8 @@ class Draw:
 
 def teacher_step(
     teacher: ConditionedNetwork, x_t: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None, *, sigma_data: float
-) -> Tensor:
-    """Follow the teacher's trajectory from times ``t`` to ``s`` with one second-order step, (B, ...), data units.
+) -> tuple[Tensor, Tensor]:
+    """Follow the teacher's trajectory from times ``t`` to ``s`` with one second-order step.
 
     Args:
         teacher: The diffusion model.
@@ -71,11 +73,15 @@ def teacher_step(
         s: Times to go to, (B,), radians, at most ``t``.
         class_labels: Labels, (B,), int64, or None.
         sigma_data: Standard deviation of the data.
+
+    Returns:
+        ``x_s`` and the teacher's F there, both (B, ...).
     """
     angle = expand_time(t - s, x_t)
     velocity = sigma_data * teacher(x_t / sigma_data, t, class_labels)
     there = torch.cos(angle) * x_t - torch.sin(angle) * velocity
-    return x_t - angle * 0.5 * (velocity + sigma_data * teacher(there / sigma_data, s, class_labels))
+    F = teacher(there / sigma_data, s, class_labels)
+    return x_t - angle * 0.5 * (velocity + sigma_data * F), F
 
 
 def discrete_loss(
@@ -101,8 +107,9 @@ def discrete_loss(
     x_t = add_noise(batch.x_0, batch.z, t)
     with torch.no_grad():
         s = torch.minimum(t, (t - step).clamp(min=MIN_TIME))
-        x_s = teacher_step(teacher, x_t, t, s, labels, sigma_data=sigma_data)
-        end = predict_data(x_s, network(x_s / sigma_data, s, labels), s, sigma_data=sigma_data)
+        x_s, teacher_F = teacher_step(teacher, x_t, t, s, labels, sigma_data=sigma_data)
+        F = torch.where(expand_time(s, x_t) > MIN_TIME, network(x_s / sigma_data, s, labels), teacher_F)
+        end = predict_data(x_s, F, s, sigma_data=sigma_data)
         scale = sigma_data * expand_time(torch.sin(t).clamp(min=1e-6), x_t)
         target = (expand_time(torch.cos(t), x_t) * x_t - end) / scale
     return weighted_residual(network(x_t / sigma_data, t, labels) - target, logvar(t) if logvar else None)

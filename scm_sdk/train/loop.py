@@ -25,13 +25,13 @@ from ..files import atomic_write_bytes
 from ..model.consistency import ConsistencyModel
 from .config import TrainConfig
 from .data import ImageData
-from .discrete import Anchor, Draw, discrete_loss
+from .discrete import Anchor
 from .ema import update_ema
-from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss, sample_times
+from .losses import loss_function, make_vsd
+from .objectives import Batch, LogVariance, sample_times
 from .prepare import Prepared, claimed_folder, resolve
 from .stable_target import StableTarget
 from .state import RunState, load_state, save_state
-from .vsd import Vsd, exact_score, teacher_score
 
 LOG_FILE = "log.jsonl"
 
@@ -132,7 +132,7 @@ def _train(start: Prepared, out: Path, hooks: Hooks) -> ConsistencyModel:
     average = ConsistencyModel(start.model_config, deepcopy(network)).eval().requires_grad_(False)
     teacher = _arrange(start.teacher.network, config) if start.teacher else None
     stable_target = StableTarget(data, sigma_data=config.sigma_data) if config.stable_targets else None
-    logvar, vsd = LogVariance(), _vsd(config, network, teacher, stable_target)
+    logvar, vsd = LogVariance(), make_vsd(config, network, teacher, stable_target)
     anchor = Anchor(config, stable_target) if config.anchor_weight else None
     heads = [logvar, *([vsd.logvar] if vsd else []), *([anchor.logvar] if anchor else [])]
     parameters = [p for module in (network, *heads) for p in module.parameters()]
@@ -211,75 +211,6 @@ def _arrange(module: nn.Module, config: TrainConfig) -> nn.Module:
     if not config.compile:
         return module
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _vsd(
-    config: TrainConfig, network: nn.Module, teacher: nn.Module | None, stable_target: StableTarget | None
-) -> Vsd | None:
-    if not config.uses_vsd:
-        return None
-    if teacher is not None:
-        return Vsd(config, teacher, teacher_score(teacher, sigma_data=config.sigma_data))
-    assert stable_target is not None  # TrainConfig refuses VSD without either
-    return Vsd(config, network, exact_score(stable_target, sigma_data=config.sigma_data))
-
-
-def loss_function(
-    config: TrainConfig,
-    network: nn.Module,
-    teacher: nn.Module | None,
-    logvar: LogVariance | None,
-    vsd: Vsd | None = None,
-    anchor: Anchor | None = None,
-) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
-    """Return ``(batch, iteration) -> (loss, residual)`` for a run, compiled if it asks for that.
-
-    VSD is never compiled: it takes a step of its own. Beside another loss the residual is that one's.
-    """
-    if config.objective == "vsd":
-        assert vsd is not None
-        return lambda batch, iteration: vsd(network, batch, iteration)
-    if config.objective == "cd":
-        assert teacher is not None  # TrainConfig refuses cd without one
-        return _discrete(config, network, teacher, logvar, anchor)
-    if config.objective == "diffusion":
-
-        def diffusion(batch: Batch, warmup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return diffusion_loss(network, logvar, batch, sigma_data=config.sigma_data)
-
-        compute = diffusion
-    else:
-
-        def consistency(batch: Batch, warmup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return consistency_loss(network, teacher, logvar, batch, config, warmup)
-
-        compute = consistency
-    if config.compile:
-        compute = torch.compile(compute)
-
-    def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        warmup = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
-        loss, residual = compute(batch, torch.tensor(warmup))
-        if vsd is not None:
-            loss = loss + config.vsd_weight * vsd(network, batch, iteration)[0]
-        return loss, residual
-
-    return at
-
-
-def _discrete(
-    config: TrainConfig, network: nn.Module, teacher: nn.Module, logvar: LogVariance | None, anchor: Anchor | None
-) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
-    compute = torch.compile(discrete_loss) if config.compile else discrete_loss
-
-    def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        draw = Draw.of(config, batch.x_0.shape, iteration)
-        loss, residual = compute(network, teacher, logvar, batch, draw.step, sigma_data=config.sigma_data)
-        if anchor is not None:
-            loss = loss + config.anchor_weight * anchor(network, batch, draw)
-        return loss, residual
-
-    return at
 
 
 def _trim_log(path: Path, iteration: int) -> None:
