@@ -67,7 +67,7 @@ finite = hnp.arrays(np.float32, hnp.array_shapes(max_dims=2), elements=st.floats
 
 
 @given(x=finite, dtype=st.sampled_from([np.float16, np.float32, ml_dtypes.bfloat16]))
-@example(x=np.array([1e-4], np.float32), dtype=np.float16)  # a subnormal scale, which the nearest half clips by two steps
+@example(x=np.array([1e-4], np.float32), dtype=np.float16)  # a subnormal scale: the nearest half clips by two steps
 @example(x=np.array([1e-7], np.float32), dtype=np.float16)  # rounds to nothing
 def test_rounding_is_off_by_half_a_step_at_most(x: np.ndarray, dtype: type) -> None:
     scale = scale_for(float(np.abs(x).max()), dtype).astype(np.float64)
