@@ -18,7 +18,7 @@ from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.files import sha256_file
 from scm_sdk.manifest import MANIFEST_NAME
 from scm_sdk.sources import CONFIG_NAME, WEIGHTS_NAME
-from scm_sdk.spec import Precision, default_times
+from scm_sdk.spec import Precision
 from scm_sdk.targets import Target
 
 from .engines import EngineVariant, add_engines, check_targets
@@ -115,5 +115,5 @@ def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: in
         digests.get(f"{DENOISER}/{name}") == sha256_file(checkpoint / name) for name in (WEIGHTS_NAME, CONFIG_NAME)
     )
     found = {(spec.times, spec.max_batch) for spec in manifest.samplers}
-    sigma = manifest.samplers[0].sigma_data  # the checkpoint's, since their configs are the same
-    return same_weights and found == {(default_times(n, sigma_data=sigma), max_batch) for n in steps}
+    one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
+    return same_weights and found == {(one.with_steps(n).times, max_batch) for n in steps}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -13,6 +14,7 @@ from scm_sdk.export.cli import main
 from scm_sdk.export.graph import export_samplers
 from scm_sdk.export.pipeline import export_bundle
 from scm_sdk.export.write import write_model
+from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.targets import resolve_targets
 
 
@@ -44,6 +46,18 @@ def test_a_bundle_of_other_times_is_not_current(unet_checkpoint: Path, tmp_path:
     stages: list[str] = []
     made = build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=2, on_stage=stages.append)
     assert stages[0].startswith("export") and made.spec(1).times != (1.2,)
+
+
+def test_a_models_own_second_time_is_current(unet_checkpoint: Path, tmp_path: Path) -> None:
+    model = ConsistencyModel.from_pretrained(unet_checkpoint)
+    config = msgspec.structs.replace(model.config, mid_time=0.6)
+    ConsistencyModel(config, model.network).save_pretrained(tmp_path / "model")
+    stages: list[str] = []
+    for _ in range(2):
+        made = build_all(
+            tmp_path / "model", tmp_path / "b", precisions=[], steps=[2], max_batch=2, on_stage=stages.append
+        )
+    assert made.spec(2).times[1] == 0.6 and "exported already" in stages[-1]
 
 
 def test_an_interruption_keeps_what_was_done(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:

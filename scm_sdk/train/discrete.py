@@ -20,13 +20,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..model.trigflow import add_noise, expand_time, predict_data
 from .config import TrainConfig
-from .objectives import Batch, ConditionedNetwork, LogVariance, diffusion_loss, sample_times, weighted_residual
+from .objectives import (
+    Batch,
+    ConditionedNetwork,
+    LogVariance,
+    diffusion_loss,
+    sample_times,
+    seeded_generator,
+    weighted_residual,
+)
 from .stable_target import StableTarget
 
 MIN_TIME = 0.02
@@ -51,8 +58,7 @@ class Draw:
     @classmethod
     def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> Draw:
         """Draw what an iteration sees."""
-        words = np.random.SeedSequence([config.seed, iteration, 2]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        generator = seeded_generator(config.seed, iteration, stream=2)
         share = 1 / 3 + 2 / 3 * torch.rand(shape[0], generator=generator)
         return cls(
             step=config.discrete_step * share,

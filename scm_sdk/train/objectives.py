@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,12 @@ class Batch:
     z: Tensor
     t: Tensor
     class_labels: Tensor | None
+
+
+def seeded_generator(seed: int, iteration: int, stream: int) -> torch.Generator:
+    """Return a generator that is a function of a run's seed, the iteration and who draws: each has its own stream."""
+    words = np.random.SeedSequence([seed, iteration, stream]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
 def sample_times(

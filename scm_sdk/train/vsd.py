@@ -14,14 +14,21 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..model.trigflow import add_noise, predict_data, true_velocity
 from ..spec import default_times
 from .config import TrainConfig
-from .objectives import Batch, ConditionedNetwork, LogVariance, diffusion_loss, sample_times, weighted_residual
+from .objectives import (
+    Batch,
+    ConditionedNetwork,
+    LogVariance,
+    diffusion_loss,
+    sample_times,
+    seeded_generator,
+    weighted_residual,
+)
 from .stable_target import StableTarget
 
 Score = Callable[[Batch], Tensor]
@@ -64,8 +71,7 @@ class Draw:
     @classmethod
     def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> Draw:
         """Draw what an iteration sees."""
-        words = np.random.SeedSequence([config.seed, iteration, 1]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        generator = seeded_generator(config.seed, iteration, stream=1)
 
         def noise() -> Tensor:
             return torch.randn(shape, generator=generator) * config.sigma_data
