@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scm_sdk.errors import ConfigError, ShapeError
+from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
+from scm_sdk.model.presets import tiny
 from scm_sdk.model.solvers import VelocityFn, ddim_step, karras_times, sample_ode
+from scm_sdk.train.samples import sample_teacher
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
@@ -197,3 +200,11 @@ def test_wrong_grid(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         arguments: dict[str, Any] = {"num_steps": 4, "sigma_data": 0.5}
         karras_times(**(arguments | change))
+
+
+def test_the_teachers_sampler_starts_from_the_noise_that_it_is_told() -> None:
+    """A network of zeros is the exact model of Gaussian data: whatever the noise, its samples are sigma_data times it."""
+    model = ConsistencyModel(ModelConfig(network=tiny(), sigma_data=0.5)).eval()
+    noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = sample_teacher(model, noise, None, num_steps=40)
+    torch.testing.assert_close(samples, 0.5 * noise, rtol=0.02, atol=0.02)

@@ -41,7 +41,7 @@ def sample_teacher(
         return F
 
     times = karras_times(num_steps, sigma_data=model.sigma_data)
-    return sample_ode(velocity, noise * model.sigma_data, times, sigma_data=model.sigma_data, order=2)
+    return sample_ode(velocity, noise, times, sigma_data=model.sigma_data, order=2)
 
 
 def write_samples(model: ConsistencyModel, objective: Objective, folder: Path, iteration: int) -> None:
