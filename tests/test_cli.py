@@ -92,6 +92,15 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
         0.5,
         0.7,
     ]
+    run(
+        "distill", "-o", tmp_path / "ends", *target[:2], *common, "--trajectory-steps", 3, "--huber", 0.03,
+        "--sample-every", 0,
+    )  # fmt: skip
+    ends = json.loads((tmp_path / "ends" / "train.json").read_text())
+    assert [ends[key] for key in ("objective", "trajectory_steps", "huber")] == ["trajectory", 3, 0.03]
+    assert "leave out --discrete-step and VSD" in one_line(
+        run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--trajectory-steps", 3, code=2)
+    )
     assert "leave out --no-teacher and VSD" in one_line(
         run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--vsd", 1, code=2)
     )

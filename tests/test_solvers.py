@@ -203,7 +203,7 @@ def test_wrong_grid(change: dict[str, Any]) -> None:
 
 
 def test_the_teachers_sampler_starts_from_the_noise_that_it_is_told() -> None:
-    """A network of zeros is the exact model of Gaussian data: whatever the noise, its samples are sigma_data times it."""
+    """A network of zeros is the exact model of Gaussian data: its samples are sigma_data times the noise."""
     model = ConsistencyModel(ModelConfig(network=tiny(), sigma_data=0.5)).eval()
     noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     samples = sample_teacher(model, noise, None, num_steps=40)

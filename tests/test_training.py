@@ -99,12 +99,16 @@ def test_stable_targets_train_and_resume_exactly(npz, tmp_path, objective):
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_discrete_runs_resume_exactly_and_keep_their_second_time(npz, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "cd", "anchor_weight": 1.0, "stable_targets": True},
+        {"objective": "trajectory", "trajectory_steps": 3, "huber": 0.03},
+    ],
+)
+def test_distillation_without_a_tangent_resumes_exactly_and_keeps_its_second_time(npz, tmp_path, changes):
     train(config(npz, num_iterations=2), tmp_path / "teacher")
-    run = config(
-        npz, objective="cd", network=None, teacher=str(tmp_path / "teacher"), anchor_weight=1.0, stable_targets=True,
-        mid_time=0.6,
-    )  # fmt: skip
+    run = config(npz, network=None, teacher=str(tmp_path / "teacher"), mid_time=0.6, **changes)
     model = train(run, tmp_path / "whole")
     assert model.spec(2).times[1] == 0.6 and model.spec(3).times[1] != 0.6
     with pytest.raises(Stop):
@@ -240,7 +244,7 @@ def test_ema_half_life():
         ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
         ({"dropout": 2.0}, r"dropout is 2.0, expected a share in \[0, 1\]"),
-        ({"objective": "scd"}, "'scd' and 'cd' distil a teacher"),
+        ({"objective": "scd"}, "scd, cd, trajectory distil a teacher"),
         ({"teacher": "x"}, "'diffusion' and 'sct' have none"),
         ({"network": None}, "needs a network or init_from"),
         ({"seed": -1}, "seed is -1"),

@@ -123,6 +123,14 @@ def train(preset: str, **options: Any) -> None:
 )
 @click.option("--anchor-p-mean", type=float, default=-1.5, help="Mean of ln(sigma) of that loss: small times.")
 @click.option("--anchor-p-std", type=click.FloatRange(0, min_open=True), default=1.0, help="Its deviation.")
+@click.option(
+    "--trajectory-steps",
+    type=click.IntRange(1, 256),
+    help="Distil onto the ends of the teacher's trajectories, each solved in this many second-order steps.",
+)
+@click.option(
+    "--huber", type=click.FloatRange(0), default=0.0, help="Error above which that loss grows linearly; 0: the square."
+)
 @click.option("--mid-time", type=float, default=1.1, help="Second time of the model's two-step sampler, radians.")
 @click.option("--tangent-norm", type=click.Choice(["l2", "rms"]), default="l2", help="l2 is the paper's.")
 @click.option("--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H.")
@@ -149,6 +157,10 @@ def distill(teacher: str, no_teacher: bool, vsd_only: bool, **options: Any) -> N
         if objective != "scd" or options["vsd_weight"]:
             raise ConfigError("--discrete-step distils a teacher by itself; leave out --no-teacher and VSD.")
         objective, extra = "cd", {**extra, "discrete_step": step}
+    if (steps := options["trajectory_steps"]) is not None:
+        if objective != "scd" or options["vsd_weight"]:
+            raise ConfigError("--trajectory-steps distils a teacher by itself; leave out --discrete-step and VSD.")
+        objective, extra = "trajectory", {**extra, "trajectory_steps": steps, "huber": options["huber"]}
     _run(_config(objective, _data_config(options), options, teacher=teacher, **extra), options)
 
 

@@ -13,7 +13,7 @@ Eq. 26); Karras et al., 2022, arXiv 2206.00364, Eq. 5 and Algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -115,6 +115,18 @@ def sample_ode(
 
     Source: arXiv 2410.11081, Eq. 26 (order 1), Eq. 27-28 with r = 1 (order 2).
     """
+    steps, x = len(times) - 1, noise
+    for step, x in enumerate(solve_ode(velocity_fn, noise, times, sigma_data=sigma_data, order=order)):
+        if progress is not None and step:
+            progress(step, steps)
+    return x
+
+
+@torch.no_grad()
+def solve_ode(
+    velocity_fn: VelocityFn, noise: Tensor, times: Sequence[float], *, sigma_data: float, order: Literal[1, 2] = 2
+) -> Iterator[Tensor]:
+    """Yield the states of ``sample_ode`` at each of ``times``, (B, *sample), data units; the last are the samples."""
     _check(noise, times, sigma_data, order)
 
     def network(x: Tensor, t: float) -> Tensor:
@@ -123,20 +135,17 @@ def sample_ode(
             raise ShapeError(f"velocity_fn returned {tuple(F.shape)}, expected {tuple(x.shape)}: the shape of its x_t.")
         return F
 
-    steps = len(times) - 1
-    with torch.no_grad():
-        x = sigma_data * math.sin(times[0]) * noise  # = sigma_max cos(t_0) noise: the EDM start, rescaled
-        for step, (s, t) in enumerate(pairwise(times)):
-            F = network(x, s)
-            y = ddim_step(x, F, s, t, sigma_data=sigma_data)
-            if order == 2 and t > 0:  # at t = 0 the correction would need F where it is undefined
-                noise_s = math.sin(s) * x + math.cos(s) * sigma_data * F
-                noise_t = math.sin(t) * y + math.cos(t) * sigma_data * network(y, t)
-                y = y - math.sin(s - t) / (2 * math.cos(s)) * (noise_t - noise_s)
-            x = y
-            if progress is not None:
-                progress(step + 1, steps)
-    return x
+    x = sigma_data * math.sin(times[0]) * noise  # = sigma_max cos(t_0) noise: the EDM start, rescaled
+    yield x
+    for s, t in pairwise(times):
+        F = network(x, s)
+        y = ddim_step(x, F, s, t, sigma_data=sigma_data)
+        if order == 2 and t > 0:  # at t = 0 the correction would need F where it is undefined
+            noise_s = math.sin(s) * x + math.cos(s) * sigma_data * F
+            noise_t = math.sin(t) * y + math.cos(t) * sigma_data * network(y, t)
+            y = y - math.sin(s - t) / (2 * math.cos(s)) * (noise_t - noise_s)
+        x = y
+        yield x
 
 
 def _check(noise: Tensor, times: Sequence[float], sigma_data: float, order: int) -> None:

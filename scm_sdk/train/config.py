@@ -10,7 +10,8 @@ from ..errors import ConfigError
 from ..model.consistency import NetworkConfig
 from ..spec import DEFAULT_MID_TIME
 
-Objective = Literal["diffusion", "sct", "scd", "cd", "vsd"]
+Objective = Literal["diffusion", "sct", "scd", "cd", "trajectory", "vsd"]
+DISTILLING = ("scd", "cd", "trajectory")
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,13 +35,14 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distils a teacher and
             ``sct`` trains from data alone (Algorithm 1); ``cd`` distils a teacher in discrete time
-            (``discrete``); ``vsd`` is variational score distillation alone.
+            (``discrete``) and ``trajectory`` onto the ends of its trajectories (``trajectory``); ``vsd`` is variational
+            score distillation alone.
         data: The images.
         network: The network; None takes the teacher's.
-        init_from: Checkpoint folder whose weights start the run, "" for random weights; for ``scd`` and ``cd``,
+        init_from: Checkpoint folder whose weights start the run, "" for random weights; where a teacher is distilled,
             "" for the teacher's.
-        teacher: Checkpoint folder of the diffusion model that ``scd``, ``cd`` and ``vsd`` distil. ``vsd`` takes the
-            exact score of the data instead with ``stable_targets``.
+        teacher: Checkpoint folder of the diffusion model that is distilled. ``vsd`` takes the exact score of the data
+            instead with ``stable_targets``.
         sigma_data: Standard deviation of the data, data units.
         batch_size: Samples of one iteration.
         num_iterations: Length of the run.
@@ -60,6 +62,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         anchor_weight: Factor of the diffusion loss at small times beside ``cd``; 0 for none.
         anchor_p_mean: Mean of ln(sigma) of those times.
         anchor_p_std: Its standard deviation.
+        trajectory_steps: Steps of the teacher along one trajectory in ``trajectory``.
+        huber: Error, data units, above which the loss of ``trajectory`` grows linearly; 0 for the square.
         mid_time: Second time of the two-step sampler that the model will have, radians.
         vsd_weight: Factor of the VSD loss beside ``scd`` or ``sct``; 0 for none. The paper's is 1.
         vsd_steps: Sampler steps whose samples VSD looks at, in turn; the paper's is 1.
@@ -104,6 +108,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     anchor_weight: float = 0.0
     anchor_p_mean: float = -1.5
     anchor_p_std: float = 1.0
+    trajectory_steps: int = 12
+    huber: float = 0.0
     mid_time: float = DEFAULT_MID_TIME
     vsd_weight: float = 0.0
     vsd_steps: int = 1
@@ -123,7 +129,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_iterations", "max_bad_steps", "ema_halflife", "vsd_steps"):
+        for name in ("batch_size", "num_iterations", "max_bad_steps", "ema_halflife", "vsd_steps", "trajectory_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more.")
         positive = ("learning_rate", "sigma_data", "p_std", "grad_clip", "tangent_c", "ema_ramp", "vsd_p_std")
@@ -134,13 +140,13 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a share in [0, 1].")
         not_negative = ("warmup_iterations", "tangent_warmup", "vsd_warmup", "vsd_weight", "vsd_learning_rate")
-        for name in (*not_negative, "anchor_weight"):
+        for name in (*not_negative, "anchor_weight", "huber"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more.")
-        if self.objective != "vsd" and (self.objective in ("scd", "cd")) != bool(self.teacher):
+        if self.objective != "vsd" and (self.objective in DISTILLING) != bool(self.teacher):
             raise ConfigError(
-                f"objective is {self.objective!r} and teacher {self.teacher!r}: 'scd' and 'cd' distil a teacher, "
-                "a checkpoint folder; 'diffusion' and 'sct' have none."
+                f"objective is {self.objective!r} and teacher {self.teacher!r}: {', '.join(DISTILLING)} distil a "
+                "teacher, a checkpoint folder; 'diffusion' and 'sct' have none."
             )
         if self.anchor_weight and self.objective != "cd":
             raise ConfigError(
@@ -154,9 +160,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "VSD follows one score: expected a teacher, or stable_targets for the data's exact one, not both and "
                 "not neither."
             )
-        if self.stable_targets and self.objective == "scd":
+        if self.stable_targets and self.objective in ("scd", "trajectory"):
             raise ConfigError(
-                "stable_targets replace the data's velocity; 'scd' follows its teacher's. Leave them out."
+                f"stable_targets replace the data's velocity; {self.objective!r} follows its teacher's. Leave them out."
             )
         if self.network is None and not self.first_weights:
             raise ConfigError("a run needs a network or init_from, a checkpoint folder; both are absent.")

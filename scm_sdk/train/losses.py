@@ -11,6 +11,7 @@ from .config import TrainConfig
 from .discrete import Anchor, Draw, discrete_loss
 from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss
 from .stable_target import StableTarget
+from .trajectory import Trajectories, trajectory_loss
 from .vsd import Vsd, exact_score, teacher_score
 
 
@@ -44,6 +45,9 @@ def loss_function(
     if config.objective == "cd":
         assert teacher is not None  # TrainConfig refuses cd without one
         return _discrete(config, network, teacher, logvar, anchor)
+    if config.objective == "trajectory":
+        assert teacher is not None  # TrainConfig refuses it without one
+        return _trajectory(config, network, teacher, logvar)
     if config.objective == "diffusion":
 
         def diffusion(batch: Batch, warmup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,5 +84,19 @@ def _discrete(
         if anchor is not None:
             loss = loss + config.anchor_weight * anchor(network, batch, draw)
         return loss, residual
+
+    return at
+
+
+def _trajectory(
+    config: TrainConfig, network: nn.Module, teacher: nn.Module, logvar: LogVariance | None
+) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
+    compute = torch.compile(trajectory_loss) if config.compile else trajectory_loss
+    assert config.network is not None  # resolved
+    trajectories = Trajectories(config, teacher, config.network.sample_shape, config.network.num_classes)
+
+    def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+        points = trajectories(iteration)
+        return compute(network, logvar, points, sigma_data=config.sigma_data, huber=config.huber)
 
     return at

@@ -1,4 +1,4 @@
-"""Distillation in discrete time: the teacher's step, the fixed point of the loss, the anchor, exact resuming."""
+"""Distillation without a tangent: in discrete time, and onto the ends of the teacher's trajectories."""
 
 import msgspec
 import pytest
@@ -11,6 +11,7 @@ from scm_sdk.model.trigflow import add_noise, expand_time
 from scm_sdk.train.config import TrainConfig
 from scm_sdk.train.discrete import MIN_TIME, Anchor, Draw, discrete_loss, teacher_step
 from scm_sdk.train.objectives import Batch, LogVariance
+from scm_sdk.train.trajectory import Trajectories, trajectory_loss
 
 SIGMA, MEAN, SPREAD = 0.5, 0.3, 0.2
 
@@ -130,11 +131,58 @@ def test_the_anchor_is_the_diffusion_loss_of_the_data() -> None:
     assert isinstance(anchor.logvar, LogVariance)
 
 
+def trajectories(**changes) -> Trajectories:
+    return Trajectories(run(objective="trajectory", **changes), Denoiser(), (1, 4, 4), 3)
+
+
+def test_the_exact_consistency_function_has_no_loss_at_any_point_of_a_trajectory() -> None:
+    points = trajectories(trajectory_steps=60, batch_size=64)(0)
+
+    def loss(error: float, huber: float = 0.0) -> float:
+        return float(trajectory_loss(Endpoint(error), None, points, sigma_data=SIGMA, huber=huber)[1])
+
+    assert loss(0.0) < 1e-6  # what the solver's steps leave
+    assert loss(0.2) > 1e3 * loss(0.0)
+
+
+@pytest.mark.parametrize("huber", [0.0, 0.03])
+def test_the_loss_of_the_ends_moves_a_student_to_it(huber: float) -> None:
+    student, source, logvar = Endpoint(0.3), trajectories(trajectory_steps=40), LogVariance()
+    optimizer = torch.optim.Adam([student.error, *logvar.parameters()], lr=0.02)
+    for iteration in range(80):
+        optimizer.zero_grad()
+        trajectory_loss(student, logvar, source(iteration), sigma_data=SIGMA, huber=huber)[0].backward()
+        optimizer.step()
+    assert abs(student.error.item()) < 0.04
+
+
+def test_points_are_a_function_of_seed_and_iteration_and_every_state_comes_once() -> None:
+    one, other = trajectories(trajectory_steps=4), trajectories(trajectory_steps=4)
+    other(200)  # another block
+    for iteration in (5, 63, 64):
+        a, b = one(iteration), other(iteration)
+        assert torch.equal(a.x_t, b.x_t) and torch.equal(a.end, b.end) and torch.equal(a.t, b.t)
+        assert torch.equal(a.class_labels, b.class_labels) and a.class_labels.unique().tolist() == [0, 1, 2]
+    block = torch.cat([one(iteration).x_t.flatten(1) for iteration in range(64)])
+    assert len(block.unique(dim=0)) == len(block) == 64 * 8
+
+
+def test_a_trajectory_begins_where_the_sampler_does_and_blocks_move_the_times_between() -> None:
+    source = trajectories(trajectory_steps=12)
+    first, moved = source.times(0.0), source.times(0.7)
+    assert first[0] == moved[0] == pytest.approx(1.5645465, abs=1e-6) and first[-1] == moved[-1] == 0
+    assert all(a < b for a, b in zip(first[1:-1], moved[1:-1], strict=True))
+    assert all(b < a for a, b in zip(first[:-2], moved[1:-1], strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "", "init_from": "x"}, "'scd' and 'cd' distil a teacher"),
+        ({"teacher": "", "init_from": "x"}, "scd, cd, trajectory distil a teacher"),
         ({"discrete_step": 0.0}, "discrete_step is 0.0, expected more than 0"),
+        ({"objective": "trajectory", "trajectory_steps": 0}, "trajectory_steps is 0, expected 1 or more"),
+        ({"objective": "trajectory", "huber": -0.1}, "huber is -0.1, expected 0 or more"),
+        ({"objective": "trajectory", "stable_targets": True}, "'trajectory' follows its teacher's"),
         ({"anchor_weight": -1.0}, "anchor_weight is -1.0, expected 0 or more"),
         ({"objective": "scd", "anchor_weight": 1.0}, "it goes with 'cd'"),
     ],
