@@ -107,7 +107,8 @@ def make_request(
     elif class_labels is not None:
         raise ConfigError("class_labels are given, but this model is unconditional. Leave class_labels out.")
     if spec.guidance_range is not None:
-        known["guidance_scale"] = _guidance(spec.guidance_range, guidance_scale, count)
+        scale = spec.default_guidance if guidance_scale is None else guidance_scale
+        known["guidance_scale"] = _guidance(spec.guidance_range, scale, count)
     elif guidance_scale is not None:
         raise ConfigError("guidance_scale is given, but this model has no such input. Leave guidance_scale out.")
     known |= _conditioning(spec, conditioning or {}, count)
@@ -238,6 +239,9 @@ def _guidance(limits: tuple[float, float], scale: float | Sequence[float] | None
 
 def _conditioning(spec: SamplerSpec, given: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     wanted = {tensor.name: tensor for tensor in spec.conditioning}
+    masks = {t.name: np.ones((count, *t.shape), np.int64) for t in spec.conditioning if t.kind == "mask"}
+    if wanted:
+        given = masks | dict(given)
     if set(given) != set(wanted):
         raise ConfigError(f"conditioning holds {sorted(given)}, expected exactly {sorted(wanted)}.")
     for name, tensor in wanted.items():

@@ -25,12 +25,16 @@ DEFAULT_MID_TIME = 1.1
 
 
 def default_times(
-    num_inference_steps: int, *, sigma_data: float = 0.5, mid_time: float = DEFAULT_MID_TIME
+    num_inference_steps: int,
+    *,
+    sigma_data: float = 0.5,
+    mid_time: float = DEFAULT_MID_TIME,
+    max_time: float | None = None,
 ) -> tuple[float, ...]:
     """Return the times, radians, of a sampler with ``num_inference_steps`` network calls.
 
-    One step starts at ``t_max = arctan(80 / sigma_data)``; two add ``mid_time``; more are spread
-    evenly between ``t_max`` and 0.
+    One step starts at ``max_time``, by default ``arctan(80 / sigma_data)``; two add ``mid_time``; more
+    are spread evenly between ``max_time`` and 0.
 
     Raises:
         ConfigError: If the number of steps is not in 1..64.
@@ -39,7 +43,7 @@ def default_times(
     """
     if not 1 <= num_inference_steps <= MAX_STEPS:
         raise ConfigError(f"num_inference_steps is {num_inference_steps}, expected 1..{MAX_STEPS}; 1 or 2 is usual.")
-    t_max = math.atan(80.0 / sigma_data)
+    t_max = math.atan(80.0 / sigma_data) if max_time is None else max_time
     if num_inference_steps == 2:
         return (t_max, mid_time)
     return tuple(t_max * (1 - i / num_inference_steps) for i in range(num_inference_steps))
@@ -52,11 +56,14 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         name: Name in the graph.
         shape: Shape of one sample, without the batch axis; () for one number per sample.
         dtype: ``float32`` or ``int64``.
+        kind: ``mask`` for an int64 mask over axis 0 of another tensor's samples, 1 keeps and 0 leaves
+            out; all ones where a caller gives none. ``values`` for anything else.
     """
 
     name: str
     shape: tuple[int, ...] = ()
     dtype: DType = "float32"
+    kind: Literal["values", "mask"] = "values"
 
 
 class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,12 +74,14 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         sample_shape: Shape of one noise tensor without the batch axis; (C, H, W) for images.
         sigma_data: Standard deviation of the training data, data units.
         mid_time: Second time of the model's two-step sampler, radians, for ``with_steps``.
+        max_time: First time of the model's samplers, radians, for ``with_steps``; None is arctan(80 / sigma_data).
         output: Whether the graph returns pixels or latents.
         output_shape: Shape of one output without the batch axis; () means ``sample_shape``.
         value_range: The outputs' lowest and highest meaningful values; images are clipped to it.
         num_classes: Number of class labels; 0 for an unconditional model.
         class_names: Names of the labels in order, or () when they have none.
         guidance_range: Lowest and highest ``guidance_scale``, or None when there is no such input.
+        default_guidance: What ``guidance_scale`` is where a caller gives none; None: it must be given.
         conditioning: Further inputs, for example prompt embeddings.
         max_batch: Largest batch the graph is meant for; the smallest is always 1.
         noise_contract: How a seed becomes noise; see ``scm_sdk.noise``.
@@ -82,12 +91,14 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sample_shape: tuple[int, ...]
     sigma_data: float = 0.5
     mid_time: float = DEFAULT_MID_TIME
+    max_time: float | None = None
     output: Literal["pixels", "latents"] = "pixels"
     output_shape: tuple[int, ...] = ()
     value_range: tuple[float, float] = (-1.0, 1.0)
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     guidance_range: tuple[float, float] | None = None
+    default_guidance: float | None = None
     conditioning: tuple[TensorSpec, ...] = ()
     max_batch: int = 32
     noise_contract: str = NOISE_CONTRACT
@@ -120,6 +131,14 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError("class_names holds a name twice, expected unique names.")
         if self.guidance_range is not None and not self.guidance_range[0] <= self.guidance_range[1]:
             raise ConfigError(f"guidance_range is {self.guidance_range}, expected (lowest, highest) or None.")
+        low, high = self.guidance_range or (math.inf, -math.inf)
+        if self.default_guidance is not None and not low <= self.default_guidance <= high:
+            raise ConfigError(
+                f"default_guidance is {self.default_guidance}, expected a number in guidance_range = "
+                f"{self.guidance_range}, or None."
+            )
+        if self.max_time is not None and not 0 < self.max_time <= T_LIMIT:
+            raise ConfigError(f"max_time is {self.max_time}, expected radians in (0, pi/2], or None.")
         names = [tensor.name for tensor in self.inputs]
         if len(set(names)) != len(names):
             raise ConfigError(f"inputs are named {', '.join(names)}, expected each name once. Rename one.")
@@ -168,7 +187,9 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def with_steps(self, num_inference_steps: int) -> SamplerSpec:
         """Return this spec with the default times of another number of steps."""
-        times = default_times(num_inference_steps, sigma_data=self.sigma_data, mid_time=self.mid_time)
+        times = default_times(
+            num_inference_steps, sigma_data=self.sigma_data, mid_time=self.mid_time, max_time=self.max_time
+        )
         return msgspec.structs.replace(self, times=times)
 
     def to_json(self) -> str:

@@ -152,6 +152,17 @@ def test_guidance_and_conditioning_are_checked() -> None:
         make_request(spec, num_images=2, seed=0, guidance_scale=1, conditioning={"p": p * np.nan})
 
 
+def test_a_default_guidance_and_a_mask_may_be_left_out() -> None:
+    tensors = (TensorSpec(name="p", shape=(2,)), TensorSpec(name="m", shape=(3,), dtype="int64", kind="mask"))
+    spec = msgspec.structs.replace(PLAIN, guidance_range=(1.0, 5.0), default_guidance=4.5, conditioning=tensors)
+    p = np.zeros((2, 2), np.float32)
+    made = make_request(spec, num_images=2, seed=0, conditioning={"p": p})
+    np.testing.assert_array_equal(made.conditioning["guidance_scale"], np.full(2, 4.5, np.float32))
+    np.testing.assert_array_equal(made.conditioning["m"], np.ones((2, 3), np.int64))
+    given = make_request(spec, num_images=2, seed=0, guidance_scale=2, conditioning={"p": p, "m": np.eye(2, 3, dtype=int)})
+    assert given.conditioning["guidance_scale"].tolist() == [2, 2] and given.conditioning["m"].sum() == 2
+
+
 def test_wrong_paths(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere does not exist, expected the folder of a bundle"):
         Generator.from_pretrained(tmp_path / "nowhere")

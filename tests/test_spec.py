@@ -72,6 +72,8 @@ def test_the_papers_times() -> None:
     assert default_times(1) == (math.atan(160),)
     assert default_times(2) == (math.atan(160), 1.1)
     assert make().with_steps(1).times == (math.atan(160),)
+    assert make(max_time=1.5708, mid_time=1.3).with_steps(2).times == (1.5708, 1.3)
+    assert make(max_time=1.5).with_steps(3).times == (1.5, 1.0, 0.5)
     for steps in (0, -1, MAX_STEPS + 1):
         with pytest.raises(ConfigError, match=f"num_inference_steps is {steps}, expected 1..64"):
             default_times(steps)
@@ -100,6 +102,9 @@ def test_sanas_first_time_is_allowed() -> None:
         ({"num_classes": 2, "class_names": ("a",)}, "class_names holds 1 names, expected num_classes = 2"),
         ({"num_classes": 2, "class_names": ("a", "a")}, "class_names holds a name twice"),
         ({"guidance_range": (2.0, 1.0)}, "guidance_range is"),
+        ({"guidance_range": (1.0, 2.0), "default_guidance": 3.0}, "default_guidance is 3.0, expected a number in"),
+        ({"default_guidance": 3.0}, "default_guidance is 3.0"),
+        ({"max_time": 2.0}, "max_time is 2.0, expected radians"),
         ({"conditioning": (TensorSpec(name="noise_1"),)}, "noise_1, noise_1, expected each name once"),
         ({"max_batch": 0}, "max_batch is 0, expected 1 or more"),
         ({"noise_contract": "scm-noise-v2"}, "made by a newer scm-sdk; update"),
