@@ -8,11 +8,13 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..files import atomic_write_bytes
 from .consistency import ConsistencyModel, ModelConfig
+from .transformer import TransformerConfig
+from .unet import UNetConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -61,15 +63,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from exc
 
 
-def load_checkpoint(folder: Path) -> ConsistencyModel:
+def load_checkpoint(folder: Path, network: nn.Module | None = None) -> ConsistencyModel:
     """Load a checkpoint folder; see ``ConsistencyModel.from_pretrained``."""
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder, expected a checkpoint with {CONFIG_NAME} and {WEIGHTS_NAME}.")
     config = read_config(folder / CONFIG_NAME)
     tensors = read_tensors(folder / WEIGHTS_NAME)
-    with torch.device("meta"):
-        model = ConsistencyModel(config)
-    expected = {name: tuple(p.shape) for name, p in model.network.state_dict().items()}
+    built_in = isinstance(config.network, UNetConfig | TransformerConfig)
+    if built_in and network is None:
+        with torch.device("meta"):  # a wrong file costs no memory
+            _check_fits(ConsistencyModel(config).network, tensors, folder)
+    model = ConsistencyModel(config, network)
+    _check_fits(model.network, tensors, folder)
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    model.network.load_state_dict(floats)
+    return model.eval().requires_grad_(False)
+
+
+def _check_fits(network: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     found = {name: tuple(p.shape) for name, p in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -79,15 +91,23 @@ def load_checkpoint(folder: Path) -> ConsistencyModel:
             f"found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}. "
             "The two files belong to different models."
         )
-    model = ConsistencyModel(config)
-    model.network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return model.eval().requires_grad_(False)
 
 
 def save_checkpoint(model: ConsistencyModel, folder: Path) -> None:
     """Write a checkpoint folder; see ``ConsistencyModel.save_pretrained``."""
     config = {"_class_name": CLASS_NAME, **msgspec.to_builtins(model.config)}
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.network.state_dict().items()}
+    weights = _unshared(model.network.state_dict())
     text = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     atomic_write_bytes(folder / WEIGHTS_NAME, save(weights, metadata={"format": "pt"}), error=BundleError)
     atomic_write_bytes(folder / CONFIG_NAME, text, error=BundleError)
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights on the CPU, tied ones each with a copy of its own: safetensors writes no tensor twice."""
+    seen: set[int] = set()
+    weights = {}
+    for name, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        weights[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
+        seen.add(plain.untyped_storage().data_ptr())
+    return weights

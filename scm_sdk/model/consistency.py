@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
-from ..spec import DEFAULT_MID_TIME, SamplerSpec, default_times
+from ..spec import DEFAULT_MID_TIME, SamplerSpec, TensorSpec, default_times
+from .own import OwnConfig, make_own_network, own_config
 from .transformer import Transformer, TransformerConfig
 from .trigflow import predict_data
 from .unet import UNet, UNetConfig
 
-NetworkConfig = UNetConfig | TransformerConfig
+NetworkConfig = UNetConfig | TransformerConfig | OwnConfig
 
 
 def make_network(config: NetworkConfig) -> nn.Module:
-    """Return the network that a config describes, with random weights."""
+    """Return the network that a config describes, with random weights.
+
+    Raises:
+        ConfigError: If it is your own and not registered.
+    """
+    if isinstance(config, OwnConfig):
+        return make_own_network(config)
     return UNet(config) if isinstance(config, UNetConfig) else Transformer(config)
 
 
@@ -29,6 +37,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         sigma_data: Standard deviation of the data, data units.
         class_names: Names of the labels in order, or ().
         value_range: The data's lowest and highest values.
+        output: Whether samples are pixels (or any other final values) or latents.
         mid_time: Second time of the two-step sampler, radians; the one at which this model does best.
         provenance: Where the weights come from: data, licence, recipe; free form.
     """
@@ -37,6 +46,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sigma_data: float = 0.5
     class_names: tuple[str, ...] = ()
     value_range: tuple[float, float] = (-1.0, 1.0)
+    output: Literal["pixels", "latents"] = "pixels"
     mid_time: float = DEFAULT_MID_TIME
     provenance: dict[str, str] = {}
 
@@ -55,6 +65,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Number of class labels; 0 for an unconditional model."""
         return self.network.num_classes
 
+    @property
+    def conditioning(self) -> tuple[TensorSpec, ...]:
+        """The network's inputs beside x, t and class_labels."""
+        return getattr(self.network, "conditioning", ())
+
 
 class ConsistencyModel(nn.Module):
     """``f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t)`` around a network F.
@@ -63,29 +78,37 @@ class ConsistencyModel(nn.Module):
     whatever the weights are.
 
     Args:
-        config: Shape of the network and scale of the data.
-        network: The network; made from ``config`` with random weights when absent.
+        config: Shape of the network and scale of the data; made from ``own`` when absent.
+        network: The network; made from ``config`` with random weights when absent. See ``own.Network``.
+        own: Without a config: ``sample_shape`` and the other arguments of ``own.own_config``, and the fields of
+            ``ModelConfig`` beside the network.
+
+    Raises:
+        ConfigError: If neither a config nor a network with its ``sample_shape`` is given.
 
     Source: arXiv 2410.11081, equation 5.
     """
 
-    def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
+    def __init__(self, config: ModelConfig | None = None, network: nn.Module | None = None, **own: Any) -> None:
         super().__init__()
-        self.config = config
-        self.network: nn.Module = make_network(config.network) if network is None else network
+        self.config = _own_model_config(network, own) if config is None else config
+        if config is not None and own:
+            raise ConfigError(f"config is given and {', '.join(own)} beside it, expected either. The config says both.")
+        self.network: nn.Module = make_network(self.config.network) if network is None else network
 
     @property
     def sigma_data(self) -> float:
         """Standard deviation of the data, data units."""
         return self.config.sigma_data
 
-    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None, **conditioning: Tensor) -> Tensor:
         """Return the data end of each sample's trajectory, (B, ...), data units.
 
         Args:
             x_t: Noisy samples, (B, ...), data units.
             t: Times, (B,) or (1,), radians.
             class_labels: Labels, (B,), int64, or None for none.
+            **conditioning: The network's further inputs by name, axis 0 the batch.
 
         Raises:
             ShapeError: If the samples do not have the model's shape.
@@ -94,7 +117,9 @@ class ConsistencyModel(nn.Module):
             raise ShapeError(
                 f"x_t has shape {tuple(x_t.shape)}, expected (batch, {', '.join(map(str, self.config.sample_shape))})."
             )
-        F = self.network(x_t / self.sigma_data, t, class_labels)
+        if class_labels is not None:
+            conditioning["class_labels"] = class_labels
+        F = self.network(x_t / self.sigma_data, t.expand(len(x_t)), **conditioning)
         return predict_data(x_t, F, t, sigma_data=self.sigma_data)
 
     def spec(
@@ -108,25 +133,43 @@ class ConsistencyModel(nn.Module):
             sigma_data=config.sigma_data,
             mid_time=config.mid_time,
             value_range=config.value_range,
+            output=config.output,
             num_classes=config.num_classes,
             class_names=config.class_names,
+            conditioning=config.conditioning,
             max_batch=max_batch,
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ConsistencyModel:
+    def from_pretrained(cls, folder: str | Path, *, network: nn.Module | None = None) -> ConsistencyModel:
         """Load ``config.json`` and ``diffusion_pytorch_model.safetensors`` from a folder, in eval mode.
 
+        Args:
+            folder: The checkpoint.
+            network: A module to load the weights into, where the network is your own and not registered.
+
         Raises:
+            ConfigError: If the network's code is not here.
             BundleError: If the folder or a file is absent.
             IntegrityError: If the weights are truncated or do not fit the config.
         """
         from .checkpoint import load_checkpoint
 
-        return load_checkpoint(Path(folder))
+        return load_checkpoint(Path(folder), network)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, each file atomically."""
         from .checkpoint import save_checkpoint
 
         save_checkpoint(self, Path(folder))
+
+
+def _own_model_config(network: nn.Module | None, own: dict[str, Any]) -> ModelConfig:
+    if network is None or "sample_shape" not in own:
+        raise ConfigError(
+            "a model needs a config, or a network with its sample_shape, for example "
+            "ConsistencyModel(network=my_module, sigma_data=0.5, sample_shape=(1, 256))."
+        )
+    fields = set(ModelConfig.__struct_fields__) - {"network"}
+    described = own_config(network, **{name: value for name, value in own.items() if name not in fields})
+    return ModelConfig(network=described, **{name: value for name, value in own.items() if name in fields})

@@ -31,11 +31,12 @@ class Sampler(nn.Module):
 
     def __init__(self, model: ConsistencyModel, spec: SamplerSpec) -> None:
         super().__init__()
-        found = (spec.sample_shape, spec.num_classes, spec.sigma_data)
-        expected = (model.config.sample_shape, model.config.num_classes, model.sigma_data)
+        config = model.config
+        found = (spec.sample_shape, spec.num_classes, spec.sigma_data, spec.conditioning)
+        expected = (config.sample_shape, config.num_classes, config.sigma_data, config.conditioning)
         if found != expected:
             raise ShapeError(
-                f"the spec has (sample_shape, num_classes, sigma_data) = {found}, the model {expected}. "
+                f"the spec has (sample_shape, num_classes, sigma_data, conditioning) = {found}, the model {expected}. "
                 "Make the spec with model.spec(num_inference_steps)."
             )
         self.model = model
@@ -49,7 +50,7 @@ class Sampler(nn.Module):
 
         Args:
             *inputs: As ``spec.inputs`` orders them: one standard normal noise (B, ...) for each
-                step, float32, then class_labels (B,), int64, if the model has classes.
+                step, float32, then class_labels (B,), int64, if the model has classes, then its own.
 
         Raises:
             ShapeError: If an input is missing.
@@ -58,7 +59,8 @@ class Sampler(nn.Module):
             names = ", ".join(tensor.name for tensor in self.spec.inputs)
             raise ShapeError(f"the sampler got {len(inputs)} inputs, expected {len(self.spec.inputs)}: {names}.")
         steps = self.spec.num_inference_steps
-        class_labels = inputs[steps] if self.spec.num_classes else None
+        asked = [tensor.name for tensor in self.spec.conditioning_inputs]
+        conditioning = dict(zip(asked, inputs[steps:], strict=True))
         sigma_data = self.spec.sigma_data
         x_0: Tensor | None = None
         for cos, sin, t, noise in zip(self.cosines, self.sines, self.spec.times, inputs, strict=False):
@@ -67,7 +69,7 @@ class Sampler(nn.Module):
                 x_t = cos * x_0 + x_t
             dtype = torch.promote_types(noise.dtype, torch.float32)  # never less than float32
             t_B = torch.full(noise.shape[:1], t, dtype=dtype, device=noise.device)
-            F = self.model.network(x_t / sigma_data, t_B, class_labels)
+            F = self.model.network(x_t / sigma_data, t_B, **conditioning)
             x_0 = cos * x_t - (sin * sigma_data) * F
         assert x_0 is not None
         return x_0
