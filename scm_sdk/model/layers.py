@@ -14,14 +14,44 @@ Source: arXiv 2410.11081, section 4.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import ShapeError
+
+_HALF = (torch.float16, torch.bfloat16)
+Embed = TypeVar("Embed", bound=Callable[..., Tensor])
+
+
+def float32_island(method: Embed) -> Embed:
+    """Keep a method out of mixed precision: the time and its embedding are never rounded to half.
+
+    bfloat16 would turn t = 1.5645, sigma 80, into 1.5625, sigma 60.
+    """
+
+    @wraps(method)
+    def outside(self: nn.Module, t_B: Tensor, *args: Any) -> Tensor:
+        device = t_B.device.type
+        if not torch.is_autocast_enabled(device):
+            return method(self, t_B, *args)
+        with torch.autocast(device, enabled=False):
+            return method(self, t_B, *args)
+
+    return cast(Embed, outside)
+
 
 def pixel_norm(x: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Divide by the root mean square over axis 1, the channels: ``x / sqrt(mean_c(x^2) + eps)``."""
+    """Divide by the root mean square over axis 1, the channels: ``x / sqrt(mean_c(x^2) + eps)``.
+
+    Never computed in less than float32: in half precision the squares would overflow.
+    """
+    if x.dtype in _HALF:
+        return pixel_norm(x.float(), eps=eps).to(x.dtype)
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
 
 
@@ -48,6 +78,66 @@ class PositionalEmbedding(nn.Module):
         return torch.cat([angle_BE.cos(), angle_BE.sin()], dim=1)
 
 
+class Conditioned(nn.Module):
+    """A network's branch that embeds the time, the label and the guidance scale; networks derive from it.
+
+    The guidance scale s is embedded like the time, by sinusoids and one linear layer, which starts at zero: a student
+    begins as the teacher whose weights it is given (arXiv 2410.11081, section 5.2).
+
+    Args:
+        time_channels: Size of the sinusoidal embeddings.
+        emb_channels: Size E of what ``embed`` returns.
+        max_period: Of the sinusoids.
+        num_classes: Class labels; 0 for none.
+        guidance: Whether there is a guidance scale.
+    """
+
+    def __init__(
+        self, *, time_channels: int, emb_channels: int, max_period: float, num_classes: int, guidance: bool
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.guidance = num_classes, guidance
+        self.time_embedding = PositionalEmbedding(time_channels, max_period)
+        self.time_linear0 = nn.Linear(time_channels, emb_channels)
+        self.time_linear1 = nn.Linear(emb_channels, emb_channels)
+        # One row more than there are labels: the last is "no label".
+        self.label_embedding = nn.Embedding(num_classes + 1, emb_channels) if num_classes else None
+        self.guidance_linear = zero_(nn.Linear(time_channels, emb_channels)) if guidance else None
+
+    @float32_island
+    def embed(self, t_B: Tensor, class_labels_B: Tensor | None, guidance_scale_B: Tensor | None) -> Tensor:
+        """Embed times, labels and guidance scales as (B, E); float32 whatever the dtype of the trunk.
+
+        Raises:
+            ShapeError: If labels or guidance are given to a network without them.
+        """
+        check_conditioning(self.num_classes, self.guidance, class_labels_B, guidance_scale_B)
+        emb = self.time_linear1(functional.silu(self.time_linear0(self.time_embedding(t_B))))
+        if self.label_embedding is not None:
+            if class_labels_B is None:
+                class_labels_B = torch.full_like(t_B, self.num_classes, dtype=torch.long)
+            emb = emb + self.label_embedding(class_labels_B)
+        if self.guidance_linear is not None:
+            if guidance_scale_B is None:
+                guidance_scale_B = torch.ones_like(t_B)
+            emb = emb + self.guidance_linear(self.time_embedding(guidance_scale_B))
+        return functional.silu(emb)
+
+
+def check_conditioning(
+    num_classes: int, guidance: bool, class_labels: Tensor | None, guidance_scale: Tensor | None
+) -> None:
+    """Refuse labels or guidance that a network would ignore.
+
+    Raises:
+        ShapeError: If there are any.
+    """
+    if class_labels is not None and not num_classes:
+        raise ShapeError("class_labels were given, expected None: this network has num_classes = 0.")
+    if guidance_scale is not None and not guidance:
+        raise ShapeError("guidance_scale was given, expected None: this network has guidance = False.")
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalization that accepts any memory layout and can be compiled under a JVP.
 
@@ -57,6 +147,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (B, C, ...)."""
+        if x.dtype in _HALF:  # the native kernel would give its tangent another dtype
+            return self.forward(x.float()).to(x.dtype)
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return super().forward(x.contiguous())
         groups = x.reshape(x.shape[0], self.num_groups, -1)
@@ -78,7 +170,10 @@ def group_norm(channels: int, *, affine: bool = True) -> GroupNorm:
     return GroupNorm(groups, channels, eps=1e-6, affine=affine)
 
 
-def zero_(layer: nn.Conv2d) -> nn.Conv2d:
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def zero_(layer: Layer) -> Layer:
     """Zero the weights, so that a residual branch starts as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:

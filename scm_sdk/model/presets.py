@@ -32,8 +32,8 @@ def pixels16(num_classes: int = 0, in_channels: int = 3) -> UNetConfig:
 def avatars16(num_classes: int = 0, in_channels: int = 3) -> TransformerConfig:
     """16x16 pixel art: a transformer of 1.9M parameters over 4x4 patches.
 
-    On a CPU a training step takes half of ``pixels16``'s time, and after as many steps small noise is removed more
-    exactly.
+    On a CPU a training step takes two thirds of ``pixels16``'s time (192 against 290 ms), and after as many steps
+    small noise is removed more exactly.
     """
     return TransformerConfig(
         image_size=16,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import ConfigError, ShapeError
-from .layers import PositionalEmbedding, attention, pixel_norm, zero_
+from ..errors import ConfigError
+from .layers import Conditioned, attention, pixel_norm, zero_
 
 
 class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="transformer"):
@@ -32,6 +32,7 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         num_classes: Class labels; 0 for none.
         dropout: Share of the MLPs' activations dropped in training.
         time_max_period: ``max_period`` of the time embedding.
+        guidance: Whether the guidance scale is an input.
     """
 
     image_size: int
@@ -44,6 +45,7 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     num_classes: int = 0
     dropout: float = 0.0
     time_max_period: float = 10_000.0
+    guidance: bool = False
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.image_size % self.patch_size:
@@ -93,19 +95,20 @@ def _modulate(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> Tensor:
     return pixel_norm(x_BCHW) * pixel_norm(scale_BC)[:, :, None, None] + pixel_norm(shift_BC)[:, :, None, None]
 
 
-class Transformer(nn.Module):
+class Transformer(Conditioned):
     """F_theta(x, t, class_labels): unit-variance samples and a time in, a unit-variance target out."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(
+            time_channels=64,
+            emb_channels=config.channels,
+            max_period=config.time_max_period,
+            num_classes=config.num_classes,
+            guidance=config.guidance,
+        )
         self.config = config
         channels, side = config.channels, config.image_size // config.patch_size
         patch_channels = config.in_channels * config.patch_size**2
-        self.time_embedding = PositionalEmbedding(64, config.time_max_period)
-        self.time_linear0 = nn.Linear(64, channels)
-        self.time_linear1 = nn.Linear(channels, channels)
-        # One row more than there are labels: the last is "no label".
-        self.label_embedding = nn.Embedding(config.num_classes + 1, channels) if config.num_classes else None
         self.modulation = nn.Linear(channels, 6 * channels)
         self.conv_in = nn.Conv2d(patch_channels, channels, 1)
         self.position = nn.Parameter(torch.randn(channels, side, side) * 0.02)
@@ -117,29 +120,21 @@ class Transformer(nn.Module):
                 bias = layer.bias.view(-1, channels).normal_(std=0.1)
                 bias[list(ones)] = 1.0
 
-    def embed(self, t_B: Tensor, class_labels_B: Tensor | None) -> Tensor:
-        """Embed times and labels as (B, E); float32 whatever the dtype of the trunk."""
-        emb = self.time_linear1(functional.silu(self.time_linear0(self.time_embedding(t_B))))
-        if self.label_embedding is not None:
-            if class_labels_B is None:
-                class_labels_B = torch.full_like(t_B, self.config.num_classes, dtype=torch.long)
-            emb = emb + self.label_embedding(class_labels_B)
-        return functional.silu(emb)
-
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance_scale: Tensor | None = None
+    ) -> Tensor:
         """Return F, (B, C, H, W), unitless.
 
         Args:
             x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
             t: Times, (B,) or (1,), radians.
             class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
+            guidance_scale: Guidance scales, (B,), float32; None is 1, the conditional model as it is.
 
         Raises:
-            ShapeError: If labels are given to a network without classes.
+            ShapeError: If labels or guidance are given to a network without them.
         """
-        if class_labels is not None and self.label_embedding is None:
-            raise ShapeError("class_labels were given, expected None: this network has num_classes = 0.")
-        emb = self.embed(t, class_labels)
+        emb = self.embed(t, class_labels, guidance_scale)
         modulation = self.modulation(emb).unflatten(1, (6, -1))
         h = self.conv_in(functional.pixel_unshuffle(x, self.config.patch_size)) + self.position
         for block in self.blocks:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import ConfigError, ShapeError
-from .layers import AttentionBlock, PositionalEmbedding, ResBlock, group_norm, zero_
+from ..errors import ConfigError
+from .layers import AttentionBlock, Conditioned, ResBlock, group_norm, zero_
 
 
 class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="unet"):
@@ -34,6 +34,7 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             fixed places.
         double_norm: Adaptive double normalization; False is plain AdaGN, for ablations.
         time_max_period: ``max_period`` of the time embedding.
+        guidance: Whether the guidance scale is an input.
     """
 
     image_size: int
@@ -49,6 +50,7 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     learned_position: bool = False
     double_norm: bool = True
     time_max_period: float = 10_000.0
+    guidance: bool = False
 
     def __post_init__(self) -> None:
         fold = self.patch_size * 2 ** (len(self.channel_mult) - 1)
@@ -101,21 +103,21 @@ class _Stage(nn.Module):
         return out
 
 
-class UNet(nn.Module):
+class UNet(Conditioned):
     """F_theta(x, t, class_labels): unit-variance samples and a time in, a unit-variance target out."""
 
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
+        channels = config.channels
+        super().__init__(
+            time_channels=channels,
+            emb_channels=4 * channels,
+            max_period=config.time_max_period,
+            num_classes=config.num_classes,
+            guidance=config.guidance,
+        )
         self.config = config
-        channels, emb_channels = config.channels, 4 * config.channels
         patch_channels = config.in_channels * config.patch_size**2
         resolution = config.image_size // config.patch_size
-
-        self.time_embedding = PositionalEmbedding(channels, config.time_max_period)
-        self.time_linear0 = nn.Linear(channels, emb_channels)
-        self.time_linear1 = nn.Linear(emb_channels, emb_channels)
-        # One row more than there are labels: the last is "no label".
-        self.label_embedding = nn.Embedding(config.num_classes + 1, emb_channels) if config.num_classes else None
         self.conv_in = nn.Conv2d(patch_channels, channels, 3, padding=1)
         self.position = nn.Parameter(torch.zeros(channels, resolution, resolution)) if config.learned_position else None
 
@@ -143,29 +145,21 @@ class UNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = zero_(nn.Conv2d(width, patch_channels, 3, padding=1))
 
-    def embed(self, t_B: Tensor, class_labels_B: Tensor | None) -> Tensor:
-        """Embed times and labels as (B, E); float32 whatever the dtype of the trunk."""
-        emb = self.time_linear1(functional.silu(self.time_linear0(self.time_embedding(t_B))))
-        if self.label_embedding is not None:
-            if class_labels_B is None:
-                class_labels_B = torch.full_like(t_B, self.config.num_classes, dtype=torch.long)
-            emb = emb + self.label_embedding(class_labels_B)
-        return functional.silu(emb)
-
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance_scale: Tensor | None = None
+    ) -> Tensor:
         """Return F, (B, C, H, W), unitless.
 
         Args:
             x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
             t: Times, (B,) or (1,), radians.
             class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
+            guidance_scale: Guidance scales, (B,), float32; None is 1, the conditional model as it is.
 
         Raises:
-            ShapeError: If labels are given to a network without classes.
+            ShapeError: If labels or guidance are given to a network without them.
         """
-        if class_labels is not None and self.label_embedding is None:
-            raise ShapeError("class_labels were given, expected None: this network has num_classes = 0.")
-        emb = self.embed(t, class_labels)
+        emb = self.embed(t, class_labels, guidance_scale)
         patch = self.config.patch_size
         h = self.conv_in(functional.pixel_unshuffle(x, patch) if patch > 1 else x)
         if self.position is not None:
