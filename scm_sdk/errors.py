@@ -9,6 +9,7 @@
   - BackendError
     - BackendUnavailable     the backend's library or device is not here
     - BackendFailure         the backend ran and its library raised
+    - QueueFull              more waits for the backend than may wait
     - IncompatibleEngineError  an engine was built for another GPU or version
   - ExportError              a network could not be turned into a graph
     - UnsupportedGraphError  the graph holds what a target cannot run
@@ -70,6 +71,12 @@ class BackendUnavailable(BackendError):
 
 class BackendFailure(BackendError):
     """A backend ran and its own library raised."""
+
+    exit_code = 1
+
+
+class QueueFull(BackendError):
+    """More images wait for a backend than may wait; the same request may succeed later."""
 
     exit_code = 1
 

@@ -5,7 +5,8 @@
         out.images[0].save("robot.png")
 
 Threads: one generator may be called from many threads. Opening is done once under a lock; running is
-as parallel as the backend allows (ONNX Runtime: fully, torch: one call at a time).
+as parallel as the backend allows (ONNX Runtime: fully, torch: one call at a time). ``batcher`` runs what many
+threads ask for in shared batches.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
+from .batcher import DEFAULT_MAX_WAITING, Batcher
 from .dispatch import Backend, Plan
 from .errors import ConfigError
 from .opening import Fallback, Opened, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
-from .request import Labels, OutputType, Request, Seeds, check_count, check_output_type, make_request, merge
+from .packing import Job, run_in_order
+from .request import Labels, OutputType, Request, Seeds, check_count, check_output_type, make_request
 from .sources import Source, open_source
 
 Verify = Literal["none", "digest", "smoke", "full"]
@@ -162,38 +165,38 @@ class Generator:
         raw, info = self._run(opened, request, self._batch_size(opened, batch_size), progress)
         return make_output(request, raw, output_type, info.with_total((perf_counter() - start) * 1e3))
 
-    def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[GeneratorOutput]:
+    @overload
+    def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[GeneratorOutput]: ...
+    @overload
+    def stream(
+        self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool
+    ) -> Iterator[GeneratorOutput | Exception]: ...
+    def stream(
+        self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool = False
+    ) -> Iterator[GeneratorOutput | Exception]:
         """Run many calls and give back their outputs in order, sharing batches between small ones.
 
-        Neighbours with the same number of steps are gathered until they fill a batch, then run
-        together; each image equals that of its own call. So up to a batch of requests is read ahead.
+        Requests of the same number of steps are gathered until they fill a batch, then run together; each image
+        equals that of its own call. So a few batches of requests are read ahead. For many threads: ``batcher``.
 
         Args:
             requests: Keyword arguments of ``__call__``, without ``progress`` and ``batch_size``.
+            return_exceptions: Give back what a request raised in the place of its output, and go on.
 
         Yields:
-            One output for each request. ``info.batches`` and ``info.timings`` are the shared run's.
+            One output for each request; ``info.batches`` and ``info.timings`` are the shared run's.
 
         Raises:
             ScmError: What ``__call__`` raises, after the outputs of the requests before it.
         """
-        waiting: list[tuple[Request, OutputType]] = []
-        opened: Opened | None = None
-        for arguments in requests:
-            options = dict(arguments)
-            output_type = options.pop("output_type", "pil")
-            try:
-                mine, request = self._prepare(output_type, options.pop("num_inference_steps", None), **options)
-            except Exception:  # whatever it is, it is this request's: those before it are answered first
-                yield from self._flush(opened, waiting)
-                raise
-            held = sum(len(each) for each, _ in waiting)
-            if mine is not opened or held + len(request) > self._batch_size(mine, None):
-                yield from self._flush(opened, waiting)
-                waiting = []
-            opened = mine
-            waiting.append((request, output_type))
-        yield from self._flush(opened, waiting)
+        for result in run_in_order(requests, self._job, self.source):
+            if isinstance(result, Exception) and not return_exceptions:
+                raise result
+            yield result
+
+    def batcher(self, *, max_waiting: int = DEFAULT_MAX_WAITING) -> Batcher:
+        """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``."""
+        return Batcher(self._job, self.source, max_waiting=max_waiting)
 
     def plan(self, num_inference_steps: int | None = None) -> Plan:
         """Return what could run and what runs, each with the reason; ``str()`` is a table.
@@ -277,16 +280,12 @@ class Generator:
         check_output_type(opened.spec, output_type)
         return opened, make_request(opened.spec, **arguments)
 
-    def _flush(self, opened: Opened | None, waiting: Sequence[tuple[Request, OutputType]]) -> Iterator[GeneratorOutput]:
-        if opened is None or not waiting:
-            return
-        start = perf_counter()
-        raw, info = self._run(opened, merge([request for request, _ in waiting]), self._batch_size(opened, None), False)
-        at = 0
-        for request, output_type in waiting:
-            mine = info.with_total((perf_counter() - start) * 1e3)
-            yield make_output(request, raw[at : at + len(request)], output_type, mine)
-            at += len(request)
+    def _job(self, arguments: Mapping[str, Any]) -> Job:
+        options = dict(arguments)
+        output_type = options.pop("output_type", "pil")
+        opened, request = self._prepare(output_type, options.pop("num_inference_steps", None), **options)
+        size = self._batch_size(opened, None)
+        return Job(opened=opened, request=request, output_type=output_type, batch_size=size)
 
     def _run(
         self, opened: Opened, request: Request, batch_size: int, progress: Progress

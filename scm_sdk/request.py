@@ -10,7 +10,7 @@ import hashlib
 import operator
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, SupportsIndex, get_args
 
@@ -36,7 +36,7 @@ class Request:
     Attributes:
         spec: The sampler.
         seeds: One seed for each image; () when the noise was given.
-        noise: One (N, *sample_shape) float32 array per step, or None: draw it from the seeds.
+        noise: One (N, *sample_shape) float32 array per step, or None: it is drawn from the seeds when it is needed.
         conditioning: ``spec.conditioning_inputs`` by name, (N, *shape).
     """
 
@@ -54,6 +54,10 @@ class Request:
         labels = self.conditioning.get("class_labels")
         return None if labels is None else tuple(int(label) for label in labels)
 
+    def with_noise(self) -> Request:
+        """Return this request with its noise drawn; it still knows its seeds."""
+        return self if self.noise is not None else replace(self, noise=tuple(draw_noise(self.spec, self.seeds)))
+
     def inputs(self, start: int, stop: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """Return noise and conditioning of images ``start`` to ``stop``."""
         if self.noise is None:
@@ -64,8 +68,10 @@ class Request:
 
 
 def merge(requests: Sequence[Request]) -> Request:
-    """Join requests of one sampler into one, in order."""
+    """Join requests of one sampler into one, in order. What is joined with given noise does not know its seeds."""
     first = requests[0]
+    if len(requests) == 1:
+        return first
     noise = None
     if any(request.noise is not None for request in requests):
         parts = [request.inputs(0, len(request))[0] for request in requests]

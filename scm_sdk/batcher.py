@@ -1,0 +1,182 @@
+"""``Batcher``: many callers, one generator, full batches.
+
+    with gen.batcher() as batcher:                # share it between threads
+        out = batcher(seed=7, class_labels="red")  # like gen(...), for a thread that waits
+        future = batcher.submit(seed=8)            # or a concurrent.futures.Future
+
+While one batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill, so a
+lone caller is as fast as without. Noise is drawn by the callers' threads, and pictures while the next batch runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from .errors import BackendFailure, QueueFull
+from .output import GeneratorOutput
+from .packing import Job, Ran, finish, first_batch, run_jobs
+from .request import check_count
+from .sources import Source
+
+_WORKERS = 2
+"""One runs the backend while the other makes pictures of the batch before."""
+DEFAULT_MAX_WAITING = 256
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    job: Job
+    future: Future[GeneratorOutput]
+
+
+class Batcher:
+    """Runs what many threads ask for in shared batches. Make one with ``Generator.batcher``.
+
+    Every image equals that of its own call. Requests are taken in the order in which they were accepted; one whose
+    number of steps differs from the first one's waits for the next batch. An error reaches the caller of its request.
+
+    Args:
+        prepare: Checks the arguments of a call.
+        source: The model on disk.
+        max_waiting: Images that may wait; a longer request is accepted when nothing else waits.
+    """
+
+    def __init__(
+        self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int = DEFAULT_MAX_WAITING
+    ) -> None:
+        self._max_waiting = check_count("max_waiting", max_waiting)
+        self._prepare, self._source = prepare, source
+        self._waiting: deque[_Ticket] = deque()
+        self._closed = False
+        self._changed = threading.Condition()
+        self._running = threading.Lock()
+        # Daemons: a batcher that is never closed must not keep the program from ending.
+        self._workers = [threading.Thread(target=self._work, name="scm-batcher", daemon=True) for _ in range(_WORKERS)]
+        for worker in self._workers:
+            worker.start()
+
+    def submit(self, *, timeout: float | None = None, **arguments: Any) -> Future[GeneratorOutput]:
+        """Queue a request and return at once, or when there is room.
+
+        Args:
+            timeout: Seconds to wait for room in the queue; 0 refuses at once, None waits for ever.
+            **arguments: Those of ``Generator.__call__`` without ``progress`` and ``batch_size``.
+
+        Returns:
+            A future. ``cancel()`` works until its batch starts; the images are then never computed. What
+            ``add_done_callback`` is given runs on the batcher's thread: keep it short.
+
+        Raises:
+            QueueFull: If there was no room in time.
+            BackendFailure: If the batcher is closed.
+            ScmError: If the arguments are wrong.
+        """
+        ticket = _Ticket(self._prepare(arguments).with_noise(), Future())
+        until = None if timeout is None else monotonic() + timeout
+        with self._changed:
+            while not self._has_room(len(ticket.job)):
+                left = None if until is None else until - monotonic()
+                if left is not None and left <= 0:
+                    raise QueueFull(
+                        f"{self.waiting} images wait, expected room for {len(ticket.job)} within {timeout} s and "
+                        f"max_waiting = {self._max_waiting}. Try again later, or wait longer."
+                    )
+                self._changed.wait(left)
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket.future
+
+    def __call__(self, **arguments: Any) -> GeneratorOutput:
+        """Queue a request, wait, and return its output; arguments and errors are those of ``submit`` and its run."""
+        future = self.submit(**arguments)
+        try:
+            return future.result()
+        except BaseException:  # an interrupted caller no longer wants it
+            future.cancel()
+            raise
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for their batch."""
+        with self._changed:
+            self._forget_cancelled()
+            return sum(len(ticket.job) for ticket in self._waiting)
+
+    def close(self, *, cancel_waiting: bool = False) -> None:
+        """Take no more requests, finish those that wait (or cancel them), and return when all is done.
+
+        May be called twice, and from a ``with`` statement; the generator stays open.
+        """
+        with self._changed:
+            self._closed = True
+            if cancel_waiting:
+                for ticket in self._waiting:
+                    ticket.future.cancel()
+            self._changed.notify_all()
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join()
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cancel_waiting=kind is not None)
+
+    def _has_room(self, images: int) -> bool:
+        if self._closed:
+            raise BackendFailure("this batcher was closed, expected an open one. Make another: gen.batcher()")
+        waiting = self.waiting
+        return not waiting or waiting + images <= self._max_waiting
+
+    def _forget_cancelled(self) -> None:
+        if any(ticket.future.cancelled() for ticket in self._waiting):
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.future.cancelled())
+
+    def _take(self) -> list[_Ticket]:
+        """Wait for requests and return those of the next batch; [] when the batcher is closed and all is done."""
+        with self._changed:
+            while True:
+                self._forget_cancelled()
+                tickets = [self._waiting[i] for i in first_batch(ticket.job for ticket in self._waiting)]
+                if tickets or self._closed:
+                    break
+                self._changed.wait()
+            taken = set(map(id, tickets))
+            self._waiting = deque(ticket for ticket in self._waiting if id(ticket) not in taken)
+            self._changed.notify_all()
+        return [ticket for ticket in tickets if ticket.future.set_running_or_notify_cancel()]
+
+    def _work(self) -> None:
+        while True:
+            with self._running:
+                tickets = self._take()
+                results = self._run(tickets) if tickets else []
+            if not tickets and self._finished():
+                return
+            for ticket, result in zip(tickets, results, strict=True):
+                self._answer(ticket, result)
+
+    def _finished(self) -> bool:
+        with self._changed:
+            return self._closed and not self._waiting
+
+    def _run(self, tickets: list[_Ticket]) -> list[Ran | BaseException]:
+        try:
+            return list(run_jobs([ticket.job for ticket in tickets], self._source))
+        except BaseException as exc:  # the thread must live, and nobody may wait for ever
+            return [exc] * len(tickets)
+
+    @staticmethod
+    def _answer(ticket: _Ticket, ran: Ran | BaseException) -> None:
+        result = finish(ticket.job, ran) if isinstance(ran, Ran | Exception) else ran
+        if isinstance(result, BaseException):
+            ticket.future.set_exception(result)
+        else:
+            ticket.future.set_result(result)

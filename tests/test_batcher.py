@@ -1,0 +1,301 @@
+"""Shared batches: whatever is packed with it, each request gets the images of its own call, and only its own errors."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scm_sdk import Generator
+from scm_sdk.errors import BackendFailure, ConfigError, QueueFull, ScmError
+from scm_sdk.noise import draw_noise
+from scm_sdk.output import GeneratorOutput
+from scm_sdk.spec import SamplerSpec
+
+PLAIN = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), num_classes=3, max_batch=4)
+BOTH = (msgspec.structs.replace(PLAIN, times=(1.56,)), PLAIN)
+
+requests = st.builds(
+    lambda count, seed, label, steps: {
+        "num_images": count, "seed": seed, "class_labels": label, "num_inference_steps": steps, "output_type": "raw",
+    },
+    st.integers(1, 7), st.integers(0, 2**64 - 8), st.none() | st.integers(0, 3), st.sampled_from([1, 2]),
+)  # fmt: skip
+wrong = st.sampled_from([{"num_images": 0}, {"class_labels": "horse"}, {"seed": -1}, {"num_inference_steps": 9}])
+
+
+def same(outputs: Sequence[GeneratorOutput | Exception], asked: Sequence[dict[str, Any]], gen: Generator) -> None:
+    """Check every output, bit by bit, against the call of its own request."""
+    for out, request in zip(outputs, asked, strict=True):
+        try:
+            alone = gen(**request)
+        except ScmError as exc:
+            assert type(out) is type(exc)
+            assert str(out) == str(exc)
+            continue
+        assert isinstance(out, GeneratorOutput), out
+        assert (out.seeds, out.class_labels) == (alone.seeds, alone.class_labels)
+        np.testing.assert_array_equal(out.images, alone.images)
+
+
+class Gate:
+    """A backend that waits until it may run, and records how large its batches were."""
+
+    def __init__(self, gen: Generator, steps: int = 2) -> None:
+        self.inner, self.spec, self.batches = gen.opened(steps).backend, gen.opened(steps).spec, list[int]()
+        self.open, self.entered, self.fault = threading.Event(), threading.Semaphore(0), 0
+        object.__setattr__(gen.opened(steps), "backend", self)
+
+    def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        self.entered.release()
+        assert self.open.wait(20)
+        self.batches.append(len(noise[0]))
+        if self.fault in conditioning["class_labels"] and self.fault:
+            raise BackendFailure("label 2 broke the library")
+        return self.inner.sample(noise, conditioning)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.fixture
+def gen(linear_bundle: Callable[..., Path]) -> Iterator[Generator]:
+    with Generator.from_pretrained(linear_bundle(*BOTH), backend="onnxruntime", num_threads=1) as gen:
+        yield gen
+
+
+@pytest.fixture
+def gate(gen: Generator) -> Iterator[Gate]:
+    gate = Gate(gen)
+    yield gate
+    gate.open.set()
+
+
+# The stream
+
+
+@settings(max_examples=25)
+@given(st.lists(requests | wrong, max_size=8))
+def test_a_stream_equals_its_single_calls_bit_by_bit(ort: Generator, asked: list[dict[str, Any]]) -> None:
+    same(list(ort.stream(asked, return_exceptions=True)), asked, ort)
+
+
+def test_a_stream_packs_across_numbers_of_steps(gen: Generator) -> None:
+    asked = [{"seed": n, "num_inference_steps": 1 + n % 2, "output_type": "raw"} for n in range(16)]
+    outputs = list(gen.stream(asked))
+    assert [out.info.batches for out in outputs] == [(4,)] * 16, "two kinds in turn, and every batch is full"
+    same(outputs, asked, gen)
+
+
+def test_a_stream_reads_no_further_than_its_window(gen: Generator) -> None:
+    read = 0
+
+    def endless() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        yield {"seed": 0, "num_inference_steps": 1}  # alone of its kind: it must not wait for ever
+        while True:
+            read += 1
+            yield {"seed": read}
+
+    stream = gen.stream(endless())
+    assert next(stream).seeds == (0,)
+    assert read <= 4 * PLAIN.max_batch
+    assert next(stream).seeds == (1,)
+
+
+def test_what_the_requests_raise_comes_after_the_outputs_before_it(gen: Generator) -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"seed": 1}
+        raise OSError("the queue of requests went away")
+
+    stream = gen.stream(broken())
+    assert next(stream).seeds == (1,)
+    with pytest.raises(OSError, match="went away"):
+        next(stream)
+
+
+# Many callers
+
+
+@settings(max_examples=10)
+@given(st.lists(requests | wrong, min_size=1, max_size=12))
+def test_callers_get_what_they_would_alone(ort: Generator, asked: list[dict[str, Any]]) -> None:
+    def ask(request: dict[str, Any]) -> GeneratorOutput | Exception:
+        try:
+            return batcher(**request)
+        except ScmError as exc:
+            return exc
+
+    with ort.batcher(max_waiting=10) as batcher, ThreadPoolExecutor(8) as pool:
+        same(list(pool.map(ask, asked)), asked, ort)
+
+
+@pytest.mark.parametrize("callers", [1, 2, 8, 64])
+def test_a_crowd(gen: Generator, callers: int) -> None:
+    """Directly and through the front, with the queue full most of the time."""
+    asked = [
+        {"num_images": 1 + n % 3, "seed": n, "class_labels": n % 3, "num_inference_steps": 1 + n % 2}
+        | {"output_type": "raw"}
+        for n in range(64)
+    ]
+    expected = [gen(**request) for request in asked]
+    with gen.batcher(max_waiting=8) as batcher, ThreadPoolExecutor(callers) as pool:
+        for call in (gen, batcher):
+            for out, alone in zip(pool.map(lambda request: call(**request), asked), expected, strict=True):  # noqa: B023
+                assert out.seeds == alone.seeds
+                np.testing.assert_array_equal(out.images, alone.images)
+
+
+def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None:
+    done: list[int] = []
+    with gen.batcher() as batcher:
+        futures = [batcher.submit(seed=0, num_images=2)]
+        assert gate.entered.acquire(timeout=20)
+        futures += [batcher.submit(seed=n) for n in (10, 11, 12, 13, 14)]
+        futures.append(batcher.submit(seed=20, num_images=9))  # longer than a batch: on its own
+        futures.append(batcher.submit(seed=40, noise=None, class_labels=[1, 2], num_images=2))
+        for n, future in enumerate(futures):
+            future.add_done_callback(lambda _, n=n: done.append(n))
+        assert batcher.waiting == 16
+        gate.open.set()
+        wait(futures, timeout=20)
+    assert gate.batches == [2, 4, 1, 4, 4, 1, 2]
+    assert [future.result().info.batches for future in futures] == [(2,)] + [(4,)] * 4 + [(1,), (4, 4, 1), (2,)]
+    assert sorted(done) == list(range(8))
+
+
+def test_given_noise_is_packed_with_seeds(gen: Generator, gate: Gate) -> None:
+    with gen.batcher() as batcher:
+        first = batcher.submit(seed=0)
+        assert gate.entered.acquire(timeout=20)
+        named = batcher.submit(seed=7, class_labels=1, output_type="raw")
+        given_noise = batcher.submit(noise=draw_noise(PLAIN, [7]), class_labels=1, output_type="raw")
+        gate.open.set()
+        assert first.result(20).seeds == (0,)
+        assert (named.result(20).seeds, given_noise.result(20).seeds) == ((7,), ())
+        np.testing.assert_array_equal(named.result().images, given_noise.result().images)
+    assert gate.batches == [1, 2]
+
+
+def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
+    with gen.batcher(max_waiting=3) as batcher:
+        running = batcher.submit(seed=0)
+        assert gate.entered.acquire(timeout=20)
+        held = batcher.submit(seed=1, num_images=2)
+        for timeout in (0, 0.01):
+            with pytest.raises(QueueFull, match=r"2 images wait, expected room for 2 within .*max_waiting = 3"):
+                batcher.submit(seed=2, num_images=2, timeout=timeout)
+        assert held.cancel(), "a cancelled request makes room at once"
+        large = batcher.submit(seed=3, num_images=8, timeout=0)
+        with ThreadPoolExecutor(1) as pool:
+            patient = pool.submit(batcher, seed=4)
+            gate.open.set()
+            assert patient.result(20).seeds == (4,)
+        assert len(large.result(20).images) == 8
+        assert running.result(20).seeds == (0,)
+    with pytest.raises(ConfigError, match="max_waiting is 0"):
+        gen.batcher(max_waiting=0)
+
+
+def test_a_cancelled_request_is_never_computed(gen: Generator, gate: Gate) -> None:
+    with gen.batcher() as batcher:
+        running = batcher.submit(seed=0)
+        assert gate.entered.acquire(timeout=20)
+        futures = [batcher.submit(seed=n) for n in range(1, 4)]
+        assert futures[1].cancel()
+        assert not running.cancel(), "its batch has started"
+        gate.open.set()
+        assert [futures[n].result(20).seeds for n in (0, 2)] == [(1,), (3,)]
+        with pytest.raises(CancelledError):
+            futures[1].result(20)
+    assert gate.batches == [1, 2]
+
+
+def test_an_error_reaches_its_own_request_only(gen: Generator, gate: Gate) -> None:
+    """Label 2 makes the library raise for the whole batch; the others are run again without it."""
+    gate.fault = 2
+    with gen.batcher() as batcher:
+        first = batcher.submit(seed=0, class_labels=0)
+        assert gate.entered.acquire(timeout=20)
+        futures = [batcher.submit(seed=n, class_labels=n) for n in (1, 2, 0)]
+        with pytest.raises(ConfigError, match="class label is 7"):
+            batcher.submit(class_labels=7)
+        gate.open.set()
+        assert first.result(20).seeds == (0,)
+        assert [futures[n].result(20).seeds for n in (0, 2)] == [(1,), (0,)]
+        with pytest.raises(BackendFailure, match="label 2 broke the library"):
+            futures[1].result(20)
+    assert gate.batches == [1, 3, 1, 1, 1]
+    outputs = list(gen.stream([{"class_labels": n} for n in (1, 2, 0)], return_exceptions=True))
+    assert [type(out) for out in outputs] == [GeneratorOutput, BackendFailure, GeneratorOutput]
+
+
+def test_one_bad_image_does_not_spoil_the_batch(gen: Generator, gate: Gate) -> None:
+    loud = [np.full((1, 3, 4, 4), 3e38, np.float32)] * 2  # finite, but its sum is not
+    with gen.batcher() as batcher:
+        futures = [batcher.submit(seed=0)]
+        assert gate.entered.acquire(timeout=20)
+        futures += [batcher.submit(seed=1, class_labels=0), batcher.submit(noise=loud, class_labels=0)]
+        gate.open.set()
+        assert futures[1].result(20).seeds == (1,)
+        with pytest.raises(BackendFailure, match="returned NaN or infinity for image 0"):
+            futures[2].result(20)
+    assert gate.batches == [1, 2]
+
+
+# Closing
+
+
+def test_closing_finishes_what_waits(gen: Generator) -> None:
+    batcher = gen.batcher()
+    futures = [batcher.submit(seed=n) for n in range(20)]
+    batcher.close()
+    assert [future.result(0).seeds for future in futures] == [(n,) for n in range(20)]
+    batcher.close()
+    with pytest.raises(BackendFailure, match="this batcher was closed, expected an open one"):
+        batcher(seed=1)
+    assert gen(seed=1).seeds == (1,), "the generator stays open"
+
+
+def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Generator, gate: Gate) -> None:
+    with pytest.raises(KeyError), gen.batcher() as batcher:
+        running = batcher.submit(seed=0)
+        assert gate.entered.acquire(timeout=20)
+        waiting = batcher.submit(seed=1)
+        threading.Timer(0.05, gate.open.set).start()
+        raise KeyError
+    assert waiting.cancelled()
+    assert running.result(0).seeds == (0,)
+    assert gate.batches == [1]
+
+
+def test_closing_wakes_who_waits_for_room(gen: Generator, gate: Gate) -> None:
+    batcher = gen.batcher(max_waiting=1)
+    running = batcher.submit(seed=0)
+    assert gate.entered.acquire(timeout=20)
+    batcher.submit(seed=1)
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(batcher, seed=2)
+        closing = pool.submit(batcher.close, cancel_waiting=True)
+        with pytest.raises((BackendFailure, CancelledError)):
+            late.result(20)
+        gate.open.set()
+        closing.result(20)
+    assert running.result(0).seeds == (0,)
+
+
+def test_a_generator_closed_below_answers_everyone(gen: Generator) -> None:
+    batcher = gen.batcher()
+    gen.opened().backend.close()
+    with pytest.raises(BackendFailure, match="this onnxruntime backend was closed"):
+        batcher(seed=1)
+    gen.close()
+    with pytest.raises(BackendFailure, match="this generator was closed"):
+        batcher.submit(seed=1)
+    batcher.close()
