@@ -42,13 +42,14 @@ def call(arguments, cwd, **changes):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, edm_pickle):
     """A folder in which the demo has run, with runs/ as if the shipped model had been trained there."""
     root = tmp_path_factory.mktemp("newcomer")
     shipped = ROOT / "scm_sdk" / "assets" / "avatars"
     (root / "runs").mkdir()
     for name in ("teacher", "avatars"):
         (root / "runs" / name).symlink_to(shipped)
+    edm_pickle(root / "network.pkl")
     call([SCM_EXPORT, "demo"], root)
     return root
 

@@ -18,6 +18,7 @@ from .evaluation import evaluate
 from .generation import generate
 from .graphs import onnx
 from .handover import handover
+from .importing import import_
 from .inspection import inspect
 from .precision import precision
 from .quantization import quantize
@@ -39,8 +40,8 @@ def main() -> None:
 
 
 _VERBS = (
-    demo, train, distill, build, onnx, precision, quantize, engine, generate, validate, selfcheck, bench, evaluate,
-    report, handover, inspect, bundle, targets, cache, doctor,
+    demo, train, distill, import_, build, onnx, precision, quantize, engine, generate, validate, selfcheck, bench,
+    evaluate, report, handover, inspect, bundle, targets, cache, doctor,
 )  # fmt: skip
 for _verb in _VERBS:
     main.add_command(_verb)

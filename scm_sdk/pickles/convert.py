@@ -1,0 +1,153 @@
+"""From an EDM-style pickle to a folder of safetensors that anybody may open, with its licence beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ..errors import BundleError, ConfigError, IntegrityError
+from ..files import atomic_folder, atomic_write_bytes, sha256_file
+from .network import PickledNetwork, read_network
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CLASS_NAME = "PickledNetwork"
+SOURCE_LICENCE = "CC-BY-NC-SA-4.0"
+"""What NVIDIA publishes the EDM and EDM2 weights under; the form of the file is that of their code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        network: What was read.
+        licence: Licence of the weights, an SPDX id or the user's words.
+        stated: Whether the user gave the licence.
+        source_sha256: Digest of the pickle.
+    """
+
+    path: Path
+    network: PickledNetwork
+    licence: str
+    stated: bool
+    source_sha256: str
+
+    @property
+    def licence_line(self) -> str:
+        """One sentence on what may be done with the weights."""
+        if self.stated:
+            return f"Licence of the weights, as stated at import: {self.licence}."
+        return (
+            f"Licence of the weights: {self.licence}, non-commercial, as NVIDIA publishes EDM and EDM2. "
+            "If these are others, name theirs with --license."
+        )
+
+
+def convert_pickle(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    entry: str = "ema",
+    licence: str = "",
+    expected: Iterable[str] = (),
+    overwrite: bool = False,
+) -> Converted:
+    """Write a network's tensors, under the names its own ``state_dict()`` gives them, as safetensors.
+
+    float16 stays float16; bfloat16 is widened to float32, which loses nothing.
+
+    Args:
+        path: The pickle. Nothing in it is run.
+        out: Folder of ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``README.md``.
+        entry: Which of the file's networks.
+        licence: Licence of the weights; that of NVIDIA's published weights when empty.
+        expected: Every name that must be there, and no other; not checked when empty.
+        overwrite: Replace a folder that an import wrote.
+
+    Raises:
+        BundleError: If the file is refused, or ``out`` may not be replaced or cannot be written.
+        IntegrityError: If the file is damaged, a name is missing or too many, or a weight is NaN or infinite.
+        ConfigError: If the file has no such network.
+    """
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    if not licence.isprintable():
+        raise ConfigError("the licence holds unprintable characters, expected an SPDX id such as MIT.")
+    network = read_network(path, entry=entry)
+    check_names(network, expected, where=os.fspath(path))
+    arrays = {name: tensor.numpy() for name, tensor in network.tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise IntegrityError(f"{os.fspath(path)}: {name} holds NaN or infinity, expected finite weights.")
+    converted = Converted(
+        path=Path(out),
+        network=network,
+        licence=licence or SOURCE_LICENCE,
+        stated=bool(licence),
+        source_sha256=sha256_file(path),
+    )
+    with atomic_folder(out, overwrite=overwrite, marker=CONFIG_NAME, error=BundleError) as folder:
+        save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        atomic_write_bytes(folder / CONFIG_NAME, msgspec.json.format(msgspec.json.encode(_config(converted)), indent=2))
+        atomic_write_bytes(folder / "README.md", _card(converted, Path(path).name).encode())
+    return converted
+
+
+def check_names(network: PickledNetwork, expected: Iterable[str], *, where: str) -> None:
+    """Hold the tensors' names to those that an architecture has.
+
+    Raises:
+        IntegrityError: If one is missing or too many; the message names the first of each.
+    """
+    wanted, found = set(expected), set(network.tensors)
+    if wanted and wanted != found:
+        missing, extra = sorted(wanted - found), sorted(found - wanted)
+        raise IntegrityError(
+            f"{where}: the tensors of {network.entry!r} ({network.class_name}) are not those of its architecture: "
+            f"{len(missing)} missing (first: {missing[0] if missing else 'none'}), {len(extra)} unknown (first: "
+            f"{extra[0] if extra else 'none'}). It is another network."
+        )
+
+
+def _config(converted: Converted) -> dict[str, object]:
+    network = converted.network
+    return {
+        "_class_name": CLASS_NAME,
+        "network_class": network.class_name,
+        "arguments": network.arguments,
+        "facts": network.facts,
+        "license": converted.licence,
+        "license_stated_at_import": converted.stated,
+        "source_sha256": converted.source_sha256,
+    }
+
+
+def _card(converted: Converted, source: str) -> str:
+    network = converted.network
+    elements = sum(tensor.nbytes // tensor.storage.element_bytes for tensor in network.tensors.values())
+    spdx = not converted.stated
+    head = f"license: {converted.licence.lower()}" if spdx else "license: other"
+    name = "" if spdx else f"\nlicense_name: {msgspec.json.encode(converted.licence).decode()}"
+    return f"""---
+library_name: scm-sdk
+{head}{name}
+---
+# {network.class_name}
+
+{converted.licence_line}
+
+The network `{network.entry}` of `{_plain(source)}` (sha256 `{converted.source_sha256}`),
+{len(network.tensors)} tensors, {elements} elements, converted by scm-sdk. The names are those of the source's own
+`state_dict()`; the code that the source carried was not run and is not here.
+"""
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isprintable() and c != "`" else "_" for c in name)
