@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..files import atomic_write_bytes
 from .consistency import ConsistencyModel, ModelConfig
+from .foreign.sana_folder import is_pipeline
 from .transformer import TransformerConfig
 from .unet import UNetConfig
 
@@ -64,7 +65,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(folder: Path, network: nn.Module | None = None) -> ConsistencyModel:
-    """Load a checkpoint folder; see ``ConsistencyModel.from_pretrained``."""
+    """Load a checkpoint folder, or another library's; see ``ConsistencyModel.from_pretrained``."""
+    if is_pipeline(folder):
+        from .foreign.sana import load_sana
+
+        return load_sana(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder, expected a checkpoint with {CONFIG_NAME} and {WEIGHTS_NAME}.")
     config = read_config(folder / CONFIG_NAME)

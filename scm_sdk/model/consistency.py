@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..spec import DEFAULT_MID_TIME, SamplerSpec, TensorSpec, default_times
+from .decoder import Decoder
 from .own import OwnConfig, make_own_network, own_config
 from .transformer import Transformer, TransformerConfig
 from .trigflow import predict_data
@@ -80,6 +81,7 @@ class ConsistencyModel(nn.Module):
     Args:
         config: Shape of the network and scale of the data; made from ``own`` when absent.
         network: The network; made from ``config`` with random weights when absent. See ``own.Network``.
+        decoder: What turns a latent model's samples into pixels, as the last stage of its samplers.
         own: Without a config: ``sample_shape`` and the other arguments of ``own.own_config``, and the fields of
             ``ModelConfig`` beside the network.
 
@@ -89,12 +91,19 @@ class ConsistencyModel(nn.Module):
     Source: arXiv 2410.11081, equation 5.
     """
 
-    def __init__(self, config: ModelConfig | None = None, network: nn.Module | None = None, **own: Any) -> None:
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        network: nn.Module | None = None,
+        decoder: Decoder | None = None,
+        **own: Any,
+    ) -> None:
         super().__init__()
         self.config = _own_model_config(network, own) if config is None else config
         if config is not None and own:
             raise ConfigError(f"config is given and {', '.join(own)} beside it, expected either. The config says both.")
         self.network: nn.Module = make_network(self.config.network) if network is None else network
+        self.decoder: Decoder | None = decoder
 
     @property
     def sigma_data(self) -> float:
@@ -125,7 +134,7 @@ class ConsistencyModel(nn.Module):
     def spec(
         self, num_inference_steps: int = 2, *, times: tuple[float, ...] | None = None, max_batch: int = 32
     ) -> SamplerSpec:
-        """Describe the sampler that unrolls this model over ``num_inference_steps`` times."""
+        """Describe the sampler that unrolls this model over ``num_inference_steps`` times and decodes, if it can."""
         config = self.config
         return SamplerSpec(
             times=times or default_times(num_inference_steps, sigma_data=config.sigma_data, mid_time=config.mid_time),
@@ -133,7 +142,8 @@ class ConsistencyModel(nn.Module):
             sigma_data=config.sigma_data,
             mid_time=config.mid_time,
             value_range=config.value_range,
-            output=config.output,
+            output=config.output if self.decoder is None else "pixels",
+            output_shape=() if self.decoder is None else self.decoder.output_shape,
             num_classes=config.num_classes,
             class_names=config.class_names,
             conditioning=config.conditioning,

@@ -60,7 +60,8 @@ class OwnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         sample_shape: Shape of one sample, without the batch axis; any rank.
         arguments: What the registered factory is called with; JSON values.
         num_classes: Class labels; 0 for none.
-        conditioning: Its inputs beside x, t and class_labels.
+        conditioning: Its inputs beside x, t, class_labels and guidance_scale.
+        guidance: Whether it takes ``guidance_scale`` (B,) float32.
         dropout: Always 0: such a network keeps its own.
     """
 
@@ -69,6 +70,7 @@ class OwnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     arguments: dict[str, Any] = {}
     num_classes: int = 0
     conditioning: tuple[TensorSpec, ...] = ()
+    guidance: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -109,6 +111,7 @@ def own_config(
     arguments: dict[str, Any] | None = None,
     num_classes: int = 0,
     conditioning: tuple[TensorSpec, ...] = (),
+    guidance: bool = False,
 ) -> OwnConfig:
     """Describe a module; ``ConsistencyModel(network=...)`` does it with these arguments.
 
@@ -118,7 +121,8 @@ def own_config(
         name: Name of its factory; found by the module's class when empty.
         arguments: What the factory is called with to make it again; JSON values.
         num_classes: Class labels; 0 for none.
-        conditioning: Inputs beside x, t and class_labels.
+        conditioning: Inputs beside x, t, class_labels and guidance_scale.
+        guidance: Whether it takes ``guidance_scale``.
     """
     kind = type(network)
     registered = next((known for known, factory in _REGISTERED.items() if factory is kind), "")
@@ -128,6 +132,7 @@ def own_config(
         arguments=dict(arguments or {}),
         num_classes=num_classes,
         conditioning=tuple(conditioning),
+        guidance=guidance,
     )
 
 

@@ -72,4 +72,7 @@ class Sampler(nn.Module):
             F = self.model.network(x_t / sigma_data, t_B, **conditioning)
             x_0 = cos * x_t - (sin * sigma_data) * F
         assert x_0 is not None
-        return x_0
+        if self.model.decoder is None or self.spec.output == "latents":
+            return x_0
+        pixels: Tensor = self.model.decoder(x_0)
+        return pixels

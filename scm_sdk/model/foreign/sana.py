@@ -1,0 +1,216 @@
+"""SANA-Sprint seen as a consistency model: its transformer as F, its autoencoder as the decoder.
+
+The transformer predicts the velocity v of flow matching on latents l; TrigFlow's data is ``x_0 = sigma_data * l``. With
+``s = sin t / (cos t + sin t)`` the flow's time,
+
+    u = (x_t / sigma_data) sqrt(s^2 + (1 - s)^2)            what the transformer sees
+    v = transformer(u, s, guidance_scale * 0.1, prompt)
+    F = ((1 - 2 s) u + (1 - 2 s + 2 s^2) v) / sqrt(s^2 + (1 - s)^2)
+
+and the sampler around it is the SDK's own. The weights stay diffusers' and are computed by diffusers' modules; both
+run in float32 here, lower precisions are made from the float32 graph.
+
+Source: arXiv 2503.09641, section 3.1; the exactness of the conversion is that of ``model.conversions.SANA``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..._lazy import require
+from ...errors import BundleError, IntegrityError
+from ...files import atomic_write_bytes
+from ...spec import SamplerSpec
+from ..consistency import ConsistencyModel, ModelConfig
+from ..decoder import Decoder, LatentScale
+from ..own import OwnConfig
+from .sana_config import Settings
+from .sana_folder import INDEX_NAME, SETTINGS_NAME, SanaFolder, read_sana_folder, weight_files
+
+PURPOSE = "a SANA-Sprint model"
+
+
+class SanaNetwork(nn.Module):
+    """The transformer as a TrigFlow network F(x, t, guidance_scale, prompt).
+
+    Args:
+        transformer: A ``SanaTransformer2DModel`` with guidance embedding.
+        guidance_embeds_scale: What a guidance scale is multiplied with before it is embedded.
+    """
+
+    def __init__(self, transformer: nn.Module, guidance_embeds_scale: float = 0.1) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.guidance_embeds_scale = guidance_embeds_scale
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        guidance_scale: Tensor,
+        prompt_embeds: Tensor,
+        prompt_attention_mask: Tensor,
+    ) -> Tensor:
+        """Return F, like ``x``.
+
+        Args:
+            x: Noisy latents divided by ``sigma_data``, (B, C, H, W).
+            t: Times, (B,), radians.
+            guidance_scale: (B,), for example 4.5.
+            prompt_embeds: What the text encoder returned, (B, L, D).
+            prompt_attention_mask: 1 for tokens and 0 for padding, (B, L), int64.
+        """
+        s = torch.sin(t) / (torch.cos(t) + torch.sin(t))
+        s_B111 = s.reshape(-1, 1, 1, 1)
+        norm = torch.sqrt(s_B111**2 + (1 - s_B111) ** 2)
+        u = x * norm
+        (v,) = self.transformer(
+            u,
+            encoder_hidden_states=prompt_embeds,
+            encoder_attention_mask=prompt_attention_mask,
+            timestep=s,
+            guidance=guidance_scale * self.guidance_embeds_scale,
+            return_dict=False,
+        )
+        F: Tensor = ((1 - 2 * s_B111) * u + (1 - 2 * s_B111 + 2 * s_B111**2) * v) / norm
+        return F
+
+
+class SanaModel(ConsistencyModel):
+    """A SANA-Sprint pipeline without its text encoder: what the sampler, the exporter and the backends take.
+
+    Args:
+        folder: What it was read from; its configs say the shapes.
+        transformer: The transformer.
+        decode: The decoder of the autoencoder alone: latents to pixels.
+    """
+
+    def __init__(self, folder: SanaFolder, transformer: nn.Module, decode: nn.Module) -> None:
+        described = OwnConfig(
+            name="sana-sprint", sample_shape=folder.sample_shape, conditioning=folder.conditioning, guidance=True
+        )
+        spec = folder.spec()
+        config = ModelConfig(network=described, sigma_data=spec.sigma_data, mid_time=spec.mid_time)
+        super().__init__(config, SanaNetwork(transformer, folder.transformer.guidance_embeds_scale))
+        self.folder = folder
+        factor = 1 / (spec.sigma_data * float(folder.vae["scaling_factor"]))
+        self.decoder = Decoder(decode, LatentScale(scale=(factor,), shift=(0.0,)), spec.image_shape)
+
+    def spec(
+        self, num_inference_steps: int = 2, *, times: tuple[float, ...] | None = None, max_batch: int = 8
+    ) -> SamplerSpec:
+        """Describe the sampler that ends with the decoder, by default with diffusers' times."""
+        return self.folder.spec(num_inference_steps, times=times, max_batch=max_batch)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the pipeline's files, as they are, and write beside them what the importer chose."""
+        copy_sana_folder(self.folder, Path(folder))
+
+
+def load_sana(folder: str | Path, settings: Settings | None = None) -> SanaModel:
+    """Load transformer and decoder of a SANA-Sprint folder, float32, evaluation mode, on the CPU.
+
+    Args:
+        folder: What diffusers saved.
+        settings: Size of the images and tokens of a prompt; None reads what the importer chose, if anything.
+
+    Raises:
+        BackendUnavailable: If diffusers is not installed.
+        ConfigError: If the folder is another pipeline, or says what this package does not know.
+        BundleError: If a component or a shard is missing.
+        IntegrityError: If weights are truncated or do not fit their config.
+    """
+    found = read_sana_folder(Path(folder), settings)
+    diffusers = require("diffusers", extra="diffusers", purpose=PURPOSE)
+    transformer = _load(
+        diffusers.SanaTransformer2DModel, msgspec.to_builtins(found.transformer), found.path / "transformer"
+    )
+    vae = _load(diffusers.AutoencoderDC, _public(found.vae), found.path / "vae", keep="decoder.")
+    return SanaModel(found, transformer, vae.get_submodule("decoder")).eval().requires_grad_(False)
+
+
+def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = True) -> None:
+    """Copy what belongs to the pipeline, and nothing else that lies there.
+
+    Args:
+        source: A folder that passed its checks.
+        target: Made when absent.
+        text_encoder: Leave the text encoder out if false; the copy then takes embeddings only.
+
+    Raises:
+        BundleError: If the disk refuses.
+    """
+    index = msgspec.json.decode((source.path / INDEX_NAME).read_bytes())
+    wanted = [*weight_files(source.path / "transformer"), *weight_files(source.path / "vae")]
+    text_encoder = text_encoder and source.has_text_encoder
+    if text_encoder:
+        wanted += weight_files(source.path / "text_encoder", "model.safetensors")
+    else:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    folders = ["transformer", "vae", "scheduler", *(["text_encoder", "tokenizer"] if text_encoder else [])]
+    for name in folders:
+        wanted += [
+            file for file in sorted((source.path / name).iterdir()) if file.suffix in (".json", ".model", ".txt")
+        ]
+    try:
+        for file in wanted:
+            copy = target / file.relative_to(source.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # never a link: the copy must not change with the original
+    except OSError as exc:
+        raise BundleError(
+            f"{target} cannot be written: {exc.strerror or exc}. Free some space or choose another."
+        ) from exc
+    atomic_write_bytes(target / INDEX_NAME, _pretty(index), error=BundleError)
+    atomic_write_bytes(target / SETTINGS_NAME, _pretty(msgspec.to_builtins(source.settings)), error=BundleError)
+
+
+def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str = "") -> nn.Module:
+    """Make a module of diffusers and put the weights of a component into it, only those that start with ``keep``."""
+    try:
+        with torch.device("meta"):  # a wrong file costs no memory, and no time is spent on random weights
+            module: nn.Module = kind.from_config(config)
+    except (TypeError, ValueError, KeyError) as exc:
+        raise IntegrityError(
+            f"{folder} has a config that {kind.__name__} refuses: {exc}. Copy the folder again."
+        ) from exc
+    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    tensors = _read_tensors(folder)
+    found = {name: tuple(p.shape) for name, p in tensors.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise IntegrityError(
+            f"the weights in {folder} do not fit its config: {len(wrong)} tensors differ, first {wrong[0]!r}: found "
+            f"{found.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}. Copy the folder again."
+        )
+    if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in expected):
+        module = kind.from_config(config)  # it computes tables when it is made
+    floats = {name: p.float() for name, p in tensors.items() if name.startswith(keep)}
+    module.load_state_dict(floats, strict=False, assign=True)
+    return module
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as exc:
+            raise IntegrityError(f"{file} is truncated or no safetensors file ({exc}). Copy it again.") from exc
+    return tensors
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _pretty(value: object) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
