@@ -1,0 +1,244 @@
+"""A folder that diffusers saved, as a TrigFlow teacher: the pipeline's, or that of its ``unet`` or ``transformer``.
+
+    model_index.json   scheduler/scheduler_config.json   unet/ or transformer/{config.json, *.safetensors}
+
+The scheduler says what the denoiser predicts and at which noise levels; without it the network cannot be understood, so
+it has to lie in the folder or beside the component's. Files from elsewhere are not trusted: sizes are capped, names do
+not lead out of the folder, weights are safetensors, every tensor is accounted for, and no class is imported that
+``diffusers_models`` does not name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+from torch import Tensor, nn
+
+from ...errors import BundleError, ConfigError, IntegrityError
+from ...files import safe_join
+from ..checkpoint import read_tensors
+from ..consistency import ConsistencyModel, ModelConfig
+from .diffusers_models import ClassName, ConventionName, DiffusersConfig
+from .schedule import VpSchedule
+
+COMPONENTS = ("unet", "transformer")
+CONFIG_NAME, INDEX_NAME, SCHEDULER_NAME = "config.json", "model_index.json", "scheduler_config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PIXEL_SIGMA, LATENT_SIGMA = 0.5, 1.0
+"""Standard deviation of the data where nothing says more: pixels in [-1, 1], latents scaled as diffusers does."""
+_JSON_MAX_BYTES = 8 << 20
+_VP_SCHEDULERS = {
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
+    "PNDMScheduler", "UniPCMultistepScheduler",
+}  # fmt: skip
+_FLOW_SCHEDULERS = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
+_EDM_SCHEDULERS = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
+_VP_CONVENTIONS: dict[str, ConventionName] = {
+    "epsilon": "vp_noise", "v_prediction": "vp_velocity", "sample": "vp_data",
+}  # fmt: skip
+_REMEDY = "Give the folder that the pipeline's save_pretrained wrote, whole."
+
+
+def is_diffusers_folder(folder: Path) -> bool:
+    """Return whether a folder is a pipeline of diffusers, or one of the denoisers that are known here."""
+    if (folder / INDEX_NAME).is_file():
+        return True
+    config = folder / CONFIG_NAME
+    return config.is_file() and _read_json(config).get("_class_name") in get_args(ClassName)
+
+
+def load_diffusers(
+    folder: str | Path,
+    *,
+    sigma_data: float | None = None,
+    sample_shape: tuple[int, int, int] | None = None,
+    text_length: int = 333,
+) -> ConsistencyModel:
+    """Load a denoiser that diffusers saved as a TrigFlow diffusion model, in evaluation mode.
+
+    Its ``network`` is F, exactly: a teacher to distil, or to sample with ``solvers.sample_ode``. What
+    ``save_pretrained`` then writes is a checkpoint of this package.
+
+    Args:
+        folder: A pipeline's folder, or its denoiser's with the scheduler's beside it.
+        sigma_data: Standard deviation of its data; None is 0.5 for a U-Net and 1 for the transformers, which work on
+            scaled latents. With an EDM scheduler it is that one's.
+        sample_shape: Shape of one sample, (C, H, W), where it is not the config's ``sample_size``.
+        text_length: Tokens of an SD3-like model's prompt.
+
+    Raises:
+        BackendUnavailable: If diffusers is not installed.
+        BundleError: If a component, its config, or a shard is missing, or the weights are no safetensors.
+        ConfigError: If the denoiser or the scheduler is of a kind that is not known here.
+        IntegrityError: If the weights do not fit the config.
+    """
+    folder = Path(folder)
+    component, scheduler = _find(folder)
+    config = _read_json(component / CONFIG_NAME)
+    described = _describe(config, _read_json(scheduler), component, sigma_data, sample_shape, text_length)
+    is_latent = described.sample_shape[0] not in (1, 3)
+    model = ConsistencyModel(
+        ModelConfig(
+            network=described,
+            sigma_data=described.sigma_data,
+            output="latents" if is_latent else "pixels",
+            provenance={
+                "source": f"{described.class_name} of {folder.name}",
+                "scheduler": str(_read_json(scheduler).get("_class_name")),
+                "license": "other",
+            },
+        )
+    )
+    _load_weights(model.get_submodule("network.denoiser.module"), component)
+    return model.eval().requires_grad_(False)
+
+
+def _load_weights(denoiser: nn.Module, component: Path) -> None:
+    tensors = _read_weights(component)
+    expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        name = wrong[0]
+        raise IntegrityError(
+            f"the weights in {component} do not fit its {CONFIG_NAME}: {len(wrong)} tensors differ, first {name!r}: "
+            f"found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}. {_REMEDY}"
+        )
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    denoiser.load_state_dict(floats)
+
+
+def _find(folder: Path) -> tuple[Path, Path]:
+    """Return the denoiser's folder and the scheduler's config."""
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is no folder, expected one that diffusers saved. {_REMEDY}")
+    component = folder
+    if (folder / INDEX_NAME).is_file():
+        index = _read_json(folder / INDEX_NAME)
+        named = [name for name in COMPONENTS if index.get(name)]
+        if len(named) != 1:
+            raise ConfigError(
+                f"{folder} is a {index.get('_class_name')!r} with {' and '.join(named) or 'none'} of "
+                f"{', '.join(COMPONENTS)}, expected one denoiser."
+            )
+        component = folder / named[0]
+    if not (component / CONFIG_NAME).is_file():
+        raise BundleError(f"no {CONFIG_NAME} in {component}, expected the denoiser's. {_REMEDY}")
+    places = [component.parent / "scheduler" / SCHEDULER_NAME, component / SCHEDULER_NAME]
+    scheduler = next((place for place in places if place.is_file()), None)
+    if scheduler is None:
+        raise BundleError(
+            f"no {SCHEDULER_NAME} in {component.parent / 'scheduler'}, expected it: it alone says what the denoiser "
+            f"predicts and at which noise levels. {_REMEDY}"
+        )
+    return component, scheduler
+
+
+def _describe(
+    config: dict[str, Any],
+    scheduler: dict[str, Any],
+    where: Path,
+    sigma_data: float | None,
+    sample_shape: tuple[int, int, int] | None,
+    text_length: int,
+) -> DiffusersConfig:
+    kind = config.get("_class_name")
+    if kind not in get_args(ClassName):
+        raise ConfigError(
+            f"{where} holds a {kind!r}, expected one of {', '.join(get_args(ClassName))}. Wrap another denoiser in "
+            "Python: scm_sdk.model.foreign.denoiser.ModuleDenoiser."
+        )
+    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+    convention, schedule = _read_scheduler(scheduler)
+    own_sigma = scheduler.get("sigma_data", 0.5) if convention == "edm_network" else None
+    if own_sigma is not None and sigma_data not in (None, own_sigma):
+        raise ConfigError(
+            f"sigma_data is {sigma_data}, expected {own_sigma}: the network's scaling is EDM's with that of its "
+            "scheduler."
+        )
+    sigma = own_sigma or sigma_data or (PIXEL_SIGMA if kind == "UNet2DModel" else LATENT_SIGMA)
+    try:
+        return msgspec.convert(
+            {
+                "type": "diffusers",
+                "class_name": kind,
+                "arguments": arguments,
+                "convention": convention,
+                "sample_shape": sample_shape or _sample_shape(str(kind), arguments, where),
+                "sigma_data": sigma,
+                "schedule": schedule,
+                "num_train_timesteps": scheduler.get("num_train_timesteps", 1000),
+                "text_length": text_length,
+            },
+            DiffusersConfig,
+        )
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{where} or its scheduler breaks its config: {exc}. {_REMEDY}") from exc
+
+
+def _sample_shape(kind: str, arguments: dict[str, Any], where: Path) -> tuple[Any, ...]:
+    channels, size = {"UNet2DModel": (3, None), "DiTTransformer2DModel": (4, 32), "SD3Transformer2DModel": (16, 128)}[
+        kind
+    ]
+    size = arguments.get("sample_size", size)
+    if size is None:
+        raise ConfigError(f"{where} names no sample_size, expected sample_shape=(C, H, W) from you.")
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    return (arguments.get("in_channels", channels), *sides)
+
+
+def _read_scheduler(config: dict[str, Any]) -> tuple[ConventionName, dict[str, Any] | None]:
+    kind = config.get("_class_name")
+    if kind in _FLOW_SCHEDULERS:
+        if config.get("invert_sigmas"):
+            raise ConfigError(f"the {kind} has invert_sigmas, expected u = 1 to be noise. Wrap the module by hand.")
+        return "flow", None
+    predicts = config.get("prediction_type", "epsilon")
+    if kind in _EDM_SCHEDULERS:
+        if predicts != "epsilon":
+            raise ConfigError(f"the {kind} has prediction_type {predicts!r}, expected 'epsilon', which is EDM's own.")
+        return "edm_network", None
+    if kind not in _VP_SCHEDULERS:
+        known = ", ".join(sorted(_VP_SCHEDULERS | _FLOW_SCHEDULERS | _EDM_SCHEDULERS))
+        raise ConfigError(f"the scheduler is a {kind!r}, expected one of {known}.")
+    if predicts == "flow_prediction" or config.get("use_flow_sigmas"):
+        return "flow", None
+    if predicts not in _VP_CONVENTIONS:
+        raise ConfigError(f"the {kind} has prediction_type {predicts!r}, expected one of {', '.join(_VP_CONVENTIONS)}.")
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    schedule = {name: config[name] for name in (*names, "rescale_betas_zero_snr") if config.get(name) is not None}
+    return _VP_CONVENTIONS[predicts], msgspec.to_builtins(msgspec.convert(schedule, VpSchedule))
+
+
+def _read_weights(component: Path) -> dict[str, Tensor]:
+    """Load a component's tensors from one file or from the shards that its index names."""
+    index = component / f"{WEIGHTS_NAME}.index.json"
+    if (component / WEIGHTS_NAME).is_file():
+        return read_tensors(component / WEIGHTS_NAME)
+    if not index.is_file():
+        others = sorted(path.name for pattern in ("*.bin", "*.safetensors") for path in component.glob(pattern))
+        raise BundleError(
+            f"no {WEIGHTS_NAME} in {component}, found {', '.join(others) or 'no weights'}. Expected safetensors: save "
+            "the pipeline again with safe_serialization=True; pickles are never loaded."
+        )
+    named = _read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise BundleError(f"{index} names no shards, expected a weight_map. {_REMEDY}")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(named.values())):
+        tensors.update(read_tensors(safe_join(component, shard)))
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _JSON_MAX_BYTES:
+            raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_JSON_MAX_BYTES}. {_REMEDY}")
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as exc:
+        raise BundleError(f"{path} cannot be read: {exc.strerror}. {_REMEDY}") from exc
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ConfigError(f"{path} is no JSON object: {exc}. {_REMEDY}") from exc

@@ -1,0 +1,185 @@
+"""Denoisers of diffusers as TrigFlow networks: which classes, how each is called, what each is told about time.
+
+``DiffusersConfig`` is what a checkpoint of ours says of such a network: the class with its arguments, and the
+convention it was trained in, which diffusers keeps with its schedulers. ``make_diffusers_network`` builds it, with
+random weights; ``diffusers_folder`` reads both from a folder that diffusers saved.
+
+    class                     conventions                          conditioning
+    UNet2DModel               vp_*, flow, edm_network              class_labels, if it has classes
+    DiTTransformer2DModel     vp_*, flow, edm_network              class_labels; label num_classes is "none"
+    SD3Transformer2DModel     flow, vp_*                           encoder_hidden_states, pooled_projections
+
+Times they are given: the schedule's index (vp_*), 1000 u (flow), ln(sigma) / 4 (edm_network).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import msgspec
+from torch import Tensor, nn
+
+from ..._lazy import require
+from ...errors import ConfigError
+from ...spec import TensorSpec
+from ..conversions import EDM_DENOISER, EDM_NETWORK, FLOW, VP_NOISE, VP_VELOCITY, Convention
+from .denoiser import ModuleDenoiser, TrigFlowNetwork
+from .schedule import VpIndex, VpSchedule
+
+ClassName = Literal["UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"]
+ConventionName = Literal["vp_noise", "vp_velocity", "vp_data", "flow", "edm_network"]
+
+VP_DATA = replace(
+    VP_NOISE,
+    name="vp_data",
+    to_trigflow=EDM_DENOISER.to_trigflow,
+    from_trigflow=EDM_DENOISER.from_trigflow,
+)
+"""A variance-preserving model that predicts x_0 itself; what an estimate of x_0 makes of F does not ask its origin."""
+CONVENTIONS: dict[str, Convention] = {
+    "vp_noise": VP_NOISE,
+    "vp_velocity": VP_VELOCITY,
+    "vp_data": VP_DATA,
+    "flow": FLOW,
+    "edm_network": EDM_NETWORK,
+}
+
+
+class DiffusersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="diffusers"):
+    """A denoiser of diffusers, seen as a network F.
+
+    Attributes:
+        class_name: Its class.
+        arguments: The arguments of its constructor, as its own ``config.json`` has them.
+        convention: What it predicts and at which times.
+        sample_shape: Shape of one sample, (C, H, W).
+        sigma_data: Standard deviation of its data, data units; the model's.
+        schedule: Its noise levels; of ``vp_*`` alone.
+        num_train_timesteps: What u = 1 is called; of ``flow`` alone.
+        text_length: Tokens of ``encoder_hidden_states``; of SD3 alone.
+        dropout: Of the network while a student is trained.
+    """
+
+    class_name: ClassName
+    arguments: dict[str, Any]
+    convention: ConventionName
+    sample_shape: tuple[int, int, int]
+    sigma_data: float
+    schedule: VpSchedule | None = None
+    num_train_timesteps: int = 1000
+    text_length: int = 333
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.convention.startswith("vp_") != (self.schedule is not None):
+            found = "no schedule" if self.schedule is None else "a schedule"
+            raise ConfigError(
+                f"convention {self.convention!r} comes with {found}, expected one for vp_noise, vp_velocity and "
+                "vp_data, and none for the others."
+            )
+        if self.dropout and self.class_name == "SD3Transformer2DModel":
+            raise ConfigError(f"dropout is {self.dropout} for {self.class_name}, expected 0: it has none.")
+
+    @property
+    def num_classes(self) -> int:
+        """Class labels; 0 for none."""
+        key = {"UNet2DModel": "num_class_embeds", "DiTTransformer2DModel": "num_embeds_ada_norm"}.get(self.class_name)
+        default = 1000 if key == "num_embeds_ada_norm" else None
+        return int(self.arguments.get(key, default) or 0) if key else 0
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether label ``num_classes`` means none."""
+        return self.class_name == "DiTTransformer2DModel"
+
+    @property
+    def conditioning(self) -> tuple[TensorSpec, ...]:
+        """The network's inputs beside x, t and class_labels."""
+        if self.class_name != "SD3Transformer2DModel":
+            return ()
+        return (
+            TensorSpec(
+                name="encoder_hidden_states",
+                shape=(self.text_length, int(self.arguments.get("joint_attention_dim", 4096))),
+            ),
+            TensorSpec(name="pooled_projections", shape=(int(self.arguments.get("pooled_projection_dim", 2048)),)),
+        )
+
+
+def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
+    """Return the network with random weights.
+
+    Raises:
+        BackendUnavailable: If diffusers is not installed.
+        ConfigError: If its arguments are not its class's, or the kind is one whose time is not continuous.
+    """
+    diffusers = require("diffusers", extra="diffusers", purpose=f"a {config.class_name}")
+    _check_kind(config)
+    arguments = dict(config.arguments)
+    if config.dropout:
+        arguments["dropout"] = config.dropout
+    try:
+        module: nn.Module = getattr(diffusers, config.class_name)(**arguments)
+    except (TypeError, ValueError, NotImplementedError, IndexError, AttributeError) as exc:
+        raise ConfigError(
+            f"a {config.class_name} of diffusers {diffusers.__version__} cannot be made: {exc}. Expected the "
+            "arguments of its own config.json; update diffusers if they are newer."
+        ) from exc
+    for child in module.modules():
+        if type(child).__name__ == "LabelEmbedding":
+            child.dropout_prob = 0.0  # type: ignore[assignment]  # training drops labels itself, once for all passes
+    channels = config.sample_shape[0]
+    denoiser = ModuleDenoiser(
+        module,
+        CONVENTIONS[config.convention],
+        timestep=_timestep(config),
+        call=lambda module, x, timestep, **given: _CALLS[config.class_name](module, x, timestep, **given)[:, :channels],
+    )
+    return TrigFlowNetwork(denoiser, sigma_data=config.sigma_data)
+
+
+def _timestep(config: DiffusersConfig) -> Callable[[Tensor], Tensor]:
+    if config.schedule is not None:
+        return VpIndex(config.schedule)
+    if config.convention == "flow":
+        return lambda u: config.num_train_timesteps * u
+    return lambda c_noise: c_noise
+
+
+def _check_kind(config: DiffusersConfig) -> None:
+    """Refuse what cannot be asked at any time, or is asked more than x, t and what ``conditioning`` says."""
+    wanted = {"time_embedding_type": ("positional",), "class_embed_type": (None,), "norm_type": ("ada_norm_zero",)}
+    for key, known in wanted.items():
+        if (found := config.arguments.get(key, known[0])) not in known:
+            raise ConfigError(
+                f"{config.class_name} has {key} {found!r}, expected {known[0]!r}: no other can be asked at any time "
+                "with labels alone. Wrap the module by hand, with ModuleDenoiser."
+            )
+    default = {"UNet2DModel": 3, "DiTTransformer2DModel": 4, "SD3Transformer2DModel": 16}[config.class_name]
+    channels = config.arguments.get("in_channels", default)
+    given = config.arguments.get("out_channels", 3 if config.class_name == "UNet2DModel" else None)
+    out_channels = channels if given is None else given
+    if config.sample_shape[0] != channels or out_channels not in (channels, 2 * channels):
+        raise ConfigError(
+            f"{config.class_name} takes {channels} channels and returns {out_channels} for samples of "
+            f"{config.sample_shape[0]}, expected as many, or twice as many out with a learned variance."
+        )
+
+
+def _call_unet(module: nn.Module, x: Tensor, timestep: Tensor, **given: Tensor) -> Tensor:
+    out: Tensor = module(x, timestep, return_dict=False, **given)[0]
+    return out
+
+
+def _call_transformer(module: nn.Module, x: Tensor, timestep: Tensor, **given: Tensor) -> Tensor:
+    out: Tensor = module(hidden_states=x, timestep=timestep, return_dict=False, **given)[0]
+    return out
+
+
+_CALLS: dict[str, Callable[..., Tensor]] = {
+    "UNet2DModel": _call_unet,
+    "DiTTransformer2DModel": _call_transformer,
+    "SD3Transformer2DModel": _call_transformer,
+}
