@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..spec import DEFAULT_MID_TIME, SamplerSpec, TensorSpec, default_times
 from .decoder import Decoder
+from .foreign.diffusers_models import DiffusersConfig, make_diffusers_network
 from .own import OwnConfig, make_own_network, own_config
 from .transformer import Transformer, TransformerConfig
 from .trigflow import predict_data
 from .unet import UNet, UNetConfig
 
-NetworkConfig = UNetConfig | TransformerConfig | OwnConfig
+NetworkConfig = UNetConfig | TransformerConfig | OwnConfig | DiffusersConfig
 
 
 def make_network(config: NetworkConfig) -> nn.Module:
@@ -24,7 +25,10 @@ def make_network(config: NetworkConfig) -> nn.Module:
 
     Raises:
         ConfigError: If it is your own and not registered.
+        BackendUnavailable: If it is diffusers' and that is not installed.
     """
+    if isinstance(config, DiffusersConfig):
+        return make_diffusers_network(config)
     if isinstance(config, OwnConfig):
         return make_own_network(config)
     return UNet(config) if isinstance(config, UNetConfig) else Transformer(config)
@@ -52,6 +56,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     provenance: dict[str, str] = {}
 
     def __post_init__(self) -> None:
+        own_sigma = getattr(self.network, "sigma_data", self.sigma_data)
+        if own_sigma != self.sigma_data:
+            raise ConfigError(f"sigma_data is {self.sigma_data}, expected {own_sigma}, which the network is scaled by.")
         t_max = default_times(1, sigma_data=self.sigma_data)[0]
         if not 0 < self.mid_time < t_max:
             raise ConfigError(f"mid_time is {self.mid_time}, expected radians between 0 and t_max = {t_max:.4f}.")
