@@ -79,7 +79,7 @@ def test_group_norm_accepts_channels_last():
     torch.testing.assert_close(norm(x.to(memory_format=torch.channels_last)), norm(x))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith(("cifar", "imagenet"))])
 def test_presets_start_as_zero_and_keep_the_shape(name):
     net = make_network(PRESETS[name](num_classes=3))
     x = torch.randn(2, *net.config.sample_shape)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..files import atomic_write_bytes
 from .consistency import ConsistencyModel, ModelConfig
 from .foreign.sana_folder import is_pipeline
+from .layers import PositionalEmbedding
+from .magnitude import require_unbaked
+from .paper_unet import PaperUNetConfig
 from .transformer import TransformerConfig
 from .unet import UNetConfig
 
+BUILT_IN = (UNetConfig, TransformerConfig, PaperUNetConfig)
+"""Configs of the networks of this package."""
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_MAPPED_BYTES = 1 << 29
+"""How much of a file is read before it is mapped anew."""
 CLASS_NAME = "ScmModel"
 """What ``_class_name`` says in a ``config.json``; the network's own ``type`` says which network."""
 
@@ -54,14 +62,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         BundleError: If the file is absent.
         IntegrityError: If it is truncated or no safetensors file.
     """
+    tensors: dict[str, Tensor] = {}
     try:
-        return load_file(path)
+        stamp = _stamp(path)
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        while names:
+            # Copied, for weights in aligned memory give the same bits every time; mapped anew for each part, since
+            # what is mapped counts as memory until it is let go.
+            with safe_open(path, framework="pt") as file:
+                done = 0
+                while names and done < _MAPPED_BYTES:
+                    name = names.pop()
+                    tensors[name] = file.get_tensor(name).clone()
+                    done += tensors[name].nbytes
+            if _stamp(path) != stamp:
+                raise IntegrityError(f"{path} was replaced while it was read. Load it again.")
+        return tensors
     except FileNotFoundError as exc:
         raise BundleError(f"no {path.name} in {path.parent}, expected the weights there.") from exc
     except (SafetensorError, OSError) as exc:
         raise IntegrityError(
             f"{path} is truncated or no safetensors file ({exc}). Copy or train the checkpoint again."
         ) from exc
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def load_checkpoint(folder: Path, network: nn.Module | None = None) -> ConsistencyModel:
@@ -74,14 +102,17 @@ def load_checkpoint(folder: Path, network: nn.Module | None = None) -> Consisten
         raise BundleError(f"{folder} is no folder, expected a checkpoint with {CONFIG_NAME} and {WEIGHTS_NAME}.")
     config = read_config(folder / CONFIG_NAME)
     tensors = read_tensors(folder / WEIGHTS_NAME)
-    built_in = isinstance(config.network, UNetConfig | TransformerConfig)
-    if built_in and network is None:
-        with torch.device("meta"):  # a wrong file costs no memory
-            _check_fits(ConsistencyModel(config).network, tensors, folder)
-    model = ConsistencyModel(config, network)
+    built_in = network is None and isinstance(config.network, BUILT_IN)
+    # Ours are made without memory and take the tensors that were read, so that a large model is not held twice.
+    with torch.device("meta") if built_in else nullcontext():
+        model = ConsistencyModel(config, network)
     _check_fits(model.network, tensors, folder)
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    model.network.load_state_dict(floats)
+    model.network.load_state_dict(floats, assign=built_in)
+    if built_in:
+        for module in model.modules():
+            if isinstance(module, PositionalEmbedding):  # the only ones with tensors that no file holds
+                module.make_frequencies()
     return model.eval().requires_grad_(False)
 
 
@@ -100,6 +131,7 @@ def _check_fits(network: nn.Module, tensors: dict[str, Tensor], folder: Path) ->
 
 def save_checkpoint(model: ConsistencyModel, folder: Path) -> None:
     """Write a checkpoint folder; see ``ConsistencyModel.save_pretrained``."""
+    require_unbaked(model.network)
     config = {"_class_name": CLASS_NAME, **msgspec.to_builtins(model.config)}
     weights = _unshared(model.network.state_dict())
     text = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..spec import DEFAULT_MID_TIME, SamplerSpec, TensorSpec, default_times
+from .ddpmpp import DDPMpp, DDPMppConfig
 from .decoder import Decoder
+from .edm2 import EDM2, EDM2Config
 from .foreign.diffusers_models import DiffusersConfig, make_diffusers_network
 from .own import OwnConfig, make_own_network, own_config
 from .transformer import Transformer, TransformerConfig
 from .trigflow import predict_data
 from .unet import UNet, UNetConfig
 
-NetworkConfig = UNetConfig | TransformerConfig | OwnConfig | DiffusersConfig
+NetworkConfig = UNetConfig | TransformerConfig | DDPMppConfig | EDM2Config | OwnConfig | DiffusersConfig
 
 
 def make_network(config: NetworkConfig) -> nn.Module:
@@ -29,9 +31,17 @@ def make_network(config: NetworkConfig) -> nn.Module:
     """
     if isinstance(config, DiffusersConfig):
         return make_diffusers_network(config)
-    if isinstance(config, OwnConfig):
-        return make_own_network(config)
-    return UNet(config) if isinstance(config, UNetConfig) else Transformer(config)
+    match config:
+        case UNetConfig():
+            return UNet(config)
+        case TransformerConfig():
+            return Transformer(config)
+        case DDPMppConfig():
+            return DDPMpp(config)
+        case EDM2Config():
+            return EDM2(config)
+        case OwnConfig():
+            return make_own_network(config)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +54,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         value_range: The data's lowest and highest values.
         output: Whether samples are pixels (or any other final values) or latents.
         mid_time: Second time of the two-step sampler, radians; the one at which this model does best.
+        guidance_range: Lowest and highest guidance scale that the model was trained with, if its network takes one.
+        default_guidance: The scale where a caller gives none; 1 is the conditional model as it is.
         provenance: Where the weights come from: data, licence, recipe; free form.
     """
 
@@ -53,6 +65,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     value_range: tuple[float, float] = (-1.0, 1.0)
     output: Literal["pixels", "latents"] = "pixels"
     mid_time: float = DEFAULT_MID_TIME
+    guidance_range: tuple[float, float] = (1.0, 2.0)
+    default_guidance: float = 1.0
     provenance: dict[str, str] = {}
 
     def __post_init__(self) -> None:
@@ -62,6 +76,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         t_max = default_times(1, sigma_data=self.sigma_data)[0]
         if not 0 < self.mid_time < t_max:
             raise ConfigError(f"mid_time is {self.mid_time}, expected radians between 0 and t_max = {t_max:.4f}.")
+        low, high = self.guidance_range
+        if not low <= self.default_guidance <= high:
+            raise ConfigError(
+                f"default_guidance is {self.default_guidance}, expected a number in guidance_range = {low}..{high}."
+            )
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -74,8 +93,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.network.num_classes
 
     @property
+    def guidance(self) -> bool:
+        """Whether the network takes a guidance scale."""
+        return getattr(self.network, "guidance", False)
+
+    @property
     def conditioning(self) -> tuple[TensorSpec, ...]:
-        """The network's inputs beside x, t and class_labels."""
+        """The network's inputs beside x, t, class_labels and guidance_scale."""
         return getattr(self.network, "conditioning", ())
 
 
@@ -124,7 +148,7 @@ class ConsistencyModel(nn.Module):
             x_t: Noisy samples, (B, ...), data units.
             t: Times, (B,) or (1,), radians.
             class_labels: Labels, (B,), int64, or None for none.
-            **conditioning: The network's further inputs by name, axis 0 the batch.
+            **conditioning: The network's further inputs by name, axis 0 the batch: ``guidance_scale``, or its own.
 
         Raises:
             ShapeError: If the samples do not have the model's shape.
@@ -153,6 +177,8 @@ class ConsistencyModel(nn.Module):
             output_shape=() if self.decoder is None else self.decoder.output_shape,
             num_classes=config.num_classes,
             class_names=config.class_names,
+            guidance_range=config.guidance_range if config.guidance else None,
+            default_guidance=config.default_guidance if config.guidance else None,
             conditioning=config.conditioning,
             max_batch=max_batch,
         )

@@ -67,10 +67,15 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, max_period: float = 10_000.0) -> None:
         super().__init__()
-        half = channels // 2
+        self.channels, self.max_period = channels, max_period
+        self.register_buffer("frequencies", torch.empty(0), persistent=False)
+        self.make_frequencies()
+
+    def make_frequencies(self) -> None:
+        """Compute the frequencies, which no checkpoint holds."""
+        half = self.channels // 2
         exponent = torch.arange(half, dtype=torch.float64) / (half - 1)
-        frequencies = torch.exp(-math.log(max_period) * exponent).float()
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.frequencies = torch.exp(-math.log(self.max_period) * exponent).float()
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Embed times (B,), radians, as (B, E) in the dtype of ``t_B``, at least float32."""
@@ -189,9 +194,9 @@ class AdaptiveDoubleNorm(nn.Module):
     training; it exists for ablations.
     """
 
-    def __init__(self, channels: int, emb_channels: int, *, double: bool = True) -> None:
+    def __init__(self, channels: int, emb_channels: int, *, double: bool = True, norm_affine: bool = False) -> None:
         super().__init__()
-        self.norm = group_norm(channels, affine=False)
+        self.norm = group_norm(channels, affine=norm_affine)
         self.affine = nn.Linear(emb_channels, 2 * channels)
         self.normalize_affine = double
         with torch.no_grad():
@@ -245,11 +250,24 @@ def attention(qkv_BCHW: Tensor, num_heads: int) -> Tensor:
     """
     B, _, H, W = qkv_BCHW.shape
     qkv = qkv_BCHW.reshape(B, 3, num_heads, -1, H * W)
-    q, k, v = qkv.transpose(-2, -1).unbind(1)  # each (B, heads, N, channels per head)
+    return attend(*qkv.transpose(-2, -1).unbind(1)).reshape(B, -1, H, W)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return ``softmax(q k^T / sqrt(channels)) v``, channels before places.
+
+    Args:
+        q: Queries, (B, heads, N, channels).
+        k: Keys, like q.
+        v: Values, like q.
+
+    Returns:
+        (B, heads, channels, N).
+    """
     scale = q.shape[-1] ** -0.5
     # Written out, not scaled_dot_product_attention: the tangent needs it. Engines fuse this form.
     weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
-    return (weights @ v).transpose(-2, -1).reshape(B, -1, H, W)
+    return (weights @ v).transpose(-2, -1)
 
 
 class AttentionBlock(nn.Module):

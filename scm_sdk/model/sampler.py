@@ -32,12 +32,18 @@ class Sampler(nn.Module):
     def __init__(self, model: ConsistencyModel, spec: SamplerSpec) -> None:
         super().__init__()
         config = model.config
-        found = (spec.sample_shape, spec.num_classes, spec.sigma_data, spec.conditioning)
-        expected = (config.sample_shape, config.num_classes, config.sigma_data, config.conditioning)
+        found = (
+            spec.sample_shape,
+            spec.num_classes,
+            spec.sigma_data,
+            spec.guidance_range is not None,
+            spec.conditioning,
+        )
+        expected = (config.sample_shape, config.num_classes, config.sigma_data, config.guidance, config.conditioning)
         if found != expected:
             raise ShapeError(
-                f"the spec has (sample_shape, num_classes, sigma_data, conditioning) = {found}, the model {expected}. "
-                "Make the spec with model.spec(num_inference_steps)."
+                f"the spec has (sample_shape, num_classes, sigma_data, guidance, conditioning) = {found}, the model "
+                f"{expected}. Make the spec with model.spec(num_inference_steps)."
             )
         self.model = model
         self.spec = spec
@@ -50,7 +56,8 @@ class Sampler(nn.Module):
 
         Args:
             *inputs: As ``spec.inputs`` orders them: one standard normal noise (B, ...) for each
-                step, float32, then class_labels (B,), int64, if the model has classes, then its own.
+                step, float32, then class_labels (B,), int64, if the model has classes, guidance_scale (B,),
+                float32, if it takes one, then its own.
 
         Raises:
             ShapeError: If an input is missing.

@@ -1,0 +1,81 @@
+"""What the paper's two U-Nets, ``ddpmpp`` and ``edm2``, have in common: the fields of their configs."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..errors import ConfigError
+
+
+class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shape of one of the paper's networks.
+
+    Attributes:
+        image_size: Height and width, pixels of the image or of the latent.
+        in_channels: Channels of a sample.
+        channels: Channels that ``channel_mult`` multiplies; also the size of the time's sinusoids.
+        channel_mult: Factor on ``channels`` for each resolution, highest first.
+        num_blocks: Residual blocks for each resolution on the way down; one more on the way up.
+        attention_resolutions: Resolutions that have attention; the lowest always has one block of it.
+        head_channels: Channels of one attention head; one head where a map has fewer.
+        num_classes: Class labels; 0 for none.
+        guidance: Whether the guidance scale is an input.
+        dropout: Share of activations dropped in training.
+        dropout_resolution: Largest resolution with dropout; 0 for all.
+        double_norm: Adaptive double normalization; False is the network as it was before the paper.
+        time_max_period: ``max_period`` of the time embedding.
+    """
+
+    image_size: int
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_blocks: int
+    attention_resolutions: tuple[int, ...]
+    head_channels: int
+    in_channels: int = 3
+    num_classes: int = 0
+    guidance: bool = False
+    dropout: float = 0.0
+    dropout_resolution: int = 0
+    double_norm: bool = True
+    time_max_period: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if not self.channel_mult or min(*self.channel_mult, self.num_blocks, self.head_channels, self.in_channels) < 1:
+            raise ConfigError("channel_mult, num_blocks, head_channels and in_channels must hold positive numbers.")
+        fold = 2 ** (len(self.channel_mult) - 1)
+        if self.image_size < fold or self.image_size % fold:
+            raise ConfigError(
+                f"image_size is {self.image_size}, expected a multiple of {fold}, "
+                f"for {len(self.channel_mult)} resolutions."
+            )
+        if self.channels < 8 or self.channels % 8:
+            raise ConfigError(f"channels is {self.channels}, expected a multiple of 8.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
+        if self.num_classes < 0:
+            raise ConfigError(f"num_classes is {self.num_classes}, expected 0 or more.")
+        known = [self.image_size >> level for level in range(len(self.channel_mult))]
+        if unknown := set(self.attention_resolutions) - set(known):
+            raise ConfigError(f"attention_resolutions holds {sorted(unknown)}, the network has {known}.")
+        if self.dropout_resolution and self.dropout_resolution not in known:
+            raise ConfigError(f"dropout_resolution is {self.dropout_resolution}, expected 0 or one of {known}.")
+        for width in (mult * self.channels for mult in self.channel_mult):
+            if width % self.heads_of(width):
+                raise ConfigError(
+                    f"{width} channels cannot be split into heads of head_channels {self.head_channels}, "
+                    "expected a multiple."
+                )
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, H, W)."""
+        return (self.in_channels, self.image_size, self.image_size)
+
+    def heads_of(self, width: int) -> int:
+        """Return how many heads attend over maps of ``width`` channels."""
+        return max(1, width // self.head_channels)
+
+    def dropout_at(self, resolution: int) -> float:
+        """Return the share of activations that is dropped at a resolution."""
+        return self.dropout if not self.dropout_resolution or resolution <= self.dropout_resolution else 0.0
