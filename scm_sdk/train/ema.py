@@ -1,12 +1,74 @@
-"""The moving average of the weights that sampling uses."""
+"""The moving averages of the weights: the one that sampling uses, and profiles to reconstruct others from.
+
+A power-function average (EDM2) has a width relative to the length of the run, ``sigma_rel``. Two of them, stored now
+and then, are enough to make any other of the run afterwards: ``posthoc`` does.
+
+Source: EDM2, arXiv 2312.02696, section 3.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+
 import torch
+from safetensors.torch import save
 from torch import nn
+
+from ..errors import TrainError
+from ..files import atomic_write_bytes
+from .config import TrainConfig
+from .schedules import power_decay
+
+SNAPSHOT_FOLDER = "ema"
+SNAPSHOT_METADATA = "scm_ema"
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Move every parameter of ``average`` towards ``module``: ``a <- decay a + (1 - decay) w``."""
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1.0 - decay)
+
+
+class Profiles:
+    """Power-function averages of one run, and their snapshots.
+
+    Args:
+        config: The run; ``ema_profiles`` are the averages' widths.
+        network: Its weights at the start; what it becomes is seen in ``update``.
+        out: The run's folder; snapshots go to ``ema/`` in it.
+    """
+
+    def __init__(self, config: TrainConfig, network: nn.Module, out: Path) -> None:
+        self._config, self._network, self._out = config, network, out
+        self._averages = {s: deepcopy(network).eval().requires_grad_(False) for s in config.ema_profiles}
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Return what a checkpoint keeps, by name."""
+        return {f"ema_{sigma_rel:g}": module for sigma_rel, module in self._averages.items()}
+
+    def update(self, iteration: int) -> None:
+        """Take the weights after an iteration in, also where its step was skipped: the profile counts iterations.
+
+        Raises:
+            TrainError: If a snapshot is due and cannot be written.
+        """
+        done, every = iteration + 1, self._config.ema_snapshot_every
+        for sigma_rel, average in self._averages.items():
+            update_ema(average, self._network, power_decay(sigma_rel, iteration))
+            if done % every == 0 or done == self._config.num_iterations:
+                write_snapshot(self._out, average, sigma_rel=sigma_rel, iteration=done)
+
+
+def write_snapshot(out: Path, average: nn.Module, *, sigma_rel: float, iteration: int) -> None:
+    """Write ``ema/ITERATION-SIGMA_REL.safetensors`` in a run's folder, atomically.
+
+    Raises:
+        TrainError: If the disk refuses.
+    """
+    about = json.dumps({"sigma_rel": sigma_rel, "iteration": iteration})
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    path = out / SNAPSHOT_FOLDER / f"{iteration:08d}-{sigma_rel:g}.safetensors"
+    atomic_write_bytes(path, save(weights, metadata={SNAPSHOT_METADATA: about}), error=TrainError)
