@@ -158,13 +158,13 @@ def test_the_loss_of_the_ends_moves_a_student_to_it(huber: float) -> None:
 
 def test_points_are_a_function_of_seed_and_iteration_and_every_state_comes_once() -> None:
     one, other = trajectories(trajectory_steps=4), trajectories(trajectory_steps=4)
-    other(200)  # another block
-    for iteration in (5, 63, 64):
+    other(2000)  # another block
+    for iteration in (5, 511, 512):
         a, b = one(iteration), other(iteration)
         assert torch.equal(a.x_t, b.x_t) and torch.equal(a.end, b.end) and torch.equal(a.t, b.t)
         assert torch.equal(a.class_labels, b.class_labels) and a.class_labels.unique().tolist() == [0, 1, 2]
-    block = torch.cat([one(iteration).x_t.flatten(1) for iteration in range(64)])
-    assert len(block.unique(dim=0)) == len(block) == 64 * 8
+    block = torch.cat([one(iteration).x_t.flatten(1) for iteration in range(512)])
+    assert len(block.unique(dim=0)) == len(block) == 512 * 8
 
 
 def test_a_trajectory_begins_where_the_sampler_does_and_blocks_move_the_times_between() -> None:

@@ -29,8 +29,9 @@ from .objectives import ConditionedNetwork, LogVariance, seeded_generator
 
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.01, 7.0
 """Noise levels of a trajectory, data units, and the exponent of their grid (arXiv 2206.00364, Eq. 5)."""
-BLOCK_ITERATIONS = 64
-"""Iterations that share one block of trajectories, so that the states of one trajectory fall into many batches."""
+BLOCK_ITERATIONS = 512
+"""Iterations that share one block of trajectories. With 64 the states of one trajectory come so close together that the
+student learns the block by heart and forgets it with the next."""
 BLOCK_ELEMENTS = 1 << 25
 """Elements of a block's states at most: 128 MiB."""
 
@@ -78,11 +79,11 @@ class Trajectories:
         inner = [(high + (i - shift) / max(steps - 1, 1) * (low - high)) ** RHO for i in range(1, steps)]
         return (*(math.atan(sigma / self._config.sigma_data) for sigma in (SIGMA_MAX, *inner)), 0.0)
 
-    def __call__(self, iteration: int) -> Points:
-        """Return an iteration's points; its block is computed when it is not the last one asked for."""
+    def __call__(self, iteration: int, device: torch.device | None = None) -> Points:
+        """Return an iteration's points; its block is computed, on a device, when it is not the last one asked for."""
         block, at = divmod(iteration, self._iterations)
         if block != self._block:
-            self._solve(block)
+            self._solve(block, device)
         size = self._config.batch_size
         state, sample = self._order[at * size : (at + 1) * size].unbind(1)
         labels = self._labels
@@ -93,12 +94,13 @@ class Trajectories:
             class_labels=None if labels is None else labels[sample],
         )
 
-    def _solve(self, block: int) -> None:
+    def _solve(self, block: int, device: torch.device | None) -> None:
         config, steps = self._config, self._config.trajectory_steps
         generator = seeded_generator(config.seed, block, stream=3)
         count = math.ceil(self._iterations * config.batch_size / steps)
         labels = torch.randint(self._num_classes, (count,), generator=generator) if self._num_classes else None
-        noise = torch.randn((count, *self._shape), generator=generator)
+        noise = torch.randn((count, *self._shape), generator=generator).to(device)
+        labels = None if labels is None else labels.to(device)
         times = self.times(float(torch.rand((), generator=generator)))
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
