@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from scm_sdk._version import __version__
 from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
+from scm_sdk.card import model_card
 from scm_sdk.errors import ConfigError
 from scm_sdk.files import atomic_write_bytes
 from scm_sdk.goldens import Golden, write_goldens
 from scm_sdk.manifest import Artifact
 from scm_sdk.noise import draw_noise
+from scm_sdk.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.spec import SamplerSpec
 
-from .card import model_card
 from .graph import export_samplers
 from .write import GraphReport
 
@@ -99,6 +100,7 @@ def export_bundle(
         ExportError: If the network cannot be exported.
     """
     from scm_sdk.model.consistency import ConsistencyModel
+    from scm_sdk.model.magnitude import bake_weights_
 
     report = progress or (lambda _: None)
     model = ConsistencyModel.from_pretrained(checkpoint)
@@ -107,26 +109,29 @@ def export_bundle(
     name = name or out.name
     with publish_bundle(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder / DENOISER)
+        bake_weights_(model.network)  # the model is ours alone, and needs its memory once
         graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
         report("draw goldens")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
-        card = model_card(name, specs, provenance)
+        atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
+        relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
+        artifacts = [
+            Artifact(path=DENOISER, format="safetensors"),
+            *(
+                Artifact(path=path, format="onnx", num_inference_steps=spec.num_inference_steps)
+                for path, spec in zip(relative, specs, strict=True)
+            ),
+        ]
+        card = model_card(name, specs, provenance, artifacts=artifacts)
         atomic_write_bytes(folder / "README.md", card.encode())
         report("hash and publish")
-        relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
         weights = f"{DENOISER}/diffusion_pytorch_model.safetensors"
         made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
         manifest = write_bundle(
             folder,
             name=name,
             samplers=specs,
-            artifacts=[
-                Artifact(path=DENOISER, format="safetensors"),
-                *(
-                    Artifact(path=path, format="onnx", num_inference_steps=spec.num_inference_steps)
-                    for path, spec in zip(relative, specs, strict=True)
-                ),
-            ],
+            artifacts=artifacts,
             built_from={path: [weights, f"{DENOISER}/config.json"] for path in made},
             provenance=provenance,
             versions=library_versions(),
@@ -153,6 +158,8 @@ def draw_golden(model: ConsistencyModel, spec: SamplerSpec) -> Golden:
     inputs = [torch.from_numpy(noise) for noise in draw_noise(spec, [int(seed) for seed in seeds])]
     if labels is not None:
         inputs.append(torch.from_numpy(labels))
+    if spec.guidance_range is not None:
+        inputs.append(torch.full((count,), spec.guidance_range[0] if spec.default_guidance is None else spec.default_guidance))
     with torch.inference_mode():
         images = Sampler(model, spec).eval()(*inputs).numpy()
     return Golden(images=images, seeds=seeds, class_labels=labels)

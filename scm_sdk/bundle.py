@@ -8,18 +8,21 @@ a file be handed to a library. Files that the manifest does not list are never t
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 
 from ._bundle_checks import check_content, check_manifest, check_present, make_build_id, read_manifest
+from ._roles import role_of
 from .errors import BundleError, ConfigError
 from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_file
 from .goldens import GOLDEN_PATH, Golden, read_goldens
+from .hub import push
 from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role
 from .spec import Precision, SamplerSpec
 
@@ -155,6 +158,38 @@ class Bundle:
         """
         return self._with(budgets=budgets)
 
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bundle:
+        """Copy the bundle: every listed file, checked, and nothing that lies beside them.
+
+        Raises:
+            BundleError: If this one is damaged, or ``path`` may not be replaced or cannot be written.
+        """
+        self.verify()
+        with publish_bundle(path, overwrite=overwrite) as folder:
+            for name in self._names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(safe_join(self.path, name), folder / name)
+        return Bundle.open(path)
+
+    def push_to_hub(
+        self, repo_id: str, *,
+        revision: str | None = None, private: bool | None = None, message: str = "", create_pr: bool = False,
+    ) -> str:  # fmt: skip
+        """Upload every listed file, checked, to the Hugging Face hub; see ``hub.push``. Returns the commit's address.
+
+        Raises:
+            BundleError: If the bundle is damaged, or the hub refuses or cannot be reached.
+            BackendUnavailable: If huggingface_hub is not installed.
+        """
+        self.verify()
+        return push(
+            self.path, self._names, repo_id, revision=revision, private=private, message=message, create_pr=create_pr
+        )
+
+    @property
+    def _names(self) -> list[str]:
+        return [MANIFEST_NAME, *(entry.path for entry in self.manifest.files)]
+
     def _with(self, **changes: object) -> Bundle:
         manifest = msgspec.structs.replace(self.manifest, **changes)
         atomic_write_bytes(self.path / MANIFEST_NAME, _encode(manifest), error=BundleError)
@@ -226,7 +261,7 @@ def write_bundle(
                 path=relative,
                 size=path.stat().st_size,
                 sha256=sha256_file(path),
-                role=(roles or {}).get(relative) or _role_of(relative),
+                role=(roles or {}).get(relative) or role_of(relative),
                 built_from=tuple((built_from or {}).get(relative, ())),
             )
         )
@@ -255,32 +290,3 @@ def _encode(manifest: Manifest) -> bytes:
     except (BundleError, TypeError, ValueError, OverflowError, RecursionError) as exc:
         raise ConfigError(f"the parts of bundle {manifest.name!r} do not fit together: {exc}") from exc
     return data
-
-
-_ROLE_OF_NAME: dict[str, Role] = {
-    "README.md": "card",
-    "config.json": "config",
-    "build.json": "config",
-    ".safetensors": "weights",
-    ".onnx": "graph",
-    ".onnx_data": "graph-data",
-    ".engine": "engine",
-}
-_ROLE_OF_FOLDER: dict[str, Role] = {
-    "golden": "golden",
-    "reports": "report",
-    "precision": "plan",
-    "calibration": "calibration",
-}
-
-
-def _role_of(relative: str) -> Role:
-    path = PurePosixPath(relative)
-    role = _ROLE_OF_FOLDER.get(path.parts[0]) if len(path.parts) > 1 else None
-    role = role or _ROLE_OF_NAME.get(path.name) or _ROLE_OF_NAME.get(path.suffix)
-    if role is None:
-        raise ConfigError(
-            f"the role of {relative} cannot be told from its name, expected one of "
-            f"{', '.join(get_args(Role))}. Give it in roles, or leave the file out."
-        )
-    return role

@@ -37,14 +37,26 @@ def atomic_write_bytes(
         ScmError: Of type ``error``, if the file cannot be written; nothing new is left behind. Also if the
             disk took it but could not confirm that the rename will outlast a power cut.
     """
+    with atomic_file(path, error=error) as temp, open(temp, "xb") as stream:
+        stream.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmError) -> Iterator[Path]:
+    """Write a file, however large, that appears at ``path`` only when the ``with`` block ends well.
+
+    Yields:
+        The path to write to, beside ``path``; nothing is there yet.
+
+    Raises:
+        ScmError: As ``atomic_write_bytes``.
+    """
     target = _real(path)
     temp = _sibling(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temp
+        _fsync_file(temp)
         os.replace(temp, target)
     except OSError as exc:
         raise error(_cannot_write(path, exc)) from exc
@@ -154,6 +166,9 @@ def check_relative(relative: str) -> None:
 def safe_join(root: Path, relative: str) -> Path:
     """Join a path from an untrusted file to ``root``, or refuse to leave ``root``.
 
+    A snapshot in huggingface_hub's cache is made of links to the files in ``../../blobs``. That is the one place
+    outside ``root`` where a link may lead, and only from a folder in ``snapshots``.
+
     Args:
         root: An existing folder.
         relative: A relative POSIX path: no ``..``, no backslash, no drive, no link that leads out.
@@ -167,7 +182,10 @@ def safe_join(root: Path, relative: str) -> Path:
     check_relative(relative)
     joined = root / relative
     try:
-        inside = joined.resolve().is_relative_to(root.resolve())
+        real, home = joined.resolve(), root.resolve()
+        inside = real.is_relative_to(home) or (
+            home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
+        )
     except (OSError, RuntimeError) as exc:  # a loop of links: RuntimeError up to Python 3.12
         raise BundleError(f"path {relative!r} cannot be resolved: {exc}. Copy the folder again.") from exc
     if not inside:
@@ -238,13 +256,17 @@ def _fsync_tree(folder: Path) -> None:
         for name in names:
             path = os.path.join(root, name)
             if not os.path.islink(path):
-                # Windows flushes only a handle opened for writing; POSIX takes any.
-                handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                _fsync_file(path)
         _fsync_folder(Path(root))
+
+
+def _fsync_file(path: str | os.PathLike[str]) -> None:
+    # Windows flushes only a handle opened for writing; POSIX takes any.
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _fsync_folder(folder: Path) -> None:

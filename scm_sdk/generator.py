@@ -4,9 +4,8 @@
         out = gen(num_images=4, class_labels="robot", seed=1234)
         out.images[0].save("robot.png")
 
-Threads: one generator may be called from many threads. Opening is done once under a lock; running is
-as parallel as the backend allows (ONNX Runtime: fully, torch: one call at a time). ``batcher`` runs what many
-threads ask for in shared batches.
+Threads: one generator may be called from many threads. Opening is done once under a lock; running is as parallel as the
+backend allows (ONNX Runtime: fully, torch: one call at a time). ``batcher`` runs what they ask for in shared batches.
 """
 
 from __future__ import annotations
@@ -59,11 +58,13 @@ class Generator:
         max_batch: int | None = None,
         num_inference_steps: int | None = None,
         trust_engines: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
     ) -> Generator:
         """Open a model and load it for its default number of steps; other numbers load on first use.
 
         Args:
-            path: Folder of a bundle, or of a checkpoint (``config.json`` and safetensors; torch only).
+            path: Folder of a bundle or a checkpoint (torch only), a ``.scmz`` file, or a hub id ``owner/name``.
             backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` takes the
                 fastest, as measured here by ``benchmark``, of what is the fp32 reference or has a
                 recorded parity that passed; unmeasured, ONNX Runtime comes before torch. A name also
@@ -80,6 +81,8 @@ class Generator:
             num_inference_steps: The default of calls; None is 2 where there are two steps.
             trust_engines: A TensorRT engine is executable code. Those built on this machine run; others only
                 with True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
+            revision: Branch, tag or commit of a hub id; only a commit names the same files for ever.
+            local_files_only: Take a hub id from the cache alone, as ``HF_HUB_OFFLINE=1`` does for all.
 
         Raises:
             BundleError: If ``path`` is neither of the two, or a file is missing or damaged.
@@ -90,7 +93,9 @@ class Generator:
         for name, value, known in (("verify", verify, Verify), ("fallback", fallback, Fallback)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}.")
-        source = open_source(path, verify="none" if verify == "none" else "digest")
+        source = open_source(
+            path, verify="none" if verify == "none" else "digest", revision=revision, local_files_only=local_files_only
+        )
         steps = source.default_steps if num_inference_steps is None else num_inference_steps
         arguments = {
             "backend": backend,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from .bundle import Bundle
 from .errors import BundleError, ConfigError
 from .files import sha256_file
+from .locate import locate
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
 from .spec import SamplerSpec
 
@@ -80,23 +81,25 @@ class Source:
         return next((entry.sha256 for entry in self.bundle.manifest.files if entry.path in names), "")
 
 
-def open_source(path: str | os.PathLike[str], *, verify: Literal["none", "digest"] = "digest") -> Source:
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    verify: Literal["none", "digest"] = "digest",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Source:
     """Open a bundle or a checkpoint folder and check its files.
 
     Args:
-        path: The folder.
+        path: The folder, a ``.scmz`` file, or a hub id ``owner/name``.
         verify: ``digest`` reads every file; ``none`` only looks whether each is there.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Ask the hub's cache alone.
 
     Raises:
         BundleError: If there is no such folder, or it is neither of the two, or a file is damaged.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise BundleError(
-            f"{folder} {found}, expected the folder of a bundle or of a checkpoint. Check the path; "
-            "make one with: scm-export demo"
-        )
+    folder = locate(path, revision=revision, local_files_only=local_files_only)
     if (folder / MANIFEST_NAME).exists():
         return _from_bundle(Bundle.open(folder, verify=verify))
     if (folder / CONFIG_NAME).exists():
