@@ -10,7 +10,7 @@ import torch
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, TrainError
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.presets import tiny
-from scm_sdk.train import loop
+from scm_sdk.train import build, loop
 from scm_sdk.train.config import DataConfig, TrainConfig
 from scm_sdk.train.data import load_data
 from scm_sdk.train.ema import update_ema
@@ -188,7 +188,7 @@ def test_log_and_learning(npz, tmp_path):
 
 
 def test_nan_steps_are_skipped_then_stop_the_run(npz, tmp_path, monkeypatch):
-    real, calls = loop.loss_function, []
+    real, calls = build.loss_function, []
 
     def faulty(*arguments):
         compute = real(*arguments)
@@ -200,7 +200,7 @@ def test_nan_steps_are_skipped_then_stop_the_run(npz, tmp_path, monkeypatch):
 
         return at
 
-    monkeypatch.setattr(loop, "loss_function", faulty)
+    monkeypatch.setattr(build, "loss_function", faulty)
     bad = {1, 3}
     logs = []
     train(config(npz, max_bad_steps=2), tmp_path / "some", Hooks(on_log=logs.append))
@@ -284,7 +284,7 @@ def test_checkpoint_round_trip_and_damage(npz, tmp_path):
     file.unlink()
     with pytest.raises(BundleError, match="expected the weights there"):
         ConsistencyModel.from_pretrained(tmp_path / "copy")
-    with pytest.raises(BundleError, match="is no folder"):
+    with pytest.raises(BundleError, match="does not exist"):
         ConsistencyModel.from_pretrained(tmp_path / "absent")
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TrainError
 from ..files import atomic_write_bytes
 from .config import TrainConfig
+from .distributed import World
 from .schedules import power_decay
+from .sharding import gathered_state, local
 
 SNAPSHOT_FOLDER = "ema"
 SNAPSHOT_METADATA = "scm_ema"
@@ -29,7 +31,7 @@ SNAPSHOT_METADATA = "scm_ema"
 @torch.no_grad()
 def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Move every parameter of ``average`` towards ``module``: ``a <- decay a + (1 - decay) w``."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1.0 - decay)
+    torch._foreach_lerp_(list(local(average.parameters())), list(local(module.parameters())), 1.0 - decay)
 
 
 class Profiles:
@@ -39,10 +41,11 @@ class Profiles:
         config: The run; ``ema_profiles`` are the averages' widths.
         network: Its weights at the start; what it becomes is seen in ``update``.
         out: The run's folder; snapshots go to ``ema/`` in it.
+        world: The processes of the run.
     """
 
-    def __init__(self, config: TrainConfig, network: nn.Module, out: Path) -> None:
-        self._config, self._network, self._out = config, network, out
+    def __init__(self, config: TrainConfig, network: nn.Module, out: Path, world: World | None = None) -> None:
+        self._config, self._network, self._out, self._world = config, network, out, world or World()
         self._averages = {s: deepcopy(network).eval().requires_grad_(False) for s in config.ema_profiles}
 
     def modules(self) -> Mapping[str, nn.Module]:
@@ -59,16 +62,20 @@ class Profiles:
         for sigma_rel, average in self._averages.items():
             update_ema(average, self._network, power_decay(sigma_rel, iteration))
             if done % every == 0 or done == self._config.num_iterations:
-                write_snapshot(self._out, average, sigma_rel=sigma_rel, iteration=done)
+                self._snapshot(average, sigma_rel, done)
+
+    def _snapshot(self, average: nn.Module, sigma_rel: float, iteration: int) -> None:
+        weights = gathered_state(average, self._world)
+        self._world.on_main(lambda: write_snapshot(self._out, weights or {}, sigma_rel=sigma_rel, iteration=iteration))
 
 
-def write_snapshot(out: Path, average: nn.Module, *, sigma_rel: float, iteration: int) -> None:
+def write_snapshot(out: Path, weights: Mapping[str, Tensor], *, sigma_rel: float, iteration: int) -> None:
     """Write ``ema/ITERATION-SIGMA_REL.safetensors`` in a run's folder, atomically.
 
     Raises:
         TrainError: If the disk refuses.
     """
     about = json.dumps({"sigma_rel": sigma_rel, "iteration": iteration})
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     path = out / SNAPSHOT_FOLDER / f"{iteration:08d}-{sigma_rel:g}.safetensors"
-    atomic_write_bytes(path, save(weights, metadata={SNAPSHOT_METADATA: about}), error=TrainError)
+    atomic_write_bytes(path, save(plain, metadata={SNAPSHOT_METADATA: about}), error=TrainError)

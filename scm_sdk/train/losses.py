@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .batches import drawn_for, take
 from .config import TrainConfig
 from .discrete import Anchor, Draw, discrete_loss
 from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss
@@ -79,7 +80,7 @@ def _discrete(
     compute = torch.compile(discrete_loss) if config.compile else discrete_loss
 
     def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        draw = Draw.of(config, batch.x_0.shape, iteration)
+        draw = drawn_for(batch, config, lambda shape: Draw.of(config, shape, iteration))
         loss, residual = compute(network, teacher, logvar, batch, draw.step, sigma_data=config.sigma_data)
         if anchor is not None:
             loss = loss + config.anchor_weight * anchor(network, batch, draw)
@@ -96,7 +97,7 @@ def _trajectory(
     trajectories = Trajectories(config, teacher, config.network.sample_shape, config.network.num_classes)
 
     def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        points = trajectories(iteration)
+        points = take(trajectories(iteration, batch.x_0.device), batch.rows or slice(None), batch.x_0.device)
         return compute(network, logvar, points, sigma_data=config.sigma_data, huber=config.huber)
 
     return at

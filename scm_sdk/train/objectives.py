@@ -53,12 +53,14 @@ class Batch:
         z: Noise of standard deviation ``sigma_data``, (B, ...), data units.
         t: Times, (B,), radians, float32.
         class_labels: Labels, (B,), int64, or None.
+        rows: Which samples of the iteration's whole batch these are; None for all of them.
     """
 
     x_0: Tensor
     z: Tensor
     t: Tensor
     class_labels: Tensor | None
+    rows: slice | None = None
 
 
 def seeded_generator(seed: int, iteration: int, stream: int) -> torch.Generator:

@@ -48,19 +48,20 @@ def write_samples(model: ConsistencyModel, objective: Objective, folder: Path, i
     """Write one PNG grid: a row for each label (or four rows), and for students 1 and 2 steps."""
     rows = model.config.num_classes or 4
     labels = np.repeat(np.arange(rows, dtype=np.int64), COLUMNS)
-    class_labels = torch.from_numpy(labels) if model.config.num_classes else None
+    device = next(model.parameters()).device
+    class_labels = torch.from_numpy(labels).to(device) if model.config.num_classes else None
     seeds = list(range(len(labels)))
     if objective == "diffusion":
-        noise = torch.from_numpy(draw_noise(model.spec(1), seeds)[0])
+        noise = torch.from_numpy(draw_noise(model.spec(1), seeds)[0]).to(device)
         grids = [sample_teacher(model, noise, class_labels)]
     else:
         grids = []
         for steps in (1, 2):
             spec = model.spec(steps)
-            inputs = [torch.from_numpy(noise) for noise in draw_noise(spec, seeds)]
+            inputs = [torch.from_numpy(noise).to(device) for noise in draw_noise(spec, seeds)]
             with torch.inference_mode():
                 grids.append(Sampler(model, spec)(*inputs, *([] if class_labels is None else [class_labels])))
-    pixels = [make_grid(to_uint8(g.numpy(), model.config.value_range), COLUMNS, scale=3) for g in grids]
+    pixels = [make_grid(to_uint8(g.cpu().numpy(), model.config.value_range), COLUMNS, scale=3) for g in grids]
     gap = np.full((pixels[0].shape[0], 12, pixels[0].shape[2]), 255, np.uint8)
     joined = pixels[0] if len(pixels) == 1 else np.concatenate([pixels[0], gap, pixels[1]], axis=1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,20 +30,21 @@ class StableTarget:
     Args:
         data: All images of the run.
         sigma_data: Standard deviation of the data, data units.
+        device: Where the batches lie; the CPU when None.
 
     Raises:
         TrainError: If the data is too large to be compared with every batch.
     """
 
-    def __init__(self, data: ImageData, *, sigma_data: float) -> None:
+    def __init__(self, data: ImageData, *, sigma_data: float, device: torch.device | None = None) -> None:
         if data.images.size > MAX_ELEMENTS:
             raise TrainError(
                 f"stable targets compare every batch with the whole data set, here {data.images.size} elements, "
                 f"expected at most {MAX_ELEMENTS}. Train without --stable-targets."
             )
-        self._images = torch.from_numpy(data.normalized(np.arange(len(data)))).flatten(1)
+        self._images = torch.from_numpy(data.normalized(np.arange(len(data)))).flatten(1).to(device)
         self._square_norms = self._images.square().sum(dim=1)
-        self._labels = None if data.labels is None or not data.num_classes else torch.from_numpy(data.labels)
+        self._labels = None if data.labels is None or not data.num_classes else torch.from_numpy(data.labels).to(device)
         self._no_label = data.num_classes
         self._sigma_data = sigma_data
 

@@ -1,4 +1,8 @@
-"""Where a run stands, on disk: weights, average, weighting head and optimizer in one safetensors file."""
+"""Where a run stands: everything that changes, as named tensors, and the file that keeps them.
+
+The weights, the averages, the weighting heads and the optimizers' moments lie in one safetensors file. Where they are
+split over several processes, ``sharded_state`` keeps the same tensors in a folder.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +21,8 @@ from ..errors import IntegrityError, TrainError
 from ..files import atomic_write_bytes
 
 STATE_FILE = "state.safetensors"
+UNREADABLE = (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError)
+"""What a damaged or foreign state raises while it is read."""
 
 
 @dataclass(kw_only=True)
@@ -44,6 +51,64 @@ class RunState:
         """Return the parts that have a state dict, by the prefix of their tensors."""
         return {"network": self.network, "average": self.average, **self.modules}
 
+    def counters(self) -> str:
+        """Return the numbers beside the tensors as JSON."""
+        return json.dumps({"iteration": self.iteration, "skipped": self.skipped, "seconds": self.seconds})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name; those of a sharded run are the shares of this process (DTensor)."""
+        tensors: dict[str, Tensor] = {}
+        for prefix, module in self.parts().items():
+            for name, tensor in module.state_dict().items():
+                tensors[f"{prefix}.{name}"] = tensor.detach().contiguous()
+        for prefix, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                for name, tensor in moments.items():
+                    tensors[f"{prefix}.{index}.{name}"] = tensor.detach().contiguous()
+        return tensors
+
+    def blanks(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Return zeros to read the named tensors into, split over the processes as this run's are.
+
+        Args:
+            shapes: Name and whole shape of each stored tensor.
+
+        Raises:
+            KeyError, ValueError: If they are not this run's.
+        """
+        like: dict[str, Tensor] = {}
+        for prefix, module in self.parts().items():
+            like.update({f"{prefix}.{name}": tensor.detach() for name, tensor in module.state_dict().items()})
+        for prefix, optimizer in self.optimizers.items():
+            parameters = _parameters(optimizer)
+            for name, shape in _below(shapes, prefix).items():
+                parameter = parameters[int(name.partition(".")[0])].detach()
+                like[f"{prefix}.{name}"] = parameter if shape == parameter.shape else torch.zeros(shape)
+        if like.keys() != shapes.keys():
+            raise KeyError(f"tensors {sorted(like.keys() ^ shapes.keys())[:3]} are not on both sides")
+        for name, tensor in like.items():
+            if tensor.shape != shapes[name]:
+                raise ValueError(f"{name} is {tuple(shapes[name])}, the run's is {tuple(tensor.shape)}")
+        return {name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) for name, tensor in like.items()}
+
+    def fill(self, tensors: Mapping[str, Tensor], counters: str) -> None:
+        """Take over what ``tensors`` and ``counters`` returned, in this or in a run of other processes.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: If they are not this run's.
+        """
+        numbers = json.loads(counters)
+        for prefix, module in self.parts().items():
+            own, found = module.state_dict(), _below(tensors, prefix)
+            module.load_state_dict({name: _split_like(t, own.get(name)) for name, t in found.items()})
+        for prefix, optimizer in self.optimizers.items():
+            parameters, moments = _parameters(optimizer), dict[int, dict[str, Tensor]]()
+            for name, tensor in _below(tensors, prefix).items():
+                index, _, key = name.partition(".")
+                moments.setdefault(int(index), {})[key] = _split_like(tensor, parameters[int(index)])
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.iteration, self.skipped, self.seconds = (numbers[name] for name in ("iteration", "skipped", "seconds"))
+
 
 def save_state(out: Path, state: RunState) -> None:
     """Write ``state.safetensors`` atomically.
@@ -51,16 +116,7 @@ def save_state(out: Path, state: RunState) -> None:
     Raises:
         TrainError: If the disk refuses; the earlier state is still there.
     """
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in state.parts().items():
-        for name, tensor in module.state_dict().items():
-            tensors[f"{prefix}.{name}"] = tensor.detach().contiguous()
-    for prefix, optimizer in state.optimizers.items():
-        for index, moments in optimizer.state_dict()["state"].items():
-            for name, tensor in moments.items():
-                tensors[f"{prefix}.{index}.{name}"] = tensor.detach().contiguous()
-    counters = {"iteration": state.iteration, "skipped": state.skipped, "seconds": state.seconds}
-    data = save(tensors, metadata={"counters": json.dumps(counters)})
+    data = save(state.tensors(), metadata={"counters": state.counters()})
     atomic_write_bytes(out / STATE_FILE, data, error=TrainError)
 
 
@@ -75,27 +131,32 @@ def load_state(out: Path, state: RunState) -> None:
         return
     try:
         with safe_open(path, framework="pt") as archive:
-            counters = json.loads(archive.metadata()["counters"])
+            counters = archive.metadata()["counters"]
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-        for prefix, module in state.parts().items():
-            module.load_state_dict(_below(tensors, prefix))
-        for prefix, optimizer in state.optimizers.items():
-            moments: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _below(tensors, prefix).items():
-                index, _, key = name.partition(".")
-                moments.setdefault(int(index), {})[key] = tensor
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as exc:
-        raise IntegrityError(
-            f"{path} cannot be resumed from: {exc}. Delete it to start again, or copy it again."
-        ) from exc
-    state.iteration, state.skipped, state.seconds = (
-        counters["iteration"],
-        counters["skipped"],
-        counters["seconds"],
-    )
+        state.fill(tensors, counters)
+    except UNREADABLE as exc:
+        raise not_resumable(path, exc) from exc
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def not_resumable(path: Path, reason: object) -> IntegrityError:
+    """Return the error of a state that cannot be read or is another run's."""
+    return IntegrityError(f"{path} cannot be resumed from: {reason}. Delete it to start again, or copy it again.")
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _split_like(tensor: Tensor, own: Any) -> Tensor:
+    """Return this process's share of a whole tensor where its own is a share, else the tensor itself."""
+    if not hasattr(own, "full_tensor") or hasattr(tensor, "full_tensor") or own.shape != tensor.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has read the whole, so nothing is sent.
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def _below(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     start = prefix + "."
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

@@ -102,16 +102,24 @@ class Trajectories:
         noise = torch.randn((count, *self._shape), generator=generator).to(device)
         labels = None if labels is None else labels.to(device)
         times = self.times(float(torch.rand((), generator=generator)))
-
-        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-            return self._teacher(x_t / config.sigma_data, t, labels)
-
-        states = list(solve_ode(velocity, noise, times, sigma_data=config.sigma_data, order=2))
-        self._states, self._ends, self._labels = torch.stack(states[:-1]), states[-1], labels
+        size = config.batch_size  # one large batch would not fit into a processor's cache
+        parts = [noise[at : at + size] for at in range(0, count, size)]
+        labels_of = [None if labels is None else labels[at : at + size] for at in range(0, count, size)]
+        followed = [self._follow(z, chosen, times) for z, chosen in zip(parts, labels_of, strict=True)]
+        states = torch.cat(followed, dim=1)
+        self._states, self._ends, self._labels = states[:-1], states[-1], labels
         self._times = torch.tensor(times[:-1], dtype=torch.float32)
         order = torch.randperm(steps * count, generator=generator)
         self._order = torch.stack([order // count, order % count], dim=1)
         self._block = block
+
+    def _follow(self, noise: Tensor, class_labels: Tensor | None, times: tuple[float, ...]) -> Tensor:
+        sigma_data = self._config.sigma_data
+
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            return self._teacher(x_t / sigma_data, t, class_labels)
+
+        return torch.stack(list(solve_ode(velocity, noise, times, sigma_data=sigma_data, order=2)))
 
 
 def trajectory_loss(

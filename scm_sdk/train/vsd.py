@@ -10,6 +10,7 @@ Source: arXiv 2410.11081, appendix C (adaptive VSD, sCD+VSD); one fake-score ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..model.trigflow import add_noise, predict_data, true_velocity
 from ..spec import default_times
+from .batches import drawn_for
 from .config import TrainConfig
 from .objectives import (
     Batch,
@@ -99,7 +101,9 @@ class Vsd:
         self.fake = deepcopy(network).requires_grad_(True)
         self.fake_logvar, self.logvar = LogVariance(), LogVariance()
         self._learned = [*self.fake.parameters(), *self.fake_logvar.parameters()]
-        self.optimizer = torch.optim.Adam(self._learned, lr=config.learning_rate, betas=config.betas, eps=1e-8)
+        self.optimizer = torch.optim.Adam(
+            self._learned, lr=config.learning_rate, betas=config.betas, eps=config.epsilon
+        )
         self._times = default_times(config.vsd_steps, sigma_data=config.sigma_data)
 
     def modules(self) -> Mapping[str, nn.Module]:
@@ -115,7 +119,7 @@ class Vsd:
             iteration: Which draw; of several sampler steps one is trained at a time, in turn.
         """
         config, labels = self._config, batch.class_labels
-        draw = Draw.of(config, batch.x_0.shape, iteration)
+        draw = drawn_for(batch, config, lambda shape: Draw.of(config, shape, iteration))
         images = self._generate(network, draw, labels, step=iteration % config.vsd_steps)
         self._learn(Batch(x_0=images.detach(), z=draw.fake_z, t=draw.fake_t, class_labels=labels), iteration)
         with torch.no_grad():
@@ -130,7 +134,7 @@ class Vsd:
         sigma_data, x_0 = self._config.sigma_data, torch.zeros_like(draw.z)
         for k in range(step + 1):
             with torch.set_grad_enabled(k == step):
-                t = torch.full((len(x_0),), self._times[k])
+                t = torch.full((len(x_0),), self._times[k], device=x_0.device)
                 x_t = add_noise(x_0, draw.noises[k], t)
                 x_0 = predict_data(x_t, network(x_t / sigma_data, t, labels), t, sigma_data=sigma_data)
         return x_0
@@ -143,5 +147,5 @@ class Vsd:
         self.optimizer.zero_grad(set_to_none=True)
         loss, _ = diffusion_loss(self.fake, self.fake_logvar, batch, sigma_data=self._config.sigma_data)
         loss.backward()  # type: ignore[no-untyped-call]
-        if torch.isfinite(nn.utils.clip_grad_norm_(self._learned, self._config.grad_clip)):
+        if torch.isfinite(nn.utils.clip_grad_norm_(self._learned, self._config.grad_clip or math.inf)):
             self.optimizer.step()

@@ -1,0 +1,152 @@
+"""A run made ready to iterate: its networks, losses and optimizer, arranged for its processes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..model.consistency import ConsistencyModel
+from .config import TrainConfig
+from .data import ImageData
+from .discrete import Anchor
+from .distributed import Scale, World
+from .ema import Profiles, update_ema
+from .losses import loss_function, make_vsd
+from .objectives import LogVariance
+from .prepare import Prepared
+from .sharding import LossModule, gathered_state, recompute_activations, shard, wrap
+from .stable_target import StableTarget
+from .state import RunState
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that one process of a run holds.
+
+    Attributes:
+        config: What is run.
+        scale: How it is spread out.
+        world: The processes.
+        data: The images.
+        stable_target: Replaces data by posterior means, or None.
+        loss: ``(batch, iteration) -> (loss, residual)``, as the module that DDP or FSDP2 wraps.
+        parameters: What the optimizer moves, in its order.
+        optimizer: Of the student and the weighting heads.
+        average: The averaged model; each process's share of it where the run is sharded.
+        profiles: The averages that others are made from.
+        state: Everything of it that changes.
+    """
+
+    config: TrainConfig
+    scale: Scale
+    world: World
+    data: ImageData
+    stable_target: StableTarget | None
+    loss: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: ConsistencyModel
+    profiles: Profiles
+    state: RunState
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a share."""
+        return self.scale.parallel == "fsdp"
+
+    @property
+    def rows(self) -> slice | None:
+        """Which samples of each batch are this process's; None for all."""
+        share = self.config.batch_size // self.world.size
+        return None if self.world.size == 1 else slice(self.world.rank * share, (self.world.rank + 1) * share)
+
+    def move(self) -> None:
+        """Take the optimizer's step and let the average follow."""
+        self.optimizer.step()
+        update_ema(self.average.network, self.state.network, self.config.ema_decay_at(self.state.iteration))
+
+    def gathered(self) -> ConsistencyModel:
+        """Return the averaged model, whole on process 0; all processes must call it."""
+        if not self.sharded:
+            return self.average
+        weights = gathered_state(self.average.network, self.world)
+        if weights is None:
+            return self.average
+        model = ConsistencyModel(self.average.config)
+        model.network.load_state_dict(weights)
+        return model.to(self.world.device).eval().requires_grad_(False)
+
+
+def build(start: Prepared, out: Path, scale: Scale, world: World) -> Run:
+    """Make a run's networks, losses and optimizer, with the weights it starts from."""
+    config, sharded = start.config, scale.parallel == "fsdp"
+    torch.manual_seed(config.seed)
+    network = _arrange(ConsistencyModel(start.model_config).network.train(), config)
+    if start.initial is not None:
+        network.load_state_dict(start.initial.network.state_dict())
+    teacher = _arrange(start.teacher.network, config) if start.teacher else None
+    if not sharded:  # sharding moves one block at a time
+        network.to(world.device)
+        if teacher is not None:
+            teacher.to(world.device)
+    average = ConsistencyModel(start.model_config, deepcopy(network)).eval().requires_grad_(False)
+    profiles = Profiles(config, network, out, world)
+    stable_target = (
+        StableTarget(start.data, sigma_data=config.sigma_data, device=world.device) if config.stable_targets else None
+    )
+    logvar, vsd = LogVariance(), make_vsd(config, network, teacher, stable_target)
+    anchor = Anchor(config, stable_target) if config.anchor_weight else None
+    heads = [logvar, *([vsd.logvar] if vsd else []), *([anchor.logvar] if anchor else [])]
+    if scale.recompute:
+        recompute_activations(network)
+    used = logvar if config.adaptive_weighting and config.objective != "vsd" else None
+    compute = loss_function(config, network, teacher, used, vsd, anchor)
+    learned = [head for head in heads if config.adaptive_weighting or (vsd and head is vsd.logvar)]
+    for head in heads:
+        head.to(world.device)
+    loss = LossModule(network, [head for head in learned if head is not logvar or used], compute)
+    if sharded:
+        for other in [average.network, *profiles.modules().values(), *([teacher] if teacher is not None else [])]:
+            shard(other, other, world)
+    wrapped = wrap(loss, scale, world)
+    parameters = [p for module in (network, *heads) for p in module.parameters()]
+    kind = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.Adam
+    optimizer = kind(parameters, lr=config.learning_rate, betas=config.betas, eps=config.epsilon)
+    state = RunState(
+        network=network,
+        average=average.network,
+        modules={
+            "logvar": logvar,
+            **(vsd.modules() if vsd else {}),
+            **({"anchor_logvar": anchor.logvar} if anchor else {}),
+            **profiles.modules(),
+        },
+        optimizers={"optimizer": optimizer, **({"fake_optimizer": vsd.optimizer} if vsd else {})},
+    )
+    return Run(
+        config=config,
+        scale=scale,
+        world=world,
+        data=start.data,
+        stable_target=stable_target,
+        loss=wrapped,
+        parameters=parameters,
+        optimizer=optimizer,
+        average=average,
+        profiles=profiles,
+        state=state,
+    )
+
+
+def _arrange(module: nn.Module, config: TrainConfig) -> nn.Module:
+    """Put the weights in channels-last layout when compiled and leave them as they are when not.
+
+    Without the compiler each group normalization would copy back and forth between the layouts.
+    """
+    if not config.compile:
+        return module
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,147 @@
+"""A run's state split over its processes: each writes its own share, any number of processes reads them.
+
+``torch.distributed.checkpoint`` splits the work; its Hugging Face storage writes safetensors, so that nothing is a
+pickle. A checkpoint is a folder ``state-ITERATION`` that appears when it is whole; the one before it goes afterwards.
+On several machines the run's folder must be one that they share.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..errors import TrainError
+from ..files import atomic_folder, atomic_write_bytes
+from .distributed import World
+from .state import STATE_FILE, UNREADABLE, RunState, load_state, not_resumable, save_state
+
+COUNTERS_FILE = "counters.json"
+FOLDER = re.compile(r"state-(\d{8,})")
+
+
+def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None:
+    """Write a run's state, as a file or as shares; what was there before stays until the new one is whole.
+
+    Raises:
+        TrainError: If a disk refuses, on any process; the earlier state is still there.
+    """
+    if not sharded:
+        world.on_main(lambda: _write_file(out, state))
+        return
+    target = out / f"state-{state.iteration:08d}"
+    with ExitStack() as stack:
+
+        def begin() -> str:
+            folder = stack.enter_context(atomic_folder(target, overwrite=True, marker=COUNTERS_FILE, error=TrainError))
+            return str(folder)
+
+        folder = world.on_main(begin)
+        _write_shares(folder, target, state)
+        world.on_main(
+            lambda: atomic_write_bytes(Path(folder) / COUNTERS_FILE, state.counters().encode(), error=TrainError)
+        )
+        world.on_main(stack.close)
+    world.on_main(lambda: _remove_all_but(out, target))
+
+
+def load_run(out: Path, state: RunState, world: World) -> None:
+    """Fill ``state`` from the newest that was written, in whichever form and by however many processes.
+
+    Raises:
+        IntegrityError: If it is damaged or belongs to another network.
+    """
+    newest = world.on_main(lambda: _newest(out))
+    if newest is not None and newest.is_dir():
+        _read_shares(newest, state, world)
+    else:
+        world.together(lambda: load_state(out, state))
+
+
+def _write_file(out: Path, state: RunState) -> None:
+    save_state(out, state)
+    _remove_all_but(out, out / STATE_FILE)
+
+
+def _write_shares(folder: str, target: Path, state: RunState) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+    try:
+        dcp.save(dict(state.tensors()), storage_writer=writer)
+    except dcp.CheckpointException as exc:  # the same on every process
+        raise TrainError(
+            f"{target} cannot be written: {_reasons(exc)}. The checkpoint before it is still there. "
+            "Free some space or choose another disk, then run the same command again."
+        ) from exc
+
+
+def _read_shares(folder: Path, state: RunState, world: World) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(folder))
+
+    def begin() -> tuple[str, dict[str, Any]]:
+        try:
+            stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+            shapes = {name: torch.Size(about.size) for name, about in stored.items()}
+            return (folder / COUNTERS_FILE).read_text(), dict(state.blanks(shapes))
+        except UNREADABLE as exc:
+            raise not_resumable(folder, exc) from exc
+
+    def end() -> None:
+        try:
+            state.fill(tensors, counters)
+        except UNREADABLE as exc:
+            raise not_resumable(folder, exc) from exc
+
+    counters, tensors = world.together(begin)
+    try:
+        with warnings.catch_warnings():  # that one process alone reads is what is asked for
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+    except dcp.CheckpointException as exc:  # the same on every process
+        raise not_resumable(folder, _reasons(exc)) from exc
+    world.together(end)
+
+
+def _reasons(exc: Any) -> str:
+    """Return what the processes met, each reason once."""
+    return "; ".join(dict.fromkeys(str(error) or type(error).__name__ for error, _ in exc.failures.values()))
+
+
+def _newest(out: Path) -> Path | None:
+    """Return the state with the most iterations. A file that does not tell is taken, so that its damage is told."""
+    found = [(int(path.name.partition("-")[2]), path) for path in _folders(out)]
+    file = out / STATE_FILE
+    if file.exists():
+        try:
+            with safe_open(file, framework="pt") as archive:
+                found.append((int(json.loads(archive.metadata()["counters"])["iteration"]), file))
+        except UNREADABLE:
+            return file
+    return max(found)[1] if found else None
+
+
+def _folders(out: Path) -> list[Path]:
+    """Return the whole checkpoints of a run."""
+    return [path for path in out.glob("state-*") if FOLDER.fullmatch(path.name) and (path / COUNTERS_FILE).is_file()]
+
+
+def _remove_all_but(out: Path, kept: Path) -> None:
+    """Delete other states. The newest is found without that, so a refusal is no failure."""
+    for path in _folders(out):
+        if path != kept:
+            shutil.rmtree(path, ignore_errors=True)
+    if kept.name != STATE_FILE:
+        with suppress(OSError):
+            (out / STATE_FILE).unlink(missing_ok=True)
