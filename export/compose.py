@@ -8,6 +8,8 @@ sampler's algebra, float32 with constants computed in float64:
     F   = network(x_t / sigma_data, t, class_labels)
     x0  = cos(t) x_t - sin(t) sigma_data F
 
+and behind the last step the decoder, where a latent model has one and pixels are asked for.
+
 Names say where things are: values ``step0/x_t``, ``step0/network_input``, ``step0/F``, ``step0/x0``
 (the last ``x0`` is the output, ``images``), nodes ``step0/sampler/...`` for the algebra and
 ``step0/<module path>/<operator>`` for the network.
@@ -24,6 +26,7 @@ from scm_sdk import __version__
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import SamplerSpec
 
+from .decode import decoder_stage
 from .partial import BATCH_DIM, TIME_INPUT, classify, needed, time_border, time_constants
 from .passes import check_time_folded
 
@@ -63,6 +66,10 @@ def compose_sampler(network: NetworkGraph, spec: SamplerSpec) -> ir.Model:
     for step in range(spec.num_inference_steps):
         x0 = unroller.add_step(step, x0)
     assert x0 is not None, "a spec has at least one time"
+    if network.decoder is not None and spec.output == "pixels":
+        x0, nodes, weights = decoder_stage(network.decoder, x0)
+        unroller.nodes += nodes
+        unroller.initializers |= {weight.name or "": weight for weight in weights}
     x0.name = spec.output_name
     graph = ir.Graph(
         list(unroller.inputs.values()),
@@ -90,10 +97,13 @@ def _check_fits(network: NetworkGraph, spec: SamplerSpec) -> None:
                 f"the spec has {name} {getattr(spec, name)}, expected {getattr(own, name)} as the exported "
                 "network has. Make the spec with model.spec(num_inference_steps)."
             )
-    if spec.image_shape != spec.sample_shape:
+    decoded = network.decoder is not None and spec.output == "pixels"
+    shape = own.image_shape if decoded else own.sample_shape
+    if spec.image_shape != shape:
         raise ConfigError(
-            f"the spec has output_shape {spec.output_shape}, expected sample_shape {spec.sample_shape}: this "
-            "composition ends with the consistency model and holds no decoder. Leave output_shape empty."
+            f"the spec has output_shape {spec.output_shape}, expected {shape}: this composition ends with the "
+            f"{'decoder' if decoded else 'consistency model and holds no decoder'}. Make it with model.spec, or leave "
+            "output_shape empty for latents."
         )
 
 

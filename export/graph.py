@@ -24,6 +24,8 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.spec import SamplerSpec
 
 from .compose import compose_sampler
+from .decode import export_decoder
+from .partial import TIME_INPUT
 from .passes import clean
 from .trace import EXAMPLE_BATCH, ROOT, require_exportable, trace_network, translate
 from .write import EXTERNAL_DATA_ABOVE, GraphReport, write_model
@@ -57,13 +59,15 @@ class NetworkGraph:
         spec: A sampler of the model; samplers composed from this must agree with it.
         versions: What goes into the file's metadata beside the spec.
         num_nodes_exported: Nodes before cleaning.
-        seconds: Wall time of the stages ``trace``, ``translate`` and ``clean``.
+        decoder: The last stage of samplers that return pixels of a latent model; see ``decode.export_decoder``.
+        seconds: Wall time of the stages ``trace``, ``translate``, ``clean`` and ``decoder``.
     """
 
     model: ir.Model
     spec: SamplerSpec
     versions: Mapping[str, str]
     num_nodes_exported: int
+    decoder: ir.Model | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -106,12 +110,17 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
     with _stage("trace", "trace the network", seconds, progress):
         program = trace_network(model.network, x, conditioning)
     with _stage("translate", "translate to ONNX", seconds, progress):
-        graph = translate(program, conditioning)
+        graph = translate(program, ("x", TIME_INPUT, *conditioning), "F")
     num_nodes_exported = graph.graph.num_nodes()
     with _stage("clean", "clean the graph", seconds, progress):
         clean(graph, root=ROOT)
+    decoder = None
+    if model.decoder is not None:
+        with _stage("decoder", "export the decoder", seconds, progress):
+            decoder = export_decoder(model.decoder, spec.sample_shape)
     return NetworkGraph(
         model=graph,
+        decoder=decoder,
         spec=spec,
         versions={"scm_sdk_version": __version__, "scm_exporter": f"torch {torch.__version__}"},
         num_nodes_exported=num_nodes_exported,

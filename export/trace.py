@@ -13,14 +13,14 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scm_sdk.errors import ExportError, ScmError, ShapeError
 
-from .partial import BATCH_DIM, TIME_INPUT
+from .partial import BATCH_DIM
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -109,12 +109,46 @@ def trace_network(network: nn.Module, x: Tensor, conditioning: Mapping[str, Tens
         return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
 
 
-def translate(program: ExportedProgram, conditioning: Mapping[str, Tensor]) -> ir.Model:
+def trace_decoder(decoder: nn.Module, latents: Tensor) -> ExportedProgram:
+    """Trace ``decoder(latents)`` for any batch size.
+
+    Args:
+        decoder: In evaluation mode, float32.
+        latents: Example, (B, *sample_shape) with B = ``EXAMPLE_BATCH``.
+
+    Raises:
+        ShapeError: If it returns another shape than it says.
+        ExportError: If it fails, fixes the batch size, or decides by the value of a tensor.
+    """
+    import torch
+
+    class Decoding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, latents: Tensor) -> Tensor:
+            out: Tensor = self.decoder(latents)
+            return out
+
+    module, name = Decoding().eval(), type(getattr(decoder, "module", decoder)).__name__
+    with torch.no_grad(), _translated(f"{name} fails on an example of two samples"):
+        module(latents)
+    with torch.no_grad(), _quiet(), _translated(f"{name} cannot be traced"):
+        shapes = {"latents": {0: torch.export.Dim(BATCH_DIM)}}
+        return torch.export.export(module, (latents,), dynamic_shapes=shapes, strict=False)
+
+
+def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> ir.Model:
     """Translate a trace to ONNX.
 
+    Args:
+        program: What ``trace_network`` or ``trace_decoder`` returned.
+        inputs: Names of its inputs in order.
+        output: Name of its output.
+
     Returns:
-        A model with inputs ``x``, ``t`` and the conditioning, output ``F``, opset 20. It shares the
-        weights' memory with the network and holds the exporter's metadata.
+        A model of opset 20. It shares the weights' memory with the network and holds the exporter's metadata.
 
     Raises:
         ExportError: If an operator has no translation, or comes out in another opset.
@@ -126,8 +160,8 @@ def translate(program: ExportedProgram, conditioning: Mapping[str, Tensor]) -> i
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["x", TIME_INPUT, *conditioning],
-            output_names=["F"],
+            input_names=list(inputs),
+            output_names=[output],
             external_data=False,
             verbose=False,
         )
