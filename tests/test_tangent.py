@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from scm_sdk.model.consistency import make_network
 from scm_sdk.model.presets import tiny
+from scm_sdk.model.solvers import karras_times
 from scm_sdk.model.transformer import TransformerConfig
 from scm_sdk.model.unet import UNet
 from scm_sdk.train.config import TrainConfig
@@ -18,13 +19,13 @@ from scm_sdk.train.objectives import (
     Batch,
     LogVariance,
     consistency_loss,
-    consistency_target,
     diffusion_loss,
     weighted_residual,
 )
-from scm_sdk.train.tangent import normalize_tangent, scaled_jvp, tangent
+from scm_sdk.train.tangent import grid_times, normalize_tangent, scaled_difference, scaled_jvp, tangent
 
 SD = 0.5
+MODES = ("jvp", "jvp2", "fd")
 
 
 TRANSFORMER = TransformerConfig(
@@ -148,6 +149,74 @@ def test_one_scd_step_equals_the_transcription(network, r):
             torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
 
 
+def gradient(network, b, run, teacher=None, r=1.0):
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    loss, _ = consistency_loss(network, teacher, None, b, run, r)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+def test_the_three_ways_to_the_tangent_agree(network):
+    b = make_batch()
+    one, two, fd = (gradient(network, b, config(tangent_mode=mode, tangent_step=1e-4), r=0.7) for mode in MODES)
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
+    assert (fd - two).norm() < 1e-6 * two.norm()
+
+
+def test_finite_differences_in_float32_are_good_to_a_part_in_a_hundred(network):
+    """The default step is where rounding and truncation are about alike; at t near pi/2 dF/dt counts least."""
+    b = make_batch()
+    x_t, dxdt = b.x_0, b.z
+
+    def bound(x, t):
+        return network(x, t, b.class_labels)
+
+    with torch.no_grad():
+        exact = scaled_jvp(bound, x_t, b.t, dxdt, sigma_data=SD)[1]
+        network.float()
+        try:
+            single = [value.float() for value in (x_t, b.t, dxdt)]
+            found = scaled_difference(bound, *single, sigma_data=SD, step=config().tangent_step).double()
+        finally:
+            network.double()
+    error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert (error < 1e-2).all(), error
+
+
+@pytest.mark.parametrize("objective", ["scd", "sct"])
+def test_discrete_time_tends_to_continuous_time(network, objective):
+    """No JVP is taken there, so this is the oracle for all of it: the gradients differ in proportion to the step."""
+    teacher = UNet(tiny(num_classes=3)).double().eval() if objective == "scd" else None
+    b = make_batch()
+
+    def error(points):
+        snapped = dataclasses.replace(b, t=grid_times(b.t, points, sigma_data=SD)[0])
+        exact = gradient(network, snapped, config(), teacher, r=0.7)
+        return float((gradient(network, b, config(discrete_points=points), teacher, r=0.7) - exact).norm()) / float(
+            exact.norm()
+        )
+
+    coarse, fine = error(2_000), error(20_000)
+    assert fine < 1e-2
+    assert 7 < coarse / fine < 14
+
+
+@given(t=st.floats(1e-5, math.pi / 2), count=st.integers(2, 200))
+@settings(max_examples=50, deadline=None)
+def test_the_grid_has_each_time_between_its_neighbours(t, count):
+    times = torch.tensor([t], dtype=torch.float64)
+    above, below = (float(x) for x in grid_times(times, count, sigma_data=SD))
+    grid = karras_times(count, SD)
+    assert above in grid and grid[grid.index(above) + 1] == below
+    assert below < min(t, grid[0]) <= above
+
+
+def test_clamping_in_place_of_normalization():
+    g = torch.tensor([[[[-3.0, 0.5], [1.0, 9.0]]]])
+    clamped = normalize_tangent(g, norm="clamp", c=0.1)
+    assert clamped.flatten().tolist() == [-1.0, 0.5, 1.0, 1.0]
+
+
 def test_sct_follows_the_data(network):
     b = make_batch()
     sct, _ = consistency_loss(network, None, None, b, config(), 1.0)
@@ -159,7 +228,8 @@ def test_sct_follows_the_data(network):
     torch.testing.assert_close(sct, scd, rtol=1e-12, atol=0)
 
 
-def test_dropout_masks_are_shared_between_the_passes():
+@pytest.mark.parametrize(("mode", "points"), [("jvp", 0), ("jvp2", 0), ("fd", 0), ("jvp2", 64)])
+def test_dropout_masks_are_shared_between_the_passes(mode, points):
     """With the target's g switched off (t = 0), F - F- is zero only if both passes drop the same."""
     torch.manual_seed(0)
     net = UNet(msgspec.structs.replace(tiny(), dropout=0.5))
@@ -168,11 +238,15 @@ def test_dropout_masks_are_shared_between_the_passes():
             p.add_(torch.randn_like(p) * 0.2)
     net.train()
     b = dataclasses.replace(make_batch(dtype=torch.float32), class_labels=None)
-    x_t, target = consistency_target(net, None, b, config(dropout=0.5), 1.0)
-    g_only = TrainConfig(objective="sct", init_from="x", network=tiny(), dropout=0.5, tangent_c=1e12)
+    g_only = TrainConfig(objective="sct", init_from="x", network=tiny(), dropout=0.5, tangent_c=1e12, tangent_mode=mode)
     _, residual = consistency_loss(net, None, None, b, g_only, 1.0)
     assert float(residual) < 1e-10
-    assert torch.isfinite(target).all() and torch.isfinite(x_t).all()
+    free = msgspec.structs.replace(g_only, tangent_c=0.1, discrete_points=points)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(float(consistency_loss(net, None, None, b, free, 1.0)[1]))
+    assert runs[0] == runs[1] and math.isfinite(runs[0])
 
 
 def test_diffusion_loss_is_zero_for_the_true_velocity():

@@ -52,6 +52,20 @@ def true_velocity(x_0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return torch.cos(t) * z - torch.sin(t) * x_0
 
 
+def rotate(x_t: Tensor, dxdt: Tensor, angle: Tensor) -> Tensor:
+    """Follow a trajectory back by ``angle``: ``cos(angle) x_t - sin(angle) dx/dt``, (B, ...), data units.
+
+    DDIM, and exact where the velocity is that of ``x_t = cos(t) x_0 + sin(t) z``.
+
+    Args:
+        x_t: Noisy samples, (B, ...), data units.
+        dxdt: Their velocities, (B, ...), data units.
+        angle: How far, (B,), radians.
+    """
+    angle = expand_time(angle, x_t)
+    return torch.cos(angle) * x_t - torch.sin(angle) * dxdt
+
+
 def predict_data(x_t: Tensor, F: Tensor, t: Tensor, *, sigma_data: float) -> Tensor:
     """Step from a noisy sample to the data end of its trajectory.
 

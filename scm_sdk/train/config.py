@@ -223,6 +223,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.guidance != (1.0, 1.0)
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the student."""
+        return self.guidance[0] < self.guidance[1]
+
+    @property
     def first_weights(self) -> str:
         """Checkpoint folder whose weights start the run, "" for random weights."""
         return self.init_from or self.teacher

@@ -10,18 +10,27 @@ Source: arXiv 2410.11081, sections 3 and 4, appendices A and D.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..model.layers import PositionalEmbedding
-from ..model.trigflow import add_noise, true_velocity
+from ..model.trigflow import add_noise, rotate, true_velocity
 from .config import TrainConfig
-from .tangent import normalize_tangent, scaled_jvp, tangent
+from .tangent import (
+    Network,
+    discrete_tangent,
+    grid_times,
+    normalize_tangent,
+    scaled_difference,
+    scaled_jvp,
+    tangent,
+)
 
-ConditionedNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+ConditionedNetwork = Callable[..., Tensor]
+"""``(x, t, class_labels) -> F``, and with ``guidance_scale=`` by name where a batch has one."""
 
 
 class LogVariance(nn.Module):
@@ -53,6 +62,8 @@ class Batch:
         z: Noise of standard deviation ``sigma_data``, (B, ...), data units.
         t: Times, (B,), radians, float32.
         class_labels: Labels, (B,), int64, or None.
+        guidance_scale: Guidance scales, (B,), float32, that teacher and student are told; None where the student takes
+            none.
         rows: Which samples of the iteration's whole batch these are; None for all of them.
     """
 
@@ -60,7 +71,15 @@ class Batch:
     z: Tensor
     t: Tensor
     class_labels: Tensor | None
+    guidance_scale: Tensor | None = None
     rows: slice | None = None
+
+
+def bind(network: ConditionedNetwork, batch: Batch) -> Network:
+    """Return a network as a function of x and t alone, with the batch's labels and guidance scales."""
+    if batch.guidance_scale is None:
+        return lambda x, t: network(x, t, batch.class_labels)
+    return lambda x, t: network(x, t, batch.class_labels, guidance_scale=batch.guidance_scale)
 
 
 def seeded_generator(seed: int, iteration: int, stream: int) -> torch.Generator:
@@ -99,41 +118,9 @@ def diffusion_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the TrigFlow loss (Eq. 4), as ``weighted_residual`` does."""
     x_t = add_noise(batch.x_0, batch.z, batch.t)
-    F = network(x_t / sigma_data, batch.t, batch.class_labels)
+    F = bind(network, batch)(x_t / sigma_data, batch.t)
     residual = sigma_data * F - true_velocity(batch.x_0, batch.z, batch.t)
     return weighted_residual(residual, logvar(batch.t) if logvar else None)
-
-
-def consistency_target(
-    network: ConditionedNetwork,
-    teacher: ConditionedNetwork | None,
-    batch: Batch,
-    config: TrainConfig,
-    warmup: Tensor | float,
-) -> tuple[Tensor, Tensor]:
-    """Return x_t and the target ``F- + g`` of the student, both (B, ...), without gradient.
-
-    Args:
-        network: The student; its own output is the reference point (theta^- = stopgrad(theta)).
-        teacher: The diffusion model whose velocity is followed (sCD), or None for the data's (sCT).
-        batch: What the iteration sees.
-        config: The run.
-        warmup: Factor r in [0, 1].
-    """
-    sigma_data = config.sigma_data
-    with torch.no_grad():
-        x_t = add_noise(batch.x_0, batch.z, batch.t)
-        if teacher is None:
-            dxdt = true_velocity(batch.x_0, batch.z, batch.t)
-        else:
-            dxdt = sigma_data * teacher(x_t / sigma_data, batch.t, batch.class_labels)
-        F, scaled_dF = scaled_jvp(
-            lambda x, t: network(x, t, batch.class_labels), x_t, batch.t, dxdt, sigma_data=sigma_data
-        )
-        g = tangent(F, scaled_dF, x_t, batch.t, dxdt, sigma_data=sigma_data, warmup=warmup)
-        if config.normalize_tangent:
-            g = normalize_tangent(g, norm=config.tangent_norm, c=config.tangent_c)
-        return x_t, F + g
 
 
 def consistency_loss(
@@ -146,12 +133,63 @@ def consistency_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the sCM loss (Algorithm 1), as ``weighted_residual`` does.
 
-    Two passes: the JVP without gradient, then a plain forward with it. Both see the same dropout
-    mask, or dF/dt would not be the derivative of the F that is trained.
+    The target is ``F- + g``, without gradient; the student's own output is the reference point F- (theta^- =
+    stopgrad(theta)). All calls of the student see the same dropout mask, or dF/dt would not be the derivative of the F
+    that is trained.
+
+    Args:
+        network: The student.
+        teacher: The diffusion model whose velocity is followed (sCD), or None for the data's (sCT).
+        logvar: The adaptive weight's head, or None.
+        batch: What the iteration sees.
+        config: The run: how the tangent is found and what is done to it.
+        warmup: Factor r in [0, 1] of the tangent's part that holds dF/dt.
     """
-    mask_state = torch.get_rng_state() if config.dropout else None
-    x_t, target = consistency_target(network, teacher, batch, config, warmup)
-    if mask_state is not None:
-        torch.set_rng_state(mask_state)
-    F = network(x_t / config.sigma_data, batch.t, batch.class_labels)
-    return weighted_residual(F - target, logvar(batch.t) if logvar else None)
+    sigma_data = config.sigma_data
+    s = None
+    if config.discrete_points:
+        t, s = grid_times(batch.t, config.discrete_points, sigma_data=sigma_data)
+        batch = replace(batch, t=t)
+    student = _with_same_masks(bind(network, batch), batch) if config.dropout else bind(network, batch)
+    t = batch.t
+    with torch.no_grad():
+        x_t = add_noise(batch.x_0, batch.z, t)
+        if teacher is None:
+            dxdt = true_velocity(batch.x_0, batch.z, t)
+        else:
+            dxdt = sigma_data * bind(teacher, batch)(x_t / sigma_data, t)
+    if config.tangent_mode == "jvp2" and s is None:
+        with torch.no_grad():
+            reference, scaled_dF = scaled_jvp(student, x_t, t, dxdt, sigma_data=sigma_data)
+        F = student(x_t / sigma_data, t)
+    elif config.tangent_mode == "jvp" and s is None:
+        F, scaled_dF = scaled_jvp(student, x_t, t, dxdt, sigma_data=sigma_data)
+        reference = F.detach()
+    else:
+        F = student(x_t / sigma_data, t)
+        reference = F.detach()
+    with torch.no_grad():
+        if s is not None:
+            x_s = rotate(x_t, dxdt, t - s)
+            F_s = student(x_s / sigma_data, s)
+            g = discrete_tangent(reference, F_s, x_t, t, s, dxdt, sigma_data=sigma_data, warmup=warmup)
+        else:
+            if config.tangent_mode == "fd":
+                scaled_dF = scaled_difference(student, x_t, t, dxdt, sigma_data=sigma_data, step=config.tangent_step)
+            g = tangent(reference, scaled_dF.detach(), x_t, t, dxdt, sigma_data=sigma_data, warmup=warmup)
+        if config.normalize_tangent:
+            g = normalize_tangent(g, norm=config.tangent_norm, c=config.tangent_c)
+        target = reference + g
+    return weighted_residual(F - target, logvar(t) if logvar else None)
+
+
+def _with_same_masks(student: Network, batch: Batch) -> Network:
+    """Return the student such that every call drops the same activations."""
+    masks = torch.cuda if batch.x_0.is_cuda else torch
+    state = masks.get_rng_state()
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        masks.set_rng_state(state)
+        return student(x, t)
+
+    return call
