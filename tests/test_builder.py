@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_helpers import graph, options
 from scm_sdk.errors import (
     BackendUnavailable,
     ExportError,
@@ -16,18 +17,9 @@ from scm_sdk.errors import (
 from scm_sdk.export.build_errors import explain
 from scm_sdk.export.builder import give_timing_cache
 from scm_sdk.export.engine import build_engine
-from scm_sdk.export.engine_options import EngineOptions
 from scm_sdk.trt import make_logger
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows")
-
-
-def graph(graphs: Path, precision: str) -> Path:
-    return graphs / f"onnx/{precision}/1step/model.onnx"
-
-
-def options(*capabilities: str, **changes) -> EngineOptions:
-    return EngineOptions(**({"compute_capabilities": capabilities or ("8.6",), "batch": (1, 2, 5)} | changes))
 
 
 def test_a_damaged_timing_cache_counts_as_empty(tmp_path: Path) -> None:

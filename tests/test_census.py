@@ -5,12 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine_helpers import graph
 from scm_sdk.export.census import Census, doubts, mismatches, parse_kernels, planned_census, take_census
 from scm_sdk.export.write import read_model
-
-
-def graph(graphs: Path, precision: str) -> Path:
-    return graphs / f"onnx/{precision}/1step/model.onnx"
 
 
 def test_no_kernels_means_nothing_is_claimed(graphs: Path) -> None:

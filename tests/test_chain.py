@@ -17,6 +17,8 @@ from scm_sdk.export.write import write_model
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.targets import resolve_targets
 
+pytestmark = pytest.mark.usefixtures("exported_once")
+
 
 def test_a_second_run_changes_nothing_and_more_is_added(unet_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

@@ -12,24 +12,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from engine_helpers import graph, options
 from scm_sdk.bundle import Bundle
 from scm_sdk.engine_fit import is_trusted
 from scm_sdk.errors import ExportError, IntegrityError
 from scm_sdk.export import engine_cache
 from scm_sdk.export.cli import main
-from scm_sdk.export.engine_options import EngineOptions
 from scm_sdk.export.engines import add_engines
 from scm_sdk.targets import Target, resolve_targets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows")
-
-
-def graph(graphs: Path, precision: str) -> Path:
-    return graphs / f"onnx/{precision}/1step/model.onnx"
-
-
-def options(*capabilities: str, **changes) -> EngineOptions:
-    return EngineOptions(**({"compute_capabilities": capabilities or ("8.6",), "batch": (1, 2, 5)} | changes))
 
 
 def test_a_killed_build_leaves_nothing(graphs: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The real thing, on a machine with a CUDA GPU: ``make gpu``.
 
 Every test runs for each flavour that is installed and builds for this GPU; where one does not, or there is no GPU,
-it is skipped with the reason. ``test_trt_backend.py`` holds what can be shown without.
+it is skipped with the reason. ``test_trt_backend.py`` and its neighbours hold what can be shown without.
 """
 
 import shutil
@@ -32,17 +32,13 @@ from scm_sdk.targets import resolve_target
 from scm_sdk.trt import EXTRAS
 
 # What NVIDIA's libraries deprecate is no reason to fail on a machine that nobody has tried.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default::DeprecationWarning")]
+# Only engines of the cache that they were built into are trusted, and fixtures build into the session's.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.shared_cache,
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
 MIB = 2**20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One for the whole module: only engines of this cache are trusted, and they are built once."""
-    with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("gpu-cache")
-        patch.setenv("XDG_CACHE_HOME", str(home))
-        yield home
 
 
 @pytest.fixture(scope="module", params=["tensorrt_rtx", "tensorrt"])
