@@ -11,7 +11,7 @@ from .common import json_option, print_json, say
 
 @click.group()
 def bundle() -> None:
-    """Check a bundle."""
+    """Check a bundle, put it into one file or on the Hugging Face hub."""
 
 
 @bundle.command()
@@ -30,3 +30,56 @@ def verify(path: Path, as_json: bool) -> None:
             f"{path}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all as recorded. "
             f"Build {manifest.build_id[:12]}."
         )
+
+
+@bundle.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file; PATH.scmz when absent.")
+def pack(path: Path, out: Path | None) -> None:
+    """Write the bundle at PATH as one .scmz file; the same bundle gives the same bytes."""
+    from scm_sdk.archive import SUFFIX
+    from scm_sdk.archive import pack as pack_bundle
+
+    written = pack_bundle(path, out or path.with_name(path.resolve().name + SUFFIX))
+    say(f"{written}: {written.stat().st_size / 1e6:.1f} MB. Generator.from_pretrained opens it as it is.")
+
+
+@bundle.command()
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+def unpack(archive: Path, out: Path, overwrite: bool) -> None:
+    """Write the bundle in ARCHIVE, a .scmz file, to a folder; it is checked before it appears."""
+    from scm_sdk.archive import unpack as unpack_bundle
+
+    say(f"{unpack_bundle(archive, out, overwrite=overwrite)}: every file as its manifest lists it.")
+
+
+@bundle.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--hub-id", default="", metavar="OWNER/NAME", help="Where the card says that the bundle is.")
+def card(path: Path, hub_id: str) -> None:
+    """Write the model card of the bundle at PATH anew, from what it records by now."""
+    from ..card import CARD_PATH, refresh_card
+
+    say(f"{refresh_card(path, where=hub_id).path / CARD_PATH}")
+
+
+@bundle.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--revision", help="Branch to write to; main when absent.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--message", default="", help="Of the commit.")
+def push(path: Path, repo_id: str, revision: str | None, private: bool, create_pr: bool, message: str) -> None:
+    """Upload the bundle at PATH, with a card that is up to date, to the Hugging Face hub."""
+    from scm_sdk.hub import is_repo_id
+
+    from ..card import refresh_card
+
+    if not is_repo_id(repo_id):
+        raise click.UsageError(f"{repo_id!r} is no hub id, expected OWNER/NAME.")
+    refreshed = refresh_card(path, where=repo_id)
+    say(refreshed.push_to_hub(repo_id, revision=revision, private=private or None, message=message,
+                              create_pr=create_pr))  # fmt: skip

@@ -184,12 +184,21 @@ class ConsistencyModel(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, network: nn.Module | None = None) -> ConsistencyModel:
-        """Load ``config.json`` and ``diffusion_pytorch_model.safetensors`` from a folder, in eval mode.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        network: nn.Module | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> ConsistencyModel:
+        """Load ``config.json`` and ``diffusion_pytorch_model.safetensors``, in eval mode.
 
         Args:
-            folder: The checkpoint.
+            path: Folder of a checkpoint or a bundle, a ``.scmz`` file, or a hub id ``owner/name``.
             network: A module to load the weights into, where the network is your own and not registered.
+            revision: Branch, tag or commit of a hub id.
+            local_files_only: Take a hub id from the cache alone.
 
         Raises:
             ConfigError: If the network's code is not here.
@@ -197,14 +206,37 @@ class ConsistencyModel(nn.Module):
             IntegrityError: If the weights are truncated or do not fit the config.
         """
         from .checkpoint import load_checkpoint
+        from .sharing import find_checkpoint
 
-        return load_checkpoint(Path(folder), network)
+        return load_checkpoint(find_checkpoint(path, revision=revision, local_files_only=local_files_only), network)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, each file atomically."""
         from .checkpoint import save_checkpoint
 
         save_checkpoint(self, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str = "",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload config, weights and a model card to the Hugging Face hub; see ``scm_sdk.hub.push``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            BackendUnavailable: If huggingface_hub is not installed.
+            BundleError: If the hub refuses or cannot be reached.
+        """
+        from .sharing import push_model
+
+        return push_model(self, repo_id, revision=revision, private=private, message=message, create_pr=create_pr)
 
 
 def _own_model_config(network: nn.Module | None, own: dict[str, Any]) -> ModelConfig:

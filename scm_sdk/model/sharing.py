@@ -1,0 +1,51 @@
+"""Models by more than a folder: from a bundle, a ``.scmz`` file or the hub, and to the hub with a card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..bundle import Bundle
+from ..card import model_card
+from ..errors import BundleError
+from ..hub import push
+from ..locate import locate
+from ..manifest import MANIFEST_NAME
+from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, save_checkpoint
+from .consistency import ConsistencyModel
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Return the checkpoint's folder of what ``locate`` finds; of a bundle, its own checkpoint, checked.
+
+    Raises:
+        BundleError: If there is none.
+    """
+    folder = locate(path, revision=revision, local_files_only=local_files_only)
+    if (folder / CONFIG_NAME).exists() or not (folder / MANIFEST_NAME).exists():
+        return folder
+    bundle = Bundle.open(folder)
+    checkpoints = bundle.artifacts(format="safetensors")
+    if not checkpoints:
+        raise BundleError(f"{folder} is a bundle without a checkpoint, expected one with weights. Ask who made it.")
+    return bundle.file(checkpoints[0].path)
+
+
+def push_model(
+    model: ConsistencyModel, repo_id: str, *,
+    revision: str | None = None, private: bool | None = None, message: str = "", create_pr: bool = False,
+) -> str:  # fmt: skip
+    """Upload config, weights and a card; see ``ConsistencyModel.push_to_hub``."""
+    specs = tuple(model.spec(steps) for steps in (1, 2))
+    card = model_card(repo_id.partition("/")[2], specs, model.config.provenance, where=repo_id)
+    with TemporaryDirectory(prefix="scm-push-") as name:
+        folder = Path(name)
+        save_checkpoint(model, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return push(
+            folder, [CONFIG_NAME, WEIGHTS_NAME, "README.md"], repo_id, revision=revision, private=private,
+            message=message, create_pr=create_pr,
+        )  # fmt: skip
