@@ -10,6 +10,7 @@ import hashlib
 import re
 import stat
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 
@@ -138,11 +139,30 @@ def check_content(folder: Path, entry: FileEntry) -> None:
 
 
 def make_build_id(manifest: Manifest) -> str:
-    """Return the sha256 over what decides the artifacts: their files, samplers and library versions."""
+    """Return the sha256 over what decides the artifacts: their files, samplers and library versions.
+
+    Fields at their defaults do not count, so that one which a later schema adds leaves the ids of older bundles.
+    """
     parts = {
         "files": sorted([e.path, e.sha256] for e in manifest.files if e.role in _BUILD_ROLES),
-        "samplers": manifest.samplers,
-        "artifacts": manifest.artifacts,
+        "samplers": [_chosen(sampler) for sampler in manifest.samplers],
+        "artifacts": [_chosen(artifact) for artifact in manifest.artifacts],
         "versions": manifest.versions,
     }
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
+
+
+def _chosen(value: Any) -> Any:
+    """Return a struct as a dict of the fields that are not at their defaults, and whatever it holds likewise."""
+    if isinstance(value, tuple):
+        return [_chosen(item) for item in value]
+    if not isinstance(value, msgspec.Struct):
+        return value
+    found = {}
+    for field in msgspec.structs.fields(value):
+        here = getattr(value, field.name)
+        factory = field.default_factory
+        default = field.default if factory is msgspec.NODEFAULT else factory()
+        if here != default:
+            found[field.name] = _chosen(here)
+    return found

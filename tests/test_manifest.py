@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scm_sdk._bundle_checks import make_build_id
 from scm_sdk.errors import SchemaError
 from scm_sdk.manifest import SCHEMA_VERSION, Artifact, FileEntry, Manifest, ParityRecord
 from scm_sdk.spec import SamplerSpec, default_times
@@ -104,3 +105,11 @@ def test_any_bytes_give_a_manifest_or_a_schema_error(data: st.DataObject) -> Non
     except SchemaError:
         return
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_field_that_a_later_schema_adds_leaves_the_ids_of_older_bundles() -> None:
+    """A golden value: whoever changes it makes every bundle that exists look altered."""
+    manifest = make(samplers=(SamplerSpec(times=(1.5, 0.5), sample_shape=(3, 16, 16)),))
+    assert make_build_id(manifest) == "19fe5c389ed2cb8d89fe12be15c3215100ba1235e5aca60c7a296e02707a129d"
+    other = make(samplers=(SamplerSpec(times=(1.5, 0.5), sample_shape=(3, 16, 16), sigma_data=0.25),))
+    assert make_build_id(other) != make_build_id(manifest)
