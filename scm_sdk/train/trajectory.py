@@ -24,8 +24,10 @@ from torch import Tensor
 
 from ..model.solvers import solve_ode
 from ..model.trigflow import predict_data
+from .batches import take
 from .config import TrainConfig
-from .objectives import ConditionedNetwork, LogVariance, seeded_generator
+from .guidance import sample_guidance
+from .objectives import ConditionedNetwork, LogVariance, bind, seeded_generator
 
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.01, 7.0
 """Noise levels of a trajectory, data units, and the exponent of their grid (arXiv 2206.00364, Eq. 5)."""
@@ -45,12 +47,22 @@ class Points:
         t: Their times, (B,), radians, float32.
         end: The ends of their trajectories, (B, ...), data units.
         class_labels: Labels, (B,), int64, or None.
+        guidance_scale: Guidance scales of the trajectories, (B,), float32, or None.
     """
 
     x_t: Tensor
     t: Tensor
     end: Tensor
     class_labels: Tensor | None
+    guidance_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the teacher is told of trajectories: their labels and guidance scales, (B,) each, or None."""
+
+    class_labels: Tensor | None
+    guidance_scale: Tensor | None
 
 
 class Trajectories:
@@ -86,12 +98,13 @@ class Trajectories:
             self._solve(block, device)
         size = self._config.batch_size
         state, sample = self._order[at * size : (at + 1) * size].unbind(1)
-        labels = self._labels
+        labels, guidance = self._labels, self._guidance
         return Points(
             x_t=self._states[state, sample],
             t=self._times[state],
             end=self._ends[sample],
             class_labels=None if labels is None else labels[sample],
+            guidance_scale=None if guidance is None else guidance[sample],
         )
 
     def _solve(self, block: int, device: torch.device | None) -> None:
@@ -101,23 +114,26 @@ class Trajectories:
         labels = torch.randint(self._num_classes, (count,), generator=generator) if self._num_classes else None
         noise = torch.randn((count, *self._shape), generator=generator).to(device)
         labels = None if labels is None else labels.to(device)
+        guidance = sample_guidance(config, count, block, stream=6)
+        guidance = None if guidance is None else guidance.to(device)
         times = self.times(float(torch.rand((), generator=generator)))
         size = config.batch_size  # one large batch would not fit into a processor's cache
         parts = [noise[at : at + size] for at in range(0, count, size)]
-        labels_of = [None if labels is None else labels[at : at + size] for at in range(0, count, size)]
-        followed = [self._follow(z, chosen, times) for z, chosen in zip(parts, labels_of, strict=True)]
+        told = Told(class_labels=labels, guidance_scale=guidance)
+        told_of = [take(told, slice(at, at + size), noise.device) for at in range(0, count, size)]
+        followed = [self._follow(z, each, times) for z, each in zip(parts, told_of, strict=True)]
         states = torch.cat(followed, dim=1)
-        self._states, self._ends, self._labels = states[:-1], states[-1], labels
+        self._states, self._ends, self._labels, self._guidance = states[:-1], states[-1], labels, guidance
         self._times = torch.tensor(times[:-1], dtype=torch.float32)
         order = torch.randperm(steps * count, generator=generator)
         self._order = torch.stack([order // count, order % count], dim=1)
         self._block = block
 
-    def _follow(self, noise: Tensor, class_labels: Tensor | None, times: tuple[float, ...]) -> Tensor:
-        sigma_data = self._config.sigma_data
+    def _follow(self, noise: Tensor, told: Told, times: tuple[float, ...]) -> Tensor:
+        sigma_data, teacher = self._config.sigma_data, bind(self._teacher, told)
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-            return self._teacher(x_t / sigma_data, t, class_labels)
+            return teacher(x_t / sigma_data, t)
 
         return torch.stack(list(solve_ode(velocity, noise, times, sigma_data=sigma_data, order=2)))
 
@@ -134,7 +150,7 @@ def trajectory_loss(
         sigma_data: Standard deviation of the data.
         huber: Error, data units, above which the loss grows linearly; 0 for the square.
     """
-    F = network(points.x_t / sigma_data, points.t, points.class_labels)
+    F = bind(network, points)(points.x_t / sigma_data, points.t)
     error = (predict_data(points.x_t, F, points.t, sigma_data=sigma_data) - points.end).flatten(1)
     square_B = error.square().mean(dim=1)
     if huber:
