@@ -67,7 +67,8 @@ class MPConv(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel] * (2 if kernel else 0)))
-        self.gain = nn.Parameter(torch.zeros(())) if learned_gain else None
+        # One element and no scalar: FSDP2 splits parameters along their first axis.
+        self.gain = nn.Parameter(torch.zeros(1)) if learned_gain else None
         self.scale, self.padding = scale, kernel // 2
         self.baked = False
 
