@@ -53,8 +53,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show a bar with count, rate and ETA on stderr; plain log lines where it is no terminal.
+def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a bar with count, rate and ETA on stderr, unless that is no terminal or it is to be hidden.
 
     Yields:
         ``update(completed, note="")``.
@@ -74,7 +74,7 @@ def progress_bar(description: str, total: int, *, done: int = 0) -> Iterator[Cal
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=hidden or not console.is_terminal) as progress:
         task = progress.add_task(description, total=total, completed=done, note="")
 
         def update(completed: int, note: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,6 +52,19 @@ def _run_options(
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Names the run."),
         click.option("--compile", is_flag=True, help="torch.compile the loss; the first iteration takes minutes."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads; all when absent."),
+        click.option(
+            "--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp",
+            help="Under torchrun: everything in each process, or a share (FSDP2).",
+        ),
+        click.option(
+            "--accumulate", type=click.IntRange(1), default=1, metavar="N", help="Compute a batch in N parts."
+        ),
+        click.option("--recompute", is_flag=True, help="Compute activations again in the backward pass: less memory."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: see docs."),
+        click.option(
+            "--timeout", type=click.FloatRange(0, min_open=True), default=600.0,
+            help="Seconds that a process waits for the others.",
+        ),
         click.option("--sample-every", type=click.IntRange(0), default=1000, help="Iterations between grids; 0: none."),
         click.option("--checkpoint-every", type=click.IntRange(1), default=250, help="Iterations between checkpoints."),
         click.option("-n", "--dry-run", is_flag=True, help="Print the resolved config and stop."),
@@ -199,6 +213,7 @@ def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> 
 def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = None) -> None:
     import torch
 
+    from scm_sdk.train.distributed import Scale, ToldByProcessZero, is_main_process
     from scm_sdk.train.loop import Hooks, StepLog, train
     from scm_sdk.train.prepare import resolve
     from scm_sdk.train.samples import write_samples
@@ -209,10 +224,13 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
         click.echo(resolve(config, data).config.to_json())
         return
     out: Path = options["out"]
-    say(f"{config.objective}: {config.num_iterations} iterations into {out}. Interrupt at will; run again to go on.")
+    scale = Scale(**{name: options[name] for name in ("parallel", "accumulate", "recompute", "device", "timeout")})
+    main = is_main_process()
+    if main:
+        say(f"{config.objective}: {config.num_iterations} iterations to {out}. Interrupt at will; run again to go on.")
     lines: list[StepLog] = []
 
-    with progress_bar(config.objective, config.num_iterations) as update:
+    with progress_bar(config.objective, config.num_iterations, hidden=not main) as update:
 
         def on_log(line: StepLog) -> None:
             lines.append(line)
@@ -225,7 +243,16 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
             sample_every=options["sample_every"],
             checkpoint_every=options["checkpoint_every"],
         )
-        train(config, out, hooks, data)
+        try:
+            train(config, out, hooks, data, scale)
+        except ToldByProcessZero as exc:
+            sys.exit(exc.exit_code)
+        except KeyboardInterrupt:
+            if main:
+                raise
+            sys.exit(130)
+    if not main:
+        return
     if options["as_json"]:
         from dataclasses import asdict
 

@@ -1,6 +1,6 @@
-"""Images to train on, from what people have: the shipped avatars, Fashion-MNIST, a folder, an npz.
+"""Images to train on, from what people have: the shipped avatars, Fashion-MNIST, a folder, an npz, shards.
 
-Everything is held in memory as uint8 and normalized batch by batch.
+They are held in memory as uint8 and normalized batch by batch; those in ``shards`` stay on disk.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TrainError
 from .config import DataConfig
+from .shard_index import holds_shards, index_shards
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_NAMES = (
@@ -31,12 +33,31 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_BYTES = 16 << 30
 
 
+class Images(Protocol):
+    """An array (N, H, W, C), or what stands in for one: some rows of it are an array, a slice need not be."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
     """Images and, if they have any, labels.
 
     Attributes:
-        images: (N, H, W, C), uint8 in 0..255, or float32 already in [-1, 1].
+        images: (N, H, W, C), uint8 in 0..255, or float32 already in [-1, 1]; floats of other than 1 or 3 channels are
+            latents, in any range.
         labels: (N,), int64, or None.
         class_names: Name of each label, or ().
         label_values: The names as the data has them, where people call them something else: the
@@ -44,7 +65,7 @@ class ImageData:
         license: SPDX identifier of the images' licence, or "" where it is not known.
     """
 
-    images: NDArray[np.uint8] | NDArray[np.float32]
+    images: Images
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] = ()
     label_values: tuple[str, ...] = ()
@@ -82,6 +103,9 @@ def load_data(config: DataConfig) -> ImageData:
         data = replace(_read_fashion_mnist(config.label), license="mit")
     elif config.source.endswith(".npz"):
         data = _read_npz(Path(config.source), config.label)
+    elif holds_shards(Path(config.source)):
+        index = index_shards(Path(config.source), config.label)
+        data = ImageData(images=index.images, labels=index.labels, class_names=index.class_names)
     else:
         data = _read_folder(Path(config.source), config.label)
     first, last = config.rows

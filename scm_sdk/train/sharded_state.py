@@ -11,7 +11,8 @@ import json
 import re
 import shutil
 import warnings
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None
             return str(folder)
 
         folder = world.on_main(begin)
-        _write_shares(folder, target, state)
+        _write_shares(folder, target, state, world)
         world.on_main(
             lambda: atomic_write_bytes(Path(folder) / COUNTERS_FILE, state.counters().encode(), error=TrainError)
         )
@@ -70,14 +71,16 @@ def _write_file(out: Path, state: RunState) -> None:
     _remove_all_but(out, out / STATE_FILE)
 
 
-def _write_shares(folder: str, target: Path, state: RunState) -> None:
-    import torch.distributed.checkpoint as dcp
+def _write_shares(folder: str, target: Path, state: RunState, world: World) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = HuggingFaceStorageWriter(folder, save_distributed=True)
     try:
-        dcp.save(dict(state.tensors()), storage_writer=writer)
-    except dcp.CheckpointException as exc:  # the same on every process
+        with _one_may_be_alone():
+            save(dict(state.tensors()), storage_writer=writer, no_dist=world.size == 1)
+    except CheckpointException as exc:  # the same on every process
         raise TrainError(
             f"{target} cannot be written: {_reasons(exc)}. The checkpoint before it is still there. "
             "Free some space or choose another disk, then run the same command again."
@@ -85,8 +88,9 @@ def _write_shares(folder: str, target: Path, state: RunState) -> None:
 
 
 def _read_shares(folder: Path, state: RunState, world: World) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(folder))
 
@@ -106,12 +110,19 @@ def _read_shares(folder: Path, state: RunState, world: World) -> None:
 
     counters, tensors = world.together(begin)
     try:
-        with warnings.catch_warnings():  # that one process alone reads is what is asked for
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
-    except dcp.CheckpointException as exc:  # the same on every process
+        with _one_may_be_alone():
+            load(tensors, storage_reader=reader, no_dist=world.size == 1)
+    except CheckpointException as exc:  # the same on every process
         raise not_resumable(folder, _reasons(exc)) from exc
     world.together(end)
+
+
+@contextmanager
+def _one_may_be_alone() -> Iterator[None]:
+    """Keep torch from warning that a single process reads or writes: it may."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _reasons(exc: Any) -> str:

@@ -121,10 +121,8 @@ def wrap(loss: LossModule, scale: Scale, world: World) -> nn.Module:
         return loss
     if world.size == 1:
         return loss
-    # No buffer changes in training, so none is sent round.
-    return DistributedDataParallel(
-        loss, device_ids=[world.device.index] if world.device.type == "cuda" else None, broadcast_buffers=False
-    )
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(loss, device_ids=devices)
 
 
 def reducing(module: nn.Module, *, last: bool) -> Any:
