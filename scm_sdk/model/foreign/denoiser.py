@@ -111,7 +111,7 @@ class TrigFlowNetwork(nn.Module):
         """
         if class_labels is not None:
             conditioning["class_labels"] = class_labels
-        t = t.double().expand(len(x))
+        t = t.double().expand(x.shape[0])  # len() would fix the batch of a graph
         convention, sigma_data = self.denoiser.convention, self.sigma_data
         one, zero = torch.ones_like(t)[:, None], torch.zeros_like(t)[:, None]
         scale = sigma_data * convention.model_input(one, t, sigma_data)[:, 0]

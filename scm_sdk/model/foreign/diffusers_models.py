@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from importlib import import_module
+from typing import Any, Literal, cast
 
 import msgspec
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..._lazy import require
 from ...errors import ConfigError
@@ -118,8 +120,8 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
     diffusers = require("diffusers", extra="diffusers", purpose=f"a {config.class_name}")
     _check_kind(config)
     arguments = dict(config.arguments)
-    if config.dropout:
-        arguments["dropout"] = config.dropout
+    if config.class_name != "SD3Transformer2DModel":
+        arguments["dropout"] = config.dropout  # whatever it was trained with
     try:
         module: nn.Module = getattr(diffusers, config.class_name)(**arguments)
     except (TypeError, ValueError, NotImplementedError, IndexError, AttributeError) as exc:
@@ -127,9 +129,7 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
             f"a {config.class_name} of diffusers {diffusers.__version__} cannot be made: {exc}. Expected the "
             "arguments of its own config.json; update diffusers if they are newer."
         ) from exc
-    for child in module.modules():
-        if type(child).__name__ == "LabelEmbedding":
-            child.dropout_prob = 0.0  # type: ignore[assignment]  # training drops labels itself, once for all passes
+    _make_tractable(module)
     channels = config.sample_shape[0]
     denoiser = ModuleDenoiser(
         module,
@@ -138,6 +138,28 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
         call=lambda module, x, timestep, **given: _CALLS[config.class_name](module, x, timestep, **given)[:, :channels],
     )
     return TrigFlowNetwork(denoiser, sigma_data=config.sigma_data)
+
+
+def _make_tractable(module: nn.Module) -> None:
+    """Take out what changes by chance or by the size of a batch: neither a JVP nor a graph allows it."""
+    upsampling: Any = import_module("diffusers.models.upsampling")  # by name: its types take minutes to read
+    Upsample2D = upsampling.Upsample2D
+
+    class AnyBatch(Upsample2D):  # type: ignore[misc, valid-type]
+        """The same, without the question whether the batch is larger than 63."""
+
+        def forward(self, hidden_states: Tensor, output_size: int | None = None) -> Tensor:
+            plain = self.interpolate and self.use_conv and self.name == "conv" and not self.use_conv_transpose
+            if not plain or self.norm is not None or output_size is not None:
+                return cast(Tensor, super().forward(hidden_states, output_size))
+            larger = functional.interpolate(hidden_states.contiguous(), scale_factor=2.0, mode="nearest")
+            return cast(Tensor, self.conv(larger))
+
+    for child in module.modules():
+        if type(child) is Upsample2D:
+            child.__class__ = AnyBatch
+        elif type(child).__name__ == "LabelEmbedding":
+            child.dropout_prob = 0.0  # type: ignore[assignment]  # training drops labels itself, once for all passes
 
 
 def _timestep(config: DiffusersConfig) -> Callable[[Tensor], Tensor]:
