@@ -13,9 +13,12 @@ from filelock import FileLock, Timeout
 from .._version import __version__
 from ..errors import TrainError
 from ..files import atomic_write_bytes
-from ..model.consistency import ConsistencyModel, ModelConfig
+from ..model.consistency import ConsistencyModel, ModelConfig, NetworkConfig
+from ..model.foreign.diffusers_folder import is_diffusers_folder, load_diffusers
+from ..model.own import OwnConfig
 from .config import TrainConfig
 from .data import ImageData, load_data
+from .guidance import LABEL_DROPOUT, require_guidable
 
 CONFIG_FILE = "train.json"
 LOCK_FILE = ".lock"
@@ -51,11 +54,15 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
         TrainError: If data, network and models do not belong together.
     """
     data = load_data(config.data) if data is None else data
-    initial = ConsistencyModel.from_pretrained(config.first_weights) if config.first_weights else None
-    teacher = ConsistencyModel.from_pretrained(config.teacher) if config.teacher else None
+    initial = _load(config.first_weights, config) if config.first_weights else None
+    teacher = _load(config.teacher, config) if config.teacher else None
     network = config.network or (initial.config.network if initial else None)
     assert network is not None  # TrainConfig refuses a run without either
     network = msgspec.structs.replace(network, dropout=config.dropout)
+    if config.guided:
+        assert teacher is not None  # TrainConfig refuses guidance without one
+        require_guidable(teacher, config.teacher)
+    network = _with_guidance_input(network, config)
     height, width, channels = data.images.shape[1:]
     if (channels, height, width) != network.sample_shape:
         raise TrainError(
@@ -78,15 +85,84 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
             "license": data.license or "other",
             "objective": config.objective + ("+vsd" if config.vsd_weight else ""),
             "software": f"scm-sdk {__version__}",
+            **_about_guidance(config),
         },
+        **(
+            {"guidance_range": config.guidance, "default_guidance": config.guidance[0]} if config.takes_guidance else {}
+        ),
     )
     for model, folder in ((initial, config.first_weights), (teacher, config.teacher)):
         if model is not None:
-            found = msgspec.structs.replace(model.config.network, dropout=network.dropout)
-            if found != network or model.sigma_data != config.sigma_data:
-                raise TrainError(f"the network of {folder} differs from the run's; give models of one shape.")
+            _check_alike(model, folder, model_config, weights=model is initial)
+    _check_labels(config, network)
     config = msgspec.structs.replace(config, network=network)
     return Prepared(config=config, model_config=model_config, data=data, initial=initial, teacher=teacher)
+
+
+def _load(folder: str, config: TrainConfig) -> ConsistencyModel:
+    """Load a checkpoint of ours, or a denoiser that diffusers saved as a TrigFlow model of the run's ``sigma_data``."""
+    if is_diffusers_folder(Path(folder)):
+        return load_diffusers(folder, sigma_data=config.sigma_data)
+    return ConsistencyModel.from_pretrained(folder)
+
+
+def _check_alike(model: ConsistencyModel, folder: str, wanted: ModelConfig, *, weights: bool) -> None:
+    """Weights go into the same network; a teacher is only asked, and may be another one of the same samples."""
+    more = model.config.guidance and not wanted.guidance
+    if weights and (more or _shape(model.config.network) != _shape(wanted.network)):
+        raise TrainError(f"the network of {folder} differs from the run's; give models of one shape.")
+    names = ("sample_shape", "num_classes", "sigma_data")
+    mine, its = ({name: getattr(config, name) for name in names} for config in (wanted, model.config))
+    if mine != its:
+        raise TrainError(f"the model of {folder} has {its}, expected {mine} as the run has. Give models of one kind.")
+
+
+def _shape(network: NetworkConfig) -> dict[str, object]:
+    """Return what decides which weights fit: all but the dropout, and a guidance input, which is added where it lacks."""
+    fields: dict[str, object] = msgspec.to_builtins(network)
+    return {name: value for name, value in fields.items() if name not in ("dropout", "dropout_resolution", "guidance")}
+
+
+def _with_guidance_input(network: NetworkConfig, config: TrainConfig) -> NetworkConfig:
+    """Give a student that is to be told the guidance scale an input for it.
+
+    Raises:
+        TrainError: If it has one and would not be told, or can have none.
+    """
+    has = getattr(network, "guidance", False)
+    if has and not config.takes_guidance:
+        raise TrainError(
+            f"the network takes a guidance scale, but guidance is {config.guidance}: it would learn nothing of it. "
+            "Give a range to draw from, for example 1 2."
+        )
+    if has or not config.takes_guidance:
+        return network
+    if "guidance" not in network.__struct_fields__ or isinstance(network, OwnConfig):
+        raise TrainError(
+            f"guidance is {config.guidance}, but this kind of network has no input for the scale. Give one scale alone, "
+            "which is baked in."
+        )
+    return msgspec.structs.replace(network, guidance=True)  # type: ignore[call-arg]
+
+
+def _about_guidance(config: TrainConfig) -> dict[str, str]:
+    """Return what a model's provenance says of guidance: whether it can be guided, or has been."""
+    if config.objective == "diffusion":
+        return {LABEL_DROPOUT: f"{config.label_dropout:g}"} if config.label_dropout else {}
+    return {"guidance": " to ".join(f"{scale:g}" for scale in sorted(set(config.guidance)))} if config.guided else {}
+
+
+def _check_labels(config: TrainConfig, network: NetworkConfig) -> None:
+    """Refuse what the data cannot give: it has class labels, and a label for none only where the network knows one."""
+    if asked := [tensor.name for tensor in getattr(network, "conditioning", ())]:
+        raise TrainError(
+            f"the network takes {', '.join(asked)}, but the data has class labels alone. Bind those inputs in Python "
+            "and call train.objectives."
+        )
+    if config.label_dropout and not getattr(network, "has_null_label", True):
+        raise TrainError(
+            f"label_dropout is {config.label_dropout}, expected 0: the network has no label for none. Leave it out."
+        )
 
 
 @contextmanager
