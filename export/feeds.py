@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scm_sdk.request import make_request
+from scm_sdk.request import make_example
 from scm_sdk.spec import SamplerSpec
 
 
 def feeds_of(spec: SamplerSpec, seeds: Sequence[int]) -> dict[str, np.ndarray]:
     """Return the graph's inputs for some seeds, the very ones that ``Generator`` would feed it.
 
-    Raises:
-        ConfigError: If the sampler has an input that no seed gives, such as a prompt's embedding.
+    What no seed gives, such as a prompt's embedding, is drawn: see ``make_example``.
     """
-    noise, conditioning = make_request(spec, num_images=len(seeds), seed=list(seeds)).inputs(0, len(seeds))
+    noise, conditioning = make_example(spec, seeds).inputs(0, len(seeds))
     names = (tensor.name for tensor in spec.noise_inputs)
     return {**dict(zip(names, noise, strict=True)), **conditioning}

@@ -40,7 +40,7 @@ def to_uint8(images: NDArray[np.floating[Any]], value_range: tuple[float, float]
     if images.ndim != 4 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 1:
         raise ShapeError(
             f"images have shape {images.shape}, expected (B, C, H, W) with C = 1 (grey) or 3 (RGB). "
-            "For latents or other data take output_type='np'."
+            "For latents take output_type='raw', for other data 'raw' or 'np'."
         )
     if not np.issubdtype(images.dtype, np.floating):
         raise ShapeError(f"images are {images.dtype}, expected floating point numbers in data units.")

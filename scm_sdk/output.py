@@ -94,7 +94,9 @@ def make_output(request: Request, raw: np.ndarray, output_type: OutputType, info
 
 
 def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: OutputType) -> Any:
-    """Turn (N, C, H, W) float32 in data units into what ``output_type`` names.
+    """Turn (N, C, ...) float32 in data units into what ``output_type`` names.
+
+    Samples may have any rank where that is ``raw``, ``np`` (channels last) or ``pt``.
 
     Raises:
         BackendUnavailable: If ``"pt"`` is asked for and torch is not here.
@@ -108,7 +110,7 @@ def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: Outp
     low, high = value_range
     unit = np.clip((raw - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
     if output_type == "np":
-        return np.ascontiguousarray(unit.transpose(0, 2, 3, 1))
+        return np.ascontiguousarray(np.moveaxis(unit, 1, -1))
     return require("torch", extra="torch", purpose="output_type 'pt'").from_numpy(unit)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, ShapeError
-from .noise import check_seed, draw_noise
+from .noise import check_seed, draw_noise, standard_normal
 from .spec import SamplerSpec
 
 OutputType = Literal["pil", "np", "pt", "uint8", "raw"]
@@ -27,6 +27,7 @@ Seeds = SupportsIndex | Sequence[int] | NDArray[Any]
 _FRESH_SEEDS = 1 << 53
 """Fresh seeds stay below this, so that they survive JSON and JavaScript."""
 _SHOWN_NAMES = 12
+_EXAMPLE_STEP = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,23 @@ def make_request(
     return Request(spec=spec, seeds=seeds, noise=arrays, conditioning=known)
 
 
+def make_example(spec: SamplerSpec, seeds: Sequence[int], *, class_labels: Labels | None = None) -> Request:
+    """Make the request of a check or a measurement, for which nobody gives the model's own inputs.
+
+    Those are standard normal, drawn from the seed as noise is, at steps from 2^31 on; whole numbers are 0.
+
+    Raises:
+        ConfigError: If a seed or a label is out of its range.
+    """
+    drawn: dict[str, np.ndarray] = {}
+    for i, tensor in enumerate(spec.conditioning):
+        if tensor.kind == "values" and tensor.dtype == "float32":
+            drawn[tensor.name] = np.stack([standard_normal(seed, _EXAMPLE_STEP + i, tensor.shape) for seed in seeds])
+        elif tensor.kind == "values":
+            drawn[tensor.name] = np.zeros((len(seeds), *tensor.shape), tensor.dtype)
+    return make_request(spec, num_images=len(seeds), seed=list(seeds), class_labels=class_labels, conditioning=drawn)
+
+
 def draw_label(seed: int, num_classes: int) -> int:
     """Return the label that an image gets when none is asked for: a fixed function of its seed.
 
@@ -149,11 +167,15 @@ def check_output_type(spec: SamplerSpec, output_type: str) -> None:
     """Raise ``ConfigError`` unless ``output_type`` is known and can show what the sampler returns."""
     if output_type not in get_args(OutputType):
         raise ConfigError(f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}.")
-    is_picture = spec.output == "pixels" and len(spec.image_shape) == 3
-    if output_type != "raw" and not is_picture:
+    if output_type != "raw" and spec.output != "pixels":
         raise ConfigError(
-            f"output_type is {output_type!r}, but this sampler returns {spec.output} of shape "
-            f"{spec.image_shape}, expected pixels (C, H, W). Use output_type='raw'."
+            f"output_type is {output_type!r}, but this sampler returns {spec.output} of shape {spec.image_shape}, "
+            "which have no range to be shown in. Use output_type='raw'."
+        )
+    if output_type in ("pil", "uint8") and len(spec.image_shape) != 3:
+        raise ConfigError(
+            f"output_type is {output_type!r}, but this sampler returns samples of shape {spec.image_shape}, expected "
+            "pictures (C, H, W). Use output_type='raw' for its own units, or 'np' for [0, 1]."
         )
     if output_type in ("pil", "uint8") and spec.image_shape[0] not in (1, 3):
         raise ConfigError(

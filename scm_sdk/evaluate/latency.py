@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..dispatch import Backend
 from ..errors import ConfigError, LatencyError
 from ..generator import Generator
-from ..request import check_count, make_request
+from ..request import check_count, make_example
 from .budget import P99_ROUNDS, Budget, parse_budgets
 from .machine import describe_machine, peak_rss_mib
 
@@ -206,7 +206,7 @@ def _call(
     if isinstance(backend, Backend):
         if batch > backend.spec.max_batch:
             raise ConfigError(f"batch is {batch}, expected 1..{backend.spec.max_batch}, the sampler's largest.")
-        request = make_request(backend.spec, num_images=batch, seed=0)
+        request = make_example(backend.spec, range(batch))
         noise, conditioning = request.inputs(0, batch)
         return lambda: backend.sample(noise, conditioning)
     if not callable(backend):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..dispatch import Backend
 from ..generator import Generator
 from ..noise import draw_noise
-from ..request import Request, make_request
+from ..request import Request, make_example
 from ..spec import SamplerSpec
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _checks(generator: Generator, num_samples: int) -> Iterator[Check]:
     opened = generator.opened()
     backend, spec = opened.backend, opened.spec
     count, same = min(num_samples, spec.max_batch), SAME[opened.row.precision]
-    request = make_request(spec, num_images=count, seed=0)
+    request = make_example(spec, range(count))
     together = backend.sample(*request.inputs(0, count))
     yield _at_most(
         "repeat",
@@ -86,17 +86,17 @@ def _checks(generator: Generator, num_samples: int) -> Iterator[Check]:
         "batch", _gap(together, _one_by_one(backend, request), spec), same, "samples alone and in a batch, sigma_data"
     )
     order = np.random.default_rng(0).permutation(count)
-    mixed = make_request(spec, num_images=count, seed=[int(s) for s in order], class_labels=_labels(request, order))
+    mixed = make_example(spec, [int(s) for s in order], class_labels=_labels(request, order))
     yield _at_most(
         "permutation", _gap(together[order], backend.sample(*mixed.inputs(0, count)), spec), same,
         "samples in another order of the batch, sigma_data",
     )  # fmt: skip
-    extreme = make_request(spec, num_images=len(EXTREME_SEEDS), seed=list(EXTREME_SEEDS))
+    extreme = make_example(spec, EXTREME_SEEDS)
     wild = _one_by_one(backend, extreme)
     yield _at_most("finite", float((~np.isfinite(wild)).sum()), 0, "values that are not finite, seeds up to 2^64 - 1")
     yield _labels_matter(backend, spec, request, together)
-    yield _steps_agree(generator, count)
-    yield from _mathematics(generator, together)
+    yield _steps_agree(generator, request)
+    yield from _mathematics(generator, request, together)
 
 
 def _labels_matter(backend: Backend, spec: SamplerSpec, request: Request, images: NDArray[np.float32]) -> Check:
@@ -104,31 +104,33 @@ def _labels_matter(backend: Backend, spec: SamplerSpec, request: Request, images
     if not spec.num_classes or request.class_labels is None:
         return _cannot("labels", "the model has no labels")
     others = [(int(label) + 1) % spec.num_classes for label in request.class_labels]
-    changed = make_request(spec, num_images=len(request), seed=list(request.seeds), class_labels=others)
+    changed = make_example(spec, request.seeds, class_labels=others)
     other = backend.sample(*changed.inputs(0, len(request)))
     kept = np.abs(other - images).reshape(len(images), -1).max(axis=1) <= 1e-3 * spec.sigma_data
     return _at_most("labels", float(kept.mean()), 0.0, text)
 
 
-def _steps_agree(generator: Generator, count: int) -> Check:
+def _steps_agree(generator: Generator, request: Request) -> Check:
     """One and two steps from the same noise must be nearer to each other than to those of other noise."""
     if not {1, 2} <= set(generator.source.steps) and generator.opened().row.backend != "torch":
         return _cannot("steps", "there are no 1-step and 2-step samplers")
+    own = {tensor.name: request.conditioning[tensor.name] for tensor in request.spec.conditioning}
     one, two = (
         generator(
-            count, seed=range(count), num_inference_steps=n, output_type="raw", class_labels=_first(generator)
+            len(request), seed=request.seeds, num_inference_steps=n, output_type="raw", class_labels=_first(generator),
+            conditioning=own,
         ).images
         for n in (1, 2)
-    )
-    own = np.square(one - two).mean()
+    )  # fmt: skip
+    same = np.square(one - two).mean()
     other = np.square(one - np.roll(two, 1, axis=0)).mean()
     return _at_most(
-        "steps", float(own / other) if other else math.inf, 1.0,
+        "steps", float(same / other) if other else math.inf, 1.0,
         "distance of 1-step and 2-step samples of one seed, over that of different seeds",
     )  # fmt: skip
 
 
-def _mathematics(generator: Generator, images: NDArray[np.float32]) -> Iterator[Check]:
+def _mathematics(generator: Generator, request: Request, images: NDArray[np.float32]) -> Iterator[Check]:
     """What only a network that can be asked at any time tells: PyTorch's."""
     opened = generator.opened()
     if opened.row.backend != "torch":
@@ -141,13 +143,13 @@ def _mathematics(generator: Generator, images: NDArray[np.float32]) -> Iterator[
     spec, count = opened.spec, len(images)
     noise = [draw_noise(spec, range(at, at + count))[0] * np.float32(spec.sigma_data) for at in (0, count)]
     z, other = (torch.from_numpy(each).to(opened.device) for each in noise)
-    labels = torch.zeros(count, dtype=torch.int64, device=opened.device) if spec.num_classes else None
+    given = {name: torch.from_numpy(array).to(opened.device) for name, array in request.conditioning.items()}
     with torch.inference_mode():
-        at_zero = model(z, torch.zeros(1, device=opened.device), labels)
+        at_zero = model(z, torch.zeros(1, device=opened.device), **given)
         boundary = float((at_zero - z).abs().max()) / spec.sigma_data
         yield _at_most("boundary", boundary, 1e-6, "f(x, 0) - x, sigma_data")
         yield _variance(torch.from_numpy(images).to(opened.device), other, spec)
-        yield _consistency(model, z, labels, spec)
+        yield _consistency(model, z, given, spec)
 
 
 def _variance(x_0: Tensor, z: Tensor, spec: SamplerSpec) -> Check:
@@ -167,7 +169,7 @@ def _variance(x_0: Tensor, z: Tensor, spec: SamplerSpec) -> Check:
     return _at_most("variance", max(abs(r - 1) for r in ratios), 5 / math.sqrt(2 * x_0.numel()), text)
 
 
-def _consistency(model: Any, z: Tensor, labels: Tensor | None, spec: SamplerSpec) -> Check:
+def _consistency(model: Any, z: Tensor, given: dict[str, Tensor], spec: SamplerSpec) -> Check:
     """Follow the model's own trajectory from noise and ask for its end at each time: it should stay the same.
 
     From (x_t, t) to the next time along the arc through the estimate f(x_t, t) and the noise that it implies. The gate
@@ -178,7 +180,7 @@ def _consistency(model: Any, z: Tensor, labels: Tensor | None, spec: SamplerSpec
     x_t, ends = z, []
     times = np.linspace(spec.times[0], TRAJECTORY_END, TRAJECTORY_TIMES)
     for t, after in zip(times, [*times[1:], 0.0], strict=True):
-        end = model(x_t, torch.full((1,), float(t), device=z.device), labels)
+        end = model(x_t, torch.full((1,), float(t), device=z.device), **given)
         implied = (x_t - math.cos(t) * end) / math.sin(t)
         x_t = math.cos(after) * end + math.sin(after) * implied
         ends.append(end)
