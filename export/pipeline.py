@@ -16,7 +16,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.files import atomic_write_bytes
 from scm_sdk.goldens import Golden, write_goldens
 from scm_sdk.manifest import Artifact
-from scm_sdk.noise import draw_noise
+from scm_sdk.request import make_example
 from scm_sdk.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.spec import SamplerSpec
 
@@ -69,7 +69,7 @@ def plan_samplers(
 
 
 def export_bundle(
-    checkpoint: str | Path,
+    checkpoint: str | Path | ConsistencyModel,
     out: str | Path,
     *,
     steps: Sequence[int] = (1, 2),
@@ -85,7 +85,8 @@ def export_bundle(
     Nothing is left behind when a stage fails; an older bundle at ``out`` stays until the new one is whole.
 
     Args:
-        checkpoint: Folder with ``config.json`` and safetensors; a training run is one.
+        checkpoint: Folder with ``config.json`` and safetensors, as a training run is one; or a model, in evaluation
+            mode.
         out: The bundle's folder.
         steps: Numbers of steps.
         times: Times of one sampler, radians, instead of ``steps``.
@@ -103,13 +104,15 @@ def export_bundle(
     from scm_sdk.model.magnitude import bake_weights_
 
     report = progress or (lambda _: None)
-    model = ConsistencyModel.from_pretrained(checkpoint)
+    given = isinstance(checkpoint, ConsistencyModel)
+    model = checkpoint if isinstance(checkpoint, ConsistencyModel) else ConsistencyModel.from_pretrained(checkpoint)
     specs = plan_samplers(model, steps, times=times, max_batch=max_batch)
     out, provenance = Path(out), provenance or dict(model.config.provenance)
     name = name or out.name
     with publish_bundle(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder / DENOISER)
-        bake_weights_(model.network)  # the model is ours alone, and needs its memory once
+        if not given:
+            bake_weights_(model.network)  # the model is ours alone, and needs its memory once
         graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
         report("draw goldens")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
@@ -155,13 +158,11 @@ def draw_golden(model: ConsistencyModel, spec: SamplerSpec) -> Golden:
     count = min(NUM_GOLDENS, spec.max_batch)
     seeds = np.arange(count, dtype=np.int64)
     labels = seeds % spec.num_classes if spec.num_classes else None
-    inputs = [torch.from_numpy(noise) for noise in draw_noise(spec, [int(seed) for seed in seeds])]
-    if labels is not None:
-        inputs.append(torch.from_numpy(labels))
-    if spec.guidance_range is not None:
-        inputs.append(torch.full((count,), spec.guidance_range[0] if spec.default_guidance is None else spec.default_guidance))
+    request = make_example(spec, seeds.tolist(), class_labels=labels)
+    noise, conditioning = request.inputs(0, count)
+    inputs = [*noise, *(conditioning[tensor.name] for tensor in spec.conditioning_inputs)]
     with torch.inference_mode():
-        images = Sampler(model, spec).eval()(*inputs).numpy()
+        images = Sampler(model, spec).eval()(*map(torch.from_numpy, inputs)).numpy()
     return Golden(images=images, seeds=seeds, class_labels=labels)
 
 

@@ -125,7 +125,8 @@ def make_request(
 def make_example(spec: SamplerSpec, seeds: Sequence[int], *, class_labels: Labels | None = None) -> Request:
     """Make the request of a check or a measurement, for which nobody gives the model's own inputs.
 
-    Those are standard normal, drawn from the seed as noise is, at steps from 2^31 on; whole numbers are 0.
+    Those are standard normal, drawn from the seed as noise is, at steps from 2^31 on; whole numbers are 0. A guidance
+    scale without a default is the lowest.
 
     Raises:
         ConfigError: If a seed or a label is out of its range.
@@ -136,7 +137,15 @@ def make_example(spec: SamplerSpec, seeds: Sequence[int], *, class_labels: Label
             drawn[tensor.name] = np.stack([standard_normal(seed, _EXAMPLE_STEP + i, tensor.shape) for seed in seeds])
         elif tensor.kind == "values":
             drawn[tensor.name] = np.zeros((len(seeds), *tensor.shape), tensor.dtype)
-    return make_request(spec, num_images=len(seeds), seed=list(seeds), class_labels=class_labels, conditioning=drawn)
+    lowest = spec.guidance_range[0] if spec.guidance_range and spec.default_guidance is None else None
+    return make_request(
+        spec,
+        num_images=len(seeds),
+        seed=list(seeds),
+        class_labels=class_labels,
+        guidance_scale=lowest,
+        conditioning=drawn,
+    )
 
 
 def draw_label(seed: int, num_classes: int) -> int:
