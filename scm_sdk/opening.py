@@ -18,7 +18,7 @@ from .manifest import ParityRecord
 from .measured import recall, remember
 from .output import GenerationInfo
 from .refusal import nothing_accepted
-from .request import Request, make_request
+from .request import Request, make_example
 from .sources import Source
 from .spec import Precision, SamplerSpec
 
@@ -193,9 +193,7 @@ class Opener:
                 )
             golden, opened = goldens[steps], self.get(steps)
             labels = None if golden.class_labels is None else golden.class_labels.tolist()
-            request = make_request(
-                opened.spec, num_images=len(golden.seeds), seed=golden.seeds.tolist(), class_labels=labels
-            )
+            request = make_example(opened.spec, golden.seeds.tolist(), class_labels=labels)
             images, _, _ = opened.run(request, opened.spec.max_batch)
             worst = float(np.abs(images - golden.images).max()) / opened.spec.sigma_data
             allowed = max([GOLDEN_TOLERANCE, *(_allowed(record) for record in self._records(opened.row))])
