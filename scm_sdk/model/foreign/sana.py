@@ -32,6 +32,7 @@ from ...spec import SamplerSpec
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, LatentScale
 from ..own import OwnConfig
+from .linear_attention import guard_autoencoder, guard_transformer
 from .sana_config import Settings
 from .sana_folder import INDEX_NAME, SETTINGS_NAME, SanaFolder, read_sana_folder, weight_files
 
@@ -134,6 +135,8 @@ def load_sana(folder: str | Path, settings: Settings | None = None) -> SanaModel
         diffusers.SanaTransformer2DModel, msgspec.to_builtins(found.transformer), found.path / "transformer"
     )
     vae = _load(diffusers.AutoencoderDC, _public(found.vae), found.path / "vae", keep="decoder.")
+    guard_transformer(transformer)
+    guard_autoencoder(vae)
     return SanaModel(found, transformer, vae.get_submodule("decoder")).eval().requires_grad_(False)
 
 
