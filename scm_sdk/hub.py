@@ -59,7 +59,7 @@ def fetch(
             reached, it holds no model of this package, or it is too large.
         IntegrityError: If a file does not have the size that the manifest gives, or is missing in the cache.
     """
-    library = require("huggingface_hub", extra="hub", purpose=f"the hub id {repo_id!r}")
+    library = _library(f"the hub id {repo_id!r}")
     _check_names(repo_id, revision)
     shown = f"{repo_id}@{revision}" if revision else repo_id
     reason: Exception | None = None
@@ -97,7 +97,7 @@ def push(
         ConfigError: If the id or the revision is malformed.
         BundleError: If a file leads out of the folder, or the hub refuses or cannot be reached.
     """
-    library = require("huggingface_hub", extra="hub", purpose="push_to_hub")
+    library = _library("push_to_hub")
     _check_names(repo_id, revision)
     for name in files:
         safe_join(folder, name)
@@ -116,6 +116,12 @@ def push(
             "network, and that you may write there: hf auth login"
         ) from exc
     return str(commit.pr_url if create_pr and commit.pr_url else commit.commit_url)
+
+
+def _library(purpose: str) -> ModuleType:
+    for part in ("constants", "errors"):  # which the package does not bring by itself
+        require(f"huggingface_hub.{part}", extra="hub", purpose=purpose)
+    return require("huggingface_hub", extra="hub", purpose=purpose)
 
 
 def _check_names(repo_id: str, revision: str | None) -> None:
