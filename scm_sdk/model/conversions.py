@@ -225,7 +225,7 @@ SANA = Convention(
 
 def _vp_radius(t: Tensor, sigma_data: float) -> Tensor:
     c, s = _trig(t)
-    return torch.hypot(c, _positive(sigma_data) * s)
+    return (c**2 + (_positive(sigma_data) * s) ** 2).sqrt()  # hypot has no counterpart in ONNX
 
 
 def _vp_alpha(t: Tensor, sigma_data: float) -> Tensor:

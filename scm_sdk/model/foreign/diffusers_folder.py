@@ -90,6 +90,8 @@ def load_diffusers(
                 "source": f"{described.class_name} of {folder.name}",
                 "scheduler": str(_read_json(scheduler).get("_class_name")),
                 "license": "other",
+                # What makes it guidable; diffusers' DiT is the class-conditional one with a row for no label.
+                **({"label_dropout": "0.1"} if described.has_null_label else {}),
             },
         )
     )
