@@ -16,18 +16,35 @@ from .common import json_option, print_json, say
 @click.option(
     "--license", "licence", default="", metavar="ID", help="Licence of the weights, if the source's is other."
 )
+@click.option("--steps", multiple=True, type=click.IntRange(1, 64), default=(1, 2, 4), help="Of a pipeline's graphs.")
+@click.option("--size", default="", metavar="HxW", help="Pixels of a pipeline's images; its own when absent.")
+@click.option("--tokens", type=click.IntRange(1), default=300, help="Of a pipeline's prompts.")
+@click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs.")
+@click.option("--text-encoder/--no-text-encoder", default=True, help="Take a pipeline's text encoder along.")
 @click.option("--overwrite", is_flag=True, help="Replace what an import wrote there.")
 @json_option
-def import_(source: Path, out: Path, entry: str, licence: str, overwrite: bool, as_json: bool) -> None:
-    """Import SOURCE: an EDM- or EDM2-style .pkl, whose weights are read while nothing in it is run.
+def import_(
+    source: Path, out: Path, entry: str, licence: str, steps: tuple[int, ...], size: str, tokens: int, max_batch: int,
+    text_encoder: bool, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Import SOURCE: a SANA-Sprint pipeline that diffusers saved becomes a bundle; of an EDM- or EDM2-style .pkl the
+    weights are read while nothing in it is run.
 
     \b
+    scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
     scm-export import edm2-img64-s-1073741-0.075.pkl -o edm2-img64-s
     """
-    from scm_sdk.errors import ConfigError
-
     if source.is_dir():
-        raise ConfigError(f"{source} is a folder, expected an EDM-style .pkl. No folder of another tool is read yet.")
+        from ..import_sana import import_sana, parse_size
+
+        report = import_sana(
+            source, out, steps=steps, size=parse_size(size), max_sequence_length=tokens, max_batch=max_batch,
+            text_encoder=text_encoder, overwrite=overwrite, progress=lambda stage: say(f"  {stage} …"),
+        )  # fmt: skip
+        if as_json:
+            print_json(report.to_dict())
+        say(f"{out}: build {report.build_id[:12]}, {report.bytes / 1e6:.1f} MB. Next: scm-export validate {out}")
+        return
     _import_pickle(source, out, entry=entry, licence=licence, overwrite=overwrite, as_json=as_json)
 
 

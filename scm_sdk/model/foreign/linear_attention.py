@@ -1,8 +1,8 @@
 """SANA's linear attention, written so that it survives its export.
 
-diffusers guards the division with ``+ 1e-15``, which torch's ONNX exporter takes for ``+ 0`` and drops: a position whose
-queries are all negative then divides 0 by 0. A lower bound says the same and stays. The sums are also taken without
-the extra row of ones that diffusers pads the values with.
+diffusers guards the division with ``+ 1e-15``, which torch's ONNX exporter takes for ``+ 0`` and drops: a position
+whose queries are all negative then divides 0 by 0. A lower bound says the same and stays. The sums are also taken
+without the extra row of ones that diffusers pads the values with.
 
 Source: arXiv 2410.10629, section 2.2: ``relu(Q) (relu(K)^T V) / relu(Q) sum(relu(K))``.
 """
@@ -63,7 +63,7 @@ def guard_transformer(transformer: nn.Module) -> None:
     """Give each self-attention of a SANA transformer the processor above."""
     for name, module in transformer.named_modules():
         if name.endswith(".attn1"):
-            module.processor = LinearAttention()  # type: ignore[assignment]
+            module.processor = LinearAttention()
 
 
 def guard_autoencoder(decoder: nn.Module) -> None:

@@ -92,6 +92,10 @@ class SanaModel(ConsistencyModel):
         folder: What it was read from; its configs say the shapes.
         transformer: The transformer.
         decode: The decoder of the autoencoder alone: latents to pixels.
+
+    Attributes:
+        folder: What it was read from.
+        keep_text_encoder: Whether ``save_pretrained`` copies the text encoder too, where there is one.
     """
 
     def __init__(self, folder: SanaFolder, transformer: nn.Module, decode: nn.Module) -> None:
@@ -102,6 +106,7 @@ class SanaModel(ConsistencyModel):
         config = ModelConfig(network=described, sigma_data=spec.sigma_data, mid_time=spec.mid_time)
         super().__init__(config, SanaNetwork(transformer, folder.transformer.guidance_embeds_scale))
         self.folder = folder
+        self.keep_text_encoder = True
         factor = 1 / (spec.sigma_data * float(folder.vae["scaling_factor"]))
         self.decoder = Decoder(decode, LatentScale(scale=(factor,), shift=(0.0,)), spec.image_shape)
 
@@ -113,7 +118,7 @@ class SanaModel(ConsistencyModel):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the pipeline's files, as they are, and write beside them what the importer chose."""
-        copy_sana_folder(self.folder, Path(folder))
+        copy_sana_folder(self.folder, Path(folder), text_encoder=self.keep_text_encoder)
 
 
 def load_sana(folder: str | Path, settings: Settings | None = None) -> SanaModel:
