@@ -85,8 +85,8 @@ def export_bundle(
     Nothing is left behind when a stage fails; an older bundle at ``out`` stays until the new one is whole.
 
     Args:
-        checkpoint: Folder with ``config.json`` and safetensors, as a training run is one; or a model, in evaluation
-            mode.
+        checkpoint: Folder with ``config.json`` and safetensors, as a training run is one, or a SANA-Sprint pipeline
+            that diffusers saved; or a model, in evaluation mode.
         out: The bundle's folder.
         steps: Numbers of steps.
         times: Times of one sampler, radians, instead of ``steps``.
@@ -128,14 +128,18 @@ def export_bundle(
         card = model_card(name, specs, provenance, artifacts=artifacts)
         atomic_write_bytes(folder / "README.md", card.encode())
         report("hash and publish")
-        weights = f"{DENOISER}/diffusion_pytorch_model.safetensors"
+        parts = [
+            path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
+        ]
+        weights = [path for path in parts if path.endswith((".safetensors", "config.json"))]
         made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
         manifest = write_bundle(
             folder,
             name=name,
             samplers=specs,
             artifacts=artifacts,
-            built_from={path: [weights, f"{DENOISER}/config.json"] for path in made},
+            roles={path: "config" for path in parts if not path.endswith(".safetensors")},
+            built_from={path: weights for path in made},
             provenance=provenance,
             versions=library_versions(),
         )

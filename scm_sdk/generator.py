@@ -24,6 +24,7 @@ from .errors import ConfigError
 from .opening import Fallback, Opened, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
 from .packing import Job, run_in_order
+from .prompting import EMBEDS, MASK, Prompts
 from .request import Labels, OutputType, Request, Seeds, check_count, check_output_type, make_request
 from .sources import Source, open_source
 
@@ -41,6 +42,7 @@ class Generator:
         self.source = source
         self._opener = opener
         self._arguments = dict(arguments)
+        self._prompts = Prompts(source.text_encoder, arguments["device"])
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 
@@ -132,6 +134,9 @@ class Generator:
         *,
         guidance_scale: float | Sequence[float] | None = None,
         conditioning: Mapping[str, np.ndarray] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        prompt_embeds: np.ndarray | None = None,
+        prompt_attention_mask: np.ndarray | None = None,
     ) -> GeneratorOutput:
         """Generate images.
 
@@ -150,6 +155,9 @@ class Generator:
             batch_size: Images run at once, at most ``max_batch``; None is ``max_batch``.
             guidance_scale: For models that have this input: one number, or one for each image.
             conditioning: For models with further inputs: (num_images, ...) arrays by name.
+            prompt: For models of text: one for all images, or one for each; see ``prompting``.
+            prompt_embeds: Instead of a prompt, its embeddings: (num_images, L, D) float32, or (1, L, D) for all.
+            prompt_attention_mask: Their mask, (num_images, L) or (1, L) int64; None keeps every token.
 
         Raises:
             ConfigError: If an argument is out of its range.
@@ -166,6 +174,9 @@ class Generator:
             noise=noise,
             guidance_scale=guidance_scale,
             conditioning=conditioning,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
         )
         raw, info = self._run(opened, request, self._batch_size(opened, batch_size), progress)
         return make_output(request, raw, output_type, info.with_total((perf_counter() - start) * 1e3))
@@ -283,7 +294,10 @@ class Generator:
     def _prepare(self, output_type: str, steps: int | None, **arguments: Any) -> tuple[Opened, Request]:
         opened = self._opener.get(self._steps(steps))
         check_output_type(opened.spec, output_type)
-        return opened, make_request(opened.spec, **arguments)
+        words = {name: arguments.pop(name, None) for name in ("conditioning", "prompt", EMBEDS, MASK)}
+        count = check_count("num_images", arguments.get("num_images", 1))
+        made = self._prompts.conditioning(opened.spec, count, **words)
+        return opened, make_request(opened.spec, conditioning=made, **arguments)
 
     def _job(self, arguments: Mapping[str, Any]) -> Job:
         options = dict(arguments)

@@ -1,6 +1,6 @@
-"""What a ``Generator`` can be opened from: a bundle, or a plain checkpoint folder.
+"""What a ``Generator`` can be opened from: a bundle, a plain checkpoint folder, or a SANA-Sprint pipeline.
 
-Both become one ``Source``, so that nothing above asks which it was.
+All become one ``Source``, so that nothing above asks which it was.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 from .bundle import Bundle
 from .errors import BundleError, ConfigError
-from .files import sha256_file
+from .files import sha256_bytes, sha256_file
 from .locate import locate
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
 from .spec import SamplerSpec
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = "model_index.json"
 CHECKPOINT_STEPS = (1, 2)
 """What a checkpoint folder offers by itself; asked for by number it runs any steps."""
 
@@ -36,6 +37,7 @@ class Source:
         parity: Recorded comparisons.
         steps: The numbers of steps it was made for, in its own order.
         bundle: The bundle, or None for a checkpoint folder.
+        text_encoder: Folder whose text encoder turns prompts into inputs, if there is one.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Source:
     steps: tuple[int, ...]
     bundle: Bundle | None
     _spec: Callable[[int], SamplerSpec]
+    text_encoder: Path | None = None
 
     @property
     def default_steps(self) -> int:
@@ -104,6 +107,8 @@ def open_source(
         return _from_bundle(Bundle.open(folder, verify=verify))
     if (folder / CONFIG_NAME).exists():
         return _from_checkpoint(folder, verify)
+    if (folder / INDEX_NAME).exists():
+        return _from_pipeline(folder, verify)
     raise BundleError(
         f"{folder} holds neither {MANIFEST_NAME} (a bundle) nor {CONFIG_NAME} (a checkpoint). "
         "Point at the folder that scm-export or save_pretrained wrote."
@@ -120,7 +125,16 @@ def _from_bundle(bundle: Bundle) -> Source:
         steps=tuple(spec.num_inference_steps for spec in manifest.samplers),
         bundle=bundle,
         _spec=bundle.spec,
+        text_encoder=_text_encoder(bundle),
     )
+
+
+def _text_encoder(bundle: Bundle) -> Path | None:
+    """Return the folder of a bundle that holds a text encoder beside its checkpoint."""
+    listed = {entry.path for entry in bundle.manifest.files}
+    found = (a.path for a in bundle.manifest.artifacts if f"{a.path}/text_encoder/config.json" in listed)
+    path = next(found, None)
+    return None if path is None else bundle.file(path)
 
 
 def _from_checkpoint(folder: Path, verify: str) -> Source:
@@ -143,4 +157,23 @@ def _from_checkpoint(folder: Path, verify: str) -> Source:
         steps=CHECKPOINT_STEPS,
         bundle=None,
         _spec=spec,
+    )
+
+
+def _from_pipeline(folder: Path, verify: str) -> Source:
+    """Open a SANA-Sprint folder as diffusers saved it, through PyTorch."""
+    from .model.foreign.sana_folder import STEPS, read_sana_folder, weight_files
+
+    found = read_sana_folder(folder)
+    weights = [file for name in ("transformer", "vae") for file in weight_files(folder / name)]
+    digests = [sha256_file(file) for file in weights] if verify == "digest" else []
+    return Source(
+        path=folder,
+        build_id=sha256_bytes("".join(digests).encode()) if digests else "",
+        artifacts=(Artifact(path=".", format="safetensors"),),
+        parity=(),
+        steps=STEPS,
+        bundle=None,
+        _spec=found.spec,
+        text_encoder=folder if found.has_text_encoder else None,
     )

@@ -35,6 +35,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"extend"}, set()),
     ({"model"}, {"msgspec", "numpy", "torch", "safetensors"}),
     ({"train"}, {"filelock", "msgspec", "numpy", "torch", "safetensors"}),
+    ({"prompting"}, {"numpy"}),
     ({"dispatch", "request", "sources"}, {"msgspec", "numpy"}),
     ({"measured", "output", "refusal"}, {"msgspec", "numpy"}),
     ({"opening"}, {"numpy"}),

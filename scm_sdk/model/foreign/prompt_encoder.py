@@ -1,0 +1,80 @@
+"""The text encoder of a SANA-Sprint pipeline: what ``SanaSprintPipeline`` makes of a prompt, without the rest of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..._lazy import require
+from ...errors import ConfigError, IntegrityError
+from .sana_folder import read_sana_folder
+
+PURPOSE = "encoding a prompt"
+
+
+class PromptEncoder:
+    """Tokenizer and text encoder, in the type their weights are stored in, on one device.
+
+    Prompts are prepared as the pipeline's own call does by default: lower case, behind its instruction to the language
+    model, padded on the right; of the hidden states the first and the last tokens are kept.
+
+    Args:
+        folder: A pipeline folder with a text encoder.
+        device: A torch device; None is the CPU.
+
+    Raises:
+        BackendUnavailable: If diffusers or transformers is not installed.
+        ConfigError: If the folder has no text encoder.
+        IntegrityError: If its files cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, *, device: str | None = None) -> None:
+        found = read_sana_folder(folder)
+        if not found.has_text_encoder:
+            raise ConfigError(f"{folder} has no text encoder, expected one to encode a prompt. Give prompt_embeds.")
+        transformers = require("transformers", extra="diffusers", purpose=PURPOSE)
+        diffusers = require("diffusers", extra="diffusers", purpose=PURPOSE)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            tokenizer = getattr(transformers, found.tokenizer_class).from_pretrained(folder / "tokenizer", **options)
+            encoder = transformers.Gemma2Model.from_pretrained(
+                folder / "text_encoder", use_safetensors=True, dtype="auto", **options
+            )
+        except (OSError, ValueError, RuntimeError) as exc:
+            text = str(exc).strip().split("\n")[0]
+            raise IntegrityError(f"the text encoder in {folder} cannot be loaded: {text}. Copy it again.") from exc
+        encoder = encoder.eval().requires_grad_(False).to(device or "cpu")
+        self._pipeline: Any = diffusers.SanaSprintPipeline(
+            tokenizer=tokenizer, text_encoder=encoder, vae=None, transformer=None, scheduler=None
+        )
+        self._device = torch.device(device or "cpu")
+        call = inspect.signature(diffusers.SanaSprintPipeline.__call__)
+        self._instruction: list[str] = call.parameters["complex_human_instruction"].default
+
+    def encode(
+        self, prompts: Sequence[str], max_sequence_length: int, *, instruction: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode prompts.
+
+        Args:
+            prompts: Texts.
+            max_sequence_length: Tokens of each.
+            instruction: Lines put before each prompt; None is the pipeline's own, () is none.
+
+        Returns:
+            Embeddings (N, L, D) float32 and mask (N, L) int64.
+        """
+        lines = self._instruction if instruction is None else list(instruction)
+        with torch.inference_mode():
+            embeds, mask = self._pipeline.encode_prompt(
+                list(prompts),
+                device=self._device,
+                max_sequence_length=max_sequence_length,
+                complex_human_instruction=lines or None,
+            )
+        return embeds.float().cpu().numpy(), mask.to(torch.int64).cpu().numpy()
