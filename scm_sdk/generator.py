@@ -21,7 +21,8 @@ import numpy as np
 from .batcher import DEFAULT_MAX_WAITING, Batcher
 from .dispatch import Backend, Plan
 from .errors import ConfigError
-from .opening import Fallback, Opened, Opener
+from .opened import Opened
+from .opening import Fallback, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
 from .packing import Job, run_in_order
 from .prompting import EMBEDS, MASK, Prompts

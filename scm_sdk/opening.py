@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Literal, get_args
 
 import numpy as np
 
-from .dispatch import BACKENDS, Backend, Plan, PlanRow, backend_info, make_plan, open_backend
+from .dispatch import BACKENDS, Plan, PlanRow, backend_info, make_plan, open_backend
 from .engine_fit import EngineHost
 from .errors import BackendError, BackendFailure, BundleError, ConfigError
 from .manifest import ParityRecord
 from .measured import recall, remember
-from .output import GenerationInfo
+from .opened import Opened
 from .refusal import nothing_accepted
-from .request import Request, make_example
+from .request import make_example
 from .sources import Source
-from .spec import Precision, SamplerSpec
+from .spec import Precision
 
 Fallback = Literal["error", "warn", "allow"]
 GOLDEN_TOLERANCE = 1e-3
@@ -28,70 +27,6 @@ GOLDEN_TOLERANCE = 1e-3
 Wide enough for another processor's fp32 rounding, two powers of ten below what an eye could see."""
 GOLDEN_FACTOR = 2.0
 """A lower precision may differ by this many times what it did when it was compared."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """One backend that is open.
-
-    Attributes:
-        backend: It.
-        row: The row of the plan that it came from.
-        plan: The whole plan.
-        spec: The sampler it runs.
-        load_ms: How long opening took.
-        fallback: What could not run in its place, if anything.
-    """
-
-    backend: Backend
-    row: PlanRow
-    plan: Plan
-    spec: SamplerSpec
-    load_ms: float
-    fallback: str | None = None
-
-    @property
-    def device(self) -> str:
-        """Where it runs, as the backend says."""
-        return str(getattr(self.backend, "device", "cpu"))
-
-    def run(
-        self, request: Request, batch_size: int, report: Callable[[int], object] = lambda done: None
-    ) -> tuple[np.ndarray, tuple[int, ...], dict[str, float]]:
-        """Run a request batch by batch.
-
-        Returns:
-            The images (N, *image_shape) float32 in data units, the size of each batch, and ``timings``.
-        """
-        raw = np.empty((len(request), *self.spec.image_shape), np.float32)
-        starts = range(0, len(request), batch_size)
-        noise_s = sample_s = 0.0
-        for start in starts:
-            stop = min(start + batch_size, len(request))
-            began = perf_counter()
-            noise, conditioning = request.inputs(start, stop)
-            drawn = perf_counter()
-            raw[start:stop] = self.backend.sample(noise, conditioning)
-            noise_s, sample_s = noise_s + drawn - began, sample_s + perf_counter() - drawn
-            report(stop)
-        timings = {"load_ms": self.load_ms, "noise_ms": noise_s * 1e3, "sample_ms": sample_s * 1e3}
-        return raw, tuple(min(batch_size, len(request) - start) for start in starts), timings
-
-    def info(self, source: Source, *, batches: tuple[int, ...], timings: dict[str, float]) -> GenerationInfo:
-        """Describe a run of this backend."""
-        return GenerationInfo(
-            backend=self.row.backend,
-            device=self.device,
-            precision=self.row.precision,
-            artifact=self.row.artifact,
-            sha256=source.sha256(self.row.artifact),
-            build_id=source.build_id,
-            num_inference_steps=self.spec.num_inference_steps,
-            batches=batches,
-            timings=timings,
-            rejected=self.plan.rejected,
-            fallback=self.fallback,
-        )
 
 
 class Opener:

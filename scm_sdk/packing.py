@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .opening import Opened
+from .opened import Opened
 from .output import GenerationInfo, GeneratorOutput, make_output
 from .request import OutputType, Request, merge
 from .sources import Source

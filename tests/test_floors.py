@@ -38,6 +38,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"prompting"}, {"numpy"}),
     ({"dispatch", "request", "sources"}, {"msgspec", "numpy"}),
     ({"measured", "output", "refusal"}, {"msgspec", "numpy"}),
+    ({"opened"}, {"numpy"}),
     ({"opening"}, {"numpy"}),
     ({"packing"}, {"numpy"}),
     ({"batcher"}, set()),

@@ -99,6 +99,14 @@ def test_chunks_leave_no_seam() -> None:
     np.testing.assert_array_equal(long[-3:], [_by_hand(7, 0, i) for i in range(200_000, 200_003)])
 
 
+def test_samples_that_fill_several_chunks_are_those_of_their_seeds() -> None:
+    """Seventy samples of 301 blocks, two steps: chunks of whole samples, the last one short."""
+    together = draw_noise(spec((3, 401, 1)), range(70))
+    for step in range(2):
+        for seed in (0, 1, 6, 7, 12, 13, 14, 41, 69):
+            np.testing.assert_array_equal(together[step][seed], standard_normal(seed, step, (3, 401, 1)))
+
+
 def test_more_steps_keep_the_first_noise() -> None:
     one, four = draw_noise(spec(steps=1), [5]), draw_noise(spec(steps=4), [5])
     assert (len(one), len(four)) == (1, 4)
