@@ -8,6 +8,7 @@ and one line in ``scm_sdk.dispatch.BACKENDS``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def check_inputs(
             f"noise_0 has shape {noise[0].shape}, a batch of {batch}; expected 1..{spec.max_batch}. "
             "Split larger requests, as Generator does."
         )
-    for tensor in spec.inputs:
+    for tensor in _tensors(spec)[2]:
         feeds[tensor.name] = _checked(tensor, feeds[tensor.name], batch)
     return feeds
 
@@ -61,11 +62,12 @@ def name_inputs(spec: SamplerSpec, noise: Sequence[Any], conditioning: Mapping[s
             f"noise holds {len(noise)} arrays, expected {spec.num_inference_steps}: one per step. "
             "scm_sdk.noise.draw_noise makes them."
         )
-    wanted = {tensor.name for tensor in spec.conditioning_inputs}
+    noise_inputs, conditioning_inputs, inputs = _tensors(spec)
+    wanted = {tensor.name for tensor in conditioning_inputs}
     if wanted != set(conditioning):
         raise ShapeError(f"conditioning holds {sorted(conditioning)}, expected exactly {sorted(wanted)}.")
-    named = {tensor.name: array for tensor, array in zip(spec.noise_inputs, noise, strict=True)} | dict(conditioning)
-    return {tensor.name: named[tensor.name] for tensor in spec.inputs}
+    named = {tensor.name: array for tensor, array in zip(noise_inputs, noise, strict=True)} | dict(conditioning)
+    return {tensor.name: named[tensor.name] for tensor in inputs}
 
 
 def check_images(spec: SamplerSpec, images: Any, batch: int, *, backend: str) -> np.ndarray:
@@ -91,6 +93,12 @@ def check_num_threads(num_threads: int | None) -> None:
     """Raise ``ConfigError`` unless ``num_threads`` is None (the library chooses) or at least 1."""
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"num_threads is {num_threads}, expected 1 or more, or None for the library's choice.")
+
+
+@lru_cache(maxsize=64)
+def _tensors(spec: SamplerSpec) -> tuple[tuple[TensorSpec, ...], ...]:
+    """Return the spec's noise inputs, conditioning inputs and all inputs, which it makes anew each time."""
+    return spec.noise_inputs, spec.conditioning_inputs, spec.inputs
 
 
 def _checked(tensor: TensorSpec, array: np.ndarray, batch: int) -> np.ndarray:
