@@ -25,6 +25,7 @@ from scm_sdk.spec import SamplerSpec
 
 from .compose import compose_sampler
 from .decode import export_decoder
+from .delicate import ISLANDS_KEY
 from .partial import TIME_INPUT
 from .passes import clean
 from .trace import EXAMPLE_BATCH, ROOT, require_exportable, trace_network, translate
@@ -122,7 +123,11 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
         model=graph,
         decoder=decoder,
         spec=spec,
-        versions={"scm_sdk_version": __version__, "scm_exporter": f"torch {torch.__version__}"},
+        versions={
+            "scm_sdk_version": __version__,
+            "scm_exporter": f"torch {torch.__version__}",
+            **({ISLANDS_KEY: " ".join(model.islands)} if model.islands else {}),
+        },
         num_nodes_exported=num_nodes_exported,
         seconds=seconds,
     )

@@ -19,6 +19,7 @@ import msgspec
 
 from scm_sdk.errors import ConfigError, ExportError
 
+from .delicate import DELICATE, delicate_nodes
 from .schemas import types_of
 
 if TYPE_CHECKING:
@@ -133,10 +134,13 @@ def island_nodes(graph: ir.Graph, plan: PrecisionPlan) -> dict[ir.Node, str]:
         ConfigError: If a pattern matches no node: a plan for another network, or a typing error.
     """
     free = conditioning_nodes(graph)
+    delicate = delicate_nodes(graph) if any(i.pattern == DELICATE for i in plan.islands) else set()
     kept: dict[ir.Node, str] = {}
     for island in plan.islands:
         if island.pattern == CONDITIONING:
             matched = [node for node in free if node.op_type not in PRODUCTS]
+        elif island.pattern == DELICATE:
+            matched = [node for node in graph if node in delicate]
         else:
             matched = [node for node in graph if fnmatchcase(node.name or "", island.pattern)]
             if not matched:

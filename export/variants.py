@@ -20,8 +20,9 @@ from scm_sdk.files import atomic_write_bytes, sha256_bytes
 from scm_sdk.manifest import Artifact
 from scm_sdk.spec import Precision, SamplerSpec
 
+from .delicate import ISLANDS_KEY
 from .islands import find_islands
-from .precision import PrecisionPlan, apply_precision, count_precisions
+from .precision import Island, PrecisionPlan, apply_precision, count_precisions
 from .probe import Probe
 from .write import GraphReport, data_path_of, read_model, write_model
 
@@ -93,6 +94,7 @@ def add_precision(
     if unchanged := unchanged_variants(bundle, sources, plan.precision):
         return unchanged
     models = [read_model(source.graph) for source in sources]
+    plan = plan.with_islands(*(island for island in own_islands(models[0]) if island not in plan.islands))
     probes = [Probe(source.graph, source.spec, num_samples=num_samples) for source in sources]
     if target_db is not None:
         for model, probe in zip(models, probes, strict=True):  # one plan for all: each goes on from the last
@@ -108,6 +110,12 @@ def add_precision(
             low = apply_precision(model, plan)
             variants.append(add_graph(draft, low, source, plan.precision, probe, built_from=[plan_path]))
     return variants
+
+
+def own_islands(model: ir.Model) -> tuple[Island, ...]:
+    """Return what must stay float32 of a network by its own word, beyond what every network needs."""
+    patterns = model.metadata_props.get(ISLANDS_KEY, "").split()
+    return tuple(Island(pattern=pattern, reason="said to be needed by the network itself") for pattern in patterns)
 
 
 @dataclass(frozen=True, kw_only=True)

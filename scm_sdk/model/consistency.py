@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from torch import Tensor, nn
@@ -121,6 +121,9 @@ class ConsistencyModel(nn.Module):
 
     Source: arXiv 2410.11081, equation 5.
     """
+
+    islands: ClassVar[tuple[str, ...]] = ()
+    """What must stay float32 in every precision, beyond what every network needs: patterns of ``export.precision``."""
 
     def __init__(
         self,

@@ -39,6 +39,22 @@ from .sana_folder import INDEX_NAME, SETTINGS_NAME, SanaFolder, read_sana_folder
 PURPOSE = "a SANA-Sprint model"
 
 
+class _FlowInput(nn.Module):
+    """u of x; a module, so that its nodes bear its name in a graph and stay float32."""
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        s = s.reshape(-1, 1, 1, 1)
+        return x * torch.sqrt(s**2 + (1 - s) ** 2)
+
+
+class _FlowOutput(nn.Module):
+    """F of u and v; a module for the same reason."""
+
+    def forward(self, u: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        s = s.reshape(-1, 1, 1, 1)
+        return ((1 - 2 * s) * u + (1 - 2 * s + 2 * s**2) * v) / torch.sqrt(s**2 + (1 - s) ** 2)
+
+
 class SanaNetwork(nn.Module):
     """The transformer as a TrigFlow network F(x, t, guidance_scale, prompt).
 
@@ -50,6 +66,7 @@ class SanaNetwork(nn.Module):
     def __init__(self, transformer: nn.Module, guidance_embeds_scale: float = 0.1) -> None:
         super().__init__()
         self.transformer = transformer
+        self.flow_input, self.flow_output = _FlowInput(), _FlowOutput()
         self.guidance_embeds_scale = guidance_embeds_scale
 
     def forward(
@@ -70,9 +87,7 @@ class SanaNetwork(nn.Module):
             prompt_attention_mask: 1 for tokens and 0 for padding, (B, L), int64.
         """
         s = torch.sin(t) / (torch.cos(t) + torch.sin(t))
-        s_B111 = s.reshape(-1, 1, 1, 1)
-        norm = torch.sqrt(s_B111**2 + (1 - s_B111) ** 2)
-        u = x * norm
+        u = self.flow_input(x, s)
         (v,) = self.transformer(
             u,
             encoder_hidden_states=prompt_embeds,
@@ -81,7 +96,7 @@ class SanaNetwork(nn.Module):
             guidance=guidance_scale * self.guidance_embeds_scale,
             return_dict=False,
         )
-        F: Tensor = ((1 - 2 * s_B111) * u + (1 - 2 * s_B111 + 2 * s_B111**2) * v) / norm
+        F: Tensor = self.flow_output(u, v, s)
         return F
 
 
@@ -97,6 +112,8 @@ class SanaModel(ConsistencyModel):
         folder: What it was read from.
         keep_text_encoder: Whether ``save_pretrained`` copies the text encoder too, where there is one.
     """
+
+    islands = ("@delicate", "step*/flow*")
 
     def __init__(self, folder: SanaFolder, transformer: nn.Module, decode: nn.Module) -> None:
         described = OwnConfig(
