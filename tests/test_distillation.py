@@ -63,7 +63,7 @@ def test_a_step_follows_the_trajectory_to_the_third_order() -> None:
         exact = torch.cos(s).view(-1, 1, 1, 1) * MEAN + (spread_at(s) / spread_at(b.t)).view(-1, 1, 1, 1) * (
             x_t - torch.cos(b.t).view(-1, 1, 1, 1) * MEAN
         )
-        return (teacher_step(Denoiser(), x_t, b.t, s, None, sigma_data=SIGMA)[0] - exact).abs().amax(dim=(1, 2, 3))
+        return (teacher_step(Denoiser(), x_t, b.t, s, sigma_data=SIGMA)[0] - exact).abs().amax(dim=(1, 2, 3))
 
     ratio = error(0.02) / error(0.01)
     assert ((ratio > 6.5) & (ratio < 9.5)).all(), ratio

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import PositionalEmbedding, attend, check_conditioning
+from .layers import PositionalEmbedding, attend, check_conditioning, float32_island
 from .magnitude import MPConv, mp_cat, mp_silu, mp_sum, normalize
 from .paper_unet import PaperUNetConfig
 
@@ -143,6 +143,7 @@ class EDM2(nn.Module):
                 self.up.append(_Block(config, width, width, resolution, side="decoder", resample="up"))
         self.conv_out = MPConv(width, config.in_channels, 3, learned_gain=True)
 
+    @float32_island
     def embed(self, t_B: Tensor, class_labels_B: Tensor | None, guidance_scale_B: Tensor | None) -> Tensor:
         """Embed times, labels and guidance scales as (B, E).
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .data import ImageData
+from .guidance import sample_guidance
 from .objectives import Batch, sample_times
 
 Drawn = TypeVar("Drawn")
@@ -49,7 +50,15 @@ def draw_batch(config: TrainConfig, data: ImageData, iteration: int, rows: slice
         labels = torch.where(dropped, data.num_classes, labels)[kept]
     x_0 = torch.from_numpy(data.normalized(chosen[kept]))
     z = torch.randn((size, *x_0.shape[1:]), generator=generator)[kept] * config.sigma_data
-    return Batch(x_0=x_0, z=z, t=sample_times(size, config, generator)[kept], class_labels=labels, rows=rows)
+    guidance = sample_guidance(config, size, iteration)
+    return Batch(
+        x_0=x_0,
+        z=z,
+        t=sample_times(size, config, generator)[kept],
+        class_labels=labels,
+        guidance_scale=None if guidance is None else guidance[kept],
+        rows=rows,
+    )
 
 
 @lru_cache(maxsize=2)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from ..model.consistency import ConsistencyModel
+from ..model.magnitude import normalize_weights_
 from .config import TrainConfig
 from .data import ImageData
 from .discrete import Anchor
 from .distributed import Scale, World
 from .ema import Profiles, update_ema
+from .guidance import start_from
 from .losses import loss_function, make_vsd
 from .objectives import LogVariance
 from .prepare import Prepared
@@ -67,6 +69,7 @@ class Run:
     def move(self) -> None:
         """Take the optimizer's step and let the average follow."""
         self.optimizer.step()
+        normalize_weights_(self.state.network)
         update_ema(self.average.network, self.state.network, self.config.ema_decay_at(self.state.iteration))
 
     def gathered(self) -> ConsistencyModel:
@@ -87,7 +90,8 @@ def build(start: Prepared, out: Path, scale: Scale, world: World) -> Run:
     torch.manual_seed(config.seed)
     network = _arrange(ConsistencyModel(start.model_config).network.train(), config)
     if start.initial is not None:
-        network.load_state_dict(start.initial.network.state_dict())
+        start_from(network, start.initial.network)
+    normalize_weights_(network)
     teacher = _arrange(start.teacher.network, config) if start.teacher else None
     if not sharded:  # sharding moves one block at a time
         network.to(world.device)

@@ -18,23 +18,25 @@ Source: Song et al., 2023, arXiv 2303.01469, algorithm 2, in TrigFlow's terms; s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..model.trigflow import add_noise, expand_time, predict_data
+from ..model.trigflow import add_noise, expand_time, predict_data, rotate
 from .config import TrainConfig
 from .objectives import (
     Batch,
     ConditionedNetwork,
     LogVariance,
+    bind,
     diffusion_loss,
     sample_times,
     seeded_generator,
     weighted_residual,
 )
 from .stable_target import StableTarget
+from .tangent import Network
 
 MIN_TIME = 0.02
 """Radians; trajectories are followed down to here, where what is left of the noise is below one part in fifty.
@@ -67,27 +69,22 @@ class Draw:
         )
 
 
-def teacher_step(
-    teacher: ConditionedNetwork, x_t: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None, *, sigma_data: float
-) -> tuple[Tensor, Tensor]:
+def teacher_step(teacher: Network, x_t: Tensor, t: Tensor, s: Tensor, *, sigma_data: float) -> tuple[Tensor, Tensor]:
     """Follow the teacher's trajectory from times ``t`` to ``s`` with one second-order step.
 
     Args:
-        teacher: The diffusion model.
+        teacher: The diffusion model, labels already bound.
         x_t: Noisy samples, (B, ...), data units.
         t: Their times, (B,), radians.
         s: Times to go to, (B,), radians, at most ``t``.
-        class_labels: Labels, (B,), int64, or None.
         sigma_data: Standard deviation of the data.
 
     Returns:
         ``x_s`` and the teacher's F there, both (B, ...).
     """
-    angle = expand_time(t - s, x_t)
-    velocity = sigma_data * teacher(x_t / sigma_data, t, class_labels)
-    there = torch.cos(angle) * x_t - torch.sin(angle) * velocity
-    F = teacher(there / sigma_data, s, class_labels)
-    return x_t - angle * 0.5 * (velocity + sigma_data * F), F
+    velocity = sigma_data * teacher(x_t / sigma_data, t)
+    F = teacher(rotate(x_t, velocity, t - s) / sigma_data, s)
+    return x_t - expand_time(t - s, x_t) * 0.5 * (velocity + sigma_data * F), F
 
 
 def discrete_loss(
@@ -109,16 +106,16 @@ def discrete_loss(
         step: How far ``s`` lies below ``t``, (B,), radians; never below ``MIN_TIME``.
         sigma_data: Standard deviation of the data.
     """
-    t, labels = batch.t, batch.class_labels
+    t, student = batch.t, bind(network, batch)
     x_t = add_noise(batch.x_0, batch.z, t)
     with torch.no_grad():
         s = torch.minimum(t, (t - step).clamp(min=MIN_TIME))
-        x_s, teacher_F = teacher_step(teacher, x_t, t, s, labels, sigma_data=sigma_data)
-        F = torch.where(expand_time(s, x_t) > MIN_TIME, network(x_s / sigma_data, s, labels), teacher_F)
+        x_s, teacher_F = teacher_step(bind(teacher, batch), x_t, t, s, sigma_data=sigma_data)
+        F = torch.where(expand_time(s, x_t) > MIN_TIME, student(x_s / sigma_data, s), teacher_F)
         end = predict_data(x_s, F, s, sigma_data=sigma_data)
         scale = sigma_data * expand_time(torch.sin(t).clamp(min=1e-6), x_t)
         target = (expand_time(torch.cos(t), x_t) * x_t - end) / scale
-    return weighted_residual(network(x_t / sigma_data, t, labels) - target, logvar(t) if logvar else None)
+    return weighted_residual(student(x_t / sigma_data, t) - target, logvar(t) if logvar else None)
 
 
 class Anchor:
@@ -135,7 +132,7 @@ class Anchor:
 
     def __call__(self, network: ConditionedNetwork, batch: Batch, draw: Draw) -> Tensor:
         """Return the loss, a scalar; of the batch images and labels count."""
-        batch = Batch(x_0=batch.x_0, z=draw.z, t=draw.t, class_labels=batch.class_labels)
+        batch = replace(batch, z=draw.z, t=draw.t)
         if self._target is not None:
             batch = self._target(batch)
         logvar = self.logvar if self._config.adaptive_weighting else None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, TrainError
 from ..model.consistency import ConsistencyModel
@@ -28,12 +28,24 @@ def guided_teacher(teacher: Callable[..., Tensor], config: TrainConfig, num_clas
     return GuidedNetwork(teacher, num_classes=num_classes, scale=config.guidance[0])
 
 
-def sample_guidance(config: TrainConfig, count: int, iteration: int) -> Tensor | None:
-    """Draw an iteration's guidance scales, (count,), float32, which the student is told; None where there is one."""
+def sample_guidance(config: TrainConfig, count: int, iteration: int, stream: int = 5) -> Tensor | None:
+    """Draw an iteration's guidance scales, (count,), float32, which the student is told; None where it takes none."""
     if not config.takes_guidance:
         return None
     low, high = config.guidance
-    return low + (high - low) * torch.rand(count, generator=seeded_generator(config.seed, iteration, stream=5))
+    return low + (high - low) * torch.rand(count, generator=seeded_generator(config.seed, iteration, stream))
+
+
+def start_from(network: nn.Module, initial: nn.Module) -> None:
+    """Give a network the weights of another of its shape, which may lack the branch of the guidance scale.
+
+    That branch keeps what it begins with, which adds nothing: the student starts as the teacher.
+    """
+    weights = initial.state_dict()
+    if getattr(network, "guidance_linear", None) is not None and getattr(initial, "guidance_linear", None) is None:
+        own = network.state_dict()
+        weights.update({name: own[name] for name in own if name.startswith("guidance_linear.")})
+    network.load_state_dict(weights)
 
 
 def require_guidable(model: ConsistencyModel, folder: str | Path) -> None:

@@ -25,6 +25,7 @@ from .build import Run, build
 from .config import TrainConfig
 from .data import ImageData
 from .distributed import Scale, World, joined, stop_signals
+from .mixed import loss_scale, unscale
 from .objectives import Batch, sample_times
 from .prepare import Prepared, claimed_folder, resolve
 from .sharded_state import load_run, save_run
@@ -191,9 +192,10 @@ def _step(run: Run, batch: Batch, *, stop: bool) -> _Step:
         seed_dropout(config, iteration, run.world.rank * parts + number)
         with reducing(run.loss, last=number == parts - 1):
             loss, residual = run.loss(part, iteration)
-            (loss / parts).backward()
+            (loss / parts * loss_scale(config.precision)).backward()
         loss_sum += float(loss.detach())
         residual_sum += float(residual)
+    unscale(run.parameters, config.precision)
     norm = clip_gradients(run.parameters, config.grad_clip or math.inf)
     loss_mean, residual_mean, stops = run.world.mean([loss_sum / parts, residual_sum / parts, float(stop)])
     return _Step(loss=loss_mean, residual=residual_mean, norm=norm, stop=stops > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -10,7 +11,9 @@ from torch import nn
 from .batches import drawn_for, take
 from .config import TrainConfig
 from .discrete import Anchor, Draw, discrete_loss
-from .objectives import Batch, LogVariance, consistency_loss, diffusion_loss
+from .guidance import guided_teacher, start_from
+from .mixed import in_precision
+from .objectives import Batch, ConditionedNetwork, LogVariance, consistency_loss, diffusion_loss
 from .stable_target import StableTarget
 from .trajectory import Trajectories, trajectory_loss
 from .vsd import Vsd, exact_score, teacher_score
@@ -23,7 +26,13 @@ def make_vsd(
     if not config.uses_vsd:
         return None
     if teacher is not None:
-        return Vsd(config, teacher, teacher_score(teacher, sigma_data=config.sigma_data))
+        start = teacher
+        if config.takes_guidance:  # a student that is told the scale has a fake score that is told it too
+            start = deepcopy(network)
+            start_from(start, teacher)
+        followed = _followed(config, teacher)
+        assert followed is not None
+        return Vsd(config, start, teacher_score(followed, sigma_data=config.sigma_data))
     assert stable_target is not None  # TrainConfig refuses VSD without either
     return Vsd(config, network, exact_score(stable_target, sigma_data=config.sigma_data))
 
@@ -38,8 +47,30 @@ def loss_function(
 ) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
     """Return ``(batch, iteration) -> (loss, residual)`` for a run, compiled if it asks for that.
 
-    VSD is never compiled: it takes a step of its own. Beside another loss the residual is that one's.
+    VSD is never compiled: it takes a step of its own. Beside another loss the residual is that one's. Networks run in
+    the run's precision and the teacher with its guidance.
     """
+    return _loss_function(
+        config, in_precision(network, config.precision), _followed(config, teacher), logvar, vsd, anchor
+    )
+
+
+def _followed(config: TrainConfig, teacher: nn.Module | None) -> ConditionedNetwork | None:
+    """Return the teacher as a run follows it."""
+    if teacher is None:
+        return None
+    classes = config.network.num_classes if config.network is not None else 0
+    return guided_teacher(in_precision(teacher, config.precision), config, classes)
+
+
+def _loss_function(
+    config: TrainConfig,
+    network: ConditionedNetwork,
+    teacher: ConditionedNetwork | None,
+    logvar: LogVariance | None,
+    vsd: Vsd | None,
+    anchor: Anchor | None,
+) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
     if config.objective == "vsd":
         assert vsd is not None
         return lambda batch, iteration: vsd(network, batch, iteration)
@@ -75,7 +106,11 @@ def loss_function(
 
 
 def _discrete(
-    config: TrainConfig, network: nn.Module, teacher: nn.Module, logvar: LogVariance | None, anchor: Anchor | None
+    config: TrainConfig,
+    network: ConditionedNetwork,
+    teacher: ConditionedNetwork,
+    logvar: LogVariance | None,
+    anchor: Anchor | None,
 ) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
     compute = torch.compile(discrete_loss) if config.compile else discrete_loss
 
@@ -90,7 +125,7 @@ def _discrete(
 
 
 def _trajectory(
-    config: TrainConfig, network: nn.Module, teacher: nn.Module, logvar: LogVariance | None
+    config: TrainConfig, network: ConditionedNetwork, teacher: ConditionedNetwork, logvar: LogVariance | None
 ) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
     compute = torch.compile(trajectory_loss) if config.compile else trajectory_loss
     assert config.network is not None  # resolved

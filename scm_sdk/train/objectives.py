@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -75,7 +76,19 @@ class Batch:
     rows: slice | None = None
 
 
-def bind(network: ConditionedNetwork, batch: Batch) -> Network:
+class Conditions(Protocol):
+    """What a batch tells networks beside x and t."""
+
+    @property
+    def class_labels(self) -> Tensor | None:
+        """Labels, (B,), int64."""
+
+    @property
+    def guidance_scale(self) -> Tensor | None:
+        """Guidance scales, (B,), float32."""
+
+
+def bind(network: ConditionedNetwork, batch: Conditions) -> Network:
     """Return a network as a function of x and t alone, with the batch's labels and guidance scales."""
     if batch.guidance_scale is None:
         return lambda x, t: network(x, t, batch.class_labels)

@@ -87,10 +87,10 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
             "software": f"scm-sdk {__version__}",
             **_about_guidance(config),
         },
-        **(
-            {"guidance_range": config.guidance, "default_guidance": config.guidance[0]} if config.takes_guidance else {}
-        ),
     )
+    if config.takes_guidance:
+        low, high = config.guidance
+        model_config = msgspec.structs.replace(model_config, guidance_range=(low, high), default_guidance=low)
     for model, folder in ((initial, config.first_weights), (teacher, config.teacher)):
         if model is not None:
             _check_alike(model, folder, model_config, weights=model is initial)
@@ -118,7 +118,7 @@ def _check_alike(model: ConsistencyModel, folder: str, wanted: ModelConfig, *, w
 
 
 def _shape(network: NetworkConfig) -> dict[str, object]:
-    """Return what decides which weights fit: all but the dropout, and a guidance input, which is added where it lacks."""
+    """Return what decides which weights fit: all but the dropout and a guidance input, which may be added."""
     fields: dict[str, object] = msgspec.to_builtins(network)
     return {name: value for name, value in fields.items() if name not in ("dropout", "dropout_resolution", "guidance")}
 
@@ -139,10 +139,10 @@ def _with_guidance_input(network: NetworkConfig, config: TrainConfig) -> Network
         return network
     if "guidance" not in network.__struct_fields__ or isinstance(network, OwnConfig):
         raise TrainError(
-            f"guidance is {config.guidance}, but this kind of network has no input for the scale. Give one scale alone, "
-            "which is baked in."
+            f"guidance is {config.guidance}, but this kind of network has no input for the scale. Give one scale "
+            "alone, which is baked in."
         )
-    return msgspec.structs.replace(network, guidance=True)  # type: ignore[call-arg]
+    return msgspec.structs.replace(network, guidance=True)
 
 
 def _about_guidance(config: TrainConfig) -> dict[str, str]:

@@ -13,25 +13,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..model.magnitude import normalize_weights_
 from ..model.trigflow import add_noise, predict_data, true_velocity
 from ..spec import default_times
 from .batches import drawn_for
 from .config import TrainConfig
+from .mixed import in_precision
 from .objectives import (
     Batch,
     ConditionedNetwork,
     LogVariance,
+    bind,
     diffusion_loss,
     sample_times,
     seeded_generator,
     weighted_residual,
 )
 from .stable_target import StableTarget
+from .tangent import Network
 
 Score = Callable[[Batch], Tensor]
 """From a batch, of which ``x_t``, ``t`` and labels count, to F: the velocity at x_t over sigma_data, (B, ...)."""
@@ -39,7 +43,7 @@ Score = Callable[[Batch], Tensor]
 
 def teacher_score(teacher: ConditionedNetwork, *, sigma_data: float) -> Score:
     """Return the score of a diffusion model."""
-    return lambda batch: teacher(add_noise(batch.x_0, batch.z, batch.t) / sigma_data, batch.t, batch.class_labels)
+    return lambda batch: bind(teacher, batch)(add_noise(batch.x_0, batch.z, batch.t) / sigma_data, batch.t)
 
 
 def exact_score(target: StableTarget, *, sigma_data: float) -> Score:
@@ -99,6 +103,7 @@ class Vsd:
     def __init__(self, config: TrainConfig, network: nn.Module, score: Score) -> None:
         self._config, self._score = config, score
         self.fake = deepcopy(network).requires_grad_(True)
+        self._call_fake = in_precision(self.fake, config.precision)
         self.fake_logvar, self.logvar = LogVariance(), LogVariance()
         self._learned = [*self.fake.parameters(), *self.fake_logvar.parameters()]
         self.optimizer = torch.optim.Adam(
@@ -118,25 +123,25 @@ class Vsd:
             batch: Its labels count.
             iteration: Which draw; of several sampler steps one is trained at a time, in turn.
         """
-        config, labels = self._config, batch.class_labels
+        config = self._config
         draw = drawn_for(batch, config, lambda shape: Draw.of(config, shape, iteration))
-        images = self._generate(network, draw, labels, step=iteration % config.vsd_steps)
-        self._learn(Batch(x_0=images.detach(), z=draw.fake_z, t=draw.fake_t, class_labels=labels), iteration)
+        images = self._generate(bind(network, batch), draw, step=iteration % config.vsd_steps)
+        self._learn(replace(batch, x_0=images.detach(), z=draw.fake_z, t=draw.fake_t), iteration)
         with torch.no_grad():
-            noisy = Batch(x_0=images.detach(), z=draw.z, t=draw.t, class_labels=labels)
+            noisy = replace(batch, x_0=images.detach(), z=draw.z, t=draw.t)
             x_t = add_noise(noisy.x_0, noisy.z, noisy.t)
-            difference = self._score(noisy) - self.fake(x_t / config.sigma_data, draw.t, labels)
+            difference = self._score(noisy) - bind(self._call_fake, noisy)(x_t / config.sigma_data, draw.t)
         moved = images.detach() if iteration < config.vsd_warmup else images
         return weighted_residual(moved - images.detach() + difference, self.logvar(draw.t))
 
-    def _generate(self, network: ConditionedNetwork, draw: Draw, labels: Tensor | None, *, step: int) -> Tensor:
+    def _generate(self, network: Network, draw: Draw, *, step: int) -> Tensor:
         """Return the student's samples after a sampler step; the gradient goes through that call only."""
         sigma_data, x_0 = self._config.sigma_data, torch.zeros_like(draw.z)
         for k in range(step + 1):
             with torch.set_grad_enabled(k == step):
                 t = torch.full((len(x_0),), self._times[k], device=x_0.device)
                 x_t = add_noise(x_0, draw.noises[k], t)
-                x_0 = predict_data(x_t, network(x_t / sigma_data, t, labels), t, sigma_data=sigma_data)
+                x_0 = predict_data(x_t, network(x_t / sigma_data, t), t, sigma_data=sigma_data)
         return x_0
 
     def _learn(self, batch: Batch, iteration: int) -> None:
@@ -145,7 +150,8 @@ class Vsd:
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate_at(iteration) * factor
         self.optimizer.zero_grad(set_to_none=True)
-        loss, _ = diffusion_loss(self.fake, self.fake_logvar, batch, sigma_data=self._config.sigma_data)
+        loss, _ = diffusion_loss(self._call_fake, self.fake_logvar, batch, sigma_data=self._config.sigma_data)
         loss.backward()  # type: ignore[no-untyped-call]
         if torch.isfinite(nn.utils.clip_grad_norm_(self._learned, self._config.grad_clip or math.inf)):
             self.optimizer.step()
+            normalize_weights_(self.fake)
