@@ -1,14 +1,11 @@
 """Your own network, of any rank, from training to an engine: sound (1-D) and video (3-D).
 
-    python examples/04_own_network.py runs/own
-
-What a network must be: scm_sdk/model/own.py. Short, to show the calls.
+python examples/04_own_network.py runs/own sound video    # what a network must be: scm_sdk/model/own.py
 """
 
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,9 +33,8 @@ class Waves(nn.Module):
         super().__init__()
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
         self.time = nn.Sequential(PositionalEmbedding(width, max_period=10.0), nn.Linear(width, width))
-        self.first = conv(channels, width, 3, padding=1)
-        self.middle = conv(width, width, 3, padding=1)
-        self.last = conv(width, channels, 3, padding=1)
+        sizes = ((channels, width), (width, width), (width, channels))
+        self.first, self.middle, self.last = (conv(*size, 3, padding=1) for size in sizes)
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Return F, like x."""
@@ -57,8 +53,8 @@ def main(out: Path, kind: str, iterations: int = 20) -> None:
     for i in range(iterations):
         phase = torch.rand((16, *[1] * len(shape)), generator=draw) * 6.28
         x_0 = 0.7 * torch.sin(phase + torch.arange(shape[-1]) / 4).expand(16, *shape)  # deviation 0.5
-        z, t = 0.5 * torch.randn(x_0.shape, generator=draw), sample_times(16, config, draw)
-        batch = Batch(x_0=x_0, z=z, t=t, class_labels=None)
+        z = 0.5 * torch.randn(x_0.shape, generator=draw)
+        batch = Batch(x_0=x_0, z=z, t=sample_times(16, config, draw), class_labels=None)
         loss, _ = consistency_loss(model.network, None, None, batch, config, warmup=i / iterations)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -69,7 +65,7 @@ def main(out: Path, kind: str, iterations: int = 20) -> None:
     for parity in validate_bundle(out / kind):
         parity.raise_if_failed()
     with Generator.from_pretrained(out / kind, backend="onnxruntime") as gen:
-        samples: np.ndarray = gen(num_images=3, seed=0, output_type="raw").images
+        samples = gen(num_images=3, seed=0, output_type="raw").images
         print(f"{kind}: {samples.shape} from {gen.opened().row.artifact}, deviation {samples.std():.2f}")
     try:
         (engine,) = add_engines(out / kind, [resolve_target("a10")], precisions=["fp32"], steps=[1])
@@ -79,5 +75,5 @@ def main(out: Path, kind: str, iterations: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    for each in SHAPES:
+    for each in sys.argv[2:] or SHAPES:
         main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own"), each)
