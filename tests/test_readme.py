@@ -94,8 +94,10 @@ def test_examples(workplace):
     call([sys.executable, folder / "02_train_and_distill.py", "tiny"], workplace)
     call([sys.executable, folder / "03_export_and_validate.py", "tiny/student", "tiny/bundle"], workplace)
     assert (workplace / "tiny" / "bundle" / "scm_manifest.json").exists()
+    own = call([sys.executable, folder / "04_own_network.py", "own", "sound"], workplace)
+    assert "sound: (3, 1, 64)" in own.stdout and "model.engine" in own.stdout
     assert {path.name for path in folder.glob("*.py")} == {
-        "01_generate.py", "02_train_and_distill.py", "03_export_and_validate.py",
+        "01_generate.py", "02_train_and_distill.py", "03_export_and_validate.py", "04_own_network.py",
     }  # fmt: skip
     for path in folder.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path
