@@ -138,10 +138,13 @@ class _Doctor:
         self.tolerance = TOLERANCE[graph.metadata_props.get(PRECISION_KEY, "fp32")]
         last = spec.num_inference_steps - 1
         names = [f"step{k}/{part}" for k in range(last + 1) for part in ("x_t", "network_input", "F", "x0")]
-        names[-1] = spec.output_name
+        self.decodes = model.decoder is not None and spec.output == "pixels"
+        if not self.decodes:
+            names.pop()  # the last estimate is the output itself
+        names.append(spec.output_name)
         self.values = read_values(graph, names, self.feeds)
         self.stored = compare_stored(graph, _originals(model, exact))
-        self.values[f"step{last}/x0"] = self.values[spec.output_name]
+        self.values.setdefault(f"step{last}/x0", self.values[spec.output_name])
 
     def findings(self) -> Iterator[Finding]:
         for step in range(self.spec.num_inference_steps):
@@ -152,6 +155,21 @@ class _Doctor:
                 return
             yield from self._algebra(step, at)
             yield from self._network(step, at)
+        yield from self._decoding()
+
+    def _decoding(self) -> Iterator[Finding]:
+        """Decode the last estimate again with PyTorch."""
+        import torch
+
+        if not self.decodes or self.model.decoder is None:
+            return
+        last = self.spec.num_inference_steps - 1
+        with torch.inference_mode():
+            wanted = self.model.decoder(torch.from_numpy(self.values[f"step{last}/x0"])).numpy()
+        found = _relative(self.values[self.spec.output_name], wanted)
+        if not found <= self.tolerance:
+            text = f"is {found:.1e} off what the decoder makes of step{last}/x0, {self.tolerance:.0e} allowed"
+            yield Finding(fault="output", step=last, value=self.spec.output_name, text=text)
 
     def _algebra(self, step: int, at: dict[str, np.ndarray]) -> Iterator[Finding]:
         """Solve for the factors of one step and read time, sigma_data and scale from them."""
@@ -252,8 +270,9 @@ class _Doctor:
         from scm_sdk.model.sampler import Sampler
 
         found = []
+        ends = {"output": "latents", "output_shape": ()} if self.decodes else {}
         for step in range(self.spec.num_inference_steps):
-            so_far = msgspec.structs.replace(self.spec, times=self.spec.times[: step + 1])
+            so_far = msgspec.structs.replace(self.spec, times=self.spec.times[: step + 1], **ends)
             inputs = [torch.from_numpy(self.feeds[tensor.name]) for tensor in so_far.inputs]
             with torch.inference_mode():
                 wanted = Sampler(self.model, so_far).eval()(*inputs).numpy()

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 T = TypeVar("T")
-_BLOCK = re.compile(r"step\d+/([^./]+(?:\.\d+)?)")
+_BLOCK = re.compile(r"(step\d+|decoder)/((?:transformer\.|module\.)?[^./]+(?:\.\d+)?)")
+"""The part of a network that is tried alone: a module, or one of a list; what wraps a foreign one does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,5 +125,6 @@ def _patterns(model: ir.Model, plan: PrecisionPlan) -> list[str]:
     found: dict[str, None] = {}
     for node in model.graph:
         if node not in kept and node.op_type not in MOVES and (match := _BLOCK.match(node.name or "")):
-            found[f"step*/{match[1]}[./]*" if "/" in (node.name or "")[match.end(1) :] else f"step*/{match[1]}"] = None
+            part = f"{'decoder' if match[1] == 'decoder' else 'step*'}/{match[2]}"
+            found[f"{part}[./]*" if "/" in (node.name or "")[match.end() :] else part] = None
     return list(found)
