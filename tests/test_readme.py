@@ -98,6 +98,7 @@ def test_examples(workplace):
     assert "sound: (3, 1, 64)" in own.stdout and "model.engine" in own.stdout
     assert {path.name for path in folder.glob("*.py")} == {
         "01_generate.py", "02_train_and_distill.py", "03_export_and_validate.py", "04_own_network.py",
+        "06_sana_sprint.py",
     }  # fmt: skip
     for path in folder.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path
