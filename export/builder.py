@@ -36,8 +36,8 @@ class Build:
         self.log = make_logger(library, kernels=True)
         self.seconds: dict[str, float] = {}
 
-    def run(self) -> bytes:
-        """Parse and build; return the engine's bytes."""
+    def run(self) -> memoryview:
+        """Parse and build; return the engine's bytes, which are the library's own: a large engine is not copied."""
         trt, start = self.trt, time.perf_counter()
         try:
             self.builder = trt.Builder(self.log)
@@ -63,7 +63,7 @@ class Build:
         if plan is None:
             raise explain(self.log.errors(), doing=f"building {self.graph}")
         self._keep_timing_cache(config)
-        return bytes(memoryview(plan))
+        return memoryview(plan)
 
     def _configure(self) -> Any:
         trt, options = self.trt, self.options

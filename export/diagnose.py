@@ -256,9 +256,12 @@ class _Doctor:
     def _torch(self, x: np.ndarray, t: float, labels: np.ndarray | None) -> np.ndarray:
         import torch
 
-        given = None if labels is None else torch.from_numpy(labels)
+        names = [tensor.name for tensor in self.spec.conditioning_inputs]
+        given = {name: torch.from_numpy(self.feeds[name]) for name in names}
+        if labels is not None:
+            given["class_labels"] = torch.from_numpy(labels)
         with torch.inference_mode():
-            F = self.model.network(torch.from_numpy(x), torch.full((len(x),), t), given)
+            F = self.model.network(torch.from_numpy(x), torch.full((len(x),), t), **given)
         array: np.ndarray = F.numpy()
         return array
 
@@ -283,10 +286,12 @@ class _Doctor:
 
 def _originals(model: ConsistencyModel, exact: ir.Model | None) -> dict[str, np.ndarray]:
     """Return what each stored tensor should be: the checkpoint's word counts before the fp32 graph's."""
+    from scm_sdk.model.magnitude import baked
+
     stored: Mapping[str, ir.Value] = {} if exact is None else exact.graph.initializers
     constants = {name: value.const_value for name, value in stored.items()}
     found = {name: np.asarray(t.numpy()) for name, t in constants.items() if t is not None}
-    return found | {name: tensor.float().numpy() for name, tensor in model.network.state_dict().items()}
+    return found | {name: tensor.float().numpy() for name, tensor in baked(model.network).state_dict().items()}
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _check_gpu(options: EngineOptions) -> str:
 
 
 def _census(
-    library: Any, build: Build, model: ir.Model, engine: bytes
+    library: Any, build: Build, model: ir.Model, engine: memoryview
 ) -> tuple[Census | None, Census, list[str], list[str]]:
     """Return what was built, what was planned, how the two differ, and what could not be seen."""
     planned, _, _ = planned_census(model)

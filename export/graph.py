@@ -83,7 +83,8 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
     Takes seconds for a small U-Net, a minute or more for a large one.
 
     Args:
-        model: In evaluation mode, float32.
+        model: In evaluation mode, float32. Weights that are normalized when they are used are stored as they come out;
+            ``bake_weights_`` of ``model.magnitude`` beforehand spares the memory of a copy.
         progress: Called with a few words for each stage as it begins.
 
     Raises:
@@ -97,9 +98,12 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
         require(library, extra="export", purpose="exporting to ONNX")
     import torch
 
+    from scm_sdk.model.magnitude import baked
+
     spec = model.spec(1)
     require_exportable(model)
-    device = next((p.device for p in model.network.parameters()), torch.device("cpu"))
+    module = baked(model.network)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn((EXAMPLE_BATCH, *spec.sample_shape), generator=generator, device=device)
     dtypes = {"float32": torch.float32, "int64": torch.int64}
@@ -109,7 +113,7 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
     }
     seconds: dict[str, float] = {}
     with _stage("trace", "trace the network", seconds, progress):
-        program = trace_network(model.network, x, conditioning)
+        program = trace_network(module, x, conditioning)
     with _stage("translate", "translate to ONNX", seconds, progress):
         graph = translate(program, ("x", TIME_INPUT, *conditioning), "F")
     num_nodes_exported = graph.graph.num_nodes()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SMALL_CONSTANT = 1 << 20
 """Bytes. A folded constant up to this size may be stored beside the weight that it was made from."""
+GUIDANCE_INPUT = "guidance_scale"
 _TIME_FUNCTIONS = {"Sin", "Cos"}
 _SIZE_BY_VALUE = {"NonZero", "Unique", "Compress"}
 
@@ -160,13 +161,17 @@ def strip_metadata(model: ir.Model) -> ir.Model:
 
 
 def check_time_folded(model: ir.Model) -> ir.Model:
-    """Check that no trigonometry is left: all of it belongs to the time, and times are constants.
+    """Check that no trigonometry is left but the guidance scale's: the rest is of the time, and times are constants.
 
     Raises:
-        UnsupportedGraphError: If a Sin or Cos node is left; it names the node.
+        UnsupportedGraphError: If another Sin or Cos node is left; it names the node.
     """
+    foreign = {value for value in model.graph.inputs if value.name != GUIDANCE_INPUT}
     for node in model.graph:
-        if node.op_type in _TIME_FUNCTIONS:
+        if foreign.intersection(value for value in node.inputs if value is not None):
+            foreign.update(node.outputs)
+    for node in model.graph:
+        if node.op_type in _TIME_FUNCTIONS and foreign.intersection(node.outputs):
             raise UnsupportedGraphError(
                 f"node {node.name!r} ({node.op_type}) is left, expected the time branch to be constant. "
                 "It depends on the samples or the labels; embed the time on its own and combine afterwards."

@@ -31,6 +31,9 @@ CONDITIONING = "@conditioning"
 """Pattern of the nodes that do not depend on the noise, matrix products apart: their names differ from
 network to network. The products lose nothing in low precision, and TensorRT-RTX has no float32
 product for Turing GPUs."""
+NORMS = "@norms"
+"""Pattern of the nodes that add up squares over channels, which overflow float16 long before their root does."""
+SUMS_OF_SQUARES = frozenset({"ReduceL2", "ReduceSumSquare"})
 PRODUCTS = frozenset({"Gemm", "MatMul"})
 PRECISION_KEY = "scm_precision"
 """Key of the graph's metadata under which its precision lies; fp32 graphs have none."""
@@ -47,7 +50,8 @@ class Island(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Nodes that stay float32.
 
     Attributes:
-        pattern: Which: a shell pattern over node names, such as ``step*/up.0.*``, or ``@conditioning``.
+        pattern: Which: a shell pattern over node names, such as ``step*/up.0.*``, ``@conditioning`` or
+            ``@norms``.
         reason: Why; kept for whoever reads the plan next year.
     """
 
@@ -96,6 +100,7 @@ def default_plan(precision: LowPrecision) -> PrecisionPlan:
         islands=(
             Island(pattern="step*/sampler/*", reason="time, trigonometry and the final combination stay float32"),
             Island(pattern=CONDITIONING, reason="small, and its rounding would shift every pixel alike"),
+            Island(pattern=NORMS, reason="sums of squares over many channels do not fit float16"),
         ),
     )
 
@@ -139,6 +144,8 @@ def island_nodes(graph: ir.Graph, plan: PrecisionPlan) -> dict[ir.Node, str]:
     for island in plan.islands:
         if island.pattern == CONDITIONING:
             matched = [node for node in free if node.op_type not in PRODUCTS]
+        elif island.pattern == NORMS:
+            matched = [node for node in graph if node.op_type in SUMS_OF_SQUARES]
         elif island.pattern == DELICATE:
             matched = [node for node in graph if node in delicate]
         else:

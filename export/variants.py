@@ -77,7 +77,7 @@ def add_precision(
         plan: What stays float32.
         target_db: Least PSNR, dB: blocks become islands until it is reached. Only fp16, which a CPU can run.
         steps: Only graphs with these numbers of steps; () is all.
-        num_samples: Pictures for the quick look and the search.
+        num_samples: Pictures for the quick look and the search; 0 looks at none, for graphs that run for minutes.
         progress: Called with a few words for each stage.
 
     Returns:
@@ -93,11 +93,14 @@ def add_precision(
     sources = fp32_sources(bundle, steps, options)
     if unchanged := unchanged_variants(bundle, sources, plan.precision):
         return unchanged
+    if target_db is not None and not num_samples:
+        raise ConfigError("num_samples is 0, expected 1 or more with target_db: islands are found by their pictures.")
     models = [read_model(source.graph) for source in sources]
     plan = plan.with_islands(*(island for island in own_islands(models[0]) if island not in plan.islands))
-    probes = [Probe(source.graph, source.spec, num_samples=num_samples) for source in sources]
+    probes = [Probe(s.graph, s.spec, num_samples=num_samples) if num_samples else None for s in sources]
     if target_db is not None:
         for model, probe in zip(models, probes, strict=True):  # one plan for all: each goes on from the last
+            assert probe is not None
             progress(f"search islands, {probe.spec.num_inference_steps} steps")
             plan = find_islands(model, plan, probe, target_db, progress=progress).plan
     plan_path = f"precision/{plan.precision}.json"
@@ -183,7 +186,7 @@ def add_graph(
     model: ir.Model,
     source: Source,
     precision: Precision,
-    probe: Probe,
+    probe: Probe | None,
     *,
     built_from: Sequence[str],
     notes: Sequence[str] = (),
@@ -195,7 +198,7 @@ def add_graph(
         model: The graph.
         source: What it was made from.
         precision: Its precision.
-        probe: Made from the source.
+        probe: Made from the source; None looks at no picture.
         built_from: Further files of the bundle that it was made from.
         notes: What else a person should know.
     """
@@ -209,7 +212,7 @@ def add_graph(
         files=[data] if report.data_path else [],
     )
     try:
-        psnr_db = probe.psnr_db(report.path)
+        psnr_db = probe.psnr_db(report.path) if probe is not None else None
     except UnsupportedGraphError:  # no CPU kernels, as for bf16
         psnr_db = None
     return Variant(

@@ -69,8 +69,10 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
         model = _MODELS.get(key)
         if model is None:
             from scm_sdk.model.consistency import ConsistencyModel
+            from scm_sdk.model.magnitude import bake_weights_
 
             model = ConsistencyModel.from_pretrained(folder).eval().requires_grad_(False).to(target)
+            bake_weights_(model.network)
             _MODELS[key] = model
     return model
 

@@ -142,7 +142,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def sha256_bytes(data: bytes) -> str:
+def sha256_bytes(data: bytes | memoryview) -> str:
     """Return the sha256 of bytes as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..files import atomic_write_bytes
+from ..files import atomic_file, atomic_write_bytes
 from .consistency import ConsistencyModel, ModelConfig
 from .foreign.sana_folder import is_pipeline
 from .layers import PositionalEmbedding
@@ -135,7 +135,11 @@ def save_checkpoint(model: ConsistencyModel, folder: Path) -> None:
     config = {"_class_name": CLASS_NAME, **msgspec.to_builtins(model.config)}
     weights = _unshared(model.network.state_dict())
     text = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
-    atomic_write_bytes(folder / WEIGHTS_NAME, save(weights, metadata={"format": "pt"}), error=BundleError)
+    with atomic_file(folder / WEIGHTS_NAME, error=BundleError) as path:
+        try:
+            save_file(weights, path, metadata={"format": "pt"})
+        except SafetensorError as exc:  # in which the library wraps what the disk said
+            raise BundleError(f"{folder / WEIGHTS_NAME} cannot be written: {exc}. Check the disk.") from exc
     atomic_write_bytes(folder / CONFIG_NAME, text, error=BundleError)
 
 

@@ -1,0 +1,195 @@
+"""What do parameters cost? The way from random weights to an engine at the paper's sizes: time, bytes, peak memory.
+
+    python benchmarks/size.py cifar10 imagenet64_s imagenet512_s --work runs/size --json benchmarks/results/size.json
+    python benchmarks/size.py imagenet512_xxl --work runs/size --json benchmarks/results/size.json
+
+Each stage is a process of its own, whose peak memory the system reports: ``weights`` writes a checkpoint of random
+weights, ``export`` makes the bundle with a 2-step sampler graph and PyTorch's own picture in it, ``fp16`` and
+``engine`` (TensorRT-RTX for the A100, built without a GPU) add to it, ``run`` draws one picture with ONNX Runtime in
+float32 and holds it to PyTorch's. A stage that is done is not done again: stop it at any time and run the same command.
+Disk: about 16 bytes for each parameter.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scm_sdk.files import atomic_write_bytes
+
+STEPS = (2,)
+PROVENANCE = {"data": "none: random weights", "license": "Apache-2.0"}
+
+
+def weights(preset: str, folder: Path) -> dict[str, Any]:
+    """Write a checkpoint with random weights, none of them zero."""
+    import torch
+
+    from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
+    from scm_sdk.model.presets import PRESETS
+
+    torch.manual_seed(0)
+    latents = preset.startswith("imagenet512")
+    config = ModelConfig(network=PRESETS[preset](), output="latents" if latents else "pixels", provenance=PROVENANCE)
+    model = ConsistencyModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1).add_(0.3 if p.ndim == 0 else 0.0)
+    model.save_pretrained(folder / "checkpoint")
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def export(preset: str, folder: Path) -> dict[str, Any]:
+    """Make the bundle: one float32 graph of 2 steps."""
+    from scm_sdk.export.pipeline import export_bundle
+
+    report = export_bundle(
+        folder / "checkpoint", folder / "bundle", steps=STEPS, max_batch=1, overwrite=True, progress=_say
+    )
+    (graph,) = report.graphs
+    return {
+        "seconds_by_part": dict(graph.seconds),
+        "num_nodes": graph.num_nodes,
+        "graph_bytes": graph.bytes + graph.data_bytes,
+    }
+
+
+def fp16(preset: str, folder: Path) -> dict[str, Any]:
+    """Add the FP16 graph; its pictures are looked at where that takes seconds."""
+    from scm_sdk.export.precision import default_plan
+    from scm_sdk.export.variants import add_precision
+
+    (variant,) = add_precision(folder / "bundle", default_plan("fp16"), num_samples=0, progress=_say)
+    if variant.graph is None:
+        return {}
+    return {"graph_bytes": variant.graph.bytes + variant.graph.data_bytes, "nodes": dict(variant.nodes)}
+
+
+def engine(preset: str, folder: Path) -> dict[str, Any]:
+    """Add an engine for the A100."""
+    from scm_sdk.export.engines import add_engines
+    from scm_sdk.targets import resolve_targets
+
+    (built,) = add_engines(folder / "bundle", resolve_targets(["a100"]), precisions=["fp16"], on_build=_say_built)
+    record = built.record
+    return {
+        "seconds_by_part": dict(record.seconds),
+        "engine_bytes": record.engine_bytes,
+        "library_peak_bytes": record.peak_memory_bytes,
+        "census": record.census,
+    }
+
+
+def run(preset: str, folder: Path) -> dict[str, Any]:
+    """Draw the recorded picture again with ONNX Runtime, float32, and hold it to PyTorch's."""
+    import numpy as np
+
+    from scm_sdk.bundle import Bundle
+    from scm_sdk.generator import Generator
+
+    golden = Bundle.open(folder / "bundle", verify="none").goldens()[STEPS[0]]
+    with Generator.from_pretrained(folder / "bundle", backend="onnxruntime", precision="fp32", verify="none") as gen:
+        start = time.perf_counter()
+        labels = None if golden.class_labels is None else golden.class_labels.tolist()
+        out = gen(len(golden.seeds), class_labels=labels, seed=golden.seeds.tolist(), output_type="raw")
+    difference = float(np.abs(np.asarray(out.images) - golden.images).max())
+    largest = float(np.abs(golden.images).max())
+    if not difference <= 1e-3 * largest:
+        sys.exit(f"ONNX Runtime differs from PyTorch by {difference:.1e} of {largest:.1e}")
+    return {"seconds_of_call": time.perf_counter() - start, "max_abs_difference": difference, "largest": largest}
+
+
+STAGES: dict[str, Callable[[str, Path], dict[str, Any]]] = {
+    "weights": weights,
+    "export": export,
+    "fp16": fp16,
+    "engine": engine,
+    "run": run,
+}
+
+
+@click.command()
+@click.argument("presets", nargs=-1, required=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/size"), show_default=True, help="Folder.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="File that keeps the table; it is added to.")
+@click.option("--stage", type=click.Choice(list(STAGES)), hidden=True, help="Run this one here, for its parent.")
+def main(presets: tuple[str, ...], work: Path, out: Path | None, stage: str | None) -> None:
+    """Measure the way of each of PRESETS, one after the other."""
+    if stage is not None:
+        found = STAGES[stage](presets[0], work / presets[0])
+        atomic_write_bytes(work / presets[0] / f"{stage}.partial.json", json.dumps(found).encode())
+        return
+    for preset in presets:
+        folder = work / preset
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in STAGES:
+            if not (folder / f"{name}.json").exists():
+                _measure(preset, name, work)
+        if out is not None:
+            _keep(preset, folder, out)
+        print(_line(preset, _row(folder)), flush=True)
+
+
+def _measure(preset: str, stage: str, work: Path) -> None:
+    """Run one stage in a process and write what it took beside what it said."""
+    folder = work / preset
+    for left in folder.glob(".*.partial"):  # of a stage that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    start = time.perf_counter()
+    command = [sys.executable, __file__, preset, "--work", str(work), "--stage", stage]
+    pid = os.posix_spawn(sys.executable, command, os.environ)
+    _, status, usage = os.wait4(pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        sys.exit(f"{preset}: stage {stage} ended with {code}; run the same command again to go on.")
+    partial = folder / f"{stage}.partial.json"
+    found = {
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_bytes": usage.ru_maxrss * 1024,
+        **json.loads(partial.read_bytes()),
+    }
+    partial.unlink()
+    atomic_write_bytes(folder / f"{stage}.json", json.dumps(found).encode())
+    print(f"{preset} {stage}: {found['seconds']:.0f} s, {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    return {name: json.loads((folder / f"{name}.json").read_bytes()) for name in STAGES}
+
+
+def _keep(preset: str, folder: Path, out: Path) -> None:
+    from scm_sdk.evaluate.machine import describe_machine
+
+    table = json.loads(out.read_bytes()) if out.exists() else {"sizes": {}}
+    command = shlex.join(["python", "benchmarks/size.py", preset])
+    table["sizes"][preset] = {"command": command, "machine": describe_machine(), **_row(folder)}
+    atomic_write_bytes(out, json.dumps(table, indent=1).encode() + b"\n")
+
+
+def _line(preset: str, row: dict[str, Any]) -> str:
+    peak = max(stage["peak_bytes"] for stage in row.values()) / 2**30
+    return (
+        f"{preset}: {row['weights']['parameters'] / 1e6:.1f}M parameters, export {row['export']['seconds']:.0f} s, "
+        f"graph {row['export']['graph_bytes'] / 1e6:.0f} MB, fp16 {row['fp16']['seconds']:.0f} s, engine "
+        f"{row['engine']['seconds']:.0f} s {row['engine']['engine_bytes'] / 1e6:.0f} MB, peak {peak:.2f} GiB"
+    )
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def _say_built(path: str) -> None:
+    _say(f"build {path}")
+
+
+if __name__ == "__main__":
+    main()
