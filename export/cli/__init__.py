@@ -7,6 +7,7 @@ import click
 from scm_sdk._version import __version__
 
 from .all import build
+from .averages import ema
 from .benchmark import bench
 from .bundles import bundle
 from .checking import selfcheck
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 _VERBS = (
-    demo, train, distill, import_, build, onnx, precision, quantize, engine, generate, validate, selfcheck, bench,
+    demo, train, distill, ema, import_, build, onnx, precision, quantize, engine, generate, validate, selfcheck, bench,
     evaluate, report, handover, inspect, bundle, targets, cache, doctor,
 )  # fmt: skip
 for _verb in _VERBS:

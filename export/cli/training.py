@@ -2,88 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import json_option, print_json, progress_bar, say
+from .common import print_json, progress_bar, say
+from .training_options import distill_options, run_options, stable_targets_option
 
 if TYPE_CHECKING:
     from scm_sdk.train.config import TrainConfig
     from scm_sdk.train.data import ImageData
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-stable_targets_option = click.option(
-    "--stable-targets", is_flag=True, help="Regress onto exact posterior means; for data that fits in memory."
-)
-
-
-def _run_options(
-    *, iterations: int, learning_rate: float, optimizer: str, p_mean: float, lr_decay: float
-) -> Callable[[Command], Command]:
-    """Return the options that both verbs have, with the verb's own defaults."""
-    options = [
-        click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run."),
-        click.option(
-            "--data", default="avatars", metavar="SOURCE", help="avatars, fashion-mnist, an image folder or an .npz."
-        ),
-        click.option("--label", default="", metavar="COLUMN", help="Label column; for a folder: 'folder'."),
-        click.option(
-            "--rows", nargs=2, type=click.IntRange(0), default=(0, 0), metavar="FIRST LAST",
-            help="Train on these rows only; 0 0 is all.",
-        ),
-        click.option("--iterations", type=click.IntRange(1), default=iterations, help="Length of the run."),
-        click.option("--batch-size", type=click.IntRange(1), default=64, help="Samples of one iteration."),
-        click.option("--lr", type=click.FloatRange(0, min_open=True), default=learning_rate, help="Learning rate."),
-        click.option(
-            "--lr-decay", type=click.FloatRange(0, 1), default=lr_decay, help="Last share in which the rate falls."
-        ),
-        click.option("--optimizer", type=click.Choice(["adam", "radam"]), default=optimizer),
-        click.option("--p-mean", type=float, default=p_mean, help="Mean of ln(sigma)."),
-        click.option("--p-std", type=click.FloatRange(0, min_open=True), default=1.4, help="Deviation of ln(sigma)."),
-        click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0),
-        click.option("--init", default="", metavar="FOLDER", help="Checkpoint folder of the first weights."),
-        click.option("--label-dropout", type=click.FloatRange(0, 1), default=0.0, help="Share trained without label."),
-        click.option("--sigma-data", type=click.FloatRange(0, min_open=True), default=0.5),
-        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Names the run."),
-        click.option("--compile", is_flag=True, help="torch.compile the loss; the first iteration takes minutes."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads; all when absent."),
-        click.option(
-            "--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp",
-            help="Under torchrun: everything in each process, or a share (FSDP2).",
-        ),
-        click.option(
-            "--accumulate", type=click.IntRange(1), default=1, metavar="N", help="Compute a batch in N parts."
-        ),
-        click.option("--recompute", is_flag=True, help="Compute activations again in the backward pass: less memory."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: see docs."),
-        click.option(
-            "--timeout", type=click.FloatRange(0, min_open=True), default=600.0,
-            help="Seconds that a process waits for the others.",
-        ),
-        click.option("--sample-every", type=click.IntRange(0), default=1000, help="Iterations between grids; 0: none."),
-        click.option("--checkpoint-every", type=click.IntRange(1), default=250, help="Iterations between checkpoints."),
-        click.option("-n", "--dry-run", is_flag=True, help="Print the resolved config and stop."),
-        json_option,
-    ]  # fmt: skip
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
 
 @click.command()
 @click.option("--preset", default="avatars16", metavar="NAME", help="Network: avatars16, pixels16, pixels32 or tiny.")
 @stable_targets_option
-@_run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
-def train(preset: str, **options: Any) -> None:
+@run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
+@click.option("--double-norm/--no-double-norm", default=True, help="Doubly normalized modulation; for ablations.")
+def train(preset: str, double_norm: bool, **options: Any) -> None:
     """Train a TrigFlow diffusion teacher.
 
     Run the same command again to go on after an interruption.
@@ -91,91 +29,71 @@ def train(preset: str, **options: Any) -> None:
     \b
     scm-export train -o runs/teacher --data avatars --label hairColor --rows 0 10000
     """
+    import msgspec
+
     from scm_sdk.errors import ConfigError
     from scm_sdk.model.presets import PRESETS
     from scm_sdk.train.data import load_data
 
+    if options["recipe"]:
+        _run(_recipe_config(options, student=False), options)
+        return
     if preset not in PRESETS:
         raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}.")
     data_config = _data_config(options)
     data = load_data(data_config)
     network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
-    config = _config("diffusion", data_config, options, network=network, stable_targets=options["stable_targets"])
-    _run(config, options, data)
+    if not double_norm:
+        if "double_norm" not in network.__struct_fields__:
+            raise ConfigError(f"preset {preset!r} has no network without double normalization. Leave the option out.")
+        network = msgspec.structs.replace(network, double_norm=False)
+    _run(_config("diffusion", data_config, options, network=network), options, data)
 
 
 @click.command()
-@click.option("--teacher", default="", metavar="FOLDER", help="Run or checkpoint folder of the teacher.")
-@click.option("--no-teacher", is_flag=True, help="Train from data alone (sCT); --init gives the first weights.")
-@stable_targets_option
-@click.option(
-    "--vsd",
-    "vsd_weight",
-    type=click.FloatRange(0),
-    default=0.0,
-    help="Weight of variational score distillation beside the consistency loss; the paper's is 1.",
-)
-@click.option("--vsd-only", is_flag=True, help="Variational score distillation alone.")
-@click.option("--vsd-steps", type=click.IntRange(1, 64), default=1, help="Sampler steps that VSD looks at.")
-@click.option(
-    "--vsd-lr",
-    "vsd_learning_rate",
-    type=click.FloatRange(0),
-    default=0.0,
-    help="Learning rate of its fake score; the student's when 0.",
-)
-@click.option("--vsd-p-mean", type=float, default=0.4, help="Mean of ln(sigma) where VSD compares.")
-@click.option("--vsd-p-std", type=click.FloatRange(0, min_open=True), default=2.0, help="Its deviation.")
-@click.option("--vsd-warmup", type=click.IntRange(0), default=0, help="Iterations in which only its fake score learns.")
-@click.option(
-    "--discrete-step",
-    type=click.FloatRange(0, math.pi / 2, min_open=True),
-    help="Distil in discrete time, by steps of the teacher up to this long, radians: a fast start.",
-)
-@click.option(
-    "--anchor", "anchor_weight", type=click.FloatRange(0), default=0.0, help="Weight of a denoising loss beside it."
-)
-@click.option("--anchor-p-mean", type=float, default=-1.5, help="Mean of ln(sigma) of that loss: small times.")
-@click.option("--anchor-p-std", type=click.FloatRange(0, min_open=True), default=1.0, help="Its deviation.")
-@click.option(
-    "--trajectory-steps",
-    type=click.IntRange(1, 256),
-    help="Distil onto the ends of the teacher's trajectories, each solved in this many second-order steps.",
-)
-@click.option(
-    "--huber", type=click.FloatRange(0), default=0.0, help="Error above which that loss grows linearly; 0: the square."
-)
-@click.option("--mid-time", type=float, default=1.1, help="Second time of the model's two-step sampler, radians.")
-@click.option("--tangent-norm", type=click.Choice(["l2", "rms"]), default="l2", help="l2 is the paper's.")
-@click.option("--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H.")
-@click.option("--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm.")
-@_run_options(iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
-def distill(teacher: str, no_teacher: bool, vsd_only: bool, **options: Any) -> None:
+@distill_options
+@run_options(iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
+def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     """Make a consistency model: distil a teacher (sCD) or train from data (sCT), with or without VSD.
 
     Run the same command again to go on after an interruption.
 
     \b
     scm-export distill -o runs/avatars --teacher runs/teacher --label hairColor --rows 0 10000
+    scm-export distill -o runs/cifar10 --recipe cifar10-scd --data cifar10.npz --teacher runs/teacher
     """
     from scm_sdk.errors import ConfigError
 
-    if no_teacher == bool(teacher):
+    options["guidance"] = _guidance(options)
+    if options["recipe"]:
+        _run(_recipe_config(options, student=True), options)
+        return
+    if no_teacher == bool(options["teacher"]):
         raise ConfigError("give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither.")
     if no_teacher and not options["init"]:
         raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
-    names = ("tangent_norm", "tangent_warmup", "tangent_c", "stable_targets", "mid_time")
-    extra = {name: value for name, value in options.items() if name in names or name.startswith(("vsd_", "anchor_"))}
     objective = "vsd" if vsd_only else "sct" if no_teacher else "scd"
-    if (step := options["discrete_step"]) is not None:
+    if options["discrete_step"] is not None:
         if objective != "scd" or options["vsd_weight"]:
             raise ConfigError("--discrete-step distils a teacher by itself; leave out --no-teacher and VSD.")
-        objective, extra = "cd", {**extra, "discrete_step": step}
-    if (steps := options["trajectory_steps"]) is not None:
+        objective = "cd"
+    if options["trajectory_steps"] is not None:
         if objective != "scd" or options["vsd_weight"]:
             raise ConfigError("--trajectory-steps distils a teacher by itself; leave out --discrete-step and VSD.")
-        objective, extra = "trajectory", {**extra, "trajectory_steps": steps, "huber": options["huber"]}
-    _run(_config(objective, _data_config(options), options, teacher=teacher, **extra), options)
+        objective = "trajectory"
+    _run(_config(objective, _data_config(options), options), options)
+
+
+def _guidance(options: dict[str, Any]) -> tuple[float, float] | None:
+    from scm_sdk.errors import ConfigError
+
+    fixed, drawn = options["guidance"], options["guidance_range"]
+    if fixed and drawn:
+        raise ConfigError(
+            f"--guidance is {fixed} and --guidance-range {drawn}, expected one of them: the scale is baked in, or an "
+            "input of the model."
+        )
+    return (fixed, fixed) if fixed else drawn
 
 
 def _data_config(options: dict[str, Any]) -> Any:
@@ -184,30 +102,47 @@ def _data_config(options: dict[str, Any]) -> Any:
     return DataConfig(source=options["data"], label=options["label"], rows=tuple(options["rows"]))
 
 
+RENAMED = {"init": "init_from", "iterations": "num_iterations", "lr": "learning_rate", "lr_decay": "decay_fraction"}
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what the options say, by field of ``TrainConfig``."""
+    from scm_sdk.train.config import TrainConfig
+
+    named = {RENAMED.get(name, name): value for name, value in options.items() if value is not None}
+    return {name: value for name, value in named.items() if name in TrainConfig.__struct_fields__ and name != "data"}
+
+
 def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> TrainConfig:
     from scm_sdk.train.config import TrainConfig
 
-    same = (
-        "batch_size",
-        "optimizer",
-        "p_mean",
-        "p_std",
-        "dropout",
-        "label_dropout",
-        "sigma_data",
-        "seed",
-        "compile",
-    )
-    return TrainConfig(
-        objective=objective,  # type: ignore[arg-type]
-        data=data,
-        init_from=options["init"],
-        num_iterations=options["iterations"],
-        learning_rate=options["lr"],
-        decay_fraction=options["lr_decay"],
-        **{name: options[name] for name in same},
-        **more,
-    )
+    return TrainConfig(objective=objective, data=data, **{**_settings(options), **more})  # type: ignore[arg-type]
+
+
+def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
+    """Return a recipe's config with what was given on the command line in place of the recipe's."""
+    import msgspec
+    from click.core import ParameterSource
+
+    from scm_sdk.errors import ConfigError
+    from scm_sdk.train.recipes import recipe
+
+    base = recipe(options["recipe"])
+    if (base.objective != "diffusion") != student:
+        verb = "train" if student else "distill"
+        raise ConfigError(f"recipe {options['recipe']!r} is of {base.objective!r}. Use it with: scm-export {verb}")
+    context = click.get_current_context()
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    if options.get("guidance"):
+        given["guidance"] = low, high = options["guidance"]
+        base = msgspec.structs.replace(base, network=msgspec.structs.replace(base.network, guidance=low < high))
+    fields = {"source": "data", "label": "label", "rows": "rows"}
+    data = msgspec.structs.replace(base.data, **{field: given[name] for field, name in fields.items() if name in given})
+    return msgspec.structs.replace(base, data=data, **_settings(given))
 
 
 def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = None) -> None:
@@ -221,7 +156,8 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     if options["dry_run"]:
-        click.echo(resolve(config, data).config.to_json())
+        # A recipe is printed as it is: its data may lie on another machine.
+        click.echo((config if options["recipe"] else resolve(config, data).config).to_json())
         return
     out: Path = options["out"]
     scale = Scale(**{name: options[name] for name in ("parallel", "accumulate", "recompute", "device", "timeout")})

@@ -54,6 +54,7 @@ def sample_student(
     num_inference_steps: int,
     backend: str = "auto",
     precision: str = "auto",
+    guidance_scale: float | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Samples:
@@ -65,6 +66,7 @@ def sample_student(
         num_inference_steps: Network calls for each picture.
         backend: As for ``Generator``.
         precision: As for ``Generator``.
+        guidance_scale: For models that have this input; the model's own where it is None.
         cache: Folder in which finished blocks are kept, by what made them; None keeps nothing.
         progress: Called with (pictures done, pictures in all).
 
@@ -81,16 +83,18 @@ def sample_student(
         def draw(seeds: range, labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
             chosen = None if labels is None else [int(label) for label in labels]
             images: NDArray[np.uint8] = gen(
-                len(seeds), class_labels=chosen, seed=list(seeds), output_type="uint8"
+                len(seeds), class_labels=chosen, guidance_scale=guidance_scale, seed=list(seeds), output_type="uint8"
             ).images
             return images
 
         maker = [gen.source.build_id, row.backend, row.artifact, row.precision, opened.device, spec.to_json()]
+        maker += [] if guidance_scale is None else [f"guidance {guidance_scale}"]
         images = _in_blocks(draw, num_images, spec, maker, cache, progress)
     return Samples(
         images=images,
         class_labels=cycle_labels(num_images, spec.num_classes),
-        sampler=f"sCM, {num_inference_steps} steps, {row.backend} {row.precision}",
+        sampler=f"sCM, {num_inference_steps} steps, {row.backend} {row.precision}"
+        + ("" if guidance_scale is None else f", guidance {guidance_scale:g}"),
         network_calls=num_inference_steps,
     )
 
@@ -100,23 +104,29 @@ def sample_diffusion(
     num_images: int,
     *,
     num_steps: int = 18,
+    guidance_scale: float = 1.0,
     batch_size: int = 64,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Samples:
-    """Draw seeds 0..N-1 from a teacher with the second-order solver, ``2 num_steps - 1`` calls each.
+    """Draw seeds 0..N-1 from a teacher with the second-order solver, ``2 num_steps - 1`` calls each, twice if guided.
 
     Raises:
+        TrainError: If it is to be guided, and was not trained without labels.
         BundleError: If there is no checkpoint.
         IntegrityError: If a kept block is damaged.
     """
     import torch
 
     from ..model.consistency import ConsistencyModel
+    from ..train.guidance import require_guidable
     from ..train.samples import sample_teacher
 
     build_id = open_source(path).build_id
     model = ConsistencyModel.from_pretrained(path)
+    guided = guidance_scale != 1.0
+    if guided:
+        require_guidable(model, path)
     spec = model.spec(1)
 
     def draw(seeds: range, labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
@@ -125,16 +135,16 @@ def sample_diffusion(
             some = seeds[at : at + batch_size]
             noise = torch.from_numpy(draw_noise(spec, list(some))[0])
             chosen = None if labels is None else torch.from_numpy(labels[at : at + batch_size])
-            raw = sample_teacher(model, noise, chosen, num_steps=num_steps).numpy()
+            raw = sample_teacher(model, noise, chosen, num_steps=num_steps, guidance_scale=guidance_scale).numpy()
             parts.append(to_uint8(raw, spec.value_range))
         return np.concatenate(parts)
 
-    calls = 2 * num_steps - 1
-    maker = [build_id, "teacher", str(calls), spec.to_json()]
+    calls = (2 * num_steps - 1) * (2 if guided else 1)
+    maker = [build_id, "teacher", str(calls), spec.to_json(), *([f"guidance {guidance_scale}"] if guided else [])]
     return Samples(
         images=_in_blocks(draw, num_images, spec, maker, cache, progress),
         class_labels=cycle_labels(num_images, spec.num_classes),
-        sampler=f"teacher, {calls} calls",
+        sampler=f"teacher, {calls} calls" + (f", guidance {guidance_scale:g}" if guided else ""),
         network_calls=calls,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..images import make_grid, save_png, to_uint8
 from ..model.consistency import ConsistencyModel
+from ..model.guidance import GuidedNetwork
 from ..model.sampler import Sampler
 from ..model.solvers import karras_times, sample_ode
 from ..noise import draw_noise
@@ -22,7 +24,12 @@ TEACHER_STEPS = 18
 
 @torch.inference_mode()
 def sample_teacher(
-    model: ConsistencyModel, noise: Tensor, class_labels: Tensor | None, *, num_steps: int = TEACHER_STEPS
+    model: ConsistencyModel,
+    noise: Tensor,
+    class_labels: Tensor | None,
+    *,
+    num_steps: int = TEACHER_STEPS,
+    guidance_scale: float = 1.0,
 ) -> Tensor:
     """Sample a diffusion model with the second-order solver, ``2 num_steps - 1`` network calls.
 
@@ -31,14 +38,17 @@ def sample_teacher(
         noise: Standard normal, (B, ...).
         class_labels: Labels, (B,), int64, or None.
         num_steps: Solver steps.
+        guidance_scale: Scale of classifier-free guidance, which doubles the calls; 1 is none.
 
     Returns:
         Samples, (B, ...), data units.
     """
+    network: Callable[..., Tensor] = model.network
+    if guidance_scale != 1.0:
+        network = GuidedNetwork(network, num_classes=model.config.num_classes, scale=guidance_scale)
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-        F: Tensor = model.network(x_t / model.sigma_data, t, class_labels)
-        return F
+        return network(x_t / model.sigma_data, t, class_labels)
 
     times = karras_times(num_steps, sigma_data=model.sigma_data)
     return sample_ode(velocity, noise, times, sigma_data=model.sigma_data, order=2)
@@ -50,6 +60,9 @@ def write_samples(model: ConsistencyModel, objective: Objective, folder: Path, i
     labels = np.repeat(np.arange(rows, dtype=np.int64), COLUMNS)
     device = next(model.parameters()).device
     class_labels = torch.from_numpy(labels).to(device) if model.config.num_classes else None
+    told = [] if class_labels is None else [class_labels]
+    if model.config.guidance:
+        told.append(torch.full((len(labels),), model.config.default_guidance, device=device))
     seeds = list(range(len(labels)))
     if objective == "diffusion":
         noise = torch.from_numpy(draw_noise(model.spec(1), seeds)[0]).to(device)
@@ -60,7 +73,7 @@ def write_samples(model: ConsistencyModel, objective: Objective, folder: Path, i
             spec = model.spec(steps)
             inputs = [torch.from_numpy(noise).to(device) for noise in draw_noise(spec, seeds)]
             with torch.inference_mode():
-                grids.append(Sampler(model, spec)(*inputs, *([] if class_labels is None else [class_labels])))
+                grids.append(Sampler(model, spec)(*inputs, *told))
     pixels = [make_grid(to_uint8(g.cpu().numpy(), model.config.value_range), COLUMNS, scale=3) for g in grids]
     gap = np.full((pixels[0].shape[0], 12, pixels[0].shape[2]), 255, np.uint8)
     joined = pixels[0] if len(pixels) == 1 else np.concatenate([pixels[0], gap, pixels[1]], axis=1)

@@ -1,0 +1,47 @@
+"""``ema``: an average of a run's weights that it did not keep, made from those that it stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import json_option, print_json, say
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--sigma-rel", required=True, type=float, help="Width of the average, a share of the run's length.")
+@click.option(
+    "--iteration", type=click.IntRange(1), help="Iterations it looks back on; all that were stored if absent."
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+@json_option
+def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: bool) -> None:
+    """Make the power-function average of any width from the snapshots of RUN, trained with --ema-profile.
+
+    \b
+    scm-export train -o runs/teacher --ema-profile 0.05 --ema-profile 0.1
+    scm-export ema runs/teacher --sigma-rel 0.03 -o runs/teacher-0.03
+    """
+    from scm_sdk.errors import ConfigError
+    from scm_sdk.train.posthoc import reconstruct
+
+    if (out / "train.json").exists():
+        raise ConfigError(f"{out} holds a training run, whose own model would be lost. Choose another folder.")
+    made = reconstruct(run, sigma_rel, iteration=iteration)
+    made.model.save_pretrained(out)
+    about = {
+        "out": str(out),
+        "sigma_rel": made.sigma_rel,
+        "iteration": made.iteration,
+        "num_snapshots": made.num_snapshots,
+        "profile_error": made.error,
+    }
+    if as_json:
+        print_json(about)
+    else:
+        say(
+            f"Done: {out} averages {made.iteration} iterations with sigma_rel {sigma_rel:g}, made from "
+            f"{made.num_snapshots} snapshots; its profile is off by {made.error:.2%}."
+        )
