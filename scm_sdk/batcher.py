@@ -26,7 +26,6 @@ from .sources import Source
 
 _WORKERS = 2
 """One runs the backend while the other makes pictures of the batch before."""
-DEFAULT_MAX_WAITING = 256
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ class Batcher:
         max_waiting: Images that may wait; a longer request is accepted when nothing else waits.
     """
 
-    def __init__(
-        self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int = DEFAULT_MAX_WAITING
-    ) -> None:
+    def __init__(self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int) -> None:
         self._max_waiting = check_count("max_waiting", max_waiting)
         self._prepare, self._source = prepare, source
         self._waiting: deque[_Ticket] = deque()

@@ -11,7 +11,6 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from .build_record import Flavour
@@ -74,6 +73,8 @@ def this_platform() -> str:
 
 def installed_version(flavour: str) -> str | None:
     """Return the version of a flavour from its package's metadata, without importing it."""
+    from importlib import metadata  # inside: it loads Python's e-mail package
+
     for package in _PACKAGES[flavour]:
         try:
             return metadata.version(package)

@@ -14,11 +14,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from time import perf_counter
-from typing import Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 
-from .batcher import DEFAULT_MAX_WAITING, Batcher
 from .dispatch import Backend, Plan
 from .errors import ConfigError
 from .opened import Opened
@@ -28,6 +27,9 @@ from .packing import Job, run_in_order
 from .prompting import EMBEDS, MASK, Prompts
 from .request import Labels, OutputType, Request, Seeds, check_count, check_output_type, make_request
 from .sources import Source, open_source
+
+if TYPE_CHECKING:
+    from .batcher import Batcher
 
 Verify = Literal["none", "digest", "smoke", "full"]
 
@@ -211,8 +213,10 @@ class Generator:
                 raise result
             yield result
 
-    def batcher(self, *, max_waiting: int = DEFAULT_MAX_WAITING) -> Batcher:
+    def batcher(self, *, max_waiting: int = 256) -> Batcher:
         """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``."""
+        from .batcher import Batcher  # here, as its futures are slow to import
+
         return Batcher(self._job, self.source, max_waiting=max_waiting)
 
     def plan(self, num_inference_steps: int | None = None) -> Plan:

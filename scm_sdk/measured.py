@@ -11,7 +11,6 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 from .dispatch import BACKENDS
@@ -84,6 +83,8 @@ def _conditions(backend: str, build_id: str, steps: int, device: str | None, num
 
 
 def _version(distribution: str) -> str | None:
+    from importlib import metadata  # inside: it loads Python's e-mail package
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
