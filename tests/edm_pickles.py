@@ -54,7 +54,7 @@ class Net(Persistent, torch.nn.Module):
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
 
 
-class Precond(Persistent, torch.nn.Module):
+class TinyPrecond(Persistent, torch.nn.Module):
     """The outer network."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -76,7 +76,7 @@ def write_edm_pickle(
 ) -> dict[str, Any]:
     """Write a pickle; ``change`` may alter its root before. Returns the network's state dict."""
     torch.manual_seed(0)
-    network = Precond(dtype)
+    network = TinyPrecond(dtype)
     root = EasyDict(ema=network, encoder=Encoder(), dataset_kwargs=EasyDict(path="imagenet", use_labels=True))
     if change:
         change(root)

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import os
 import pickle
 import struct
@@ -21,6 +22,7 @@ from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
 from scm_sdk.export.cli import main
 from scm_sdk.pickles import allowed
 from scm_sdk.pickles.convert import WEIGHTS_NAME, convert_pickle
+from scm_sdk.pickles.edm2_layout import edm2_shapes
 from scm_sdk.pickles.network import read_network
 
 
@@ -75,7 +77,7 @@ def test_views_are_cut_from_their_storage(edm_pickle, tmp_path):
 
 def test_arguments_and_facts_are_read(pkl):
     network = read_network(pkl)
-    assert network.class_name == "Precond"
+    assert network.class_name == "TinyPrecond"
     assert network.arguments == {"img_resolution": 8, "label_dim": 10, "channel_mult": [1, 2], "sigma_data": 0.5}
     assert network.facts["encoder"] == {"class_name": "Encoder", "scale": [0.5, 2.0]}
     assert network.facts["dataset_kwargs"] == {"path": "imagenet", "use_labels": True}
@@ -100,12 +102,37 @@ def test_the_user_may_state_another_licence(pkl, tmp_path):
     assert 'license: other\nlicense_name: "My: own\\\\ words"' in card
 
 
-def test_names_are_held_to_the_architecture(pkl, tmp_path):
-    names = set(read_network(pkl).tensors)
-    convert_pickle(pkl, tmp_path / "out", expected=names)
-    with pytest.raises(IntegrityError, match=r"1 missing \(first: unet.extra\), 1 unknown \(first: unet.out_gain\)"):
-        convert_pickle(pkl, tmp_path / "other", expected=names - {"unet.out_gain"} | {"unet.extra"})
+def test_names_and_shapes_are_held_to_the_architecture(pkl, tmp_path):
+    shapes = {name: tensor.shape for name, tensor in read_network(pkl).tensors.items()}
+    convert_pickle(pkl, tmp_path / "out", expected=shapes)
+    other = shapes | {"unet.extra": (1,), "unet.freqs": (5,)}
+    del other["unet.out_gain"]
+    match = (
+        r"1 missing \(first: unet.extra\), 1 unknown \(first: unet.out_gain\), 1 of .*\(4,\), expected \(5,\) of unet"
+    )
+    with pytest.raises(IntegrityError, match=match):
+        convert_pickle(pkl, tmp_path / "other", expected=other)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("channels", "millions"),
+    [(64, 31.3), (128, 124.7), (192, 280.2), (256, 497.8), (320, 777.5), (384, 1119.3), (448, 1523.2)],
+)
+def test_the_layout_of_edm2_has_the_published_size(channels, millions):
+    shapes = edm2_shapes({"img_resolution": 64, "img_channels": 4, "label_dim": 1000, "model_channels": channels})
+    assert len(shapes) == 203
+    learned = sum(math.prod(s) for name, s in shapes.items() if not name.endswith(("freqs", "phases")))
+    assert round(learned / 1e6, 1) == millions
+
+
+def test_an_edm2_network_is_held_to_its_own_arguments(edm_pickle, tmp_path):
+    def rename(root):
+        root["ema"].__class__ = type("Precond", (type(root["ema"]),), {})
+
+    edm_pickle(tmp_path / "net.pkl", change=rename)
+    with pytest.raises(IntegrityError, match="says it is EDM2's Precond, but img_channels is None"):
+        convert_pickle(tmp_path / "net.pkl", tmp_path / "out")
 
 
 def test_weights_that_are_not_finite_are_refused(edm_pickle, tmp_path):

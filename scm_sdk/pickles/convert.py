@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import msgspec
 
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..files import atomic_folder, atomic_write_bytes, sha256_file
+from .edm2_layout import CLASS_NAME as EDM2_CLASS
+from .edm2_layout import Shape, edm2_shapes
 from .network import PickledNetwork, read_network
 
 CONFIG_NAME = "config.json"
@@ -55,7 +57,7 @@ def convert_pickle(
     *,
     entry: str = "ema",
     licence: str = "",
-    expected: Iterable[str] = (),
+    expected: Mapping[str, Shape] | None = None,
     overwrite: bool = False,
 ) -> Converted:
     """Write a network's tensors, under the names its own ``state_dict()`` gives them, as safetensors.
@@ -67,12 +69,13 @@ def convert_pickle(
         out: Folder of ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``README.md``.
         entry: Which of the file's networks.
         licence: Licence of the weights; that of NVIDIA's published weights when empty.
-        expected: Every name that must be there, and no other; not checked when empty.
+        expected: Name and shape of every tensor that must be there, and no other. When absent, an EDM2 network's
+            are derived from its arguments; of other classes every parameter and buffer is taken as it is stored.
         overwrite: Replace a folder that an import wrote.
 
     Raises:
         BundleError: If the file is refused, or ``out`` may not be replaced or cannot be written.
-        IntegrityError: If the file is damaged, a name is missing or too many, or a weight is NaN or infinite.
+        IntegrityError: If the file is damaged, a tensor is missing, too many or misshapen, or a weight is not finite.
         ConfigError: If the file has no such network.
     """
     import numpy as np
@@ -81,7 +84,7 @@ def convert_pickle(
     if not licence.isprintable():
         raise ConfigError("the licence holds unprintable characters, expected an SPDX id such as MIT.")
     network = read_network(path, entry=entry)
-    check_names(network, expected, where=os.fspath(path))
+    check_tensors(network, _layout(network, os.fspath(path)) if expected is None else expected, where=os.fspath(path))
     arrays = {name: tensor.numpy() for name, tensor in network.tensors.items()}
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -100,20 +103,32 @@ def convert_pickle(
     return converted
 
 
-def check_names(network: PickledNetwork, expected: Iterable[str], *, where: str) -> None:
-    """Hold the tensors' names to those that an architecture has.
+def check_tensors(network: PickledNetwork, expected: Mapping[str, Shape], *, where: str) -> None:
+    """Hold the tensors' names and shapes to those that an architecture has; nothing is checked where there are none.
 
     Raises:
-        IntegrityError: If one is missing or too many; the message names the first of each.
+        IntegrityError: If one is missing, too many or of another shape; the message names the first of each.
     """
-    wanted, found = set(expected), set(network.tensors)
-    if wanted and wanted != found:
-        missing, extra = sorted(wanted - found), sorted(found - wanted)
-        raise IntegrityError(
-            f"{where}: the tensors of {network.entry!r} ({network.class_name}) are not those of its architecture: "
-            f"{len(missing)} missing (first: {missing[0] if missing else 'none'}), {len(extra)} unknown (first: "
-            f"{extra[0] if extra else 'none'}). It is another network."
-        )
+    found = {name: tensor.shape for name, tensor in network.tensors.items()}
+    if not expected or found == dict(expected):
+        return
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    other = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    shapes = f"{found[other[0]]}, expected {expected[other[0]]} of {other[0]}" if other else "none"
+    raise IntegrityError(
+        f"{where}: the tensors of {network.entry!r} ({network.class_name}) are not those of its architecture: "
+        f"{len(missing)} missing (first: {missing[0] if missing else 'none'}), {len(extra)} unknown (first: "
+        f"{extra[0] if extra else 'none'}), {len(other)} of another shape (first: {shapes}). It is another network."
+    )
+
+
+def _layout(network: PickledNetwork, where: str) -> Mapping[str, Shape]:
+    if network.class_name != EDM2_CLASS:
+        return {}
+    try:
+        return edm2_shapes(network.arguments)
+    except ValueError as exc:
+        raise IntegrityError(f"{where} says it is EDM2's {EDM2_CLASS}, but {exc}. It is another network.") from exc
 
 
 def _config(converted: Converted) -> dict[str, object]:
