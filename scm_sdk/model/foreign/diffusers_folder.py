@@ -21,7 +21,6 @@ from ...files import safe_join
 from ..checkpoint import read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
 from .diffusers_models import ClassName, ConventionName, DiffusersConfig
-from .schedule import VpSchedule
 
 COMPONENTS = ("unet", "transformer")
 CONFIG_NAME, INDEX_NAME, SCHEDULER_NAME = "config.json", "model_index.json", "scheduler_config.json"
@@ -212,7 +211,7 @@ def _read_scheduler(config: dict[str, Any]) -> tuple[ConventionName, dict[str, A
         raise ConfigError(f"the {kind} has prediction_type {predicts!r}, expected one of {', '.join(_VP_CONVENTIONS)}.")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     schedule = {name: config[name] for name in (*names, "rescale_betas_zero_snr") if config.get(name) is not None}
-    return _VP_CONVENTIONS[predicts], msgspec.to_builtins(msgspec.convert(schedule, VpSchedule))
+    return _VP_CONVENTIONS[predicts], schedule
 
 
 def _read_weights(component: Path) -> dict[str, Tensor]:

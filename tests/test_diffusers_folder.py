@@ -1,0 +1,203 @@
+"""A folder that diffusers saved: read with care, distilled, and refused with one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError, TrainError
+from scm_sdk.export.cli import main
+from scm_sdk.model.consistency import ConsistencyModel
+from scm_sdk.model.foreign.diffusers_folder import is_diffusers_folder, load_diffusers
+from scm_sdk.train.config import DataConfig, TrainConfig
+from scm_sdk.train.prepare import resolve
+
+diffusers = pytest.importorskip("diffusers")
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A class-conditional pipeline of a tiny U-Net, as diffusers writes it."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1, attention_head_dim=4, num_class_embeds=3, dropout=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "pipeline")
+
+
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_pipeline_and_component_are_one_model(saved):
+    assert is_diffusers_folder(saved) and is_diffusers_folder(saved / "unet")
+    pipeline, component = load_diffusers(saved), load_diffusers(saved / "unet")
+    assert pipeline.config.network == component.config.network
+    assert pipeline.config.network.schedule.beta_schedule == "squaredcos_cap_v2"
+    assert (pipeline.sigma_data, pipeline.config.num_classes, pipeline.config.sample_shape) == (0.5, 3, (1, 8, 8))
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 1.2]), torch.tensor([0, 2])
+    torch.testing.assert_close(pipeline(x, t, labels), component(x, t, labels), rtol=0, atol=0)
+    weights = load_file(saved / "unet" / WEIGHTS)
+    torch.testing.assert_close(dict(pipeline.network.denoiser.module.named_parameters()), weights, rtol=0, atol=0)
+
+
+def test_shards_are_one_model(folder):
+    whole = load_diffusers(folder)
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    (folder / "unet" / WEIGHTS).unlink()
+    names = sorted(tensors)
+    index = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / "unet" / f"part-{i}.safetensors")
+        index |= dict.fromkeys(part, f"part-{i}.safetensors")
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 1.2]), torch.tensor([0, 2])
+    torch.testing.assert_close(load_diffusers(folder)(x, t, labels), whole(x, t, labels), rtol=0, atol=0)
+    (folder / "unet" / "part-1.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"no part-1\.safetensors in .*unet"):
+        load_diffusers(folder)
+
+
+def _no_scheduler(folder):
+    shutil.rmtree(folder / "scheduler")
+
+
+def _pickle(folder):
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def _other_weights(folder):
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    tensors["conv_in.bias"] = torch.zeros(9)
+    save_file(tensors, folder / "unet" / WEIGHTS)
+
+
+def _lead_out(folder):
+    (folder / "unet" / WEIGHTS).unlink()
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
+
+
+def _garbage(folder):
+    (folder / "unet" / "config.json").write_text("[1")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (_no_scheduler, BundleError, r"no scheduler_config\.json in .*scheduler.*which noise levels"),
+        (_pickle, BundleError, r"no diffusion_pytorch_model\.safetensors.*found .*\.bin.*pickles are never loaded"),
+        (_other_weights, IntegrityError, r"1 tensors differ, first 'conv_in\.bias': found \(9,\), expected \(8,\)"),
+        (_lead_out, ScmError, r"\.\./\.\./x\.safetensors"),
+        (_garbage, ConfigError, r"unet/config\.json is no JSON object"),
+        (
+            lambda f: change(f / "unet" / "config.json", _class_name="UNet2DConditionModel"),
+            ConfigError,
+            "holds a 'UNet2DConditionModel', expected one of UNet2DModel, DiT.*ModuleDenoiser",
+        ),
+        (
+            lambda f: change(f / "scheduler" / "scheduler_config.json", _class_name="SCMScheduler"),
+            ConfigError,
+            "scheduler is a 'SCMScheduler', expected one of DDIMScheduler",
+        ),
+        (
+            lambda f: change(f / "scheduler" / "scheduler_config.json", prediction_type="flux"),
+            ConfigError,
+            "prediction_type 'flux', expected one of epsilon, v_prediction, sample",
+        ),
+        (
+            lambda f: change(f / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid"),
+            ConfigError,
+            "breaks its config: .*beta_schedule",
+        ),
+        (
+            lambda f: change(f / "unet" / "config.json", sample_size=None),
+            ConfigError,
+            r"names no sample_size, expected sample_shape=\(C, H, W\)",
+        ),
+        (
+            lambda f: change(f / "model_index.json", unet=None),
+            ConfigError,
+            "a 'DDPMPipeline' with none of unet, transformer, expected one denoiser",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_read(folder, damage, error, message):
+    damage(folder)
+    with pytest.raises(error, match=message):
+        load_diffusers(folder)
+
+
+def test_schedulers_say_what_is_predicted(folder):
+    path = folder / "scheduler"
+    shutil.rmtree(path)
+    diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500).save_pretrained(path)
+    network = load_diffusers(folder).config.network
+    assert (network.convention, network.schedule, network.num_train_timesteps) == ("flow", None, 500)
+    diffusers.EDMEulerScheduler(sigma_data=0.7).save_pretrained(path)
+    assert load_diffusers(folder).sigma_data == 0.7
+    with pytest.raises(ConfigError, match=r"sigma_data is 0\.5, expected 0\.7"):
+        load_diffusers(folder, sigma_data=0.5)
+
+
+def test_distil_from_the_folder(saved, npz, tmp_path):
+    out = tmp_path / "student"
+    arguments = ["distill", "-o", out, "--teacher", saved, "--data", npz, "--label", "kind", "--iterations", "2",
+                 "--batch-size", "4", "--tangent-warmup", "1", "--sample-every", "0"]  # fmt: skip
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["skipped"] == 0 and lines[-1]["iteration"] == 2
+    student, teacher = ConsistencyModel.from_pretrained(out), load_diffusers(saved)
+    assert student.config.network.class_name == "UNet2DModel" and student.config.class_names == ("a", "b", "c")
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 1.2]), torch.tensor([0, 2])
+    gap = (student(x, t, labels) - teacher(x, t, labels)).abs().max()
+    assert 0 < gap < 0.1, "two small steps from the teacher"
+
+
+@pytest.mark.parametrize(
+    ("label", "changes", "message"),
+    [
+        ("", {}, r"the data has 0 classes, the network 3"),
+        ("kind", {"label_dropout": 0.1}, r"label_dropout is 0\.1, expected 0: the network has no label for none"),
+    ],
+)
+def test_teachers_that_do_not_fit_the_data(saved, npz, label, changes, message):
+    config = TrainConfig(
+        objective="scd", teacher=str(saved), data=DataConfig(source=str(npz), label=label), num_iterations=1, **changes
+    )
+    with pytest.raises(TrainError, match=message):
+        resolve(config)
+
+
+def test_a_teacher_may_be_another_network_than_the_student(saved, npz, tmp_path, unet_checkpoint):
+    from scm_sdk.model.consistency import ModelConfig
+    from scm_sdk.model.presets import tiny
+
+    own = ConsistencyModel(ModelConfig(network=tiny(num_classes=3)))
+    own.save_pretrained(tmp_path / "own")
+    data = DataConfig(source=str(npz), label="kind")
+    config = TrainConfig(objective="scd", teacher=str(saved), init_from=str(tmp_path / "own"), data=data)
+    start = resolve(config)
+    assert start.model_config.network == tiny(num_classes=3)
+    other = TrainConfig(objective="scd", teacher=str(unet_checkpoint), init_from=str(tmp_path / "own"), data=data)
+    with pytest.raises(
+        TrainError, match=r"has \{'sample_shape': \(3, 8, 8\), 'num_classes': 4.*expected .*\(1, 8, 8\)"
+    ):
+        resolve(other)
