@@ -141,7 +141,7 @@ def _index_tar(path: Path, label: str) -> _Shard | None:
 
     with open(path, "rb") as stream, tarfile.open(fileobj=_HeadersOnly(stream), mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # or all of them would stay in memory
+            archive.members.clear()  # type: ignore[attr-defined]  # or all of them would stay in memory
             folder, _, base = member.name.rpartition("/")
             name, _, ending = base.partition(".")
             kind = {ARRAYS: ARRAYS, LABEL: LABEL}.get(ending.lower(), "image" if ending.lower() in IMAGES else "")
