@@ -18,7 +18,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# What takes minutes: engines of every precision for every GPU, every fault in every graph, the README word for word.
+# What takes minutes: engines of every precision for every GPU, every fault in every graph, distillation at full length,
+# and the README as written.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 

@@ -40,11 +40,10 @@ def built(record: BuildRecord) -> Census:
 
 
 ALL = ("7.5", "8.0", "8.6", "8.9", "12.0")
-
-
 KINDS = {"fp16": "Half", "int8": "Int8", "bf16": "BFloat16", "fp32": "Float"}
 EACH_ONCE = {("fp16", "7.5"), ("int8", "8.0"), ("bf16", "8.6"), ("fp32", "8.9"), ("int8", "12.0")}
 """Every GPU and every precision; the other pairs of them take ``make test-slow``."""
+assert {p for p, _ in EACH_ONCE} == set(KINDS) and {c for _, c in EACH_ONCE} == set(ALL)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Precision and recall, and how much worse one way of making the same seeds is than another."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +66,8 @@ def test_wrong_features() -> None:
         kernel_distance_delta(x, x[:9], x)
 
 
-def test_precisions_are_compared_seed_by_seed_and_gated(tmp_path: Path) -> None:
-    from importlib.resources import files
-
-    from scm_sdk.export.pipeline import export_bundle
-    from scm_sdk.export.precision import default_plan
-    from scm_sdk.export.variants import add_precision
-
-    bundle = tmp_path / "avatars"
-    export_bundle(Path(str(files("scm_sdk.assets") / "avatars")), bundle, steps=[1])
-    add_precision(bundle, default_plan("fp16"), num_samples=1)
+def test_precisions_are_compared_seed_by_seed_and_gated(newcomer: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(newcomer / "scm-demo/avatars", tmp_path / "avatars")
     arguments = ["evaluate", str(bundle), "--steps", "1", "--num-images", "128", "--rows", "10000", "10300"]
     arguments += ["--real-rows", "0", "300", "--backend", "onnxruntime", "--cache", str(tmp_path / "cache")]
     arguments += ["--precision", "fp32", "--precision", "fp16"]
