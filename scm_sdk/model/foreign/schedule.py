@@ -88,18 +88,18 @@ class VpIndex:
     """
 
     def __init__(self, schedule: VpSchedule) -> None:
-        alphas = schedule.alphas()
-        # No buffer of a module: float() and half() would round it.
-        self._levels = _log_ratio(alphas)
-        if not (self._levels.diff() > 0).all():
+        levels = _log_ratio(schedule.alphas())
+        if not (levels.diff() > 0).all():
             raise ConfigError("the schedule's noise levels do not rise strictly, expected that. Check its betas.")
+        # No buffers of a module: float() and half() would round them. Rows, because ONNX's shape inference takes a
+        # vector of constants for a shape and stumbles over it.
+        self._levels, self._gaps = levels[None, :-1].clone(), levels.diff()[None]
 
     def __call__(self, alpha: Tensor) -> Tensor:
         """Return indices in [0, N - 1], (B,), float64, of ``alpha``, (B,), float64."""
-        levels = self._levels.to(alpha.device)
-        gaps = (_log_ratio(alpha)[:, None] - levels[:-1]) / levels.diff()
+        levels, gaps = self._levels.to(alpha.device), self._gaps.to(alpha.device)
         # Each step counts 1 where it lies below, 0 where above, and its share where the level is inside.
-        return gaps.clamp(0, 1).sum(dim=1)
+        return ((_log_ratio(alpha)[:, None] - levels) / gaps).clamp(0, 1).sum(dim=1)
 
 
 def _log_ratio(alpha: Tensor) -> Tensor:
