@@ -21,6 +21,7 @@ import numpy as np
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
+from scm_sdk.sources import INDEX_NAME
 from scm_sdk.spec import SamplerSpec
 
 from .base import check_artifact, check_images, check_inputs, check_num_threads
@@ -63,7 +64,8 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
     check_artifact(folder, is_folder=True)
     target = _device(torch, device)
     # The files' times and sizes are part of the key: a checkpoint written anew is loaded anew.
-    stamps = tuple(sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir() if f.is_file()))
+    files = folder.rglob("*") if (folder / INDEX_NAME).is_file() else folder.iterdir()
+    stamps = tuple(sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()))
     key = (str(folder.resolve()), stamps, str(target))
     with _LOADING:
         model = _MODELS.get(key)
