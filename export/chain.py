@@ -17,7 +17,7 @@ from scm_sdk.errors import ConfigError, ScmError
 from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.files import sha256_file
 from scm_sdk.manifest import MANIFEST_NAME
-from scm_sdk.sources import CONFIG_NAME, WEIGHTS_NAME
+from scm_sdk.sources import CONFIG_NAME
 from scm_sdk.spec import Precision
 from scm_sdk.targets import Target
 
@@ -111,8 +111,11 @@ def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: in
     except ScmError:  # damaged: exporting again repairs it
         return False
     digests = {entry.path: entry.sha256 for entry in manifest.files}
-    same_weights = all(
-        digests.get(f"{DENOISER}/{name}") == sha256_file(checkpoint / name) for name in (WEIGHTS_NAME, CONFIG_NAME)
+    kept = (path.removeprefix(f"{DENOISER}/") for path in digests if path.startswith(f"{DENOISER}/"))
+    decisive = [name for name in kept if name.endswith((".safetensors", CONFIG_NAME))]  # a pipeline's lie in folders
+    same_weights = bool(decisive) and all(
+        (checkpoint / name).is_file() and digests[f"{DENOISER}/{name}"] == sha256_file(checkpoint / name)
+        for name in decisive
     )
     found = {(spec.times, spec.max_batch) for spec in manifest.samplers}
     one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
