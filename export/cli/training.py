@@ -36,7 +36,10 @@ def train(preset: str, double_norm: bool, **options: Any) -> None:
     from scm_sdk.train.data import load_data
 
     if options["recipe"]:
-        _run(_recipe_config(options, student=False), options)
+        config = _recipe_config(options, student=False)
+        if not double_norm:
+            config = msgspec.structs.replace(config, network=_without_double_norm(config.network))
+        _run(config, options)
         return
     if preset not in PRESETS:
         raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}.")
@@ -44,9 +47,7 @@ def train(preset: str, double_norm: bool, **options: Any) -> None:
     data = load_data(data_config)
     network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
     if not double_norm:
-        if "double_norm" not in network.__struct_fields__:
-            raise ConfigError(f"preset {preset!r} has no network without double normalization. Leave the option out.")
-        network = msgspec.structs.replace(network, double_norm=False)
+        network = _without_double_norm(network)
     _run(_config("diffusion", data_config, options, network=network), options, data)
 
 
@@ -66,6 +67,8 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
 
     options["guidance"] = _guidance(options)
     if options["recipe"]:
+        if no_teacher or vsd_only:
+            raise ConfigError("a recipe has its own objective, expected no --no-teacher and no --vsd-only beside it.")
         _run(_recipe_config(options, student=True), options)
         return
     if no_teacher == bool(options["teacher"]):
@@ -82,6 +85,16 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
             raise ConfigError("--trajectory-steps distils a teacher by itself; leave out --discrete-step and VSD.")
         objective = "trajectory"
     _run(_config(objective, _data_config(options), options), options)
+
+
+def _without_double_norm(network: Any) -> Any:
+    import msgspec
+
+    from scm_sdk.errors import ConfigError
+
+    if "double_norm" not in network.__struct_fields__:
+        raise ConfigError("this kind of network has no form without double normalization. Leave --no-double-norm out.")
+    return msgspec.structs.replace(network, double_norm=False)
 
 
 def _guidance(options: dict[str, Any]) -> tuple[float, float] | None:
@@ -139,6 +152,7 @@ def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
     }
     if options.get("guidance"):
         given["guidance"] = low, high = options["guidance"]
+        assert base.network is not None  # every recipe has one
         base = msgspec.structs.replace(base, network=msgspec.structs.replace(base.network, guidance=low < high))
     fields = {"source": "data", "label": "label", "rows": "rows"}
     data = msgspec.structs.replace(base.data, **{field: given[name] for field, name in fields.items() if name in given})

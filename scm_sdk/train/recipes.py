@@ -115,10 +115,9 @@ def recipe(name: str) -> TrainConfig:
         ConfigError: If there is no such recipe.
     """
     if name not in RECIPES:
-        families = ", ".join(sorted({known.partition("-")[0] for known in RECIPES}))
         raise ConfigError(
-            f"recipe is {name!r}, expected one of {', '.join(known for known in RECIPES if '-s-' in known)}, and so "
-            f"on for the other sizes ({', '.join(_SIZES)}) of {families}."
+            f"recipe is {name!r}, expected one of cifar10-{{teacher,sct,scd}}, "
+            "imagenet64-{s,m,l,xl}-{teacher,sct,scd} and imagenet512-{s,m,l,xl,xxl}-{teacher,sct,scd,scd-vsd}."
         )
     preset, kind = RECIPES[name]
     family, _, size = preset.partition("_")
