@@ -95,20 +95,3 @@ def test_readme_python(workplace):
 def test_readme_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
-
-
-def test_examples(workplace):
-    folder = ROOT / "examples"
-    one = call([sys.executable, folder / "01_generate.py", "scm-demo/avatars"], workplace)
-    assert "seed 1236 alone equals seed 1236 among four: True" in one.stdout
-    call([sys.executable, folder / "02_train_and_distill.py", "tiny"], workplace)
-    call([sys.executable, folder / "03_export_and_validate.py", "tiny/student", "tiny/bundle"], workplace)
-    assert (workplace / "tiny" / "bundle" / "scm_manifest.json").exists()
-    own = call([sys.executable, folder / "04_own_network.py", "own", "sound"], workplace)
-    assert "sound: (3, 1, 64)" in own.stdout and "model.engine" in own.stdout
-    assert {path.name for path in folder.glob("*.py")} == {
-        "01_generate.py", "02_train_and_distill.py", "03_export_and_validate.py", "04_own_network.py",
-        "06_sana_sprint.py",
-    }  # fmt: skip
-    for path in folder.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 80, path

@@ -1,0 +1,42 @@
+"""From a checkpoint to a bundle: graphs, FP16, a TensorRT-RTX engine for a GPU that need not be here, one file to send.
+
+    python examples/03_export_and_build.py runs/tiny/student runs/tiny/bundle
+
+Run it again: what would come out the same is left alone. `scm-export all` does this in one command.
+"""
+
+import sys
+from pathlib import Path
+
+from scm_sdk import Generator
+from scm_sdk.archive import pack
+from scm_sdk.errors import BackendUnavailable
+from scm_sdk.export.card import refresh_card
+from scm_sdk.export.chain import build_all
+from scm_sdk.export.engines import add_engines
+from scm_sdk.export.prove import prove
+from scm_sdk.targets import resolve_target
+
+
+def main(checkpoint: Path, bundle: Path) -> None:
+    """Export, lower, build, prove, describe, pack."""
+    build_all(checkpoint, bundle, precisions=["fp16"], max_batch=4, on_stage=print)
+    try:
+        for engine in add_engines(bundle, [resolve_target("l4")], precisions=["fp16"], steps=[1]):
+            print(f"{engine.path}: {'there already' if engine.unchanged else 'built'}")
+    except BackendUnavailable as exc:  # TensorRT-RTX has no wheel for this machine
+        print(f"no engine: {exc}")
+
+    for parity in prove(bundle, num_seeds=8, batches=[4]):
+        print(f"{parity.candidate}: {parity.overall.psnr_db:.1f} dB, passed: {bool(parity)}")
+        parity.raise_if_failed()
+
+    refresh_card(bundle)  # README.md says now what was measured
+    file = pack(bundle, bundle.with_suffix(".scmz"))
+    with Generator.from_pretrained(file) as gen:  # a folder, a .scmz file or a hub id
+        print(gen.plan())
+        print(gen(num_images=4, seed=0).info.artifact)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

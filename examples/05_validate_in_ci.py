@@ -1,0 +1,50 @@
+"""Let gates decide, as a CI job would: exit code 3 for pictures, 4 for speed, 6 for a damaged file.
+
+    python examples/05_validate_in_ci.py scm-demo/avatars report.json
+
+`scm-export validate --json` is the same gate as a command.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from scm_sdk.bundle import Bundle
+from scm_sdk.errors import ParityError, ScmError
+from scm_sdk.evaluate.latency import measure
+from scm_sdk.evaluate.selfcheck import selfcheck
+from scm_sdk.export.prove import prove
+from scm_sdk.generator import Generator
+
+BUDGET = "onnxruntime:p90=2s@b1"  # of a CI machine, generous: it catches a graph that fell off its fast path
+
+
+def main(bundle: Path, report: Path) -> int:
+    """Check everything, write one JSON file, return the exit code."""
+    results: dict[str, object] = {}
+    try:
+        results["build_id"] = Bundle.open(bundle, verify="digest").manifest.build_id
+        with Generator.from_pretrained(bundle, backend="onnxruntime", num_threads=1) as gen:
+            checks = selfcheck(gen, num_samples=4)  # f(x, 0) = x, batches, labels: no data needed
+            results["checks"] = [check.to_dict() for check in checks]
+            if failed := [check.name for check in checks if not check.passed]:
+                raise ParityError(f"self-checks failed: {', '.join(failed)}")
+            parities = prove(bundle, num_seeds=8, batches=[8])  # every graph against PyTorch, same noise
+            results["parity"] = {p.candidate: {"psnr_db": p.overall.psnr_db, "passed": bool(p)} for p in parities}
+            for parity in parities:
+                parity.raise_if_failed()
+            latency = measure({"onnxruntime": gen}, batch=1, rounds=20, budget=BUDGET)
+            results["latency"] = latency.to_dict()
+            latency.raise_if_over()
+    except ScmError as exc:  # ParityError, LatencyError, IntegrityError and the others
+        results["error"] = str(exc)
+        print(f"{type(exc).__name__}: {exc}", file=sys.stderr)
+        return exc.exit_code
+    finally:
+        report.write_text(json.dumps(results, indent=2, default=str))
+    print(f"{bundle} passed; {report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
