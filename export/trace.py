@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scm_sdk.errors import ExportError, ScmError, ShapeError
 
@@ -95,7 +95,7 @@ def trace_network(network: nn.Module, x: Tensor, conditioning: Mapping[str, Tens
     module = AtOneTime().eval()
     args = (x, torch.ones(1, device=x.device), dict(conditioning))
     with torch.no_grad(), _translated(f"{type(network).__name__} fails on an example of two samples"):
-        out = module(*args)
+        out = _example(module, args)
     if not isinstance(out, torch.Tensor) or out.shape != x.shape or out.dtype != x.dtype:
         is_tensor = isinstance(out, torch.Tensor)
         found = f"{tuple(out.shape)} {out.dtype}" if is_tensor else type(out).__name__
@@ -173,6 +173,25 @@ def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> i
             "operator that cannot be converted. Update torch and onnxscript."
         )
     return model
+
+
+def _example(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Run a module on examples of its inputs for the shape and type of what comes out.
+
+    Without memory and arithmetic where the module allows it, for a large network takes minutes; else for real, which
+    also finds what is wrong with it.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    def to_meta(tree: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tree)
+
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    try:
+        return torch.func.functional_call(module, to_meta(tensors), to_meta(args))
+    except Exception:  # whatever it is, the real run decides
+        return module(*args)
 
 
 @contextmanager

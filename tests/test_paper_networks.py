@@ -44,7 +44,7 @@ def randomized(config: Any) -> nn.Module:
     network = make_network(config).eval()
     with torch.no_grad():
         for p in network.parameters():
-            p.add_(torch.randn_like(p) * (0.05 if p.ndim else 0.5))
+            p.add_(torch.randn_like(p) * (0.05 if p.numel() > 1 else 0.5))
     return network
 
 

@@ -74,11 +74,17 @@ class MPConv(nn.Module):
 
     def plain_weight(self) -> Tensor:
         """Return the weight that is applied, like ``weight``."""
-        if self.baked:
-            return self.weight
-        weight = normalize(self.weight, tuple(range(1, self.weight.ndim)))
-        weight = weight * (self.scale / math.sqrt(self.weight[0].numel()))
-        return weight if self.gain is None else weight * self.gain
+        return self.weight if self.baked else self.weight * self.factor()
+
+    def factor(self) -> Tensor:
+        """Return what each output channel's weights are multiplied by, (out_channels, 1, ...).
+
+        It is ``gain * scale / sqrt(n) / (eps + ||w|| / sqrt(n))`` for n weights in a channel.
+        """
+        root = math.sqrt(self.weight[0].numel())
+        norm = torch.linalg.vector_norm(self.weight, dim=tuple(range(1, self.weight.ndim)), keepdim=True)
+        factor: Tensor = (self.scale / root) / (norm * (1 / root) + EPS)
+        return factor if self.gain is None else factor * self.gain
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, out_channels, H, W), or (B, out_channels)."""
@@ -107,7 +113,7 @@ def bake_weights_(network: nn.Module) -> None:
     """
     for layer in _mp_layers(network):
         if not layer.baked:
-            layer.weight.copy_(layer.plain_weight())
+            layer.weight.mul_(layer.factor())
             layer.weight.requires_grad_(False)
             layer.baked = True
 
