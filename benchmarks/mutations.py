@@ -182,10 +182,16 @@ class Outcome:
         return self.exit_code == 3
 
 
-def run(path: Path, *, steps: int = 2, options: Sequence[str] = ()) -> list[Outcome]:
+def run(
+    path: Path,
+    *,
+    steps: int = 2,
+    options: Sequence[str] = (),
+    wanted: Callable[[str, str], bool] = lambda rung, fault: True,
+) -> list[Outcome]:
     """Plant every fault into every graph of a bundle with ``steps`` steps, and into none of them once.
 
-    ``options`` go to ``scm-export validate``.
+    ``options`` go to ``scm-export validate``; ``wanted`` leaves out pairs of a precision and a fault.
     """
     bundle = Bundle.open(path)
     spec = bundle.spec(steps)
@@ -196,6 +202,8 @@ def run(path: Path, *, steps: int = 2, options: Sequence[str] = ()) -> list[Outc
             continue
         clean = read_model(bundle.file(artifact.path))
         for fault, (name, plant) in {"none": ("", nothing), **FAULTS}.items():
+            if not wanted(artifact.precision, fault):
+                continue
             broken = clean.clone()
             plant(Site(broken, spec, network))
             result, exit_code = _validate(path, artifact, broken, options)
