@@ -1,0 +1,302 @@
+r"""Is ``Generator`` faster than the other ways to run the same model on a CPU? Pairs of calls in one process.
+
+    pip install "scm-sdk[cpu,bench]"
+    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/peers.py scm-demo/avatars --threads 1 \
+        --json benchmarks/results/peers-avatars.json
+
+All get the same noise and labels, and must return the same float32 images to within 1e-4 of ``sigma_data``:
+
+* ``generator``     this package, ONNX Runtime, one graph for all steps; the whole call, checks included
+* ``eager``, ``channels_last``, ``compile``   PyTorch on ``scm_sdk.model.Sampler``
+* ``ort_loop``      the network alone as an ONNX file and the steps in Python, as optimum runs diffusion models
+* ``diffusers``     diffusers' ``SCMScheduler`` around the PyTorch network
+* ``openvino``      OpenVINO on the bundle's own sampler graph, fixed to the batch
+
+One call of each per round, first another one each round; ratios come from the same rounds. With ``--threads 1`` they
+are of processor time, which other programs on the machine hardly stretch; otherwise of wall time. The share of the peak
+is the model's multiplications and additions over the time, against what a float32 matrix product reaches here.
+"""
+
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from scm_sdk import Generator, Sampler
+from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk.files import atomic_write_bytes
+from scm_sdk.noise import draw_noise
+from scm_sdk.scheduler import diffusers_scheduler
+from scm_sdk.spec import SamplerSpec
+
+PEERS = ("generator", "eager", "channels_last", "compile", "ort_loop", "diffusers", "openvino")
+TOLERANCE = 1e-4
+LIBRARIES = ("scm-sdk", "torch", "onnxruntime", "diffusers", "openvino", "numpy")
+
+Inputs = tuple[list[np.ndarray], np.ndarray]
+Peer = Callable[[Inputs], np.ndarray]
+
+
+def generator(gen: Generator, spec: SamplerSpec) -> Peer:
+    """The whole public call."""
+    steps = spec.num_inference_steps
+
+    def run(inputs: Inputs) -> np.ndarray:
+        noise, labels = inputs
+        images: np.ndarray = gen(len(labels), labels, steps, noise=noise, output_type="raw").images
+        return images
+
+    return run
+
+
+def on_torch(gen: Generator, spec: SamplerSpec, kind: str) -> Peer:
+    """PyTorch: as it is, with the channels last, or compiled."""
+    import torch
+
+    sampler = Sampler(_model(gen), spec)
+    if kind == "channels_last":
+        sampler = sampler.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run_sampler: Any = torch.compile(sampler, dynamic=False) if kind == "compile" else sampler
+    layout = torch.channels_last if kind == "channels_last" else torch.contiguous_format
+
+    def run(inputs: Inputs) -> np.ndarray:
+        noise, labels = inputs
+        with torch.inference_mode():
+            tensors = [torch.from_numpy(x).to(memory_format=layout) for x in noise]
+            return np.asarray(run_sampler(*tensors, torch.from_numpy(labels)).numpy())
+
+    return run
+
+
+def ort_loop(gen: Generator, spec: SamplerSpec, work: Path, threads: int | None) -> Peer:
+    """The network as one graph, the steps in numpy."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    from scm_sdk.export.graph import export_network
+
+    path = work / f"network-{gen.source.build_id[:12]}.onnx"
+    if not path.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        ir.save(export_network(_model(gen)).model, path)
+    options = ort.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    x_name, t_name, label_name = (each.name for each in session.get_inputs())
+    sigma_data = np.float32(spec.sigma_data)
+
+    def run(inputs: Inputs) -> np.ndarray:
+        noise, labels = inputs
+        x_0 = np.zeros_like(noise[0])
+        for t, z in zip(spec.times, noise, strict=True):
+            cos, sin = np.float32(np.cos(t)), np.float32(np.sin(t))
+            x_t = cos * x_0 + sin * sigma_data * z
+            feeds = {x_name: x_t / sigma_data, t_name: np.full(1, t, np.float32), label_name: labels}
+            x_0 = cos * x_t - sin * sigma_data * session.run(None, feeds)[0]
+        return x_0
+
+    return run
+
+
+def diffusers_loop(gen: Generator, spec: SamplerSpec) -> Peer:
+    """The scheduler of diffusers; its own draws of noise are replaced by the given ones, at no cost."""
+    import torch
+    from diffusers.schedulers import scheduling_scm  # type: ignore[import-untyped]
+
+    network = _model(gen).network
+    given: list[Any] = []
+    scheduling_scm.randn_tensor = lambda shape, **_: given.pop(0)
+
+    def run(inputs: Inputs) -> np.ndarray:
+        noise, labels = ([torch.from_numpy(x) for x in inputs[0]], torch.from_numpy(inputs[1]))
+        given[:] = [*noise[1:], torch.zeros_like(noise[0])]
+        scheduler = diffusers_scheduler(spec)
+        with torch.inference_mode():
+            sample = float(np.sin(spec.times[0])) * spec.sigma_data * noise[0]
+            for t in scheduler.timesteps[:-1]:
+                F = network(sample / spec.sigma_data, t.float().expand(len(labels)), labels)
+                sample, x_0 = scheduler.step(spec.sigma_data * F, t, sample, None, return_dict=False)
+        return np.asarray(x_0.numpy())
+
+    return run
+
+
+def openvino(gen: Generator, spec: SamplerSpec, threads: int | None) -> Peer:
+    """The same sampler graph, compiled for each batch by OpenVINO in float32."""
+    import openvino as ov
+
+    core = ov.Core()
+    path = gen.source.locate(gen.opened(spec.num_inference_steps).row.artifact)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    compiled: dict[int, Any] = {}
+
+    def run(inputs: Inputs) -> np.ndarray:
+        noise, labels = inputs
+        batch = len(labels)
+        if batch not in compiled:
+            model = core.read_model(path)
+            model.reshape({each: [batch, *list(each.partial_shape)[1:]] for each in model.inputs})
+            compiled[batch] = core.compile_model(model, "CPU", settings).create_infer_request()
+        feeds = {f"noise_{i}": x for i, x in enumerate(noise)} | {"class_labels": labels}
+        return np.array(next(iter(compiled[batch].infer(feeds).values())))
+
+    return run
+
+
+def _model(gen: Generator) -> Any:
+    from scm_sdk import ConsistencyModel
+
+    folder = gen.source.path / "denoiser"
+    return ConsistencyModel.from_pretrained(folder if folder.is_dir() else gen.source.path).eval()
+
+
+def open_peers(
+    gen: Generator, spec: SamplerSpec, names: tuple[str, ...], work: Path, threads: int | None
+) -> Iterator[tuple[str, Peer | str]]:
+    """Make each peer, or say in a word why it is not here."""
+    for name in names:
+        try:
+            if name == "generator":
+                yield name, generator(gen, spec)
+            elif name == "ort_loop":
+                yield name, ort_loop(gen, spec, work, threads)
+            elif name == "diffusers":
+                yield name, diffusers_loop(gen, spec)
+            elif name == "openvino":
+                yield name, openvino(gen, spec, threads)
+            else:
+                yield name, on_torch(gen, spec, name)
+        except ImportError as exc:
+            yield name, f"not installed: {exc}"
+
+
+def peak_gflops(clock: Callable[[], float]) -> float:
+    """Return the best of ten float32 matrix products of 1024 x 1024, in 10^9 operations a second."""
+    import torch
+
+    a, b = torch.rand(2, 1024, 1024).unbind()
+    times = []
+    for _ in range(10):
+        began = clock()
+        a @ b
+        times.append(clock() - began)
+    return 2 * 1024**3 / min(times) / 1e9
+
+
+def gflop(gen: Generator, spec: SamplerSpec) -> float:
+    """Return the matrix products and convolutions of one image, 10^9 operations."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = [torch.zeros((1, *t.shape), dtype=torch.int64 if t.dtype == "int64" else None) for t in spec.inputs]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        Sampler(_model(gen), spec)(*inputs)
+    return float(counter.get_total_flops()) / 1e9
+
+
+def compare(peers: dict[str, Peer], inputs: Inputs, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Time each peer once a round, ms; drop those that fail or differ."""
+    want = peers["generator"](inputs)
+    for name, peer in list(peers.items()):
+        off = float(np.abs(peer(inputs) - want).max())
+        if not off <= TOLERANCE:
+            raise click.ClickException(f"{name} differs by {off:.1e}, expected at most {TOLERANCE:.0e}")
+        peer(inputs)
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    order = list(peers)
+    for i in range(rounds):
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            began = clock()
+            peers[name](inputs)
+            times[name].append((clock() - began) * 1e3)
+    return times
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=[1, 8, 32], show_default=True)
+@click.option("--steps", "all_steps", type=click.IntRange(1), multiple=True, default=[1, 2], show_default=True)
+@click.option("--peer", "names", type=click.Choice(PEERS), multiple=True, default=PEERS, help="May be repeated.")
+@click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, help="At batch 1; fewer at larger.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each; the libraries' own choice without.")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/peers", help="Folder for the network's ONNX.")
+@click.option("--note", default="", help="Put into the JSON: what a reader must know of the machine.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="File for the raw samples.")
+def main(
+    bundle: Path,
+    batches: tuple[int, ...],
+    all_steps: tuple[int, ...],
+    names: tuple[str, ...],
+    rounds: int,
+    threads: int | None,
+    work: Path,
+    note: str,
+    out: Path | None,
+) -> None:
+    """Time the ways to run BUNDLE's model."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    names = ("generator", *(name for name in names if name != "generator"))
+    results = []
+    peak = peak_gflops(clock)
+    print(
+        f"matrix product {peak:.1f} GFLOP/s;  {'steps batch':<12}{'peer':<14}{'median ms':>10}{'ratio':>8}{'peak':>7}"
+    )
+    with Generator.from_pretrained(bundle, backend="onnxruntime", precision="fp32", num_threads=threads) as gen:
+        for steps in all_steps:
+            spec = gen.opened(steps).spec
+            per_image = gflop(gen, spec)
+            opened = dict(open_peers(gen, spec, names, work, threads))
+            absent = {name: reason for name, reason in opened.items() if isinstance(reason, str)}
+            peers = {name: peer for name, peer in opened.items() if not isinstance(peer, str)}
+            for batch in batches:
+                inputs = (draw_noise(spec, range(batch)), np.arange(batch, dtype=np.int64) % spec.num_classes)
+                times = compare(peers, inputs, max(3, rounds // round(batch**0.6)), clock)
+                for name, samples in times.items():
+                    # How many times as long as the generator's in the same round.
+                    ratio = statistics.median(a / b for a, b in zip(samples, times["generator"], strict=True))
+                    share = per_image * batch / (statistics.median(samples) / 1e3) / peak
+                    row = f"{steps} {batch:<10}{name:<14}{statistics.median(samples):>10.2f}{ratio:>8.2f}{share:>7.0%}"
+                    print(f"{'':<33}{row}", flush=True)
+                    results.append(
+                        {"steps": steps, "batch": batch, "peer": name, "time_over_generator": ratio}
+                        | {"share_of_peak": share, "samples_ms": [round(x, 4) for x in samples]}
+                    )
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": describe_machine() | {"allowed_cpus": len(os.sched_getaffinity(0))},
+        "note": note,
+        "clock": "processor time of the process" if threads == 1 else "wall",
+        "threads": threads,
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "matmul_peak_gflops": peak,
+        "absent": absent,
+        "results": results,
+    }
+    if out:
+        atomic_write_bytes(out, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
