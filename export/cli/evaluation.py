@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--steps", multiple=True, type=click.IntRange(1), default=(1, 2), help="May be repeated.")
 @click.option("--teacher-steps", type=click.IntRange(2), help="MODEL is a teacher: second-order solver steps.")
 @click.option(
-    "--guidance", type=click.FloatRange(0, min_open=True), help="Guidance scale; a teacher takes twice the calls."
+    "--guidance-scale", type=click.FloatRange(0, min_open=True), help="A teacher takes twice the calls with it."
 )
 @click.option("--num-images", type=click.IntRange(64), default=10_000)
 @click.option("--data", default="avatars", metavar="SOURCE", help="As for train.")
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 @click.option("--keep", is_flag=True, help="Keep the scores in the bundle MODEL; its report shows them.")
 @json_option
 def evaluate(
-    model: Path, steps: tuple[int, ...], teacher_steps: int | None, guidance: float | None,
+    model: Path, steps: tuple[int, ...], teacher_steps: int | None, guidance_scale: float | None,
     num_images: int, data: str, label: str | None,
     rows: tuple[int, int], real_rows: tuple[int, int], feature_net: str, stats: Path | None, save_ref: Path | None,
     backend: str, precisions: tuple[str, ...], max_kid_delta: float | None, cache: Path | None, out: Path | None,
@@ -113,12 +113,12 @@ def evaluate(
         with progress_bar("sample", num_images) as update:
             if teacher_steps:
                 return sample_diffusion(
-                    model, num_images, num_steps=teacher_steps, guidance_scale=guidance or 1.0, cache=cache,
+                    model, num_images, num_steps=teacher_steps, guidance_scale=guidance_scale or 1.0, cache=cache,
                     progress=lambda n, _: update(n),
                 )  # fmt: skip
             return sample_student(
                 model, num_images, num_inference_steps=count, backend=backend, precision=precision,
-                guidance_scale=guidance, cache=cache, progress=lambda n, _: update(n),
+                guidance_scale=guidance_scale, cache=cache, progress=lambda n, _: update(n),
             )  # fmt: skip
 
     scores: list[Score] = []

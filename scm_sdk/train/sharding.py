@@ -72,7 +72,7 @@ def check_scale(config: TrainConfig, scale: Scale, world: World) -> None:
     consistency = config.objective in ("sct", "scd") and not config.discrete_points
     if scale.recompute and consistency and config.tangent_mode == "jvp":
         raise ConfigError(
-            "--recompute does not go with a tangent of one pass, --tangent-mode jvp: activations cannot be computed "
+            "--recompute does not go with a tangent of one pass, --tangent jvp: activations cannot be computed "
             "again inside a JVP. Use jvp2, which computes the tangent without gradient first."
         )
     if config.compile and (world.size > 1 or sharded):
