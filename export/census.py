@@ -129,11 +129,16 @@ def _type_named(text: str) -> str:
     return next((name for name, spelling in _SPELLINGS.items() if spelling.search(text)), text.split()[0])
 
 
-def planned_census(model: ir.Model) -> tuple[Census, dict[str, str], tuple[str, ...]]:
-    """Return what a graph asks for, with each convolution's type and each attention block's softmax."""
+def planned_census(model: ir.Model, *, batch_one: bool = False) -> tuple[Census, dict[str, str], tuple[str, ...]]:
+    """Return what a graph asks for, with each convolution's type and each attention block's softmax.
+
+    Args:
+        model: The graph.
+        batch_one: Whether the engine takes batches of one alone.
+    """
     types = {node.name or "": _planned_type(node) for node in model.graph if node.op_type == "Conv"}
     softmaxes = {node.name or "": node for node in model.graph if _is_attention(node)}
-    low = sum(_NAMES.get(_dtype(node), "") in _REDUCED and _fusible(node) for node in softmaxes.values())
+    low = sum(_NAMES.get(_dtype(node), "") in _REDUCED and _fusible(node, batch_one) for node in softmaxes.values())
     planned = Census(convolutions=dict(Counter(types.values())), attention=len(softmaxes), attention_fused=low)
     return planned, types, tuple(softmaxes)
 
@@ -207,11 +212,17 @@ def _dtype(node: ir.Node) -> str:
     return dtype.name if dtype is not None else ""
 
 
-def _fusible(softmax: ir.Node) -> bool:
-    """Return whether the builder has one kernel for a head of this size: 32 and 48 were seen, 8 was not."""
+def _fusible(softmax: ir.Node, batch_one: bool) -> bool:
+    """Return whether the builder has one kernel for a head of this size: 16 to 256 were seen, 8 was not.
+
+    One head of one sample is two plain matrix products: no size of it was fused.
+    """
     before = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
     queries = before.inputs[0] if before is not None else None
-    size = queries.shape[-1] if queries is not None and queries.shape is not None else None
+    shape = queries.shape if queries is not None else None
+    size = shape[-1] if shape is not None else None
+    if batch_one and shape is not None and all(n == 1 for n in shape[1:-2]):
+        return False
     return isinstance(size, int) and size % 16 == 0 and size <= 256
 
 

@@ -152,7 +152,7 @@ def _census(
     library: Any, build: Build, model: ir.Model, engine: memoryview
 ) -> tuple[Census | None, Census, list[str], list[str]]:
     """Return what was built, what was planned, how the two differ, and what could not be seen."""
-    planned, _, _ = planned_census(model)
+    planned, _, _ = planned_census(model, batch_one=build.options.batch[2] == 1)
     census = take_census(model, build.log.kernels)
     tensorrt = build.options.flavour == "tensorrt"
     if census is None and tensorrt:  # on the GPU the engine itself can be asked

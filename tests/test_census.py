@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from engine_helpers import graph
@@ -37,6 +38,19 @@ def test_a_census_sees_a_convolution_in_the_wrong_type(graphs: Path) -> None:
         and kernel.nodes == (next(iter(types)),)
         and np.all(kernel.input_types == ("Float",))
     )
+
+
+@pytest.mark.parametrize(("heads", "batch_one", "fused"), [(1, False, 1), (1, True, 0), (2, True, 1)])
+def test_one_head_of_one_sample_is_planned_as_plain_products(heads: int, batch_one: bool, fused: int) -> None:
+    """As TensorRT-RTX 1.7.1 builds DDPM++ of CIFAR-10, whose attention has one head, for batches of one."""
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        attend (float16[batch,{heads},64,256] q, float16[batch,{heads},256,64] k, float16[batch,{heads},64,256] v)
+            => (float16[batch,{heads},64,256] y)
+            <float16[batch,{heads},64,64] l, float16[batch,{heads},64,64] p>
+        {{ l = MatMul (q, k) p = Softmax <axis = -1> (l) y = MatMul (p, v) }}"""
+    planned, _, _ = planned_census(ir.from_onnx_text(text), batch_one=batch_one)
+    assert (planned.attention, planned.attention_fused) == (1, fused)
 
 
 def test_a_1x1_convolution_may_become_a_matrix_product(graphs: Path) -> None:
