@@ -75,7 +75,8 @@ def compose_sampler(network: NetworkGraph, spec: SamplerSpec) -> ir.Model:
         list(unroller.inputs.values()),
         [x0],
         nodes=unroller.nodes,
-        initializers=list(unroller.initializers.values()),
+        # What of the time ends before the network's nodes begin is computed, but nobody reads it.
+        initializers=[value for value in unroller.initializers.values() if value.uses()],
         opset_imports={"": network.model.opset_imports[""]},
         name="sampler",
     )

@@ -63,7 +63,7 @@ def test_an_unsound_backend_fails_its_check(ort: Generator, monkeypatch: pytest.
 def test_a_network_that_does_not_end_in_its_data_fails(reference: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     model = reference.opened().backend.model  # type: ignore[attr-defined]
     right = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, x, t, labels=None: right(self, x, t + 0.1, labels))
+    monkeypatch.setattr(type(model), "forward", lambda self, x, t, **given: right(self, x, t + 0.1, **given))
     assert verdicts(reference)["boundary"] is False
     assert torch.is_grad_enabled()
 
@@ -74,9 +74,9 @@ def test_an_estimate_that_does_not_stay_the_same_fails(reference: Generator, mon
     right = type(model).forward
     calls: list[int] = []
 
-    def wanders(self, x, t, labels=None):
+    def wanders(self, x, t, **given):
         calls.append(1)
-        moved = right(self, x, t, labels)
+        moved = right(self, x, t, **given)
         return moved if not float(t[0]) else moved.roll(len(calls), dims=0)
 
     monkeypatch.setattr(type(model), "forward", wanders)
