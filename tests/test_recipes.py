@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from scm_sdk.errors import ConfigError
 from scm_sdk.export.cli import main
+from scm_sdk.model.layers import PositionalEmbedding
 from scm_sdk.train.config import TrainConfig
 from scm_sdk.train.recipes import RECIPES, recipe
 
@@ -87,6 +89,8 @@ def test_a_dry_run_prints_the_recipe_with_what_was_given_in_its_place():
     assert printed["num_iterations"] == 200_000
     _, printed = dry("train", "--recipe", "cifar10-teacher", "--no-double-norm", "--ema-profile", "0.1")
     assert printed["network"]["double_norm"] is False and printed["ema_profiles"] == [0.1]
+    _, printed = dry("train", "--recipe", "cifar10-teacher", "--time-fourier-scale", "16")
+    assert printed["network"]["time_fourier_scale"] == 16 and printed["network"]["double_norm"] is True
 
 
 @pytest.mark.parametrize(
@@ -112,3 +116,13 @@ def test_every_stabiliser_can_be_switched_off_from_the_command_line():
     assert [printed[name] for name in names] == [False, False, 0, "fd", "bf16"]
     _, printed = dry("distill", "--recipe", "cifar10-scd", "--tangent-norm", "clamp", "--discrete-points", "1024")
     assert (printed["tangent_norm"], printed["discrete_points"]) == ("clamp", 1024)
+
+
+def test_fourier_features_make_the_derivative_grow_as_the_paper_says():
+    """The tangent carries sin(t) cos(t) d(embedding)/dt: what is below 1 for sinusoids is near 100 at scale 16."""
+
+    def size(scale):
+        embedding, t = PositionalEmbedding(64, fourier_scale=scale), torch.tensor([0.8], dtype=torch.float64)
+        return float(torch.func.jvp(embedding, (t,), (torch.ones_like(t),))[1].square().mean().sqrt())
+
+    assert size(0.0) < 1 and 0.25 < size(0.02) / size(0.0) < 4 and 50 < size(16.0) < 100

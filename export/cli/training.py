@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 @stable_targets_option
 @run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
 @click.option("--double-norm/--no-double-norm", default=True, help="Doubly normalized modulation; for ablations.")
-def train(preset: str, double_norm: bool, **options: Any) -> None:
+@click.option(
+    "--time-fourier-scale", type=click.FloatRange(0), default=0.0,
+    help="Embed the time by Fourier features of this scale, for ablations; 0: by sinusoids.",
+)  # fmt: skip
+def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: Any) -> None:
     """Train a TrigFlow diffusion teacher.
 
     Run the same command again to go on after an interruption.
@@ -37,17 +41,16 @@ def train(preset: str, double_norm: bool, **options: Any) -> None:
 
     if options["recipe"]:
         config = _recipe_config(options, student=False)
-        if not double_norm:
-            config = msgspec.structs.replace(config, network=_without_double_norm(config.network))
-        _run(config, options)
+        _run(
+            msgspec.structs.replace(config, network=_changed(config.network, double_norm, time_fourier_scale)), options
+        )
         return
     if preset not in PRESETS:
         raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}.")
     data_config = _data_config(options)
     data = load_data(data_config)
     network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
-    if not double_norm:
-        network = _without_double_norm(network)
+    network = _changed(network, double_norm, time_fourier_scale)
     _run(_config("diffusion", data_config, options, network=network), options, data)
 
 
@@ -87,14 +90,16 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     _run(_config(objective, _data_config(options), options), options)
 
 
-def _without_double_norm(network: Any) -> Any:
+def _changed(network: Any, double_norm: bool, time_fourier_scale: float) -> Any:
+    """Return a network's config without the stabilisers that were switched off."""
     import msgspec
 
     from scm_sdk.errors import ConfigError
 
-    if "double_norm" not in network.__struct_fields__:
+    changes = {} if double_norm else {"double_norm": False}
+    if changes and "double_norm" not in network.__struct_fields__:
         raise ConfigError("this kind of network has no form without double normalization. Leave --no-double-norm out.")
-    return msgspec.structs.replace(network, double_norm=False)
+    return msgspec.structs.replace(network, **changes, time_fourier_scale=time_fourier_scale)
 
 
 def _guidance(options: dict[str, Any]) -> tuple[float, float] | None:

@@ -87,6 +87,7 @@ class DDPMpp(Conditioned):
             time_channels=config.channels,
             emb_channels=4 * config.channels,
             max_period=config.time_max_period,
+            fourier_scale=config.time_fourier_scale,
             num_classes=config.num_classes,
             guidance=config.guidance,
         )

@@ -107,7 +107,7 @@ class EDM2(nn.Module):
         self.config = config
         channels, widths = config.channels, [config.channels * m for m in config.channel_mult]
         emb_channels = max(widths)
-        self.time_embedding = PositionalEmbedding(channels, config.time_max_period)
+        self.time_embedding = PositionalEmbedding(channels, config.time_max_period, config.time_fourier_scale)
         self.time_linear = MPConv(channels, emb_channels, 0)
         classes = config.num_classes
         self.label_linear = MPConv(classes, emb_channels, 0, scale=math.sqrt(classes)) if classes else None

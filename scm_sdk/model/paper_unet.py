@@ -24,6 +24,7 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         dropout_resolution: Largest resolution with dropout; 0 for all.
         double_norm: Adaptive double normalization; False is the network as it was before the paper.
         time_max_period: ``max_period`` of the time embedding.
+        time_fourier_scale: Scale of Fourier features of the time in its place; 0 for none. For ablations.
     """
 
     image_size: int
@@ -39,6 +40,7 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dropout_resolution: int = 0
     double_norm: bool = True
     time_max_period: float = 10_000.0
+    time_fourier_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.channel_mult or min(*self.channel_mult, self.num_blocks, self.head_channels, self.in_channels) < 1:
@@ -51,6 +53,8 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
         if self.channels < 8 or self.channels % 8:
             raise ConfigError(f"channels is {self.channels}, expected a multiple of 8.")
+        if not self.time_fourier_scale >= 0:
+            raise ConfigError(f"time_fourier_scale is {self.time_fourier_scale}, expected 0 or more.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
         if self.num_classes < 0:

@@ -32,6 +32,7 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         num_classes: Class labels; 0 for none.
         dropout: Share of the MLPs' activations dropped in training.
         time_max_period: ``max_period`` of the time embedding.
+        time_fourier_scale: Scale of Fourier features of the time in its place; 0 for none. For ablations.
         guidance: Whether the guidance scale is an input.
     """
 
@@ -45,6 +46,7 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     num_classes: int = 0
     dropout: float = 0.0
     time_max_period: float = 10_000.0
+    time_fourier_scale: float = 0.0
     guidance: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             )
         if self.depth < 1 or self.mlp_ratio < 1:
             raise ConfigError(f"(depth, mlp_ratio) is ({self.depth}, {self.mlp_ratio}), expected 1 or more each.")
+        if not self.time_fourier_scale >= 0:
+            raise ConfigError(f"time_fourier_scale is {self.time_fourier_scale}, expected 0 or more.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
 
@@ -103,6 +107,7 @@ class Transformer(Conditioned):
             time_channels=64,
             emb_channels=config.channels,
             max_period=config.time_max_period,
+            fourier_scale=config.time_fourier_scale,
             num_classes=config.num_classes,
             guidance=config.guidance,
         )

@@ -34,6 +34,7 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             fixed places.
         double_norm: Adaptive double normalization; False is plain AdaGN, for ablations.
         time_max_period: ``max_period`` of the time embedding.
+        time_fourier_scale: Scale of Fourier features of the time in its place; 0 for none. For ablations.
         guidance: Whether the guidance scale is an input.
     """
 
@@ -50,6 +51,7 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     learned_position: bool = False
     double_norm: bool = True
     time_max_period: float = 10_000.0
+    time_fourier_scale: float = 0.0
     guidance: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(f"channels is {self.channels}, expected a multiple of 8.")
         if not self.channel_mult or min(self.channel_mult) < 1 or self.num_blocks < 1:
             raise ConfigError("channel_mult and num_blocks must hold positive numbers.")
+        if not self.time_fourier_scale >= 0:
+            raise ConfigError(f"time_fourier_scale is {self.time_fourier_scale}, expected 0 or more.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
         trunk = self.image_size // self.patch_size
@@ -112,6 +116,7 @@ class UNet(Conditioned):
             time_channels=channels,
             emb_channels=4 * channels,
             max_period=config.time_max_period,
+            fourier_scale=config.time_fourier_scale,
             num_classes=config.num_classes,
             guidance=config.guidance,
         )
