@@ -54,6 +54,7 @@ def model_card(
         where: Path or hub id in the usage lines.
     """
     licence = str(provenance.get("license") or provenance.get("licence") or "")
+    licence = "" if licence.lower() == "other" else licence  # what training writes where nobody named one
     scores = [score for score in quality if _metrics(score)]
     sections = [
         _head(name, specs[0], licence, scores, onnx=any(a.format == "onnx" for a in artifacts)),
@@ -150,7 +151,15 @@ def _runs(artifacts: Sequence[Artifact], parity: Sequence[ParityRecord]) -> str:
             for r in records
         )
         steps = str(artifact.num_inference_steps or "any")
-        rows.append([artifact.path, artifact.format, artifact.precision, steps, found or "not compared"])
+        rows.append(
+            [
+                artifact.path,
+                artifact.format,
+                artifact.precision,
+                steps,
+                found or ("the reference" if artifact.format == "safetensors" else "not compared"),
+            ]
+        )
     head = ["| artifact | format | precision | steps | against PyTorch, same noise |", "|---|---|---|---|---|"]
     return "\n".join(["## What runs", "", *head, *(f"| {' | '.join(map(_cell, row))} |" for row in rows)])
 

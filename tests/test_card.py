@@ -40,6 +40,7 @@ def head(card):
         ("CC-BY-NC-SA-4.0", {"license": "cc-by-nc-sa-4.0"}),
         ("my own\nlicense: mit", {"license": "other", "license_name": "my own\nlicense: mit"}),
         ("", {"license": "other"}),
+        ("other", {"license": "other"}),
     ],
 )
 def test_the_licence(licence, expected):
@@ -47,7 +48,7 @@ def test_the_licence(licence, expected):
     found = head(card)
     assert {key: value for key, value in found.items() if key.startswith("license")} == expected
     assert ("Non-commercial" in card) == ("NC" in licence)
-    assert ("None is on record" in card) == (not licence)
+    assert ("None is on record" in card) == (licence in ("", "other"))
 
 
 def test_usage_fits_the_sampler():
@@ -90,3 +91,4 @@ def test_what_failed_is_not_hidden(bundle_copy):
     assert result.exit_code == 0, result.output
     card = (bundle_copy / "README.md").read_text()
     assert "(FAILED) (loosened: it had to be)" in card and "not compared" in card
+    assert "| denoiser | safetensors | fp32 | any | the reference |" in card
