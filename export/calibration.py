@@ -108,7 +108,6 @@ def calibrate(
         ExportError: If an activation is not finite; the message names the node.
         BackendUnavailable: If onnxruntime is not installed.
     """
-    onnxruntime = require("onnxruntime", extra="onnxruntime", purpose="calibrating")
     if num_samples < 1 or not 0 <= seed < 2**20 or not 50 <= percentile <= 100:
         raise ConfigError(
             f"num_samples is {num_samples}, seed {seed}, percentile {percentile}; expected at least 1 sample, "
@@ -124,10 +123,8 @@ def calibrate(
     missing = set(nodes) - {node.name for node in model.graph}
     if missing:
         raise ConfigError(f"the graph has no node {sorted(missing)[0]!r}, expected names out of it.")
-    batch = min(batch_size, spec.max_batch)
-    first = FIRST_SEED + seed * 2**20
-    seeds = [range(first + a, first + min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
-    runner = _Runner(onnxruntime, model, spec, seeds, progress)
+    seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
+    runner = Runner(model, spec, seeds, progress)
     largest = runner.largest(nodes)
     for name, value in largest.items():
         if not np.isfinite(value):
@@ -138,7 +135,7 @@ def calibrate(
     if method != "minmax":
         cut = _percentile_cut(percentile) if method == "percentile" else _entropy_cut
         bins = NUM_BINS if method == "percentile" else _ENTROPY_BINS
-        histograms = runner.histograms(largest, bins, batch)
+        histograms = runner.histograms(largest, bins, len(seeds[0]))
         largest = {name: cut(histogram, largest[name]) for name, histogram in histograms}
     return Calibration(
         method=method,
@@ -150,18 +147,21 @@ def calibrate(
     )
 
 
-class _Runner:
+def calibration_seeds(spec: SamplerSpec, *, num_samples: int, seed: int, batch_size: int) -> list[range]:
+    """Return the seeds of each batch that is measured: ``FIRST_SEED + seed * 2**20 + i``."""
+    batch = min(batch_size, spec.max_batch)
+    first = FIRST_SEED + seed * 2**20
+    return [range(first + a, first + min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
+
+
+class Runner:
     """Runs a graph on all batches with more outputs than it has."""
 
     def __init__(
-        self,
-        onnxruntime: Any,
-        model: ir.Model,
-        spec: SamplerSpec,
-        seeds: Sequence[range],
-        progress: Callable[[int, int], object],
+        self, model: ir.Model, spec: SamplerSpec, seeds: Sequence[range], progress: Callable[[int, int], object]
     ) -> None:
-        self.onnxruntime, self.model, self.spec, self.seeds, self.progress = onnxruntime, model, spec, seeds, progress
+        self.onnxruntime: Any = require("onnxruntime", extra="onnxruntime", purpose="calibrating")
+        self.model, self.spec, self.seeds, self.progress = model, spec, seeds, progress
 
     def largest(self, names: Sequence[str]) -> dict[str, float]:
         """Return the largest |x| that each node reads, reduced inside the graph; infinite where there is a NaN."""
@@ -188,7 +188,7 @@ class _Runner:
             )
             outputs[value] = top
         found = dict.fromkeys(read, 0.0)
-        for arrays in self._run(copy, list(outputs.values())):
+        for arrays in self.run(copy, list(outputs.values())):
             by_value = dict(zip(outputs, arrays, strict=True))
             for name, value in read.items():
                 found[name] = max(found[name], float(by_value[value]))
@@ -201,7 +201,7 @@ class _Runner:
             read = _inputs_by_name(copy, group)
             values = list(dict.fromkeys(read.values()))
             counts = {name: np.zeros(bins, np.int64) for name in group}
-            for arrays in self._run(copy, values):
+            for arrays in self.run(copy, values):
                 by_value = dict(zip(values, arrays, strict=True))
                 for name, value in read.items():
                     top = largest[name] or 1.0
@@ -223,7 +223,8 @@ class _Runner:
         if group:
             yield group
 
-    def _run(self, model: ir.Model, outputs: list[ir.Value]) -> Iterator[list[np.ndarray]]:
+    def run(self, model: ir.Model, outputs: list[ir.Value]) -> Iterator[list[np.ndarray]]:
+        """Yield the outputs of each batch."""
         import onnx_ir as ir
 
         names = [value.name or "" for value in outputs]

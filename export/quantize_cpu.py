@@ -20,7 +20,7 @@ from scm_sdk._lazy import require
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import SamplerSpec
 
-from .calibration import FIRST_SEED
+from .calibration import calibration_seeds
 from .feeds import feeds_of
 from .precision import PRECISION_KEY
 from .quantize import QuantizePlan, choose_layers
@@ -58,9 +58,7 @@ def quantize_for_cpu(
     layers = choose_layers(source, plan)
     if not layers.quantized:  # to its quantizer an empty list means every node
         raise ConfigError("the plan leaves no layer to quantize, expected at least one. Exclude fewer layers.")
-    batch = min(batch_size, spec.max_batch)
-    first = FIRST_SEED + seed * 2**20
-    seeds = [range(first + a, first + min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
+    seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:

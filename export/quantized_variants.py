@@ -16,6 +16,7 @@ from scm_sdk.files import atomic_write_bytes, sha256_bytes, sha256_file
 
 from .adopt import adopt_quantized
 from .calibration import Calibration, Method, calibrate
+from .equalize import choose_factors, equalize
 from .precision import LowPrecision, PrecisionPlan, apply_precision, default_plan
 from .probe import Probe
 from .quantize import QuantizePlan, choose_layers, default_quantize_plan, quantize
@@ -25,6 +26,7 @@ from .variants import Progress, Source, Variant, add_graph, fp32_sources, unchan
 from .write import read_model
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 Int8 = Literal["int8", "int8-cpu"]
@@ -43,6 +45,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         num_samples: Pictures to calibrate on.
         seed: Which ones.
         target_db: Least PSNR, dB: layers are excluded until it is reached; ``int8`` alone.
+        equalize: Whether channels are made equally large first (``equalize``); ``int8`` alone.
     """
 
     precision: Int8 = "int8"
@@ -53,6 +56,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     num_samples: int = 128
     seed: int = 0
     target_db: float | None = None
+    equalize: bool = True
 
     def __post_init__(self) -> None:
         if self.precision == "int8-cpu" and (self.method != "minmax" or self.target_db is not None):
@@ -107,12 +111,17 @@ def add_int8(
             full = read_model(source.graph)
             base = full if base_plan is None else apply_precision(full, base_plan)
             progress(f"calibrate, {source.num_inference_steps} steps")
-            calibration = _calibrate(full, source, plan, options)
+            factors = _factors(full, source, plan, options)
+            names = choose_layers(full, plan).quantized
+            calibration = _calibrate(equalize(full, names, factors), source, plan, options)
             if options.target_db is not None:  # one plan for all: each goes on from the last
-                plan = exclude_to_target(base, calibration, plan, probe, options.target_db, progress=progress)
-            bases.append(base)
+                equal = equalize(base, names, factors)
+                plan = exclude_to_target(equal, calibration, plan, probe, options.target_db, progress=progress)
+            bases.append((base, factors))
             calibrations.append(calibration)
-        made = [(quantize(b, c, plan), c) for b, c in zip(bases, calibrations, strict=True)]
+        for (base, factors), calibration in zip(bases, calibrations, strict=True):
+            equal = equalize(base, choose_layers(base, plan).quantized, factors)
+            made.append((quantize(equal, calibration, plan), calibration))
     with extend_bundle(path) as draft:
         plan_path = f"precision/{options.precision}.json"
         atomic_write_bytes(draft.path(plan_path), plan.to_json())
@@ -155,6 +164,13 @@ def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
     if any(entry.path == path for entry in bundle.manifest.files):
         return PrecisionPlan.from_json(bundle.file(path).read_bytes())
     return default_plan("bf16" if base == "bf16" else "fp16")
+
+
+def _factors(model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions) -> dict[str, np.ndarray]:
+    if not options.equalize:
+        return {}
+    layers = choose_layers(model, plan).quantized
+    return choose_factors(model, layers, source.spec, num_samples=options.num_samples, seed=options.seed)
 
 
 def _calibrate(model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions) -> Calibration:

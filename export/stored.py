@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .equalize import EQUALIZE_NODE, EQUALIZED_SUFFIX, FACTOR_SUFFIX, input_axis
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -75,7 +77,7 @@ class _Tensor(NamedTuple):
     values: np.ndarray
     step: np.ndarray | float
     rounding: float
-    floor: float
+    floor: np.ndarray | float
 
 
 def _tensors(graph: ir.Model) -> Iterator[_Tensor]:
@@ -83,6 +85,8 @@ def _tensors(graph: ir.Model) -> Iterator[_Tensor]:
     initializers = graph.graph.initializers
     done: set[str] = set()
     for node in graph.graph:
+        if (node.name or "").endswith(EQUALIZE_NODE):  # judged by the weights that undo it
+            done.update(value.name or "" for value in node.inputs if value is not None)
         if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
             continue
         names = [value.name or "" if value is not None else "" for value in node.inputs]
@@ -113,4 +117,18 @@ def _dequantized(node: ir.Node, names: list[str], initializers: Mapping[str, ir.
     step = wide * (1.0 if np.any(shift) else 0.5) * (1 + 1e-6)
     scale_kind = initializers[names[1]].dtype
     rounding = _ROUNDING.get(scale_kind.name if scale_kind is not None else "", _EXACT)
-    return _Tensor(name, (codes.astype(np.float64) - shift) * wide, step, rounding, _SUBNORMAL)
+    tensor = _Tensor(name, (codes.astype(np.float64) - shift) * wide, step, rounding, _SUBNORMAL)
+    if not name.endswith(EQUALIZED_SUFFIX):
+        return tensor
+    name = name.removesuffix(EQUALIZED_SUFFIX)
+    factor = _factor(name, node, codes.ndim, initializers)  # multiplied and then rounded once more
+    return _Tensor(name, tensor.values * factor, step * factor, 2 * rounding, _SUBNORMAL * np.maximum(factor, 1.0))
+
+
+def _factor(name: str, node: ir.Node, rank: int, initializers: Mapping[str, ir.Value]) -> np.ndarray:
+    """Return what undoes the factors of an equalized weight, shaped to multiply it."""
+    kept = initializers[name + FACTOR_SUFFIX].const_value
+    assert kept is not None, "an initializer"
+    shape = [1] * rank
+    shape[input_axis(next(iter(node.outputs[0].uses())).node)] = -1
+    return np.asarray(kept.numpy(), np.float64).reshape(shape)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--percentile", type=click.FloatRange(50, 100), default=99.99)
 @click.option("--num-samples", type=click.IntRange(1), default=128, help="Pictures to calibrate on.")
 @click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Which ones.")
+@click.option("--equalize/--no-equalize", default=True, help="Make channels equally large before they are rounded.")
 @click.option("--exclude", "excluded", multiple=True, help="Pattern of layers to leave out; may be repeated.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Exclusions of your own: an edited precision/int8.json.")  # fmt: skip
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 @json_option
 def quantize(
     bundle: Path, precisions: tuple[Int8, ...], steps: tuple[int, ...], base: Base, method: Method, percentile: float,
-    num_samples: int, seed: int, excluded: tuple[str, ...], plan_file: Path | None, target_psnr: float | None,
-    foreign: Path | None, as_json: bool,
+    num_samples: int, seed: int, equalize: bool, excluded: tuple[str, ...], plan_file: Path | None,
+    target_psnr: float | None, foreign: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Add INT8 graphs to BUNDLE, calibrated on the sampler's own states at its own times.
 
@@ -62,7 +63,7 @@ def quantize(
         cpu = precision == "int8-cpu"
         options = QuantizeOptions(
             precision=precision, base="fp32" if cpu else base, plan=plan, method=method, percentile=percentile,
-            num_samples=num_samples, seed=seed, target_db=target_psnr,
+            num_samples=num_samples, seed=seed, target_db=target_psnr, equalize=equalize,
         )  # fmt: skip
         variants += add_int8(bundle, options, steps=steps, progress=lambda stage: say(f"  {stage} …"))
     report(variants, bundle, as_json=as_json)
