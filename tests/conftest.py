@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,10 @@ def exports() -> Callable[[], AbstractContextManager[None]]:
 
     def export_network(model: ConsistencyModel, **options: Any) -> graph.NetworkGraph:
         weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-        key = repr(model.config), hashlib.sha256(save(weights)).digest()
+        key = type(model.network), repr(model.config.network), hashlib.sha256(save(weights)).digest()
         if key not in made:
             made[key] = real(model, **options)
-        return made[key]
+        return replace(made[key], spec=model.spec(1))  # of times that another config of the same network may have
 
     @contextmanager
     def shared() -> Iterator[None]:
