@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -44,7 +44,7 @@ def weights(preset: str, folder: Path) -> dict[str, Any]:
     )
     torch.manual_seed(0)
     network = wide if preset == "wide" else PRESETS[preset]()
-    output = "latents" if network.sample_shape[0] == 4 else "pixels"
+    output: Literal["pixels", "latents"] = "latents" if network.sample_shape[0] == 4 else "pixels"
     config = ModelConfig(network=network, output=output, provenance=PROVENANCE)
     model = ConsistencyModel(config)
     with torch.no_grad():
