@@ -86,9 +86,17 @@ def start(jobs: list[dict], folder: Path, size: int = 2) -> list[subprocess.Pope
 
 
 def finish(processes: list[subprocess.Popen]) -> None:
-    ends = [process.communicate(timeout=1800) for process in processes]
-    for process, (out, err) in zip(processes, ends, strict=True):
+    for process, (out, err) in zip(processes, ends_of(processes), strict=True):
         assert process.returncode == 0, out + err
+
+
+def ends_of(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    """Wait for processes; none outlives the test, whatever happens."""
+    try:
+        return [process.communicate(timeout=1800) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -289,7 +297,7 @@ def test_a_process_that_hangs_is_told(room, tmp_path):
 def test_a_disk_that_is_full_for_one_process_costs_no_checkpoint(room, tmp_path):
     run = config(room, "diffusion", num_iterations=6)
     processes = start([job(run, tmp_path / "run", Scale(parallel="fsdp"), full_at=3)], tmp_path)
-    ends = [process.communicate(timeout=1800)[1] for process in processes]
+    ends = [err for _, err in ends_of(processes)]
     assert [process.returncode for process in processes] == [1, 1]
     for err in ends:
         assert "state-00000004 cannot be written: [Errno 27] File too large" in err
@@ -305,7 +313,7 @@ def test_sigterm_saves_after_one_and_the_same_iteration(room, tmp_path):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.5)
     processes[1].send_signal(signal.SIGTERM)
-    ends = [process.communicate(timeout=1800)[1] for process in processes]
+    ends = [err for _, err in ends_of(processes)]
     assert all("KeyboardInterrupt" in err for err in ends), ends
     (state,) = out.glob("state-*")
     assert json.loads((state / "counters.json").read_text())["iteration"] == len(log(out))
