@@ -186,11 +186,12 @@ def test_half_precision_keeps_its_sums_and_its_guards(bundle: Path, tmp_path: Pa
     assert variant.psnr_db is not None and variant.psnr_db > 55
     types = {n.name: n.outputs[0].dtype.name for n in read_model(path / variant.path).graph if n.outputs[0].dtype}
     block = "step0/transformer.transformer_blocks.0"
-    full = [f"{block}.attn1/MatMul", f"{block}.attn1/Div", f"{block}.attn1.norm_q/ReduceMean", "step0/flow_output/Mul"]
+    full = [f"{block}.attn1/MatMul", f"{block}.attn1/Div", f"{block}.attn1.norm_q/ReduceMean"]
+    full += [name for name in types if name.startswith("step0/flow_output/")]
     full += [name for name in types if name.startswith("decoder/") and name.endswith("attn/Div")]
     half = [f"{block}.attn1.to_q/MatMul", f"{block}.attn2/MatMul", f"{block}.ff.conv_inverted/Conv"]
     half += ["decoder/module.conv_out/Conv"]
-    assert {types[name] for name in full} == {"FLOAT"} and len(full) == 5
+    assert {types[name] for name in full} == {"FLOAT"} and len(full) >= 3 + 4 + 1
     assert {types[name] for name in half} == {"FLOAT16"}
 
 
