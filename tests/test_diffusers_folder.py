@@ -201,3 +201,25 @@ def test_a_teacher_may_be_another_network_than_the_student(saved, npz, tmp_path,
         TrainError, match=r"has \{'sample_shape': \(3, 8, 8\), 'num_classes': 4.*expected .*\(1, 8, 8\)"
     ):
         resolve(other)
+
+
+@pytest.mark.slow
+def test_a_wrapped_network_becomes_a_graph_for_any_batch(saved, tmp_path):
+    import onnx
+    import onnxruntime
+
+    from scm_sdk.export.graph import export_onnx
+    from scm_sdk.model.sampler import Sampler
+    from scm_sdk.noise import draw_noise
+
+    model = load_diffusers(saved)
+    spec = model.spec(1)
+    export_onnx(model, spec, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE}
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for seeds in ([1], [1, 2, 3]):
+        (noise,), labels = draw_noise(spec, seeds), torch.arange(len(seeds)) % 3
+        (found,) = session.run(None, {"noise_0": noise, "class_labels": labels.numpy()})
+        wanted = Sampler(model, spec)(torch.from_numpy(noise), labels)
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
