@@ -1,8 +1,8 @@
 """Small functions model -> model; together they make the exporter's graph fit to be shipped.
 
 Each works in place, returns its argument so that calls chain, and says what it requires and
-ensures. ``clean`` runs them, and those of ``names`` and ``shapes``, in the one order that meets
-every requirement.
+ensures. ``clean`` runs them, and those of ``names``, ``shapes`` and ``pixel_norms``, in the one order
+that meets every requirement.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from scm_sdk.errors import UnsupportedGraphError
 
 from .names import name_by_module, source_line
 from .partial import Depends, classify, evaluate, needed
+from .pixel_norms import lengths_for_pixel_norms
 from .shapes import infer_shapes, name_batch
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def clean(model: ir.Model, *, root: str = "") -> ir.Model:
     """
     for step in (require_plain, name_batch, infer_shapes, fold_constants, static_reshapes, drop_unused):
         step(model)
-    return strip_metadata(name_by_module(model, root=root))
+    return drop_unused(lengths_for_pixel_norms(strip_metadata(name_by_module(model, root=root))))
 
 
 def require_plain(model: ir.Model) -> ir.Model:

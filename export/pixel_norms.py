@@ -1,0 +1,117 @@
+"""Write the pixel norm as the length of a vector, which is shorter, safe at zero, and the same in every batch.
+
+torch's exporter writes ``x * rsqrt(mean(x^2) + eps)`` as Pow, ReduceMean, Sqrt, Reciprocal and Mul, and drops an
+``eps`` as small as ours: a place whose channels are all zero becomes NaN. ONNX Runtime's ReduceMean adds up in another
+order when the batch is 1, so that a picture's last bits depend on what it is run with. Instead:
+
+    x * (sqrt(C) / max(||x||, sqrt(C eps)))
+
+ReduceL2 adds up each place by itself. Lower precisions keep it float32 already (``precision.NORMS``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EPS = 1e-8
+"""That of ``scm_sdk.model.layers.pixel_norm``."""
+_LARGEST_EPS = 1e-7
+"""Up to this, ``max`` and adding ``eps`` are the same in float32 for anything that is not close to zero."""
+
+
+def lengths_for_pixel_norms(model: ir.Model) -> ir.Model:
+    """Rewrite every pixel norm over axis 1.
+
+    Requires: nodes and values have their names, values their shapes.
+    Ensures: no ReduceMean of squares over axis 1 feeds a reciprocal root, unless its eps is large or others read it.
+    """
+    for node in list(model.graph):
+        if node.op_type == "Mul":
+            _rewrite(model.graph, node)
+    return model
+
+
+def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
+    import onnx_ir as ir
+
+    found = _match(mul)
+    if found is None:
+        return
+    x, mean, eps = found
+    channels = x.shape[1] if x.shape is not None and x.shape.rank() > 1 else None
+    if not isinstance(channels, int) or mean.outputs[0].shape is None or x.dtype != ir.DataType.FLOAT:
+        return
+    name = (mean.name or "").replace("ReduceMean", "ReduceL2")
+    scale = _scalar(graph, f"pixel_norm_{channels}.scale", math.sqrt(channels))
+    least = _scalar(graph, f"pixel_norm_{channels}.least", math.sqrt(channels * eps))
+
+    def make(op_type: str, suffix: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
+        out = ir.Value(name=f"{name}{suffix}.out", shape=ir.Shape(mean.outputs[0].shape or ()), type=x.type)
+        attrs = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        graph.insert_before(mul, ir.Node("", op_type, inputs, attrs, outputs=[out], name=f"{name}{suffix}"))
+        return out
+
+    length = make("ReduceL2", "", [x, mean.inputs[1]], keepdims=1)
+    guarded = make("Max", ".guard", [length, least])
+    inverse = make("Div", ".inverse", [scale, guarded])
+    before = next(i for i, value in enumerate(mul.inputs) if value is not x)
+    chain = [value.producer() for value in _back(mul.inputs[before])]
+    mul.replace_input_with(before, inverse)
+    for node in chain:
+        if node is not None:
+            graph.remove(node, safe=True)
+
+
+def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, float] | None:
+    """Return what is normalized, its ReduceMean and its eps, or None if this is no pixel norm."""
+    for x, value in (mul.inputs, mul.inputs[::-1]):
+        if x is None or value is None or x is value:
+            continue
+        values = _back(value)
+        nodes = [each.producer() for each in values]
+        if any(
+            node is None or len(each.uses()) != 1 or each.is_graph_output()
+            for node, each in zip(nodes, values, strict=True)
+        ):
+            continue
+        ops = [node.op_type for node in nodes if node is not None]
+        if ops not in (["Reciprocal", "Sqrt", "ReduceMean", "Pow"], ["Reciprocal", "Sqrt", "Add", "ReduceMean", "Pow"]):
+            continue
+        mean, power = nodes[-2], nodes[-1]
+        assert mean is not None and power is not None
+        eps = EPS if len(ops) == 4 else _number(nodes[2].inputs[1] if nodes[2] else None)
+        axes = mean.inputs[1].const_value if len(mean.inputs) > 1 and mean.inputs[1] is not None else None
+        along_channels = axes is not None and axes.numpy().tolist() == [1] and mean.attributes.get_int("keepdims", 1)
+        if power.inputs[0] is x and _number(power.inputs[1]) == 2.0 and along_channels and 0 < eps <= _LARGEST_EPS:
+            return x, mean, eps
+    return None
+
+
+def _back(value: ir.Value | None) -> list[ir.Value]:
+    """Return the values from this one back along first inputs, five at most, ending with a Pow's."""
+    chain: list[ir.Value] = []
+    while value is not None and len(chain) < 5:
+        chain.append(value)
+        node = value.producer()
+        if node is None or node.op_type == "Pow" or not node.inputs:
+            break
+        value = node.inputs[0]
+    return chain
+
+
+def _number(value: ir.Value | None) -> float:
+    constant = None if value is None else value.const_value
+    return float(constant.numpy()) if constant is not None and constant.size == 1 else math.nan
+
+
+def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
+    import numpy as np
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(number, np.float32), name=name)))
+    return graph.initializers[name]

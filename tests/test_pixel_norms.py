@@ -1,0 +1,92 @@
+"""Pixel norms in graphs: the same in every batch, zero where everything is zero, and PyTorch's numbers elsewhere."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from scm_sdk.export.graph import export_network
+from scm_sdk.export.passes import drop_unused
+from scm_sdk.export.pixel_norms import lengths_for_pixel_norms
+from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
+from scm_sdk.model.transformer import TransformerConfig
+
+EPS = 1e-8
+
+
+def session(model: ir.Model, folder: Path) -> onnxruntime.InferenceSession:
+    ir.save(model, folder / "graph.onnx")
+    return onnxruntime.InferenceSession(folder / "graph.onnx", providers=["CPUExecutionProvider"])
+
+
+def norm_graph(eps: float | None, *, axis: int = 1, power: float = 2.0, shared: bool = False) -> ir.Model:
+    """Write x * rsqrt(mean(x^2) + eps) over ``axis`` as the exporter does."""
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    narrow = [1 if i == axis else d for i, d in enumerate(["batch", 6, 4])]
+
+    def value(name: str, shape: list[str | int]) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+
+    constants = {"two": np.float32(power), "axes": np.array([axis], np.int64), "eps": np.float32(eps or 0)}
+    weights = {k: ir.val(k, const_value=ir.tensor(np.asarray(v), name=k)) for k, v in constants.items()}
+    x, out = value("x", ["batch", 6, 4]), value("y", ["batch", 6, 4])
+    nodes, last = [], x
+    steps = [("Pow", [weights["two"]]), ("ReduceMean", [weights["axes"]])]
+    steps += [("Add", [weights["eps"]])] if eps is not None else []
+    for op_type, more in [*steps, ("Sqrt", []), ("Reciprocal", [])]:
+        made = value(f"{op_type}.out", ["batch", 6, 4] if op_type == "Pow" else narrow)
+        nodes.append(ir.Node("", op_type, [last, *more], outputs=[made], name=f"norm/{op_type}"))
+        last = made
+    nodes.append(ir.Node("", "Mul", [x, last], outputs=[out], name="norm/Mul"))
+    outputs = [out, last] if shared else [out]
+    used = [weights[k] for k in ("two", "axes", *(["eps"] if eps is not None else []))]
+    graph = ir.Graph([x], outputs, nodes=nodes, initializers=used, opset_imports={"": 20}, name="norm")
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize("eps", [None, EPS])
+def test_equals_the_formula_and_is_safe_at_zero(tmp_path: Path, eps: float | None) -> None:
+    model = drop_unused(lengths_for_pixel_norms(norm_graph(eps)))
+    assert [node.op_type for node in model.graph] == ["ReduceL2", "Max", "Div", "Mul"]
+    x = np.random.default_rng(0).standard_normal((5, 6, 4)).astype(np.float32)
+    x[:, :, 0] = 0
+    x[:, :, 1] *= 1e-2
+    (y,) = session(model, tmp_path).run(None, {"x": x})
+    want = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + EPS)
+    np.testing.assert_array_equal(y[:, :, 0], 0)
+    np.testing.assert_allclose(y[:, :, 1], want[:, :, 1], rtol=2e-3)  # where eps begins to be seen
+    np.testing.assert_allclose(y[:, :, 2:], want[:, :, 2:], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "graph", [norm_graph(1e-3), norm_graph(None, axis=2), norm_graph(None, power=3), norm_graph(None, shared=True)]
+)
+def test_leaves_what_is_no_pixel_norm(graph: ir.Model) -> None:
+    before = [node.op_type for node in graph.graph]
+    assert [node.op_type for node in lengths_for_pixel_norms(graph).graph] == before
+
+
+def test_a_transformers_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = TransformerConfig(image_size=8, channels=32, depth=1, head_channels=16, num_classes=3)
+    model = ConsistencyModel(ModelConfig(network=shape))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    graph = export_network(model.eval()).model
+    ops = [node.op_type for node in graph.graph]
+    assert ops.count("ReduceL2") == 9, "two of the trunk and four of the conditioning, and three at the end"
+    assert "ReduceMean" not in ops
+    run = session(graph, tmp_path).run
+    x = np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)
+    labels, t = np.arange(7) % 3, np.full(1, 1.1, np.float32)
+    names = [each.name for each in graph.graph.inputs]
+    (together,) = run(None, dict(zip(names, (x, t, labels), strict=True)))
+    for i in range(7):
+        (alone,) = run(None, dict(zip(names, (x[i : i + 1], t, labels[i : i + 1]), strict=True)))
+        np.testing.assert_array_equal(alone[0], together[i])
+    with torch.no_grad():
+        want = model.network(torch.from_numpy(x), torch.tensor([1.1]), torch.from_numpy(labels))
+    np.testing.assert_allclose(together, want.numpy(), rtol=0, atol=2e-5)
