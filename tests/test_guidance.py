@@ -204,6 +204,11 @@ def test_impossible_guidance_is_refused(changes, message):
         run(**changes)
 
 
+def test_a_compiled_tangent_with_dropout_is_refused():
+    with pytest.raises(ConfigError, match=r"dropout is 0.1 with --compile, expected 0"):
+        loss_function(run(dropout=0.1, compile=True), Labelled(), Labelled(), None)
+
+
 def test_without_guidance_the_teacher_is_asked_itself():
     net = Labelled()
     assert guided_teacher(net, run(), 3) is net

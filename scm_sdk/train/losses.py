@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from .batches import drawn_for, take
 from .config import TrainConfig
 from .discrete import Anchor, Draw, discrete_loss
@@ -49,7 +50,15 @@ def loss_function(
 
     VSD is never compiled: it takes a step of its own. Beside another loss the residual is that one's. Networks run in
     the run's precision and the teacher with its guidance.
+
+    Raises:
+        ConfigError: If a tangent with dropout is to be compiled.
     """
+    if config.compile and config.dropout and config.objective in ("sct", "scd"):
+        raise ConfigError(
+            f"dropout is {config.dropout} with --compile, expected 0: compiled, the passes of a tangent might not "
+            "drop the same activations. Leave one of them out."
+        )
     return _loss_function(
         config, in_precision(network, config.precision), _followed(config, teacher), logvar, vsd, anchor
     )
