@@ -174,6 +174,11 @@ def test_what_would_go_wrong_is_refused_by_name(room, changes, scale, size, mess
         check_scale(config(room, "scd", **changes), scale, World(size=size))
 
 
+def test_trajectories_are_refused(room):
+    with pytest.raises(ConfigError, match="--trajectory-steps solves a block"):
+        check_scale(config(room, "trajectory", trajectory_steps=3), Scale(), World(size=2))
+
+
 def test_impossible_scales():
     with pytest.raises(ConfigError, match="accumulate is 0, expected 1 or more"):
         Scale(accumulate=0)
@@ -200,7 +205,6 @@ def test_every_objective_and_network_in_shares(room, tmp_path):
     fsdp = Scale(parallel="fsdp")
     runs = {
         "cd": config(room, "cd", anchor_weight=1.0, stable_targets=True),
-        "trajectory": config(room, "trajectory", trajectory_steps=3),
         "jvp": config(room, "scd", tangent_mode="jvp"),
         "fd": config(room, "scd", tangent_mode="fd"),
         "profiles": config(room, "diffusion", ema_profiles=(0.05, 0.1), ema_snapshot_every=2),
