@@ -207,7 +207,7 @@ def test_a_bundle_without_the_text_encoder_takes_embeddings_only(saved: Path, bu
     assert any(e.path == "denoiser/text_encoder/model.safetensors" for e in Bundle.open(bundle).manifest.files)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["0.6B", pytest.param("1.6B", marks=pytest.mark.slow)])
 def test_the_released_sizes_have_the_inputs_that_the_spec_says(saved: Path, layout: str, tmp_path: Path) -> None:
     (heads, width, cross, cross_width, dim, layers), millions, tensors = LAYOUTS[layout]
     folder = Path(shutil.copytree(saved, tmp_path / "big"))
