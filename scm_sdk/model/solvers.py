@@ -115,11 +115,12 @@ def sample_ode(
 
     Source: arXiv 2410.11081, Eq. 26 (order 1), Eq. 27-28 with r = 1 (order 2).
     """
-    steps, x = len(times) - 1, noise
-    for step, x in enumerate(solve_ode(velocity_fn, noise, times, sigma_data=sigma_data, order=order)):
+    samples = noise
+    for step, state in enumerate(solve_ode(velocity_fn, noise, times, sigma_data=sigma_data, order=order)):
+        samples = state
         if progress is not None and step:
-            progress(step, steps)
-    return x
+            progress(step, len(times) - 1)
+    return samples
 
 
 @torch.no_grad()
