@@ -109,7 +109,7 @@ def float16_time(site: Site) -> None:
 
 def perturbed_weight(site: Site) -> None:
     """One weight tensor of a layer that int8 quantizes is 10 % off; in int8 its codes are."""
-    ends = ("conv0.weight", "conv0.weight.int8", "conv0.weight_quantized")
+    ends = ("conv0.weight", "conv0.weight.int8", "conv0.weight.equalized.int8", "conv0.weight_quantized")
     names = [name for name in site.model.graph.initializers if name.endswith(ends)]
     draw = np.random.default_rng(0)
 

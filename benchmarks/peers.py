@@ -111,7 +111,7 @@ def ort_loop(gen: Generator, spec: SamplerSpec, work: Path, threads: int | None)
 def diffusers_loop(gen: Generator, spec: SamplerSpec) -> Peer:
     """The scheduler of diffusers; its own draws of noise are replaced by the given ones, at no cost."""
     import torch
-    from diffusers.schedulers import scheduling_scm  # type: ignore[import-untyped]
+    from diffusers.schedulers import scheduling_scm
 
     network = _model(gen).network
     given: list[Any] = []
@@ -137,7 +137,7 @@ def openvino(gen: Generator, spec: SamplerSpec, threads: int | None) -> Peer:
 
     core = ov.Core()
     path = gen.source.locate(gen.opened(spec.num_inference_steps).row.artifact)
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     compiled: dict[int, Any] = {}
 

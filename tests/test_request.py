@@ -159,7 +159,8 @@ def test_a_default_guidance_and_a_mask_may_be_left_out() -> None:
     made = make_request(spec, num_images=2, seed=0, conditioning={"p": p})
     np.testing.assert_array_equal(made.conditioning["guidance_scale"], np.full(2, 4.5, np.float32))
     np.testing.assert_array_equal(made.conditioning["m"], np.ones((2, 3), np.int64))
-    given = make_request(spec, num_images=2, seed=0, guidance_scale=2, conditioning={"p": p, "m": np.eye(2, 3, dtype=int)})
+    own = {"p": p, "m": np.eye(2, 3, dtype=int)}
+    given = make_request(spec, num_images=2, seed=0, guidance_scale=2, conditioning=own)
     assert given.conditioning["guidance_scale"].tolist() == [2, 2] and given.conditioning["m"].sum() == 2
 
 

@@ -65,7 +65,7 @@ def load_held_out(
         IntegrityError: If the statistics cannot be read.
     """
     from ..train.config import DataConfig
-    from ..train.data import load_data
+    from ..train.data import ImageData, load_data
 
     check_output_type(spec, "uint8")
     if label is None:
@@ -75,13 +75,15 @@ def load_held_out(
     if stats is None and max(reference_rows[0], real_rows[0]) < min(reference_rows[1], real_rows[1]):
         raise ConfigError(f"reference rows {reference_rows} and real rows {real_rows} overlap, expected disjoint ones.")
     wanted = (*spec.image_shape[1:], spec.image_shape[0])
-    loaded = {}
+    loaded: dict[str, ImageData] = {}
+    pictures: dict[str, np.ndarray] = {}
     for name, rows in (("real", real_rows), ("reference", reference_rows)):
         if name == "reference" and stats is not None:
             continue
         data = loaded[name] = load_data(DataConfig(source=source, label=label, rows=rows))
-        if data.images.dtype != np.uint8:
-            raise ConfigError(f"data {source!r} holds floats, expected 8-bit pictures to compare with.")
+        if not isinstance(data.images, np.ndarray) or data.images.dtype != np.uint8:
+            raise ConfigError(f"data {source!r} is shards or floats, expected 8-bit pictures to compare with.")
+        pictures[name] = data.images
         if data.images.shape[1:] != wanted:
             raise ConfigError(
                 f"data {source!r} has pictures {data.images.shape[1:]}, expected {wanted}, those of the model. "
@@ -92,9 +94,9 @@ def load_held_out(
     real, held = loaded["real"], loaded.get("reference")
     order = _order(spec, real.class_names) if label else None
     return HeldOut(
-        reference=read_stats(stats, net, wanted) if stats is not None else loaded["reference"].images.astype(np.uint8),
+        reference=read_stats(stats, net, wanted) if stats is not None else pictures["reference"],
         labels=None if order is None or held is None or held.labels is None else order[held.labels],
-        other=real.images.astype(np.uint8),
+        other=pictures["real"],
         other_labels=None if order is None or real.labels is None else order[real.labels],
         colours=() if order is None or not real.label_values
         else tuple(real.label_values[i] for i in np.argsort(order)),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ..errors import TrainError
@@ -155,7 +156,7 @@ def _iterate(run: Run, out: Path, hooks: Hooks) -> ConsistencyModel:
                     _checkpoint(run, out, log.seconds)
                 if hooks.sample_every and (last or state.iteration % hooks.sample_every == 0):
                     model = run.gathered()
-                    world.on_main(lambda model=model: hooks.on_sample(model, state.iteration))
+                    world.on_main(partial(hooks.on_sample, model, state.iteration))
                 if step.stop and not last:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
