@@ -162,7 +162,8 @@ def _from_checkpoint(folder: Path, verify: str) -> Source:
 
 def _from_pipeline(folder: Path, verify: str) -> Source:
     """Open a SANA-Sprint folder as diffusers saved it, through PyTorch."""
-    from .model.foreign.sana_folder import STEPS, read_sana_folder, weight_files
+    from .model.foreign.component import weight_files
+    from .model.foreign.sana_folder import STEPS, read_sana_folder
 
     found = read_sana_folder(folder)
     weights = [file for name in ("transformer", "vae") for file in weight_files(folder / name)]

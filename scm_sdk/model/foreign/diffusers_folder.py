@@ -17,17 +17,15 @@ import msgspec
 from torch import Tensor, nn
 
 from ...errors import BundleError, ConfigError, IntegrityError
-from ...files import safe_join
 from ..checkpoint import read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
+from .component import read_json, weight_files
 from .diffusers_models import ClassName, ConventionName, DiffusersConfig
 
 COMPONENTS = ("unet", "transformer")
 CONFIG_NAME, INDEX_NAME, SCHEDULER_NAME = "config.json", "model_index.json", "scheduler_config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PIXEL_SIGMA, LATENT_SIGMA = 0.5, 1.0
 """Standard deviation of the data where nothing says more: pixels in [-1, 1], latents scaled as diffusers does."""
-_JSON_MAX_BYTES = 8 << 20
 _VP_SCHEDULERS = {
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
@@ -99,7 +97,9 @@ def load_diffusers(
 
 
 def _load_weights(denoiser: nn.Module, component: Path) -> None:
-    tensors = _read_weights(component)
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(component, remedy=_REMEDY):
+        tensors.update(read_tensors(file))
     expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
@@ -214,32 +214,5 @@ def _read_scheduler(config: dict[str, Any]) -> tuple[ConventionName, dict[str, A
     return _VP_CONVENTIONS[predicts], schedule
 
 
-def _read_weights(component: Path) -> dict[str, Tensor]:
-    """Load a component's tensors from one file or from the shards that its index names."""
-    index = component / f"{WEIGHTS_NAME}.index.json"
-    if (component / WEIGHTS_NAME).is_file():
-        return read_tensors(component / WEIGHTS_NAME)
-    if not index.is_file():
-        others = sorted(path.name for pattern in ("*.bin", "*.safetensors") for path in component.glob(pattern))
-        raise BundleError(
-            f"no {WEIGHTS_NAME} in {component}, found {', '.join(others) or 'no weights'}. Expected safetensors: save "
-            "the pipeline again with safe_serialization=True; pickles are never loaded."
-        )
-    named = _read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise BundleError(f"{index} names no shards, expected a weight_map. {_REMEDY}")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(named.values())):
-        tensors.update(read_tensors(safe_join(component, shard)))
-    return tensors
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _JSON_MAX_BYTES:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_JSON_MAX_BYTES}. {_REMEDY}")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except OSError as exc:
-        raise BundleError(f"{path} cannot be read: {exc.strerror}. {_REMEDY}") from exc
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise ConfigError(f"{path} is no JSON object: {exc}. {_REMEDY}") from exc
+    return read_json(path, remedy=_REMEDY)

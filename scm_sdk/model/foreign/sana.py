@@ -32,9 +32,10 @@ from ...spec import SamplerSpec
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, LatentScale
 from ..own import OwnConfig
+from .component import weight_files
 from .linear_attention import guard_autoencoder, guard_transformer
 from .sana_config import Settings
-from .sana_folder import INDEX_NAME, SETTINGS_NAME, SanaFolder, read_sana_folder, weight_files
+from .sana_folder import INDEX_NAME, SETTINGS_NAME, SanaFolder, read_sana_folder
 
 PURPOSE = "a SANA-Sprint model"
 

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from ...errors import BundleError, ConfigError
-from ...files import safe_join
 from ...spec import SamplerSpec, TensorSpec, default_times
+from .component import read_json, weight_files
 from .sana_config import SchedulerConfig, Settings, TransformerConfig
 
 INDEX_NAME = "model_index.json"
@@ -30,13 +30,11 @@ COMPONENTS = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC", "
 CONFIGS = {"scheduler": "scheduler_config.json"}
 TEXT_ENCODERS = ("Gemma2Model",)
 TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_TIME, MID_TIME = 1.57080, 1.3
 """First time of every sampler and second of the two-step one, radians: diffusers' defaults for this pipeline."""
 GUIDANCE_RANGE, DEFAULT_GUIDANCE = (0.0, 20.0), 4.5
 """The released models were distilled at scales 4 to 5; their pipeline's default is 4.5 and it takes any."""
 STEPS = (1, 2, 4)
-_JSON_MAX_BYTES = 8 << 20
 _REMEDY = f"Give a folder that {PIPELINE}.save_pretrained wrote, whole."
 Config = TypeVar("Config", bound=msgspec.Struct)
 
@@ -162,36 +160,12 @@ def read_sana_folder(folder: Path, settings: Settings | None = None) -> SanaFold
     )
 
 
-def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
-    """Return the safetensors files of a component: one, or all shards that its index names.
-
-    Raises:
-        BundleError: If there are none, or one is missing.
-    """
-    index = folder / f"{name}.index.json"
-    if (folder / name).is_file():
-        return [folder / name]
-    if not index.is_file():
-        others = sorted(p.name for p in folder.glob("*.bin"))
-        more = f" {others[0]} is a pickle, which is never loaded: save it with safe_serialization." if others else ""
-        raise BundleError(f"{folder} holds neither {name} nor {index.name}, expected the weights.{more} {_REMEDY}")
-    named = _read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
-        raise BundleError(f"{index} names no shards, expected a weight_map. {_REMEDY}")
-    shards = [safe_join(folder, file) for file in sorted(set(named.values()))]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise BundleError(
-            f"{len(missing)} of {len(shards)} shards are missing in {folder}, first {missing[0]}. Copy it again, whole."
-        )
-    return shards
-
-
 def _check_component(folder: Path, component: str, wanted: str) -> None:
     config = _component_config(folder, component)
     if config.get("_class_name", wanted) != wanted:
         raise ConfigError(f"{folder / component} holds a {config['_class_name']!r}, expected {wanted!r}. {_REMEDY}")
     if component != "scheduler":
-        weight_files(folder / component)
+        weight_files(folder / component, remedy=_REMEDY)
 
 
 def _check_text(folder: Path, index: dict[str, Any]) -> str:
@@ -206,7 +180,7 @@ def _check_text(folder: Path, index: dict[str, Any]) -> str:
             )
         if not (folder / name).is_dir():
             raise BundleError(f"component {name!r} is missing in {folder}, which its {INDEX_NAME} names. {_REMEDY}")
-    weight_files(folder / "text_encoder", "model.safetensors")
+    weight_files(folder / "text_encoder", "model.safetensors", remedy=_REMEDY)
     return str(kinds["tokenizer"][1])
 
 
@@ -262,11 +236,4 @@ def _from_builtins(value: dict[str, Any], kind: type[Config], where: Path) -> Co
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _JSON_MAX_BYTES:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_JSON_MAX_BYTES}. {_REMEDY}")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except OSError as exc:
-        raise BundleError(f"{path} cannot be read: {exc.strerror}. {_REMEDY}") from exc
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise ConfigError(f"{path} is no JSON object: {exc}. {_REMEDY}") from exc
+    return read_json(path, remedy=_REMEDY)
