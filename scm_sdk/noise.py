@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,27 +101,44 @@ def check_seed(seed: object) -> int:
     return value
 
 
-def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[_Words, _Words, _Words, _Words]:
-    """Encrypt counters with Philox4x32-10.
+def philox4x32(even: _Words, odd: _Words, keys: Sequence[tuple[_Words, _Words]], spare: _Words) -> None:
+    """Encrypt counters with Philox4x32-10, in place.
+
+    Words 0 and 2 lie in one array and 1 and 3 in another, both in the other order after each round, and no array is
+    made twice: what counts for a small sample is the number of calls, for a large one the cache.
 
     Args:
-        counter: Four words, each a uint64 array or number below 2**32; they broadcast.
-        key: Two words of the same kind.
-
-    Returns:
-        Four words, uint64 arrays with values below 2**32.
+        even: Words 0 and 2 of the counters, (2, ...), below 2**32; the encrypted words afterwards.
+        odd: Words 1 and 3, (2, ...).
+        keys: The key words of every round: ``round_keys``; they broadcast.
+        spare: Room to work in, (3, 2, ...); of no use afterwards.
 
     Source: Random123 1.14, ``philox.h``; its known answers are in the tests.
     """
-    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
-    k0, k1 = (np.asarray(word, np.uint64) for word in key)
-    for i in range(_ROUNDS):
-        if i:
-            k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW32, (k1 + _KEY_STEPS[1]) & _LOW32
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (p1 >> _SHIFT32) ^ c1 ^ k0, p1 & _LOW32
-        c2, c3 = (p0 >> _SHIFT32) ^ c3 ^ k1, p0 & _LOW32
-    return c0, c1, c2, c3
+    product, factors, others = spare
+    factors[0], factors[1] = _MULTIPLIERS  # full arrays: numpy multiplies those twice as fast as by a number
+    others[0], others[1] = factors[1], factors[0]
+    (even_0, even_1), (odd_0, odd_1) = even, odd
+    for i, (key_0, key_1) in enumerate(keys):
+        if i % 2 == 0:
+            key_0, key_1 = key_1, key_0
+        np.multiply(even, factors, out=product)
+        np.right_shift(product, _SHIFT32, out=even)
+        np.bitwise_xor(even_0, odd_1, out=even_0)
+        np.bitwise_xor(even_1, odd_0, out=even_1)
+        np.bitwise_xor(even_0, key_0, out=even_0)
+        np.bitwise_xor(even_1, key_1, out=even_1)
+        np.bitwise_and(product, _LOW32, out=odd)
+        factors, others = others, factors
+
+
+def round_keys(seeds: Sequence[int]) -> list[tuple[_Words, _Words]]:
+    """Return the two key words of every round, each (len(seeds), 1), or () for one seed: numpy is fastest with that."""
+    words = np.array([[seed & 0xFFFFFFFF for seed in seeds], [seed >> 32 for seed in seeds]], np.uint64)
+    keys = (words + _ROUND_STEPS) & _LOW32
+    if len(seeds) == 1:
+        return [(key[0, 0, ...], key[1, 0, ...]) for key in keys]
+    return [(first, second) for first, second in keys[..., None]]
 
 
 def _draw(seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -141,47 +157,21 @@ def _draw(seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, ...]) ->
     out = np.empty((len(steps), len(seeds), blocks, 4), np.float32)
     for start in range(0, len(seeds), at_once):
         mine = slice(start, start + at_once)
-        keys = _round_keys(seeds[mine])
+        keys = round_keys(seeds[mine])
         for column in range(0, blocks, columns):
             _fill(out[:, mine, column : column + columns], column, steps, keys)
     flat = out.reshape(len(steps), len(seeds), blocks * 4)[:, :, :size]
     return np.ascontiguousarray(flat).reshape(len(steps), len(seeds), *shape)
 
 
-def _round_keys(seeds: Sequence[int]) -> list[tuple[_Words, _Words]]:
-    """Return the two key words of every round, each (len(seeds), 1), or () for one seed: numpy is fastest with that."""
-    words = np.array([[seed & 0xFFFFFFFF for seed in seeds], [seed >> 32 for seed in seeds]], np.uint64)
-    keys = (words + _ROUND_STEPS) & _LOW32
-    if len(seeds) == 1:
-        return [(key[0, 0, ...], key[1, 0, ...]) for key in keys]
-    return [(first, second) for first, second in keys[..., None]]
-
-
 def _fill(out: NDArray[np.float32], first_block: int, steps: Sequence[int], keys: list[tuple[_Words, _Words]]) -> None:
-    """Write the numbers of some blocks of some samples, (steps, seeds, blocks, 4): ``philox4x32``, then Box-Muller.
-
-    The same cipher, but words 0 and 2 lie in one array and 1 and 3 in another, both in the other order after each
-    round, and no array is made twice: what counts for a small sample is the number of calls, for a large one the cache.
-    """
-    shape = (2, *out.shape[:3])
-    even, odd, product, factors, others = np.empty((5, *shape), np.uint64)
+    """Write the numbers of some blocks of some samples, (steps, seeds, blocks, 4): ``philox4x32``, then Box-Muller."""
+    words = np.empty((5, 2, *out.shape[:3]), np.uint64)
+    even, odd, spare = words[0], words[1], words[2:]
     even[0] = np.arange(first_block, first_block + out.shape[2], dtype=np.uint64)
     even[1], odd[0], odd[1] = 0, np.array(steps, np.uint64)[:, None, None], 0
-    factors[0], factors[1] = _MULTIPLIERS  # full arrays: numpy multiplies those twice as fast as by a number
-    others[0], others[1] = factors[1], factors[0]
-    (even_0, even_1), (odd_0, odd_1) = even, odd
-    for i, (key_0, key_1) in enumerate(keys):
-        if i % 2 == 0:
-            key_0, key_1 = key_1, key_0
-        np.multiply(even, factors, out=product)
-        np.right_shift(product, _SHIFT32, out=even)
-        np.bitwise_xor(even_0, odd_1, out=even_0)
-        np.bitwise_xor(even_1, odd_0, out=even_1)
-        np.bitwise_xor(even_0, key_0, out=even_0)
-        np.bitwise_xor(even_1, key_1, out=even_1)
-        np.bitwise_and(product, _LOW32, out=odd)
-        factors, others = others, factors
-    radius, angle = (np.bitwise_or(words, _FLOAT_BITS, out=words).view(np.float64) for words in (even, odd))
+    philox4x32(even, odd, keys, spare)
+    radius, angle = (np.bitwise_or(part, _FLOAT_BITS, out=part).view(np.float64) for part in (even, odd))
     np.subtract(radius, 2.0**52 - 0.5, out=radius)  # word + 0.5, exactly
     np.subtract(angle, 2.0**52 - 0.5, out=angle)
     np.multiply(radius, 2.0**-32, out=radius)
@@ -189,7 +179,7 @@ def _fill(out: NDArray[np.float32], first_block: int, steps: Sequence[int], keys
     np.multiply(radius, -2.0, out=radius)
     np.sqrt(radius, out=radius)
     np.multiply(angle, 2.0 * np.pi * 2.0**-32, out=angle)  # a power of two changes no digit
-    turned = product.view(np.float64)
+    turned = spare[0].view(np.float64)
     for turn, first in ((np.cos, 0), (np.sin, 1)):
         turn(angle, out=turned)
         np.multiply(turned, radius, out=turned)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scm_sdk.errors import ConfigError
-from scm_sdk.noise import check_seed, draw_noise, philox4x32, standard_normal
+from scm_sdk.noise import check_seed, draw_noise, philox4x32, round_keys, standard_normal
 from scm_sdk.spec import SamplerSpec, default_times
 
 GOLDEN = [  # seed, step, the first numbers; never change them: they are people's pictures
@@ -38,7 +38,11 @@ def spec(shape: tuple[int, ...] = (3, 5, 5), steps: int = 2) -> SamplerSpec:
     ids=["zeros", "ones", "pi"],
 )
 def test_philox_gives_the_known_answers_of_random123(counter: str, key: str, expected: str) -> None:
-    words = philox4x32([int(w, 16) for w in counter.split()], [int(w, 16) for w in key.split()])
+    w_0, w_1, w_2, w_3 = (int(word, 16) for word in counter.split())
+    low, high = (int(word, 16) for word in key.split())
+    even, odd = np.array([[w_0], [w_2]], np.uint64), np.array([[w_1], [w_3]], np.uint64)
+    philox4x32(even, odd, round_keys([low + (high << 32)]), np.empty((3, 2, 1), np.uint64))
+    words = (even[0, 0], odd[0, 0], even[1, 0], odd[1, 0])
     assert " ".join(f"{int(w):08x}" for w in words) == expected
 
 
