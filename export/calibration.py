@@ -20,6 +20,7 @@ from scm_sdk._lazy import require
 from scm_sdk.errors import ConfigError, ExportError, SchemaError
 from scm_sdk.spec import SamplerSpec
 
+from .constants import stored
 from .feeds import feeds_of
 
 if TYPE_CHECKING:
@@ -169,8 +170,7 @@ class Runner:
 
         copy = self.model.clone()
         read = _inputs_by_name(copy, names)
-        infinity = ir.val("infinity", const_value=ir.tensor(np.array(np.inf, np.float32), name="infinity"))
-        copy.graph.register_initializer(infinity)
+        infinity = stored(copy.graph, "infinity", np.array(np.inf, np.float32))
         outputs = {}
         for i, value in enumerate(dict.fromkeys(read.values())):
             absolute, seen = (ir.val(f"{name}_{i}", value.dtype, value.shape) for name in ("abs", "seen"))

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .constants import scalar_of
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -43,7 +45,7 @@ def _is_guarded(node: ir.Node) -> bool:
     bound = None if divisor is None else divisor.producer()
     if bound is None or bound.op_type not in _BOUNDS:
         return False
-    return any(0 < abs(number) < _VANISHING for value in bound.inputs if (number := _scalar(value)) is not None)
+    return any(0 < abs(number) < _VANISHING for value in bound.inputs if (number := scalar_of(value)) is not None)
 
 
 def _sums_behind(division: ir.Node) -> set[ir.Node]:
@@ -53,7 +55,7 @@ def _sums_behind(division: ir.Node) -> set[ir.Node]:
             node = None if value is None else value.producer()
             if node is None or node in found:
                 continue
-            weighted = any(v is not None and v.is_initializer() and _scalar(v) is None for v in node.inputs)
+            weighted = any(v is not None and v.is_initializer() and scalar_of(v) is None for v in node.inputs)
             if node.op_type in _PRODUCTS_AND_SUMS and (node.op_type == "ReduceSum" or not weighted):
                 found.add(node)
                 todo.append(node)
@@ -68,7 +70,7 @@ def _square_of(mean: ir.Node) -> ir.Node | None:
     if node is None:
         return None
     if node.op_type == "Pow":
-        return node if _scalar(node.inputs[1]) == 2 else None
+        return node if scalar_of(node.inputs[1]) == 2 else None
     return node if node.op_type == "Mul" and node.inputs[0] is node.inputs[1] else None
 
 
@@ -79,14 +81,7 @@ def _factors_of(mean: ir.Node) -> set[ir.Node]:
     while todo:
         for value in todo.pop().outputs:
             readers = [node for node in value.consumers() if node.op_type in _AFTER_MEAN and node not in found]
-            readers = [node for node in readers if all(v is value or _scalar(v) is not None for v in node.inputs)]
+            readers = [node for node in readers if all(v is value or scalar_of(v) is not None for v in node.inputs)]
             found.update(readers)
             todo.extend(readers)
     return found
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    """Return the one number that a stored tensor holds, None for anything else."""
-    if value is None or not value.is_initializer() or value.const_value is None or value.const_value.size != 1:
-        return None
-    return float(value.const_value.numpy().reshape(-1)[0])

@@ -21,6 +21,7 @@ import numpy as np
 from scm_sdk.spec import SamplerSpec
 
 from .calibration import Runner, calibration_seeds
+from .constants import stored
 from .quantize import OUTPUT_AXIS, QMAX
 
 if TYPE_CHECKING:
@@ -89,9 +90,9 @@ def choose_factors(
         readers.setdefault(_weight(node).name or "", []).append(name)
     found = {}
     for weight_name, names in readers.items():
-        stored = _weight(layers[names[0]]).const_value
-        assert stored is not None, "choose_layers takes layers whose weights are stored"
-        weight = by_input_channel(layers[names[0]], stored.numpy().astype(np.float64))
+        kept = _weight(layers[names[0]]).const_value
+        assert kept is not None, "choose_layers takes layers whose weights are stored"
+        weight = _by_input_channel(layers[names[0]], kept.numpy().astype(np.float64))
         factors = _best(weight, [channels[name] for name in names])
         if factors is not None:
             found[weight_name] = factors
@@ -121,16 +122,16 @@ def _equalize_node(graph: ir.Graph, node: ir.Node, factors: np.ndarray) -> None:
     """Divide what a layer reads by its factors; the weights undo them as they were rounded."""
     import onnx_ir as ir
 
-    data, weight, stored = node.inputs[0], _weight(node), _weight(node).const_value
-    assert data is not None and data.dtype is not None and stored is not None
-    values, inverse = stored.numpy(), (1 / factors).astype(data.dtype.numpy())
+    data, weight, kept = node.inputs[0], _weight(node), _weight(node).const_value
+    assert data is not None and data.dtype is not None and kept is not None
+    values, inverse = kept.numpy(), (1 / factors).astype(data.dtype.numpy())
     undone = values.astype(np.float64) / _along(inverse.astype(np.float64), values.ndim, input_axis(node))
     broadcast = _along(inverse, len(data.shape or ()), 1 if node.op_type == "Conv" else -1)
-    by = _constant(graph, f"{weight.name}{FACTOR_SUFFIX}", np.ascontiguousarray(broadcast))
+    by = stored(graph, f"{weight.name}{FACTOR_SUFFIX}", np.ascontiguousarray(broadcast))
     out = ir.Value(name=f"{node.name}{EQUALIZE_NODE}.out", shape=data.shape, type=data.type)
     graph.insert_before(node, ir.Node("", "Mul", [data, by], outputs=[out], name=f"{node.name}{EQUALIZE_NODE}"))
     node.replace_input_with(0, out)
-    node.replace_input_with(1, _constant(graph, f"{weight.name}{EQUALIZED_SUFFIX}", undone.astype(values.dtype)))
+    node.replace_input_with(1, stored(graph, f"{weight.name}{EQUALIZED_SUFFIX}", undone.astype(values.dtype)))
 
 
 def _can_be_equalized(node: ir.Node) -> bool:
@@ -182,7 +183,7 @@ def _measure(runner: Runner, layers: Mapping[str, ir.Node]) -> dict[str, Channel
         assert value is not None
         rank = len(value.shape or ())
         channel = 1 if layers[name].op_type == "Conv" else rank - 1
-        over = _constant(copy.graph, f"axes_{i}", np.array([a for a in range(rank) if a != channel], np.int64))
+        over = stored(copy.graph, f"axes_{i}", np.array([a for a in range(rank) if a != channel], np.int64))
         absolute, square = ir.val(f"absolute_{i}", value.dtype), ir.val(f"square_{i}", value.dtype)
         copy.graph.append(ir.Node("", "Abs", [value], outputs=[absolute], name=f"measure/absolute_{i}"))
         copy.graph.append(ir.Node("", "Mul", [value, value], outputs=[square], name=f"measure/square_{i}"))
@@ -205,7 +206,7 @@ def _weight(node: ir.Node) -> ir.Value:
     return value
 
 
-def by_input_channel(node: ir.Node, array: np.ndarray) -> np.ndarray:
+def _by_input_channel(node: ir.Node, array: np.ndarray) -> np.ndarray:
     """Return a layer's weight as (C, O, the rest)."""
     axis = input_axis(node) % array.ndim
     array = np.moveaxis(array, axis, 0)
@@ -217,11 +218,3 @@ def by_input_channel(node: ir.Node, array: np.ndarray) -> np.ndarray:
 def _along(vector: np.ndarray, rank: int, axis: int) -> np.ndarray:
     """Shape a vector so that it is broadcast along one axis of ``rank``."""
     return vector.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    import onnx_ir as ir
-
-    if name not in graph.initializers:  # all steps share it
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
-    return graph.initializers[name]

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from .constants import scalar_of, stored
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -36,6 +38,7 @@ def lengths_for_pixel_norms(model: ir.Model) -> ir.Model:
 
 
 def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
+    import numpy as np
     import onnx_ir as ir
 
     found = _match(mul)
@@ -46,8 +49,10 @@ def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
     if not isinstance(channels, int) or mean.outputs[0].shape is None or x.dtype != ir.DataType.FLOAT:
         return
     name = (mean.name or "").replace("ReduceMean", "ReduceL2")
-    scale = _scalar(graph, f"pixel_norm_{channels}.scale", math.sqrt(channels))
-    least = _scalar(graph, f"pixel_norm_{channels}.least", math.sqrt(channels * eps))
+    scale, least = (
+        stored(graph, f"pixel_norm_{channels}.{what}", np.array(number, np.float32))
+        for what, number in (("scale", math.sqrt(channels)), ("least", math.sqrt(channels * eps)))
+    )
 
     def make(op_type: str, suffix: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
         out = ir.Value(name=f"{name}{suffix}.out", shape=ir.Shape(mean.outputs[0].shape or ()), type=x.type)
@@ -83,10 +88,11 @@ def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, float] | None:
             continue
         mean, power = nodes[-2], nodes[-1]
         assert mean is not None and power is not None
-        eps = EPS if len(ops) == 4 else _number(nodes[2].inputs[1] if nodes[2] else None)
+        eps = EPS if len(ops) == 4 else scalar_of(nodes[2].inputs[1] if nodes[2] else None)
         axes = mean.inputs[1].const_value if len(mean.inputs) > 1 and mean.inputs[1] is not None else None
         along_channels = axes is not None and axes.numpy().tolist() == [1] and mean.attributes.get_int("keepdims", 1)
-        if power.inputs[0] is x and _number(power.inputs[1]) == 2.0 and along_channels and 0 < eps <= _LARGEST_EPS:
+        squares = power.inputs[0] is x and scalar_of(power.inputs[1]) == 2.0
+        if squares and along_channels and eps is not None and 0 < eps <= _LARGEST_EPS:
             return x, mean, eps
     return None
 
@@ -101,17 +107,3 @@ def _back(value: ir.Value | None) -> list[ir.Value]:
             break
         value = node.inputs[0]
     return chain
-
-
-def _number(value: ir.Value | None) -> float:
-    constant = None if value is None else value.const_value
-    return float(constant.numpy()) if constant is not None and constant.size == 1 else math.nan
-
-
-def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
-    import numpy as np
-    import onnx_ir as ir
-
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(number, np.float32), name=name)))
-    return graph.initializers[name]

@@ -20,6 +20,7 @@ import numpy as np
 from scm_sdk.errors import ConfigError, ExportError
 
 from .calibration import Calibration
+from .constants import stored
 from .precision import PRECISION_KEY, conditioning_nodes
 
 if TYPE_CHECKING:
@@ -222,8 +223,8 @@ class _Quantizer:
         if key not in self.activations:
             assert value.dtype is not None
             name = f"{node.name}/quantize"
-            scale = self._constant(f"{name}.scale", scale_for(largest, value.dtype.numpy()))
-            zero = self._constant("int8_zero", np.zeros((), np.int8))
+            scale = stored(self.graph, f"{name}.scale", scale_for(largest, value.dtype.numpy()))
+            zero = stored(self.graph, "int8_zero", np.zeros((), np.int8))
             codes = ir.Value(name=f"{name}.out", shape=value.shape, type=ir.TensorType(ir.DataType.INT8))
             back = ir.Value(name=f"{node.name}/dequantize.out", shape=value.shape, type=ir.TensorType(value.dtype))
             pair = [
@@ -259,14 +260,7 @@ class _Quantizer:
         scale = scale_for(np.abs(array).max(axis=others), value.dtype.numpy())
         shape = [-1 if i == axis else 1 for i in range(array.ndim)]
         codes = quantize_array(array, scale.astype(np.float32).reshape(shape))
-        return self._constant(f"{value.name}.int8", codes), self._constant(f"{value.name}.scale", scale), axis
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        import onnx_ir as ir
-
-        if name not in self.graph.initializers:
-            self.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
-        return self.graph.initializers[name]
+        return stored(self.graph, f"{value.name}.int8", codes), stored(self.graph, f"{value.name}.scale", scale), axis
 
 
 def _weighted(model: ir.Model) -> Iterator[ir.Node]:

@@ -1,0 +1,24 @@
+"""Numbers that a graph stores: put there once for a name, and read back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+
+def stored(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Return the initializer of a name, made from an array if the graph has none yet: all steps share it."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]
+
+
+def scalar_of(value: ir.Value | None) -> float | None:
+    """Return the one number that a stored tensor holds, None for anything else."""
+    constant = None if value is None else value.const_value
+    return None if constant is None or constant.size != 1 else float(constant.numpy().reshape(-1)[0])
