@@ -15,8 +15,8 @@ from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.export.check import check_model
 from scm_sdk.export.engines import add_engines
 from scm_sdk.export.pipeline import export_bundle
+from scm_sdk.model.conditioning import PositionalEmbedding
 from scm_sdk.model.consistency import ConsistencyModel
-from scm_sdk.model.layers import PositionalEmbedding
 from scm_sdk.model.own import register_network
 from scm_sdk.targets import resolve_target
 from scm_sdk.train.config import TrainConfig

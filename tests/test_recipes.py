@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from scm_sdk.errors import ConfigError
 from scm_sdk.export.cli import main
-from scm_sdk.model.layers import PositionalEmbedding
+from scm_sdk.model.conditioning import PositionalEmbedding
 from scm_sdk.train.config import TrainConfig
 from scm_sdk.train.recipes import RECIPES, recipe
 

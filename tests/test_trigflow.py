@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scm_sdk.errors import ConfigError, ShapeError
+from scm_sdk.model.conditioning import PositionalEmbedding
 from scm_sdk.model.consistency import ConsistencyModel, ModelConfig, make_network
-from scm_sdk.model.layers import AdaptiveDoubleNorm, GroupNorm, PositionalEmbedding, pixel_norm
+from scm_sdk.model.layers import AdaptiveDoubleNorm, GroupNorm, pixel_norm
 from scm_sdk.model.presets import PRESETS, pixels16, tiny
 from scm_sdk.model.sampler import Sampler
 from scm_sdk.model.trigflow import add_noise, predict_data, predict_noise, true_velocity

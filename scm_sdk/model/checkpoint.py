@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..files import atomic_file, atomic_write_bytes
+from .conditioning import PositionalEmbedding
 from .consistency import ConsistencyModel, ModelConfig
 from .foreign.sana_folder import is_pipeline
-from .layers import PositionalEmbedding
 from .magnitude import require_unbaked
 from .paper_unet import PaperUNetConfig
 from .transformer import TransformerConfig

@@ -10,16 +10,14 @@ arXiv 2206.00364, appendix F.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import AdaptiveDoubleNorm, AttentionBlock, Conditioned, group_norm, zero_
-from .paper_unet import PaperUNetConfig
-
-Resample = Literal["keep", "down", "up"]
+from .conditioning import Conditioned
+from .layers import AdaptiveDoubleNorm, AttentionBlock, group_norm, zero_
+from .paper_unet import Block, PaperUNetConfig, Place, places, walk
 
 
 class DDPMppConfig(PaperUNetConfig, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ddpmpp"):
@@ -33,22 +31,13 @@ class DDPMppConfig(PaperUNetConfig, frozen=True, kw_only=True, forbid_unknown_fi
     head_channels: int = 256
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """Two 3x3 convolutions with the embedding between them, resampling in the first; then attention."""
 
-    def __init__(
-        self,
-        config: DDPMppConfig,
-        in_channels: int,
-        out_channels: int,
-        resolution: int,
-        *,
-        resample: Resample = "keep",
-        attention: bool = False,
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: DDPMppConfig, place: Place) -> None:
+        super().__init__(place)
+        in_channels, out_channels = place.in_channels, place.out_channels
         emb_channels = 4 * config.channels
-        self.resample = resample
         self.norm0 = group_norm(in_channels)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if config.double_norm:
@@ -57,11 +46,11 @@ class _Block(nn.Module):
             self.norm1 = group_norm(out_channels)
             self.affine = nn.Linear(emb_channels, out_channels)
         self.double_norm = config.double_norm
-        self.dropout = nn.Dropout(config.dropout_at(resolution))
+        self.dropout = nn.Dropout(config.dropout_at(place.resolution))
         self.conv1 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        plain = in_channels == out_channels and resample == "keep"
+        plain = in_channels == out_channels and place.resample == "keep"
         self.skip = nn.Identity() if plain else nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = AttentionBlock(out_channels, head_channels=config.head_channels) if attention else None
+        self.attention = AttentionBlock(out_channels, head_channels=config.head_channels) if place.attention else None
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
         """Return (B, out_channels, H, W), H and W halved or doubled where the block resamples."""
@@ -73,10 +62,10 @@ class _Block(nn.Module):
 
     def _convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Apply a layer on the higher of the two resolutions, with box filters between them."""
-        if self.resample == "up":
+        if self.place.resample == "up":
             x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
         out: Tensor = layer(x)
-        return functional.avg_pool2d(out, 2) if self.resample == "down" else out
+        return functional.avg_pool2d(out, 2) if self.place.resample == "down" else out
 
 
 class DDPMpp(Conditioned):
@@ -92,58 +81,19 @@ class DDPMpp(Conditioned):
             guidance=config.guidance,
         )
         self.config = config
-        widths = [config.channels * m for m in config.channel_mult]
-        resolution, width = config.image_size, config.channels
-        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
-        skips = [width]
-        self.down = nn.ModuleList()
-        for level, out in enumerate(widths):
-            if level:
-                resolution //= 2
-                self.down.append(_Block(config, width, width, resolution, resample="down"))
-                skips.append(width)
-            attention = resolution in config.attention_resolutions
-            for _ in range(config.num_blocks):
-                self.down.append(_Block(config, width, out, resolution, attention=attention))
-                width = out
-                skips.append(width)
-        self.middle = nn.ModuleList(_Block(config, width, width, resolution, attention=a) for a in (True, False))
-        self.up = nn.ModuleList()
-        for level, out in reversed(list(enumerate(widths))):
-            for i in range(config.num_blocks + 1):
-                attention = resolution in config.attention_resolutions and i == config.num_blocks
-                self.up.append(_Block(config, width + skips.pop(), out, resolution, attention=attention))
-                width = out
-            if level:
-                resolution *= 2
-                self.up.append(_Block(config, width, width, resolution, resample="up"))
+        self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
+        self.down, self.middle, self.up = (
+            nn.ModuleList(_Block(config, place) for place in part) for part in places(config, attention_up="last")
+        )
+        width = config.channels * config.channel_mult[0]
         self.norm_out = group_norm(width)
         self.conv_out = zero_(nn.Conv2d(width, config.in_channels, 3, padding=1))
 
     def forward(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance_scale: Tensor | None = None
     ) -> Tensor:
-        """Return F, (B, C, H, W), unitless.
-
-        Args:
-            x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
-            t: Times, (B,) or (1,), radians.
-            class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
-            guidance_scale: Guidance scales, (B,), float32; None is 1, the conditional model as it is.
-
-        Raises:
-            ShapeError: If labels or guidance are given to a network without them.
-        """
+        """Return F, (B, C, H, W): see ``TimeNetwork``."""
         emb = self.embed(t, class_labels, guidance_scale)
-        h = self.conv_in(x)
-        skips = [h]
-        for block in self.down:
-            h = block(h, emb)
-            skips.append(h)
-        for block in self.middle:
-            h = block(h, emb)
-        for block in self.up:
-            assert isinstance(block, _Block)
-            h = block(h if block.resample == "up" else torch.cat([h, skips.pop()], dim=1), emb)
+        h = walk(self.down, self.middle, self.up, self.conv_in(x), emb, join=lambda a, b: torch.cat([a, b], dim=1))
         out: Tensor = self.conv_out(functional.silu(self.norm_out(h)))
         return out

@@ -11,15 +11,15 @@ Source: Karras et al. 2024, arXiv 2312.02696, sections 2 and B; arXiv 2410.11081
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import PositionalEmbedding, attend, check_conditioning, float32_island
+from .conditioning import PositionalEmbedding, TimeNetwork, complete_conditioning, float32_island
+from .layers import attend
 from .magnitude import MPConv, mp_cat, mp_silu, mp_sum, normalize
-from .paper_unet import PaperUNetConfig
+from .paper_unet import Block, PaperUNetConfig, Place, places, walk
 
 RESIDUAL_SHARE = 0.3
 ATTENTION_SHARE = 0.3
@@ -39,44 +39,35 @@ class EDM2Config(PaperUNetConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     head_channels: int = 64
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """Two 3x3 convolutions with the embedding between them, blended with their input; then attention."""
 
-    def __init__(
-        self,
-        config: EDM2Config,
-        in_channels: int,
-        out_channels: int,
-        resolution: int,
-        *,
-        side: Literal["encoder", "decoder"],
-        resample: Literal["keep", "down", "up"] = "keep",
-        attention: bool = False,
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: EDM2Config, place: Place) -> None:
+        super().__init__(place)
+        in_channels, out_channels = place.in_channels, place.out_channels
         emb_channels = max(config.channel_mult) * config.channels
-        self.side, self.resample, self.double_norm = side, resample, config.double_norm
+        self.double_norm = config.double_norm
         self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.conv0 = MPConv(out_channels if side == "encoder" else in_channels, out_channels, 3)
+        self.conv0 = MPConv(out_channels if place.side == "encoder" else in_channels, out_channels, 3)
         self.modulation = (
             MPConv(emb_channels, 2 * out_channels, 0)
             if config.double_norm
             else MPConv(emb_channels, out_channels, 0, learned_gain=True)
         )
-        self.dropout = nn.Dropout(config.dropout_at(resolution))
+        self.dropout = nn.Dropout(config.dropout_at(place.resolution))
         self.conv1 = MPConv(out_channels, out_channels, 3)
         self.num_heads = config.heads_of(out_channels)
-        self.qkv = MPConv(out_channels, 3 * out_channels, 1) if attention else None
-        self.proj = MPConv(out_channels, out_channels, 1) if attention else None
+        self.qkv = MPConv(out_channels, 3 * out_channels, 1) if place.attention else None
+        self.proj = MPConv(out_channels, out_channels, 1) if place.attention else None
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
         """Return (B, out_channels, H, W), H and W halved or doubled where the block resamples."""
         x = x_BCHW
-        if self.resample == "down":
+        if self.place.resample == "down":
             x = functional.avg_pool2d(x, 2)
-        elif self.resample == "up":
+        elif self.place.resample == "up":
             x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-        if self.side == "encoder":
+        if self.place.side == "encoder":
             x = normalize(x if self.conv_skip is None else self.conv_skip(x))
         h = self.conv0(mp_silu(x))
         if self.double_norm:
@@ -85,7 +76,7 @@ class _Block(nn.Module):
         else:
             h = h * (self.modulation(emb_BE) + 1.0)[:, :, None, None]
         h = self.conv1(self.dropout(mp_silu(h)))
-        if self.side == "decoder" and self.conv_skip is not None:
+        if self.place.side == "decoder" and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, h, RESIDUAL_SHARE)
         if self.qkv is not None and self.proj is not None:
@@ -99,7 +90,7 @@ class _Block(nn.Module):
         return attend(*qkv.transpose(-2, -1).unbind(1)).reshape(B, -1, H, W)
 
 
-class EDM2(nn.Module):
+class EDM2(TimeNetwork):
     """F_theta(x, t, class_labels): unit-variance samples and a time in, a unit-variance target out."""
 
     def __init__(self, config: EDM2Config) -> None:
@@ -114,34 +105,11 @@ class EDM2(nn.Module):
         # Its gain starts at zero: a student begins as the teacher whose weights it is given.
         self.guidance_linear = MPConv(channels, emb_channels, 0, learned_gain=True) if config.guidance else None
 
-        resolution, width = config.image_size, channels
-        self.conv_in = MPConv(config.in_channels + 1, width, 3)  # one channel of ones takes the place of biases
-        skips = [width]
-        self.down = nn.ModuleList()
-        for level, out in enumerate(widths):
-            if level:
-                resolution //= 2
-                self.down.append(_Block(config, width, width, resolution, side="encoder", resample="down"))
-                skips.append(width)
-            attention = resolution in config.attention_resolutions
-            for _ in range(config.num_blocks):
-                self.down.append(_Block(config, width, out, resolution, side="encoder", attention=attention))
-                width = out
-                skips.append(width)
-        self.middle = nn.ModuleList(
-            _Block(config, width, width, resolution, side="decoder", attention=a) for a in (True, False)
+        self.conv_in = MPConv(config.in_channels + 1, channels, 3)  # one channel of ones takes the place of biases
+        self.down, self.middle, self.up = (
+            nn.ModuleList(_Block(config, place) for place in part) for part in places(config, attention_up="all")
         )
-        self.up = nn.ModuleList()
-        for level, out in reversed(list(enumerate(widths))):
-            attention = resolution in config.attention_resolutions
-            for _ in range(config.num_blocks + 1):
-                taken = width + skips.pop()
-                self.up.append(_Block(config, taken, out, resolution, side="decoder", attention=attention))
-                width = out
-            if level:
-                resolution *= 2
-                self.up.append(_Block(config, width, width, resolution, side="decoder", resample="up"))
-        self.conv_out = MPConv(width, config.in_channels, 3, learned_gain=True)
+        self.conv_out = MPConv(widths[0], config.in_channels, 3, learned_gain=True)
 
     @float32_island
     def embed(self, t_B: Tensor, class_labels_B: Tensor | None, guidance_scale_B: Tensor | None) -> Tensor:
@@ -151,44 +119,24 @@ class EDM2(nn.Module):
             ShapeError: If labels or guidance are given to a network without them.
         """
         config = self.config
-        check_conditioning(config.num_classes, config.guidance, class_labels_B, guidance_scale_B)
+        labels_B, scale_B = complete_conditioning(
+            t_B, class_labels_B, guidance_scale_B, num_classes=config.num_classes, guidance=config.guidance
+        )
         emb = self.time_linear(self.time_embedding(t_B) * math.sqrt(2.0))  # sinusoids of unit magnitude
-        if self.label_linear is not None:
-            if class_labels_B is None:
-                class_labels_B = torch.full_like(t_B, config.num_classes, dtype=torch.long)
+        if self.label_linear is not None and labels_B is not None:
             numbers = torch.arange(config.num_classes, device=t_B.device)
-            one_hot = (class_labels_B[:, None] == numbers).to(emb.dtype)  # all zeros for "no label"
+            one_hot = (labels_B[:, None] == numbers).to(emb.dtype)  # all zeros for "no label"
             emb = mp_sum(emb, self.label_linear(one_hot), LABEL_SHARE)
         if self.guidance_linear is not None:
-            if guidance_scale_B is None:
-                guidance_scale_B = torch.ones_like(t_B)
-            emb = emb + self.guidance_linear(self.time_embedding(guidance_scale_B) * math.sqrt(2.0))
+            emb = emb + self.guidance_linear(self.time_embedding(scale_B) * math.sqrt(2.0))
         return mp_silu(emb)
 
     def forward(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance_scale: Tensor | None = None
     ) -> Tensor:
-        """Return F, (B, C, H, W), unitless.
-
-        Args:
-            x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
-            t: Times, (B,) or (1,), radians.
-            class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
-            guidance_scale: Guidance scales, (B,), float32; None is 1, the conditional model as it is.
-
-        Raises:
-            ShapeError: If labels or guidance are given to a network without them.
-        """
+        """Return F, (B, C, H, W): see ``TimeNetwork``."""
         emb = self.embed(t, class_labels, guidance_scale)
         h = self.conv_in(functional.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))
-        skips = [h]
-        for block in self.down:
-            h = block(h, emb)
-            skips.append(h)
-        for block in self.middle:
-            h = block(h, emb)
-        for block in self.up:
-            assert isinstance(block, _Block)
-            h = block(h if block.resample == "up" else mp_cat(h, skips.pop(), SKIP_SHARE), emb)
+        h = walk(self.down, self.middle, self.up, h, emb, join=lambda a, b: mp_cat(a, b, SKIP_SHARE))
         out: Tensor = self.conv_out(h)
         return out

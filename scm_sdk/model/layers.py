@@ -1,8 +1,7 @@
-"""Layers of the sCM networks: the three changes of the paper and nothing that breaks a JVP or an export.
+"""Layers of the sCM networks, with nothing that breaks a JVP or an export.
 
-1. The network sees the time ``t`` itself (identity), not a logarithm of a noise level.
-2. ``t`` is embedded by slow sinusoids (positional), not by fast Fourier features.
-3. Modulation is doubly normalized: ``y = norm(x) * pnorm(s(t)) + pnorm(b(t))``.
+Of the paper's three changes the modulation is here, doubly normalized: ``y = norm(x) * pnorm(s(t)) + pnorm(b(t))``; the
+time is embedded in ``conditioning``.
 
 Attention is written as MatMul + Softmax: forward-mode differentiation supports it (the fused kernels
 do not) and ONNX opset 20 carries it to engines that fuse it again.
@@ -14,35 +13,13 @@ Source: arXiv 2410.11081, section 4.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import ShapeError
-
 _HALF = (torch.float16, torch.bfloat16)
-Embed = TypeVar("Embed", bound=Callable[..., Tensor])
-
-
-def float32_island(method: Embed) -> Embed:
-    """Keep a method out of mixed precision: the time and its embedding are never rounded to half.
-
-    bfloat16 would turn t = 1.5645, sigma 80, into 1.5625, sigma 60.
-    """
-
-    @wraps(method)
-    def outside(self: nn.Module, t_B: Tensor, *args: Any) -> Tensor:
-        device = t_B.device.type
-        if not torch.is_autocast_enabled(device):
-            return method(self, t_B, *args)
-        with torch.autocast(device, enabled=False):
-            return method(self, t_B, *args)
-
-    return cast(Embed, outside)
 
 
 def pixel_norm(x: Tensor, *, eps: float = 1e-8) -> Tensor:
@@ -53,110 +30,6 @@ def pixel_norm(x: Tensor, *, eps: float = 1e-8) -> Tensor:
     if x.dtype in _HALF:
         return pixel_norm(x.float(), eps=eps).to(x.dtype)
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
-
-
-class PositionalEmbedding(nn.Module):
-    """Sinusoids of the raw time: ``[cos(t f), sin(t f)]`` with ``f_i = max_period^(-i / (E/2 - 1))``.
-
-    Args:
-        channels: Size E of the embedding; even, at least 4.
-        max_period: Ratio between the fastest frequency, 1, and the slowest.
-        fourier_scale: Standard deviation of normal frequencies, cycles per radian, in place of these; 0 for none. For
-            ablations: a scale of 16, usual in diffusion models, makes consistency training unstable, since the
-            embedding's derivative is as large; 0.02 comes near to the sinusoids. They are the normal distribution's
-            quantiles and not drawn, so that no checkpoint need hold them.
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, channels: int, max_period: float = 10_000.0, fourier_scale: float = 0.0) -> None:
-        super().__init__()
-        self.channels, self.max_period, self.fourier_scale = channels, max_period, fourier_scale
-        self.register_buffer("frequencies", torch.empty(0), persistent=False)
-        self.make_frequencies()
-
-    def make_frequencies(self) -> None:
-        """Compute the frequencies, which no checkpoint holds."""
-        half = self.channels // 2
-        if self.fourier_scale:
-            share = 0.5 + (torch.arange(half, dtype=torch.float64) + 0.5) / (2 * half)
-            self.frequencies = (2 * math.pi * self.fourier_scale * torch.special.ndtri(share)).float()
-            return
-        exponent = torch.arange(half, dtype=torch.float64) / (half - 1)
-        self.frequencies = torch.exp(-math.log(self.max_period) * exponent).float()
-
-    def forward(self, t_B: Tensor) -> Tensor:
-        """Embed times (B,), radians, as (B, E) in the dtype of ``t_B``, at least float32."""
-        angle_BE = t_B[:, None] * self.frequencies.to(t_B.dtype)
-        return torch.cat([angle_BE.cos(), angle_BE.sin()], dim=1)
-
-
-class Conditioned(nn.Module):
-    """A network's branch that embeds the time, the label and the guidance scale; networks derive from it.
-
-    The guidance scale s is embedded like the time, by sinusoids and one linear layer, which starts at zero: a student
-    begins as the teacher whose weights it is given (arXiv 2410.11081, section 5.2).
-
-    Args:
-        time_channels: Size of the sinusoidal embeddings.
-        emb_channels: Size E of what ``embed`` returns.
-        max_period: Of the sinusoids.
-        fourier_scale: Of Fourier features in their place.
-        num_classes: Class labels; 0 for none.
-        guidance: Whether there is a guidance scale.
-    """
-
-    def __init__(
-        self,
-        *,
-        time_channels: int,
-        emb_channels: int,
-        max_period: float,
-        fourier_scale: float,
-        num_classes: int,
-        guidance: bool,
-    ) -> None:
-        super().__init__()
-        self.num_classes, self.guidance = num_classes, guidance
-        self.time_embedding = PositionalEmbedding(time_channels, max_period, fourier_scale)
-        self.time_linear0 = nn.Linear(time_channels, emb_channels)
-        self.time_linear1 = nn.Linear(emb_channels, emb_channels)
-        # One row more than there are labels: the last is "no label".
-        self.label_embedding = nn.Embedding(num_classes + 1, emb_channels) if num_classes else None
-        self.guidance_linear = zero_(nn.Linear(time_channels, emb_channels)) if guidance else None
-
-    @float32_island
-    def embed(self, t_B: Tensor, class_labels_B: Tensor | None, guidance_scale_B: Tensor | None) -> Tensor:
-        """Embed times, labels and guidance scales as (B, E); float32 whatever the dtype of the trunk.
-
-        Raises:
-            ShapeError: If labels or guidance are given to a network without them.
-        """
-        check_conditioning(self.num_classes, self.guidance, class_labels_B, guidance_scale_B)
-        emb = self.time_linear1(functional.silu(self.time_linear0(self.time_embedding(t_B))))
-        if self.label_embedding is not None:
-            if class_labels_B is None:
-                class_labels_B = torch.full_like(t_B, self.num_classes, dtype=torch.long)
-            emb = emb + self.label_embedding(class_labels_B)
-        if self.guidance_linear is not None:
-            if guidance_scale_B is None:
-                guidance_scale_B = torch.ones_like(t_B)
-            emb = emb + self.guidance_linear(self.time_embedding(guidance_scale_B))
-        return functional.silu(emb)
-
-
-def check_conditioning(
-    num_classes: int, guidance: bool, class_labels: Tensor | None, guidance_scale: Tensor | None
-) -> None:
-    """Refuse labels or guidance that a network would ignore.
-
-    Raises:
-        ShapeError: If there are any.
-    """
-    if class_labels is not None and not num_classes:
-        raise ShapeError("class_labels were given, expected None: this network has num_classes = 0.")
-    if guidance_scale is not None and not guidance:
-        raise ShapeError("guidance_scale was given, expected None: this network has guidance = False.")
 
 
 class GroupNorm(nn.GroupNorm):

@@ -1,8 +1,12 @@
-"""What the paper's two U-Nets, ``ddpmpp`` and ``edm2``, have in common: the fields of their configs."""
+"""What the paper's two U-Nets, ``ddpmpp`` and ``edm2``, have in common: their configs, and where their blocks stand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import msgspec
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 
@@ -83,3 +87,92 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def dropout_at(self, resolution: int) -> float:
         """Return the share of activations that is dropped at a resolution."""
         return self.dropout if not self.dropout_resolution or resolution <= self.dropout_resolution else 0.0
+
+
+class Place(NamedTuple):
+    """Where a block stands: its channels, the map it makes, and what it does beside convolving."""
+
+    in_channels: int
+    out_channels: int
+    resolution: int
+    side: Literal["encoder", "decoder"]
+    resample: Literal["keep", "down", "up"] = "keep"
+    attention: bool = False
+
+
+def places(
+    config: PaperUNetConfig, *, attention_up: Literal["all", "last"]
+) -> tuple[list[Place], list[Place], list[Place]]:
+    """Return the blocks on the way down, in the middle and on the way up.
+
+    Args:
+        config: The network.
+        attention_up: Which blocks of a resolution with attention have it on the way up.
+    """
+    widths = [config.channels * mult for mult in config.channel_mult]
+    resolution = config.image_size
+    width, skips = config.channels, [config.channels]
+    down, up = list[Place](), list[Place]()
+    for level, out in enumerate(widths):
+        if level:
+            resolution //= 2
+            down.append(Place(width, width, resolution, "encoder", resample="down"))
+            skips.append(width)
+        attention = resolution in config.attention_resolutions
+        for _ in range(config.num_blocks):
+            down.append(Place(width, out, resolution, "encoder", attention=attention))
+            width = out
+            skips.append(width)
+    middle = [Place(width, width, resolution, "decoder", attention=attention) for attention in (True, False)]
+    for level, out in reversed(list(enumerate(widths))):
+        for i in range(config.num_blocks + 1):
+            attention = resolution in config.attention_resolutions and (attention_up == "all" or i == config.num_blocks)
+            up.append(Place(width + skips.pop(), out, resolution, "decoder", attention=attention))
+            width = out
+        if level:
+            resolution *= 2
+            up.append(Place(width, width, resolution, "decoder", resample="up"))
+    return down, middle, up
+
+
+class Block(nn.Module):
+    """What both networks' blocks are: called with a map (B, C, H, W) and the embedding (B, E).
+
+    Attributes:
+        place: Where it stands.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.place = place
+
+
+def walk(
+    down: nn.ModuleList,
+    middle: nn.ModuleList,
+    up: nn.ModuleList,
+    h: Tensor,
+    emb: Tensor,
+    *,
+    join: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Go through the blocks of ``places`` and return the last map.
+
+    Args:
+        down: Blocks on the way down.
+        middle: Blocks in the middle.
+        up: Blocks on the way up.
+        h: The first map, (B, C, H, W).
+        emb: The embedding, (B, E).
+        join: Concatenates a map and the one of its size on the way down.
+    """
+    skips = [h]
+    for block in down:
+        h = block(h, emb)
+        skips.append(h)
+    for block in middle:
+        h = block(h, emb)
+    for block in up:
+        assert isinstance(block, Block)
+        h = block(h if block.place.resample == "up" else join(h, skips.pop()), emb)
+    return h

@@ -1,4 +1,4 @@
-"""A transformer over patches of pixels, with the three sCM changes of ``layers``.
+"""A transformer over patches of pixels, with the three sCM changes (``conditioning``, ``layers``).
 
 Every layer is a 1x1 convolution over the map of patches or attention between them, which is to say a matrix product:
 what a CPU computes fastest, what quantizers and engines handle best. For small pictures whose parts have fixed places.
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ConfigError
-from .layers import Conditioned, attention, pixel_norm, zero_
+from .conditioning import Conditioned
+from .layers import attention, pixel_norm, zero_
 
 
 class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="transformer"):
@@ -128,17 +129,7 @@ class Transformer(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance_scale: Tensor | None = None
     ) -> Tensor:
-        """Return F, (B, C, H, W), unitless.
-
-        Args:
-            x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
-            t: Times, (B,) or (1,), radians.
-            class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
-            guidance_scale: Guidance scales, (B,), float32; None is 1, the conditional model as it is.
-
-        Raises:
-            ShapeError: If labels or guidance are given to a network without them.
-        """
+        """Return F, (B, C, H, W): see ``TimeNetwork``."""
         emb = self.embed(t, class_labels, guidance_scale)
         modulation = self.modulation(emb).unflatten(1, (6, -1))
         h = self.conv_in(functional.pixel_unshuffle(x, self.config.patch_size)) + self.position

@@ -1,4 +1,4 @@
-"""The U-Net of small pixel models: DDPM++ in spirit, with the three sCM changes of ``layers``.
+"""The U-Net of small pixel models: DDPM++ in spirit, with the three sCM changes (``conditioning``, ``layers``).
 
 ``UNetConfig`` is all there is to know about one; ``presets`` holds named ones.
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ConfigError
-from .layers import AttentionBlock, Conditioned, ResBlock, group_norm, zero_
+from .conditioning import Conditioned
+from .layers import AttentionBlock, ResBlock, group_norm, zero_
 
 
 class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="unet"):
@@ -153,17 +154,7 @@ class UNet(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance_scale: Tensor | None = None
     ) -> Tensor:
-        """Return F, (B, C, H, W), unitless.
-
-        Args:
-            x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
-            t: Times, (B,) or (1,), radians.
-            class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
-            guidance_scale: Guidance scales, (B,), float32; None is 1, the conditional model as it is.
-
-        Raises:
-            ShapeError: If labels or guidance are given to a network without them.
-        """
+        """Return F, (B, C, H, W): see ``TimeNetwork``."""
         emb = self.embed(t, class_labels, guidance_scale)
         patch = self.config.patch_size
         h = self.conv_in(functional.pixel_unshuffle(x, patch) if patch > 1 else x)

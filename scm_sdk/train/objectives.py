@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import PositionalEmbedding
+from ..model.conditioning import PositionalEmbedding
 from ..model.trigflow import add_noise, rotate, true_velocity
 from .config import TrainConfig
 from .tangent import (
