@@ -11,10 +11,11 @@ from scm_sdk.errors import BundleError, ConfigError, IntegrityError, TrainError
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.presets import tiny
 from scm_sdk.train import build, loop
+from scm_sdk.train.batches import draw_batch
 from scm_sdk.train.config import DataConfig, TrainConfig
 from scm_sdk.train.data import load_data
 from scm_sdk.train.ema import update_ema
-from scm_sdk.train.loop import Hooks, draw_batch, train
+from scm_sdk.train.loop import Hooks, train
 from scm_sdk.train.state import STATE_FILE
 
 

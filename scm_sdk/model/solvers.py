@@ -35,6 +35,7 @@ def karras_times(
     sigma_max: float = 80.0,
     sigma_min: float = 0.002,
     rho: float = 7.0,
+    shift: float = 0.0,
 ) -> tuple[float, ...]:
     """Return the EDM noise levels as TrigFlow times, then 0.
 
@@ -44,6 +45,7 @@ def karras_times(
         sigma_max: First noise level, data units.
         sigma_min: Last noise level before 0, data units; not used when ``num_steps`` is 1.
         rho: Exponent of the grid; larger puts more steps at low noise.
+        shift: Share of a step by which all levels but the first lie higher, in [0, 1).
 
     Returns:
         ``num_steps + 1`` times, radians, strictly falling from ``arctan(sigma_max / sigma_data)`` to 0.
@@ -62,7 +64,7 @@ def karras_times(
         )
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     last = max(num_steps - 1, 1)
-    sigmas = [(high + i / last * (low - high)) ** rho for i in range(num_steps)]
+    sigmas = [(high + (i - shift if i else 0) / last * (low - high)) ** rho for i in range(num_steps)]
     return (*(math.atan(sigma / sigma_data) for sigma in sigmas), 0.0)
 
 

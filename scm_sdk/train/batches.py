@@ -21,7 +21,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .data import ImageData
 from .guidance import sample_guidance
-from .objectives import Batch, sample_times
+from .objectives import Batch, mixed_seed, sample_times
 
 Drawn = TypeVar("Drawn")
 
@@ -66,7 +66,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(count)
 
 
-def take(drawn: Drawn, rows: slice, device: torch.device) -> Drawn:
+def take(drawn: Drawn, rows: slice | Tensor, device: torch.device) -> Drawn:
     """Return some rows of a dataclass of tensors whose first axis is the batch, on a device."""
 
     def taken(value: Any) -> Any:
@@ -100,11 +100,7 @@ def split(batch: Batch, parts: int, device: torch.device) -> list[Batch]:
 
 def seed_dropout(config: TrainConfig, iteration: int, part: int) -> None:
     """Seed what the network drops in one part of an iteration's batch, counted over all processes."""
-    if part == 0:
-        torch.manual_seed((config.seed << 31) + iteration)
-        return
-    words = np.random.SeedSequence([config.seed, iteration, 4, part]).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0] >> np.uint64(1)))
+    torch.manual_seed(mixed_seed(config.seed, iteration, 4, part) if part else (config.seed << 31) + iteration)
 
 
 class Feed(AbstractContextManager["Feed"]):

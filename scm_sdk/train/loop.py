@@ -21,18 +21,16 @@ from pathlib import Path
 from ..errors import TrainError
 from ..files import atomic_write_bytes
 from ..model.consistency import ConsistencyModel
-from .batches import Feed, draw_batch, seed_dropout, split
+from .batches import Feed, seed_dropout, split
 from .build import Run, build
 from .config import TrainConfig
 from .data import ImageData
 from .distributed import Scale, World, joined, stop_signals
 from .mixed import loss_scale, unscale
-from .objectives import Batch, sample_times
+from .objectives import Batch
 from .prepare import Prepared, claimed_folder, resolve
 from .sharded_state import load_run, save_run
 from .sharding import check_scale, clip_gradients, reducing
-
-__all__ = ["Hooks", "StepLog", "draw_batch", "sample_times", "train"]
 
 LOG_FILE = "log.jsonl"
 

@@ -95,10 +95,14 @@ def bind(network: ConditionedNetwork, batch: Conditions) -> Network:
     return lambda x, t: network(x, t, batch.class_labels, guidance_scale=batch.guidance_scale)
 
 
+def mixed_seed(*words: int) -> int:
+    """Return a seed of torch's, 63 bits, that depends on all words, the first of them a run's seed."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def seeded_generator(seed: int, iteration: int, stream: int) -> torch.Generator:
     """Return a generator that is a function of a run's seed, the iteration and who draws: each has its own stream."""
-    words = np.random.SeedSequence([seed, iteration, stream]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+    return torch.Generator().manual_seed(mixed_seed(seed, iteration, stream))
 
 
 def sample_times(
@@ -122,8 +126,12 @@ def weighted_residual(residual: Tensor, logvar: Tensor | None) -> tuple[Tensor, 
     counted once for each sample.
     """
     square_B = residual.flatten(1).square().mean(dim=1)
-    loss_B = square_B if logvar is None else square_B * torch.exp(-logvar) + logvar
-    return loss_B.mean(), square_B.detach().mean()
+    return weighted_mean(square_B, logvar), square_B.detach().mean()
+
+
+def weighted_mean(loss_B: Tensor, logvar_B: Tensor | None) -> Tensor:
+    """Return the batch's mean of ``e^w loss - w``, ``w = -logvar``; of the losses themselves without a weight."""
+    return (loss_B if logvar_B is None else loss_B * torch.exp(-logvar_B) + logvar_B).mean()
 
 
 def diffusion_loss(

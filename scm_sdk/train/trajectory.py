@@ -22,15 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.solvers import solve_ode
+from ..model.solvers import karras_times, solve_ode
 from ..model.trigflow import predict_data
 from .batches import take
 from .config import TrainConfig
 from .guidance import sample_guidance
-from .objectives import ConditionedNetwork, LogVariance, bind, seeded_generator
+from .objectives import ConditionedNetwork, LogVariance, bind, seeded_generator, weighted_mean
 
-SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.01, 7.0
-"""Noise levels of a trajectory, data units, and the exponent of their grid (arXiv 2206.00364, Eq. 5)."""
+SIGMA_MIN = 0.01
+"""Least noise level of a trajectory, data units."""
 BLOCK_ITERATIONS = 512
 """Iterations that share one block of trajectories. With 64 the states of one trajectory come so close together that the
 student learns the block by heart and forgets it with the next."""
@@ -86,10 +86,8 @@ class Trajectories:
 
     def times(self, shift: float) -> tuple[float, ...]:
         """Return the times of a block's trajectories, radians, falling to 0: a grid moved by ``shift`` of a step."""
-        steps = self._config.trajectory_steps
-        high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-        inner = [(high + (i - shift) / max(steps - 1, 1) * (low - high)) ** RHO for i in range(1, steps)]
-        return (*(math.atan(sigma / self._config.sigma_data) for sigma in (SIGMA_MAX, *inner)), 0.0)
+        steps, sigma_data = self._config.trajectory_steps, self._config.sigma_data
+        return karras_times(steps, sigma_data, sigma_min=SIGMA_MIN, shift=shift)
 
     def __call__(self, iteration: int, device: torch.device | None = None) -> Points:
         """Return an iteration's points; its block is computed, on a device, when it is not the last one asked for."""
@@ -98,13 +96,13 @@ class Trajectories:
             self._solve(block, device)
         size = self._config.batch_size
         state, sample = self._order[at * size : (at + 1) * size].unbind(1)
-        labels, guidance = self._labels, self._guidance
+        told = take(self._told, sample, self._ends.device)
         return Points(
             x_t=self._states[state, sample],
             t=self._times[state],
             end=self._ends[sample],
-            class_labels=None if labels is None else labels[sample],
-            guidance_scale=None if guidance is None else guidance[sample],
+            class_labels=told.class_labels,
+            guidance_scale=told.guidance_scale,
         )
 
     def _solve(self, block: int, device: torch.device | None) -> None:
@@ -113,17 +111,14 @@ class Trajectories:
         count = math.ceil(self._iterations * config.batch_size / steps)
         labels = torch.randint(self._num_classes, (count,), generator=generator) if self._num_classes else None
         noise = torch.randn((count, *self._shape), generator=generator).to(device)
-        labels = None if labels is None else labels.to(device)
-        guidance = sample_guidance(config, count, block, stream=6)
-        guidance = None if guidance is None else guidance.to(device)
         times = self.times(float(torch.rand((), generator=generator)))
+        guidance = sample_guidance(config, count, block, stream=6)
+        self._told = take(Told(class_labels=labels, guidance_scale=guidance), slice(None), noise.device)
         size = config.batch_size  # one large batch would not fit into a processor's cache
-        parts = [noise[at : at + size] for at in range(0, count, size)]
-        told = Told(class_labels=labels, guidance_scale=guidance)
-        told_of = [take(told, slice(at, at + size), noise.device) for at in range(0, count, size)]
-        followed = [self._follow(z, each, times) for z, each in zip(parts, told_of, strict=True)]
+        parts = [slice(at, at + size) for at in range(0, count, size)]
+        followed = [self._follow(noise[part], take(self._told, part, noise.device), times) for part in parts]
         states = torch.cat(followed, dim=1)
-        self._states, self._ends, self._labels, self._guidance = states[:-1], states[-1], labels, guidance
+        self._states, self._ends = states[:-1], states[-1]
         self._times = torch.tensor(times[:-1], dtype=torch.float32)
         order = torch.randperm(steps * count, generator=generator)
         self._order = torch.stack([order // count, order % count], dim=1)
@@ -157,7 +152,4 @@ def trajectory_loss(
         loss_B = ((error.square() + huber**2).sqrt() - huber).mean(dim=1)
     else:  # of F, which is of one size at all times
         loss_B = square_B / (sigma_data * torch.sin(points.t)).square()
-    if logvar is not None:
-        log_scale = logvar(points.t)
-        loss_B = loss_B * torch.exp(-log_scale) + log_scale
-    return loss_B.mean(), square_B.detach().mean()
+    return weighted_mean(loss_B, logvar(points.t) if logvar else None), square_B.detach().mean()
