@@ -10,12 +10,13 @@ import torch
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, TrainError
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.presets import tiny
-from scm_sdk.train import build, loop
+from scm_sdk.train import build
 from scm_sdk.train.batches import draw_batch
 from scm_sdk.train.config import DataConfig, TrainConfig
 from scm_sdk.train.data import load_data
 from scm_sdk.train.ema import update_ema
 from scm_sdk.train.loop import Hooks, train
+from scm_sdk.train.objectives import sample_times
 from scm_sdk.train.state import STATE_FILE
 
 
@@ -225,7 +226,7 @@ def test_batches_are_epochs_in_seeded_order(npz):
 
 def test_times_follow_the_proposal(npz):
     run = config(npz, batch_size=4000, p_mean=-1.0, p_std=1.4)
-    t = loop.sample_times(4000, run, torch.Generator().manual_seed(0)).double()
+    t = sample_times(4000, run, torch.Generator().manual_seed(0)).double()
     tau = (run.sigma_data * t.tan()).log()
     assert t.dtype == torch.float64 and float(tau.mean()) == pytest.approx(-1.0, abs=0.07)
     assert float(tau.std()) == pytest.approx(1.4, abs=0.05)
