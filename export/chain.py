@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from scm_sdk._names import CONFIG_NAME
 from scm_sdk.build_record import Flavour
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ScmError
 from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.files import sha256_file
 from scm_sdk.manifest import MANIFEST_NAME
-from scm_sdk.sources import CONFIG_NAME
 from scm_sdk.spec import Precision
 from scm_sdk.targets import Target
 

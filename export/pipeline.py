@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scm_sdk._names import CONFIG_NAME
 from scm_sdk._version import __version__
 from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.card import model_card
@@ -131,7 +132,7 @@ def export_bundle(
         parts = [
             path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
         ]
-        weights = [path for path in parts if path.endswith((".safetensors", "config.json"))]
+        weights = [path for path in parts if path.endswith((".safetensors", CONFIG_NAME))]
         made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
         manifest = write_bundle(
             folder,

@@ -20,8 +20,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from scm_sdk._lazy import require
+from scm_sdk._names import INDEX_NAME
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
-from scm_sdk.sources import INDEX_NAME
 from scm_sdk.spec import SamplerSpec
 
 from .base import check_artifact, check_images, check_inputs, check_num_threads

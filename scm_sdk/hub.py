@@ -16,6 +16,7 @@ from typing import Any
 
 from ._bundle_checks import MANIFEST_MAX_BYTES, read_manifest
 from ._lazy import require
+from ._names import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .errors import BundleError, ConfigError, IntegrityError
 from .files import check_relative, safe_join
 from .manifest import MANIFEST_NAME
@@ -24,9 +25,9 @@ MAX_BYTES = 64 << 30
 """Most that one repository may bring."""
 MAX_FILES = 4096
 _CONFIG_MAX_BYTES = 8 << 20
-_CHECKPOINT = ("config.json", "diffusion_pytorch_model.safetensors", "README.md")
+_CHECKPOINT = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
 _PIPELINE_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".md"}
-_MARKERS = (MANIFEST_NAME, "model_index.json", "config.json")
+_MARKERS = (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME)
 _HEAVY = {".onnx", ".onnx_data", ".safetensors", ".engine"}
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -227,9 +228,9 @@ def _check_there(folder: Path, names: Iterable[str], shown: str) -> None:
 def _of_model(names: Iterable[str]) -> set[str]:
     """Return which files of a repository without a manifest are the model's."""
     names = set(names)
-    if "model_index.json" in names:
+    if INDEX_NAME in names:
         return {name for name in names if PurePosixPath(name).suffix in _PIPELINE_SUFFIXES}
-    return set(_CHECKPOINT) & names if "config.json" in names else set()
+    return set(_CHECKPOINT) & names if CONFIG_NAME in names else set()
 
 
 def _no_model(shown: str, names: Iterable[str]) -> str:

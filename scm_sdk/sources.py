@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from ._names import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .bundle import Bundle
 from .errors import BundleError, ConfigError
 from .files import sha256_bytes, sha256_file
@@ -19,9 +20,6 @@ from .locate import locate
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
 from .spec import SamplerSpec
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-INDEX_NAME = "model_index.json"
 CHECKPOINT_STEPS = (1, 2)
 """What a checkpoint folder offers by itself; asked for by number it runs any steps."""
 

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from scm_sdk._names import WEIGHTS_NAME
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
 from scm_sdk.export.cli import main
 from scm_sdk.pickles import allowed
-from scm_sdk.pickles.convert import WEIGHTS_NAME, convert_pickle
+from scm_sdk.pickles.convert import convert_pickle
 from scm_sdk.pickles.edm2_layout import edm2_shapes
 from scm_sdk.pickles.network import read_network
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._names import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..files import atomic_file, atomic_write_bytes
 from .conditioning import PositionalEmbedding
@@ -23,8 +25,6 @@ from .unet import UNetConfig
 
 BUILT_IN = (UNetConfig, TransformerConfig, PaperUNetConfig)
 """Configs of the networks of this package."""
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _MAPPED_BYTES = 1 << 29
 """How much of a file is read before it is mapped anew."""
 CLASS_NAME = "ScmModel"
@@ -106,7 +106,8 @@ def load_checkpoint(folder: Path, network: nn.Module | None = None) -> Consisten
     # Ours are made without memory and take the tensors that were read, so that a large model is not held twice.
     with torch.device("meta") if built_in else nullcontext():
         model = ConsistencyModel(config, network)
-    _check_fits(model.network, tensors, folder)
+    subject = f"{folder / WEIGHTS_NAME} does not fit its {CONFIG_NAME}"
+    check_fits(model.network, tensors, subject, remedy="The two files belong to different models.")
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     model.network.load_state_dict(floats, assign=built_in)
     if built_in:
@@ -116,16 +117,25 @@ def load_checkpoint(folder: Path, network: nn.Module | None = None) -> Consisten
     return model.eval().requires_grad_(False)
 
 
-def _check_fits(network: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+def check_fits(network: nn.Module, tensors: Mapping[str, Tensor], subject: str, *, remedy: str) -> None:
+    """Refuse tensors that are not a network's, by name and shape.
+
+    Args:
+        network: What they are for.
+        tensors: What was read.
+        subject: What does not fit what, for the message.
+        remedy: What to do about it.
+
+    Raises:
+        IntegrityError: If one is missing, too many or of another shape; the message names the first.
+    """
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     found = {name: tuple(p.shape) for name, p in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         name = wrong[0]
         raise IntegrityError(
-            f"{folder / WEIGHTS_NAME} does not fit its {CONFIG_NAME}: {len(wrong)} tensors differ, first {name!r}: "
-            f"found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}. "
-            "The two files belong to different models."
+            f"{subject}: {len(wrong)} tensors differ, first {name!r}: found {found.get(name, 'nothing')}, expected "
+            f"{expected.get(name, 'nothing')}. {remedy}"
         )
 
 

@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .._names import CONFIG_NAME, WEIGHTS_NAME
 from ..bundle import Bundle
 from ..card import model_card
 from ..errors import BundleError
 from ..hub import push
 from ..locate import locate
 from ..manifest import MANIFEST_NAME
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, save_checkpoint
+from .checkpoint import save_checkpoint
 from .consistency import ConsistencyModel
 
 

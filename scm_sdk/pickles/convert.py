@@ -9,14 +9,13 @@ from pathlib import Path
 
 import msgspec
 
+from .._names import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..files import atomic_folder, atomic_write_bytes, sha256_file
 from .edm2_layout import CLASS_NAME as EDM2_CLASS
 from .edm2_layout import Shape, edm2_shapes
 from .network import PickledNetwork, read_network
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "PickledNetwork"
 SOURCE_LICENCE = "CC-BY-NC-SA-4.0"
 """What NVIDIA publishes the EDM and EDM2 weights under; the form of the file is that of their code."""

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .._names import CONFIG_NAME
 from ..errors import ConfigError, IntegrityError, TrainError
-from ..model.checkpoint import CONFIG_NAME, read_config
+from ..model.checkpoint import read_config
 from ..model.consistency import ConsistencyModel
 from .ema import SNAPSHOT_FOLDER, SNAPSHOT_METADATA
 from .schedules import power_exponent

@@ -11,11 +11,11 @@ from typing import Any
 
 import msgspec
 
+from ..._names import WEIGHTS_NAME
 from ...errors import BundleError, ConfigError
 from ...files import safe_join
 
 REMEDY = "Give the folder that save_pretrained wrote, whole."
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _JSON_MAX_BYTES = 8 << 20
 
 
@@ -40,7 +40,7 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
         raise ConfigError(f"{path} is no JSON object: {exc}. {remedy}") from exc
 
 
-def weight_files(folder: Path, name: str = WEIGHTS, *, remedy: str = REMEDY) -> list[Path]:
+def weight_files(folder: Path, name: str = WEIGHTS_NAME, *, remedy: str = REMEDY) -> list[Path]:
     """Return the safetensors files of a component: one, or all shards that its index names.
 
     Raises:

@@ -16,14 +16,15 @@ from typing import Any, get_args
 import msgspec
 from torch import Tensor, nn
 
-from ...errors import BundleError, ConfigError, IntegrityError
-from ..checkpoint import read_tensors
+from ..._names import CONFIG_NAME, INDEX_NAME
+from ...errors import BundleError, ConfigError
+from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
 from .component import read_json, weight_files
 from .diffusers_models import ClassName, ConventionName, DiffusersConfig
 
 COMPONENTS = ("unet", "transformer")
-CONFIG_NAME, INDEX_NAME, SCHEDULER_NAME = "config.json", "model_index.json", "scheduler_config.json"
+SCHEDULER_NAME = "scheduler_config.json"
 PIXEL_SIGMA, LATENT_SIGMA = 0.5, 1.0
 """Standard deviation of the data where nothing says more: pixels in [-1, 1], latents scaled as diffusers does."""
 _VP_SCHEDULERS = {
@@ -100,14 +101,7 @@ def _load_weights(denoiser: nn.Module, component: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(component, remedy=_REMEDY):
         tensors.update(read_tensors(file))
-    expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-        name = wrong[0]
-        raise IntegrityError(
-            f"the weights in {component} do not fit its {CONFIG_NAME}: {len(wrong)} tensors differ, first {name!r}: "
-            f"found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}. {_REMEDY}"
-        )
+    check_fits(denoiser, tensors, f"the weights in {component} do not fit its {CONFIG_NAME}", remedy=_REMEDY)
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     denoiser.load_state_dict(floats)
 

@@ -26,16 +26,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..._lazy import require
+from ..._names import INDEX_NAME
 from ...errors import BundleError, IntegrityError
 from ...files import atomic_write_bytes
 from ...spec import SamplerSpec
+from ..checkpoint import check_fits
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, LatentScale
 from ..own import OwnConfig
 from .component import weight_files
 from .linear_attention import guard_autoencoder, guard_transformer
 from .sana_config import Settings
-from .sana_folder import INDEX_NAME, SETTINGS_NAME, SanaFolder, read_sana_folder
+from .sana_folder import SETTINGS_NAME, SanaFolder, read_sana_folder
 
 PURPOSE = "a SANA-Sprint model"
 
@@ -208,16 +210,9 @@ def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str = "") ->
         raise IntegrityError(
             f"{folder} has a config that {kind.__name__} refuses: {exc}. Copy the folder again."
         ) from exc
-    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     tensors = _read_tensors(folder)
-    found = {name: tuple(p.shape) for name, p in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise IntegrityError(
-            f"the weights in {folder} do not fit its config: {len(wrong)} tensors differ, first {wrong[0]!r}: found "
-            f"{found.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}. Copy the folder again."
-        )
-    if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in expected):
+    check_fits(module, tensors, f"the weights in {folder} do not fit its config", remedy="Copy the folder again.")
+    if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in tensors):
         module = kind.from_config(config)  # it computes tables when it is made
     floats = {name: p.float() for name, p in tensors.items() if name.startswith(keep)}
     module.load_state_dict(floats, strict=False, assign=True)

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ..._names import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
 from ...spec import SamplerSpec, TensorSpec, default_times
 from .component import read_json, weight_files
 from .sana_config import SchedulerConfig, Settings, TransformerConfig
 
-INDEX_NAME = "model_index.json"
 SETTINGS_NAME = "scm_import.json"
 PIPELINE = "SanaSprintPipeline"
 COMPONENTS = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC", "scheduler": "SCMScheduler"}
@@ -211,7 +211,7 @@ def _check_values(
 
 
 def _component_config(folder: Path, component: str) -> dict[str, Any]:
-    path = folder / component / CONFIGS.get(component, "config.json")
+    path = folder / component / CONFIGS.get(component, CONFIG_NAME)
     if not path.is_file():
         raise BundleError(f"component {component!r} is missing in {folder}: no {path.relative_to(folder)}. {_REMEDY}")
     return _read_json(path)
