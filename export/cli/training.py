@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from scm_sdk.train.data import ImageData
 
 
+PRESET_NAMES = "avatars16, pixels16, pixels32, tiny, cifar10, imagenet64_s to _xl or imagenet512_s to _xxl"
+
+
 @click.command()
-@click.option("--preset", default="avatars16", metavar="NAME", help="Network: avatars16, pixels16, pixels32 or tiny.")
+@click.option("--preset", default="avatars16", metavar="NAME", help=f"Network: {PRESET_NAMES}.")
 @stable_targets_option
 @run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
 @click.option("--double-norm/--no-double-norm", default=True, help="Doubly normalized modulation; for ablations.")
@@ -76,7 +79,7 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
         return
     if no_teacher == bool(options["teacher"]):
         raise ConfigError("give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither.")
-    if no_teacher and not options["init"]:
+    if no_teacher and not options["init_from"]:
         raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
     objective = "vsd" if vsd_only else "sct" if no_teacher else "scd"
     if options["discrete_step"] is not None:
@@ -120,15 +123,12 @@ def _data_config(options: dict[str, Any]) -> Any:
     return DataConfig(source=options["data"], label=options["label"], rows=tuple(options["rows"]))
 
 
-RENAMED = {"init": "init_from", "iterations": "num_iterations", "lr": "learning_rate", "lr_decay": "decay_fraction"}
-
-
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
     """Return what the options say, by field of ``TrainConfig``."""
     from scm_sdk.train.config import TrainConfig
 
-    named = {RENAMED.get(name, name): value for name, value in options.items() if value is not None}
-    return {name: value for name, value in named.items() if name in TrainConfig.__struct_fields__ and name != "data"}
+    fields = set(TrainConfig.__struct_fields__) - {"data"}
+    return {name: value for name, value in options.items() if value is not None and name in fields}
 
 
 def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> TrainConfig:

@@ -31,17 +31,25 @@ def run_options(
             "--rows", nargs=2, type=click.IntRange(0), default=(0, 0), metavar="FIRST LAST",
             help="Train on these rows only; 0 0 is all.",
         ),
-        click.option("--iterations", type=click.IntRange(1), default=iterations, help="Length of the run."),
-        click.option("--batch-size", type=click.IntRange(1), default=64, help="Samples of one iteration."),
-        click.option("--lr", type=click.FloatRange(0, min_open=True), default=learning_rate, help="Learning rate."),
         click.option(
-            "--lr-decay", type=click.FloatRange(0, 1), default=lr_decay, help="Last share in which the rate falls."
+            "--iterations", "num_iterations", type=click.IntRange(1), default=iterations, help="Length of the run."
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=64, help="Samples of one iteration."),
+        click.option(
+            "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), default=learning_rate,
+            help="Learning rate.",
+        ),
+        click.option(
+            "--lr-decay", "decay_fraction", type=click.FloatRange(0, 1), default=lr_decay,
+            help="Last share in which the rate falls.",
         ),
         click.option("--optimizer", type=click.Choice(["adam", "radam"]), default=optimizer),
         click.option("--p-mean", type=float, default=p_mean, help="Mean of ln(sigma)."),
         click.option("--p-std", type=click.FloatRange(0, min_open=True), default=1.4, help="Deviation of ln(sigma)."),
         click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0),
-        click.option("--init", default="", metavar="FOLDER", help="Checkpoint folder of the first weights."),
+        click.option(
+            "--init", "init_from", default="", metavar="FOLDER", help="Checkpoint folder of the first weights."
+        ),
         click.option("--label-dropout", type=click.FloatRange(0, 1), default=0.0, help="Share trained without label."),
         click.option("--sigma-data", type=click.FloatRange(0, min_open=True), default=0.5),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Names the run."),
