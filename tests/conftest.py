@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +21,9 @@ from scm_sdk.generator import Generator
 from scm_sdk.manifest import Artifact
 from scm_sdk.spec import SamplerSpec
 from toy_bundles import ToyBundle, write_linear_graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # No deadline: on a busy machine the clock of one example says nothing about the code.
 # In CI the examples are the same every time, so that its verdict is the change's; a person's runs look for new ones.
@@ -135,6 +138,20 @@ def unet_bundle(unet_checkpoint: Path, exports: Callable[[], AbstractContextMana
     with exports():
         export_bundle(unet_checkpoint, path, max_batch=5)
     return path
+
+
+@pytest.fixture(scope="module")
+def fp32(unet_bundle: Path) -> "ir.Model":
+    """Return the U-Net's 2-step graph."""
+    from scm_sdk.export.write import read_model
+
+    return read_model(unet_bundle / "onnx/fp32/2step/model.onnx")
+
+
+@pytest.fixture(scope="module")
+def spec(fp32: "ir.Model") -> SamplerSpec:
+    """Return the sampler of the graph ``fp32``."""
+    return SamplerSpec.from_json(fp32.metadata_props["scm_spec"])
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from scm_sdk.export.cli import main
 from scm_sdk.export.quantize import Exclusion, QuantizePlan
 from scm_sdk.export.quantize_cpu import quantize_for_cpu
 from scm_sdk.export.write import read_model
-from scm_sdk.spec import SamplerSpec
 
 GRAPH = "onnx/fp32/1step/model.onnx"
 
@@ -24,11 +23,6 @@ GRAPH = "onnx/fp32/1step/model.onnx"
 @pytest.fixture(scope="module")
 def fp32(unet_bundle: Path) -> ir.Model:
     return read_model(unet_bundle / GRAPH)
-
-
-@pytest.fixture(scope="module")
-def spec(fp32: ir.Model) -> SamplerSpec:
-    return SamplerSpec.from_json(fp32.metadata_props["scm_spec"])
 
 
 def with_one_channel_added(model: ir.Model, node_name: str, value: float) -> ir.Model:

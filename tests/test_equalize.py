@@ -1,10 +1,7 @@
 """Equal channels: the same network, less lost to int8, and still the checkpoint's weights."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,20 +10,7 @@ from scm_sdk.export.equalize import Channels, _best, _cost, choose_factors, equa
 from scm_sdk.export.probe import Probe
 from scm_sdk.export.quantize import choose_layers, default_quantize_plan, quantize
 from scm_sdk.export.stored import compare_stored
-from scm_sdk.export.write import read_model
 from scm_sdk.spec import SamplerSpec
-
-GRAPH = "onnx/fp32/2step/model.onnx"
-
-
-@pytest.fixture(scope="module")
-def fp32(unet_bundle: Path) -> ir.Model:
-    return read_model(unet_bundle / GRAPH)
-
-
-@pytest.fixture(scope="module")
-def spec(fp32: ir.Model) -> SamplerSpec:
-    return SamplerSpec.from_json(fp32.metadata_props["scm_spec"])
 
 
 def spread(model: ir.Model, layers: tuple[str, ...]) -> ir.Model:

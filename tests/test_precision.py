@@ -27,16 +27,6 @@ from scm_sdk.spec import SamplerSpec
 
 
 @pytest.fixture(scope="module")
-def fp32(unet_bundle: Path) -> ir.Model:
-    return read_model(unet_bundle / "onnx/fp32/2step/model.onnx")
-
-
-@pytest.fixture(scope="module")
-def spec(fp32: ir.Model) -> SamplerSpec:
-    return SamplerSpec.from_json(fp32.metadata_props["scm_spec"])
-
-
-@pytest.fixture(scope="module")
 def probe(fp32: ir.Model, spec: SamplerSpec) -> Probe:
     return Probe(fp32, spec, num_samples=8, batch_size=3, num_threads=1)
 

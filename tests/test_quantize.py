@@ -38,18 +38,8 @@ GRAPH = "onnx/fp32/2step/model.onnx"
 
 
 @pytest.fixture(scope="module")
-def fp32(unet_bundle: Path) -> ir.Model:
-    return read_model(unet_bundle / GRAPH)
-
-
-@pytest.fixture(scope="module")
 def fp16(fp32: ir.Model) -> ir.Model:
     return apply_precision(fp32, default_plan("fp16"))
-
-
-@pytest.fixture(scope="module")
-def spec(fp32: ir.Model) -> SamplerSpec:
-    return SamplerSpec.from_json(fp32.metadata_props["scm_spec"])
 
 
 @pytest.fixture(scope="module")
