@@ -1,29 +1,25 @@
 """How long does it take, and how much memory, to import a SANA-Sprint of real size? With random weights.
 
-    python benchmarks/import_sana.py 0.6B --steps 2 --json benchmarks/results/import-sana-0.6b.json
+    python benchmarks/import_sana.py 0.6B --work runs/sana --json benchmarks/results/import-sana.json
 
 The released layouts (0.6B, 1.6B) with their DC-AE are made from their configs and saved by diffusers, bfloat16, as they
-are on the hub; then a process of its own imports the folder. Nothing is downloaded. Peak memory is that process's
-largest resident set.
+are on the hub. Nothing is downloaded. Each stage is a process of its own, whose peak memory the system reports:
+``weights`` saves the pipeline, ``import`` makes the bundle with one graph, from noise to 1024x1024 pixels, and in it
+PyTorch's own picture, ``run`` draws that picture again with ONNX Runtime, ``diffusers`` with ``SanaSprintPipeline`` in
+float32 from the same noise and embeddings, and ``fp16`` adds the FP16 graph. A stage that is done is not done again.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import shutil
-import subprocess
+import os
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-
-from scm_sdk import __version__
-from scm_sdk.processor import cpu_name
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "0.6B": {
@@ -56,74 +52,175 @@ DC_AE: dict[str, Any] = {  # dc-ae-f32c32-sana-1.1
 }
 
 
-@click.command()
-@click.argument("layout", type=click.Choice(list(LAYOUTS)))
-@click.option("--steps", type=click.IntRange(1), default=2)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Where the figures go; stdout when absent.")
-@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Keep pipeline and bundle here.")
-@click.option("--save-only", is_flag=True, hidden=True)
-def main(layout: str, steps: int, out: Path | None, folder: Path | None, save_only: bool) -> None:
-    """Make LAYOUT with random weights, import it, print what it took."""
-    if save_only:
-        assert folder is not None
-        save(layout, folder)
-        return
-    workplace = folder or Path(tempfile.mkdtemp(prefix="import-sana-"))
-    try:
-        result = measure(layout, steps, workplace)
-    finally:
-        if folder is None:
-            shutil.rmtree(workplace)
-    text = json.dumps(result, indent=2) + "\n"
-    out.write_text(text) if out else click.echo(text)
-
-
-def save(layout: str, folder: Path) -> None:
-    """Write a pipeline without a text encoder: that part is copied and never exported."""
+def weights(layout: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Save a pipeline without a text encoder: that part is copied and never exported."""
     import torch
     from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     parts = SanaTransformer2DModel(**LAYOUTS[layout], **SHARED), AutoencoderDC(**DC_AE)
     pipeline = SanaSprintPipeline(
         transformer=parts[0], vae=parts[1], scheduler=SCMScheduler(), text_encoder=None, tokenizer=None
     )
-    pipeline.save_pretrained(folder)
+    pipeline.save_pretrained(folder / "pipeline")
+    return {"parameters": [sum(p.numel() for p in part.parameters()) for part in parts]}
 
 
-def measure(layout: str, steps: int, workplace: Path) -> dict[str, Any]:
-    """Import in a process of its own and ask the system what it took."""
-    source, bundle = workplace / "pipeline", workplace / "bundle"
-    if not source.exists():
-        command = [sys.executable, __file__, layout, "--save-only", "--folder", str(source)]
-        subprocess.run(command, check=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [
-        str(Path(sys.executable).with_name("scm-export")), "import", str(source), "-o", str(bundle),
-        "--steps", str(steps), "--max-batch", "1", "--overwrite", "--json",
-    ]  # fmt: skip
-    start = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    (graph,) = json.loads(done.stdout)["graphs"]
+def import_(layout: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Make the bundle."""
+    from scm_sdk.export.import_sana import import_sana
+
+    report = import_sana(
+        folder / "pipeline", folder / "bundle", steps=(steps,), max_batch=1, overwrite=True, progress=_say
+    )
+    (graph,) = report.graphs
     return {
-        "command": f"python benchmarks/import_sana.py {layout} --steps {steps}",
-        "layout": layout,
-        "steps": steps,
-        "images": "1024x1024",
-        "weights": "random, bfloat16 on disk, float32 in the graph",
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-        "peak_rss_gib": round(after.ru_maxrss / 2**20, 2),
-        "stages": graph["seconds"],
-        "num_parameters": graph["num_parameters"],
-        "num_nodes": graph["num_nodes"],
-        "graph_bytes": graph["bytes"] + graph["data_bytes"],
-        "processor": cpu_name(),
-        "python": platform.python_version(),
-        "scm_sdk": __version__,
+        "seconds_by_part": dict(graph.seconds),
+        "num_parameters": graph.num_parameters,
+        "num_nodes": graph.num_nodes,
+        "graph_bytes": graph.bytes + graph.data_bytes,
     }
+
+
+def run(layout: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Draw the recorded picture with ONNX Runtime and hold it to PyTorch's."""
+    import onnxruntime
+
+    from scm_sdk.export.feeds import feeds_of
+
+    golden, spec = _golden(folder, steps)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # it keeps what it took for the largest layer
+    path = folder / "bundle" / "onnx" / "fp32" / f"{steps}step" / "model.onnx"
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    start = time.perf_counter()
+    (images,) = session.run([spec.output_name], feeds_of(spec, golden.seeds.tolist()))
+    return {"seconds_of_call": round(time.perf_counter() - start, 1), **_difference(images, golden.images)}
+
+
+def diffusers(layout: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Draw it with diffusers, which takes fresh noise after each step and multiplies the last by 0."""
+    import torch
+    from diffusers import SanaSprintPipeline
+    from diffusers.schedulers import scheduling_scm
+
+    from scm_sdk.request import make_example
+
+    golden, spec = _golden(folder, steps)
+    noise, given = make_example(spec, golden.seeds.tolist()).inputs(0, len(golden.seeds))
+    waiting = iter([*noise[1:], noise[0] * 0])
+    scheduling_scm.randn_tensor = lambda *_, **__: torch.tensor(next(waiting))
+    pipeline = SanaSprintPipeline.from_pretrained(
+        folder / "pipeline", text_encoder=None, tokenizer=None, torch_dtype=torch.float32
+    )
+    start = time.perf_counter()
+    images = pipeline(
+        prompt_embeds=torch.tensor(given["prompt_embeds"]), num_inference_steps=steps,
+        prompt_attention_mask=torch.tensor(given["prompt_attention_mask"]), latents=torch.tensor(noise[0]),
+        intermediate_timesteps=1.3 if steps == 2 else None, guidance_scale=float(given["guidance_scale"][0]),
+        height=spec.image_shape[1], width=spec.image_shape[2], use_resolution_binning=False, output_type="latent",
+    ).images  # fmt: skip
+    with torch.inference_mode():
+        decoded = pipeline.vae.decode(images / pipeline.vae.config.scaling_factor).sample.numpy()
+    return {"seconds_of_call": round(time.perf_counter() - start, 1), **_difference(decoded, golden.images)}
+
+
+def fp16(layout: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Add the FP16 graph; its pictures, which take minutes each, are not looked at."""
+    from scm_sdk.export.precision import default_plan
+    from scm_sdk.export.variants import add_precision
+
+    (variant,) = add_precision(folder / "bundle", default_plan("fp16"), num_samples=0, progress=_say)
+    if variant.graph is None:
+        return {}
+    return {"graph_bytes": variant.graph.bytes + variant.graph.data_bytes, "nodes": dict(variant.nodes)}
+
+
+STAGES: dict[str, Callable[[str, int, Path], dict[str, Any]]] = {
+    "weights": weights,
+    "import": import_,
+    "run": run,
+    "diffusers": diffusers,
+    "fp16": fp16,
+}
+
+
+@click.command()
+@click.argument("layout", type=click.Choice(list(LAYOUTS)))
+@click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--layers", type=click.IntRange(1), help="Fewer than the layout has, to see what one costs.")
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/sana"), show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="File that keeps the table; it is added to.")
+@click.option("--stage", type=click.Choice(list(STAGES)), hidden=True, help="Run this one here, for its parent.")
+def main(layout: str, steps: int, layers: int | None, work: Path, out: Path | None, stage: str | None) -> None:
+    """Measure each stage for LAYOUT."""
+    name = layout if layers is None else f"{layout}, {layers} layers"
+    folder = work / name.replace(", ", "-").replace(" ", "-")
+    if layers is not None:
+        LAYOUTS[layout]["num_layers"] = layers
+    if stage is not None:
+        found = STAGES[stage](layout, steps, folder)
+        (folder / f"{stage}.partial.json").write_text(json.dumps(found))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in STAGES:
+        if not (folder / f"{each}.json").exists():
+            _measure(each, folder)
+            if out is not None:
+                _keep(name, folder, out)
+
+
+def _measure(stage: str, folder: Path) -> None:
+    """Run one stage in a process and write what it took beside what it said."""
+    start = time.perf_counter()
+    command = [sys.executable, *sys.argv, "--stage", stage]
+    _, status, usage = os.wait4(os.posix_spawn(sys.executable, command, os.environ), 0)
+    if code := os.waitstatus_to_exitcode(status):
+        sys.exit(f"stage {stage} ended with {code}; run the same command again to go on.")
+    partial = folder / f"{stage}.partial.json"
+    found = {
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+        **json.loads(partial.read_bytes()),
+    }
+    partial.unlink()
+    (folder / f"{stage}.json").write_text(json.dumps(found))
+    _say(f"{stage}: {json.dumps(found)}")
+
+
+def _keep(name: str, folder: Path, out: Path) -> None:
+    from scm_sdk import __version__
+    from scm_sdk.evaluate.machine import describe_machine
+
+    table = json.loads(out.read_bytes()) if out.exists() else {}
+    done = {each: folder / f"{each}.json" for each in STAGES}
+    stages = {each: json.loads(path.read_bytes()) for each, path in done.items() if path.exists()}
+    table[name] = {"machine": describe_machine(), "scm_sdk": __version__, **stages}
+    out.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _golden(folder: Path, steps: int) -> tuple[Any, Any]:
+    from scm_sdk.bundle import Bundle
+
+    bundle = Bundle.open(folder / "bundle", verify="none")
+    return bundle.goldens()[steps], bundle.spec(steps)
+
+
+def _difference(images: Any, recorded: Any) -> dict[str, float]:
+    import numpy as np
+
+    return {
+        "max_abs_difference": float(np.abs(images - recorded).max()),
+        "largest": float(np.abs(recorded).max()),
+        "standard_deviation": float(recorded.std()),
+    }
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 if __name__ == "__main__":

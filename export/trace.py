@@ -133,7 +133,7 @@ def trace_decoder(decoder: nn.Module, latents: Tensor) -> ExportedProgram:
 
     module, name = Decoding().eval(), type(getattr(decoder, "module", decoder)).__name__
     with torch.no_grad(), _translated(f"{name} fails on an example of two samples"):
-        module(latents)
+        _example(module, (latents,))
     with torch.no_grad(), _quiet(), _translated(f"{name} cannot be traced"):
         shapes = {"latents": {0: torch.export.Dim(BATCH_DIM)}}
         return torch.export.export(module, (latents,), dynamic_shapes=shapes, strict=False)
@@ -178,8 +178,8 @@ def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> i
 def _example(module: nn.Module, args: tuple[Any, ...]) -> Any:
     """Run a module on examples of its inputs for the shape and type of what comes out.
 
-    Without memory and arithmetic where the module allows it, for a large network takes minutes; else for real, which
-    also finds what is wrong with it.
+    Without memory and arithmetic where the module allows it, which for a large network or a decoder of megapixels are
+    gigabytes and minutes; else for real, which also finds what is wrong with it.
     """
     import torch
     from torch.utils import _pytree as pytree

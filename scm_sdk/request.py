@@ -271,7 +271,7 @@ def _guidance(limits: tuple[float, float], scale: float | Sequence[float] | None
         raise ConfigError(f"guidance_scale has shape {array.shape}, expected one number or num_images = {count}.")
     if not ((array >= limits[0]) & (array <= limits[1])).all():  # NaN is refused, too
         raise ConfigError(f"guidance_scale is {scale!r}, expected numbers in {limits[0]}..{limits[1]}.")
-    return np.ascontiguousarray(np.broadcast_to(array, (count,)))
+    return np.broadcast_to(array, (count,)).copy()  # a view of one number may not be written to
 
 
 def _conditioning(spec: SamplerSpec, given: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
