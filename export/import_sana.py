@@ -28,6 +28,7 @@ def import_sana(
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
     name: str = "",
+    origin: str = "",
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> BundleReport:
@@ -42,6 +43,7 @@ def import_sana(
         max_batch: Largest batch.
         text_encoder: Whether the bundle gets the text encoder. Without it it takes embeddings only.
         name: Human name; the folder's when empty.
+        origin: Where the folder comes from, kept with the bundle; its name when empty.
         overwrite: Replace a bundle that is there.
         progress: Called with the name of each stage as it begins.
 
@@ -57,7 +59,11 @@ def import_sana(
     height, width = size or (0, 0)
     model = load_sana(Path(source), Settings(height=height, width=width, max_sequence_length=max_sequence_length))
     model.keep_text_encoder = text_encoder
-    provenance = {"source": Path(source).name, "pipeline": "SanaSprintPipeline", "license": "see the source's card"}
+    provenance = {
+        "source": origin or Path(source).name,
+        "pipeline": "SanaSprintPipeline",
+        "license": "see the source's card",
+    }
     return export_bundle(
         model, Path(out), steps=steps, max_batch=max_batch, name=name, overwrite=overwrite, provenance=provenance,
         progress=progress,

@@ -18,12 +18,33 @@ from .errors import BundleError, IntegrityError, SchemaError
 from .files import check_relative, safe_join, sha256_file
 from .goldens import check_safetensors
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Role
+from .user_cache import UNPACKED, cache_folder
 
 MANIFEST_MAX_BYTES = 8 << 20
 REPAIR = "Copy the bundle again, or export it again."
 
 _BUILD_ROLES: frozenset[Role] = frozenset({"weights", "config", "graph", "graph-data", "engine", "plan"})
 """Roles of the files that decide what is computed; cards, goldens and reports only describe it."""
+
+
+def is_borrowed(folder: Path) -> bool:
+    """Return whether a bundle lies in a cache, the hub's or this package's: nothing may be written into it."""
+    if (folder / MANIFEST_NAME).is_symlink():  # as huggingface_hub lays snapshots out
+        return True
+    return folder.resolve().is_relative_to((cache_folder() / UNPACKED).resolve())
+
+
+def require_own(folder: Path) -> None:
+    """Refuse to write into a bundle that lies in a cache.
+
+    Raises:
+        BundleError: If it does.
+    """
+    if is_borrowed(folder):
+        raise BundleError(
+            f"{folder} lies in a cache, expected a bundle of your own to write to. Copy it first: scm-export bundle "
+            "unpack MODEL -o FOLDER"
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -18,7 +18,7 @@ from ._bundle_checks import MANIFEST_MAX_BYTES, check_content, check_manifest, r
 from .errors import BundleError, IntegrityError, SchemaError
 from .files import atomic_file, atomic_folder, check_relative, safe_join, sha256_file
 from .manifest import MANIFEST_NAME, Manifest
-from .user_cache import cache_folder
+from .user_cache import UNPACKED, cache_folder
 
 SUFFIX = ".scmz"
 MAX_MEMBERS = 4096
@@ -84,7 +84,7 @@ def unpacked(path: str | os.PathLike[str]) -> Path:
     Raises:
         BundleError: As ``unpack``.
     """
-    folder = cache_folder() / "unpacked" / sha256_file(path)[:32]
+    folder = cache_folder() / UNPACKED / sha256_file(path)[:32]
     if not (folder / MANIFEST_NAME).is_file():
         unpack(path, folder, overwrite=True)
     return folder

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from ._bundle_checks import check_content, check_manifest, check_present, make_build_id, read_manifest
+from ._bundle_checks import check_content, check_manifest, check_present, make_build_id, read_manifest, require_own
 from ._roles import role_of
 from .errors import BundleError, ConfigError
 from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_file
@@ -191,6 +191,7 @@ class Bundle:
         return [MANIFEST_NAME, *(entry.path for entry in self.manifest.files)]
 
     def _with(self, **changes: object) -> Bundle:
+        require_own(self.path)
         manifest = msgspec.structs.replace(self.manifest, **changes)
         atomic_write_bytes(self.path / MANIFEST_NAME, _encode(manifest), error=BundleError)
         return Bundle(self.path, manifest)

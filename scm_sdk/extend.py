@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ._bundle_checks import require_own
 from .bundle import Bundle, publish_bundle, write_bundle
 from .errors import BundleError
 from .files import safe_join
@@ -93,8 +94,9 @@ def extend_bundle(path: str | os.PathLike[str]) -> Iterator[Draft]:
         The draft. Write files into ``draft.path(...)`` and name them with ``draft.add``.
 
     Raises:
-        BundleError: If the bundle is damaged, cannot be written, or was replaced meanwhile.
+        BundleError: If the bundle is damaged, lies in a cache, cannot be written, or was replaced meanwhile.
     """
+    require_own(Path(path))
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     with publish_bundle(path, overwrite=True) as folder:

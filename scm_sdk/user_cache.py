@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+UNPACKED = "unpacked"
+"""Folder of the bundles that ``.scmz`` files held."""
+
 
 def cache_folder() -> Path:
     """Return the package's folder in the platform's cache folder, which ``XDG_CACHE_HOME`` moves."""

@@ -10,6 +10,7 @@ import click
 from .common import say
 from .engines import BuildBars
 from .engines import summary as engine_summary
+from .located import model_argument
 from .precision import summary as variant_summary
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="all")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@model_argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("-t", "--target", "names", multiple=True, help="GPUs to build engines for; none builds none.")
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),

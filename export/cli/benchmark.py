@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, progress_bar, say
+from .located import model_argument
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@model_argument("bundle")
 @click.option(
     "--backend",
     "backends",
@@ -51,10 +52,13 @@ def bench(
             "--keep-budget stores what --budget names, and none is given. Expected both; --budget '' removes what "
             "is stored."
         )
+    from scm_sdk._bundle_checks import require_own
     from scm_sdk.evaluate.contract import keep_budgets
     from scm_sdk.evaluate.latency import measure
     from scm_sdk.generator import Generator
 
+    if keep_budget:
+        require_own(bundle)
     budgets, results = _by_batch(budget, batches), []
     labels = _labels(bundle, others)
     with ExitStack() as stack:

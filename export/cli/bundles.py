@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .located import local_folder, model_argument, revision_option
 
 
 @click.group()
@@ -15,7 +16,7 @@ def bundle() -> None:
 
 
 @bundle.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@model_argument("path")
 @json_option
 def verify(path: Path, as_json: bool) -> None:
     """Compare every file of the bundle at PATH with its sha256; exit 6 if one differs."""
@@ -48,11 +49,18 @@ def pack(path: Path, out: Path | None) -> None:
 @click.argument("archive", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-def unpack(archive: Path, out: Path, overwrite: bool) -> None:
-    """Write the bundle in ARCHIVE, a .scmz file, to a folder; it is checked before it appears."""
+@revision_option
+def unpack(archive: Path, out: Path, overwrite: bool, revision: str | None) -> None:
+    """Write the bundle in ARCHIVE, a .scmz file or a hub id, to a folder; it is checked before it appears."""
+    from scm_sdk.archive import SUFFIX
     from scm_sdk.archive import unpack as unpack_bundle
+    from scm_sdk.bundle import Bundle
 
-    say(f"{unpack_bundle(archive, out, overwrite=overwrite)}: every file as its manifest lists it.")
+    if archive.suffix == SUFFIX and revision is None:
+        unpack_bundle(archive, out, overwrite=overwrite)
+    else:
+        Bundle.open(local_folder(archive, revision)).save_pretrained(out, overwrite=overwrite)
+    say(f"{out}: every file as its manifest lists it.")
 
 
 @bundle.command()

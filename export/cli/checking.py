@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json
+from .located import model_argument
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument("model")
 @click.option("--backend", default="auto")
 @click.option("--precision", default="auto")
 @click.option("--steps", type=click.IntRange(1, 64), help="Network calls; 2 where the bundle has it.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import json_option, print_json
+from .located import model_argument
 
 if TYPE_CHECKING:
     from scm_sdk.plan import Plan
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 LIBRARIES = {
     "torch": ("torch", "train, export and run checkpoints"),
     "onnxruntime": ("onnxruntime", "run graphs"),
+    "openvino": ("openvino", "run graphs, often faster"),
     "onnx": ("export", "export graphs"),
     "onnx_ir": ("export", "export graphs"),
     "onnxscript": ("export", "export graphs"),
@@ -29,7 +31,7 @@ LIBRARIES = {
 
 
 @click.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@model_argument("bundle", required=False)
 @json_option
 def doctor(bundle: Path | None, as_json: bool) -> None:
     """Print the machine, the libraries and which backends can run here; of BUNDLE what would run, and why not.

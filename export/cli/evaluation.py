@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import json_option, print_json, progress_bar, say
+from .located import model_argument
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.held_out import HeldOut
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument("model")
 @click.option("--steps", multiple=True, type=click.IntRange(1), default=(1, 2), help="May be repeated.")
 @click.option("--teacher-steps", type=click.IntRange(2), help="MODEL is a teacher: second-order solver steps.")
 @click.option(
@@ -74,6 +75,7 @@ def evaluate(
     scm-export evaluate runs/teacher --teacher-steps 18
     scm-export evaluate cifar10 --feature-net inception-ts:inception-2015-12-05.pt --ref cifar10-32x32.npz
     """
+    from scm_sdk._bundle_checks import require_own
     from scm_sdk.evaluate.held_out import load_held_out
     from scm_sdk.evaluate.nets import open_net
     from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
@@ -97,6 +99,8 @@ def evaluate(
     source = open_source(model)
     if keep and source.bundle is None:
         raise click.UsageError(f"{model} is no bundle, expected one to --keep the scores in. Use --out FILE.")
+    if keep:
+        require_own(model)
     counts = (1,) if teacher_steps else steps
     net = open_net(feature_net)
     real = load_held_out(

@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, progress_bar, say
+from .located import model_argument
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@model_argument("bundle")
 @click.option("-o", "--out", default=Path("images.png"), type=click.Path(path_type=Path), help="PNG, or a folder.")
 @click.option("--num-images", type=int, default=16, help="How many.")
 @click.option("--class-labels", default="", metavar="A,B,…", help="Names or numbers; one for all, or one each.")

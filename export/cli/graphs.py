@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .located import model_argument
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@model_argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--steps", multiple=True, type=click.IntRange(1, 64), default=(1, 2), help="May be repeated.")
 @click.option("--times", multiple=True, type=float, help="Times of one sampler, radians, instead of --steps.")

@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .located import model_argument
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@model_argument("bundle")
 @click.option("-o", "--out", default=Path("handover"), type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--steps", type=click.IntRange(1, 64), default=2)
 @click.option("--num-samples", type=click.IntRange(1), default=32)

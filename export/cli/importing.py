@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .located import local_folder, revision_option
 
 
 @click.command(name="import")
@@ -22,29 +23,36 @@ from .common import json_option, print_json, say
 @click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs.")
 @click.option("--text-encoder/--no-text-encoder", default=True, help="Take a pipeline's text encoder along.")
 @click.option("--overwrite", is_flag=True, help="Replace what an import wrote there.")
+@revision_option
 @json_option
 def import_(
     source: Path, out: Path, entry: str, licence: str, steps: tuple[int, ...], size: str, tokens: int, max_batch: int,
-    text_encoder: bool, overwrite: bool, as_json: bool,
+    text_encoder: bool, overwrite: bool, revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Import SOURCE: a SANA-Sprint pipeline that diffusers saved becomes a bundle; of an EDM- or EDM2-style .pkl the
-    weights are read while nothing in it is run.
+    """Import SOURCE: a SANA-Sprint pipeline that diffusers saved, a folder or a hub id, becomes a bundle; of an EDM- or
+    EDM2-style .pkl the weights are read while nothing in it is run.
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
+    scm-export import OWNER/NAME --revision COMMIT -o sana --steps 2
     scm-export import edm2-img64-s-1073741-0.075.pkl -o edm2-img64-s
     """
-    if source.is_dir():
+    if not source.is_file() and source.suffix != ".pkl":
         from ..import_sana import import_sana, parse_size
 
+        folder = local_folder(source, revision)
+        origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
         report = import_sana(
-            source, out, steps=steps, size=parse_size(size), max_sequence_length=tokens, max_batch=max_batch,
-            text_encoder=text_encoder, overwrite=overwrite, progress=lambda stage: say(f"  {stage} …"),
+            folder, out, origin=origin, steps=steps, size=parse_size(size), max_sequence_length=tokens,
+            max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
+            progress=lambda stage: say(f"  {stage} …"),
         )  # fmt: skip
         if as_json:
             print_json(report.to_dict())
         say(f"{out}: build {report.build_id[:12]}, {report.bytes / 1e6:.1f} MB. Next: scm-export validate {out}")
         return
+    if revision is not None:
+        raise click.UsageError(f"--revision is given with the file {source}, expected a hub id for it.")
     _import_pickle(source, out, entry=entry, licence=licence, overwrite=overwrite, as_json=as_json)
 
 

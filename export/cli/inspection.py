@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json
+from .located import model_argument
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@model_argument("bundle")
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """Print what BUNDLE holds: samplers, artifacts, files, recorded parity, provenance."""

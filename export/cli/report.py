@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .located import model_argument
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@model_argument("bundle")
 @click.option("-o", "--out", default=Path("report.html"), type=click.Path(path_type=Path), help="The HTML file.")
 @click.option("--num-images", type=click.IntRange(1), default=32, help="Pictures of each artifact.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="Batches to time.")

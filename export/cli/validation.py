@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import json_option, print_json, say
+from .located import model_argument
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.parity import Parity
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@model_argument("bundle")
 @click.option("--backend", "backends", multiple=True, help="Candidates; every one that can run here when absent.")
 @click.option("--precision", "precisions", multiple=True, help="Only these; all when absent.")
 @click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these; all when absent.")
@@ -45,10 +46,13 @@ def validate(
     the checkpoint's, whatever its pictures look like. Budgets that lie in the bundle (bench --keep-budget) are measured
     and enforced, exit 4.
     """
+    from scm_sdk._bundle_checks import is_borrowed
     from scm_sdk.evaluate.contract import check_budgets
 
     from ..prove import prove
 
+    if is_borrowed(bundle):
+        say("  this bundle lies in a cache: it is compared, and nothing is recorded in it")
     results = prove(
         bundle, backends=backends, precisions=precisions, steps=steps, num_seeds=num_seeds, batches=batches or None,
         threshold=threshold, min_psnr_db=min_psnr, reason=reason,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import get_args
 
+from .._bundle_checks import is_borrowed
 from ..bundle import Bundle
 from ..dispatch import BACKENDS
 from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
@@ -39,7 +40,8 @@ def validate_bundle(
 ) -> list[Parity]:
     """Compare each backend's artifacts with the torch checkpoint and write the results into the manifest.
 
-    A failure is recorded like a success, so that ``backend="auto"`` never takes what failed.
+    A failure is recorded like a success, so that ``backend="auto"`` never takes what failed. Nothing is recorded in a
+    bundle that lies in a cache, the hub's or that of ``.scmz`` files.
 
     Args:
         path: The bundle.
@@ -81,7 +83,8 @@ def validate_bundle(
                 (name, a.precision)
                 for a in candidates
                 for name, info in BACKENDS.items()
-                if a.num_inference_steps == count and a.format in info.opens and (not backends or name in backends)
+                if a.num_inference_steps == count and a.format in info.opens
+                if (name in backends if backends else a.precision not in info.unfit)
             },
             key=_rung,
         )
@@ -112,7 +115,8 @@ def validate_bundle(
             on_result(below)
     if not results:
         raise BackendUnavailable(f"nothing of {bundle.path} can run here, expected one backend: {'; '.join(skipped)}")
-    bundle.with_parity(*(parity.record() for parity in results))
+    if not is_borrowed(bundle.path):
+        bundle.with_parity(*(parity.record() for parity in results))
     return results
 
 

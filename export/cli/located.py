@@ -1,0 +1,63 @@
+"""How commands take a model: a folder, a ``.scmz`` file or a hub id with ``--revision``; they are handed its folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .common import say
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+HUB_HELP = "A hub id is fetched once; HF_HUB_OFFLINE=1 asks the cache alone."
+
+
+def model_argument(name: str, *, required: bool = True) -> Callable[[Command], Command]:
+    """Add an argument that takes what ``from_pretrained`` takes, and ``--revision`` for hub ids.
+
+    The command's parameter of that name is the local folder; ``scm_sdk.locate.locate`` says what is refused.
+
+    Args:
+        name: Of the argument.
+        required: Whether it must be there; None is handed on where it is not.
+    """
+
+    def add(command: Command) -> Command:
+        @functools.wraps(command)
+        def located(*args: Any, revision: str | None, **options: Any) -> Any:
+            given: Path | None = options[name]
+            if given is not None:
+                options[name] = local_folder(given, revision)
+            elif revision is not None:
+                raise click.UsageError(f"--revision is given without {name.upper()}, expected a hub id for it.")
+            return command(*args, **options)
+
+        argument = click.argument(name, required=required, type=click.Path(path_type=Path))
+        return argument(revision_option(located))  # type: ignore[return-value]
+
+    return add
+
+
+def revision_option(command: Command) -> Command:
+    """Add ``--revision``."""
+    return click.option(
+        "--revision", metavar="REV", help="Branch, tag or commit of a hub id OWNER/NAME; only a commit never changes."
+    )(command)
+
+
+def local_folder(path: Path, revision: str | None) -> Path:
+    """Return the local folder of a model; what had to be fetched or unpacked is named.
+
+    Raises:
+        BundleError: If there is none.
+        ConfigError: If a revision is given for what is no hub id.
+    """
+    from scm_sdk.locate import locate
+
+    folder = locate(path, revision=revision)
+    if folder != path:
+        say(f"  {path}{f'@{revision}' if revision else ''} is {folder}")
+    return folder
