@@ -25,6 +25,8 @@ from toy_bundles import ToyBundle, write_linear_graph
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+pytest_plugins = ["sana_fixtures"]
+
 # No deadline: on a busy machine the clock of one example says nothing about the code.
 # In CI the examples are the same every time, so that its verdict is the change's; a person's runs look for new ones.
 settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -1,0 +1,90 @@
+"""A whole SANA-Sprint pipeline with random weights, all of it tiny, made offline: what the tests of it share."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SIZE, TOKENS = 32, 16
+PROMPTS = ["a cat", "a dog on the moon"]
+TRANSFORMER = {
+    "patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_attention_heads": 2,
+    "attention_head_dim": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8,
+    "caption_channels": 8, "sample_size": 32, "qk_norm": "rms_norm_across_heads", "guidance_embeds": True,
+}  # fmt: skip
+AUTOENCODER: dict[str, Any] = {
+    "in_channels": 3, "latent_channels": 4, "attention_head_dim": 2, "scaling_factor": 0.41407,
+    "encoder_block_types": ["ResBlock", "EfficientViTBlock"], "decoder_block_types": ["ResBlock", "EfficientViTBlock"],
+    "encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8],
+    "encoder_qkv_multiscales": [[], [5]], "decoder_qkv_multiscales": [[], [5]],
+    "encoder_layers_per_block": [1, 1], "decoder_layers_per_block": [1, 1], "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate", "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sana_pipeline() -> Any:
+    """The pipeline."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vocabulary = {name: i for i, name in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrst"])}
+    encoder = transformers.Gemma2Config(
+        vocab_size=len(vocabulary), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    made = diffusers.SanaSprintPipeline(
+        transformer=diffusers.SanaTransformer2DModel(**TRANSFORMER).eval(),
+        vae=diffusers.AutoencoderDC(**AUTOENCODER).eval(),
+        scheduler=diffusers.SCMScheduler(),
+        text_encoder=transformers.Gemma2Model(encoder).eval(),
+        tokenizer=transformers.GemmaTokenizer(vocab=vocabulary, merges=[]),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="session")
+def sana_folder(sana_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where diffusers saved it; read only."""
+    path = tmp_path_factory.mktemp("sana") / "pipeline"
+    sana_pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sana_bundle(sana_folder: Path) -> Path:
+    """The bundle that the command makes of it, for 1, 2 and 4 steps; read only."""
+    from click.testing import CliRunner
+
+    from scm_sdk.export.cli import main
+
+    out = sana_folder.parent / "bundle"
+    arguments = ["import", sana_folder, "-o", out, "--size", SIZE, "--tokens", TOKENS, "--max-batch", 3]
+    done = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture
+def sana_copy(sana_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder that the test may damage."""
+    return Path(shutil.copytree(sana_folder, tmp_path / "pipeline"))
+
+
+@pytest.fixture
+def sana_bundle_copy(sana_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that the test may add to."""
+    return Path(shutil.copytree(sana_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def sana_inputs(sana_pipeline: Any) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Embeddings and mask of two prompts by diffusers, and noise for four steps."""
+    with pytest.importorskip("torch").no_grad():
+        embeds, mask = sana_pipeline.encode_prompt(PROMPTS, max_sequence_length=TOKENS, complex_human_instruction=None)
+    noise = np.random.default_rng(0).standard_normal((4, 2, 4, SIZE // 2, SIZE // 2)).astype(np.float32)
+    return embeds.numpy(), mask.numpy(), list(noise)
