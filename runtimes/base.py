@@ -18,7 +18,21 @@ from scm_sdk.dispatch import Backend
 from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError, ShapeError
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
-__all__ = ["Backend", "check_artifact", "check_images", "check_inputs", "check_num_threads", "name_inputs"]
+__all__ = [
+    "SPEC_KEY",
+    "Backend",
+    "check_artifact",
+    "check_graph",
+    "check_images",
+    "check_inputs",
+    "check_num_threads",
+    "cuda_index",
+    "first_line",
+    "name_inputs",
+]
+
+SPEC_KEY = "scm_spec"
+"""Key of a graph's metadata under which ``export/`` writes the spec's JSON."""
 
 
 def check_inputs(
@@ -82,6 +96,39 @@ def check_images(spec: SamplerSpec, images: Any, batch: int, *, backend: str) ->
     return images
 
 
+def check_graph(
+    spec: SamplerSpec, found: Sequence[tuple[str, str, tuple[object, ...]]], spec_text: str, path: Path
+) -> None:
+    """Hold an ONNX graph's own inputs, output and metadata against the manifest's spec.
+
+    Args:
+        spec: What the manifest says the graph is.
+        found: Name, dtype and shape without the batch of each input, then of each output, as the library reads them.
+        spec_text: What stands under ``SPEC_KEY`` in the graph's metadata, or nothing.
+        path: The graph, for messages.
+
+    Raises:
+        IntegrityError: If they are of different exports.
+    """
+    output = TensorSpec(name=spec.output_name, shape=spec.image_shape)
+    expected = [_describe(t.name, t.dtype, t.shape) for t in (*spec.inputs, output)]
+    described = [_describe(*each) for each in found]
+    if described != expected:
+        raise IntegrityError(
+            f"{path} has inputs and output {', '.join(described)}; expected {', '.join(expected)} "
+            "from the manifest. The two are of different exports: export the bundle again."
+        )
+    if not spec_text:
+        raise IntegrityError(
+            f"{path} has no {SPEC_KEY!r} in its metadata, expected the sampler's spec. Export it again."
+        )
+    if SamplerSpec.from_json(spec_text) != spec:
+        raise IntegrityError(
+            f"{path} carries the spec {spec_text}, expected the manifest's {spec.to_json()}. "
+            "The two are of different exports: export the bundle again."
+        )
+
+
 def check_artifact(path: Path, *, is_folder: bool = False) -> None:
     """Raise ``IntegrityError`` unless the file (or folder) that a backend is to open is there."""
     if not (path.is_dir() if is_folder else path.is_file()):
@@ -93,6 +140,25 @@ def check_num_threads(num_threads: int | None) -> None:
     """Raise ``ConfigError`` unless ``num_threads`` is None (the library chooses) or at least 1."""
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"num_threads is {num_threads}, expected 1 or more, or None for the library's choice.")
+
+
+def cuda_index(device: str | None, *, backend: str) -> int | None:
+    """Return N of ``"cuda:N"``, 0 for ``"cuda"`` and None for ``"cpu"`` or None; else raise ``ConfigError``."""
+    kind, _, number = (device or "cpu").partition(":")
+    if kind == "cpu" and not number:
+        return None
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend {backend!r}.")
+    return int(number or 0)
+
+
+def first_line(exc: Exception) -> str:
+    """Return the first line of what a foreign library said, without its full stop."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(". ")
+
+
+def _describe(name: str, dtype: str, shape: Sequence[object]) -> str:
+    return f"{name}: {dtype} (batch{''.join(f', {axis}' for axis in shape)})"
 
 
 @lru_cache(maxsize=64)

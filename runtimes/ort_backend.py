@@ -21,16 +21,23 @@ from typing import Any
 import numpy as np
 
 from scm_sdk._lazy import require
-from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, IntegrityError
-from scm_sdk.spec import SamplerSpec, TensorSpec
+from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
+from scm_sdk.spec import SamplerSpec
 
-from .base import check_artifact, check_images, check_inputs, check_num_threads
+from .base import (
+    SPEC_KEY,
+    check_artifact,
+    check_graph,
+    check_images,
+    check_inputs,
+    check_num_threads,
+    cuda_index,
+    first_line,
+)
 
-SPEC_KEY = "scm_spec"
-"""Key of the graph's metadata under which ``export/`` writes the spec's JSON."""
 PRECISION_KEY = "scm_precision"
 """Key under which it writes the precision, if that is not fp32."""
-_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 _ERRORS_ONLY = 3
 
 
@@ -85,7 +92,8 @@ class OrtBackend:
                 f"onnxruntime runs {artifact_path.name} on {session.get_providers()}, expected {provider} "
                 "first: it fell back silently. Check the driver (scm-export doctor) or use device='cpu'."
             )
-        _check_graph(session, spec, artifact_path)
+        found = [_describe(node) for node in (*session.get_inputs(), *session.get_outputs())]
+        check_graph(spec, found, _metadata(session, SPEC_KEY), artifact_path)
         self.spec = spec
         self.device = "cpu" if index is None else f"cuda:{index}"
         self._session: Any = session
@@ -100,7 +108,7 @@ class OrtBackend:
             (images,) = session.run([self.spec.output_name], feeds)
         except Exception as exc:  # onnxruntime's errors have no common base class
             raise BackendFailure(
-                f"onnxruntime failed on a batch of {len(noise[0])} on {self.device}: {_first_line(exc)}. "
+                f"onnxruntime failed on a batch of {len(noise[0])} on {self.device}: {first_line(exc)}. "
                 "Expected images; try a smaller batch_size, and report it if that does not help."
             ) from exc
         return check_images(self.spec, images, len(noise[0]), backend="onnxruntime")
@@ -114,7 +122,7 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
     try:
         return ort.InferenceSession(str(path), options, providers=settings)
     except Exception as exc:  # onnxruntime's errors have no common base class
-        text = _first_line(exc)
+        text = first_line(exc)
         if "NOT_IMPLEMENTED" in text:
             raise BackendUnavailable(
                 f"onnxruntime {ort.__version__} has no kernel for a node of {path}: {text}. Expected a precision "
@@ -131,45 +139,16 @@ def _metadata(session: Any, key: str) -> str:
 
 
 def _provider(ort: Any, device: str | None) -> tuple[str, int | None]:
-    kind, _, number = (device or "cpu").partition(":")
-    if kind == "cpu" and not number:
+    index = cuda_index(device, backend="onnxruntime")
+    if index is None:
         return "CPUExecutionProvider", None
-    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
-        raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend 'onnxruntime'.")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise BackendUnavailable(
             f"device is {device!r}, but this onnxruntime offers {ort.get_available_providers()}. "
             "Use device='cpu', or: pip uninstall onnxruntime && pip install 'scm-sdk[onnxruntime-gpu]'"
         )
-    return "CUDAExecutionProvider", int(number or 0)
+    return "CUDAExecutionProvider", index
 
 
-def _check_graph(session: Any, spec: SamplerSpec, path: Path) -> None:
-    """Hold the graph's own inputs, output and metadata against the manifest's spec."""
-    found = [_describe(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
-    found += [_describe(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
-    output = TensorSpec(name=spec.output_name, shape=spec.image_shape)
-    expected = [_describe(t.name, _TYPES[t.dtype], t.shape) for t in (*spec.inputs, output)]
-    if found != expected:
-        raise IntegrityError(
-            f"{path} has inputs and output {', '.join(found)}; expected {', '.join(expected)} "
-            "from the manifest. The two are of different exports: export the bundle again."
-        )
-    text = _metadata(session, SPEC_KEY)
-    if not text:
-        raise IntegrityError(
-            f"{path} has no {SPEC_KEY!r} in its metadata, expected the sampler's spec. Export it again."
-        )
-    if SamplerSpec.from_json(text) != spec:
-        raise IntegrityError(
-            f"{path} carries the spec {text}, expected the manifest's {spec.to_json()}. "
-            "The two are of different exports: export the bundle again."
-        )
-
-
-def _describe(name: str, kind: str, shape: Sequence[object]) -> str:
-    return f"{name}: {kind} (batch{''.join(f', {axis}' for axis in shape)})"
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(". ")
+def _describe(node: Any) -> tuple[str, str, tuple[object, ...]]:
+    return node.name, _TYPES.get(node.type, node.type), tuple(node.shape[1:])

@@ -97,9 +97,10 @@ def test_the_plan_holds_every_pair_that_could_be_and_prints_as_a_table(ort: Gene
     plan = ort.plan()
     assert {(row.backend, row.artifact.partition("/")[0]) for row in plan} == {
         ("onnxruntime", "onnx"),
+        ("openvino", "onnx"),
         ("torch", "denoiser"),
     }
-    assert len({(row.backend, row.artifact) for row in plan}) == len(plan) == 3
+    assert len({(row.backend, row.artifact) for row in plan}) == len(plan) == 5
     lines = str(plan).splitlines()
     assert lines[0].split() == ["backend", "artifact", "precision", "steps", "verdict", "reason"]
     assert lines[1].startswith("*  onnxruntime") and "accepted" in lines[1]
@@ -107,6 +108,18 @@ def test_the_plan_holds_every_pair_that_could_be_and_prints_as_a_table(ort: Gene
     assert json.loads(json.dumps(plan.to_dict()))[0]["chosen"] is True
     assert plan[0] is plan.chosen and plan[1:] == plan.rejected
     assert all(row.reason for row in plan)
+
+
+def test_openvino_leaves_the_engines_int8_alone() -> None:
+    artifacts = [
+        Artifact(path=p, format="onnx", precision=p, num_inference_steps=2) for p in ("fp32", "int8", "int8-cpu")
+    ]
+    parity = [record(artifact=a.path, backend=b) for a in artifacts for b in ("onnxruntime", "openvino")]
+    for wanted in ("auto", "openvino"):
+        plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, backend=wanted)
+        (against,) = [row.reason for row in plan.rejected if (row.backend, row.artifact) == ("openvino", "int8")]
+        assert against == "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu"
+        assert {row.artifact for row in plan.accepted if row.backend == "openvino"} == {"fp32", "int8-cpu"}
 
 
 def test_fp32_goes_before_other_precisions_until_measured() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import scm_sdk
 
-BACKENDS = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt"}
+BACKENDS = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt"}
 HEAVY = BACKENDS | {"numpy", "PIL", "click", "rich", "msgspec", "safetensors"}
 
 

@@ -26,6 +26,7 @@ from scm_sdk.errors import (
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
+GRAPH_BACKENDS = [name for name, info in BACKENDS.items() if "onnx" in info.opens]
 CPU_BACKENDS = sorted(name for name, info in BACKENDS.items() if not info.runs_engines)
 SPEC = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), num_classes=3, max_batch=4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,8 +45,9 @@ def graph(tmp_path: Path, linear_graph: Any) -> Path:
 
 @pytest.fixture(params=CPU_BACKENDS)
 def opened(request: pytest.FixtureRequest, unet_bundle: Path, ort: Any, reference: Any) -> Backend:
-    backend: Backend = (ort if request.param == "onnxruntime" else reference).opened(2).backend
-    return backend
+    if request.param in ("onnxruntime", "torch"):
+        return (ort if request.param == "onnxruntime" else reference).opened(2).backend
+    return open_backend(request.param, unet_bundle / "onnx/fp32/2step/model.onnx", ort.opened(2).spec, num_threads=1)
 
 
 def test_a_backend_is_what_has_three_members(opened: Backend) -> None:
@@ -93,9 +95,10 @@ def test_inputs_may_be_views_and_read_only(opened: Backend) -> None:
     np.testing.assert_array_equal(found, opened.sample([view.copy() for view in views], copies))
 
 
-def test_the_linear_graph_gives_its_formula(graph: Path) -> None:
+@pytest.mark.parametrize("backend", GRAPH_BACKENDS)
+def test_the_linear_graph_gives_its_formula(backend: str, graph: Path) -> None:
     noise, conditioning = inputs(SPEC, 3)
-    images = open_backend("onnxruntime", graph, SPEC).sample(noise, conditioning)
+    images = open_backend(backend, graph, SPEC).sample(noise, conditioning)
     shift = conditioning["class_labels"].reshape(3, 1, 1, 1) / 10
     np.testing.assert_allclose(images, 0.5 * (noise[0] + noise[1]) + shift, rtol=0, atol=1e-6)
 
@@ -148,6 +151,7 @@ def test_onnxruntime_does_not_fall_back_in_silence(graph: Path, monkeypatch: pyt
             open_backend("onnxruntime", graph, SPEC, device="cuda")
 
 
+@pytest.mark.parametrize("backend", GRAPH_BACKENDS)
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -160,27 +164,29 @@ def test_onnxruntime_does_not_fall_back_in_silence(graph: Path, monkeypatch: pyt
     ],
 )
 def test_a_graph_of_another_sampler_is_refused(
-    tmp_path: Path, linear_graph: Any, written: SamplerSpec, message: str
+    tmp_path: Path, linear_graph: Any, backend: str, written: SamplerSpec, message: str
 ) -> None:
     linear_graph(tmp_path / "model.onnx", written)
     with pytest.raises(IntegrityError, match=message):
-        open_backend("onnxruntime", tmp_path / "model.onnx", SPEC)
+        open_backend(backend, tmp_path / "model.onnx", SPEC)
 
 
-def test_a_graph_must_carry_the_manifests_spec(tmp_path: Path, linear_graph: Any) -> None:
+@pytest.mark.parametrize("backend", GRAPH_BACKENDS)
+def test_a_graph_must_carry_the_manifests_spec(backend: str, tmp_path: Path, linear_graph: Any) -> None:
     path = tmp_path / "model.onnx"
     linear_graph(path, SPEC, metadata="")
     with pytest.raises(IntegrityError, match="has no 'scm_spec' in its metadata"):
-        open_backend("onnxruntime", path, SPEC)
+        open_backend(backend, path, SPEC)
     linear_graph(path, SPEC, metadata=SamplerSpec(times=(1.5, 1.0), sample_shape=(3, 4, 4), num_classes=3).to_json())
     with pytest.raises(IntegrityError, match=r"carries the spec .*1\.0.*, expected the manifest's .*1\.1"):
-        open_backend("onnxruntime", path, SPEC)
+        open_backend(backend, path, SPEC)
 
 
-def test_a_damaged_graph_is_translated(graph: Path) -> None:
+@pytest.mark.parametrize("backend", GRAPH_BACKENDS)
+def test_a_damaged_graph_is_translated(backend: str, graph: Path) -> None:
     graph.write_bytes(graph.read_bytes()[:-30])
-    with pytest.raises(IntegrityError, match=r"onnxruntime [\d.]+ cannot load .*Export it again"):
-        open_backend("onnxruntime", graph, SPEC)
+    with pytest.raises(IntegrityError, match=rf"{backend}( [\d.]+)? cannot load .*Export it again"):
+        open_backend(backend, graph, SPEC)
 
 
 def test_a_failing_run_is_translated(graph: Path, opened: Backend) -> None:
@@ -192,11 +198,12 @@ def test_a_failing_run_is_translated(graph: Path, opened: Backend) -> None:
             backend.sample(noise, {"class_labels": np.array([0, 99])})
 
 
-def test_an_artifact_that_breaks_its_spec_is_caught(graph: Path) -> None:
-    backend: Any = open_backend("onnxruntime", graph, SPEC)
-    backend.spec = SamplerSpec(times=SPEC.times, sample_shape=(3, 4, 4), output_shape=(3, 8, 8), num_classes=3)
+@pytest.mark.parametrize("backend", GRAPH_BACKENDS)
+def test_an_artifact_that_breaks_its_spec_is_caught(backend: str, graph: Path) -> None:
+    opened: Any = open_backend(backend, graph, SPEC)
+    opened.spec = SamplerSpec(times=SPEC.times, sample_shape=(3, 4, 4), output_shape=(3, 8, 8), num_classes=3)
     with pytest.raises(BackendFailure, match=r"returned \(2, 3, 4, 4\) float32, expected \(2, 3, 8, 8\)"):
-        backend.sample(*inputs(SPEC))
+        opened.sample(*inputs(SPEC))
 
 
 def test_further_conditioning_reaches_the_graph(tmp_path: Path, linear_graph: Any) -> None:
@@ -207,6 +214,21 @@ def test_further_conditioning_reaches_the_graph(tmp_path: Path, linear_graph: An
     assert backend.sample(noise, {"prompt": np.zeros((2, 7), np.float32)}).shape == (2, 1, 2, 2)
     with pytest.raises(ShapeError, match=r"prompt is \(2, 6\) float32, expected \(2, 7\) float32"):
         backend.sample(noise, {"prompt": np.zeros((2, 6), np.float32)})
+
+
+def test_openvino_compiles_small_graphs_for_each_batch_and_large_ones_once(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip("scm_sdk.runtimes.openvino_backend")
+    monkeypatch.setattr(module, "FIXED_BATCHES", 2)
+    small: Any = open_backend("openvino", graph, SPEC)
+    by_batch = [small.sample(*inputs(SPEC, batch)) for batch in (1, 2, 4, 1)]
+    assert list(small._compiled) == [4, 1]
+    monkeypatch.setattr(module, "FIXED_BYTES", graph.stat().st_size - 1)
+    large: Any = open_backend("openvino", graph, SPEC)
+    for batch, images in zip((1, 2, 4, 1), by_batch, strict=True):
+        np.testing.assert_allclose(large.sample(*inputs(SPEC, batch)), images, rtol=0, atol=1e-6)
+    assert list(large._compiled) == [0]
 
 
 def test_torch_leaves_the_threads_as_they_were(unet_checkpoint: Path, ort: Any) -> None:
@@ -238,11 +260,12 @@ def test_a_damaged_checkpoint_is_translated(unet_checkpoint: Path, tmp_path: Pat
         open_backend("torch", folder, ort.opened(1).spec)
 
 
-def test_onnxruntime_never_imports_torch(unet_bundle: Path) -> None:
+@pytest.mark.parametrize("backend", GRAPH_BACKENDS)
+def test_graphs_run_without_torch(backend: str, unet_bundle: Path) -> None:
     code = (
         "import sys\n"
         "from scm_sdk import Generator\n"
-        f"path, options = {str(unet_bundle)!r}, dict(backend='onnxruntime', verify='full')\n"
+        f"path, options = {str(unet_bundle)!r}, dict(backend={backend!r}, verify='full')\n"
         "with Generator.from_pretrained(path, **options) as gen:\n"
         "    for kind in ('pil', 'np', 'uint8', 'raw'): gen(2, seed=0, output_type=kind)\n"
         "    gen.plan(), gen.warmup()\n"

@@ -12,6 +12,7 @@ from .._bundle_checks import is_borrowed
 from ..bundle import Bundle
 from ..dispatch import BACKENDS
 from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
+from ..examples import Examples
 from ..generator import Generator
 from ..manifest import Artifact
 from ..spec import Precision
@@ -34,6 +35,7 @@ def validate_bundle(
     threshold: float | None = None,
     min_psnr_db: float | None = None,
     reason: str = "",
+    examples: Examples | None = None,
     examine: Examine = lambda _: ("", ()),
     on_result: Callable[[Parity], object] = lambda _: None,
     on_skip: Callable[[str], object] = lambda _: None,
@@ -53,6 +55,7 @@ def validate_bundle(
         threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
         min_psnr_db: Least PSNR of lower precisions, dB; None is ``MIN_PSNR_DB``.
         reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate's own.
+        examples: What the model is told, for example prompts; None draws it.
         examine: Looks into each artifact that ran; a fault that it finds fails the comparison, whatever its numbers.
         on_result: Called with each comparison.
         on_skip: Called with a line for each artifact that cannot run here.
@@ -93,7 +96,7 @@ def validate_bundle(
             most = reference.opened().spec.max_batch
             sizes = SPLITS if batches is None else batches
             seeds = range(max([num_seeds, *(most if size is None else size for size in sizes)]))
-            run = run_reference(reference, seeds=seeds, batches=batches)
+            run = run_reference(reference, seeds=seeds, batches=batches, examples=examples)
         for backend, precision in pairs:
             least = None if precision == "fp32" else MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
             try:
