@@ -79,3 +79,10 @@ def test_image_folder(tmp_path):
 def test_fashion_mnist():
     data = load_data(DataConfig(source="fashion-mnist", label="label"))
     assert data.images.shape == (60_000, 32, 32, 1) and data.class_names[9] == "ankle boot"
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_the_held_out_part_of_fashion_mnist():
+    data = load_data(DataConfig(source="fashion-mnist-t10k", label="label"))
+    assert data.images.shape == (10_000, 32, 32, 1) and data.labels is not None
+    assert np.bincount(data.labels).tolist() == [1_000] * 10

@@ -1,5 +1,6 @@
 """The transformer: its shape, what it refuses, and its way to graphs of every precision."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
         alone = torch.cat([network(x[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(5)])
     assert together.shape == x.shape
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_double_normalization_alone_ignores_the_size_of_scales_and_shifts() -> None:
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.2]), torch.tensor([0, 2])
+    for double, alike in ((True, True), (False, False)):
+        network = randomized(msgspec.structs.replace(TINY, double_norm=double))
+        with torch.inference_mode():
+            before = network(x, t, labels)
+            network.modulation_out.weight.mul_(3)
+            network.modulation_out.bias.mul_(3)
+            after = network(x, t, labels)
+        assert torch.allclose(before, after, atol=1e-5) == alike
 
 
 def test_time_label_and_every_place_count() -> None:

@@ -32,6 +32,7 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         patch_size: Side of the squares of pixels that are one place of the trunk.
         num_classes: Class labels; 0 for none.
         dropout: Share of the MLPs' activations dropped in training.
+        double_norm: Adaptive double normalization; False normalizes the places alone, for ablations.
         time_max_period: ``max_period`` of the time embedding.
         time_fourier_scale: Scale of Fourier features of the time in its place; 0 for none. For ablations.
         guidance: Whether the guidance scale is an input.
@@ -46,6 +47,7 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     patch_size: int = 4
     num_classes: int = 0
     dropout: float = 0.0
+    double_norm: bool = True
     time_max_period: float = 10_000.0
     time_fourier_scale: float = 0.0
     guidance: bool = False
@@ -78,6 +80,7 @@ class _Block(nn.Module):
         super().__init__()
         channels, hidden = config.channels, config.mlp_ratio * config.channels
         self.num_heads = channels // config.head_channels
+        self.double_norm = config.double_norm
         self.table = nn.Parameter(torch.randn(6, channels) * 0.02)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_(nn.Conv2d(channels, channels, 1))
@@ -88,16 +91,21 @@ class _Block(nn.Module):
     def forward(self, x_BCHW: Tensor, modulation_B6C: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
         scale0, shift0, gate0, scale1, shift1, gate1 = (modulation_B6C + self.table).unbind(1)
-        h = attention(self.qkv(_modulate(x_BCHW, scale0, shift0)), self.num_heads)
+        h = attention(self.qkv(_modulate(x_BCHW, scale0, shift0, double=self.double_norm)), self.num_heads)
         x_BCHW = x_BCHW + gate0[:, :, None, None] * self.proj(h)
-        h = functional.silu(self.mlp0(_modulate(x_BCHW, scale1, shift1)))
+        h = functional.silu(self.mlp0(_modulate(x_BCHW, scale1, shift1, double=self.double_norm)))
         out: Tensor = x_BCHW + gate1[:, :, None, None] * self.mlp1(self.dropout(h))
         return out
 
 
-def _modulate(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> Tensor:
-    """Return ``pnorm(x) * pnorm(scale) + pnorm(shift)``: adaptive double normalization, place by place."""
-    return pixel_norm(x_BCHW) * pixel_norm(scale_BC)[:, :, None, None] + pixel_norm(shift_BC)[:, :, None, None]
+def _modulate(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, *, double: bool) -> Tensor:
+    """Return ``pnorm(x) * pnorm(scale) + pnorm(shift)``: adaptive double normalization, place by place.
+
+    Without ``double`` scale and shift are taken as they are; then a shift begins small, not as large as the places.
+    """
+    if double:
+        scale_BC, shift_BC = pixel_norm(scale_BC), pixel_norm(shift_BC)
+    return pixel_norm(x_BCHW) * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]
 
 
 class Transformer(Conditioned):
@@ -136,4 +144,5 @@ class Transformer(Conditioned):
         for block in self.blocks:
             h = block(h, modulation)
         scale, shift = self.modulation_out(emb).chunk(2, dim=1)
-        return functional.pixel_shuffle(self.conv_out(_modulate(h, scale, shift)), self.config.patch_size)
+        h = _modulate(h, scale, shift, double=self.config.double_norm)
+        return functional.pixel_shuffle(self.conv_out(h), self.config.patch_size)

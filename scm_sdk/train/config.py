@@ -19,8 +19,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Which images are trained on.
 
     Attributes:
-        source: ``avatars`` (shipped), ``fashion-mnist``, a folder of images, an ``.npz`` file, or a folder of tar or
-            npz shards (``shards``), which are read where they lie.
+        source: ``avatars`` (shipped), ``fashion-mnist`` or its held-out ``fashion-mnist-t10k``, a folder of images, an
+            ``.npz`` file, or a folder of tar or npz shards (``shards``), which are read where they lie.
         label: Column of labels to condition on, or "" for none. For a folder: ``folder`` names the
             classes after its sub-folders.
         rows: First and last-plus-one row that are trained on; the others are held out. (0, 0): all.

@@ -24,6 +24,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_NAMES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+FASHION_FILES = {"fashion-mnist": "train", "fashion-mnist-t10k": "t10k"}
+"""Source by source the first part of its files' names: 60,000 pictures, and the 10,000 that are held out."""
 HAIR_NAMES = (
     "blue", "black", "brown", "chestnut", "burgundy", "auburn", "light brown", "green", "dark blond", "red", "blond",
 )  # fmt: skip
@@ -99,8 +101,8 @@ def load_data(config: DataConfig) -> ImageData:
         data = replace(data, license="cc0-1.0")
         if config.label == "hairColor":
             data = replace(data, class_names=HAIR_NAMES, label_values=data.class_names)
-    elif config.source == "fashion-mnist":
-        data = replace(_read_fashion_mnist(config.label), license="mit")
+    elif config.source in FASHION_FILES:
+        data = replace(_read_fashion_mnist(FASHION_FILES[config.source], config.label), license="mit")
     elif config.source.endswith(".npz"):
         data = _read_npz(Path(config.source), config.label)
     elif holds_shards(Path(config.source)):
@@ -163,12 +165,12 @@ def _checked(images: NDArray[np.generic], source: str) -> NDArray[np.uint8] | ND
     return values
 
 
-def _read_fashion_mnist(label: str) -> ImageData:
+def _read_fashion_mnist(part: str, label: str) -> ImageData:
     folder = FASHION_MNIST
     try:
-        with gzip.open(folder / "train-images-idx3-ubyte.gz") as stream:
+        with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as stream:
             images = np.frombuffer(stream.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-        with gzip.open(folder / "train-labels-idx1-ubyte.gz") as stream:
+        with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as stream:
             labels = np.frombuffer(stream.read(), np.uint8, offset=8).astype(np.int64)
     except FileNotFoundError as exc:
         raise TrainError(
