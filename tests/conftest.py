@@ -25,7 +25,7 @@ from toy_bundles import ToyBundle, write_linear_graph
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-pytest_plugins = ["sana_fixtures"]
+pytest_plugins = ["hub_fixtures", "sana_fixtures"]
 
 # No deadline: on a busy machine the clock of one example says nothing about the code.
 # In CI the examples are the same every time, so that its verdict is the change's; a person's runs look for new ones.
