@@ -18,6 +18,7 @@ import numpy as np
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import ConfigError, ExportError, SchemaError
+from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
 from .constants import stored
@@ -46,6 +47,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         seed: Which ones.
         percentile: Share of |x| inside the range, percent; for ``percentile``.
         graph_sha256: Digest of the graph that ran.
+        conditioning: What the model was told beside labels and guidance; "" where it takes nothing else.
         ranges: Largest absolute value to represent, by the name of the node that reads it.
     """
 
@@ -55,6 +57,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     percentile: float
     graph_sha256: str
     ranges: dict[str, Annotated[float, msgspec.Meta(ge=0)]]
+    conditioning: str = ""
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal calibration."""
@@ -84,6 +87,7 @@ def calibrate(
     seed: int = 0,
     percentile: float = 99.99,
     batch_size: int = 8,
+    examples: Examples | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Calibration:
     """Measure what some nodes read.
@@ -99,6 +103,7 @@ def calibrate(
         seed: Which ones: noise is drawn from seeds ``FIRST_SEED + seed * 2**20 + i``.
         percentile: For ``percentile``, percent.
         batch_size: Pictures at once; bounds memory.
+        examples: What the model is told; None draws it.
         progress: Called with batches done and in all.
 
     Returns:
@@ -125,7 +130,7 @@ def calibrate(
     if missing:
         raise ConfigError(f"the graph has no node {sorted(missing)[0]!r}, expected names out of it.")
     seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
-    runner = Runner(model, spec, seeds, progress)
+    runner = Runner(model, spec, seeds, progress, examples)
     largest = runner.largest(nodes)
     for name, value in largest.items():
         if not np.isfinite(value):
@@ -144,6 +149,7 @@ def calibrate(
         seed=seed,
         percentile=percentile,
         graph_sha256=graph_sha256,
+        conditioning=describe_conditioning(spec, examples),
         ranges={name: float(largest[name]) for name in nodes},
     )
 
@@ -155,14 +161,29 @@ def calibration_seeds(spec: SamplerSpec, *, num_samples: int, seed: int, batch_s
     return [range(first + a, first + min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
 
 
+def describe_conditioning(spec: SamplerSpec, examples: Examples | None) -> str:
+    """Return what the model is told, for the record; "" where it takes nothing but labels and guidance."""
+    if not spec.conditioning:
+        return ""
+    if examples is not None:
+        return f"{examples.source}, sha256 {examples.sha256}"
+    return f"{', '.join(tensor.name for tensor in spec.conditioning)}: drawn from the seeds, standard normal"
+
+
 class Runner:
     """Runs a graph on all batches with more outputs than it has."""
 
     def __init__(
-        self, model: ir.Model, spec: SamplerSpec, seeds: Sequence[range], progress: Callable[[int, int], object]
+        self,
+        model: ir.Model,
+        spec: SamplerSpec,
+        seeds: Sequence[range],
+        progress: Callable[[int, int], object],
+        examples: Examples | None = None,
     ) -> None:
         self.onnxruntime: Any = require("onnxruntime", extra="onnxruntime", purpose="calibrating")
         self.model, self.spec, self.seeds, self.progress = model, spec, seeds, progress
+        self.examples = examples
 
     def largest(self, names: Sequence[str]) -> dict[str, float]:
         """Return the largest |x| that each node reads, reduced inside the graph; infinite where there is a NaN."""
@@ -237,7 +258,7 @@ class Runner:
             options.log_severity_level = 3
             session = self.onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             for i, seeds in enumerate(self.seeds):
-                yield session.run(names, feeds_of(self.spec, seeds))
+                yield session.run(names, feeds_of(self.spec, seeds, self.examples))
                 self.progress(i + 1, len(self.seeds))
 
 

@@ -30,6 +30,8 @@ _COMPUTES = re.compile(r"corr|conv(?!er)|gemm|matmul|matrixmul|\bfc", re.IGNOREC
 _FUSED = re.compile(r"__myl_(Corr|Conv|Fc)")
 """Names of fused kernels that do; a convolution of 1x1 may become a plain matrix product (``__myl_Fc...``, marked
 ``__gemm_from_conv1x1``)."""
+_UNROLLED = re.compile(r"__myl_\w*?(Slic)+(Mul)+(Add)+")
+"""Names of kernels that write a convolution of 1x1 over few channels (4 were seen) out as sums of products."""
 _WORDS = {
     "Float": "float|fp32|float32", "Half": "half|fp16|float16", "BFloat16": "bfloat16|bf16|bfp16", "Int8": "int8",
     "FP8": "fp8|e4m3|fp8_e4m3|float8",
@@ -163,6 +165,11 @@ def take_census(model: ir.Model, lines: Iterable[str]) -> Census | None:
             for node in kernel.nodes:
                 if node in built:
                     built[node].add(kernel.type)
+    for kernel in kernels:
+        if _UNROLLED.match(kernel.name):
+            for node in kernel.nodes:
+                if built.get(node) == set():  # where no other kernel multiplies it out
+                    built[node] = {kernel.type}
     found = {name: "+".join(sorted(kinds)) or NOT_FOUND for name, kinds in built.items()}
     fused = {node for kernel in kernels if "mha" in kernel.name for node in kernel.nodes}
     return Census(
@@ -213,17 +220,20 @@ def _dtype(node: ir.Node) -> str:
 
 
 def _fusible(softmax: ir.Node, batch_one: bool) -> bool:
-    """Return whether the builder has one kernel for a head of this size: 16 to 256 were seen, 8 was not.
+    """Return whether the builder has one kernel for a head of this size.
 
+    Multiples of 8 from 16 to 256 were seen, 4 and 8 were not.
     One head of one sample is two plain matrix products: no size of it was fused.
     """
     before = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+    while before is not None and before.op_type != "MatMul":  # past the scale and the mask
+        before = before.inputs[0].producer() if before.inputs[0] is not None else None
     queries = before.inputs[0] if before is not None else None
     shape = queries.shape if queries is not None else None
     size = shape[-1] if shape is not None else None
     if batch_one and shape is not None and all(n == 1 for n in shape[1:-2]):
         return False
-    return isinstance(size, int) and size % 16 == 0 and size <= 256
+    return isinstance(size, int) and size % 8 == 0 and 16 <= size <= 256
 
 
 def _is_attention(node: ir.Node) -> bool:

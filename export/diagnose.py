@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from scm_sdk.evaluate.difference import difference
+from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
 from .bisect import TOLERANCE
@@ -101,6 +102,7 @@ def diagnose(
     *,
     exact: ir.Model | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3),
+    examples: Examples | None = None,
 ) -> Diagnosis:
     """Look for what makes a graph differ from its checkpoint.
 
@@ -110,12 +112,13 @@ def diagnose(
         spec: What the sampler should be.
         exact: The float32 graph of the same sampler, to compare what is stored under no name of the checkpoint.
         seeds: Samples to look at, two or more; labels are drawn from the seeds.
+        examples: What the model is told; None draws it.
 
     Raises:
         ExportError: If the graph lacks the names.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
-    doctor = _Doctor(graph, model, spec, seeds, exact)
+    doctor = _Doctor(graph, model, spec, seeds, exact, examples)
     return Diagnosis(
         findings=tuple(doctor.findings()),
         stored=doctor.stored,
@@ -132,9 +135,10 @@ class _Doctor:
         spec: SamplerSpec,
         seeds: Sequence[int],
         exact: ir.Model | None,
+        examples: Examples | None,
     ) -> None:
         self.model, self.spec, self.seeds = model, spec, seeds
-        self.feeds = feeds_of(spec, seeds)
+        self.feeds = feeds_of(spec, seeds, examples)
         self.tolerance = TOLERANCE[graph.metadata_props.get(PRECISION_KEY, "fp32")]
         last = spec.num_inference_steps - 1
         names = [f"step{k}/{part}" for k in range(last + 1) for part in ("x_t", "network_input", "F", "x0")]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
 from .calibration import Runner, calibration_seeds
@@ -64,6 +65,7 @@ def choose_factors(
     num_samples: int = 128,
     seed: int = 0,
     batch_size: int = 8,
+    examples: Examples | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """Return the factors of each weight that gains by them, (C,) float64, by the weight's name.
@@ -75,6 +77,7 @@ def choose_factors(
         num_samples: Pictures to measure channels on, those of ``calibrate``.
         seed: Which ones.
         batch_size: Pictures at once; bounds memory.
+        examples: What the model is told; None draws it.
         progress: Called with batches done and in all.
 
     Raises:
@@ -84,7 +87,7 @@ def choose_factors(
     if not layers:
         return {}
     seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
-    channels = _measure(Runner(model, spec, seeds, progress), layers)
+    channels = _measure(Runner(model, spec, seeds, progress, examples), layers)
     readers: dict[str, list[str]] = {}
     for name, node in layers.items():
         readers.setdefault(_weight(node).name or "", []).append(name)

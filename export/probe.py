@@ -15,6 +15,7 @@ import numpy as np
 
 from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.difference import difference
+from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
 from .feeds import feeds_of
@@ -35,6 +36,7 @@ class Probe:
         num_samples: Seeds 0, 1, ... that are compared, labels in turn.
         batch_size: How many run at once; bounds memory.
         num_threads: Threads of ONNX Runtime; None leaves it the choice.
+        examples: What the model is told; None draws it.
 
     Raises:
         BackendUnavailable: If onnxruntime or onnx_ir is not installed.
@@ -49,11 +51,12 @@ class Probe:
         num_samples: int = NUM_SAMPLES,
         batch_size: int = 8,
         num_threads: int | None = None,
+        examples: Examples | None = None,
     ) -> None:
         if num_samples < 1:
             raise ConfigError(f"num_samples is {num_samples}, expected 1 or more.")
         self.spec = spec
-        self._threads = num_threads
+        self._threads, self._examples = num_threads, examples
         self._reference = reference
         batch = min(batch_size, spec.max_batch)
         self._batches = [range(a, min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
@@ -70,14 +73,14 @@ class Probe:
             UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
         """
         batches = self._batches[:1] if glance else self._batches
-        return self._psnr_db(self._run(model, [feeds_of(self.spec, seeds) for seeds in batches]))
+        return self._psnr_db(self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in batches]))
 
     def noise_rounding_db(self) -> float:
         """Return the PSNR that is left when nothing but the noise is rounded to float16, dB.
 
         It tells how much the network magnifies: an FP16 graph that rounds everything else too rarely does better.
         """
-        inputs = [feeds_of(self.spec, seeds) for seeds in self._batches]
+        inputs = [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches]
         for feeds in inputs:
             for tensor in self.spec.noise_inputs:
                 feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
@@ -85,7 +88,7 @@ class Probe:
 
     def run(self, model: ir.Model | Path) -> np.ndarray:
         """Return a graph's pictures for the probe's seeds, (N, *image_shape) float32."""
-        return self._run(model, [feeds_of(self.spec, seeds) for seeds in self._batches])
+        return self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches])
 
     def _run(self, model: ir.Model | Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:

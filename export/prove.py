@@ -14,6 +14,7 @@ from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ExportError, UnsupportedGraphError
 from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.evaluate.parity import Parity
+from scm_sdk.examples import Examples
 from scm_sdk.manifest import Artifact
 
 from .diagnose import Diagnosis, diagnose
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
 
 
-def prove(path: Path, *, on_note: Callable[[str], object] = lambda _: None, **options: Any) -> list[Parity]:
+def prove(
+    path: Path,
+    *,
+    examples: Examples | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
+    **options: Any,
+) -> list[Parity]:
     """Compare everything that can run here with the checkpoint, look into each graph, and record both.
 
     Args:
         path: The bundle.
+        examples: What the model is told, for example prompts; None draws it.
         on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked.
         **options: Those of ``validate_bundle``, without ``examine``.
 
@@ -40,7 +48,7 @@ def prove(path: Path, *, on_note: Callable[[str], object] = lambda _: None, **op
         if artifact.format != "onnx":
             return "", ()
         try:
-            found = examine_graph(bundle, artifact)
+            found = examine_graph(bundle, artifact, examples)
         except (ExportError, UnsupportedGraphError) as exc:
             on_note(f"{artifact.path} was not looked into: {exc}")
             return "", ()
@@ -48,10 +56,10 @@ def prove(path: Path, *, on_note: Callable[[str], object] = lambda _: None, **op
             on_note(f"{artifact.path} {found}")
         return found.fault, found.psnr_by_step
 
-    return validate_bundle(path, examine=examine, **options)
+    return validate_bundle(path, examine=examine, examples=examples, **options)
 
 
-def examine_graph(bundle: Bundle, artifact: Artifact) -> Diagnosis:
+def examine_graph(bundle: Bundle, artifact: Artifact, examples: Examples | None = None) -> Diagnosis:
     """Look into one graph of a bundle.
 
     Raises:
@@ -70,4 +78,5 @@ def examine_graph(bundle: Bundle, artifact: Artifact) -> Diagnosis:
         model,
         bundle.spec(steps),
         exact=None if exact is None else read_model(bundle.file(exact.path)),
+        examples=examples,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from scm_sdk._version import __version__
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, UnsupportedGraphError
+from scm_sdk.examples import Examples
 from scm_sdk.extend import Draft, extend_bundle, recipe_of
 from scm_sdk.files import atomic_write_bytes, sha256_bytes
 from scm_sdk.manifest import Artifact
@@ -68,6 +69,7 @@ def add_precision(
     target_db: float | None = None,
     steps: Sequence[int] = (),
     num_samples: int = 32,
+    examples: Examples | None = None,
     progress: Progress = lambda _: None,
 ) -> list[Variant]:
     """Add the FP16 or BF16 form of a bundle's fp32 graphs.
@@ -78,6 +80,7 @@ def add_precision(
         target_db: Least PSNR, dB: blocks become islands until it is reached. Only fp16, which a CPU can run.
         steps: Only graphs with these numbers of steps; () is all.
         num_samples: Pictures for the quick look and the search; 0 looks at none, for graphs that run for minutes.
+        examples: What the model is told in those pictures; None draws it.
         progress: Called with a few words for each stage.
 
     Returns:
@@ -90,6 +93,8 @@ def add_precision(
     """
     bundle = Bundle.open(path)
     options = {"plan": sha256_bytes(plan.to_json()), "target_db": target_db}
+    if examples is not None and target_db is not None:  # they decide then what stays float32
+        options["examples"] = examples.sha256
     sources = fp32_sources(bundle, steps, options)
     if unchanged := unchanged_variants(bundle, sources, plan.precision):
         return unchanged
@@ -97,7 +102,9 @@ def add_precision(
         raise ConfigError("num_samples is 0, expected 1 or more with target_db: islands are found by their pictures.")
     models = [read_model(source.graph) for source in sources]
     plan = plan.with_islands(*(island for island in own_islands(models[0]) if island not in plan.islands))
-    probes = [Probe(s.graph, s.spec, num_samples=num_samples) if num_samples else None for s in sources]
+    probes = [
+        Probe(s.graph, s.spec, num_samples=num_samples, examples=examples) if num_samples else None for s in sources
+    ]
     if target_db is not None:
         for model, probe in zip(models, probes, strict=True):  # one plan for all: each goes on from the last
             assert probe is not None

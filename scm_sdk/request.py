@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, ShapeError
+from .examples import Examples
 from .noise import check_seed, draw_noise, standard_normal
 from .spec import SamplerSpec
 
@@ -122,17 +123,21 @@ def make_request(
     return Request(spec=spec, seeds=seeds, noise=arrays, conditioning=known)
 
 
-def make_example(spec: SamplerSpec, seeds: Sequence[int], *, class_labels: Labels | None = None) -> Request:
+def make_example(
+    spec: SamplerSpec, seeds: Sequence[int], *, class_labels: Labels | None = None, examples: Examples | None = None
+) -> Request:
     """Make the request of a check or a measurement, for which nobody gives the model's own inputs.
 
-    Those are standard normal, drawn from the seed as noise is, at steps from 2^31 on; whole numbers are 0. A guidance
-    scale without a default is the lowest.
+    Those are a row of ``examples``, or standard normal, drawn from the seed as noise is, at steps from 2^31 on; whole
+    numbers are 0. A guidance scale without a default is the lowest.
 
     Raises:
         ConfigError: If a seed or a label is out of its range.
     """
-    drawn: dict[str, np.ndarray] = {}
+    drawn = examples.rows(seeds) if examples is not None else {}
     for i, tensor in enumerate(spec.conditioning):
+        if tensor.name in drawn:
+            continue
         if tensor.kind == "values" and tensor.dtype == "float32":
             drawn[tensor.name] = np.stack([standard_normal(seed, _EXAMPLE_STEP + i, tensor.shape) for seed in seeds])
         elif tensor.kind == "values":

@@ -53,6 +53,35 @@ def test_one_head_of_one_sample_is_planned_as_plain_products(heads: int, batch_o
     assert (planned.attention, planned.attention_fused) == (1, fused)
 
 
+@pytest.mark.parametrize(("kernel", "seen"), [("SlicSlicMulMulAddAddReshTran", 1), ("CastReshTran", 0)])
+def test_a_convolution_of_few_channels_may_be_written_out(kernel: str, seen: int) -> None:
+    """As TensorRT-RTX 1.7.1 builds a 1x1 convolution of 4 channels; a kernel that only prepares it is another."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        embed (float16[batch,4,8,8] x, float16[8,4,1,1] w) => (float16[batch,8,8,8] y) { y = Conv (x, w) }"""
+    model = ir.from_onnx_text(text)
+    model.graph[0].name = "step0/proj/Conv"
+    line = (
+        f"Name: __myl_{kernel}_myl0_7, LayerType: kgen, Inputs: [ {{ Name: x, Datatype: Half }}], Constants: [ "
+        "{ Datatype: Half }], Outputs: [ { Datatype: Half }], TacticName: , Metadata: [ONNX Layer: step0/proj/Conv]"
+    )
+    census = take_census(model, [line])
+    assert census is not None and census.convolutions == {"Half" if seen else "not found": 1}
+
+
+@pytest.mark.parametrize(("size", "fused"), [(4, 0), (8, 0), (16, 1), (40, 1), (72, 1), (112, 1), (20, 0)])
+def test_the_size_of_a_head_is_read_behind_the_mask(size: int, fused: int) -> None:
+    """As TensorRT-RTX 1.7.1 builds SANA's attention to a prompt, of 72 and 112, and its tests' of 4; 16 tokens each."""
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        attend (float16[batch,2,64,{size}] q, float16[batch,2,{size},16] k, float16[batch,2,16,{size}] v,
+                float16[batch,1,1,16] m) => (float16[batch,2,64,{size}] y)
+            <float16[batch,2,64,16] l, float16[batch,2,64,16] a, float16[batch,2,64,16] p>
+        {{ l = MatMul (q, k) a = Add (l, m) p = Softmax <axis = -1> (a) y = MatMul (p, v) }}"""
+    planned, _, _ = planned_census(ir.from_onnx_text(text))
+    assert (planned.attention, planned.attention_fused) == (1, fused)
+
+
 def test_a_1x1_convolution_may_become_a_matrix_product(graphs: Path) -> None:
     """As TensorRT-RTX 1.7.1 builds the attention's projections of a network with 256 channels at 16x16."""
     model = read_model(graph(graphs, "fp16"))

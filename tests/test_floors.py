@@ -36,6 +36,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"model"}, {"msgspec", "numpy", "torch", "safetensors"}),
     ({"train"}, {"filelock", "msgspec", "numpy", "torch", "safetensors"}),
     ({"prompting"}, {"numpy"}),
+    ({"examples"}, {"numpy"}),
     ({"dispatch", "request", "sources"}, {"msgspec", "numpy"}),
     ({"measured", "output", "refusal"}, {"msgspec", "numpy"}),
     ({"opened"}, {"numpy"}),

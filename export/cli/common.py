@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -40,6 +41,14 @@ class ScmGroup(click.Group):
 def json_option(command: Command) -> Command:
     """Add ``--json``: machine-readable output on stdout, everything else on stderr."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+
+
+def prompts_option(command: Command) -> Command:
+    """Add ``--prompts``: what a model of prompts is told while it is measured or compared."""
+    return click.option(
+        "--prompts", type=click.Path(path_type=Path), metavar="FILE",
+        help="Prompts, one a line, or a .safetensors file of the model's inputs; drawn at random when absent.",
+    )(command)  # fmt: skip
 
 
 def print_json(value: object) -> None:

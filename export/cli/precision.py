@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, say
+from .common import json_option, print_json, prompts_option, say
 
 if TYPE_CHECKING:
     from ..precision import LowPrecision
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
               help="Islands of your own: an edited precision/<p>.json.")  # fmt: skip
 @click.option("--target-psnr", type=float, help="dB; find the fewest blocks that must stay fp32 to reach it.")
 @click.option("--num-samples", type=click.IntRange(1), default=32, help="Pictures for the quick look.")
+@prompts_option
 @json_option
 def precision(
     bundle: Path, precisions: tuple[LowPrecision, ...], steps: tuple[int, ...], plan_file: Path | None,
-    target_psnr: float | None, num_samples: int, as_json: bool,
+    target_psnr: float | None, num_samples: int, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Add FP16 or BF16 graphs to BUNDLE; the plan of what stays float32 lies in BUNDLE/precision/.
 
@@ -33,9 +34,11 @@ def precision(
     scm-export precision avatars
     scm-export precision avatars --to fp16 --to bf16
     """
+    from ..feeds import bundle_examples
     from ..precision import PrecisionPlan, default_plan
     from ..variants import add_precision
 
+    examples = None if prompts is None else bundle_examples(bundle, prompts)
     plans = [default_plan(p) for p in precisions]
     if plan_file is not None:
         plans = [PrecisionPlan.from_json(plan_file.read_bytes())]
@@ -44,7 +47,7 @@ def precision(
         for plan in plans
         for variant in add_precision(
             bundle, plan, target_db=target_psnr, steps=steps, num_samples=num_samples,
-            progress=lambda stage: say(f"  {stage} …"),
+            examples=examples, progress=lambda stage: say(f"  {stage} …"),
         )
     ]  # fmt: skip
     report(variants, bundle, as_json=as_json)

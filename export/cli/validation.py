@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, say
+from .common import json_option, print_json, prompts_option, say
 from .located import model_argument
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     metavar="FOLDER",
     help="Say what is wrong with a graph that fails and at which node it begins; pictures into FOLDER.",
 )
+@prompts_option
 @json_option
 def validate(
     bundle: Path, backends: tuple[str, ...], precisions: tuple[Precision, ...], steps: tuple[int, ...], num_seeds: int,
     batches: tuple[int, ...], threshold: float | None, min_psnr: float | None, reason: str, folder: Path | None,
-    as_json: bool,
+    prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold each graph and engine of BUNDLE against its PyTorch checkpoint, record it, exit 3 on failure.
 
@@ -49,6 +50,7 @@ def validate(
     from scm_sdk._bundle_checks import is_borrowed
     from scm_sdk.evaluate.contract import check_budgets
 
+    from ..feeds import bundle_examples
     from ..prove import prove
 
     if is_borrowed(bundle):
@@ -56,6 +58,7 @@ def validate(
     results = prove(
         bundle, backends=backends, precisions=precisions, steps=steps, num_seeds=num_seeds, batches=batches or None,
         threshold=threshold, min_psnr_db=min_psnr, reason=reason,
+        examples=None if prompts is None else bundle_examples(bundle, prompts),
         on_result=lambda parity: None if as_json else say(summary(parity)),
         on_skip=lambda line: say(f"skip  {line}"), on_note=lambda line: say(f"      {line}"),
     )  # fmt: skip

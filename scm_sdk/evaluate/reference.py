@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..dispatch import Backend
 from ..errors import ConfigError
+from ..examples import Examples
 from ..generator import Generator
 from ..request import Request, make_example
 from ..spec import SamplerSpec
@@ -79,6 +80,7 @@ def run_reference(
     batches: Sequence[int | None] | None = None,
     num_inference_steps: int | None = None,
     most: int | None = None,
+    examples: Examples | None = None,
 ) -> ReferenceRun:
     """Run a reference on what candidates will be compared on.
 
@@ -87,6 +89,7 @@ def run_reference(
         seeds: The samples; None is 0..31, or as many as the largest batch. Labels are drawn from the seeds.
         batches: Batch splits to run, None among them is the largest; None is 1, 3 and the largest.
         num_inference_steps: Which sampler of a generator; None is its default.
+        examples: What the model is told; None draws it.
         most: Largest batch, if the candidates allow less than the reference.
 
     Raises:
@@ -94,7 +97,9 @@ def run_reference(
         BackendError: If it cannot run.
     """
     side = Side.of(reference, num_inference_steps)
-    sizes, request = _request(side.spec, seeds, batches, min(side.spec.max_batch, most or side.spec.max_batch))
+    sizes, request = _request(
+        side.spec, seeds, batches, min(side.spec.max_batch, most or side.spec.max_batch), examples
+    )
     images = {size: side.run(request, size) for size in sizes}
     floor = _floor(images, side, reference, request)
     return ReferenceRun(side.spec, side.name, side.artifact, request, images, floor)
@@ -156,7 +161,11 @@ def _beside_float64(side: Side, images: NDArray[np.float32], request: Request) -
 
 
 def _request(
-    spec: SamplerSpec, seeds: Sequence[int] | None, batches: Sequence[int | None] | None, most: int
+    spec: SamplerSpec,
+    seeds: Sequence[int] | None,
+    batches: Sequence[int | None] | None,
+    most: int,
+    examples: Examples | None,
 ) -> tuple[list[int], Request]:
     if batches is None:
         batches = [size for size in SPLITS if size is None or size <= most]
@@ -166,4 +175,4 @@ def _request(
     chosen = list(range(max(NUM_SEEDS, *sizes, 1))) if seeds is None else list(seeds)
     if len(chosen) < max(sizes):
         raise ConfigError(f"seeds holds {len(chosen)}, expected at least {max(sizes)}, the largest batch.")
-    return sizes, make_example(spec, chosen)
+    return sizes, make_example(spec, chosen, examples=examples)
