@@ -268,3 +268,11 @@ def edm_pickle() -> Callable[..., dict[str, Any]]:
     from edm_pickles import write_edm_pickle
 
     return write_edm_pickle
+
+
+@pytest.fixture
+def pkl(edm_pickle: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
+    """Return such a pickle."""
+    path = tmp_path / "network-snapshot-0001024-0.050.pkl"
+    edm_pickle(path)
+    return path
