@@ -16,9 +16,8 @@ from pathlib import Path
 
 from ._bundle_checks import MANIFEST_MAX_BYTES, check_content, check_manifest, read_manifest
 from .errors import BundleError, IntegrityError, SchemaError
-from .files import atomic_file, atomic_folder, check_relative, safe_join, sha256_file
+from .files import atomic_file, atomic_folder, check_relative, safe_join
 from .manifest import MANIFEST_NAME, Manifest
-from .user_cache import UNPACKED, cache_folder
 
 SUFFIX = ".scmz"
 MAX_MEMBERS = 4096
@@ -76,18 +75,6 @@ def unpack(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwri
         for entry in read_manifest(folder).files:
             check_content(folder, entry)
     return out
-
-
-def unpacked(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of a ``.scmz`` file's bundle in the user's cache; it is unpacked once.
-
-    Raises:
-        BundleError: As ``unpack``.
-    """
-    folder = cache_folder() / UNPACKED / sha256_file(path)[:32]
-    if not (folder / MANIFEST_NAME).is_file():
-        unpack(path, folder, overwrite=True)
-    return folder
 
 
 @contextmanager

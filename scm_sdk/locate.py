@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .archive import SUFFIX, unpacked
+from .archive import SUFFIX
 from .errors import BundleError, ConfigError
 from .hub import fetch, is_repo_id
+from .unpacked import unpacked
 
 
 def locate(path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Path:

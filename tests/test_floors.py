@@ -27,6 +27,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"noise", "images", "manifest", "goldens"}, {"msgspec", "numpy"}),
     ({"_bundle_checks", "_roles", "build_record", "card", "scheduler"}, {"msgspec"}),
     ({"archive", "hub"}, set()),
+    ({"unpacked"}, set()),
     ({"locate"}, set()),
     ({"pickles"}, {"msgspec", "numpy"}),
     ({"trt"}, set()),

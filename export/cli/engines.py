@@ -159,22 +159,33 @@ def targets(as_json: bool) -> None:
 
 @click.group()
 def cache() -> None:
-    """Engines that were built before, in the user's cache folder."""
+    """Engines that were built before and bundles out of .scmz files, in the user's cache folder.
+
+    What hub ids brought lies in huggingface_hub's own cache: hf cache ls, hf cache prune.
+    """
 
 
 @cache.command("ls")
 @json_option
 def cache_ls(as_json: bool) -> None:
     """List them, the longest unused first."""
+    from scm_sdk import unpacked
+
     from ..engine_cache import engines_folder, entries
 
-    found = entries()
+    found, bundles = entries(), unpacked.entries()
     if as_json:
-        print_json([{"key": e.key, "bytes": e.bytes, "used": e.used, "folder": e.folder} for e in found])
+        kinds = [("engine", entry) for entry in found] + [("bundle", entry) for entry in bundles]
+        print_json([
+            {"kind": kind, "key": e.key, "bytes": e.bytes, "used": e.used, "folder": e.folder} for kind, e in kinds
+        ])  # fmt: skip
         return
     for entry in found:
         say(f"  {entry.key[:12]}  {entry.bytes / 1e6:8.1f} MB  {_what(entry.record)}")
+    for bundle in bundles:
+        say(f"  {bundle.key[:12]}  {bundle.bytes / 1e6:8.1f} MB  bundle {bundle.name or '(unfinished)'}")
     say(f"{len(found)} engines, {sum(e.bytes for e in found) / 1e6:.1f} MB in {engines_folder()}")
+    say(f"{len(bundles)} bundles, {sum(e.bytes for e in bundles) / 1e6:.1f} MB in {unpacked.unpacked_folder()}")
 
 
 @cache.command("verify")
@@ -199,11 +210,20 @@ def cache_verify() -> None:
 @click.option("--max-size", type=click.FloatRange(0), help="MB that may stay.")
 @click.option("--max-age", type=click.FloatRange(0), help="Days since last use.")
 def cache_gc(max_size: float | None, max_age: float | None) -> None:
-    """Remove the damaged, those unused for long, then the longest unused until the rest is small enough."""
-    from ..engine_cache import collect_garbage
+    """Remove the damaged, those unused for long, then the longest unused until the rest is small enough.
 
-    removed = collect_garbage(max_bytes=None if max_size is None else int(max_size * 1e6), max_age_days=max_age)
+    Where it must become smaller, bundles go before engines: unpacking takes seconds, building minutes.
+    """
+    from scm_sdk import unpacked
+
+    from ..engine_cache import collect_garbage, entries
+
+    limit = None if max_size is None else int(max_size * 1e6)
+    room = None if limit is None else max(0, limit - sum(entry.bytes for entry in entries()))
+    bundles = unpacked.collect_garbage(max_bytes=room, max_age_days=max_age)
+    removed = collect_garbage(max_bytes=limit, max_age_days=max_age)
     say(f"removed {len(removed)} engines, {sum(e.bytes for e in removed) / 1e6:.1f} MB")
+    say(f"removed {len(bundles)} bundles, {sum(e.bytes for e in bundles) / 1e6:.1f} MB")
 
 
 def _what(record: object) -> str:

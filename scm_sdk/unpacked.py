@@ -1,0 +1,116 @@
+"""Bundles that ``.scmz`` files held, in the user's cache: unpacked once, found again by the file's sha256."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ._bundle_checks import check_content, read_manifest
+from .archive import unpack
+from .errors import ScmError
+from .files import sha256_file
+from .manifest import MANIFEST_NAME
+from .user_cache import UNPACKED, cache_folder
+
+_ABANDONED_DAYS = 1.0
+"""A folder that is still being filled after this long was left by a process that was killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One unpacked bundle.
+
+    Attributes:
+        key: Of the file it came from, the first half of its sha256.
+        folder: Where it lies.
+        name: Of the bundle; "" if its manifest cannot be read.
+        bytes: Its size.
+        used: When it was last opened, seconds since the epoch.
+    """
+
+    key: str
+    folder: Path
+    name: str
+    bytes: int
+    used: float
+
+
+def unpacked_folder() -> Path:
+    """Return where the entries lie."""
+    return cache_folder() / UNPACKED
+
+
+def unpacked(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a ``.scmz`` file's bundle in the user's cache; it is unpacked once.
+
+    Raises:
+        BundleError: As ``archive.unpack``.
+    """
+    folder = unpacked_folder() / sha256_file(path)[:32]
+    if not (folder / MANIFEST_NAME).is_file():
+        unpack(path, folder, overwrite=True)
+    os.utime(folder, ns=(time.time_ns(),) * 2)  # finer than the file system's own clock
+    return folder
+
+
+def entries() -> list[Entry]:
+    """Return what is there, the longest unused first; what a killed process left among it."""
+    if not unpacked_folder().is_dir():
+        return []
+    found = [_read(path) for path in unpacked_folder().iterdir() if path.is_dir()]
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
+    """Remove the damaged, those unused for long, and then the longest unused until the rest is small enough.
+
+    Every file is hashed again.
+
+    Args:
+        max_bytes: What may stay in all; None is no limit.
+        max_age_days: Days since an entry was opened; None is no limit.
+
+    Returns:
+        What was removed. Whoever has such a file opens it again as if for the first time.
+    """
+    kept: list[Entry] = []
+    removed: list[Entry] = []
+    for entry in entries():
+        days = (time.time() - entry.used) / 86400
+        limit = _ABANDONED_DAYS if entry.key.startswith(".") else max_age_days if _is_whole(entry.folder) else 0.0
+        (removed if limit is not None and days >= limit else kept).append(entry)
+    total = sum(entry.bytes for entry in kept)
+    for entry in kept:
+        if max_bytes is not None and total > max_bytes and not entry.key.startswith("."):
+            removed.append(entry)
+            total -= entry.bytes
+    for entry in removed:
+        away = entry.folder.with_name(f".{entry.key.strip('.')}.removed")
+        try:
+            os.replace(entry.folder, away)  # first out of sight: nobody opens half a bundle
+        except OSError:
+            away = entry.folder
+        shutil.rmtree(away, ignore_errors=True)
+    return removed
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        for entry in read_manifest(folder).files:
+            check_content(folder, entry)
+    except ScmError:
+        return False
+    return True
+
+
+def _read(folder: Path) -> Entry:
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    try:
+        name = "" if folder.name.startswith(".") else read_manifest(folder).name
+    except ScmError:
+        name = ""
+    used = folder.stat().st_mtime
+    return Entry(key=folder.name, folder=folder, name=name, bytes=sum(stat.st_size for stat in files), used=used)
