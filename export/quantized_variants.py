@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,18 +12,28 @@ import msgspec
 
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError
+from scm_sdk.examples import Examples
 from scm_sdk.extend import Draft, extend_bundle
 from scm_sdk.files import atomic_write_bytes, sha256_bytes, sha256_file
 
 from .adopt import adopt_quantized
-from .calibration import Calibration, Method, calibrate
+from .calibration import Calibration, Method, calibrate, describe_conditioning
 from .equalize import choose_factors, equalize
 from .precision import LowPrecision, PrecisionPlan, apply_precision, default_plan
 from .probe import Probe
 from .quantize import QuantizePlan, choose_layers, default_quantize_plan, quantize
 from .quantize_cpu import quantize_for_cpu
-from .sensitivity import exclude_to_target
-from .variants import Progress, Source, Variant, add_graph, fp32_sources, unchanged_variants
+from .sensitivity import Quantizer, exclude_to_target
+from .variants import (
+    Progress,
+    Source,
+    Variant,
+    add_graph,
+    first_graph,
+    fp32_sources,
+    own_islands,
+    unchanged_variants,
+)
 from .write import read_model
 
 if TYPE_CHECKING:
@@ -37,14 +48,14 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """How INT8 is made.
 
     Attributes:
-        precision: ``int8`` for engines, ``int8-cpu`` for ONNX Runtime on CPUs.
+        precision: ``int8`` for engines, ``int8-cpu`` for ONNX Runtime and OpenVINO on CPUs.
         base: What the rest of the graph computes in; ``int8-cpu`` takes fp32 alone.
         plan: Which layers are not quantized; None is ``default_quantize_plan``.
         method: How ranges are chosen; ``int8-cpu`` takes ``minmax`` alone.
         percentile: For ``percentile``, percent.
         num_samples: Pictures to calibrate on.
         seed: Which ones.
-        target_db: Least PSNR, dB: layers are excluded until it is reached; ``int8`` alone.
+        target_db: Least PSNR, dB: layers are excluded until it is reached.
         equalize: Whether channels are made equally large first (``equalize``); ``int8`` alone.
     """
 
@@ -59,10 +70,10 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     equalize: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision == "int8-cpu" and (self.method != "minmax" or self.target_db is not None):
+        if self.precision == "int8-cpu" and self.method != "minmax":
             raise ConfigError(
-                f"int8-cpu was asked for with method {self.method} and target {self.target_db}, expected minmax and no "
-                "target: ONNX Runtime's own quantizer makes it. Use --exclude, or int8."
+                f"int8-cpu was asked for with method {self.method}, expected minmax: ONNX Runtime's own quantizer "
+                "makes it."
             )
 
 
@@ -71,6 +82,7 @@ def add_int8(
     options: QuantizeOptions | None = None,
     *,
     steps: Sequence[int] = (),
+    examples: Examples | None = None,
     progress: Progress = lambda _: None,
 ) -> list[Variant]:
     """Add the INT8 form of a bundle's graphs, calibrated on the sampler's own states.
@@ -79,6 +91,7 @@ def add_int8(
         path: The bundle.
         options: How; the defaults when absent.
         steps: Only graphs with these numbers of steps; () is all.
+        examples: What the model is told while it is measured, for example prompts; None draws it.
         progress: Called with a few words for each stage.
 
     Raises:
@@ -92,36 +105,17 @@ def add_int8(
     if options.precision == "int8" and options.base != "fp32":
         base_plan = _base_plan(bundle, options.base)
     recipe = msgspec.to_builtins(options) | {"base_plan": sha256_bytes(base_plan.to_json()) if base_plan else ""}
+    if examples is not None:
+        recipe["examples"] = examples.sha256
     sources = fp32_sources(bundle, steps, recipe)
     if unchanged := unchanged_variants(bundle, sources, options.precision):
         return unchanged
     plan = options.plan or default_quantize_plan(read_model(sources[-1].graph))
-    probes = [Probe(source.graph, source.spec) for source in sources]
-    made: list[tuple[ir.Model, Calibration | None]] = []
+    probes = [Probe(source.graph, source.spec, examples=examples) for source in sources]
     if options.precision == "int8-cpu":
-        for source in sources:
-            progress(f"quantize for CPUs, {source.num_inference_steps} steps")
-            model = quantize_for_cpu(
-                source.graph, source.spec, plan, num_samples=options.num_samples, seed=options.seed
-            )
-            made.append((model, None))
+        plan, made = _make_for_cpu(sources, probes, plan, options, examples, progress)
     else:
-        bases, calibrations = [], []
-        for source, probe in zip(sources, probes, strict=True):
-            full = read_model(source.graph)
-            base = full if base_plan is None else apply_precision(full, base_plan)
-            progress(f"calibrate, {source.num_inference_steps} steps")
-            factors = _factors(full, source, plan, options)
-            names = choose_layers(full, plan).quantized
-            calibration = _calibrate(equalize(full, names, factors), source, plan, options)
-            if options.target_db is not None:  # one plan for all: each goes on from the last
-                equal = equalize(base, names, factors)
-                plan = exclude_to_target(equal, calibration, plan, probe, options.target_db, progress=progress)
-            bases.append((base, factors))
-            calibrations.append(calibration)
-        for (base, factors), calibration in zip(bases, calibrations, strict=True):
-            equal = equalize(base, choose_layers(base, plan).quantized, factors)
-            made.append((quantize(equal, calibration, plan), calibration))
+        plan, made = _make_for_engines(sources, probes, plan, base_plan, options, examples, progress)
     with extend_bundle(path) as draft:
         plan_path = f"precision/{options.precision}.json"
         atomic_write_bytes(draft.path(plan_path), plan.to_json())
@@ -131,6 +125,8 @@ def add_int8(
             files = [plan_path, *_write_calibration(draft, source, measured)]
             layers = choose_layers(read_model(source.graph), plan)
             notes = [f"{layers.share()} in int8", *(f"not {name}: {why}" for name, why in _left_out(layers.left))]
+            if (told := describe_conditioning(source.spec, examples)) and examples is None:
+                notes.append(f"calibrated on {told}: give --prompts for ranges of real ones")
             variants.append(add_graph(draft, model, source, options.precision, probe, built_from=files, notes=notes))
     return variants
 
@@ -158,22 +154,86 @@ def add_foreign_int8(path: str | os.PathLike[str], graph: Path, *, steps: int) -
         return add_graph(draft, model, source, "int8", probe, built_from=[], notes=[f"adopted from {graph.name}"])
 
 
+_Made = tuple[QuantizePlan, "list[tuple[ir.Model, Calibration | None]]"]
+
+
+def _make_for_cpu(
+    sources: Sequence[Source],
+    probes: Sequence[Probe],
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    examples: Examples | None,
+    progress: Progress,
+) -> _Made:
+    """Return the plan, with what the target leaves out, and the graph of each source."""
+
+    def quantizer(source: Source) -> Quantizer:
+        return lambda plan: quantize_for_cpu(
+            read_model(source.graph), source.spec, plan, num_samples=options.num_samples, seed=options.seed,
+            examples=examples,
+        )  # fmt: skip
+
+    for source, probe in zip(sources, probes, strict=True):
+        progress(f"quantize for CPUs, {source.num_inference_steps} steps")
+        if options.target_db is not None:  # one plan for all: each goes on from the last
+            full = read_model(source.graph)
+            plan = exclude_to_target(full, quantizer(source), plan, probe, options.target_db, progress=progress)
+    return plan, [(quantizer(source)(plan), None) for source in sources]
+
+
+def _make_for_engines(
+    sources: Sequence[Source],
+    probes: Sequence[Probe],
+    plan: QuantizePlan,
+    base_plan: PrecisionPlan | None,
+    options: QuantizeOptions,
+    examples: Examples | None,
+    progress: Progress,
+) -> _Made:
+    """Return the plan, with what the target leaves out, and the graph and ranges of each source."""
+    measured = []
+    for source, probe in zip(sources, probes, strict=True):
+        full = read_model(source.graph)
+        base = full if base_plan is None else apply_precision(full, base_plan)
+        progress(f"calibrate, {source.num_inference_steps} steps")
+        factors = _factors(full, source, plan, options, examples)
+        names = choose_layers(full, plan).quantized
+        calibration = _calibrate(equalize(full, names, factors), source, plan, options, examples)
+        if options.target_db is not None:  # one plan for all: each goes on from the last
+            equal = equalize(base, names, factors)
+            quantizer = partial(quantize, equal, calibration)
+            plan = exclude_to_target(equal, quantizer, plan, probe, options.target_db, progress=progress)
+        measured.append((base, factors, calibration))
+    made: list[tuple[ir.Model, Calibration | None]] = []
+    for base, factors, calibration in measured:
+        equal = equalize(base, choose_layers(base, plan).quantized, factors)
+        made.append((quantize(equal, calibration, plan), calibration))
+    return plan, made
+
+
 def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
     """Return the plan that the bundle's own graph of the base was made by, or the default one."""
     path = f"precision/{base}.json"
     if any(entry.path == path for entry in bundle.manifest.files):
         return PrecisionPlan.from_json(bundle.file(path).read_bytes())
-    return default_plan("bf16" if base == "bf16" else "fp16")
+    model = first_graph(bundle.path)
+    return default_plan("bf16" if base == "bf16" else "fp16").with_islands(*own_islands(model))
 
 
-def _factors(model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions) -> dict[str, np.ndarray]:
+def _factors(
+    model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions, examples: Examples | None
+) -> dict[str, np.ndarray]:
     if not options.equalize:
         return {}
     layers = choose_layers(model, plan).quantized
-    return choose_factors(model, layers, source.spec, num_samples=options.num_samples, seed=options.seed)
+    return choose_factors(
+        model, layers, source.spec, num_samples=options.num_samples, seed=options.seed, examples=examples
+    )
 
 
-def _calibrate(model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions) -> Calibration:
+def _calibrate(
+    model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions, examples: Examples | None
+) -> Calibration:
     return calibrate(
         model,
         choose_layers(model, plan).quantized,
@@ -183,6 +243,7 @@ def _calibrate(model: ir.Model, source: Source, plan: QuantizePlan, options: Qua
         num_samples=options.num_samples,
         seed=options.seed,
         percentile=options.percentile,
+        examples=examples,
     )
 
 

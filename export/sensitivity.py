@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 from scm_sdk.errors import ParityError
 
-from .calibration import Calibration
 from .islands import smallest_set
 from .probe import Probe
-from .quantize import Exclusion, QuantizePlan, choose_layers, quantize
+from .quantize import Exclusion, QuantizePlan, choose_layers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _STEP = re.compile(r"^step\d+/")
 Progress = Callable[[str], object]
+Quantizer = Callable[[QuantizePlan], "ir.Model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,13 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: ir.Model, calibration: Calibration, plan: QuantizePlan, probe: Probe, *, progress: Progress = lambda _: None
+    model: ir.Model, quantized: Quantizer, plan: QuantizePlan, probe: Probe, *, progress: Progress = lambda _: None
 ) -> Sensitivity:
     """Quantize each layer of a plan alone.
 
     Args:
-        model: The graph to quantize, FP16 as a rule.
-        calibration: Its ranges.
+        model: The graph to quantize.
+        quantized: Quantizes it by a plan.
         plan: Which layers.
         probe: Made from the float32 graph of the same sampler.
         progress: Called with a line for each layer.
@@ -54,7 +54,7 @@ def sensitivity(
     found = {}
     for pattern in patterns:
         others = [Exclusion(pattern=other, reason="one at a time") for other in patterns if other != pattern]
-        found[pattern] = probe.psnr_db(quantize(model, calibration, plan.excluding(*others)), glance=True)
+        found[pattern] = probe.psnr_db(quantized(plan.excluding(*others)), glance=True)
         progress(f"{pattern} alone in int8: {found[pattern]:.1f} dB")
     return Sensitivity(
         base_db=probe.psnr_db(model), layers_db={p: found[p] for p in sorted(found, key=found.__getitem__)}
@@ -63,7 +63,7 @@ def sensitivity(
 
 def exclude_to_target(
     model: ir.Model,
-    calibration: Calibration,
+    quantized: Quantizer,
     plan: QuantizePlan,
     probe: Probe,
     target_db: float,
@@ -73,8 +73,8 @@ def exclude_to_target(
     """Exclude the fewest layers that bring the pictures to a PSNR.
 
     Args:
-        model: The graph to quantize, FP16 as a rule.
-        calibration: Its ranges.
+        model: The graph to quantize.
+        quantized: Quantizes it by a plan.
         plan: Where to begin.
         probe: Made from the float32 graph of the same sampler.
         target_db: PSNR to reach, dB.
@@ -86,11 +86,11 @@ def exclude_to_target(
     Raises:
         ParityError: If the target is out of reach with no layer quantized at all.
     """
-    start = probe.psnr_db(quantize(model, calibration, plan))
+    start = probe.psnr_db(quantized(plan))
     progress(f"as planned: {start:.1f} dB")
     if start >= target_db:
         return plan
-    table = sensitivity(model, calibration, plan, probe, progress=progress)
+    table = sensitivity(model, quantized, plan, probe, progress=progress)
     if table.base_db < target_db:
         raise ParityError(
             f"the graph has {table.base_db:.1f} dB with no layer in int8, expected {target_db:.1f} dB. Lower the "
@@ -104,7 +104,7 @@ def exclude_to_target(
         return plan.excluding(*(Exclusion(pattern=p, reason=reason) for p, reason in reasons.items()))
 
     def passes(patterns: list[str]) -> bool:
-        found = probe.psnr_db(quantize(model, calibration, plan_without(patterns)))
+        found = probe.psnr_db(quantized(plan_without(patterns)))
         progress(f"{len(patterns)} of {len(table.layers_db)} layers excluded: {found:.1f} dB")
         return found >= target_db
 

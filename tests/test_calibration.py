@@ -69,7 +69,7 @@ def test_a_plan_that_leaves_nothing_is_refused(fp32, spec, unet_bundle: Path) ->
         calibrate(fp32, [], spec, graph_sha256="", num_samples=2)
     plan = QuantizePlan(exclusions=(Exclusion(pattern="*", reason="all of it"),))
     with pytest.raises(ConfigError, match="leaves no layer to quantize"):  # an empty list means every node to its tool
-        quantize_for_cpu(unet_bundle / GRAPH, spec, plan, num_samples=2)
+        quantize_for_cpu(read_model(unet_bundle / GRAPH), spec, plan, num_samples=2)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-cpu"])

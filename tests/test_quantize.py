@@ -1,6 +1,7 @@
 """INT8: the arithmetic, the ranges, what is left out and why, and graphs of other tools."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -182,16 +183,16 @@ def test_what_cannot_be_quantized_is_refused(fp16: ir.Model, calibration: Calibr
 
 def test_sensitivity_ranks_layers_and_exclusions_reach_a_target(fp16, calibration, probe: Probe) -> None:
     plan = default_quantize_plan(fp16)
-    table = sensitivity(fp16, calibration, plan, probe)
+    table = sensitivity(fp16, partial(quantize, fp16, calibration), plan, probe)
     assert list(table.layers_db.values()) == sorted(table.layers_db.values())
     assert max(table.layers_db.values()) <= table.base_db + 1
     target = probe.psnr_db(quantize(fp16, calibration, plan)) + 1.5
-    better = exclude_to_target(fp16, calibration, plan, probe, target)
+    better = exclude_to_target(fp16, partial(quantize, fp16, calibration), plan, probe, target)
     assert probe.psnr_db(quantize(fp16, calibration, better)) >= target
     new = better.exclusions[len(plan.exclusions) :]
     assert 0 < len(new) < len(table.layers_db) and all("alone in int8 it costs" in e.reason for e in new)
     with pytest.raises(ParityError, match="with no layer in int8, expected 500"):
-        exclude_to_target(fp16, calibration, plan, probe, 500)
+        exclude_to_target(fp16, partial(quantize, fp16, calibration), plan, probe, 500)
 
 
 def test_the_bundle_gains_int8_and_the_gate_takes_it(unet_copy: Path) -> None:
