@@ -18,10 +18,13 @@ from scm_sdk.errors import ConfigError, ScmError
 from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.files import sha256_file
 from scm_sdk.manifest import MANIFEST_NAME
+from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import Precision
 from scm_sdk.targets import Target
 
 from .engines import EngineVariant, add_engines, check_targets
+from .feeds import bundle_examples
+from .import_sana import MAX_BATCH as PIPELINE_BATCH
 from .pipeline import DENOISER, export_bundle
 from .precision import LowPrecision, default_plan
 from .quantized_variants import Int8, QuantizeOptions, add_int8
@@ -37,9 +40,10 @@ def build_all(
     precisions: Sequence[Precision] = ("fp16", "int8"),
     targets: Sequence[Target] = (),
     flavour: Flavour = "tensorrt_rtx",
-    steps: Sequence[int] = (1, 2),
-    max_batch: int = 32,
+    steps: Sequence[int] = (),
+    max_batch: int | None = None,
     target_db: float | None = None,
+    prompts: Path | None = None,
     on_stage: Say = lambda _: None,
     on_variant: Callable[[Variant], object] = lambda _: None,
     on_engine: Callable[[EngineVariant], object] = lambda _: None,
@@ -48,14 +52,16 @@ def build_all(
     """Make or complete a bundle.
 
     Args:
-        checkpoint: Folder with ``config.json`` and safetensors.
+        checkpoint: Folder with ``config.json`` and safetensors, a SANA-Sprint pipeline, or a bundle, ``out`` itself or
+            another, whose checkpoint is taken.
         out: The bundle. One that was exported from other weights or for other samplers is exported anew.
         precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
         targets: GPUs to build engines for; () builds none.
         flavour: Which library builds them.
-        steps: Numbers of steps.
-        max_batch: Largest batch.
+        steps: Numbers of steps; () is those that ``out`` was exported for, else 1 and 2.
+        max_batch: Largest batch; None is that of ``out``, else 32, or 8 of a pipeline.
         target_db: Least PSNR of int8, dB, for which the fewest layers are left out; None is the gate's.
+        prompts: What the model is told while precisions are made; see ``examples.read_examples``. None draws it.
         on_stage: Called with a few words for each stage.
         on_variant: Called with each graph of lower precision.
         on_engine: Called with each engine.
@@ -74,14 +80,21 @@ def build_all(
     wanted = [p for p in precisions if p != "int8-cpu"]
     if targets and wanted:
         check_targets(targets, flavour)
-    if _is_current(Path(checkpoint), Path(out), steps, max_batch):
+    folder = Path(checkpoint)
+    if (folder / MANIFEST_NAME).is_file():
+        from scm_sdk.model.sharing import find_checkpoint
+
+        folder = find_checkpoint(folder)
+    if _is_current(folder, Path(out), steps, max_batch):
         on_stage(f"{os.fspath(out)}: exported already")
     else:
         on_stage(f"export {os.fspath(checkpoint)}")
-        export_bundle(Path(checkpoint), Path(out), steps=steps, max_batch=max_batch, overwrite=True, progress=on_stage)
+        largest = max_batch or (PIPELINE_BATCH if is_pipeline(folder) else 32)
+        export_bundle(folder, Path(out), steps=steps or (1, 2), max_batch=largest, overwrite=True, progress=on_stage)
+    examples = None if prompts is None else bundle_examples(out, prompts)
     for precision in get_args(LowPrecision):
         if precision in precisions:
-            _tell(add_precision(out, default_plan(precision), progress=on_stage), on_variant)
+            _tell(add_precision(out, default_plan(precision), examples=examples, progress=on_stage), on_variant)
     for kind in get_args(Int8):
         if kind in precisions:
             cpu = kind == "int8-cpu"
@@ -90,7 +103,7 @@ def build_all(
                 base="fp32" if cpu else "fp16",
                 target_db=None if cpu else target_db or MIN_PSNR_DB[kind],
             )
-            _tell(add_int8(out, options, progress=on_stage), on_variant)
+            _tell(add_int8(out, options, examples=examples, progress=on_stage), on_variant)
     if targets and wanted:
         add_engines(out, targets, flavour=flavour, precisions=wanted, on_engine=on_engine,
                     on_skip=lambda line: on_stage(f"skip {line}"), **engine_options)  # fmt: skip
@@ -102,7 +115,7 @@ def _tell(variants: Sequence[Variant], on_variant: Callable[[Variant], object]) 
         on_variant(variant)
 
 
-def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: int) -> bool:
+def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: int | None) -> bool:
     """Return whether a bundle was exported from these weights for these samplers."""
     if not (out / MANIFEST_NAME).is_file():
         return False
@@ -117,6 +130,7 @@ def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: in
         (checkpoint / name).is_file() and digests[f"{DENOISER}/{name}"] == sha256_file(checkpoint / name)
         for name in decisive
     )
-    found = {(spec.times, spec.max_batch) for spec in manifest.samplers}
     one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
-    return same_weights and found == {(one.with_steps(n).times, max_batch) for n in steps}
+    found = {spec.times for spec in manifest.samplers}
+    same_times = not steps or found == {one.with_steps(n).times for n in steps}
+    return same_weights and same_times and all(max_batch in (None, spec.max_batch) for spec in manifest.samplers)

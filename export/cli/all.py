@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import say
+from .common import prompts_option, say
 from .engines import BuildBars
 from .engines import summary as engine_summary
 from .located import model_argument
@@ -25,41 +25,55 @@ if TYPE_CHECKING:
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
               type=click.Choice(["fp32", "fp16", "bf16", "int8", "int8-cpu"]))  # fmt: skip
 @click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx")
-@click.option("--steps", multiple=True, type=click.IntRange(1, 64), default=(1, 2), help="May be repeated.")
-@click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch.")
+@click.option(
+    "--steps",
+    multiple=True,
+    type=click.IntRange(1, 64),
+    help="May be repeated; those that OUT has when absent, else 1 and 2.",
+)
+@click.option("--max-batch", type=click.IntRange(1), help="Largest batch; OUT's when absent, else 32.")
 @click.option("--workspace", type=click.IntRange(1), help="MiB that an engine's kernel may use at run time.")
 @click.option(
     "--target-psnr",
     type=float,
     help="dB; the fewest layers are kept out of int8 that reach it. The gate's when absent.",
 )
+@prompts_option
 @click.option("--validate/--no-validate", default=True, help="Hold everything that can run here against PyTorch.")
 def build(
     checkpoint: Path, out: Path, names: tuple[str, ...], precisions: tuple[Precision, ...], flavour: Flavour,
-    steps: tuple[int, ...], max_batch: int, workspace: int | None, target_psnr: float | None,
-    validate: bool,
+    steps: tuple[int, ...], max_batch: int | None, workspace: int | None, target_psnr: float | None,
+    prompts: Path | None, validate: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT, add precisions, build engines, prove what can run here. Run it again to go on.
 
+    CHECKPOINT may be a bundle, such as OUT itself after an import.
+
     \b
     scm-export all runs/avatars -o avatars --target a100 --target l4 --target t4
+    scm-export all sana -o sana --target a100 --prompts prompts.txt
     """
     from scm_sdk.targets import resolve_targets
 
     from ..chain import build_all
+    from ..feeds import bundle_examples
     from ..prove import prove
     from .validation import summary as parity_summary
 
     build_all(
         checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavour=flavour,
-        steps=steps, max_batch=max_batch, target_db=target_psnr, on_stage=lambda text: say(f"  {text} …"),
+        steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
+        on_stage=lambda text: say(f"  {text} …"),
         on_variant=lambda variant: say(f"  {variant_summary(variant)}"),
         on_engine=lambda variant: say(f"  {engine_summary(variant)}"), on_build=BuildBars().start,
         workspace_bytes=workspace * 2**20 if workspace else None,
     )  # fmt: skip
     if validate:
         results = prove(
-            out, on_result=lambda parity: say(parity_summary(parity)), on_skip=lambda line: say(f"skip  {line}")
+            out,
+            examples=None if prompts is None else bundle_examples(out, prompts),
+            on_result=lambda parity: say(parity_summary(parity)),
+            on_skip=lambda line: say(f"skip  {line}"),
         )
         for parity in results:
             parity.raise_if_failed()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, say
+from .common import json_option, prompts_option, say
 from .precision import report
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 @click.option("--target-psnr", type=float, help="dB; leave out the fewest layers that reach it.")
 @click.option("--from", "foreign", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Adopt a graph that another tool quantized, with --steps N.")  # fmt: skip
+@prompts_option
 @json_option
 def quantize(
     bundle: Path, precisions: tuple[Int8, ...], steps: tuple[int, ...], base: Base, method: Method, percentile: float,
     num_samples: int, seed: int, equalize: bool, excluded: tuple[str, ...], plan_file: Path | None,
-    target_psnr: float | None, foreign: Path | None, as_json: bool,
+    target_psnr: float | None, foreign: Path | None, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Add INT8 graphs to BUNDLE, calibrated on the sampler's own states at its own times.
 
@@ -45,6 +46,7 @@ def quantize(
     scm-export quantize avatars --target-psnr 40
     scm-export quantize avatars --from modelopt.onnx --steps 2
     """
+    from ..feeds import bundle_examples
     from ..quantize import Exclusion, QuantizePlan, default_quantize_plan
     from ..quantized_variants import QuantizeOptions, add_foreign_int8, add_int8
     from ..variants import first_graph
@@ -58,6 +60,7 @@ def quantize(
     if excluded:
         start = plan if plan is not None else default_quantize_plan(first_graph(bundle, steps))
         plan = start.excluding(*(Exclusion(pattern=pattern, reason="asked for") for pattern in excluded))
+    examples = None if prompts is None else bundle_examples(bundle, prompts)
     variants = []
     for precision in precisions:
         cpu = precision == "int8-cpu"
@@ -65,5 +68,7 @@ def quantize(
             precision=precision, base="fp32" if cpu else base, plan=plan, method=method, percentile=percentile,
             num_samples=num_samples, seed=seed, target_db=target_psnr, equalize=equalize,
         )  # fmt: skip
-        variants += add_int8(bundle, options, steps=steps, progress=lambda stage: say(f"  {stage} …"))
+        variants += add_int8(
+            bundle, options, steps=steps, examples=examples, progress=lambda stage: say(f"  {stage} …")
+        )
     report(variants, bundle, as_json=as_json)
