@@ -46,8 +46,9 @@ LIBRARIES = ("scm-sdk", "torch", "numpy")
 class Ablation:
     """The work folder: its data, features, costs and finished runs."""
 
-    def __init__(self, work: Path, budget: Budget) -> None:
+    def __init__(self, work: Path, budget: Budget, runs: list[AblationRun]) -> None:
         self.work, self.budget = work, budget
+        self._students = list(dict.fromkeys(run.method for run in runs if run.method != plan.TEACHER))
         self._reference: dict[str, np.ndarray] = {}
 
     def finished(self, run: AblationRun) -> bool:
@@ -117,12 +118,18 @@ class Ablation:
         path = self.work / COSTS
         costs = json.loads(path.read_bytes()) if path.exists() else {}
         if run.method not in costs:
-            costs[run.method] = self._cost(AblationRun(data=run.data, method=run.method))
+            costs.update(self._costs([plan.TEACHER] if run.method == plan.TEACHER else self._students, run.data))
             atomic_write_bytes(path, json.dumps(costs, indent=1).encode())
         return plan.iterations_for(seconds, **costs[run.method])
 
-    def _cost(self, run: AblationRun) -> dict[str, float]:
-        """Measure an iteration, and the block of trajectories before the first."""
+    def _costs(self, methods: list[str], data: str) -> dict[str, dict[str, float]]:
+        """Measure an iteration of each method, in turn: what slows one round down slows all methods down."""
+        rounds = [{method: self._probe(AblationRun(data=data, method=method)) for method in methods} for _ in range(3)]
+        medians = {method: np.median([found[method] for found in rounds], axis=0).tolist() for method in methods}
+        return {method: {"step": step, "block": block} for method, (step, block) in medians.items()}
+
+    def _probe(self, run: AblationRun) -> tuple[float, float]:
+        """Return the seconds of an iteration, and those of the block of trajectories before the first."""
         marks = [time.process_time()]
         hooks = Hooks(on_step=lambda _: marks.append(time.process_time()), log_every=10**6, checkpoint_every=10**6)
         config = plan.train_config(
@@ -130,9 +137,9 @@ class Ablation:
         )
         with TemporaryDirectory() as scratch:
             train(config, scratch, hooks)
-        costs = np.diff(marks)
-        step = float(np.median(costs[2:]))
-        return {"step": step, "block": float(costs[0] - step) if run.method == "trajectory" else 0.0}
+        first, _, *others = np.diff(marks)
+        step = float(np.median(others))
+        return step, float(first - step) if run.method == "trajectory" else 0.0
 
     def _score(self, run: AblationRun, images: np.ndarray) -> dict[str, Any]:
         return self._score_of(run.data, images)
@@ -209,9 +216,11 @@ def main(
 ) -> None:  # fmt: skip
     """Do what is left of the ablation and print its table."""
     torch.set_num_threads(threads)
-    ablation, runs = Ablation(work, Budget(**budget)), plan.all_runs(datasets, seeds)
+    runs = plan.all_runs(datasets, seeds)
     if only:
-        runs = [run for run in runs if run.method in (plan.TEACHER, *only)]
+        asked = [run for run in runs if run.method in only]
+        runs = [run for run in runs if run in asked or run in [other.teacher for other in asked]]
+    ablation = Ablation(work, Budget(**budget), runs)
     work.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs):
         if ablation.finished(run):

@@ -22,8 +22,8 @@ from scm_sdk.train.data import load_data
 from scm_sdk.train.trajectory import BLOCK_ITERATIONS
 
 DATASETS = ("avatars", "fashion")
-SIZES = {"S": 64, "M": 96}
-"""Name and width of a network; 0.18M and 0.40M parameters."""
+SIZES = {"S": 64, "XS": 32}
+"""Name and width of a network; 0.18M and 0.05M parameters."""
 TEACHER = "teacher"
 METHODS: dict[str, dict[str, Any]] = {
     TEACHER: {"objective": "diffusion", "learning_rate": 1.5e-3, "decay_fraction": 0.5, "warmup_iterations": 100},
@@ -56,15 +56,15 @@ class Budget:
     """How much each run may take.
 
     Attributes:
-        teacher_seconds: Processor time of a teacher of size S; one of size M has as many iterations.
-        student_seconds: Processor time of each student of size S; one of size M has as many iterations.
+        teacher_seconds: Processor time of a teacher of size S; one of size XS has as many iterations.
+        student_seconds: Processor time of each student of size S; one of size XS has as many iterations.
         num_images: Pictures for each figure.
         num_reference: Held-out pictures.
         batch_size: Samples of one iteration.
     """
 
     teacher_seconds: float = 180.0
-    student_seconds: float = 60.0
+    student_seconds: float = 54.0
     num_images: int = 1_000
     num_reference: int = 5_000
     batch_size: int = 64
@@ -110,16 +110,13 @@ def all_runs(datasets: tuple[str, ...] = DATASETS, seeds: tuple[int, ...] = (1, 
     runs = [AblationRun(data=data, method=TEACHER) for data in datasets]
     for seed in seeds:
         runs += [AblationRun(data=data, method=method, seed=seed) for method in students for data in datasets]
-    first = seeds[0]
-    for switch, changes in LOSS_SWITCHES.items():
-        runs += [AblationRun(data=data, method="sCD", seed=first, switch=switch, changes=changes) for data in datasets]
     for data in datasets:
-        for switch, network in NETWORK_SWITCHES.items():
-            student = AblationRun(data=data, method="sCD", seed=first, switch=switch, network=network)
-            runs += [student.teacher, student]
-        if data == datasets[0]:
-            larger = [AblationRun(data=data, method=method, size="M", seed=first) for method in ("trajectory", "sCD")]
-            runs += [larger[0].teacher, *larger]
+        student = AblationRun(data=data, method="sCD", seed=seeds[0])
+        runs += [replace(student, switch=name, changes=changes) for name, changes in LOSS_SWITCHES.items()]
+        plain, fourier = (replace(student, switch=name, network=off) for name, off in NETWORK_SWITCHES.items())
+        smaller = replace(student, size="XS")
+        runs += [plain.teacher, plain, smaller.teacher, smaller, replace(smaller, method="trajectory")]
+        runs += [fourier.teacher, fourier]
     return runs
 
 
