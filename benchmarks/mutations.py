@@ -238,7 +238,7 @@ def _validate(path: Path, artifact: Artifact, graph: ir.Model, options: Sequence
             write_model(graph, draft.path(artifact.path))
             draft.add(artifact, draft.built_from.get(artifact.path, ()))
         arguments = ["validate", str(copy), "--precision", artifact.precision, "--json", *options]
-        arguments += ["--steps", str(artifact.num_inference_steps)]
+        arguments += ["--steps", str(artifact.num_inference_steps), "--backend", "onnxruntime"]
         done = CliRunner().invoke(scm_export, arguments)
         if done.exit_code not in (0, 3):
             raise RuntimeError(done.output)
