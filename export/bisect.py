@@ -116,7 +116,7 @@ def bisect(
     makers = {value.name: node for node in candidate.graph for value in node.outputs}
     for name in names:
         node = makers[name]
-        errors[name] = _relative(a[name], b[name])
+        errors[name] = relative_difference(a[name], b[name])
         before = max((errors.get(read, 0.0) for read in _sources(node, shared)), default=0.0)
         steps.append(
             Step(
@@ -149,7 +149,8 @@ def _sources(node: ir.Node, shared: set[str]) -> list[str]:
     return found
 
 
-def _relative(a: np.ndarray, b: np.ndarray) -> float:
+def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Return |a - b| / |b|; infinite where the shapes differ or something is not finite."""
     if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")
     norm = float(np.linalg.norm(b.astype(np.float64)))

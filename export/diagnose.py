@@ -22,7 +22,8 @@ from scm_sdk.evaluate.difference import difference
 from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
-from .bisect import TOLERANCE
+from .bisect import TOLERANCE, relative_difference
+from .factors import FACTOR_TOLERANCE, solve_factors
 from .feeds import feeds_of
 from .hypotheses import other_labels, search_time
 from .precision import PRECISION_KEY
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
 
 Fault = Literal["sigma_data", "time", "labels", "weights", "output", "network", "not finite"]
-FACTOR_TOLERANCE = 1e-5
-"""Of the sampler's factors, which are float32 in every precision."""
 _ONE = 1e-4
 """How far cos^2 + sin^2 may be from 1."""
 _STEP = re.compile(r"step\d+/")
@@ -170,7 +169,7 @@ class _Doctor:
         last = self.spec.num_inference_steps - 1
         with torch.inference_mode():
             wanted = self.model.decoder(torch.from_numpy(self.values[f"step{last}/x0"])).numpy()
-        found = _relative(self.values[self.spec.output_name], wanted)
+        found = relative_difference(self.values[self.spec.output_name], wanted)
         if not found <= self.tolerance:
             text = f"is {found:.1e} off what the decoder makes of step{last}/x0, {self.tolerance:.0e} allowed"
             yield Finding(fault="output", step=last, value=self.spec.output_name, text=text)
@@ -179,7 +178,7 @@ class _Doctor:
         """Solve for the factors of one step and read time, sigma_data and scale from them."""
         spec, t = self.spec, self.spec.times[step]
         cos, sin = math.cos(t), math.sin(t)
-        (unit,) = _solve(at["network_input"], at["x_t"])
+        (unit,) = solve_factors(at["network_input"], at["x_t"])
         sigma = 1 / unit.value if unit.value else math.inf
         same_sigma = not unit.differs(1 / spec.sigma_data)
         if not same_sigma:
@@ -187,12 +186,12 @@ class _Doctor:
             yield Finding(fault="sigma_data", step=step, value="network_input", text=text)
         noise = self.feeds[spec.noise_inputs[step].name]
         if step == 0:
-            (spread,) = _solve(at["x_t"], noise)
+            (spread,) = solve_factors(at["x_t"], noise)
             wrong = spread.differs(sin * spec.sigma_data)
             # One factor, sin(t) sigma_data: the network's input tells the two apart.
             mean = math.sqrt(max(0.0, 1 - (spread.value / sigma) ** 2))
         else:
-            kept, spread = _solve(at["x_t"], self.values[f"step{step - 1}/x0"], noise)
+            kept, spread = solve_factors(at["x_t"], self.values[f"step{step - 1}/x0"], noise)
             wrong = kept.differs(cos) or spread.differs(sin * spec.sigma_data)
             mean = kept.value
         if wrong and same_sigma and abs(math.hypot(mean, spread.value / sigma) - 1) < _ONE:
@@ -200,7 +199,7 @@ class _Doctor:
         elif wrong:
             text = f"the noise is scaled by {spread.value:.6g}, expected {sin * spec.sigma_data:.6g}"
             yield Finding(fault="sigma_data", step=step, value="x_t", text=text)
-        kept, removed = _solve(at["x0"], at["x_t"], at["F"])
+        kept, removed = solve_factors(at["x0"], at["x_t"], at["F"])
         if kept.differs(cos) or removed.differs(-sin * spec.sigma_data):
             scale = math.hypot(kept.value, removed.value / sigma)
             if abs(scale - 1) > _ONE:
@@ -216,7 +215,7 @@ class _Doctor:
         labels = self.feeds.get("class_labels")
 
         def error(t: float, labels: np.ndarray | None) -> float:
-            return _relative(at["F"], self._torch(at["network_input"], t, labels))
+            return relative_difference(at["F"], self._torch(at["network_input"], t, labels))
 
         found = error(t, labels)
         off = found > self.tolerance
@@ -296,33 +295,3 @@ def _originals(model: ConsistencyModel, exact: ir.Model | None) -> dict[str, np.
     constants = {name: value.const_value for name, value in stored.items()}
     found = {name: np.asarray(t.numpy()) for name, t in constants.items() if t is not None}
     return found | {name: tensor.float().numpy() for name, tensor in baked(model.network).state_dict().items()}
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A factor that was solved for, and how far rounding lets it be from what it was made with."""
-
-    value: float
-    doubt: float
-
-    def differs(self, wanted: float) -> bool:
-        """Whether it cannot have been made with ``wanted``."""
-        return not abs(self.value - wanted) <= max(FACTOR_TOLERANCE * max(1.0, abs(wanted)), self.doubt)
-
-
-def _solve(target: np.ndarray, *parts: np.ndarray) -> tuple[Factor, ...]:
-    """Return the factors with which the parts add up to the target, by least squares in float64.
-
-    The doubt is six standard errors: where the parts are nearly parallel, rounding moves the factors far.
-    """
-    columns = np.stack([part.astype(np.float64).ravel() for part in parts], axis=1)
-    wanted = target.astype(np.float64).ravel()
-    factors, *_ = np.linalg.lstsq(columns, wanted, rcond=None)
-    noise = float(np.std(columns @ factors - wanted))
-    errors = noise * np.sqrt(np.diag(np.linalg.pinv(columns.T @ columns)))
-    return tuple(Factor(float(f), 6 * float(e)) for f, e in zip(factors, errors, strict=True))
-
-
-def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    norm = float(np.linalg.norm(b))
-    return float(np.linalg.norm(a - b)) / norm if norm else math.inf
