@@ -79,6 +79,10 @@ class BackendInfo:
     opens: tuple[str, ...]
     unfit: Mapping[str, str] = field(default_factory=dict)
 
+    def takes(self, artifact: Artifact) -> bool:
+        """Whether it can open an artifact, and may."""
+        return artifact.format in self.opens and artifact.precision not in self.unfit
+
     @property
     def runs_engines(self) -> bool:
         """Whether it opens engines, which are code and fit some machines only."""

@@ -86,8 +86,8 @@ def validate_bundle(
                 (name, a.precision)
                 for a in candidates
                 for name, info in BACKENDS.items()
-                if a.num_inference_steps == count and a.format in info.opens
-                if (name in backends if backends else a.precision not in info.unfit)
+                if a.num_inference_steps == count
+                if (name in backends and a.format in info.opens if backends else info.takes(a))
             },
             key=_rung,
         )

@@ -223,7 +223,7 @@ def _pairs(bundle: Bundle, steps: int) -> list[tuple[str, Precision]]:
         (name, a.precision): None
         for a in bundle.manifest.artifacts
         for name, info in BACKENDS.items()
-        if a.num_inference_steps == steps and a.format in info.opens
+        if a.num_inference_steps == steps and info.takes(a)
     }
     return list(found)
 
