@@ -77,8 +77,17 @@ def ours(network, start, times, order=1, sigma_data=0.5, **given):
     )
 
 
-def assert_same(found, wanted, tolerance=1e-6):
-    assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
+@pytest.fixture
+def assert_same(record_property):
+    """Compare samples, as a share of the largest; the difference goes into the report that ``parity.py`` reads."""
+
+    def compare(found, wanted, tolerance=1e-6):
+        difference = float((found - wanted).abs().max() / wanted.abs().max())
+        record_property("difference", difference)
+        record_property("allowed", tolerance)
+        assert difference < tolerance
+
+    return compare
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=["linear", "scaled", "cosine", "zero_snr", "trained"])
@@ -103,7 +112,7 @@ def test_the_index_between_two_levels_moves_smoothly_and_stays_within_the_ends()
 @pytest.mark.parametrize(
     ("predicts", "convention"), [("epsilon", "vp_noise"), ("v_prediction", "vp_velocity"), ("sample", "vp_data")]
 )
-def test_ddim_is_the_librarys(predicts, convention):
+def test_ddim_is_the_librarys(predicts, convention, assert_same):
     network, noise = unet(convention), noise_like((1, 8, 8))
     module = network.denoiser.module
     scheduler = diffusers.DDIMScheduler(prediction_type=predicts, clip_sample=False)
@@ -118,7 +127,7 @@ def test_ddim_is_the_librarys(predicts, convention):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, with numpy 2
-def test_heun_is_the_second_order_solver():
+def test_heun_is_the_second_order_solver(assert_same):
     network, noise = unet(), noise_like((1, 8, 8))
     module = network.denoiser.module
     scheduler = diffusers.HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02)
@@ -129,7 +138,7 @@ def test_heun_is_the_second_order_solver():
     assert_same(ours(network, noise, [math.atan(sigma / 0.5) for sigma in sigmas], order=2), wanted, 1e-4)
 
 
-def test_edm_euler_is_the_librarys():
+def test_edm_euler_is_the_librarys(assert_same):
     network, noise = unet("edm_network"), noise_like((1, 8, 8))
     module = network.denoiser.module
     scheduler = diffusers.EDMEulerScheduler(sigma_data=0.5)
@@ -143,7 +152,7 @@ def flow_times(scheduler, sigma_data):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_euler_is_the_librarys(shift):
+def test_flow_euler_is_the_librarys(shift, assert_same):
     config = DiffusersConfig(
         class_name="SD3Transformer2DModel", arguments=SD3, convention="flow", sample_shape=(2, 4, 4), sigma_data=1.0,
         text_length=3,
@@ -164,7 +173,7 @@ def test_flow_euler_is_the_librarys(shift):
     assert_same(ours(network, noise, flow_times(scheduler, 1.0), sigma_data=1.0, **given), x)
 
 
-def test_dit_keeps_its_labels_and_drops_its_variance():
+def test_dit_keeps_its_labels_and_drops_its_variance(assert_same):
     config = DiffusersConfig(
         class_name="DiTTransformer2DModel", arguments=DIT, convention="vp_noise", sample_shape=(2, 4, 4),
         sigma_data=1.0, schedule=VpSchedule(),

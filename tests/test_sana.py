@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def test_the_pictures_are_those_of_diffusers(
     allowed: float,
     steps: int,
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     embeds, mask, noise = sana_inputs
     wanted = drawn_by_diffusers(sana_pipeline, sana_inputs, steps, 4.0, monkeypatch)
@@ -61,6 +62,8 @@ def test_the_pictures_are_those_of_diffusers(
             2, num_inference_steps=steps, noise=noise[:steps], prompt_embeds=embeds, prompt_attention_mask=mask,
             guidance_scale=20.0, output_type="np",
         ).images  # fmt: skip
+    record_property("difference", float(np.abs(found - wanted).max()))
+    record_property("allowed", allowed)
     assert np.abs(found - wanted).max() <= allowed
     assert np.abs(other - wanted).max() > 10 * allowed, "guidance must matter, or this compares nothing"
 
