@@ -114,7 +114,10 @@ def test_wrong_arguments(ort: Generator, arguments: dict[str, Any], error: type[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "tpu"}, "backend is 'tpu', expected 'auto' or one of onnxruntime, tensorrt, tensorrt_rtx, torch"),
+        (
+            {"backend": "tpu"},
+            "backend is 'tpu', expected 'auto' or one of onnxruntime, openvino, tensorrt, tensorrt_rtx, torch",
+        ),
         ({"precision": "fp64"}, "precision is 'fp64', expected 'auto' or one of fp32, fp16"),
         (
             {"precision": "fp16"},

@@ -43,7 +43,7 @@ def test_fp16_is_added_proved_and_dispatched(unet_copy: Path) -> None:
     with Generator.from_pretrained(unet_copy, num_inference_steps=1) as gen:
         reasons = {row.artifact: row.reason for row in gen.plan().rejected if row.backend == "onnxruntime"}
     assert "no recorded parity" in reasons[FP16], "nothing is dispatched to before it was compared"
-    results = validate_bundle(unet_copy, precisions=["fp16"], num_seeds=4, batches=[1, None])
+    results = validate_bundle(unet_copy, backends=["onnxruntime"], precisions=["fp16"], num_seeds=4, batches=[1, None])
     assert len(results) == 2 and all(results) and {r.gate for r in results} == {"psnr_db"}
     with Generator.from_pretrained(unet_copy, precision="fp16", num_inference_steps=1) as gen:
         assert gen(1, class_labels=[0], output_type="np").info.artifact == FP16
@@ -124,7 +124,7 @@ def test_an_interrupted_write_leaves_the_bundle_as_it_was(unet_copy: Path, monke
 def test_a_recorded_sample_is_held_against_what_fp16_was_seen_to_do(unet_copy: Path) -> None:
     """A PSNR gate's threshold is in dB: as a difference it would let anything pass."""
     add_precision(unet_copy, default_plan("fp16"), steps=[1], num_samples=1)
-    (parity,) = validate_bundle(unet_copy, precisions=["fp16"], num_seeds=4, batches=[1])
+    (parity,) = validate_bundle(unet_copy, backends=["onnxruntime"], precisions=["fp16"], num_seeds=4, batches=[1])
     Generator.from_pretrained(unet_copy, precision="fp16", num_inference_steps=1, verify="smoke").close()
     bundle = Bundle.open(unet_copy)
     bundle.with_parity(msgspec.structs.replace(parity.record(), max_abs=1e-9))
