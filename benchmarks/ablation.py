@@ -113,8 +113,10 @@ class Ablation:
         return found
 
     def _iterations(self, run: AblationRun) -> int:
-        """Return how long a run is: what size S can do in its time, whatever the data, the seed and the switch."""
-        seconds = self.budget.teacher_seconds if run.method == plan.TEACHER else self.budget.student_seconds
+        """Return how long a run is: what size S can do in its time, whatever the data and the seed."""
+        seconds = (
+            self.budget.teacher_seconds if run.method == plan.TEACHER else run.longer * self.budget.student_seconds
+        )
         path = self.work / COSTS
         costs = json.loads(path.read_bytes()) if path.exists() else {}
         if run.method not in costs:

@@ -82,6 +82,7 @@ class AblationRun:
         switch: Which stabiliser is off, or "".
         changes: What that changes in the training.
         network: What it changes in the network.
+        longer: Factor on its processor time.
     """
 
     data: str
@@ -91,6 +92,7 @@ class AblationRun:
     switch: str = ""
     changes: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
+    longer: int = 1
 
     @property
     def key(self) -> str:
@@ -101,7 +103,7 @@ class AblationRun:
     @property
     def teacher(self) -> AblationRun:
         """The run that makes its teacher."""
-        return replace(self, method=TEACHER, seed=0, changes={}, switch=self.switch if self.network else "")
+        return replace(self, method=TEACHER, seed=0, changes={}, switch=self.switch if self.network else "", longer=1)
 
 
 def all_runs(datasets: tuple[str, ...] = DATASETS, seeds: tuple[int, ...] = (1, 2)) -> list[AblationRun]:
@@ -116,6 +118,7 @@ def all_runs(datasets: tuple[str, ...] = DATASETS, seeds: tuple[int, ...] = (1, 
         plain, fourier = (replace(student, switch=name, network=off) for name, off in NETWORK_SWITCHES.items())
         smaller = replace(student, size="XS")
         runs += [plain.teacher, plain, smaller.teacher, smaller, replace(smaller, method="trajectory")]
+        runs += [replace(student, method="sCD+VSD", switch="three times as long", longer=3)]
         runs += [fourier.teacher, fourier]
     return runs
 
