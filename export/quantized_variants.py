@@ -20,7 +20,7 @@ from .adopt import adopt_quantized
 from .calibration import Calibration, Method, calibrate, describe_conditioning
 from .equalize import choose_factors, equalize
 from .precision import LowPrecision, PrecisionPlan, apply_precision, default_plan
-from .probe import Probe
+from .probe import NUM_SAMPLES, Probe
 from .quantize import QuantizePlan, choose_layers, default_quantize_plan, quantize
 from .quantize_cpu import quantize_for_cpu
 from .sensitivity import Quantizer, exclude_to_target
@@ -53,7 +53,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         plan: Which layers are not quantized; None is ``default_quantize_plan``.
         method: How ranges are chosen; ``int8-cpu`` takes ``minmax`` alone.
         percentile: For ``percentile``, percent.
-        num_samples: Pictures to calibrate on.
+        num_samples: Pictures to calibrate on; the quick look without a target takes no more.
         seed: Which ones.
         target_db: Least PSNR, dB: layers are excluded until it is reached.
         equalize: Whether channels are made equally large first (``equalize``); ``int8`` alone.
@@ -111,7 +111,8 @@ def add_int8(
     if unchanged := unchanged_variants(bundle, sources, options.precision):
         return unchanged
     plan = options.plan or default_quantize_plan(read_model(sources[-1].graph))
-    probes = [Probe(source.graph, source.spec, examples=examples) for source in sources]
+    looked_at = NUM_SAMPLES if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
+    probes = [Probe(s.graph, s.spec, num_samples=looked_at, examples=examples) for s in sources]
     if options.precision == "int8-cpu":
         plan, made = _make_for_cpu(sources, probes, plan, options, examples, progress)
     else:
