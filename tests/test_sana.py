@@ -92,6 +92,18 @@ def test_onnx_runtime_makes_pictures_of_a_prompt(sana_bundle: Path) -> None:
     assert np.abs(streamed.images[0] - two[1]).max() < 1e-5
 
 
+def test_the_command_takes_prompts(sana_bundle: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from scm_sdk.export.cli import main
+
+    arguments = ["generate", str(sana_bundle), "--num-images", "2", "--seed", "1", "--backend", "onnxruntime"]
+    done = CliRunner().invoke(main, [*arguments, "--prompt", "a cat", "--prompt", "a dog", "-o", str(tmp_path / "two")])
+    assert done.exit_code == 0 and len(list((tmp_path / "two").iterdir())) == 2, done.output
+    bare = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "none.png")])
+    assert bare.exit_code == 2 and "makes pictures of a text, expected prompt=" in bare.output
+
+
 def test_the_network_is_the_exact_conversion_of_the_flow(sana_folder: Path) -> None:
     """F computed by ``conversions.SANA``, which is proved on its own, around the bare transformer."""
     model = load_sana(sana_folder, Settings(height=SIZE, width=SIZE, max_sequence_length=TOKENS))

@@ -18,18 +18,20 @@ from .located import model_argument
 @click.option("--steps", type=int, help="Network calls; 2 where the bundle has it.")
 @click.option("--seed", type=int, help="First seed; fresh when absent.")
 @click.option("--backend", default="auto", help="auto, torch or onnxruntime.")
+@click.option("--prompt", "prompts", multiple=True, help="Of a model of texts; one for all, or one each, repeated.")
 @click.option("--guidance-scale", type=float, help="Where the model takes one; its default when absent.")
 @click.option("--scale", type=click.IntRange(1, 64), default=4, help="Enlarge pixels in the grid.")
 @click.option("--plan", is_flag=True, help="Print what can run here and why, and stop.")
 @json_option
 def generate(
     bundle: Path, out: Path, num_images: int, class_labels: str, steps: int | None, seed: int | None, backend: str,
-    guidance_scale: float | None, scale: int, plan: bool, as_json: bool,
+    prompts: tuple[str, ...], guidance_scale: float | None, scale: int, plan: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate images from BUNDLE into one PNG grid, or one file each if OUT is a folder.
 
     \b
     scm-export generate avatars -o red.png --class-labels red --seed 7
+    scm-export generate sana -o fox.png --num-images 1 --prompt "a red fox" --scale 1
     """
     import numpy as np
 
@@ -48,6 +50,7 @@ def generate(
                 class_labels=None if not labels else labels[0] if len(labels) == 1 else labels,
                 num_inference_steps=steps,
                 seed=seed,
+                prompt=None if not prompts else prompts[0] if len(prompts) == 1 else list(prompts),
                 guidance_scale=guidance_scale,
                 output_type="uint8",
                 progress=lambda done, _total: update(done),
