@@ -19,7 +19,7 @@ TITLES = (
     "KID x1e3, 1 step", "KID x1e3, 2 steps", "FD/teacher's, 2 steps", "gradient, largest/median",
 )  # fmt: skip
 MANY = "35 calls"
-COLUMNS = 12
+COLUMNS = 6
 SCALE = 2
 LABEL_WIDTH = 220
 
@@ -144,7 +144,7 @@ def write_pictures(runs: list[AblationRun], work: Path, path: Path) -> None:
             folder = work / run.key
             if run.method == TEACHER:
                 drawn[name] = sample_diffusion(folder, 2 * COLUMNS, cache=work).images
-                name = f"{name}, as student"
+                name = name.replace(f"teacher, {MANY}", "its weights as student")
             drawn[name] = np.concatenate(
                 [
                     sample_student(folder, COLUMNS, num_inference_steps=steps, backend="torch", cache=work).images
