@@ -107,26 +107,32 @@ def float16_time(site: Site) -> None:
     site.retime(*(float(np.float16(t)) for t in site.spec.times))
 
 
+def first_stored(site: Site, *endings: str) -> str:
+    """Return the first stored tensor of a layer that int8 quantizes, of a U-Net or a transformer."""
+    ends = tuple(f"{layer}.{ending}" for layer in ("conv0", "mlp0") for ending in endings)
+    return next(name for name in site.model.graph.initializers if name.endswith(ends))
+
+
 def perturbed_weight(site: Site) -> None:
     """One weight tensor of a layer that int8 quantizes is 10 % off; in int8 its codes are."""
-    ends = ("conv0.weight", "conv0.weight.int8", "conv0.weight.equalized.int8", "conv0.weight_quantized")
-    names = [name for name in site.model.graph.initializers if name.endswith(ends)]
     draw = np.random.default_rng(0)
 
     def edit(w: np.ndarray) -> np.ndarray:
-        noisy = w + 0.1 * w.std() * draw.standard_normal(w.shape)
-        low, high = (-127, 127) if names[0].endswith(".int8") else (0, 255)
-        codes: np.ndarray = noisy if names[0].endswith("weight") else np.rint(noisy).clip(low, high)
+        noisy: np.ndarray = w + 0.1 * w.std() * draw.standard_normal(w.shape)
+        if not np.issubdtype(w.dtype, np.integer):
+            return noisy
+        codes: np.ndarray = np.rint(noisy).clip(np.iinfo(w.dtype).min + 1, np.iinfo(w.dtype).max)
         return codes
 
-    site.change(names[0], edit)
+    site.change(first_stored(site, "weight", "weight.int8", "weight.equalized.int8", "weight_quantized"), edit)
 
 
 def wrong_scale(site: Site) -> None:
     """One output channel of a layer is 5 % too strong; in int8 its scale is."""
-    ends = ("conv0.weight", "conv0.weight.scale", "conv0.weight.equalized.scale", "conv0.weight_scale")
-    stored = site.model.graph.initializers
-    name = next((n for n in stored if n.endswith(ends[1:])), next(n for n in stored if n.endswith(ends)))
+    try:
+        name = first_stored(site, "weight.scale", "weight.equalized.scale", "weight_scale")
+    except StopIteration:
+        name = first_stored(site, "weight")
     site.change(name, lambda w: np.concatenate([np.atleast_1d(w)[:1] * 1.05, np.atleast_1d(w)[1:]]).reshape(w.shape))
 
 
@@ -241,7 +247,7 @@ def _validate(path: Path, artifact: Artifact, graph: ir.Model, options: Sequence
         arguments += ["--steps", str(artifact.num_inference_steps), "--backend", "onnxruntime"]
         done = CliRunner().invoke(scm_export, arguments)
         if done.exit_code not in (0, 3):
-            raise RuntimeError(done.output)
+            raise RuntimeError(done.output) from done.exception
         (result,) = json.loads(done.stdout)["parity"]
         (record,) = [r for r in Bundle.open(copy).manifest.parity if r.artifact == artifact.path]
         assert record.passed == (done.exit_code == 0), "what the command says, it records"

@@ -39,6 +39,7 @@ def validated(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def pages(validated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pages") / "report.html"
     arguments = ["report", str(validated), "-o", str(out), "--num-images", "6", "--rounds", "3"]
+    arguments += ["--backend", "onnxruntime"]
     run = CliRunner().invoke(main, [*arguments, "--batch", "1", "--batch", "4", "--batch", "99", "--json"])
     assert run.exit_code == 0, run.output
     assert [Path(p).suffix for p in json.loads(run.stdout)["files"]] == [".html", ".md", ".json"]
@@ -51,12 +52,12 @@ def test_the_page_holds_everything_and_loads_nothing(pages: Path) -> None:
     for part in ("onnxruntime fp16, 1 step", "derived from the noise floor", "the gate&#39;s least PSNR", "Throughput"):
         assert part in html, part
     assert html.count("<svg") == 6  # bars, a histogram for each of two samplers, two of speed, provenance
-    assert html.count("data:image/png;base64,") == 3 * 3
     loads = re.findall(
         r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import|<link""", html.partition("<script>")[0]
     )
     assert all(a.startswith("#") or b.startswith("#") for a, b in loads), loads
     json_form = json.loads(pages.with_suffix(".json").read_text())
+    assert html.count("data:image/png;base64,") == 3 * 3  # the reference, the artifact, the difference
     assert [latency["batch"] for latency in json_form["latency"]] == [1, 4], "99 is above the largest batch"
     assert {m["name"] for m in json_form["measured_here"]} == {"torch fp32", "onnxruntime fp32", "onnxruntime fp16"}
     table = pages.with_suffix(".md").read_text()
@@ -93,7 +94,7 @@ def with_manifest(report: Report, **changes: object) -> Report:
 
 def test_text_of_a_bundle_cannot_become_code(validated: Path, tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
-    report = collect(validated, num_images=2, rounds=0)
+    report = collect(validated, backends=["onnxruntime"], num_images=2, rounds=0)
     record = msgspec.structs.replace(report.manifest.parity[0], reason=evil, passed=False)
     write_report(with_manifest(report, name=evil, provenance={"data": evil}, parity=(record,)), tmp_path / "r.html")
     html = (tmp_path / "r.html").read_text()
@@ -121,7 +122,7 @@ def test_what_cannot_be_reported(validated: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(render, "require", absent)
     with pytest.raises(BackendUnavailable, match="needs jinja2"):
-        write_report(collect(validated, num_images=2, rounds=0), tmp_path / "r.html")
+        write_report(collect(validated, backends=["onnxruntime"], num_images=2, rounds=0), tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 
@@ -157,7 +158,7 @@ def test_a_candidate_that_gives_nan_is_shown_and_not_fatal(
         return images
 
     monkeypatch.setattr(OrtBackend, "sample", broken)
-    report = collect(validated, num_images=3, rounds=0)
+    report = collect(validated, backends=["onnxruntime"], num_images=3, rounds=0)
     write_report(report, tmp_path / "r.html")
     assert "NaN" in (tmp_path / "r.html").read_text()
     assert any(check.passed is False for check in report.checks["onnxruntime fp32"]), "the self-checks notice"
@@ -165,12 +166,15 @@ def test_a_candidate_that_gives_nan_is_shown_and_not_fatal(
 
 
 def test_every_error_is_in_some_bin(validated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, seen = collect(validated, num_images=2, rounds=0), []
+    report, seen = collect(validated, backends=["onnxruntime"], num_images=2, rounds=0), []
     far = [replace(p, images=p.images + np.float32(1e4)) if p.difference else p for p in report.pictures]
     right = np.histogram
     monkeypatch.setattr(np, "histogram", lambda *a, **k: seen.append(right(*a, **k)) or seen[-1])
     error_histogram(replace(report, pictures=tuple(far)), 1)
     assert seen and all(counts[-1] == counts.sum() == 2 * 3 * 8 * 8 for counts, _ in seen)
+    monkeypatch.setattr("scm_sdk.report.figures.COLOURS", ("#000000",))
+    names = [p.name for p in report.pictures if p.difference and p.steps == 1]
+    assert all(name in error_histogram(report, 1) for name in names), "colours come again before a curve is left out"
 
 
 def test_kept_scores_are_shown(unet_copy: Path, tmp_path: Path) -> None:
@@ -180,7 +184,7 @@ def test_kept_scores_are_shown(unet_copy: Path, tmp_path: Path) -> None:
     with extend_bundle(unet_copy) as draft:
         draft.path("reports/quality.json").write_text(json.dumps([{"sampler": "sCM, 2 steps", "quality": quality}]))
     keep_budgets(unet_copy, "p95=60s@b1")
-    write_report(collect(unet_copy, num_images=2, rounds=2, batches=[1]), tmp_path / "r.html")
+    write_report(collect(unet_copy, backends=["onnxruntime"], num_images=2, rounds=2, batches=[1]), tmp_path / "r.html")
     html = (tmp_path / "r.html").read_text()
     for part in ("FID (inception-2015-12-05, N=64)", "12.50", "64 against statistics", "Model card", "p95=60s@b1",
                  "Peak memory", "permutation", "No comparison on record"):  # fmt: skip
@@ -188,4 +192,4 @@ def test_kept_scores_are_shown(unet_copy: Path, tmp_path: Path) -> None:
     with extend_bundle(unet_copy) as draft:
         draft.path("reports/quality.json").write_text("{")
     with pytest.raises(SchemaError, match=r"reports/quality.json of .* cannot be read"):
-        collect(unet_copy, num_images=2, rounds=0)
+        collect(unet_copy, backends=["onnxruntime"], num_images=2, rounds=0)

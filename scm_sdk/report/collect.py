@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..build_record import BUILD_RECORD_NAME, BuildRecord
 from ..bundle import Bundle
-from ..dispatch import BACKENDS
+from ..dispatch import BACKENDS, backend_info
 from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
 from ..evaluate.difference import Difference, difference
 from ..evaluate.latency import Latency, measure
@@ -122,6 +122,7 @@ class Report:
 def collect(
     path: Path,
     *,
+    backends: Sequence[str] = (),
     num_images: int = 32,
     batches: Sequence[int] = (1, 8, 32),
     rounds: int = 20,
@@ -131,6 +132,7 @@ def collect(
 
     Args:
         path: The bundle.
+        backends: Those to run beside PyTorch; () is every one that can run here.
         num_images: Pictures of each artifact.
         batches: Batch sizes to time; those above the samplers' largest fall away.
         rounds: Interleaved rounds of each; 0 times nothing.
@@ -138,7 +140,7 @@ def collect(
 
     Raises:
         BundleError: If the bundle is damaged.
-        ConfigError: If it has no checkpoint to compare with, or makes no pictures.
+        ConfigError: If it has no checkpoint to compare with, or makes no pictures, or no backend has such a name.
         BackendError: If PyTorch, which runs the reference, is not here.
     """
     bundle = Bundle.open(path)
@@ -148,6 +150,8 @@ def collect(
         raise ConfigError(f"{path} holds no checkpoint to compare with. Make it from one: scm-export onnx")
     if spec.output != "pixels" or len(spec.image_shape) != 3 or spec.image_shape[0] not in (1, 3):
         raise ConfigError(f"{path} makes {spec.output} {spec.image_shape}, expected pictures of 1 or 3 channels.")
+    for name in backends:
+        backend_info(name)
     seeds = tuple(range(num_images))
     labels = [i % spec.num_classes for i in seeds] if spec.num_classes else None
     pictures, left_out = [], []
@@ -159,7 +163,7 @@ def collect(
             row = gen.opened().row
         pictures.append(Pictures(name="torch fp32", steps=steps, precision="fp32", artifact=row.artifact, images=wanted,
                                  difference=None))  # fmt: skip
-        for backend, precision in _pairs(bundle, steps):
+        for backend, precision in _pairs(bundle, steps, backends):
             try:
                 with _open(path, backend, precision, steps) as gen:
                     images = _draw(
@@ -217,13 +221,13 @@ def _checks(path: Path, pictures: list[Pictures], progress: Say) -> dict[str, tu
     return found
 
 
-def _pairs(bundle: Bundle, steps: int) -> list[tuple[str, Precision]]:
-    """Return each backend and precision that a number of steps has, once."""
+def _pairs(bundle: Bundle, steps: int, backends: Sequence[str]) -> list[tuple[str, Precision]]:
+    """Return each backend that is wanted and precision that a number of steps has, once."""
     found = {
         (name, a.precision): None
         for a in bundle.manifest.artifacts
         for name, info in BACKENDS.items()
-        if a.num_inference_steps == steps and info.takes(a)
+        if a.num_inference_steps == steps and info.takes(a) and (not backends or name in backends)
     }
     return list(found)
 

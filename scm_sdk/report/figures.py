@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def error_histogram(report: Report, steps: int) -> str:
     edges = np.logspace(-9, 1, 90)
     sigma = report.spec(steps).sigma_data
     shown = [p for p in report.pictures if p.steps == steps and p.difference is not None]
-    for colour, each in zip(COLOURS, shown, strict=False):
+    for colour, each in zip(cycle(COLOURS), shown, strict=False):
         errors = np.abs(each.images.astype(np.float64) - reference).ravel() / sigma
         errors = np.nan_to_num(errors, nan=edges[-1])  # what is no number, and what is off the axis: the last bin
         counts, _ = np.histogram(np.clip(errors, edges[0], edges[-1]), bins=edges)
@@ -51,7 +52,7 @@ def error_histogram(report: Report, steps: int) -> str:
     axes.set_xlabel("absolute error of one value, units of sigma_data (left end: equal; right end: more, or NaN)")
     axes.set_ylabel("share of values")
     if shown:
-        axes.legend(frameon=False, fontsize=9)
+        _legend(axes)
     return _svg(figure, "Histogram of errors")
 
 
@@ -60,15 +61,20 @@ def throughput(report: Report) -> str:
     figure, axes = _figure(7, 3.0)
     batches = [latency.batch for latency in report.latencies]
     names = [timing.name for timing in report.latencies[0]] if report.latencies else []
-    for colour, name in zip(COLOURS, names, strict=False):
+    for colour, name in zip(cycle(COLOURS), names, strict=False):
         axes.plot(batches, [latency[name].images_per_s for latency in report.latencies], "o-", color=colour, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(b) for b in batches])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("batch")
     axes.set_ylabel(f"images/s, {report.timed_steps} steps")
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
     return _svg(figure, "Throughput against batch")
+
+
+def _legend(axes: Any) -> None:
+    """Name the curves above them, where none lies under a name."""
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
 
 def latency_strips(report: Report) -> str:
