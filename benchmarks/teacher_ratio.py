@@ -2,7 +2,7 @@
 
     python benchmarks/teacher_ratio.py benchmarks/teachers/avatars scm-demo/avatars --json teacher_ratio.json
 
-The teacher runs in PyTorch with the second-order solver; the student in PyTorch too, and in ONNX Runtime.
+The teacher runs in PyTorch with the second-order solver; the student in PyTorch too, in ONNX Runtime and OpenVINO.
 """
 
 import json
@@ -47,7 +47,7 @@ def main(
 
         candidates: dict[str, Generator | Backend | Callable[[], object]] = {calls: solve}
         with ExitStack() as stack:
-            for backend in ("torch", "onnxruntime"):
+            for backend in ("torch", "onnxruntime", "openvino"):
                 for steps in (1, 2):
                     candidates[f"sCM, {steps} step{'s' * (steps > 1)}, {backend}"] = stack.enter_context(
                         Generator.from_pretrained(bundle, backend=backend, precision="fp32", num_inference_steps=steps)

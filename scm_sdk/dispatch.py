@@ -103,8 +103,12 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was
         library="openvino",
         extra="openvino",
         opens=("onnx",),
-        # It would fuse them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
-        unfit={"int8": "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu"},
+        unfit={
+            # It would fuse them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
+            "int8": "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu",
+            # In float32 all the same, and in 2026.4 a float16 product cast before it is added may come out wrong.
+            **dict.fromkeys(("fp16", "bf16"), "half precision is for GPUs; OpenVINO computes in float32: take fp32"),
+        },
     ),
     "torch": BackendInfo(
         module="scm_sdk.runtimes.torch_backend", library="torch", extra="torch", opens=("safetensors",)

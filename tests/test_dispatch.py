@@ -110,13 +110,14 @@ def test_the_plan_holds_every_pair_that_could_be_and_prints_as_a_table(ort: Gene
     assert all(row.reason for row in plan)
 
 
-def test_openvino_leaves_the_engines_int8_alone() -> None:
+def test_openvino_leaves_what_is_for_engines_alone() -> None:
     artifacts = [
-        Artifact(path=p, format="onnx", precision=p, num_inference_steps=2) for p in ("fp32", "int8", "int8-cpu")
+        Artifact(path=p, format="onnx", precision=p, num_inference_steps=2)
+        for p in ("fp32", "fp16", "int8", "int8-cpu")
     ]
     parity = [record(artifact=a.path, backend=b) for a in artifacts for b in ("onnxruntime", "openvino")]
     takes = dispatch.BACKENDS["openvino"].takes
-    assert [takes(artifact) for artifact in artifacts] == [True, False, True]
+    assert [takes(artifact) for artifact in artifacts] == [True, False, False, True]
     for wanted in ("auto", "openvino"):
         plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, backend=wanted)
         (against,) = [row.reason for row in plan.rejected if (row.backend, row.artifact) == ("openvino", "int8")]
