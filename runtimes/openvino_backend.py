@@ -4,8 +4,8 @@ OpenVINO is fastest where it knows the batch: one picture takes 1.5 times as lon
 graph that is small is compiled once for each batch size, when it is first asked for (about a second), and kept for
 ``FIXED_BATCHES`` of them; a large one is compiled once for all, since each would hold the weights again.
 
-It computes in float32, but for the layers that a graph of precision ``int8-cpu`` quantizes; which others it is not given,
-and why, stands in ``scm_sdk.dispatch.BACKENDS``.
+It computes in float32, but for the layers that a graph of precision ``int8-cpu`` quantizes. Which precisions it is not
+given, and why, stands in ``scm_sdk.dispatch.BACKENDS``.
 
 Threads: ``sample`` may be called from many; each call takes an idle request of the library or makes one.
 """
