@@ -101,9 +101,7 @@ def step_of(run: Run, feed: Feed, loss: Callable[[Batch, int], torch.Tensor]) ->
 @click.argument("teacher", type=click.Path(path_type=Path, exists=True))
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--rounds", type=click.IntRange(3), default=15, show_default=True)
-@click.option(
-    "--way", "names", type=click.Choice(list(WAYS)), multiple=True, default=USUAL, help="May be repeated."
-)
+@click.option("--way", "names", type=click.Choice(list(WAYS)), multiple=True, default=USUAL, help="May be repeated.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's own choice when absent.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for the raw samples.")
 def main(
