@@ -196,13 +196,13 @@ def test_sensitivity_ranks_layers_and_exclusions_reach_a_target(fp16, calibratio
 
 
 def test_the_bundle_gains_int8_and_the_gate_takes_it(unet_copy: Path) -> None:
-    (variant,) = add_int8(unet_copy, QuantizeOptions(num_samples=8), steps=[1])
+    (variant,) = add_int8(unet_copy, QuantizeOptions(num_samples=32), steps=[1])
     assert variant.notes[0].endswith("Conv in int8") and variant.nodes["int8"] > 3
     bundle = Bundle.open(unet_copy)
     roles = {entry.path: entry.role for entry in bundle.manifest.files}
     assert roles["calibration/int8-1step.json"] == "calibration" and roles["precision/int8.json"] == "plan"
-    assert Calibration.from_json(bundle.file("calibration/int8-1step.json").read_bytes()).num_samples == 8
-    (again,) = add_int8(unet_copy, QuantizeOptions(num_samples=8), steps=[1])
+    assert Calibration.from_json(bundle.file("calibration/int8-1step.json").read_bytes()).num_samples == 32
+    (again,) = add_int8(unet_copy, QuantizeOptions(num_samples=32), steps=[1])
     assert again.unchanged
     (parity,) = validate_bundle(unet_copy, precisions=["int8"], min_psnr_db=25, reason="an untrained net", batches=[1])
     assert parity and parity.overall.psnr_db == pytest.approx(variant.psnr_db or 0, abs=0.5), "one number everywhere"

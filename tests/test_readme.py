@@ -20,10 +20,10 @@ HOURS_LONG = {"train": ["--dry-run"], "distill": ["--dry-run"]}
 # Other long commands keep their words and are made short by options; `make test-slow` runs them as they are.
 SHORTENED = HOURS_LONG | {
     "all": ["--steps", "1", "--precision", "fp16"],
-    "validate": ["--num-seeds", "8", "--batch", "8"],
+    "validate": ["--num-seeds", "8", "--batch", "8", "--backend", "onnxruntime"],
     "evaluate": ["--num-images", "128", "--rows", "10000", "10400", "--real-rows", "0", "400"],
     "bench": ["--rounds", "10", "--batch", "1"],
-    "report": ["--rounds", "2", "--batch", "1", "--num-images", "8"],
+    "report": ["--rounds", "2", "--batch", "1", "--num-images", "8", "--backend", "onnxruntime"],
 }
 pytestmark = [pytest.mark.shared_cache, pytest.mark.usefixtures("exported_once")]
 
