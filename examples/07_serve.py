@@ -5,6 +5,7 @@ curl -o red.png 'http://127.0.0.1:8000/?label=red&seed=7'
 """
 
 import io
+import signal
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlparse
@@ -46,7 +47,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(bundle: str, port: int) -> None:
-    """Serve on this machine alone until interrupted."""
+    """Serve on this machine alone until interrupted, or told to end as a container is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Generator.from_pretrained(bundle) as gen, gen.batcher(max_waiting=64) as batcher:
         gen.warmup()
         Handler.batcher = batcher
