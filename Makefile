@@ -7,6 +7,8 @@ EXTRAS ?= gpu,test,tensorrt
 endif
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Whole files to each of a few processes: a file's tests share what is slow to make.
+SHARED := -n auto --maxprocesses 4 --dist loadfile
 READY  := $(VENV)/.ready-$(EXTRAS)
 
 .PHONY: demo test test-slow gpu lint clean
@@ -16,7 +18,7 @@ demo: $(READY)
 	$(BIN)/scm-export demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 # What takes minutes: engines of every precision for every GPU, every fault in every graph, distillation at full length,
 # and the README as written.

@@ -25,6 +25,10 @@ from toy_bundles import ToyBundle, write_linear_graph
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Processes of pytest-xdist share the cores: one thread each. Set before torch is first imported, here or in a child.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest_plugins = ["hub_fixtures", "sana_fixtures"]
 
 # No deadline: on a busy machine the clock of one example says nothing about the code.

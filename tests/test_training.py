@@ -10,7 +10,7 @@ import torch
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, TrainError
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.presets import tiny
-from scm_sdk.train import build
+from scm_sdk.train import build, trajectory
 from scm_sdk.train.batches import draw_batch
 from scm_sdk.train.config import DataConfig, TrainConfig
 from scm_sdk.train.data import load_data
@@ -108,7 +108,8 @@ def test_stable_targets_train_and_resume_exactly(npz, tmp_path, objective):
         {"objective": "trajectory", "trajectory_steps": 3, "huber": 0.03},
     ],
 )
-def test_distillation_without_a_tangent_resumes_exactly_and_keeps_its_second_time(npz, tmp_path, changes):
+def test_distillation_without_a_tangent_resumes_exactly_and_keeps_its_second_time(npz, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(trajectory, "BLOCK_ITERATIONS", 3)  # that a run crosses from block to block
     train(config(npz, num_iterations=2), tmp_path / "teacher")
     run = config(npz, network=None, teacher=str(tmp_path / "teacher"), mid_time=0.6, **changes)
     model = train(run, tmp_path / "whole")
