@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["hub_fixtures", "sana_fixtures"]
+pytest_plugins = ["distributed_fixtures", "hub_fixtures", "sana_fixtures"]
 
 # No deadline: on a busy machine the clock of one example says nothing about the code.
 # In CI the examples are the same every time, so that its verdict is the change's; a person's runs look for new ones.

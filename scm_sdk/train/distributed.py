@@ -138,6 +138,7 @@ def joined(scale: Scale) -> Iterator[World]:
 
     Raises:
         TrainError: If a process needs a GPU that is not there, the others do not come, or one is lost on the way.
+        ConfigError: If torchrun is to start processes again and they could not find each other then.
     """
     if not all(name in os.environ for name in LAUNCHED):
         yield World(device=_device(scale.device, local_rank=0, alone=True))
@@ -145,6 +146,7 @@ def joined(scale: Scale) -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device(scale.device, local_rank=int(os.environ["LOCAL_RANK"]), alone=size == 1)
     ours = not dist.is_initialized()
+    _check_restarts()
     try:
         if ours:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -176,6 +178,20 @@ def _device(kind: str, *, local_rank: int, alone: bool) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _check_restarts() -> None:
+    """Refuse restarts that cannot work: torchrun's own store keeps the addresses of the processes before.
+
+    Source: github.com/pytorch/pytorch/issues/135712; seen with PyTorch 2.13.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun was given --max-restarts {restarts}, but started again the processes would call those of "
+            "before at their old addresses (PyTorch issue 135712). Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
+            "torchrun, with --standalone or --rdzv-backend c10d."
+        )
 
 
 def _is_about_the_others(exc: RuntimeError) -> bool:
