@@ -6,7 +6,8 @@ The released layouts (0.6B, 1.6B) with their DC-AE are made from their configs a
 are on the hub. Nothing is downloaded. Each stage is a process of its own, whose peak memory the system reports:
 ``weights`` saves the pipeline, ``import`` makes the bundle with one graph, from noise to 1024x1024 pixels, and in it
 PyTorch's own picture, ``run`` draws that picture again with ONNX Runtime, ``diffusers`` with ``SanaSprintPipeline`` in
-float32 from the same noise and embeddings, and ``fp16`` adds the FP16 graph. A stage that is done is not done again.
+float32 from the same noise and embeddings, ``fp16`` adds the FP16 graph, and ``engine`` an engine for the A100 from it.
+A stage that is done is not done again.
 """
 
 from __future__ import annotations
@@ -138,12 +139,28 @@ def fp16(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     return {"graph_bytes": variant.graph.bytes + variant.graph.data_bytes, "nodes": dict(variant.nodes)}
 
 
+def engine(layout: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Add an engine for the A100."""
+    from scm_sdk.export.engines import add_engines
+    from scm_sdk.targets import resolve_targets
+
+    (built,) = add_engines(folder / "bundle", resolve_targets(["a100"]), precisions=["fp16"])
+    record = built.record
+    return {
+        "seconds_by_part": dict(record.seconds),
+        "engine_bytes": record.engine_bytes,
+        "library_peak_bytes": record.peak_memory_bytes,
+        "census": record.census,
+    }
+
+
 STAGES: dict[str, Callable[[str, int, Path], dict[str, Any]]] = {
     "weights": weights,
     "import": import_,
     "run": run,
     "diffusers": diffusers,
     "fp16": fp16,
+    "engine": engine,
 }
 
 

@@ -138,10 +138,11 @@ def wrong_scale(site: Site) -> None:
 
 def transposed_labels(site: Site) -> None:
     """Each label gives the next class."""
-    site.change(
-        "label_embedding.weight",
-        lambda w: np.concatenate([w[1 : site.spec.num_classes], w[:1], w[site.spec.num_classes :]]),
-    )
+    for name in site.model.graph.initializers:
+        if name.endswith(("labels/table", "label_embedding.weight")):
+            site.change(
+                name, lambda w: np.concatenate([w[1 : site.spec.num_classes], w[:1], w[site.spec.num_classes :]])
+            )
 
 
 def scaled_output(site: Site) -> None:

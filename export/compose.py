@@ -1,7 +1,8 @@
 """The N-step sampler as one ONNX graph, composed around a network that was exported once.
 
 Every step holds a copy of the network's nodes, all copies share the weights, and what depends on
-the time alone is computed here and stored: each step has a fixed time. Around the network goes the
+the time alone is computed here and stored: each step has a fixed time. So is what depends on the time and one of a few
+labels, as a table. Around the network goes the
 sampler's algebra, float32 with constants computed in float64:
 
     x_t = cos(t) x0 + sin(t) sigma_data noise_i        (no x0 in the first step)
@@ -27,6 +28,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.spec import SamplerSpec
 
 from .decode import decoder_stage
+from .labels import LABEL_INPUT, label_branch
 from .partial import BATCH_DIM, TIME_INPUT, classify, needed, time_border, time_constants
 from .passes import check_time_folded
 
@@ -123,6 +125,9 @@ class _Unroller:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.border = time_border(self.source, self.classes)
+        self.labelled = label_branch(
+            self.source, self.classes, num_classes=spec.num_classes, num_steps=spec.num_inference_steps
+        )
 
     def add_step(self, step: int, x0: ir.Value | None) -> ir.Value:
         """Append one denoising step at ``spec.times[step]``: the last estimate in, the next out."""
@@ -160,6 +165,7 @@ class _Unroller:
             copies[value] = self._constant(f"step{step}/{value.name}", constant.array)
             if constant.per_sample:
                 narrow.add(value)
+        copies |= self._add_labels(step)
 
         def read(node: ir.Node, value: ir.Value | None) -> ir.Value | None:
             if value is None:
@@ -187,6 +193,35 @@ class _Unroller:
         if self.output in narrow:  # the network ignores its input
             return self._expand(step, copies[self.output], x)
         return copies[self.output]
+
+    def _add_labels(self, step: int) -> dict[ir.Value, ir.Value]:
+        """Read one row of the step's table for each sample; return the values of the label's branch that it holds."""
+        import numpy as np
+        import onnx_ir as ir
+
+        if self.labelled is None:
+            return {}
+        name, border = f"step{step}/labels", self.labelled.border
+        found = self.labelled.rows(self.source, self.spec.times[step])
+        flat = [rows.reshape(len(rows), -1) for rows in found]
+        sizes = [part.shape[1] for part in flat]
+        table = self._constant(f"{name}/table", np.concatenate(flat, axis=1))
+        row = ir.val(f"{name}/row", table.dtype, ir.Shape([BATCH_DIM, sum(sizes)]))
+        parts = [ir.val(f"{name}/part{i}", table.dtype, ir.Shape([BATCH_DIM, size])) for i, size in enumerate(sizes)]
+        split = [row, self._constant("labels/sizes", np.array(sizes, dtype=np.int64))]
+        gather = [table, self.inputs[LABEL_INPUT]]
+        self.nodes += [
+            ir.Node("", "Gather", gather, [ir.AttrInt64("axis", 0)], outputs=[row], name=f"{name}/Gather"),
+            ir.Node("", "Split", split, [ir.AttrInt64("axis", 1)], outputs=parts, name=f"{name}/Split"),
+        ]
+        copies = {}
+        for value, part, rows in zip(border, parts, found, strict=True):
+            copies[value] = _like(value, f"step{step}/{value.name}")
+            shape = self._constant(f"labels/{value.name}.shape", np.array([-1, *rows.shape[1:]], dtype=np.int64))
+            self.nodes.append(
+                ir.Node("", "Reshape", [part, shape], outputs=[copies[value]], name=f"{name}/{value.name}/Reshape")
+            )
+        return copies
 
     def _weight(self, value: ir.Value) -> ir.Value:
         """Return the one copy of a weight that all steps share."""

@@ -29,7 +29,7 @@ TIME_INPUT = "t"
 """Name of the network's time input, (1,)."""
 
 
-_ROUNDING = 1e-5
+ROUNDING = 1e-5
 """Share of a value's largest element by which a matrix product may differ between two batch sizes."""
 
 
@@ -83,14 +83,22 @@ def needed(values: Iterable[ir.Value], *, stop: Mapping[ir.Value, Any]) -> list[
     return [node for node in graph if node in wanted]
 
 
-def evaluate(graph: ir.Graph, values: list[ir.Value], *, batch: int = 1, t: float | None = None) -> list[np.ndarray]:
-    """Compute ``values``, none of them ``DATA``, with numpy.
+def evaluate(
+    graph: ir.Graph,
+    values: list[ir.Value],
+    *,
+    batch: int = 1,
+    t: float | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """Compute ``values``, none of which depends on more ``DATA`` than is given, with numpy.
 
     Args:
         graph: Where they are.
         values: What to compute.
         batch: The batch size that shapes report.
         t: The time, radians; None if no value is ``TIME``.
+        given: Inputs of the graph by name, axis 0 as long as ``batch``.
 
     Returns:
         One array for each value.
@@ -111,6 +119,8 @@ def evaluate(graph: ir.Graph, values: list[ir.Value], *, batch: int = 1, t: floa
             feeds[value] = value.const_value.numpy()
         elif value.name == TIME_INPUT:
             feeds[value] = np.array([t], dtype=np.float32)
+        elif (array := (given or {}).get(value.name or "")) is not None:
+            feeds[value] = array
         elif value in shapes:
             dims = [batch if d == BATCH_DIM else d for d in shapes[value]]
             feeds[value] = np.array(dims, dtype=np.int64)
@@ -171,8 +181,7 @@ def time_border(graph: ir.Graph, classes: Mapping[ir.Value, Depends]) -> list[ir
     """Return the values of the time branch that the rest of the graph, or the caller, reads."""
     return [
         value
-        for node in graph
-        for value in node.outputs
+        for value in (*graph.inputs, *(value for node in graph for value in node.outputs))
         if classes[value] == Depends.TIME
         and (value.is_graph_output() or any(classes[n.outputs[0]] != Depends.TIME for n in value.consumers()))
     ]
@@ -198,7 +207,7 @@ def time_constants(graph: ir.Graph, border: list[ir.Value], t: float) -> list[Ti
         else:
             rows = one
         scale = float(np.abs(one).max(initial=0.0)) or 1.0
-        if rows.shape != three.shape or not np.allclose(rows, three, rtol=0, atol=_ROUNDING * scale):
+        if rows.shape != three.shape or not np.allclose(rows, three, rtol=0, atol=ROUNDING * scale):
             raise UnsupportedGraphError(
                 f"{value.name!r} depends on the time and the batch size alone, but is {one.shape} for "
                 f"one sample and {three.shape} for three, with other content. Expected the same for every "
