@@ -3,8 +3,9 @@
     python benchmarks/callers.py scm-demo/avatars --json benchmarks/results/callers.json
 
 Each caller asks for one picture after the other, by its seed. ``calls`` is ``gen(...)`` from every thread, ``batcher``
-is ``gen.batcher()``, which packs what waits into shared batches. Both are tried in turn for each number of callers,
-several times over; a round's first requests are not counted. What limits both is the machine's cores.
+is ``gen.batcher()``, which packs what waits into shared batches. Calls get one thread each, so that they run side by
+side, the batcher's batches as many as the library takes. Both are tried in turn for each number of callers, several
+times over; a round's first requests are not counted. What limits both is the machine's cores.
 """
 
 import itertools
@@ -55,24 +56,23 @@ def ask_for(seconds: float, callers: int, ask: Ask, seeds: "itertools.count[int]
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=4.0, show_default=True, help="Of a round.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--backend", default="onnxruntime", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of one call of the backend.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for the result.")
-def main(
-    bundle: Path, callers: tuple[int, ...], seconds: float, rounds: int, backend: str, threads: int, out: Path | None
-) -> None:
+def main(bundle: Path, callers: tuple[int, ...], seconds: float, rounds: int, backend: str, out: Path | None) -> None:
     """Let threads share one generator of BUNDLE."""
     results = []
     seeds = itertools.count()
     print(f"{'callers':>7}  {'way':<8}{'images/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'longest':>9}{'requests':>10}")
     with ExitStack() as stack:
-        gen = stack.enter_context(Generator.from_pretrained(bundle, backend=backend, num_threads=threads))
-        batcher = stack.enter_context(gen.batcher(max_waiting=max(callers)))
+        gen = stack.enter_context(Generator.from_pretrained(bundle, backend=backend, num_threads=1))
+        wide = stack.enter_context(Generator.from_pretrained(bundle, backend=backend))
+        batcher = stack.enter_context(wide.batcher(max_waiting=max(callers)))
         label = 0 if gen.opened().spec.num_classes else None
         ways: dict[str, Ask] = {
             "calls": lambda seed: gen(1, label, seed=seed, output_type="uint8"),
             "batcher": lambda seed: batcher(seed=seed, class_labels=label, output_type="uint8"),
         }
         gen.warmup(1)
+        wide.warmup(1)
         for count in callers:
             waits: dict[str, list[float]] = {name: [] for name in ways}
             rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -96,7 +96,6 @@ def main(
             "command": shlex.join(["python", *sys.argv]),
             "machine": describe_machine(),
             "backend": backend,
-            "threads_of_a_call": threads,
             "results": results,
         }
         atomic_write_bytes(out, json.dumps(record, indent=1).encode() + b"\n")

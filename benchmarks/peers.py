@@ -51,6 +51,8 @@ def fastest_generator(bundle: Path, all_steps: tuple[int, ...], threads: int | N
     """Open what ``auto`` takes in float32 after everything that passed ``validate`` was measured here."""
     with Generator.from_pretrained(bundle, precision="fp32", num_threads=threads) as gen:
         for steps in all_steps:
+            if all(row.backend == "torch" for row in gen.plan(steps).accepted):
+                raise click.ClickException(f"{bundle} has no graph that passed. First: scm-export validate {bundle}")
             gen.benchmark(num_inference_steps=steps)
     return Generator.from_pretrained(bundle, precision="fp32", num_threads=threads)
 
@@ -272,6 +274,8 @@ def main(
     ):
         for steps in all_steps:
             spec = gen.opened(steps).spec
+            if not spec.num_classes:
+                raise click.ClickException(f"{bundle} has no labels, expected a model with some: each way is fed them.")
             chosen[steps] = fastest.opened(steps).row.backend
             per_image = gflop(gen, spec)
             opened = dict(open_peers(fastest, gen, spec, names, work, threads))

@@ -4,8 +4,9 @@
         out = batcher(seed=7, class_labels="red")  # like gen(...), for a thread that waits
         future = batcher.submit(seed=8)            # or a concurrent.futures.Future
 
-While one batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill, so a
-lone caller is as fast as without. Noise is drawn by the callers' threads, and pictures while the next batch runs.
+While one batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill: a lone
+caller waits for the hand-over between threads alone. Noise is drawn by the callers' threads, and pictures are made
+while the next batch runs.
 """
 
 from __future__ import annotations

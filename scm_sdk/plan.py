@@ -37,16 +37,10 @@ class Plan(Sequence[PlanRow]):
 
     def __init__(self, rows: Sequence[PlanRow]) -> None:
         self.rows = tuple(rows)
-
-    @property
-    def accepted(self) -> tuple[PlanRow, ...]:
+        self.accepted = tuple(row for row in self.rows if row.accepted)
         """The rows that may run, best first."""
-        return tuple(row for row in self.rows if row.accepted)
-
-    @property
-    def rejected(self) -> tuple[PlanRow, ...]:
+        self.rejected = tuple(row for row in self.rows if not row.accepted)
         """The rows that may not, with their reasons."""
-        return tuple(row for row in self.rows if not row.accepted)
 
     @property
     def chosen(self) -> PlanRow | None:

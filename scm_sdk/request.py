@@ -23,6 +23,7 @@ from .noise import check_seed, draw_noise, standard_normal
 from .spec import SamplerSpec
 
 OutputType = Literal["pil", "np", "pt", "uint8", "raw"]
+OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 Labels = SupportsIndex | str | Sequence[int | str] | NDArray[Any]
 Seeds = SupportsIndex | Sequence[int] | NDArray[Any]
 _FRESH_SEEDS = 1 << 53
@@ -179,8 +180,8 @@ def check_count(name: str, value: object, *, most: int | None = None) -> int:
 
 def check_output_type(spec: SamplerSpec, output_type: str) -> None:
     """Raise ``ConfigError`` unless ``output_type`` is known and can show what the sampler returns."""
-    if output_type not in get_args(OutputType):
-        raise ConfigError(f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}.")
+    if output_type not in OUTPUT_TYPES:
+        raise ConfigError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}.")
     if output_type != "raw" and spec.output != "pixels":
         raise ConfigError(
             f"output_type is {output_type!r}, but this sampler returns {spec.output} of shape {spec.image_shape}, "
