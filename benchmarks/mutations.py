@@ -250,7 +250,9 @@ def _validate(path: Path, artifact: Artifact, graph: ir.Model, options: Sequence
         if done.exit_code not in (0, 3):
             raise RuntimeError(done.output) from done.exception
         (result,) = json.loads(done.stdout)["parity"]
-        (record,) = [r for r in Bundle.open(copy).manifest.parity if r.artifact == artifact.path]
+        (record,) = [
+            r for r in Bundle.open(copy).manifest.parity if (r.artifact, r.backend) == (artifact.path, "onnxruntime")
+        ]
         assert record.passed == (done.exit_code == 0), "what the command says, it records"
         return result, done.exit_code
 
