@@ -81,7 +81,7 @@ def test_every_fault_is_caught_and_named_at_every_rung(ladder: Path, exported_on
     exact = [o for o in outcomes if o.rung == "fp32"]
     assert all(o.numbers_pass == (o.fault == "none") for o in exact), "the numbers of fp32 alone notice each"
     assert any(o.numbers_pass and o.caught for o in outcomes), "some are noticed by the structure alone"
-    assert {o.fault: o.first_node for o in exact}["transposed labels"] == "step0/label_embedding/Gather"
+    assert {o.fault: o.first_node for o in exact}["transposed labels"] == "step0/labels/Gather"
 
 
 def replace_graph(path: Path, model: ir.Model, precision: str = "fp16") -> None:

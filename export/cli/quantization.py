@@ -43,7 +43,7 @@ def quantize(
 
     \b
     scm-export quantize avatars
-    scm-export quantize avatars --target-psnr 40
+    scm-export quantize avatars --target-psnr 42
     scm-export quantize avatars --from modelopt.onnx --steps 2
     """
     from ..feeds import bundle_examples
