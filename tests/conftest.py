@@ -125,7 +125,9 @@ def unet_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = UNetConfig(
         image_size=8, channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(8,), num_classes=4
     )
-    model = ConsistencyModel(ModelConfig(network=shape, class_names=("cat", "dog", "robot", "rocket")))
+    with torch.random.fork_rng(devices=[]):  # the same weights whatever ran before
+        torch.manual_seed(0)
+        model = ConsistencyModel(ModelConfig(network=shape, class_names=("cat", "dog", "robot", "rocket")))
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # the layers that start at zero would hide everything before them
         with torch.no_grad():
