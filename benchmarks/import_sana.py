@@ -13,7 +13,6 @@ A stage that is done is not done again.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from stages import add_engine, add_fp16, run_stage, say
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "0.6B": {
@@ -73,7 +73,7 @@ def import_(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     from scm_sdk.export.import_sana import import_sana
 
     report = import_sana(
-        folder / "pipeline", folder / "bundle", steps=(steps,), max_batch=1, overwrite=True, progress=_say
+        folder / "pipeline", folder / "bundle", steps=(steps,), max_batch=1, overwrite=True, progress=say
     )
     (graph,) = report.graphs
     return {
@@ -129,29 +129,13 @@ def diffusers(layout: str, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def fp16(layout: str, steps: int, folder: Path) -> dict[str, Any]:
-    """Add the FP16 graph; its pictures, which take minutes each, are not looked at."""
-    from scm_sdk.export.precision import default_plan
-    from scm_sdk.export.variants import add_precision
-
-    (variant,) = add_precision(folder / "bundle", default_plan("fp16"), num_samples=0, progress=_say)
-    if variant.graph is None:
-        return {}
-    return {"graph_bytes": variant.graph.bytes + variant.graph.data_bytes, "nodes": dict(variant.nodes)}
+    """Add the FP16 graph; its pictures take minutes each."""
+    return add_fp16(folder / "bundle")
 
 
 def engine(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     """Add an engine for the A100."""
-    from scm_sdk.export.engines import add_engines
-    from scm_sdk.targets import resolve_targets
-
-    (built,) = add_engines(folder / "bundle", resolve_targets(["a100"]), precisions=["fp16"])
-    record = built.record
-    return {
-        "seconds_by_part": dict(record.seconds),
-        "engine_bytes": record.engine_bytes,
-        "library_peak_bytes": record.peak_memory_bytes,
-        "census": record.census,
-    }
+    return add_engine(folder / "bundle")
 
 
 STAGES: dict[str, Callable[[str, int, Path], dict[str, Any]]] = {
@@ -191,21 +175,10 @@ def main(layout: str, steps: int, layers: int | None, work: Path, out: Path | No
 
 def _measure(stage: str, folder: Path) -> None:
     """Run one stage in a process and write what it took beside what it said."""
-    start = time.perf_counter()
-    command = [sys.executable, *sys.argv, "--stage", stage]
-    _, status, usage = os.wait4(os.posix_spawn(sys.executable, command, os.environ), 0)
-    if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"stage {stage} ended with {code}; run the same command again to go on.")
-    partial = folder / f"{stage}.partial.json"
-    found = {
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
-        **json.loads(partial.read_bytes()),
-    }
-    partial.unlink()
+    found = run_stage([*sys.argv, "--stage", stage], folder / f"{stage}.partial.json")
+    found["peak_gib"] = round(found.pop("peak_bytes") / 2**30, 2)
     (folder / f"{stage}.json").write_text(json.dumps(found))
-    _say(f"{stage}: {json.dumps(found)}")
+    say(f"{stage}: {json.dumps(found)}")
 
 
 def _keep(name: str, folder: Path, out: Path) -> None:
@@ -234,10 +207,6 @@ def _difference(images: Any, recorded: Any) -> dict[str, float]:
         "largest": float(np.abs(recorded).max()),
         "standard_deviation": float(recorded.std()),
     }
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 if __name__ == "__main__":

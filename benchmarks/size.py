@@ -14,7 +14,6 @@ and bytes are those of 1.5 billion parameters; the exporter's time, which goes w
 """
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from stages import add_engine, add_fp16, run_stage, say
 
 from scm_sdk.files import atomic_write_bytes
 
@@ -60,7 +60,7 @@ def export(preset: str, folder: Path) -> dict[str, Any]:
     from scm_sdk.export.pipeline import export_bundle
 
     report = export_bundle(
-        folder / "checkpoint", folder / "bundle", steps=STEPS, max_batch=1, overwrite=True, progress=_say
+        folder / "checkpoint", folder / "bundle", steps=STEPS, max_batch=1, overwrite=True, progress=say
     )
     (graph,) = report.graphs
     return {
@@ -71,29 +71,13 @@ def export(preset: str, folder: Path) -> dict[str, Any]:
 
 
 def fp16(preset: str, folder: Path) -> dict[str, Any]:
-    """Add the FP16 graph; its pictures are looked at where that takes seconds."""
-    from scm_sdk.export.precision import default_plan
-    from scm_sdk.export.variants import add_precision
-
-    (variant,) = add_precision(folder / "bundle", default_plan("fp16"), num_samples=0, progress=_say)
-    if variant.graph is None:
-        return {}
-    return {"graph_bytes": variant.graph.bytes + variant.graph.data_bytes, "nodes": dict(variant.nodes)}
+    """Add the FP16 graph."""
+    return add_fp16(folder / "bundle")
 
 
 def engine(preset: str, folder: Path) -> dict[str, Any]:
     """Add an engine for the A100."""
-    from scm_sdk.export.engines import add_engines
-    from scm_sdk.targets import resolve_targets
-
-    (built,) = add_engines(folder / "bundle", resolve_targets(["a100"]), precisions=["fp16"], on_build=_say_built)
-    record = built.record
-    return {
-        "seconds_by_part": dict(record.seconds),
-        "engine_bytes": record.engine_bytes,
-        "library_peak_bytes": record.peak_memory_bytes,
-        "census": record.census,
-    }
+    return add_engine(folder / "bundle")
 
 
 def run(preset: str, folder: Path) -> dict[str, Any]:
@@ -151,20 +135,8 @@ def _measure(preset: str, stage: str, work: Path) -> None:
     folder = work / preset
     for left in folder.glob(".*.partial"):  # of a stage that was killed
         shutil.rmtree(left, ignore_errors=True)
-    start = time.perf_counter()
-    command = [sys.executable, __file__, preset, "--work", str(work), "--stage", stage]
-    pid = os.posix_spawn(sys.executable, command, os.environ)
-    _, status, usage = os.wait4(pid, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"{preset}: stage {stage} ended with {code}; run the same command again to go on.")
-    partial = folder / f"{stage}.partial.json"
-    found = {
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_bytes": usage.ru_maxrss * 1024,
-        **json.loads(partial.read_bytes()),
-    }
-    partial.unlink()
+    command = [__file__, preset, "--work", str(work), "--stage", stage]
+    found = run_stage(command, folder / f"{stage}.partial.json")
     atomic_write_bytes(folder / f"{stage}.json", json.dumps(found).encode())
     print(f"{preset} {stage}: {found['seconds']:.0f} s, {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
 
@@ -189,14 +161,6 @@ def _line(preset: str, row: dict[str, Any]) -> str:
         f"graph {row['export']['graph_bytes'] / 1e6:.0f} MB, fp16 {row['fp16']['seconds']:.0f} s, engine "
         f"{row['engine']['seconds']:.0f} s {row['engine']['engine_bytes'] / 1e6:.0f} MB, peak {peak:.2f} GiB"
     )
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
-def _say_built(path: str) -> None:
-    _say(f"build {path}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from scm_sdk.errors import UnsupportedGraphError
 
-from .partial import BATCH_DIM, ROUNDING, Depends, evaluate
+from .partial import BATCH_DIM, ROUNDING, Depends, evaluate, read_outside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,12 +74,7 @@ def label_branch(
         read = [value for value in node.inputs if value is not None]
         if any(value in branch for value in read) and all(v in branch or classes[v] != Depends.DATA for v in read):
             branch.update(node.outputs)
-    border = tuple(
-        value
-        for node in graph
-        for value in node.outputs
-        if value in branch and (value.is_graph_output() or any(n.outputs[0] not in branch for n in value.consumers()))
-    )
+    border = tuple(read_outside((value for node in graph for value in node.outputs), branch))
     if not border or not all(_is_rows(value) for value in border):
         return None
     size = num_steps * num_classes * sum(_size(value) for value in border)

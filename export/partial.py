@@ -13,7 +13,7 @@ Nothing above ``DATA`` has to be computed when the graph runs. ``export.passes``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -177,14 +177,20 @@ class TimeConstant(NamedTuple):
     per_sample: bool
 
 
-def time_border(graph: ir.Graph, classes: Mapping[ir.Value, Depends]) -> list[ir.Value]:
-    """Return the values of the time branch that the rest of the graph, or the caller, reads."""
+def read_outside(values: Iterable[ir.Value], inside: Container[ir.Value]) -> list[ir.Value]:
+    """Return those of ``values`` that are inside, and that a node outside, or the caller of the graph, reads."""
     return [
         value
-        for value in (*graph.inputs, *(value for node in graph for value in node.outputs))
-        if classes[value] == Depends.TIME
-        and (value.is_graph_output() or any(classes[n.outputs[0]] != Depends.TIME for n in value.consumers()))
+        for value in values
+        if value in inside
+        and (value.is_graph_output() or any(node.outputs[0] not in inside for node in value.consumers()))
     ]
+
+
+def time_border(graph: ir.Graph, classes: Mapping[ir.Value, Depends]) -> list[ir.Value]:
+    """Return the values of the time branch that the rest of the graph, or the caller, reads."""
+    branch = {value for value, found in classes.items() if found == Depends.TIME}
+    return read_outside((*graph.inputs, *(value for node in graph for value in node.outputs)), branch)
 
 
 def time_constants(graph: ir.Graph, border: list[ir.Value], t: float) -> list[TimeConstant]:

@@ -130,8 +130,8 @@ def test_every_objective_and_network_in_shares(room, tmp_path):
         for out in tmp_path.glob(f"{name}-*"):
             if name == "edm2":
                 assert float((weights(out) - weights(tmp_path / name)).abs().max()) < 1e-5
-            else:  # finite differences magnify rounding
-                assert_same(out, tmp_path / name, room, 2e-3 if name == "fd" else TOLERANCE)
+            else:  # finite differences magnify rounding: 4e-4 between halves of a batch in one process
+                assert_same(out, tmp_path / name, room, 1e-3 if name == "fd" else TOLERANCE)
     snapshots = sorted(path.name for path in (tmp_path / "profiles-fsdp" / "ema").iterdir())
     assert snapshots == sorted(path.name for path in (tmp_path / "profiles" / "ema").iterdir())
     for name in snapshots:
