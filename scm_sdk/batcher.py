@@ -4,9 +4,12 @@
         out = batcher(seed=7, class_labels="red")  # like gen(...), for a thread that waits
         future = batcher.submit(seed=8)            # or a concurrent.futures.Future
 
-While one batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill: a lone
+While a batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill: a lone
 caller waits for the hand-over between threads alone. Noise is drawn by the callers' threads, and pictures are made
 while the next batch runs.
+
+On a CPU a small picture gains little from a second core. Where a call was given some of the cores only
+(``from_pretrained(..., num_threads=1)``), as many batches run side by side as fit beside one another.
 """
 
 from __future__ import annotations
@@ -19,14 +22,22 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from .dispatch import BACKENDS
 from .errors import BackendFailure, QueueFull
+from .opened import Opened
 from .output import GeneratorOutput
 from .packing import Job, Ran, finish, first_batch, run_jobs
+from .processor import usable_cores
 from .request import check_count
 from .sources import Source
 
-_WORKERS = 2
-"""One runs the backend while the other makes pictures of the batch before."""
+
+def side_by_side(opened: Opened, num_threads: int | None) -> int:
+    """Return how many batches fit beside one another, each on ``num_threads`` cores; None takes them all, as a GPU."""
+    info = BACKENDS.get(opened.row.backend)
+    if num_threads is None or opened.device != "cpu" or (info is not None and info.one_at_a_time):
+        return 1
+    return max(1, usable_cores() // num_threads)
 
 
 @dataclass(frozen=True)
@@ -45,17 +56,23 @@ class Batcher:
         prepare: Checks the arguments of a call.
         source: The model on disk.
         max_waiting: Images that may wait; a longer request is accepted when nothing else waits.
+        max_running: Batches that may run side by side.
     """
 
-    def __init__(self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int) -> None:
+    def __init__(
+        self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int, max_running: int
+    ) -> None:
         self._max_waiting = check_count("max_waiting", max_waiting)
+        self._running = threading.Semaphore(check_count("max_running", max_running))
         self._prepare, self._source = prepare, source
         self._waiting: deque[_Ticket] = deque()
         self._closed = False
         self._changed = threading.Condition()
-        self._running = threading.Lock()
-        # Daemons: a batcher that is never closed must not keep the program from ending.
-        self._workers = [threading.Thread(target=self._work, name="scm-batcher", daemon=True) for _ in range(_WORKERS)]
+        # One more than may run: it makes the pictures of the batch before. Daemons: a batcher that is never closed must
+        # not keep the program from ending.
+        self._workers = [
+            threading.Thread(target=self._work, name="scm-batcher", daemon=True) for _ in range(max_running + 1)
+        ]
         for worker in self._workers:
             worker.start()
 

@@ -71,6 +71,7 @@ class BackendInfo:
         extra: The extra of this package that brings the library.
         opens: The artifact formats it can open.
         unfit: The precisions among them that it must not run, each with the reason.
+        one_at_a_time: Whether calls from several threads wait for one another.
     """
 
     module: str
@@ -78,6 +79,7 @@ class BackendInfo:
     extra: str
     opens: tuple[str, ...]
     unfit: Mapping[str, str] = field(default_factory=dict)
+    one_at_a_time: bool = False
 
     def takes(self, artifact: Artifact) -> bool:
         """Whether it can open an artifact, and may."""
@@ -111,7 +113,11 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was
         },
     ),
     "torch": BackendInfo(
-        module="scm_sdk.runtimes.torch_backend", library="torch", extra="torch", opens=("safetensors",)
+        module="scm_sdk.runtimes.torch_backend",
+        library="torch",
+        extra="torch",
+        opens=("safetensors",),
+        one_at_a_time=True,
     ),
 }
 

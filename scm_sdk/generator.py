@@ -213,11 +213,18 @@ class Generator:
                 raise result
             yield result
 
-    def batcher(self, *, max_waiting: int = 256) -> Batcher:
-        """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``."""
-        from .batcher import Batcher  # here, as its futures are slow to import
+    def batcher(self, *, max_waiting: int = 256, max_running: int | None = None) -> Batcher:
+        """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``.
 
-        return Batcher(self._job, self.source, max_waiting=max_waiting)
+        Args:
+            max_waiting: Images that may wait.
+            max_running: Batches that may run side by side; None is as many as the cores hold calls of
+                ``num_threads``, and one where a call takes all cores, a GPU, or the backend runs one at a time.
+        """
+        from .batcher import Batcher, side_by_side  # here, as its futures are slow to import
+
+        beside = side_by_side(self.opened(), self.num_threads) if max_running is None else max_running
+        return Batcher(self._job, self.source, max_waiting=max_waiting, max_running=beside)
 
     def plan(self, num_inference_steps: int | None = None) -> Plan:
         """Return what could run and what runs, each with the reason; ``str()`` is a table.

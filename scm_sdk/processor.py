@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 
@@ -11,6 +12,13 @@ _INT8_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "asimddp", "amx_int8"}
 def cpu_name() -> str:
     """Return the processor's name as the system gives it, or "unknown"."""
     return next(_cpuinfo("model name"), "") or platform.processor() or "unknown"
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: of the machine's, those that the system lets it have."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def has_int8_dot_product() -> bool | None:

@@ -1,5 +1,6 @@
 """Shared batches: whatever is packed with it, each request gets the images of its own call, and only its own errors."""
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scm_sdk import Generator
+from scm_sdk.batcher import side_by_side
 from scm_sdk.errors import BackendFailure, ConfigError, QueueFull, ScmError
 from scm_sdk.noise import draw_noise
 from scm_sdk.output import GeneratorOutput
@@ -154,7 +156,7 @@ def test_a_crowd(gen: Generator, callers: int) -> None:
 
 def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None:
     done: list[int] = []
-    with gen.batcher() as batcher:
+    with gen.batcher(max_running=1) as batcher:
         futures = [batcher.submit(seed=0, num_images=2)]
         assert gate.entered.acquire(timeout=20)
         futures += [batcher.submit(seed=n) for n in (10, 11, 12, 13, 14)]
@@ -170,8 +172,45 @@ def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None
     assert sorted(done) == list(range(8))
 
 
+def test_batches_run_side_by_side(gen: Generator, gate: Gate) -> None:
+    with gen.batcher(max_running=2) as batcher:
+        futures = []
+        for n in range(2):  # the second does not wait for the first
+            futures.append(batcher.submit(seed=n))
+            assert gate.entered.acquire(timeout=20)
+        futures += [batcher.submit(seed=n) for n in range(2, 5)]
+        assert not gate.entered.acquire(timeout=0.1), "a third would share the cores of the two"
+        assert batcher.waiting == 3
+        gate.open.set()
+        assert [future.result(20).seeds for future in futures] == [(n,) for n in range(5)]
+    assert gate.batches == [1, 1, 3]
+    with pytest.raises(ConfigError, match="max_running is 0"):
+        gen.batcher(max_running=0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "num_threads", "batches"),
+    [
+        ("onnxruntime", "cpu", 1, 8),
+        ("onnxruntime", "cpu", 3, 2),
+        ("onnxruntime", "cpu", 9, 1),
+        ("onnxruntime", "cpu", None, 1),
+        ("onnxruntime", "cuda:0", 1, 1),
+        ("torch", "cpu", 1, 1),
+    ],
+)
+def test_as_many_side_by_side_as_cores_hold(
+    gen: Generator, monkeypatch: pytest.MonkeyPatch, backend: str, device: str, num_threads: int | None, batches: int
+) -> None:
+    monkeypatch.setattr("scm_sdk.batcher.usable_cores", lambda: 8)
+    opened = gen.opened()
+    monkeypatch.setattr(opened.backend, "device", device)
+    row = dataclasses.replace(opened.row, backend=backend)
+    assert side_by_side(dataclasses.replace(opened, row=row), num_threads) == batches
+
+
 def test_given_noise_is_packed_with_seeds(gen: Generator, gate: Gate) -> None:
-    with gen.batcher() as batcher:
+    with gen.batcher(max_running=1) as batcher:
         first = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         named = batcher.submit(seed=7, class_labels=1, output_type="raw")
@@ -184,7 +223,7 @@ def test_given_noise_is_packed_with_seeds(gen: Generator, gate: Gate) -> None:
 
 
 def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
-    with gen.batcher(max_waiting=3) as batcher:
+    with gen.batcher(max_waiting=3, max_running=1) as batcher:
         running = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         held = batcher.submit(seed=1, num_images=2)
@@ -204,7 +243,7 @@ def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
 
 
 def test_a_cancelled_request_is_never_computed(gen: Generator, gate: Gate) -> None:
-    with gen.batcher() as batcher:
+    with gen.batcher(max_running=1) as batcher:
         running = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         futures = [batcher.submit(seed=n) for n in range(1, 4)]
@@ -220,7 +259,7 @@ def test_a_cancelled_request_is_never_computed(gen: Generator, gate: Gate) -> No
 def test_an_error_reaches_its_own_request_only(gen: Generator, gate: Gate) -> None:
     """Label 2 makes the library raise for the whole batch; the others are run again without it."""
     gate.fault = 2
-    with gen.batcher() as batcher:
+    with gen.batcher(max_running=1) as batcher:
         first = batcher.submit(seed=0, class_labels=0)
         assert gate.entered.acquire(timeout=20)
         futures = [batcher.submit(seed=n, class_labels=n) for n in (1, 2, 0)]
@@ -238,7 +277,7 @@ def test_an_error_reaches_its_own_request_only(gen: Generator, gate: Gate) -> No
 
 def test_one_bad_image_does_not_spoil_the_batch(gen: Generator, gate: Gate) -> None:
     loud = [np.full((1, 3, 4, 4), 3e38, np.float32)] * 2  # finite, but its sum is not
-    with gen.batcher() as batcher:
+    with gen.batcher(max_running=1) as batcher:
         futures = [batcher.submit(seed=0)]
         assert gate.entered.acquire(timeout=20)
         futures += [batcher.submit(seed=1, class_labels=0), batcher.submit(noise=loud, class_labels=0)]
@@ -264,7 +303,7 @@ def test_closing_finishes_what_waits(gen: Generator) -> None:
 
 
 def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Generator, gate: Gate) -> None:
-    with pytest.raises(KeyError), gen.batcher() as batcher:
+    with pytest.raises(KeyError), gen.batcher(max_running=1) as batcher:
         running = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         waiting = batcher.submit(seed=1)
@@ -276,7 +315,7 @@ def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Gen
 
 
 def test_closing_wakes_who_waits_for_room(gen: Generator, gate: Gate) -> None:
-    batcher = gen.batcher(max_waiting=1)
+    batcher = gen.batcher(max_waiting=1, max_running=1)
     running = batcher.submit(seed=0)
     assert gate.entered.acquire(timeout=20)
     batcher.submit(seed=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +43,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
     from scm_sdk.gpu import gpus
-    from scm_sdk.processor import cpu_name
+    from scm_sdk.processor import cpu_name, usable_cores
 
     found = {name: _version(name) if is_installed(name) else None for name in LIBRARIES}
     states = {
@@ -57,7 +56,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "gpu": ", ".join(f"{gpu.name} (sm {gpu.compute_capability}, driver for CUDA {gpu.driver})" for gpu in gpus()),
         "libraries": found,
         "backends": {name: states.get(name, "not installed") for name in BACKENDS},
