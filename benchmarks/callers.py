@@ -2,10 +2,10 @@
 
     python benchmarks/callers.py scm-demo/avatars --json benchmarks/results/callers.json
 
-Each caller asks for one picture after the other, by its seed. ``calls`` is ``gen(...)`` from every thread, ``batcher``
-is ``gen.batcher()``, which packs what waits into shared batches. Calls get one thread each, so that they run side by
-side, the batcher's batches as many as the library takes. Both are tried in turn for each number of callers, several
-times over; a round's first requests are not counted. What limits both is the machine's cores.
+Each caller asks for one picture after the other, by its seed. ``calls`` is ``gen(...)`` from every thread, each with one
+core; ``batcher`` is ``gen.batcher()`` of the same generator, which packs what waits into shared batches, one to a core;
+``wide`` is the batcher of a generator whose calls take all cores, so that one batch runs at a time. They are tried in
+turn for each number of callers, several times over; a round's first requests are not counted.
 """
 
 import itertools
@@ -65,11 +65,12 @@ def main(bundle: Path, callers: tuple[int, ...], seconds: float, rounds: int, ba
     with ExitStack() as stack:
         gen = stack.enter_context(Generator.from_pretrained(bundle, backend=backend, num_threads=1))
         wide = stack.enter_context(Generator.from_pretrained(bundle, backend=backend))
-        batcher = stack.enter_context(wide.batcher(max_waiting=max(callers)))
+        batcher, wide_batcher = (stack.enter_context(g.batcher(max_waiting=max(callers))) for g in (gen, wide))
         label = 0 if gen.opened().spec.num_classes else None
         ways: dict[str, Ask] = {
             "calls": lambda seed: gen(1, label, seed=seed, output_type="uint8"),
             "batcher": lambda seed: batcher(seed=seed, class_labels=label, output_type="uint8"),
+            "wide": lambda seed: wide_batcher(seed=seed, class_labels=label, output_type="uint8"),
         }
         gen.warmup(1)
         wide.warmup(1)

@@ -98,11 +98,11 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
     )  # fmt: skip
     ends = json.loads((tmp_path / "ends" / "train.json").read_text())
     assert [ends[key] for key in ("objective", "trajectory_steps", "huber")] == ["trajectory", 3, 0.03]
-    assert "leave out --discrete-step and VSD" in one_line(
+    assert "leave out --discrete-step and --vsd-only" in one_line(
         run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--trajectory-steps", 3, code=2)
     )
-    assert "leave out --no-teacher and VSD" in one_line(
-        run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--vsd", 1, code=2)
+    assert "leave out --no-teacher and --vsd-only" in one_line(
+        run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--vsd-only", code=2)
     )
     assert "give either --teacher" in one_line(run("distill", "-o", tmp_path / "x", code=2))
     assert "needs --init" in one_line(run("distill", "-o", tmp_path / "x", "--no-teacher", code=2))

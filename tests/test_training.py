@@ -120,12 +120,20 @@ def test_distillation_without_a_tangent_resumes_exactly_and_keeps_its_second_tim
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("changes", [{"objective": "vsd"}, {"objective": "scd", "vsd_weight": 1.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "vsd"},
+        {"objective": "scd", "vsd_weight": 1.0},
+        {"objective": "cd", "vsd_weight": 1.0},
+        {"objective": "trajectory", "trajectory_steps": 2, "vsd_weight": 1.0, "vsd_weighting": "error"},
+    ],
+)
 def test_vsd_runs_resume_exactly(npz, tmp_path, changes):
     train(config(npz, num_iterations=2), tmp_path / "teacher")
     run = config(npz, network=None, teacher=str(tmp_path / "teacher"), vsd_steps=2, **changes)
     model = train(run, tmp_path / "whole")
-    assert model.config.provenance["objective"] == ("vsd" if changes["objective"] == "vsd" else "scd+vsd")
+    assert model.config.provenance["objective"] == changes["objective"] + "+vsd" * ("vsd_weight" in changes)
     with pytest.raises(Stop):
         train(run, tmp_path / "parts", Hooks(checkpoint_every=2, on_step=stop_at(5)))
     train(run, tmp_path / "parts", Hooks(checkpoint_every=2))

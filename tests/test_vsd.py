@@ -8,6 +8,7 @@ from torch import nn
 from scm_sdk.errors import ConfigError
 from scm_sdk.model.presets import tiny
 from scm_sdk.model.trigflow import add_noise, expand_time, predict_data
+from scm_sdk.spec import default_times
 from scm_sdk.train.config import DataConfig, TrainConfig
 from scm_sdk.train.data import load_data
 from scm_sdk.train.objectives import Batch
@@ -84,6 +85,31 @@ def test_the_gradient_is_the_papers() -> None:
     difference = (Gaussian(-0.5)(noisy, draw.t) - vsd.fake(noisy, draw.t)).detach()
     assert student.mean.grad == pytest.approx(2 * difference.mean().item(), rel=1e-4), "dg/dmean is 1"
     assert square.item() == pytest.approx(difference.square().mean().item(), rel=1e-4)
+
+
+def test_a_difference_may_be_weighted_by_the_teachers_error_on_the_sample() -> None:
+    """Eq. 8 of DMD: estimates of the sample, the fake score's less the teacher's, over the teacher's mean error."""
+    student, plan = Shift(0.3), run(learning_rate=1e-12, vsd_weighting="error")
+    teacher, vsd = Gaussian(-0.5), Vsd(plan, Gaussian(0.1), teacher_score(Gaussian(-0.5), sigma_data=SIGMA))
+    loss, square = vsd(student, batch(), 5)
+    loss.backward()
+    draw = Draw.of(plan, batch().x_0.shape, 5)
+    t = torch.full((64,), vsd._times[0])
+    x_t = add_noise(torch.zeros_like(draw.z), draw.noises[0], t)
+    g = predict_data(x_t, student(x_t / SIGMA, t), t, sigma_data=SIGMA).detach()
+    noisy = add_noise(g, draw.z, draw.t)
+    theirs, fakes = (
+        predict_data(noisy, F(noisy / SIGMA, draw.t), draw.t, sigma_data=SIGMA).detach() for F in (teacher, vsd.fake)
+    )
+    difference = (fakes - theirs) / (g - theirs).abs().mean(dim=(1, 2, 3), keepdim=True)
+    assert student.mean.grad == pytest.approx(2 * difference.mean().item(), rel=1e-4), "away from the fake's"
+    assert square.item() == pytest.approx(difference.square().mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(square.item()), "nothing learned beside it"
+
+
+def test_it_looks_at_the_times_of_the_models_own_sampler() -> None:
+    vsd = Vsd(run(vsd_steps=2, mid_time=0.6), Gaussian(0.0), teacher_score(Gaussian(0.0), sigma_data=SIGMA))
+    assert vsd._times == default_times(2, sigma_data=SIGMA, mid_time=0.6)
 
 
 def test_the_exact_score_of_one_picture_is_known(npz) -> None:

@@ -83,12 +83,14 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
         raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
     objective = "vsd" if vsd_only else "sct" if no_teacher else "scd"
     if options["discrete_step"] is not None:
-        if objective != "scd" or options["vsd_weight"]:
-            raise ConfigError("--discrete-step distils a teacher by itself; leave out --no-teacher and VSD.")
+        if objective != "scd":
+            raise ConfigError("--discrete-step distils a teacher by itself; leave out --no-teacher and --vsd-only.")
         objective = "cd"
     if options["trajectory_steps"] is not None:
-        if objective != "scd" or options["vsd_weight"]:
-            raise ConfigError("--trajectory-steps distils a teacher by itself; leave out --discrete-step and VSD.")
+        if objective != "scd":
+            raise ConfigError(
+                "--trajectory-steps distils a teacher by itself; leave out --discrete-step and --vsd-only."
+            )
         objective = "trajectory"
     _run(_config(objective, _data_config(options), options), options)
 

@@ -73,7 +73,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         trajectory_steps: Steps of the teacher along one trajectory in ``trajectory``.
         huber: Error, data units, above which the loss of ``trajectory`` grows linearly; 0 for the square.
         mid_time: Second time of the two-step sampler that the model will have, radians.
-        vsd_weight: Factor of the VSD loss beside ``scd`` or ``sct``; 0 for none. The paper's is 1.
+        vsd_weight: Factor of the VSD loss beside that of the objective; 0 for none. The paper's is 1.
+        vsd_weighting: ``learned`` is the paper's; ``error`` divides by the teacher's error on each sample (``vsd``).
         vsd_steps: Sampler steps whose samples VSD looks at, in turn; the paper's is 1.
         vsd_p_mean: Mean of ln(sigma) of the comparison; the paper's is 0.4.
         vsd_p_std: Its standard deviation; the paper's is 2.
@@ -135,6 +136,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     huber: float = 0.0
     mid_time: float = DEFAULT_MID_TIME
     vsd_weight: float = 0.0
+    vsd_weighting: Literal["learned", "error"] = "learned"
     vsd_steps: int = 1
     vsd_p_mean: float = 0.4
     vsd_p_std: float = 2.0

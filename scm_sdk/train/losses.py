@@ -49,7 +49,7 @@ def loss_function(
     """Return ``(batch, iteration) -> (loss, residual)`` for a run, compiled if it asks for that.
 
     VSD is never compiled: it takes a step of its own. Beside another loss the residual is that one's. Networks run in
-    the run's precision and the teacher with its guidance.
+    the run's precision and the teacher with its guidance. The anchor's and VSD's weightings are their own.
 
     Raises:
         ConfigError: If a tangent with dropout is to be compiled.
@@ -59,9 +59,19 @@ def loss_function(
             f"dropout is {config.dropout} with --compile, expected 0: compiled, the passes of a tangent might not "
             "drop the same activations. Leave one of them out."
         )
-    return _loss_function(
-        config, in_precision(network, config.precision), _followed(config, teacher), logvar, vsd, anchor
-    )
+    called = in_precision(network, config.precision)
+    if config.objective == "vsd":
+        assert vsd is not None
+        return lambda batch, iteration: vsd(called, batch, iteration)
+    compute = _loss_function(config, called, _followed(config, teacher), logvar, anchor)
+    if vsd is None:
+        return compute
+
+    def with_vsd(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, residual = compute(batch, iteration)
+        return loss + config.vsd_weight * vsd(called, batch, iteration)[0], residual
+
+    return with_vsd
 
 
 def _followed(config: TrainConfig, teacher: nn.Module | None) -> ConditionedNetwork | None:
@@ -77,12 +87,8 @@ def _loss_function(
     network: ConditionedNetwork,
     teacher: ConditionedNetwork | None,
     logvar: LogVariance | None,
-    vsd: Vsd | None,
     anchor: Anchor | None,
 ) -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]:
-    if config.objective == "vsd":
-        assert vsd is not None
-        return lambda batch, iteration: vsd(network, batch, iteration)
     if config.objective == "cd":
         assert teacher is not None  # TrainConfig refuses cd without one
         return _discrete(config, network, teacher, logvar, anchor)
@@ -106,10 +112,7 @@ def _loss_function(
 
     def at(batch: Batch, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         warmup = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
-        loss, residual = compute(batch, torch.tensor(warmup))
-        if vsd is not None:
-            loss = loss + config.vsd_weight * vsd(network, batch, iteration)[0]
-        return loss, residual
+        return compute(batch, torch.tensor(warmup))
 
     return at
 

@@ -2,10 +2,16 @@
 
 A *fake score*, a diffusion model of what the student makes just now, is trained beside the student by Eq. 4. Where it
 and the data's score disagree on a noisy sample of the student, the student is moved along the difference. The data's
-score is the teacher's or, for data that fits in memory, the exact one. Beside the consistency loss this sharpens
-samples; alone it tends to drop modes.
+score is the teacher's or, for data that fits in memory, the exact one. Beside another loss this sharpens samples;
+alone it tends to drop modes.
 
-Source: arXiv 2410.11081, appendix C (adaptive VSD, sCD+VSD); one fake-score step for each step of the student.
+Two weightings of the difference. The paper's is learned: it divides by what the difference is on average at that time.
+So it pulls as hard when the student is as good as the teacher as at the start, when most of what differs is the fake
+score's own error. Dividing by the teacher's error on the very sample instead lets the pull fade as the student gets
+better.
+
+Sources: arXiv 2410.11081, appendix C (adaptive VSD, sCD+VSD), one fake-score step for each step of the student. The
+other weighting: Yin et al., 2023, "DMD", arXiv 2311.18828, Eq. 8, who put it beside a fit of trajectories.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.magnitude import normalize_weights_
-from ..model.trigflow import add_noise, predict_data, true_velocity
+from ..model.trigflow import add_noise, expand_time, predict_data, true_velocity
 from ..spec import default_times
 from .batches import drawn_for
 from .config import TrainConfig
@@ -37,6 +43,8 @@ from .objectives import (
 from .stable_target import StableTarget
 from .tangent import Network
 
+LEAST_ERROR = 1e-3
+"""Mean absolute error of the teacher, data units, that still weights: at the smallest times it is rounding."""
 Score = Callable[[Batch], Tensor]
 """From a batch, of which ``x_t``, ``t`` and labels count, to F: the velocity at x_t over sigma_data, (B, ...)."""
 
@@ -109,7 +117,7 @@ class Vsd:
         self.optimizer = torch.optim.Adam(
             self._learned, lr=config.learning_rate, betas=config.betas, eps=config.epsilon
         )
-        self._times = default_times(config.vsd_steps, sigma_data=config.sigma_data)
+        self._times = default_times(config.vsd_steps, sigma_data=config.sigma_data, mid_time=config.mid_time)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return what a checkpoint keeps, by name."""
@@ -130,9 +138,19 @@ class Vsd:
         with torch.no_grad():
             noisy = replace(batch, x_0=images.detach(), z=draw.z, t=draw.t)
             x_t = add_noise(noisy.x_0, noisy.z, noisy.t)
-            difference = self._score(noisy) - bind(self._call_fake, noisy)(x_t / config.sigma_data, draw.t)
+            F = self._score(noisy)
+            difference = F - bind(self._call_fake, noisy)(x_t / config.sigma_data, draw.t)
+            if config.vsd_weighting == "error":
+                estimate = predict_data(x_t, F, draw.t, sigma_data=config.sigma_data)
+                difference = difference * self._per_error(noisy.x_0 - estimate, draw.t)
         moved = images.detach() if iteration < config.vsd_warmup else images
-        return weighted_residual(moved - images.detach() + difference, self.logvar(draw.t))
+        logvar = self.logvar(draw.t) if config.vsd_weighting == "learned" else None
+        return weighted_residual(moved - images.detach() + difference, logvar)
+
+    def _per_error(self, error: Tensor, t: Tensor) -> Tensor:
+        """Return what makes a difference of F one of estimated samples, over their mean absolute error, (B, 1, ...)."""
+        size = error.abs().flatten(1).mean(dim=1).clamp_min(LEAST_ERROR)
+        return expand_time(self._config.sigma_data * torch.sin(t) / size, error)
 
     def _generate(self, network: Network, draw: Draw, *, step: int) -> Tensor:
         """Return the student's samples after a sampler step; the gradient goes through that call only."""
