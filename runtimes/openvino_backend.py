@@ -7,7 +7,8 @@ graph that is small is compiled once for each batch size, when it is first asked
 It computes in float32, but for the layers that a graph of precision ``int8-cpu`` quantizes. Which precisions it is not
 given, and why, stands in ``scm_sdk.dispatch.BACKENDS``.
 
-Threads: ``sample`` may be called from many; each call takes an idle request of the library or makes one.
+Threads: ``sample`` may be called from many; each call takes an idle request of the library or makes one. The library
+runs one at a time in each of its streams, so there is a stream for every call that the cores hold.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
+from scm_sdk.processor import calls_side_by_side
 from scm_sdk.spec import SamplerSpec
 
 from .base import (
@@ -79,7 +81,8 @@ class OpenVINOBackend:
         # Not pinned to cores: two models in one process would be pinned to the same ones.
         self._settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
         if num_threads is not None:
-            self._settings["INFERENCE_NUM_THREADS"] = num_threads
+            streams = calls_side_by_side(num_threads)
+            self._settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}
         self._openvino: Any = openvino
         self._core: Any = openvino.Core()
         self._model: Any = _load(self._core, artifact_path)

@@ -27,17 +27,16 @@ from .errors import BackendFailure, QueueFull
 from .opened import Opened
 from .output import GeneratorOutput
 from .packing import Job, Ran, finish, first_batch, run_jobs
-from .processor import usable_cores
+from .processor import calls_side_by_side
 from .request import check_count
 from .sources import Source
 
 
 def side_by_side(opened: Opened, num_threads: int | None) -> int:
-    """Return how many batches fit beside one another, each on ``num_threads`` cores; None takes them all, as a GPU."""
+    """Return how many batches fit beside one another, each on ``num_threads`` cores; a call on a GPU takes it all."""
     info = BACKENDS.get(opened.row.backend)
-    if num_threads is None or opened.device != "cpu" or (info is not None and info.one_at_a_time):
-        return 1
-    return max(1, usable_cores() // num_threads)
+    alone = opened.device != "cpu" or (info is not None and info.one_at_a_time)
+    return 1 if alone else calls_side_by_side(num_threads)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def calls_side_by_side(num_threads: int | None) -> int:
+    """Return how many calls of so many threads the cores hold beside one another; 1 where a call takes them all."""
+    return 1 if num_threads is None else max(1, usable_cores() // num_threads)
+
+
 def has_int8_dot_product() -> bool | None:
     """Return whether the processor adds int8 products without saturating; None where it cannot be told."""
     flags = next(_cpuinfo("flags"), "") or next(_cpuinfo("Features"), "")

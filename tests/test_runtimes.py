@@ -231,6 +231,21 @@ def test_openvino_compiles_small_graphs_for_each_batch_and_large_ones_once(
     assert list(large._compiled) == [0]
 
 
+@pytest.mark.parametrize(("cores", "num_threads", "streams"), [(4, 1, 4), (4, 2, 2), (2, 3, 1), (4, None, None)])
+def test_openvino_has_a_stream_for_every_call_that_the_cores_hold(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, cores: int, num_threads: int | None, streams: int | None
+) -> None:
+    """It runs one call at a time in a stream: with fewer of them, callers would wait for one another."""
+    monkeypatch.setattr("scm_sdk.processor.usable_cores", lambda: cores)
+    backend: Any = open_backend("openvino", graph, SPEC, num_threads=num_threads)
+    asked = {name: backend._settings.get(name) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS")}
+    if num_threads is None:
+        assert asked == dict.fromkeys(asked), "the library's own choice"
+    else:  # what it was asked for: it gives no more than this machine has
+        assert streams is not None
+        assert asked == {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}
+
+
 def test_torch_leaves_the_threads_as_they_were(unet_checkpoint: Path, ort: Any) -> None:
     spec = ort.opened(1).spec
     before = torch.get_num_threads()
