@@ -4,8 +4,8 @@
 
 Each caller asks for one picture after the other, by its seed. ``calls`` is ``gen(...)`` from every thread, each with
 one core; ``batcher`` is ``gen.batcher()`` of the same generator, which packs what waits into shared batches, one to a
-core; ``wide`` is the batcher of a generator whose calls take all cores, so that one batch runs at a time. They are tried
-in turn for each number of callers, several times over; a round's first requests are not counted.
+core; ``wide`` is the batcher of a generator whose calls take all cores, so that one batch runs at a time. They are
+tried in turn for each number of callers, several times over; a round's first requests are not counted.
 """
 
 import itertools
