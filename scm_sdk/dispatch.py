@@ -22,7 +22,7 @@ from ._lazy import is_installed
 from .engine_fit import TRUST_VARIABLE, EngineHost, why_not
 from .errors import ConfigError
 from .manifest import Artifact, ParityRecord
-from .plan import Plan, PlanRow
+from .plan import Measured, Plan, PlanRow
 from .spec import SamplerSpec
 
 __all__ = ["BACKENDS", "Backend", "BackendInfo", "Plan", "PlanRow", "backend_info", "make_plan", "open_backend"]
@@ -162,7 +162,7 @@ def make_plan(
     backend: str = "auto",
     precision: str = "auto",
     parity: Sequence[ParityRecord] = (),
-    measured_ms: Mapping[tuple[str, str], float] | None = None,
+    measured: Mapping[tuple[str, str], Measured] | None = None,
     device: str | None = None,
     host: EngineHost | None = None,
     sha256: Callable[[str], str] = lambda path: "",
@@ -177,7 +177,7 @@ def make_plan(
             failed, and the reason says so.
         precision: ``"auto"`` or the only precision that is taken.
         parity: The recorded comparisons.
-        measured_ms: Medians remembered from this machine by (backend, artifact path).
+        measured: Medians remembered from this machine by (backend, artifact path).
         device: The device that was asked for; engines run on GPUs alone.
         host: This machine, for engines; None looks at it where there are engines.
         sha256: Digest of an artifact's file, which says whether an engine is trusted.
@@ -197,16 +197,17 @@ def make_plan(
         return _engine_doubt(artifact, device, host, sha256(artifact.path))
 
     rows = [
-        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured_ms or {}, engine_doubt)
+        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured or {}, engine_doubt)
         for name, info in BACKENDS.items()
         for artifact in artifacts
         if artifact.format in info.opens
     ]
     accepted = [row for row in rows if row.accepted]
-    times = [row.measured_ms for row in accepted if row.measured_ms is not None]
-    # Half a measurement decides nothing: a row without a time could be faster or slower than all.
-    if len(times) == len(accepted):
-        accepted.sort(key=lambda row: row.measured_ms or 0.0)
+    # Half a measurement decides nothing: a row without a time could be faster or slower than all, and times of two
+    # batches cannot be compared.
+    times = [row.measured for row in accepted if row.measured is not None]
+    if len(times) == len(accepted) and len({time.batch for time in times}) == 1:
+        accepted.sort(key=lambda row: row.measured or times[0])
     else:
         # Engines that fit and passed first: whoever built them wants them; those for one kind of GPU before those
         # for several. Then fp32; within that the order of BACKENDS.
@@ -227,7 +228,7 @@ def _judge(
     wanted: str,
     precision: str,
     parity: Sequence[ParityRecord],
-    measured_ms: Mapping[tuple[str, str], float],
+    measured: Mapping[tuple[str, str], Measured],
     engine_doubt: Callable[[Artifact], str | None],
 ) -> PlanRow:
     """One row: the first thing that speaks against the pair, or what speaks for it."""
@@ -252,7 +253,7 @@ def _judge(
     elif not records and not _is_reference(artifact) and wanted == "auto":
         against = "no recorded parity; compare it (scm-export validate) or ask for the backend by name"
     if against is None:
-        reason = _why(artifact, records, measured_ms.get((name, artifact.path)))
+        reason = _why(artifact, records, measured.get((name, artifact.path)))
     return PlanRow(
         backend=name,
         artifact=artifact.path,
@@ -260,7 +261,7 @@ def _judge(
         num_inference_steps=artifact.num_inference_steps,
         accepted=against is None,
         reason=reason if against is None else against,
-        measured_ms=measured_ms.get((name, artifact.path)),
+        measured=measured.get((name, artifact.path)),
     )
 
 
@@ -279,7 +280,7 @@ def _engine_doubt(artifact: Artifact, device: str | None, host: EngineHost | Non
     return unfit
 
 
-def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: float | None) -> str:
+def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: Measured | None) -> str:
     if _is_reference(artifact):
         reason = "the fp32 reference"
     elif failed := [record for record in records if not record.passed]:
@@ -289,7 +290,7 @@ def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: float | 
         reason = f"parity passed: {worst.finding}"
     else:
         reason = "asked for by name; no recorded parity"
-    return reason if measured is None else f"{reason}; measured here: {measured:.2f} ms at batch 1"
+    return reason if measured is None else f"{reason}; measured here: {measured.ms:.2f} ms at batch {measured.batch}"
 
 
 def _failure(record: ParityRecord) -> str:

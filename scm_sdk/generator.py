@@ -24,6 +24,7 @@ from .opened import Opened
 from .opening import Fallback, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
 from .packing import Job, run_in_order
+from .plan import Measured
 from .prompting import EMBEDS, MASK, Prompts
 from .request import Labels, OutputType, Request, Seeds, check_count, check_output_type, make_request
 from .sources import Source, open_source
@@ -269,8 +270,8 @@ class Generator:
             **options: Those of ``scm_sdk.evaluate.latency.measure``, and ``num_inference_steps``.
 
         Returns:
-            ``scm_sdk.evaluate.latency.Latency``, one entry ``backend:artifact`` for each. Only medians
-            at batch 1 are remembered.
+            ``scm_sdk.evaluate.latency.Latency``, one entry ``backend:artifact`` for each. ``auto`` goes by the last
+            one, so measure the ``batch`` that you will run; 1 when absent.
         """
         steps = self._steps(options.pop("num_inference_steps", None))
         candidates = self._opener.open_accepted(steps)
@@ -281,9 +282,11 @@ class Generator:
         finally:
             for opened in candidates:
                 opened.backend.close()
-        if latency.batch == 1:
-            medians = {(o.row.backend, o.row.artifact): r.median_ms for o, r in zip(candidates, latency, strict=True)}
-            self._opener.remember(medians, steps)
+        medians = {
+            (o.row.backend, o.row.artifact): Measured(r.median_ms, latency.batch)
+            for o, r in zip(candidates, latency, strict=True)
+        }
+        self._opener.remember(medians, steps)
         return latency
 
     def close(self) -> None:

@@ -13,9 +13,12 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from .dispatch import BACKENDS
 from .files import atomic_write_bytes
 from .gpu import gpus
+from .plan import Measured
 from .processor import cpu_name
 from .user_cache import cache_folder
 
@@ -29,48 +32,54 @@ def cache_path() -> Path:
 
 def recall(
     build_id: str, *, num_inference_steps: int, device: str | None, num_threads: int | None
-) -> dict[tuple[str, str], float]:
-    """Return the remembered medians, ms at batch 1, by (backend, artifact path).
+) -> dict[tuple[str, str], Measured]:
+    """Return the remembered medians by (backend, artifact path).
 
     A file that cannot be read counts as empty: a cache decides about speed, never about results.
     """
     found = {}
-    for key, ms in _read().items():
+    for key, median in _read().items():
         backend, _, rest = key.partition("|")
         artifact, _, conditions = rest.partition("|")
         if conditions == _conditions(backend, build_id, num_inference_steps, device, num_threads):
-            found[backend, artifact] = ms
+            found[backend, artifact] = median
     return found
 
 
 def remember(
-    medians_ms: Mapping[tuple[str, str], float],
+    medians: Mapping[tuple[str, str], Measured],
     build_id: str,
     *,
     num_inference_steps: int,
     device: str | None,
     num_threads: int | None,
 ) -> None:
-    """Store medians, ms at batch 1, by (backend, artifact path).
+    """Store medians by (backend, artifact path); each takes the place of an older one, of whatever batch.
 
     Raises:
         ScmError: If the cache folder cannot be written.
     """
     times = _read()
-    for (backend, artifact), ms in medians_ms.items():
+    for (backend, artifact), median in medians.items():
         key = f"{backend}|{artifact}|{_conditions(backend, build_id, num_inference_steps, device, num_threads)}"
         times.pop(key, None)  # so that the newest are last and the oldest fall out first
-        times[key] = ms
+        times[key] = median
     kept = dict(list(times.items())[-MAX_ENTRIES:])
     atomic_write_bytes(cache_path(), json.dumps(kept, indent=1).encode() + b"\n")
 
 
-def _read() -> dict[str, float]:
+def _read() -> dict[str, Measured]:
     try:
         raw = json.loads(cache_path().read_bytes())
     except (OSError, ValueError):
         return {}
-    return {k: float(v) for k, v in raw.items() if isinstance(v, int | float)} if isinstance(raw, dict) else {}
+    found = {}
+    for key, value in raw.items() if isinstance(raw, dict) else ():
+        try:
+            found[key] = msgspec.convert(value, Measured)
+        except msgspec.ValidationError:  # of another version
+            continue
+    return found
 
 
 def _conditions(backend: str, build_id: str, steps: int, device: str | None, num_threads: int | None) -> str:

@@ -16,6 +16,7 @@ from .errors import BackendError, BackendFailure, BundleError, ConfigError
 from .manifest import ParityRecord
 from .measured import recall, remember
 from .opened import Opened
+from .plan import Measured
 from .refusal import nothing_accepted
 from .request import make_example
 from .sources import Source
@@ -102,10 +103,10 @@ class Opener:
             raise
         return opened
 
-    def remember(self, medians_ms: Mapping[tuple[str, str], float], steps: int) -> None:
-        """Store medians at batch 1 by (backend, artifact) for later plans on this machine."""
+    def remember(self, medians: Mapping[tuple[str, str], Measured], steps: int) -> None:
+        """Store medians by (backend, artifact) for later plans on this machine."""
         remember(
-            medians_ms,
+            medians,
             self._source.build_id,
             num_inference_steps=steps,
             device=self._device,
@@ -168,7 +169,7 @@ class Opener:
             backend=backend,
             precision=precision,
             parity=self._source.parity,
-            measured_ms=measured,
+            measured=measured,
             device=self._device,
             host=self._host(),
             sha256=self._source.sha256,

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
+
+
+class Measured(NamedTuple):
+    """A median latency remembered from this machine.
+
+    Attributes:
+        ms: Of one call.
+        batch: Its images.
+    """
+
+    ms: float
+    batch: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +30,7 @@ class PlanRow:
         num_inference_steps: Its steps; 0 means any.
         accepted: Whether it may run.
         reason: Why, or why not.
-        measured_ms: Median latency at batch 1 remembered from this machine, if there is one.
+        measured: Median latency remembered from this machine, if there is one.
         chosen: Whether it is the one that runs.
     """
 
@@ -28,7 +40,7 @@ class PlanRow:
     num_inference_steps: int
     accepted: bool
     reason: str
-    measured_ms: float | None = None
+    measured: Measured | None = None
     chosen: bool = False
 
 
@@ -78,4 +90,6 @@ class Plan(Sequence[PlanRow]):
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return the rows as plain data for JSON."""
-        return [asdict(row) for row in self.rows]
+        return [
+            asdict(row) | {"measured": None if row.measured is None else row.measured._asdict()} for row in self.rows
+        ]

@@ -27,6 +27,7 @@ from scm_sdk.generator import Verify
 from scm_sdk.goldens import Golden, write_goldens
 from scm_sdk.manifest import Artifact, Manifest, ParityRecord
 from scm_sdk.measured import cache_path, recall
+from scm_sdk.plan import Measured
 from scm_sdk.spec import SamplerSpec
 
 GRAPH = "onnx/fp32/2step/model.onnx"
@@ -76,18 +77,24 @@ def test_auto_follows_what_was_measured_here(unet_copy: Path) -> None:
         assert gen(1, seed=0).images, "benchmark closes only what it opened"
     times = recall(build_id, num_inference_steps=2, device=None, num_threads=None)
     assert times == {
-        ("onnxruntime", GRAPH): latency.timings[0].median_ms,
-        ("torch", "denoiser"): latency.timings[1].median_ms,
+        ("onnxruntime", GRAPH): (latency.timings[0].median_ms, 1),
+        ("torch", "denoiser"): (latency.timings[1].median_ms, 1),
     }
     # Written as if torch had won: the file decides, not the order of BACKENDS.
     data = json.loads(cache_path().read_bytes())
-    cache_path().write_text(json.dumps({key: 1e-3 if key.startswith("torch") else 9.0 for key in data}))
+    cache_path().write_text(json.dumps({key: [1e-3 if key.startswith("torch") else 9.0, 8] for key in data}))
     with Generator.from_pretrained(unet_copy) as gen:
         assert [row.backend for row in gen.plan().accepted] == ["torch", "onnxruntime"]
-        assert "measured here: 9.00 ms at batch 1" in str(gen.plan())
+        assert "measured here: 9.00 ms at batch 8" in str(gen.plan())
+        assert gen.plan().to_dict()[1]["measured"] == {"ms": 9.0, "batch": 8}
+        gen.benchmark(rounds=3, warmup=1, batch=3)
+    times = recall(build_id, num_inference_steps=2, device=None, num_threads=None)
+    assert [median.batch for median in times.values()] == [3, 3], "the last measurement counts"
     assert recall(build_id, num_inference_steps=1, device=None, num_threads=None) == {}
     assert recall(build_id, num_inference_steps=2, device="cuda", num_threads=None) == {}
     assert recall("another build", num_inference_steps=2, device=None, num_threads=None) == {}
+    cache_path().write_text(json.dumps(dict.fromkeys(data, 1e-3)))
+    assert recall(build_id, num_inference_steps=2, device=None, num_threads=None) == {}, "of another version"
     cache_path().write_text("not json")
     with Generator.from_pretrained(unet_copy) as gen:
         assert gen.plan().accepted[0].backend == "onnxruntime"
@@ -134,13 +141,16 @@ def test_fp32_goes_before_other_precisions_until_measured() -> None:
     parity = [record(artifact=path) for path in "ab"]
     plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity)
     assert [row.artifact for row in plan.accepted] == ["b", "a"]
-    half = {("onnxruntime", "a"): 1.0}
-    plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, measured_ms=half)
+    half = {("onnxruntime", "a"): Measured(1.0, 1)}
+    plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, measured=half)
     assert [row.artifact for row in plan.accepted] == ["b", "a"]
-    both = half | {("onnxruntime", "b"): 2.0}
-    plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, measured_ms=both)
+    apart = half | {("onnxruntime", "b"): Measured(2.0, 8)}
+    plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, measured=apart)
+    assert [row.artifact for row in plan.accepted] == ["b", "a"], "times of two batches cannot be compared"
+    both = half | {("onnxruntime", "b"): Measured(2.0, 1)}
+    plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, measured=both)
     assert [row.artifact for row in plan.accepted] == ["a", "b"]
-    plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, precision="int8", measured_ms=both)
+    plan = dispatch.make_plan(artifacts, num_inference_steps=2, parity=parity, precision="int8", measured=both)
     assert [row.artifact for row in plan.accepted] == ["a"]
     assert [row.backend for row in plan if row.artifact == "c"] == ["tensorrt"]
     assert dispatch.make_plan(artifacts, num_inference_steps=3, parity=parity).chosen is None
