@@ -94,10 +94,11 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
     ]
     run(
         "distill", "-o", tmp_path / "ends", *target[:2], *common, "--trajectory-steps", 3, "--huber", 0.03,
-        "--sample-every", 0,
+        "--vsd", 2, "--vsd-weighting", "error", "--sample-every", 0,
     )  # fmt: skip
     ends = json.loads((tmp_path / "ends" / "train.json").read_text())
     assert [ends[key] for key in ("objective", "trajectory_steps", "huber")] == ["trajectory", 3, 0.03]
+    assert [ends[key] for key in ("vsd_weight", "vsd_weighting")] == [2, "error"]
     assert "leave out --discrete-step and --vsd-only" in one_line(
         run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--trajectory-steps", 3, code=2)
     )

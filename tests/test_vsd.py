@@ -56,9 +56,10 @@ def batch(size: int = 64) -> Batch:
     return Batch(x_0=zeros, z=zeros, t=torch.zeros(size), class_labels=None)
 
 
-def test_the_student_moves_to_the_data() -> None:
+@pytest.mark.parametrize("weighting", ["learned", "error"])
+def test_the_student_moves_to_the_data(weighting: str) -> None:
     torch.manual_seed(0)
-    student, plan = Shift(0.8), run()
+    student, plan = Shift(0.8), run(vsd_weighting=weighting)
     vsd = Vsd(plan, Gaussian(0.8), teacher_score(Gaussian(-0.5), sigma_data=SIGMA))
     optimizer = torch.optim.Adam([student.mean, *vsd.logvar.parameters()], lr=plan.learning_rate)
     for iteration in range(plan.num_iterations):

@@ -80,7 +80,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         vsd_p_std: Its standard deviation; the paper's is 2.
         vsd_learning_rate: Peak learning rate of the fake score; 0 for the student's own, as in the paper. A fake
             score that lags behind lets the student drop modes.
-        vsd_warmup: Iterations in which only the fake score and the weighting learn; 0 where it starts from a teacher.
+        vsd_warmup: Iterations in which only the fake score and the weighting learn: where it starts from the teacher,
+            the first differences tell nothing of the student.
         label_dropout: Share of samples trained without their label; guidance needs a teacher that had some.
         guidance: Scales of classifier-free guidance of the teacher, drawn evenly between the two for each sample and
             told to the network; two equal ones are baked into a network that has no such input. 1 is no guidance.
