@@ -10,7 +10,7 @@ from scm_sdk import Generator, Sampler
 from scm_sdk.scheduler import diffusers_scheduler
 from scm_sdk.spec import SamplerSpec
 
-PEERS = ("generator", "onnxruntime", "eager", "channels_last", "compile", "ort_loop", "diffusers", "openvino")
+PEERS = ("onnxruntime", "eager", "channels_last", "compile", "ort_loop", "diffusers", "openvino")
 
 Inputs = tuple[list[np.ndarray], np.ndarray]
 Peer = Callable[[Inputs], np.ndarray]
@@ -134,13 +134,13 @@ def model_of(gen: Generator) -> Any:
 
 
 def open_peers(
-    fastest: Generator, gen: Generator, spec: SamplerSpec, names: tuple[str, ...], work: Path, threads: int | None
+    gen: Generator, spec: SamplerSpec, names: tuple[str, ...], work: Path, threads: int | None
 ) -> Iterator[tuple[str, Peer | str]]:
     """Make each peer, or say in a word why it is not here."""
     for name in names:
         try:
-            if name in ("generator", "onnxruntime"):
-                yield name, generator(fastest if name == "generator" else gen, spec)
+            if name == "onnxruntime":
+                yield name, generator(gen, spec)
             elif name == "ort_loop":
                 yield name, ort_loop(gen, spec, work, threads)
             elif name == "diffusers":

@@ -6,7 +6,7 @@ r"""Is ``Generator`` faster than the other ways to run the same model on a CPU? 
 
 All get the same noise and labels, and must return the same float32 images to within 1e-4 of ``sigma_data``:
 
-* ``generator``     this package, what ``auto`` takes once ``gen.benchmark()`` has measured here; the whole call
+* ``generator``     this package, what ``auto`` takes once ``gen.benchmark(batch=...)`` measured here; the whole call
 * ``onnxruntime``   this package with that backend
 * ``eager``, ``channels_last``, ``compile``   PyTorch on ``scm_sdk.model.Sampler``
 * ``ort_loop``      the network alone as an ONNX file and the steps in Python, as optimum runs diffusion models
@@ -27,10 +27,11 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
-from peer_ways import PEERS, Inputs, Peer, model_of, open_peers
+from peer_ways import PEERS, Inputs, Peer, generator, model_of, open_peers
 
 from scm_sdk import Generator, Sampler
 from scm_sdk.evaluate.machine import describe_machine
@@ -42,14 +43,14 @@ TOLERANCE = 1e-4
 LIBRARIES = ("scm-sdk", "torch", "onnxruntime", "diffusers", "openvino", "numpy")
 
 
-def fastest_generator(bundle: Path, all_steps: tuple[int, ...], threads: int | None) -> Generator:
-    """Open what ``auto`` takes in float32 after everything that passed ``validate`` was measured here."""
-    with Generator.from_pretrained(bundle, precision="fp32", num_threads=threads) as gen:
-        for steps in all_steps:
-            if all(row.backend == "torch" for row in gen.plan(steps).accepted):
-                raise click.ClickException(f"{bundle} has no graph that passed. First: scm-export validate {bundle}")
-            gen.benchmark(num_inference_steps=steps)
-    return Generator.from_pretrained(bundle, precision="fp32", num_threads=threads)
+def fastest_generator(bundle: Path, steps: int, batch: int, threads: int | None) -> Generator:
+    """Open what ``auto`` takes in float32 after everything that passed ``validate`` was measured here at this batch."""
+    options: dict[str, Any] = {"precision": "fp32", "num_threads": threads, "num_inference_steps": steps}
+    with Generator.from_pretrained(bundle, **options) as gen:
+        if all(row.backend == "torch" for row in gen.plan().accepted):
+            raise click.ClickException(f"{bundle} has no graph that passed. First: scm-export validate {bundle}")
+        gen.benchmark(batch=batch)
+    return Generator.from_pretrained(bundle, **options)
 
 
 def peak_gflops(clock: Callable[[], float]) -> float:
@@ -121,29 +122,27 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
-    names = ("generator", *(name for name in names if name != "generator"))
     results = []
     peak = peak_gflops(clock)
     print(
         f"matrix product {peak:.1f} GFLOP/s;  {'steps batch':<12}{'peer':<14}{'median ms':>10}{'ratio':>8}{'peak':>7}"
     )
     chosen = {}
-    with (
-        Generator.from_pretrained(bundle, backend="onnxruntime", precision="fp32", num_threads=threads) as gen,
-        fastest_generator(bundle, all_steps, threads) as fastest,
-    ):
+    with Generator.from_pretrained(bundle, backend="onnxruntime", precision="fp32", num_threads=threads) as gen:
         for steps in all_steps:
             spec = gen.opened(steps).spec
             if not spec.num_classes:
                 raise click.ClickException(f"{bundle} has no labels, expected a model with some: each way is fed them.")
-            chosen[steps] = fastest.opened(steps).row.backend
             per_image = gflop(gen, spec)
-            opened = dict(open_peers(fastest, gen, spec, names, work, threads))
+            opened = dict(open_peers(gen, spec, names, work, threads))
             absent = {name: reason for name, reason in opened.items() if isinstance(reason, str)}
             peers = {name: peer for name, peer in opened.items() if not isinstance(peer, str)}
             for batch in batches:
                 inputs = (draw_noise(spec, range(batch)), np.arange(batch, dtype=np.int64) % spec.num_classes)
-                times = compare(peers, inputs, max(3, rounds // round(batch**0.6)), clock)
+                with fastest_generator(bundle, steps, batch, threads) as fastest:
+                    chosen[f"{steps} steps, batch {batch}"] = fastest.opened().row.backend
+                    ways = {"generator": generator(fastest, spec), **peers}
+                    times = compare(ways, inputs, max(3, rounds // round(batch**0.6)), clock)
                 for name, samples in times.items():
                     # How many times as long as the generator's in the same round.
                     ratio = statistics.median(a / b for a, b in zip(samples, times["generator"], strict=True))
