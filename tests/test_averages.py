@@ -3,6 +3,7 @@
 import json
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from scm_sdk.train.data import ImageData
 from scm_sdk.train.loop import Hooks, train
 from scm_sdk.train.posthoc import Snapshot, profile, reconstruct, solve_weights
 from scm_sdk.train.schedules import inverse_sqrt_decay, power_decay, power_exponent
+from scm_sdk.train.soup import average_models
 
 ITERATIONS, KEPT, LATER = 12, (0.05, 0.1), 0.2
 
@@ -153,3 +155,34 @@ def test_edm2s_learning_rate():
         decay_reference=25,
     )  # fmt: skip
     assert config.learning_rate_at(99) == pytest.approx(0.05)
+
+
+def test_the_mean_of_runs_that_share_their_start(run, tmp_path):
+    out, _ = run
+    reconstruct(out, 0.15).model.save_pretrained(tmp_path / "other")
+    command = ["average", str(out), str(tmp_path / "other"), "-o", str(tmp_path / "mean")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    mine, its, mean = (ConsistencyModel.from_pretrained(p) for p in (out, tmp_path / "other", tmp_path / "mean"))
+    assert mean.config.provenance["averaged"] == "the weights of 2 runs"
+    for (name, a), b, c in zip(
+        mine.network.state_dict().items(), its.network.state_dict().values(), mean.network.state_dict().values(),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(c, (a + b) / 2, msg=name)
+    assert any(not torch.equal(a, c) for a, c in zip(mine.parameters(), mean.parameters(), strict=True))
+    result = CliRunner().invoke(main, [*command[:3], "-o", str(out)])
+    assert result.exit_code != 0 and "holds a training run" in result.output
+
+
+def test_only_models_of_one_shape_are_averaged(run, tmp_path):
+    out, _ = run
+    with pytest.raises(ConfigError, match="1 model is given, expected two or more"):
+        average_models([out])
+    model = ConsistencyModel.from_pretrained(out)
+    config = msgspec.structs.replace(model.config, mid_time=0.7)
+    ConsistencyModel(config, model.network).save_pretrained(tmp_path / "later")
+    with pytest.raises(
+        ConfigError, match=r"later has mid_time = 0.7, .* has 1.1; expected models that differ in their"
+    ):
+        average_models([out, tmp_path / "later"])

@@ -7,7 +7,7 @@ import click
 from scm_sdk._version import __version__
 
 from .all import build
-from .averages import ema
+from .averages import average, ema
 from .benchmark import bench
 from .bundles import bundle
 from .checking import selfcheck
@@ -41,8 +41,8 @@ def main() -> None:
 
 
 _VERBS = (
-    demo, train, distill, ema, import_, build, onnx, precision, quantize, engine, generate, validate, selfcheck, bench,
-    evaluate, report, handover, inspect, bundle, targets, cache, doctor,
+    demo, train, distill, ema, average, import_, build, onnx, precision, quantize, engine, generate, validate, 
+    selfcheck, bench, evaluate, report, handover, inspect, bundle, targets, cache, doctor,
 )  # fmt: skip
 for _verb in _VERBS:
     main.add_command(_verb)

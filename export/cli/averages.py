@@ -1,4 +1,4 @@
-"""``ema``: an average of a run's weights that it did not keep, made from those that it stored."""
+"""``ema`` and ``average``: weights that no run kept, made from those that runs stored."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
     scm-export train -o runs/teacher --ema-profile 0.05 --ema-profile 0.1
     scm-export ema runs/teacher --sigma-rel 0.03 -o runs/teacher-0.03
     """
-    from scm_sdk.errors import ConfigError
     from scm_sdk.train.posthoc import reconstruct
 
-    if (out / "train.json").exists():
-        raise ConfigError(f"{out} holds a training run, whose own model would be lost. Choose another folder.")
+    _require_no_run(out)
     made = reconstruct(run, sigma_rel, iteration=iteration)
     made.model.save_pretrained(out)
     about = {
@@ -45,3 +43,26 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
             f"Done: {out} averages {made.iteration} iterations with sigma_rel {sigma_rel:g}, made from "
             f"{made.num_snapshots} snapshots; its profile is off by {made.error:.2%}."
         )
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+def average(models: tuple[Path, ...], out: Path) -> None:
+    """Average the weights of MODELS, runs that went on from one checkpoint: better than each, as a rule.
+
+    \b
+    scm-export average runs/one runs/other -o runs/avatars
+    """
+    from scm_sdk.train.soup import average_models
+
+    _require_no_run(out)
+    average_models(models).save_pretrained(out)
+    say(f"Done: {out} is the mean of {len(models)} models. Next: scm-export onnx {out} -o bundle")
+
+
+def _require_no_run(out: Path) -> None:
+    from scm_sdk.errors import ConfigError
+
+    if (out / "train.json").exists():
+        raise ConfigError(f"{out} holds a training run, whose own model would be lost. Choose another folder.")
