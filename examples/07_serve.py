@@ -49,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
 def main(bundle: str, port: int) -> None:
     """Serve on this machine alone until interrupted, or told to end as a container is."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Generator.from_pretrained(bundle) as gen, gen.batcher(max_waiting=64) as batcher:
+    # One thread for each call: batches run side by side, one on each core. Leave it out for a model that needs them all.
+    with Generator.from_pretrained(bundle, num_threads=1) as gen, gen.batcher(max_waiting=64) as batcher:
         gen.warmup()
         Handler.batcher = batcher
         with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
