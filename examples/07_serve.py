@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
 def main(bundle: str, port: int) -> None:
     """Serve on this machine alone until interrupted, or told to end as a container is."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # One thread for each call: batches run side by side, one on each core. Leave it out for a model that needs them all.
+    # One thread for each call, so that batches run side by side; leave it out for a model that needs all cores.
     with Generator.from_pretrained(bundle, num_threads=1) as gen, gen.batcher(max_waiting=64) as batcher:
         gen.warmup()
         Handler.batcher = batcher
