@@ -19,7 +19,6 @@ is the model's multiplications and additions over the time, against what a float
 """
 
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -37,6 +36,7 @@ from scm_sdk import Generator, Sampler
 from scm_sdk.evaluate.machine import describe_machine
 from scm_sdk.files import atomic_write_bytes
 from scm_sdk.noise import draw_noise
+from scm_sdk.processor import usable_cores
 from scm_sdk.spec import SamplerSpec
 
 TOLERANCE = 1e-4
@@ -155,7 +155,7 @@ def main(
                     )
     record = {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": describe_machine() | {"allowed_cpus": len(os.sched_getaffinity(0))},
+        "machine": describe_machine() | {"allowed_cpus": usable_cores()},
         "note": note,
         "clock": "processor time of the process" if threads == 1 else "wall",
         "threads": threads,

@@ -161,8 +161,9 @@ def test_the_mean_of_runs_that_share_their_start(run, tmp_path):
     out, _ = run
     reconstruct(out, 0.15).model.save_pretrained(tmp_path / "other")
     command = ["average", str(out), str(tmp_path / "other"), "-o", str(tmp_path / "mean")]
-    result = CliRunner().invoke(main, command)
+    result = CliRunner().invoke(main, [*command, "--json"])
     assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"out": command[-1], "models": command[1:3]}
     mine, its, mean = (ConsistencyModel.from_pretrained(p) for p in (out, tmp_path / "other", tmp_path / "mean"))
     assert mean.config.provenance["averaged"] == "the weights of 2 runs"
     for (name, a), b, c in zip(

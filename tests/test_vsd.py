@@ -72,16 +72,21 @@ def test_the_student_moves_to_the_data(weighting: str) -> None:
     assert vsd.fake.mean.item() == pytest.approx(student.mean.item(), abs=0.08), "the fake score follows the student"
 
 
+def drawn_and_made(student: nn.Module, plan: TrainConfig, vsd: Vsd) -> tuple[Draw, torch.Tensor]:
+    """Return what iteration 5 drew, and the samples that the student made of it in one step."""
+    draw = Draw.of(plan, batch().x_0.shape, 5)
+    t = torch.full((64,), vsd._times[0])
+    x_t = add_noise(torch.zeros_like(draw.z), draw.noises[0], t)
+    return draw, predict_data(x_t, student(x_t / SIGMA, t), t, sigma_data=SIGMA).detach()
+
+
 def test_the_gradient_is_the_papers() -> None:
     """d/dtheta = 2 / D (F_real - F_fake) dg/dtheta, averaged over the batch; nothing flows through the scores."""
     student, plan = Shift(0.3), run(learning_rate=1e-12)
     vsd = Vsd(plan, Gaussian(0.1), teacher_score(Gaussian(-0.5), sigma_data=SIGMA))
     loss, square = vsd(student, batch(), 5)
     loss.backward()
-    draw = Draw.of(plan, batch().x_0.shape, 5)
-    t = torch.full((64,), vsd._times[0])
-    x_t = add_noise(torch.zeros_like(draw.z), draw.noises[0], t)
-    g = predict_data(x_t, student(x_t / SIGMA, t), t, sigma_data=SIGMA).detach()
+    draw, g = drawn_and_made(student, plan, vsd)
     noisy = add_noise(g, draw.z, draw.t) / SIGMA
     difference = (Gaussian(-0.5)(noisy, draw.t) - vsd.fake(noisy, draw.t)).detach()
     assert student.mean.grad == pytest.approx(2 * difference.mean().item(), rel=1e-4), "dg/dmean is 1"
@@ -94,10 +99,7 @@ def test_a_difference_may_be_weighted_by_the_teachers_error_on_the_sample() -> N
     teacher, vsd = Gaussian(-0.5), Vsd(plan, Gaussian(0.1), teacher_score(Gaussian(-0.5), sigma_data=SIGMA))
     loss, square = vsd(student, batch(), 5)
     loss.backward()
-    draw = Draw.of(plan, batch().x_0.shape, 5)
-    t = torch.full((64,), vsd._times[0])
-    x_t = add_noise(torch.zeros_like(draw.z), draw.noises[0], t)
-    g = predict_data(x_t, student(x_t / SIGMA, t), t, sigma_data=SIGMA).detach()
+    draw, g = drawn_and_made(student, plan, vsd)
     noisy = add_noise(g, draw.z, draw.t)
     theirs, fakes = (
         predict_data(noisy, F(noisy / SIGMA, draw.t), draw.t, sigma_data=SIGMA).detach() for F in (teacher, vsd.fake)

@@ -41,7 +41,7 @@ def main() -> None:
 
 
 _VERBS = (
-    demo, train, distill, ema, average, import_, build, onnx, precision, quantize, engine, generate, validate, 
+    demo, train, distill, ema, average, import_, build, onnx, precision, quantize, engine, generate, validate,
     selfcheck, bench, evaluate, report, handover, inspect, bundle, targets, cache, doctor,
 )  # fmt: skip
 for _verb in _VERBS:

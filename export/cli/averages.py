@@ -48,7 +48,8 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
-def average(models: tuple[Path, ...], out: Path) -> None:
+@json_option
+def average(models: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Average the weights of MODELS, runs that went on from one checkpoint: better than each, as a rule.
 
     \b
@@ -58,7 +59,10 @@ def average(models: tuple[Path, ...], out: Path) -> None:
 
     _require_no_run(out)
     average_models(models).save_pretrained(out)
-    say(f"Done: {out} is the mean of {len(models)} models. Next: scm-export onnx {out} -o bundle")
+    if as_json:
+        print_json({"out": str(out), "models": [str(model) for model in models]})
+    else:
+        say(f"Done: {out} is the mean of {len(models)} models. Next: scm-export onnx {out} -o bundle")
 
 
 def _require_no_run(out: Path) -> None:
