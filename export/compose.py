@@ -203,24 +203,29 @@ class _Unroller:
             return {}
         name, border = f"step{step}/labels", self.labelled.border
         found = self.labelled.rows(self.source, self.spec.times[step])
-        flat = [rows.reshape(len(rows), -1) for rows in found]
-        sizes = [part.shape[1] for part in flat]
-        table = self._constant(f"{name}/table", np.concatenate(flat, axis=1))
-        row = ir.val(f"{name}/row", table.dtype, ir.Shape([BATCH_DIM, sum(sizes)]))
-        parts = [ir.val(f"{name}/part{i}", table.dtype, ir.Shape([BATCH_DIM, size])) for i, size in enumerate(sizes)]
-        split = [row, self._constant("labels/sizes", np.array(sizes, dtype=np.int64))]
+        alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # they lie side by side as they are
+        laid = found if alike else [rows.reshape(len(rows), -1) for rows in found]
+        rows_of_all = np.concatenate(laid, axis=1)
+        table = self._constant(f"{name}/table", rows_of_all)
+        row = ir.val(f"{name}/row", table.dtype, ir.Shape([BATCH_DIM, *rows_of_all.shape[1:]]))
+        copies = {value: _like(value, f"step{step}/{value.name}") for value in border}
+        parts = list(copies.values())
+        if not alike:
+            parts = [
+                ir.val(f"{name}/part{i}", table.dtype, ir.Shape([BATCH_DIM, *p.shape[1:]])) for i, p in enumerate(laid)
+            ]
+        split = [row, self._constant("labels/sizes", np.array([part.shape[1] for part in laid], dtype=np.int64))]
         gather = [table, self.inputs[LABEL_INPUT]]
         self.nodes += [
             ir.Node("", "Gather", gather, [ir.AttrInt64("axis", 0)], outputs=[row], name=f"{name}/Gather"),
             ir.Node("", "Split", split, [ir.AttrInt64("axis", 1)], outputs=parts, name=f"{name}/Split"),
         ]
-        copies = {}
-        for value, part, rows in zip(border, parts, found, strict=True):
-            copies[value] = _like(value, f"step{step}/{value.name}")
-            shape = self._constant(f"labels/{value.name}.shape", np.array([-1, *rows.shape[1:]], dtype=np.int64))
-            self.nodes.append(
-                ir.Node("", "Reshape", [part, shape], outputs=[copies[value]], name=f"{name}/{value.name}/Reshape")
-            )
+        for (value, out), part, rows in zip(copies.items(), parts, found, strict=True):
+            if part is not out:
+                shape = self._constant(f"labels/{value.name}.shape", np.array([-1, *rows.shape[1:]], dtype=np.int64))
+                self.nodes.append(
+                    ir.Node("", "Reshape", [part, shape], outputs=[out], name=f"{name}/{value.name}/Reshape")
+                )
         return copies
 
     def _weight(self, value: ir.Value) -> ir.Value:

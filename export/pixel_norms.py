@@ -26,10 +26,10 @@ _LARGEST_EPS = 1e-7
 
 
 def lengths_for_pixel_norms(model: ir.Model) -> ir.Model:
-    """Rewrite every pixel norm over axis 1.
+    """Rewrite every pixel norm, over whichever axis the channels are.
 
     Requires: nodes and values have their names, values their shapes.
-    Ensures: no ReduceMean of squares over axis 1 feeds a reciprocal root, unless its eps is large or others read it.
+    Ensures: no ReduceMean of squares over one axis feeds a reciprocal root, unless its eps is large or others read it.
     """
     for node in list(model.graph):
         if node.op_type == "Mul":
@@ -44,8 +44,8 @@ def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
     found = _match(mul)
     if found is None:
         return
-    x, mean, eps = found
-    channels = x.shape[1] if x.shape is not None and x.shape.rank() > 1 else None
+    x, mean, axis, eps = found
+    channels = x.shape[axis] if x.shape is not None and axis < x.shape.rank() else None
     if not isinstance(channels, int) or mean.outputs[0].shape is None or x.dtype != ir.DataType.FLOAT:
         return
     name = (mean.name or "").replace("ReduceMean", "ReduceL2")
@@ -71,8 +71,8 @@ def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
             graph.remove(node, safe=True)
 
 
-def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, float] | None:
-    """Return what is normalized, its ReduceMean and its eps, or None if this is no pixel norm."""
+def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, int, float] | None:
+    """Return what is normalized, its ReduceMean with the axis, and its eps, or None if this is no pixel norm."""
     for x, value in (mul.inputs, mul.inputs[::-1]):
         if x is None or value is None or x is value:
             continue
@@ -90,10 +90,11 @@ def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, float] | None:
         assert mean is not None and power is not None
         eps = EPS if len(ops) == 4 else scalar_of(nodes[2].inputs[1] if nodes[2] else None)
         axes = mean.inputs[1].const_value if len(mean.inputs) > 1 and mean.inputs[1] is not None else None
-        along_channels = axes is not None and axes.numpy().tolist() == [1] and mean.attributes.get_int("keepdims", 1)
+        kept = mean.attributes.get_int("keepdims", 1) == 1
+        along = axes.numpy().tolist() if axes is not None and kept else []
         squares = power.inputs[0] is x and scalar_of(power.inputs[1]) == 2.0
-        if squares and along_channels and eps is not None and 0 < eps <= _LARGEST_EPS:
-            return x, mean, eps
+        if squares and len(along) == 1 and eps is not None and 0 < eps <= _LARGEST_EPS:
+            return x, mean, int(along[0]), eps
     return None
 
 

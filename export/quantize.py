@@ -9,6 +9,7 @@ TensorRT refuses others, and int8 biases too.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 OUTPUT_AXIS = {"Conv": 0, "Gemm": 1, "MatMul": -1}
 """What can be quantized, and which axis of its weight counts the output channels (of Gemm without transB)."""
+FREE = "does not depend on the noise: small, and its error would shift every pixel alike"
+"""Why conditioning keeps its precision."""
 _STEP = re.compile(r"step\d+/")
 QMAX = 127
 
@@ -88,10 +91,15 @@ class Layers:
     quantized: tuple[str, ...]
     left: dict[str, str]
 
-    def share(self, op_type: str = "Conv") -> str:
-        """Return how many layers of a kind are quantized, for example ``70 of 74 Conv``."""
-        count = sum(name.rpartition("/")[2].startswith(op_type) for name in self.quantized)
-        return f"{count} of {count + sum(n.rpartition('/')[2].startswith(op_type) for n in self.left)} {op_type}"
+    def share(self) -> str:
+        """Return how many layers of each kind are quantized, for example ``70 of 74 Conv``.
+
+        Those that do not depend on the noise are not counted: no plan quantizes them.
+        """
+        names = [*self.quantized, *(name for name, reason in self.left.items() if reason != FREE)]
+        kinds = Counter(map(_kind, names))
+        quantized = Counter(map(_kind, self.quantized))
+        return ", ".join(f"{quantized[kind]} of {count} {kind}" for kind, count in kinds.items()) or "nothing"
 
 
 def default_quantize_plan(model: ir.Model) -> QuantizePlan:
@@ -131,7 +139,7 @@ def choose_layers(model: ir.Model, plan: QuantizePlan) -> Layers:
         name = node.name or ""
         reasons = [e.reason for e in plan.exclusions if fnmatchcase(name, e.pattern)]
         if node in free:
-            left[name] = "does not depend on the noise: small, and its error would shift every pixel alike"
+            left[name] = FREE
         elif reasons:
             left[name] = reasons[0]
         else:
@@ -261,6 +269,11 @@ class _Quantizer:
         shape = [-1 if i == axis else 1 for i in range(array.ndim)]
         codes = quantize_array(array, scale.astype(np.float32).reshape(shape))
         return stored(self.graph, f"{value.name}.int8", codes), stored(self.graph, f"{value.name}.scale", scale), axis
+
+
+def _kind(name: str) -> str:
+    """Return the operator that a node is named after: ``Conv`` of ``step0/conv_in/Conv_1``."""
+    return name.rpartition("/")[2].partition("_")[0]
 
 
 def _weighted(model: ir.Model) -> Iterator[ir.Node]:

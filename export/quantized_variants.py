@@ -21,7 +21,7 @@ from .calibration import Calibration, Method, calibrate, describe_conditioning
 from .equalize import choose_factors, equalize
 from .precision import LowPrecision, PrecisionPlan, apply_precision, default_plan
 from .probe import NUM_SAMPLES, Probe
-from .quantize import QuantizePlan, choose_layers, default_quantize_plan, quantize
+from .quantize import FREE, QuantizePlan, choose_layers, default_quantize_plan, quantize
 from .quantize_cpu import quantize_for_cpu
 from .sensitivity import Quantizer, exclude_to_target
 from .variants import (
@@ -260,5 +260,5 @@ def _write_calibration(draft: Draft, source: Source, calibration: Calibration | 
 
 def _left_out(left: dict[str, str]) -> list[tuple[str, str]]:
     """Return the layers of the first step that a person chose or the plan named; the rest is the rule."""
-    named = ((n, why) for n, why in left.items() if n.startswith("step0/") and "does not depend" not in why)
+    named = ((n, why) for n, why in left.items() if n.startswith("step0/") and why != FREE)
     return [(name.removeprefix("step0/"), why) for name, why in named]

@@ -5,10 +5,20 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-from engine_helpers import graph
+from engine_helpers import graph, options
+from scm_sdk.errors import ExportError
 from scm_sdk.export.census import Census, doubts, mismatches, parse_kernels, planned_census, take_census
+from scm_sdk.export.engine import build_engine
+from scm_sdk.export.pipeline import export_bundle
+from scm_sdk.export.quantized_variants import QuantizeOptions, add_int8
 from scm_sdk.export.write import read_model
+from scm_sdk.model.consistency import ConsistencyModel
+from scm_sdk.model.layers import attend
+from scm_sdk.model.own import register_network
 
 
 def test_no_kernels_means_nothing_is_claimed(graphs: Path) -> None:
@@ -28,7 +38,7 @@ def test_a_census_sees_a_convolution_in_the_wrong_type(graphs: Path) -> None:
     census = take_census(model, lines)
     assert census is not None and census.convolutions == {"Float": len(types)}
     (wrong,) = mismatches(planned, census)
-    assert f"{len(types)} convolutions run in another type" in wrong
+    assert f"{len(types)} layers run in another type" in wrong
     unfused = doubts(Census(convolutions={}, attention=2, attention_fused=2), census)
     assert unfused[-1].endswith("of 2 attention blocks are one kernel")
     assert str(census).startswith(f"{len(types)} of {len(types)} convolutions Float")
@@ -122,10 +132,10 @@ def tensorrt_line(names: list[str], data: str, weights: str, kind: str = "CaskCo
 )
 def test_tensorrts_own_lines_are_read(data: str, weights: str, kind: str, found: str) -> None:
     (kernel,) = parse_kernels([f"Layers:\n{tensorrt_line(['pre/act', 'a/conv'], data, weights, kind)}\n\nBindings:\nx"])
-    assert kernel.computes_convolution and kernel.type == found
+    assert kernel.computes_layer and kernel.type == found
     assert kernel.nodes == ("pre/act", "a/conv"), "U+001E between them ends no line"
     (copy,) = parse_kernels([tensorrt_line(["a/conv"], data, weights, "Reformat")])
-    assert not copy.computes_convolution
+    assert not copy.computes_layer
 
 
 def test_what_no_kernel_names_is_a_doubt_and_a_wrong_type_a_mismatch(graphs: Path) -> None:
@@ -136,7 +146,42 @@ def test_what_no_kernel_names_is_a_doubt_and_a_wrong_type_a_mismatch(graphs: Pat
     lines = [tensorrt_line([n], *(int8 if types[n] == "Int8" else half)) for n in others]
     census = take_census(model, ["Layers:\n" + "\n".join(lines)])
     assert census is not None and census.unseen == (first,) and mismatches(planned, census) == []
-    assert doubts(planned, census)[0] == f"1 convolutions are named by no kernel ({first})"
+    assert doubts(planned, census)[0] == f"1 layers are named by no kernel ({first})"
     wrong = take_census(model, [*lines, tensorrt_line([first], "Row major linear FP32", "Float")])
     assert wrong is not None and wrong.odd == (f"{first}: Float, not {types[first]}",) and wrong.unseen == ()
     assert len(mismatches(planned, wrong)) == 1
+
+
+@register_network("tests/attention")
+class Attention(nn.Module):
+    """Attention behind one layer for queries, keys and values, or three."""
+
+    def __init__(self, one: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.before = nn.ModuleList([nn.Linear(64, 192)] if one else [nn.Linear(64, 64) for _ in range(3)])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = functional.silu(self.first(x) * t.cos()[:, None, None])
+        found = [layer(h) for layer in self.before]
+        q, k, v = found[0].chunk(3, dim=2) if len(found) == 1 else found
+        q, k, v = (each.reshape(x.shape[0], -1, 2, 32).transpose(1, 2) for each in (q, k, v))
+        return self.last(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_an_int8_product_that_is_split_runs_in_half_and_is_refused(tmp_path: Path, one: bool) -> None:
+    """TensorRT-RTX 1.7.1 takes the weights of one layer apart, in half precision; three layers become one kernel."""
+    torch.manual_seed(0)
+    model = ConsistencyModel(network=Attention(one), sigma_data=0.5, sample_shape=(16, 64), arguments={"one": one})
+    model.eval().save_pretrained(tmp_path / "model")
+    export_bundle(tmp_path / "model", tmp_path / "bundle", steps=(1,))
+    (made,) = add_int8(tmp_path / "bundle", QuantizeOptions(num_samples=4))
+    assert made.notes[0] == ("1 of 3 MatMul in int8" if one else "3 of 5 MatMul in int8")
+    arguments = (graph(tmp_path / "bundle", "int8"), tmp_path / "engine", options("8.0"))
+    if one:
+        with pytest.raises(ExportError, match=r"1 layers run in another type \(step0/before\.0/MatMul: Half, not Int8"):
+            build_engine(*arguments)
+        return
+    census = build_engine(*arguments).census["built"]
+    assert census["products"] == {"Half": 2, "Int8": 3} and census["attention_fused"] == 1

@@ -63,6 +63,7 @@ def test_what_is_built_is_what_the_graph_asks_for(graphs, tmp_path, precision, c
     census = built(record)
     planned, _, _ = planned_census(read_model(graph(graphs, precision)))
     assert census.convolutions == planned.convolutions and KINDS[precision] in census.convolutions
+    assert census.products == planned.products
     assert (census.attention, census.attention_fused) == (planned.attention, planned.attention_fused)
     assert record.facts.compute_capabilities == capabilities and record.precision == precision
     assert BuildRecord.from_json((tmp_path / "engine/build.json").read_bytes()) == record
@@ -116,7 +117,7 @@ def test_the_shipped_model_becomes_an_engine_for_an_a100(newcomer: Path) -> None
     """The one that users get, its attention included; the others here are of a tiny network."""
     (record,) = (newcomer / "scm-demo/avatars/engines").glob("tensorrt_rtx-sm80-fp16-1step/build.json")
     census = built(BuildRecord.from_json(record.read_bytes()))
-    assert census.convolutions == {"Half": 22} and not census.unseen
+    assert census.products == {"Half": 32} and not census.convolutions and not census.unseen
     assert census.attention_fused == census.attention == 5
 
 

@@ -47,22 +47,25 @@ def norm_graph(eps: float | None, *, axis: int = 1, power: float = 2.0, shared: 
     return ir.Model(graph, ir_version=10)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("eps", [None, EPS])
-def test_equals_the_formula_and_is_safe_at_zero(tmp_path: Path, eps: float | None) -> None:
-    model = drop_unused(lengths_for_pixel_norms(norm_graph(eps)))
+def test_equals_the_formula_and_is_safe_at_zero(tmp_path: Path, eps: float | None, axis: int) -> None:
+    model = drop_unused(lengths_for_pixel_norms(norm_graph(eps, axis=axis)))
     assert [node.op_type for node in model.graph] == ["ReduceL2", "Max", "Div", "Mul"]
     x = np.random.default_rng(0).standard_normal((5, 6, 4)).astype(np.float32)
-    x[:, :, 0] = 0
-    x[:, :, 1] *= 1e-2
+    places = np.moveaxis(x, axis, -1)  # a view: (5, places, channels)
+    places[:, 0] = 0
+    places[:, 1] *= 1e-2
     (y,) = session(model, tmp_path).run(None, {"x": x})
-    want = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + EPS)
-    np.testing.assert_array_equal(y[:, :, 0], 0)
-    np.testing.assert_allclose(y[:, :, 1], want[:, :, 1], rtol=2e-3)  # where eps begins to be seen
-    np.testing.assert_allclose(y[:, :, 2:], want[:, :, 2:], rtol=1e-6)
+    want = places / np.sqrt((places.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS)
+    y = np.moveaxis(y, axis, -1)
+    np.testing.assert_array_equal(y[:, 0], 0)
+    np.testing.assert_allclose(y[:, 1], want[:, 1], rtol=2e-3)  # where eps begins to be seen
+    np.testing.assert_allclose(y[:, 2:], want[:, 2:], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "graph", [norm_graph(1e-3), norm_graph(None, axis=2), norm_graph(None, power=3), norm_graph(None, shared=True)]
+    "graph", [norm_graph(1e-3), norm_graph(1e-3, axis=2), norm_graph(None, power=3), norm_graph(None, shared=True)]
 )
 def test_leaves_what_is_no_pixel_norm(graph: ir.Model) -> None:
     before = [node.op_type for node in graph.graph]

@@ -87,7 +87,7 @@ class _Block(Block):
         """Attend between all places with queries, keys and values of unit magnitude."""
         B, _, H, W = qkv_BCHW.shape
         qkv = normalize(qkv_BCHW.reshape(B, 3, self.num_heads, -1, H * W), dim=3)
-        return attend(*qkv.transpose(-2, -1).unbind(1)).reshape(B, -1, H, W)
+        return attend(*qkv.transpose(-2, -1).unbind(1)).transpose(-2, -1).reshape(B, -1, H, W)
 
 
 class EDM2(TimeNetwork):

@@ -22,14 +22,14 @@ from torch.nn import functional
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def pixel_norm(x: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Divide by the root mean square over axis 1, the channels: ``x / sqrt(mean_c(x^2) + eps)``.
+def pixel_norm(x: Tensor, *, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Divide by the root mean square over ``dim``, the channels: ``x / sqrt(mean_c(x^2) + eps)``.
 
     Never computed in less than float32: in half precision the squares would overflow.
     """
     if x.dtype in _HALF:
-        return pixel_norm(x.float(), eps=eps).to(x.dtype)
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
+        return pixel_norm(x.float(), dim=dim, eps=eps).to(x.dtype)
+    return x * torch.rsqrt(x.square().mean(dim=dim, keepdim=True) + eps)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -139,24 +139,21 @@ def attention(qkv_BCHW: Tensor, num_heads: int) -> Tensor:
     """
     B, _, H, W = qkv_BCHW.shape
     qkv = qkv_BCHW.reshape(B, 3, num_heads, -1, H * W)
-    return attend(*qkv.transpose(-2, -1).unbind(1)).reshape(B, -1, H, W)
+    return attend(*qkv.transpose(-2, -1).unbind(1)).transpose(-2, -1).reshape(B, -1, H, W)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return ``softmax(q k^T / sqrt(channels)) v``, channels before places.
+    """Return ``softmax(q k^T / sqrt(channels)) v``, like q.
 
     Args:
         q: Queries, (B, heads, N, channels).
         k: Keys, like q.
         v: Values, like q.
-
-    Returns:
-        (B, heads, channels, N).
     """
     scale = q.shape[-1] ** -0.5
     # Written out, not scaled_dot_product_attention: the tangent needs it. Engines fuse this form.
     weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
-    return (weights @ v).transpose(-2, -1)
+    return weights @ v
 
 
 class AttentionBlock(nn.Module):

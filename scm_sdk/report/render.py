@@ -223,7 +223,11 @@ def _census(census: dict[str, Any]) -> str:
     built = census.get("built")
     if not built:
         return "kernels unknown"
-    parts = [f"{count} convolutions {name}" for name, count in built["convolutions"].items()]
+    parts = [
+        f"{count} {layers} {name}"
+        for kind, layers in (("convolutions", "convolutions"), ("products", "matrix products"))
+        for name, count in built.get(kind, {}).items()
+    ]
     parts.append(f"{built['attention_fused']} of {built['attention']} attention blocks fused")
     return ", ".join(parts + [f"MISMATCH: {text}" for text in census.get("mismatches", [])])
 
