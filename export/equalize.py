@@ -6,8 +6,9 @@ network, and moves the spread to the weights, which have a scale for each output
 
     W x = (W s) (x / s),    s_c = (max|x_c|)^a / (max|W_c|)^(1 - a)
 
-The exponent ``a`` is chosen for each layer by what rounding both sides is expected to cost. All steps share a weight
-and so its factors. Source: Xiao et al., 2023, "SmoothQuant", arXiv 2211.10438, Eq. 4.
+The exponent ``a`` is chosen by what rounding both sides is expected to cost, once for all layers that read one value
+(queries, keys and values: rounded once) or one weight (the steps of a sampler). Source: Xiao et al., 2023,
+"SmoothQuant", arXiv 2211.10438, Eq. 4.
 """
 
 from __future__ import annotations
@@ -87,18 +88,14 @@ def choose_factors(
     if not layers:
         return {}
     seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
-    channels = _measure(Runner(model, spec, seeds, progress, examples), layers)
-    readers: dict[str, list[str]] = {}
-    for name, node in layers.items():
-        readers.setdefault(_weight(node).name or "", []).append(name)
+    channels = _measure(Runner(model, spec, seeds, progress, examples), list(layers.values()))
     found = {}
-    for weight_name, names in readers.items():
-        kept = _weight(layers[names[0]]).const_value
-        assert kept is not None, "choose_layers takes layers whose weights are stored"
-        weight = _by_input_channel(layers[names[0]], kept.numpy().astype(np.float64))
-        factors = _best(weight, [channels[name] for name in names])
+    for group in _groups(list(layers.values())):
+        readers = {_weight(node): node for node in group}
+        read = [channels[value] for value in {_data(node): None for node in group}]
+        factors = _best([_by_input_channel(node) for node in readers.values()], read)
         if factors is not None:
-            found[weight_name] = factors
+            found.update({weight.name or "": factors for weight in readers})
     return found
 
 
@@ -112,44 +109,65 @@ def equalize(model: ir.Model, nodes: Sequence[str], factors: Mapping[str, np.nda
     """
     copy = model.clone()
     chosen = set(nodes)
+    divided: dict[tuple[ir.Value, bytes], ir.Value] = {}
     for node in list(copy.graph):
         if node.name in chosen and _weight(node).name in factors:
-            _equalize_node(copy.graph, node, factors[_weight(node).name or ""])
+            by = factors[_weight(node).name or ""]
+            key = (_data(node), by.tobytes())
+            divided[key] = _equalize_node(copy.graph, node, by, divided.get(key))
     for name in [name for name, value in copy.graph.initializers.items() if not value.uses()]:
         if not copy.graph.initializers[name].is_graph_output():
             del copy.graph.initializers[name]
     return copy
 
 
-def _equalize_node(graph: ir.Graph, node: ir.Node, factors: np.ndarray) -> None:
-    """Divide what a layer reads by its factors; the weights undo them as they were rounded."""
+def _equalize_node(graph: ir.Graph, node: ir.Node, factors: np.ndarray, divided: ir.Value | None) -> ir.Value:
+    """Divide what a layer reads by its factors, unless that is done; the weights undo them as they were rounded."""
     import onnx_ir as ir
 
-    data, weight, kept = node.inputs[0], _weight(node), _weight(node).const_value
-    assert data is not None and data.dtype is not None and kept is not None
+    data, weight, kept = _data(node), _weight(node), _weight(node).const_value
+    assert data.dtype is not None and kept is not None
     values, inverse = kept.numpy(), (1 / factors).astype(data.dtype.numpy())
     undone = values.astype(np.float64) / _along(inverse.astype(np.float64), values.ndim, input_axis(node))
-    broadcast = _along(inverse, len(data.shape or ()), 1 if node.op_type == "Conv" else -1)
-    by = stored(graph, f"{weight.name}{FACTOR_SUFFIX}", np.ascontiguousarray(broadcast))
-    out = ir.Value(name=f"{node.name}{EQUALIZE_NODE}.out", shape=data.shape, type=data.type)
-    graph.insert_before(node, ir.Node("", "Mul", [data, by], outputs=[out], name=f"{node.name}{EQUALIZE_NODE}"))
-    node.replace_input_with(0, out)
+    if divided is None:
+        broadcast = _along(inverse, len(data.shape or ()), 1 if node.op_type == "Conv" else -1)
+        by = stored(graph, f"{weight.name}{FACTOR_SUFFIX}", np.ascontiguousarray(broadcast))
+        divided = ir.Value(name=f"{node.name}{EQUALIZE_NODE}.out", shape=data.shape, type=data.type)
+        name = f"{node.name}{EQUALIZE_NODE}"
+        graph.insert_before(node, ir.Node("", "Mul", [data, by], outputs=[divided], name=name))
+    node.replace_input_with(0, divided)
     node.replace_input_with(1, stored(graph, f"{weight.name}{EQUALIZED_SUFFIX}", undone.astype(values.dtype)))
+    return divided
 
 
 def _can_be_equalized(node: ir.Node) -> bool:
     return node.op_type in OUTPUT_AXIS and node.attributes.get_int("group", 1) == 1
 
 
-def _best(weight: np.ndarray, channels: Sequence[Channels]) -> np.ndarray | None:
+def _groups(layers: Sequence[ir.Node]) -> list[list[ir.Node]]:
+    """Return layers that must have the same factors together: they read one value or one weight, or others between."""
+    groups: list[tuple[set[ir.Value], list[ir.Node]]] = []
+    for node in layers:
+        values, nodes = {_data(node), _weight(node)}, [node]
+        apart = []
+        for group in groups:
+            if values & group[0]:
+                values, nodes = values | group[0], group[1] + nodes
+            else:
+                apart.append(group)
+        groups = [*apart, (values, nodes)]
+    return [nodes for _, nodes in groups]
+
+
+def _best(weights: Sequence[np.ndarray], channels: Sequence[Channels]) -> np.ndarray | None:
     """Return the factors that cost least, or None where none does better than 1.
 
     Args:
-        weight: (C, O, the rest), float64.
-        channels: What reads it, one for each step.
+        weights: (C, O, the rest) each, float64.
+        channels: What they multiply, one for each value.
     """
     largest = np.max([each.largest for each in channels], axis=0)
-    weight_largest = np.abs(weight).max(axis=(1, 2))
+    weight_largest = np.max([np.abs(weight).max(axis=(1, 2)) for weight in weights], axis=0)
     if not largest.any() or not weight_largest.any():
         return None
     # A channel that is always zero, or that no output reads, counts as the least of the others.
@@ -159,7 +177,7 @@ def _best(weight: np.ndarray, channels: Sequence[Channels]) -> np.ndarray | None
     for exponent in EXPONENTS:
         log_s = exponent * np.log(x) - (1 - exponent) * np.log(w)
         candidates.append(np.exp(np.clip(log_s - log_s.mean(), -np.log(_MAX_RATIO), np.log(_MAX_RATIO))))
-    best = int(np.argmin([_cost(weight, channels, s) for s in candidates]))
+    best = int(np.argmin([sum(_cost(weight, channels, s) for weight in weights) for s in candidates]))
     return candidates[best] if best else None
 
 
@@ -175,17 +193,18 @@ def _cost(weight: np.ndarray, channels: Sequence[Channels], s: np.ndarray) -> fl
     return total / 12
 
 
-def _measure(runner: Runner, layers: Mapping[str, ir.Node]) -> dict[str, Channels]:
-    """Reduce what each layer reads to its channels, inside the graph."""
+def _measure(runner: Runner, layers: Sequence[ir.Node]) -> dict[ir.Value, Channels]:
+    """Reduce what layers read to its channels, inside the graph."""
     import onnx_ir as ir
 
     copy = runner.model.clone()
-    inputs = {node.name or "": node.inputs[0] for node in copy.graph if node.name in layers}
+    readers = {_data(node): node for node in layers}
+    inputs = {node.name: _data(node) for node in copy.graph if node.name in {n.name for n in readers.values()}}
     outputs: list[ir.Value] = []
-    for i, (name, value) in enumerate(inputs.items()):
-        assert value is not None
+    for i, node in enumerate(readers.values()):
+        value = inputs[node.name]
         rank = len(value.shape or ())
-        channel = 1 if layers[name].op_type == "Conv" else rank - 1
+        channel = 1 if node.op_type == "Conv" else rank - 1
         over = stored(copy.graph, f"axes_{i}", np.array([a for a in range(rank) if a != channel], np.int64))
         absolute, square = ir.val(f"absolute_{i}", value.dtype), ir.val(f"square_{i}", value.dtype)
         copy.graph.append(ir.Node("", "Abs", [value], outputs=[absolute], name=f"measure/absolute_{i}"))
@@ -198,9 +217,15 @@ def _measure(runner: Runner, layers: Mapping[str, ir.Node]) -> dict[str, Channel
     batches = [[array.astype(np.float64) for array in arrays] for arrays in runner.run(copy, outputs)]
     columns = [np.stack(column) for column in zip(*batches, strict=True)]
     return {
-        name: Channels(largest=columns[2 * i].max(axis=0), mean_square=columns[2 * i + 1].mean(axis=0))
-        for i, name in enumerate(layers)
+        value: Channels(largest=columns[2 * i].max(axis=0), mean_square=columns[2 * i + 1].mean(axis=0))
+        for i, value in enumerate(readers)
     }
+
+
+def _data(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None, "choose_layers takes layers that read something"
+    return value
 
 
 def _weight(node: ir.Node) -> ir.Value:
@@ -209,8 +234,11 @@ def _weight(node: ir.Node) -> ir.Value:
     return value
 
 
-def _by_input_channel(node: ir.Node, array: np.ndarray) -> np.ndarray:
-    """Return a layer's weight as (C, O, the rest)."""
+def _by_input_channel(node: ir.Node) -> np.ndarray:
+    """Return a layer's weight as (C, O, the rest), float64."""
+    kept = _weight(node).const_value
+    assert kept is not None, "choose_layers takes layers whose weights are stored"
+    array = kept.numpy().astype(np.float64)
     axis = input_axis(node) % array.ndim
     array = np.moveaxis(array, axis, 0)
     if node.op_type == "MatMul" and array.ndim > 2:  # (..., C, O): the leading axes are batches of weights

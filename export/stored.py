@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .equalize import EQUALIZE_NODE, EQUALIZED_SUFFIX, FACTOR_SUFFIX, input_axis
+from .equalize import EQUALIZE_NODE, EQUALIZED_SUFFIX, input_axis
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,6 +23,7 @@ _EXACT = 1e-6
 """The same of float32, which export writes as it is."""
 _SUBNORMAL = 2.0**-24
 """Largest absolute error where FLOAT16 has no more digits."""
+_ROUNDERS = ("DequantizeLinear", "QuantizeLinear")
 _CODE_SUFFIXES = (".int8", "_quantized")
 
 
@@ -87,7 +88,7 @@ def _tensors(graph: ir.Model) -> Iterator[_Tensor]:
     for node in graph.graph:
         if (node.name or "").endswith(EQUALIZE_NODE):  # judged by the weights that undo it
             done.update(value.name or "" for value in node.inputs if value is not None)
-        if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
+        if node.op_type not in _ROUNDERS:
             continue
         names = [value.name or "" if value is not None else "" for value in node.inputs]
         if node.op_type == "QuantizeLinear" or names[0] not in initializers:
@@ -121,14 +122,24 @@ def _dequantized(node: ir.Node, names: list[str], initializers: Mapping[str, ir.
     if not name.endswith(EQUALIZED_SUFFIX):
         return tensor
     name = name.removesuffix(EQUALIZED_SUFFIX)
-    factor = _factor(name, node, codes.ndim, initializers)  # multiplied and then rounded once more
+    factor = _factor(node, codes.ndim)  # multiplied and then rounded once more
     return _Tensor(name, tensor.values * factor, step * factor, 2 * rounding, _SUBNORMAL * np.maximum(factor, 1.0))
 
 
-def _factor(name: str, node: ir.Node, rank: int, initializers: Mapping[str, ir.Value]) -> np.ndarray:
-    """Return what undoes the factors of an equalized weight, shaped to multiply it."""
-    kept = initializers[name + FACTOR_SUFFIX].const_value
-    assert kept is not None, "an initializer"
+def _factor(node: ir.Node, rank: int) -> np.ndarray:
+    """Return the factors that an equalized weight undoes, shaped to multiply it: those of what its layer reads.
+
+    1 where nothing divides that: then the weight is not the checkpoint's, and is found so.
+    """
+    layer = next(iter(node.outputs[0].uses())).node
+    before = layer.inputs[0]
+    while before is not None and not (getattr(before.producer(), "name", None) or "").endswith(EQUALIZE_NODE):
+        producer = before.producer()
+        before = producer.inputs[0] if producer is not None and producer.op_type in _ROUNDERS else None
+    multiply = before.producer() if before is not None else None
+    kept = multiply.inputs[1].const_value if multiply is not None and multiply.inputs[1] is not None else None
+    if kept is None:
+        return np.ones([1] * rank)
     shape = [1] * rank
-    shape[input_axis(next(iter(node.outputs[0].uses())).node)] = -1
+    shape[input_axis(layer)] = -1
     return np.asarray(kept.numpy(), np.float64).reshape(shape)

@@ -15,6 +15,7 @@ from scm_sdk.export.census import Census, doubts, mismatches, parse_kernels, pla
 from scm_sdk.export.engine import build_engine
 from scm_sdk.export.pipeline import export_bundle
 from scm_sdk.export.quantized_variants import QuantizeOptions, add_int8
+from scm_sdk.export.stored import compare_stored
 from scm_sdk.export.write import read_model
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.layers import attend
@@ -178,6 +179,9 @@ def test_an_int8_product_that_is_split_runs_in_half_and_is_refused(tmp_path: Pat
     export_bundle(tmp_path / "model", tmp_path / "bundle", steps=(1,))
     (made,) = add_int8(tmp_path / "bundle", QuantizeOptions(num_samples=4))
     assert made.notes[0] == ("1 of 3 MatMul in int8" if one else "3 of 5 MatMul in int8")
+    low, full = (read_model(graph(tmp_path / "bundle", precision)) for precision in ("int8", "fp32"))
+    assert [node.op_type for node in low.graph].count("QuantizeLinear") == 1, "what all three read is rounded once"
+    assert not compare_stored(low, {k: v.const_value.numpy() for k, v in full.graph.initializers.items()}).changed
     arguments = (graph(tmp_path / "bundle", "int8"), tmp_path / "engine", options("8.0"))
     if one:
         with pytest.raises(ExportError, match=r"1 layers run in another type \(step0/before\.0/MatMul: Half, not Int8"):

@@ -80,7 +80,7 @@ def test_factors_never_cost_more_than_none(seed: int, size: float) -> None:
     weight = rng.normal(size=(12, 8, 1)) * np.exp(size * rng.normal(size=(12, 1, 1)))
     rms = np.exp(size * rng.normal(size=12))
     channels = [Channels(largest=rms * (4 + step), mean_square=rms**2) for step in range(2)]
-    factors = _best(weight, channels)
+    factors = _best([weight], channels)
     if factors is not None:
         assert _cost(weight, channels, factors) < _cost(weight, channels, np.ones(12))
         assert np.isfinite(factors).all() and (factors > 0).all()
@@ -89,6 +89,6 @@ def test_factors_never_cost_more_than_none(seed: int, size: float) -> None:
 def test_dead_channels_do_no_harm() -> None:
     weight, largest = np.ones((3, 2, 1)), np.array([0.0, 1.0, 8.0])
     weight[1] = 0
-    factors = _best(weight, [Channels(largest=largest, mean_square=largest**2 / 9)])
+    factors = _best([weight], [Channels(largest=largest, mean_square=largest**2 / 9)])
     assert factors is None or (np.isfinite(factors).all() and (factors > 0).all())
-    assert _best(weight, [Channels(largest=np.zeros(3), mean_square=np.zeros(3))]) is None
+    assert _best([weight], [Channels(largest=np.zeros(3), mean_square=np.zeros(3))]) is None
