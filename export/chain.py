@@ -33,6 +33,10 @@ from .variants import Variant, add_precision
 Say = Callable[[str], None]
 
 
+MARGIN_DB = 2.0
+"""By how much int8 is to be better than its gate: what other pictures show varies by that."""
+
+
 def build_all(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -60,7 +64,7 @@ def build_all(
         flavour: Which library builds them.
         steps: Numbers of steps; () is those that ``out`` was exported for, else 1 and 2.
         max_batch: Largest batch; None is that of ``out``, else 32, or 8 of a pipeline.
-        target_db: Least PSNR of int8, dB, for which the fewest layers are left out; None is the gate's.
+        target_db: Least PSNR of int8, dB, for which the fewest layers are left out; None is 2 above the gate's.
         prompts: What the model is told while precisions are made; see ``examples.read_examples``. None draws it.
         on_stage: Called with a few words for each stage.
         on_variant: Called with each graph of lower precision.
@@ -101,7 +105,7 @@ def build_all(
             options = QuantizeOptions(
                 precision=kind,
                 base="fp32" if cpu else "fp16",
-                target_db=None if cpu else target_db or MIN_PSNR_DB[kind],
+                target_db=None if cpu else target_db or MIN_PSNR_DB[kind] + MARGIN_DB,
             )
             _tell(add_int8(out, options, examples=examples, progress=on_stage), on_variant)
     if targets and wanted:

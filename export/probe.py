@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scm_sdk.errors import ConfigError
-from scm_sdk.evaluate.difference import difference
+from scm_sdk.evaluate.difference import Difference, difference
+from scm_sdk.evaluate.parity import WORST_BELOW_DB
 from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
@@ -33,7 +35,8 @@ class Probe:
     Args:
         reference: Its float32 graph.
         spec: The sampler.
-        num_samples: Seeds 0, 1, ... that are compared, labels in turn.
+        num_samples: Seeds 0, 1, ... that are compared, labels in turn. The first 32 are those of the gate, so that a
+            plan that is chosen here passes there; the more there are beyond, the less it is fitted to these.
         batch_size: How many run at once; bounds memory.
         num_threads: Threads of ONNX Runtime; None leaves it the choice.
         examples: What the model is told; None draws it.
@@ -62,18 +65,35 @@ class Probe:
         self._batches = [range(a, min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
         self.images = self.run(reference)
 
-    def psnr_db(self, model: ir.Model | Path, *, glance: bool = False) -> float:
+    def psnr_db(self, model: ir.Model | Path) -> float:
         """Return the PSNR of a graph's pictures, dB over the value range; infinite where equal, 0 for NaN.
-
-        Args:
-            model: The graph.
-            glance: Look at the first batch only, to rank many graphs.
 
         Raises:
             UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
         """
-        batches = self._batches[:1] if glance else self._batches
-        return self._psnr_db(self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in batches]))
+        return self._compare(self.run(model)).psnr_db
+
+    def gate_db(self, model: ir.Model | Path) -> float:
+        """Return the highest least PSNR with which a gate would take a graph's pictures, dB; 0 for NaN.
+
+        A gate holds all pictures together to it, and each one to ``WORST_BELOW_DB`` less.
+
+        Raises:
+            UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+        """
+        found = self._compare(self.run(model))
+        return min(found.psnr_db, found.worst_psnr_db + WORST_BELOW_DB)
+
+    def rank_db(self, model: ir.Model | Path) -> float:
+        """Return the mean over the first batch of each picture's own PSNR, dB, to rank many graphs.
+
+        One picture that turns into another moves it little, where the PSNR of all would be that picture's.
+
+        Raises:
+            UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+        """
+        images = self._run(model, [feeds_of(self.spec, self._batches[0], self._examples)])
+        return float(np.mean([self._compare(images[i : i + 1], i).psnr_db for i in range(len(images))]))
 
     def noise_rounding_db(self) -> float:
         """Return the PSNR that is left when nothing but the noise is rounded to float16, dB.
@@ -84,7 +104,7 @@ class Probe:
         for feeds in inputs:
             for tensor in self.spec.noise_inputs:
                 feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
-        return self._psnr_db(self._run(self._reference, inputs))
+        return self._compare(self._run(self._reference, inputs)).psnr_db
 
     def run(self, model: ir.Model | Path) -> np.ndarray:
         """Return a graph's pictures for the probe's seeds, (N, *image_shape) float32."""
@@ -95,7 +115,8 @@ class Probe:
             session = open_session(model, Path(folder), num_threads=self._threads)
             return np.concatenate([session.run([self.spec.output_name], dict(feeds))[0] for feeds in inputs])
 
-    def _psnr_db(self, images: np.ndarray) -> float:
-        seeds = [seed for batch in self._batches for seed in batch][: len(images)]
-        found = difference(images, self.images[: len(images)], seeds, self.spec)
-        return found.psnr_db if found.finite else 0.0
+    def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
+        """Compare images from the probe's ``first`` on; what is not finite has 0 dB."""
+        seeds = range(first, first + len(images))
+        found = difference(images, self.images[first : first + len(images)], seeds, self.spec)
+        return found if found.finite else replace(found, psnr_db=0.0, worst_psnr_db=0.0)

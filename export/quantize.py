@@ -39,7 +39,8 @@ class Exclusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Layers that are not quantized.
 
     Attributes:
-        pattern: Which: a shell pattern over node names, such as ``step*/conv_out/Conv``.
+        pattern: Which: a shell pattern over node names, such as ``step*/conv_out/Conv``. One plan serves graphs of
+            several numbers of steps: what names a step that a graph has not, ``step1/...``, is nothing to it.
         reason: Why.
     """
 
@@ -129,8 +130,10 @@ def choose_layers(model: ir.Model, plan: QuantizePlan) -> Layers:
     free = conditioning_nodes(model.graph)
     quantized, left = [], {}
     layers = list(_weighted(model))
+    steps = {step_of(node.name or "") for node in model.graph}
     for exclusion in plan.exclusions:
-        if not any(fnmatchcase(node.name or "", exclusion.pattern) for node in layers):
+        of_another_graph = step_of(exclusion.pattern) not in steps | {""}
+        if not of_another_graph and not any(fnmatchcase(node.name or "", exclusion.pattern) for node in layers):
             raise ConfigError(
                 f"exclusion {exclusion.pattern!r} matches no layer with weights, expected a shell pattern over names "
                 f"such as {layers[0].name if layers else 'none: the graph has no such layer'}."
@@ -199,6 +202,12 @@ def scale_for(largest: np.ndarray | float, dtype: Any) -> np.ndarray:
     scale = np.where(scale.astype(np.float64) < exact, np.nextafter(scale, np.asarray(np.inf, dtype)), scale)
     usable: np.ndarray = np.where(scale > 0, scale, np.ones((), dtype))
     return usable
+
+
+def step_of(name: str) -> str:
+    """Return the ``step1/`` that a name begins with, or nothing."""
+    found = _STEP.match(name)
+    return found.group() if found else ""
 
 
 class _Quantizer:

@@ -21,7 +21,7 @@ from .calibration import Calibration, Method, calibrate, describe_conditioning
 from .equalize import choose_factors, equalize
 from .precision import LowPrecision, PrecisionPlan, apply_precision, default_plan
 from .probe import NUM_SAMPLES, Probe
-from .quantize import FREE, QuantizePlan, choose_layers, default_quantize_plan, quantize
+from .quantize import FREE, QuantizePlan, choose_layers, default_quantize_plan, quantize, step_of
 from .quantize_cpu import quantize_for_cpu
 from .sensitivity import Quantizer, exclude_to_target
 from .variants import (
@@ -53,7 +53,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         plan: Which layers are not quantized; None is ``default_quantize_plan``.
         method: How ranges are chosen; ``int8-cpu`` takes ``minmax`` alone.
         percentile: For ``percentile``, percent.
-        num_samples: Pictures to calibrate on; the quick look without a target takes no more.
+        num_samples: Pictures to calibrate on, and others to look at for a target; a look without one takes 32 at most.
         seed: Which ones.
         target_db: Least PSNR, dB: layers are excluded until it is reached.
         equalize: Whether channels are made equally large first (``equalize``); ``int8`` alone.
@@ -111,7 +111,7 @@ def add_int8(
     if unchanged := unchanged_variants(bundle, sources, options.precision):
         return unchanged
     plan = options.plan or default_quantize_plan(read_model(sources[-1].graph))
-    looked_at = NUM_SAMPLES if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
+    looked_at = options.num_samples if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
     probes = [Probe(s.graph, s.spec, num_samples=looked_at, examples=examples) for s in sources]
     if options.precision == "int8-cpu":
         plan, made = _make_for_cpu(sources, probes, plan, options, examples, progress)
@@ -198,18 +198,19 @@ def _make_for_engines(
         base = full if base_plan is None else apply_precision(full, base_plan)
         progress(f"calibrate, {source.num_inference_steps} steps")
         factors = _factors(full, source, plan, options, examples)
-        names = choose_layers(full, plan).quantized
-        calibration = _calibrate(equalize(full, names, factors), source, plan, options, examples)
+        equal = equalize(full, choose_layers(full, plan).quantized, factors)
+        calibration = _calibrate(equal, source, plan, options, examples)
+        quantizer = partial(_equalize_and_quantize, base, factors, calibration)
         if options.target_db is not None:  # one plan for all: each goes on from the last
-            equal = equalize(base, names, factors)
-            quantizer = partial(quantize, equal, calibration)
-            plan = exclude_to_target(equal, quantizer, plan, probe, options.target_db, progress=progress)
-        measured.append((base, factors, calibration))
-    made: list[tuple[ir.Model, Calibration | None]] = []
-    for base, factors, calibration in measured:
-        equal = equalize(base, choose_layers(base, plan).quantized, factors)
-        made.append((quantize(equal, calibration, plan), calibration))
-    return plan, made
+            plan = exclude_to_target(base, quantizer, plan, probe, options.target_db, progress=progress)
+        measured.append((quantizer, calibration))
+    return plan, [(quantizer(plan), calibration) for quantizer, calibration in measured]
+
+
+def _equalize_and_quantize(
+    base: ir.Model, factors: dict[str, np.ndarray], calibration: Calibration, plan: QuantizePlan
+) -> ir.Model:
+    return quantize(equalize(base, choose_layers(base, plan).quantized, factors), calibration, plan)
 
 
 def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
@@ -259,6 +260,14 @@ def _write_calibration(draft: Draft, source: Source, calibration: Calibration | 
 
 
 def _left_out(left: dict[str, str]) -> list[tuple[str, str]]:
-    """Return the layers of the first step that a person chose or the plan named; the rest is the rule."""
-    named = ((n, why) for n, why in left.items() if n.startswith("step0/") and why != FREE)
-    return [(name.removeprefix("step0/"), why) for name, why in named]
+    """Return the layers that a person chose or the plan named, once where no step has them; the rest is the rule."""
+    steps = {step_of(name) for name in left}
+    named: dict[tuple[str, str], list[str]] = {}
+    for name, why in left.items():
+        if why != FREE:
+            named.setdefault((name.removeprefix(step_of(name)), why), []).append(name)
+    return [
+        (name, why)
+        for (layer, why), names in named.items()
+        for name in ([layer] if len(names) == len(steps) else names)
+    ]

@@ -166,6 +166,8 @@ def test_plans_survive_json_and_name_real_layers(fp16: ir.Model) -> None:
     plan = default_quantize_plan(fp16).excluding(Exclusion(pattern="step1/*", reason="the last step is seen"))
     assert QuantizePlan.from_json(plan.to_json()) == plan
     assert {n.partition("/")[0] for n in choose_layers(fp16, plan).quantized} == {"step0"}
+    one_for_all = plan.excluding(Exclusion(pattern="step2/conv_in/Conv", reason="of a graph with more steps"))
+    assert choose_layers(fp16, one_for_all) == choose_layers(fp16, plan)
     with pytest.raises(ConfigError, match="quantization plan cannot be read"):
         QuantizePlan.from_json(b"[]")
     with pytest.raises(ConfigError, match=r"'decoder/\*' matches no layer with weights"):
@@ -184,11 +186,12 @@ def test_what_cannot_be_quantized_is_refused(fp16: ir.Model, calibration: Calibr
 def test_sensitivity_ranks_layers_and_exclusions_reach_a_target(fp16, calibration, probe: Probe) -> None:
     plan = default_quantize_plan(fp16)
     table = sensitivity(fp16, partial(quantize, fp16, calibration), plan, probe)
+    assert set(table.layers_db) == set(choose_layers(fp16, plan).quantized), "each step by itself"
     assert list(table.layers_db.values()) == sorted(table.layers_db.values())
     assert max(table.layers_db.values()) <= table.base_db + 1
-    target = probe.psnr_db(quantize(fp16, calibration, plan)) + 1.5
+    target = probe.gate_db(quantize(fp16, calibration, plan)) + 1.5
     better = exclude_to_target(fp16, partial(quantize, fp16, calibration), plan, probe, target)
-    assert probe.psnr_db(quantize(fp16, calibration, better)) >= target
+    assert probe.gate_db(quantize(fp16, calibration, better)) >= target
     new = better.exclusions[len(plan.exclusions) :]
     assert 0 < len(new) < len(table.layers_db) and all("alone in int8 it costs" in e.reason for e in new)
     with pytest.raises(ParityError, match="with no layer in int8, expected 500"):

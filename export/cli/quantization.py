@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 @click.option("--base", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", help="What the rest computes in.")
 @click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax")
 @click.option("--percentile", type=click.FloatRange(50, 100), default=99.99)
-@click.option("--num-samples", type=click.IntRange(1), default=128, help="Pictures to calibrate on.")
+@click.option("--num-samples", type=click.IntRange(1), default=128,
+              help="Pictures to calibrate on, and to look at for a target.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Which ones.")
 @click.option("--equalize/--no-equalize", default=True, help="Make channels equally large before they are rounded.")
 @click.option("--exclude", "excluded", multiple=True, help="Pattern of layers to leave out; may be repeated.")
