@@ -92,7 +92,7 @@ def choose_factors(
     found = {}
     for group in _groups(list(layers.values())):
         readers = {_weight(node): node for node in group}
-        read = [channels[value] for value in {_data(node): None for node in group}]
+        read = [channels[key] for key in {_read(node): None for node in group}]
         factors = _best([_by_input_channel(node) for node in readers.values()], read)
         if factors is not None:
             found.update({weight.name or "": factors for weight in readers})
@@ -109,11 +109,11 @@ def equalize(model: ir.Model, nodes: Sequence[str], factors: Mapping[str, np.nda
     """
     copy = model.clone()
     chosen = set(nodes)
-    divided: dict[tuple[ir.Value, bytes], ir.Value] = {}
+    divided: dict[tuple[ir.Value, int, bytes], ir.Value] = {}
     for node in list(copy.graph):
         if node.name in chosen and _weight(node).name in factors:
             by = factors[_weight(node).name or ""]
-            key = (_data(node), by.tobytes())
+            key = (*_read(node), by.tobytes())
             divided[key] = _equalize_node(copy.graph, node, by, divided.get(key))
     for name in [name for name, value in copy.graph.initializers.items() if not value.uses()]:
         if not copy.graph.initializers[name].is_graph_output():
@@ -125,12 +125,13 @@ def _equalize_node(graph: ir.Graph, node: ir.Node, factors: np.ndarray, divided:
     """Divide what a layer reads by its factors, unless that is done; the weights undo them as they were rounded."""
     import onnx_ir as ir
 
-    data, weight, kept = _data(node), _weight(node), _weight(node).const_value
+    (data, axis), weight = _read(node), _weight(node)
+    kept = weight.const_value
     assert data.dtype is not None and kept is not None
     values, inverse = kept.numpy(), (1 / factors).astype(data.dtype.numpy())
     undone = values.astype(np.float64) / _along(inverse.astype(np.float64), values.ndim, input_axis(node))
     if divided is None:
-        broadcast = _along(inverse, len(data.shape or ()), 1 if node.op_type == "Conv" else -1)
+        broadcast = _along(inverse, len(data.shape or ()), axis)
         by = stored(graph, f"{weight.name}{FACTOR_SUFFIX}", np.ascontiguousarray(broadcast))
         divided = ir.Value(name=f"{node.name}{EQUALIZE_NODE}.out", shape=data.shape, type=data.type)
         name = f"{node.name}{EQUALIZE_NODE}"
@@ -146,16 +147,16 @@ def _can_be_equalized(node: ir.Node) -> bool:
 
 def _groups(layers: Sequence[ir.Node]) -> list[list[ir.Node]]:
     """Return layers that must have the same factors together: they read one value or one weight, or others between."""
-    groups: list[tuple[set[ir.Value], list[ir.Node]]] = []
+    groups: list[tuple[set[object], list[ir.Node]]] = []
     for node in layers:
-        values, nodes = {_data(node), _weight(node)}, [node]
-        apart = []
+        shared: set[object] = {_read(node), _weight(node)}
+        nodes, apart = [node], []
         for group in groups:
-            if values & group[0]:
-                values, nodes = values | group[0], group[1] + nodes
+            if shared & group[0]:
+                shared, nodes = shared | group[0], group[1] + nodes
             else:
                 apart.append(group)
-        groups = [*apart, (values, nodes)]
+        groups = [*apart, (shared, nodes)]
     return [nodes for _, nodes in groups]
 
 
@@ -193,19 +194,18 @@ def _cost(weight: np.ndarray, channels: Sequence[Channels], s: np.ndarray) -> fl
     return total / 12
 
 
-def _measure(runner: Runner, layers: Sequence[ir.Node]) -> dict[ir.Value, Channels]:
-    """Reduce what layers read to its channels, inside the graph."""
+def _measure(runner: Runner, layers: Sequence[ir.Node]) -> dict[tuple[ir.Value, int], Channels]:
+    """Reduce what layers read to its channels, inside the graph; by value and axis of the channels."""
     import onnx_ir as ir
 
     copy = runner.model.clone()
-    readers = {_data(node): node for node in layers}
-    inputs = {node.name: _data(node) for node in copy.graph if node.name in {n.name for n in readers.values()}}
+    readers = {_read(node): node.name for node in layers}
+    copies = {node.name: node for node in copy.graph}
     outputs: list[ir.Value] = []
-    for i, node in enumerate(readers.values()):
-        value = inputs[node.name]
+    for i, name in enumerate(readers.values()):
+        value, channel = _read(copies[name])
         rank = len(value.shape or ())
-        channel = 1 if node.op_type == "Conv" else rank - 1
-        over = stored(copy.graph, f"axes_{i}", np.array([a for a in range(rank) if a != channel], np.int64))
+        over = stored(copy.graph, f"axes_{i}", np.array([a for a in range(rank) if a != channel % rank], np.int64))
         absolute, square = ir.val(f"absolute_{i}", value.dtype), ir.val(f"square_{i}", value.dtype)
         copy.graph.append(ir.Node("", "Abs", [value], outputs=[absolute], name=f"measure/absolute_{i}"))
         copy.graph.append(ir.Node("", "Mul", [value, value], outputs=[square], name=f"measure/square_{i}"))
@@ -217,15 +217,16 @@ def _measure(runner: Runner, layers: Sequence[ir.Node]) -> dict[ir.Value, Channe
     batches = [[array.astype(np.float64) for array in arrays] for arrays in runner.run(copy, outputs)]
     columns = [np.stack(column) for column in zip(*batches, strict=True)]
     return {
-        value: Channels(largest=columns[2 * i].max(axis=0), mean_square=columns[2 * i + 1].mean(axis=0))
-        for i, value in enumerate(readers)
+        key: Channels(largest=columns[2 * i].max(axis=0), mean_square=columns[2 * i + 1].mean(axis=0))
+        for i, key in enumerate(readers)
     }
 
 
-def _data(node: ir.Node) -> ir.Value:
+def _read(node: ir.Node) -> tuple[ir.Value, int]:
+    """Return what a layer reads and which axis of it counts the channels."""
     value = node.inputs[0]
     assert value is not None, "choose_layers takes layers that read something"
-    return value
+    return value, 1 if node.op_type == "Conv" else -1
 
 
 def _weight(node: ir.Node) -> ir.Value:

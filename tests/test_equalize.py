@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,3 +93,26 @@ def test_dead_channels_do_no_harm() -> None:
     factors = _best([weight], [Channels(largest=largest, mean_square=largest**2 / 9)])
     assert factors is None or (np.isfinite(factors).all() and (factors > 0).all())
     assert _best([weight], [Channels(largest=np.zeros(3), mean_square=np.zeros(3))]) is None
+
+
+def test_two_kinds_of_layers_that_read_one_value_are_divided_along_their_own_axes() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        mixed (float[1,4,4,4] x) => (float[1,3,4,4] y, float[1,4,4,5] z)
+            <float[3,4,1,1] w, float[4,5] m> { y = Conv (x, w) z = MatMul (x, m) }""")
+    draw = np.random.default_rng(0)
+    for name, shape in (("w", (3, 4, 1, 1)), ("m", (4, 5))):
+        value = next(v for node in model.graph for v in node.inputs if v is not None and v.name == name)
+        value.const_value = ir.tensor(draw.standard_normal(shape).astype(np.float32), name=name)
+        model.graph.initializers[name] = value
+    for node in model.graph:
+        node.name = f"step0/{node.op_type}"
+    factors = np.array([0.5, 1.0, 2.0, 4.0])
+    even = equalize(model, ["step0/Conv", "step0/MatMul"], {"w": factors, "m": factors})
+    assert [node.op_type for node in even.graph].count("Mul") == 2
+    x = draw.standard_normal((1, 4, 4, 4)).astype(np.float32)
+    want, found = (
+        ort.InferenceSession(ir.to_proto(each).SerializeToString()).run(None, {"x": x}) for each in (model, even)
+    )
+    for a, b in zip(want, found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

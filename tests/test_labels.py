@@ -26,6 +26,7 @@ def network(nodes, num_classes=5) -> NetworkGraph:
     weights = WEIGHTS | {
         "embedding": DRAW.standard_normal((num_classes, WIDTH)),
         "small": DRAW.standard_normal((num_classes, 6)),
+        "one": np.ones(1, np.int64),
     }
     graph = helper.make_graph(
         [helper.make_node(op, inputs, [output], name=output) for op, inputs, output in nodes],
@@ -36,7 +37,10 @@ def network(nodes, num_classes=5) -> NetworkGraph:
             helper.make_tensor_value_info("class_labels", TensorProto.INT64, ["batch"]),
         ],
         [helper.make_tensor_value_info("F", TensorProto.FLOAT, ["batch", 6])],
-        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+        [
+            numpy_helper.from_array(array if array.dtype == np.int64 else array.astype(np.float32), name)
+            for name, array in weights.items()
+        ],
     )
     model = onnx.shape_inference.infer_shapes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), strict_mode=True
@@ -71,6 +75,17 @@ def test_a_table_takes_the_branchs_place_and_gives_what_it_gave(monkeypatch):
     labels = np.array([3, 0, 4, 4, 1, 2])
     np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=0, atol=1e-6)
     assert not np.allclose(run(found, labels)[0], run(found, labels)[1]), "labels matter"
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_values_of_one_shape_lie_side_by_side_and_others_are_shaped_again(monkeypatch, alike):
+    nodes = [*BRANCH, ("Unsqueeze", ["gain", "one"], "gain_3"), ("Unsqueeze", ["x", "one"], "x_3")]
+    nodes += [("Mul", ["x_3", "gain_3"], "y_3"), ("Tanh", ["gain_3"], "bent_3"), ("Add", ["y_3", "bent_3"], "z_3")]
+    nodes += [("Squeeze", ["z_3", "one"], "z"), ("Mul", ["x" if alike else "gain", "z"], "F")]
+    found, kept = both(network(nodes), monkeypatch)
+    assert any("/labels/" in (n.name or "") and n.op_type == "Reshape" for n in found.graph) == (not alike)
+    labels = np.array([3, 0, 4, 4, 1, 2])
+    np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=0, atol=1e-5)
 
 
 def test_what_meets_no_sample_is_a_table_too(monkeypatch):
