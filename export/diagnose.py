@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -27,7 +27,7 @@ from .factors import FACTOR_TOLERANCE, solve_factors
 from .feeds import feeds_of
 from .hypotheses import other_labels, search_time
 from .precision import PRECISION_KEY
-from .stored import Stored, compare_stored
+from .stored import Stored, compare_stored, originals_of
 from .taps import read_values
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class _Doctor:
             names.pop()  # the last estimate is the output itself
         names.append(spec.output_name)
         self.values = read_values(graph, names, self.feeds)
-        self.stored = compare_stored(graph, _originals(model, exact))
+        self.stored = compare_stored(graph, originals_of(model, exact))
         self.values.setdefault(f"step{last}/x0", self.values[spec.output_name])
 
     def findings(self) -> Iterator[Finding]:
@@ -285,13 +285,3 @@ class _Doctor:
             gap = difference(self.values[f"step{step}/x0"], wanted, self.seeds, so_far)
             found.append(gap.psnr_db if gap.finite else 0.0)
         return tuple(found)
-
-
-def _originals(model: ConsistencyModel, exact: ir.Model | None) -> dict[str, np.ndarray]:
-    """Return what each stored tensor should be: the checkpoint's word counts before the fp32 graph's."""
-    from scm_sdk.model.magnitude import baked
-
-    stored: Mapping[str, ir.Value] = {} if exact is None else exact.graph.initializers
-    constants = {name: value.const_value for name, value in stored.items()}
-    found = {name: np.asarray(t.numpy()) for name, t in constants.items() if t is not None}
-    return found | {name: tensor.float().numpy() for name, tensor in baked(model.network).state_dict().items()}

@@ -17,6 +17,8 @@ from .equalize import EQUALIZE_NODE, EQUALIZED_SUFFIX, input_axis
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from scm_sdk.model.consistency import ConsistencyModel
+
 _ROUNDING = {"FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8}
 """Largest relative error of rounding a value to a type, a little more than half its last bit."""
 _EXACT = 1e-6
@@ -69,6 +71,25 @@ def compare_stored(graph: ir.Model, originals: Mapping[str, np.ndarray]) -> Stor
         compared=compared,
         unchecked=tuple(unchecked),
     )
+
+
+def originals_of(model: ConsistencyModel, exact: ir.Model | None) -> dict[str, np.ndarray]:
+    """Return what each stored tensor should be: the checkpoint's word counts before the fp32 graph's.
+
+    The exporter stores a linear layer's weight as the second factor of a product, transposed.
+    """
+    from torch import nn
+
+    from scm_sdk.model.magnitude import baked
+
+    stored: Mapping[str, ir.Value] = {} if exact is None else exact.graph.initializers
+    constants = {name: value.const_value for name, value in stored.items()}
+    found = {name: np.asarray(t.numpy()) for name, t in constants.items() if t is not None}
+    network = baked(model.network)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            found[f"{name}/MatMul.in1"] = module.weight.detach().float().numpy().T
+    return found | {name: tensor.float().numpy() for name, tensor in network.state_dict().items()}
 
 
 class _Tensor(NamedTuple):

@@ -2,14 +2,17 @@
 
 import msgspec
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ShapeError
+from scm_sdk.export.diagnose import diagnose
 from scm_sdk.export.pipeline import export_bundle
 from scm_sdk.export.precision import PrecisionPlan
 from scm_sdk.export.variants import add_precision
+from scm_sdk.export.write import read_model
 from scm_sdk.generator import Generator
 from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
 from scm_sdk.model.presets import avatars16
@@ -92,11 +95,19 @@ def test_labels_without_classes_are_refused() -> None:
 
 def test_it_is_saved_exported_and_lowered_like_any_network(tmp_path) -> None:
     config = ModelConfig(network=TINY, class_names=("a", "b", "c"), mid_time=0.7)
-    ConsistencyModel(config, randomized(TINY)).save_pretrained(tmp_path / "model")
+    network = randomized(TINY)
+    ConsistencyModel(config, network).save_pretrained(tmp_path / "model")
     assert ConsistencyModel.from_pretrained(tmp_path / "model").config == config
     export_bundle(tmp_path / "model", tmp_path / "bundle", steps=(2,))
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.spec(2).times[1] == 0.7 and bundle.spec(2).with_steps(2).times[1] == 0.7
+    weight = "blocks.1.mlp0/MatMul.in1"
+    graph, model = read_model(tmp_path / "bundle/onnx/fp32/2step/model.onnx"), ConsistencyModel(config, network)
+    found = diagnose(graph, model, bundle.spec(2))
+    assert not found.findings and weight not in found.stored.unchecked
+    stored = graph.graph.initializers[weight]
+    stored.const_value = ir.tensor(stored.const_value.numpy() * np.float32(1.5), name=weight)
+    assert [(f.fault, f.value) for f in diagnose(graph, model, bundle.spec(2)).findings] == [("weights", weight)]
     add_precision(tmp_path / "bundle", PrecisionPlan(precision="fp16"))
     images = {}
     for backend, precision in (("torch", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "fp16")):
