@@ -4,9 +4,9 @@
         out = batcher(seed=7, class_labels="red")  # like gen(...), for a thread that waits
         future = batcher.submit(seed=8)            # or a concurrent.futures.Future
 
-While a batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill: a lone
-caller waits for the hand-over between threads alone. Noise is drawn by the callers' threads, and pictures are made
-while the next batch runs.
+While a batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill: a caller
+who finds nothing waiting and room for a batch runs its own, without the millisecond of a hand-over between threads.
+Noise is drawn by the callers' threads, and pictures are made while the next batch runs.
 
 On a CPU a small picture gains little from a second core. Where a call was given some of the cores only
 (``from_pretrained(..., num_threads=1)``), as many batches run side by side as fit beside one another.
@@ -62,7 +62,7 @@ class Batcher:
         self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int, max_running: int
     ) -> None:
         self._max_waiting = check_count("max_waiting", max_waiting)
-        self._running = threading.Semaphore(check_count("max_running", max_running))
+        self._free = self._max_running = check_count("max_running", max_running)
         self._prepare, self._source = prepare, source
         self._waiting: deque[_Ticket] = deque()
         self._closed = False
@@ -91,7 +91,32 @@ class Batcher:
             BackendFailure: If the batcher is closed.
             ScmError: If the arguments are wrong.
         """
-        ticket = _Ticket(self._prepare(arguments).with_noise(), Future())
+        return self._queue(self._prepare(arguments).with_noise(), timeout)
+
+    def __call__(self, *, timeout: float | None = None, **arguments: Any) -> GeneratorOutput:
+        """Run a request at once where nothing waits before it, else queue it and wait; return its output.
+
+        Arguments and errors are those of ``submit`` and of its run.
+        """
+        job = self._prepare(arguments).with_noise()
+        if self._enter():
+            try:
+                (ran,) = self._run([job])
+            finally:
+                self._leave()
+            result = finish(job, ran) if isinstance(ran, Ran | Exception) else ran
+            if isinstance(result, BaseException):
+                raise result
+            return result
+        future = self._queue(job, timeout)
+        try:
+            return future.result()
+        except BaseException:  # an interrupted caller no longer wants it
+            future.cancel()
+            raise
+
+    def _queue(self, job: Job, timeout: float | None) -> Future[GeneratorOutput]:
+        ticket = _Ticket(job, Future())
         until = None if timeout is None else monotonic() + timeout
         with self._changed:
             while not self._has_room(len(ticket.job)):
@@ -105,15 +130,6 @@ class Batcher:
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket.future
-
-    def __call__(self, **arguments: Any) -> GeneratorOutput:
-        """Queue a request, wait, and return its output; arguments and errors are those of ``submit`` and its run."""
-        future = self.submit(**arguments)
-        try:
-            return future.result()
-        except BaseException:  # an interrupted caller no longer wants it
-            future.cancel()
-            raise
 
     @property
     def waiting(self) -> int:
@@ -136,6 +152,8 @@ class Batcher:
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join()
+        with self._changed:  # callers that run their own
+            self._changed.wait_for(lambda: self._free == self._max_running)
 
     def __enter__(self) -> Batcher:
         return self
@@ -153,39 +171,50 @@ class Batcher:
         if any(ticket.future.cancelled() for ticket in self._waiting):
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.future.cancelled())
 
-    def _take(self) -> list[_Ticket]:
-        """Wait for requests and return those of the next batch; [] when the batcher is closed and all is done."""
+    def _enter(self) -> bool:
+        """Take room for a batch if nothing waits; whoever got it must ``_leave``."""
+        with self._changed:
+            self._forget_cancelled()
+            if self._closed or self._waiting or not self._free:
+                return False
+            self._free -= 1
+            return True
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
+
+    def _take(self) -> list[_Ticket] | None:
+        """Wait for requests and room; return those of the next batch, None when the batcher is closed and all done."""
         with self._changed:
             while True:
                 self._forget_cancelled()
                 tickets = [self._waiting[i] for i in first_batch(ticket.job for ticket in self._waiting)]
-                if tickets or self._closed:
+                if self._closed and not tickets:
+                    return None
+                if tickets and self._free:
                     break
                 self._changed.wait()
+            self._free -= 1
             taken = set(map(id, tickets))
             self._waiting = deque(ticket for ticket in self._waiting if id(ticket) not in taken)
             self._changed.notify_all()
-        return [ticket for ticket in tickets if ticket.future.set_running_or_notify_cancel()]
+        return tickets
 
     def _work(self) -> None:
-        while True:
-            with self._running:
-                tickets = self._take()
-                results = self._run(tickets) if tickets else []
-            if not tickets and self._finished():
-                return
+        while (taken := self._take()) is not None:
+            tickets = [ticket for ticket in taken if ticket.future.set_running_or_notify_cancel()]
+            results = self._run([ticket.job for ticket in tickets]) if tickets else []
+            self._leave()
             for ticket, result in zip(tickets, results, strict=True):
                 self._answer(ticket, result)
 
-    def _finished(self) -> bool:
-        with self._changed:
-            return self._closed and not self._waiting
-
-    def _run(self, tickets: list[_Ticket]) -> list[Ran | BaseException]:
+    def _run(self, jobs: list[Job]) -> list[Ran | BaseException]:
         try:
-            return list(run_jobs([ticket.job for ticket in tickets], self._source))
+            return list(run_jobs(jobs, self._source))
         except BaseException as exc:  # the thread must live, and nobody may wait for ever
-            return [exc] * len(tickets)
+            return [exc] * len(jobs)
 
     @staticmethod
     def _answer(ticket: _Ticket, ran: Ran | BaseException) -> None:

@@ -7,43 +7,17 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batching import BOTH, PLAIN, requests, same, wrong
 from scm_sdk import Generator
 from scm_sdk.batcher import side_by_side
 from scm_sdk.errors import BackendFailure, ConfigError, QueueFull, ScmError
 from scm_sdk.noise import draw_noise
 from scm_sdk.output import GeneratorOutput
-from scm_sdk.spec import SamplerSpec
-
-PLAIN = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), num_classes=3, max_batch=4)
-BOTH = (msgspec.structs.replace(PLAIN, times=(1.56,)), PLAIN)
-
-requests = st.builds(
-    lambda count, seed, label, steps: {
-        "num_images": count, "seed": seed, "class_labels": label, "num_inference_steps": steps, "output_type": "raw",
-    },
-    st.integers(1, 7), st.integers(0, 2**64 - 8), st.none() | st.integers(0, 3), st.sampled_from([1, 2]),
-)  # fmt: skip
-wrong = st.sampled_from([{"num_images": 0}, {"class_labels": "horse"}, {"seed": -1}, {"num_inference_steps": 9}])
-
-
-def same(outputs: Sequence[GeneratorOutput | Exception], asked: Sequence[dict[str, Any]], gen: Generator) -> None:
-    """Check every output, bit by bit, against the call of its own request."""
-    for out, request in zip(outputs, asked, strict=True):
-        try:
-            alone = gen(**request)
-        except ScmError as exc:
-            assert type(out) is type(exc)
-            assert str(out) == str(exc)
-            continue
-        assert isinstance(out, GeneratorOutput), out
-        assert (out.seeds, out.class_labels) == (alone.seeds, alone.class_labels)
-        np.testing.assert_array_equal(out.images, alone.images)
 
 
 class Gate:
@@ -51,6 +25,7 @@ class Gate:
 
     def __init__(self, gen: Generator, steps: int = 2) -> None:
         self.inner, self.spec, self.batches = gen.opened(steps).backend, gen.opened(steps).spec, list[int]()
+        self.threads = list[str]()
         self.open, self.entered, self.fault = threading.Event(), threading.Semaphore(0), 0
         object.__setattr__(gen.opened(steps), "backend", self)
 
@@ -58,6 +33,7 @@ class Gate:
         self.entered.release()
         assert self.open.wait(20)
         self.batches.append(len(noise[0]))
+        self.threads.append(threading.current_thread().name)
         if self.fault in conditioning["class_labels"] and self.fault:
             raise BackendFailure("label 2 broke the library")
         return self.inner.sample(noise, conditioning)
@@ -77,52 +53,6 @@ def gate(gen: Generator) -> Iterator[Gate]:
     gate = Gate(gen)
     yield gate
     gate.open.set()
-
-
-# The stream
-
-
-@settings(max_examples=25)
-@given(st.lists(requests | wrong, max_size=8))
-def test_a_stream_equals_its_single_calls_bit_by_bit(ort: Generator, asked: list[dict[str, Any]]) -> None:
-    same(list(ort.stream(asked, return_exceptions=True)), asked, ort)
-
-
-def test_a_stream_packs_across_numbers_of_steps(gen: Generator) -> None:
-    asked = [{"seed": n, "num_inference_steps": 1 + n % 2, "output_type": "raw"} for n in range(16)]
-    outputs = list(gen.stream(asked))
-    assert [out.info.batches for out in outputs] == [(4,)] * 16, "two kinds in turn, and every batch is full"
-    same(outputs, asked, gen)
-
-
-def test_a_stream_reads_no_further_than_its_window(gen: Generator) -> None:
-    read = 0
-
-    def endless() -> Iterator[dict[str, Any]]:
-        nonlocal read
-        yield {"seed": 0, "num_inference_steps": 1}  # alone of its kind: it must not wait for ever
-        while True:
-            read += 1
-            yield {"seed": read}
-
-    stream = gen.stream(endless())
-    assert next(stream).seeds == (0,)
-    assert read <= 4 * PLAIN.max_batch
-    assert next(stream).seeds == (1,)
-
-
-def test_what_the_requests_raise_comes_after_the_outputs_before_it(gen: Generator) -> None:
-    def broken() -> Iterator[dict[str, Any]]:
-        yield {"seed": 1}
-        raise OSError("the queue of requests went away")
-
-    stream = gen.stream(broken())
-    assert next(stream).seeds == (1,)
-    with pytest.raises(OSError, match="went away"):
-        next(stream)
-
-
-# Many callers
 
 
 @settings(max_examples=10)
@@ -170,6 +100,19 @@ def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None
     assert gate.batches == [2, 4, 1, 4, 4, 1, 2]
     assert [future.result().info.batches for future in futures] == [(2,)] + [(4,)] * 4 + [(1,), (4, 4, 1), (2,)]
     assert sorted(done) == list(range(8))
+
+
+def test_a_caller_with_nothing_before_it_runs_its_own(gen: Generator, gate: Gate) -> None:
+    with gen.batcher(max_running=1) as batcher, ThreadPoolExecutor(1, "caller") as pool:
+        first = pool.submit(batcher, seed=0)
+        assert gate.entered.acquire(timeout=20)
+        later = [batcher.submit(seed=n) for n in (1, 2)]
+        assert not gate.entered.acquire(timeout=0.1), "the only room is taken"
+        assert batcher.waiting == 2
+        gate.open.set()
+        assert [future.result(20).seeds for future in (first, *later)] == [(0,), (1,), (2,)]
+    assert gate.batches == [1, 2]
+    assert gate.threads == ["caller_0", "scm-batcher"]
 
 
 def test_batches_run_side_by_side(gen: Generator, gate: Gate) -> None:
@@ -300,6 +243,18 @@ def test_closing_finishes_what_waits(gen: Generator) -> None:
     with pytest.raises(BackendFailure, match="this batcher was closed, expected an open one"):
         batcher(seed=1)
     assert gen(seed=1).seeds == (1,), "the generator stays open"
+
+
+def test_closing_waits_for_a_caller_that_runs_its_own(gen: Generator, gate: Gate) -> None:
+    batcher = gen.batcher(max_running=1)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(batcher, seed=0)
+        assert gate.entered.acquire(timeout=20)
+        closing = pool.submit(batcher.close)
+        assert not wait([closing], timeout=0.1).done
+        gate.open.set()
+        closing.result(20)
+        assert running.result(20).seeds == (0,)
 
 
 def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Generator, gate: Gate) -> None:
