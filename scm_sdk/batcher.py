@@ -183,7 +183,8 @@ class Batcher:
     def _leave(self) -> None:
         with self._changed:
             self._free += 1
-            self._changed.notify_all()
+            if self._waiting or self._closed:  # else nobody can go on: waking them would only slow the caller
+                self._changed.notify_all()
 
     def _take(self) -> list[_Ticket] | None:
         """Wait for requests and room; return those of the next batch, None when the batcher is closed and all done."""
