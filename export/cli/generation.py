@@ -17,7 +17,7 @@ from .located import model_argument
 @click.option("--class-labels", default="", metavar="A,B,…", help="Names or numbers; one for all, or one each.")
 @click.option("--steps", type=int, help="Network calls; 2 where the bundle has it.")
 @click.option("--seed", type=int, help="First seed; fresh when absent.")
-@click.option("--backend", default="auto", help="auto, torch or onnxruntime.")
+@click.option("--backend", default="auto", help="auto, or a name: onnxruntime, openvino, tensorrt, torch.")
 @click.option("--prompt", "prompts", multiple=True, help="Of a model of texts; one for all, or one each, repeated.")
 @click.option("--guidance-scale", type=float, help="Where the model takes one; its default when absent.")
 @click.option("--scale", type=click.IntRange(1, 64), default=4, help="Enlarge pixels in the grid.")
