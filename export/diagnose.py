@@ -11,7 +11,6 @@ hides what a changed weight does to the picture, but not the weight.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +26,7 @@ from .factors import FACTOR_TOLERANCE, solve_factors
 from .feeds import feeds_of
 from .hypotheses import other_labels, search_time
 from .precision import PRECISION_KEY
+from .quantize import step_of
 from .stored import Stored, compare_stored, originals_of
 from .taps import read_values
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 Fault = Literal["sigma_data", "time", "labels", "weights", "output", "network", "not finite"]
 _ONE = 1e-4
 """How far cos^2 + sin^2 may be from 1."""
-_STEP = re.compile(r"step\d+/")
 _EXPLAINS = 0.2
 """A hypothesis explains a difference of which it leaves this share or less."""
 
@@ -232,7 +231,7 @@ class _Doctor:
             name, share = mine[0]
             text = f"depends on the time alone and differs from the fp32 graph's by {share:.1e} of its norm"
             yield Finding(fault="time", step=step, value=name, text=f"{text}; F is {found:.1e} off")
-        shared = [each for each in changed if not _STEP.match(each[0])]
+        shared = [each for each in changed if not step_of(each[0])]
         if shared and step == 0:
             (name, share), *rest = shared
             more = f" and {len(rest)} more" if rest else ""

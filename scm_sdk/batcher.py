@@ -104,7 +104,7 @@ class Batcher:
                 (ran,) = self._run([job])
             finally:
                 self._leave()
-            result = finish(job, ran) if isinstance(ran, Ran | Exception) else ran
+            result = self._finish(job, ran)
             if isinstance(result, BaseException):
                 raise result
             return result
@@ -218,8 +218,11 @@ class Batcher:
             return [exc] * len(jobs)
 
     @staticmethod
-    def _answer(ticket: _Ticket, ran: Ran | BaseException) -> None:
-        result = finish(ticket.job, ran) if isinstance(ran, Ran | Exception) else ran
+    def _finish(job: Job, ran: Ran | BaseException) -> GeneratorOutput | BaseException:
+        return finish(job, ran) if isinstance(ran, Ran | Exception) else ran
+
+    def _answer(self, ticket: _Ticket, ran: Ran | BaseException) -> None:
+        result = self._finish(ticket.job, ran)
         if isinstance(result, BaseException):
             ticket.future.set_exception(result)
         else:
