@@ -19,7 +19,7 @@ from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.files import sha256_file
 from scm_sdk.manifest import MANIFEST_NAME
 from scm_sdk.model.foreign.sana_folder import is_pipeline
-from scm_sdk.spec import Precision
+from scm_sdk.spec import CPU_PRECISIONS, Precision
 from scm_sdk.targets import Target
 
 from .engines import EngineVariant, add_engines, check_targets
@@ -28,7 +28,7 @@ from .import_sana import MAX_BATCH as PIPELINE_BATCH
 from .pipeline import DENOISER, export_bundle
 from .precision import LowPrecision, default_plan
 from .quantized_variants import Int8, QuantizeOptions, add_int8
-from .variants import Variant, add_precision
+from .variants import Variant, add_precision, add_winograd
 
 Say = Callable[[str], None]
 
@@ -78,10 +78,12 @@ def build_all(
         ConfigError: If a precision is unknown or cannot be made, or a target cannot be built for.
         ScmError: As the parts do.
     """
-    unknown = set(precisions) - {"fp32", *get_args(LowPrecision), *get_args(Int8)}
+    unknown = set(precisions) - {"fp32", "fp32-cpu", *get_args(LowPrecision), *get_args(Int8)}
     if unknown:
-        raise ConfigError(f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp16, bf16, int8 or int8-cpu.")
-    wanted = [p for p in precisions if p != "int8-cpu"]
+        raise ConfigError(
+            f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp32-cpu, fp16, bf16, int8 or int8-cpu."
+        )
+    wanted = [p for p in precisions if p not in CPU_PRECISIONS]
     if targets and wanted:
         check_targets(targets, flavour)
     folder = Path(checkpoint)
@@ -96,6 +98,8 @@ def build_all(
         largest = max_batch or (PIPELINE_BATCH if is_pipeline(folder) else 32)
         export_bundle(folder, Path(out), steps=steps or (1, 2), max_batch=largest, overwrite=True, progress=on_stage)
     examples = None if prompts is None else bundle_examples(out, prompts)
+    if "fp32-cpu" in precisions:
+        _tell(add_winograd(out, examples=examples, progress=on_stage), on_variant)
     for precision in get_args(LowPrecision):
         if precision in precisions:
             _tell(add_precision(out, default_plan(precision), examples=examples, progress=on_stage), on_variant)

@@ -16,7 +16,7 @@ from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineEr
 from scm_sdk.extend import extend_bundle, recipe_of
 from scm_sdk.gpu import current_gpu
 from scm_sdk.manifest import Artifact
-from scm_sdk.spec import Precision
+from scm_sdk.spec import CPU_PRECISIONS, Precision
 from scm_sdk.targets import Target, resolve_target
 from scm_sdk.trt import load_flavour
 
@@ -74,7 +74,7 @@ def add_engines(
         path: The bundle.
         targets: GPUs; () with TensorRT is the GPU of this machine.
         flavour: Which library.
-        precisions: Graphs to build from; () is all but ``int8-cpu``.
+        precisions: Graphs to build from; () is all but those for CPUs.
         steps: Only these numbers of steps; () is all.
         one_for_all: One engine that holds all targets, instead of one each; TensorRT-RTX alone.
         batch: Smallest, best and largest; None is 1, 8 at most, and the sampler's largest.
@@ -223,7 +223,7 @@ def _is_elsewhere(group: Sequence[Target], flavour: Flavour, on_skip: Callable[[
 
 
 def _graphs(bundle: Bundle, precisions: Sequence[Precision], steps: Sequence[int]) -> list[Artifact]:
-    graphs = [a for a in bundle.artifacts(format="onnx") if a.precision != "int8-cpu"]
+    graphs = [a for a in bundle.artifacts(format="onnx") if a.precision not in CPU_PRECISIONS]
     found = [
         a
         for a in graphs

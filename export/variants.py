@@ -1,4 +1,4 @@
-"""Add lower precisions to a bundle: a graph for each number of steps, and the plan that it was made by.
+"""Add other precisions to a bundle: a graph for each number of steps, and the plan that it was made by.
 
 What is there already and would come out the same is left alone, so a command that was cut short may
 simply run again.
@@ -24,7 +24,8 @@ from scm_sdk.spec import Precision, SamplerSpec
 from .delicate import ISLANDS_KEY
 from .islands import find_islands
 from .precision import Island, PrecisionPlan, apply_precision, count_precisions
-from .probe import Probe
+from .probe import NUM_SAMPLES, Probe
+from .winograd import apply_winograd
 from .write import GraphReport, data_path_of, read_model, write_model
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def add_precision(
     *,
     target_db: float | None = None,
     steps: Sequence[int] = (),
-    num_samples: int = 32,
+    num_samples: int = NUM_SAMPLES,
     examples: Examples | None = None,
     progress: Progress = lambda _: None,
 ) -> list[Variant]:
@@ -119,6 +120,45 @@ def add_precision(
             progress(f"{plan.precision}, {source.num_inference_steps} steps")
             low = apply_precision(model, plan)
             variants.append(add_graph(draft, low, source, plan.precision, probe, built_from=[plan_path]))
+    return variants
+
+
+def add_winograd(
+    path: str | os.PathLike[str],
+    *,
+    steps: Sequence[int] = (),
+    num_samples: int = NUM_SAMPLES,
+    examples: Examples | None = None,
+    progress: Progress = lambda _: None,
+) -> list[Variant]:
+    """Add the ``fp32-cpu`` form of a bundle's graphs: wide 3x3 convolutions as Winograd's products.
+
+    Args:
+        path: The bundle.
+        steps: Only graphs with these numbers of steps; () is all.
+        num_samples: Pictures for the quick look; 0 looks at none.
+        examples: What the model is told in those pictures; None draws it.
+        progress: Called with a few words for each stage.
+
+    Raises:
+        BundleError: If the bundle is damaged or cannot be written.
+        ConfigError: If it has no such fp32 graph.
+        UnsupportedGraphError: If it has no convolution that gains.
+    """
+    bundle = Bundle.open(path)
+    sources = fp32_sources(bundle, steps, {})
+    if unchanged := unchanged_variants(bundle, sources, "fp32-cpu"):
+        return unchanged
+    made = [(source, *apply_winograd(read_model(source.graph))) for source in sources]
+    with extend_bundle(path) as draft:
+        variants = []
+        for source, model, (rewritten, of) in made:
+            progress(f"fp32-cpu, {source.num_inference_steps} steps")
+            probe = (
+                Probe(source.graph, source.spec, num_samples=num_samples, examples=examples) if num_samples else None
+            )
+            notes = [f"{rewritten} of {of} convolutions as Winograd's products"]
+            variants.append(add_graph(draft, model, source, "fp32-cpu", probe, built_from=[], notes=notes))
     return variants
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("-t", "--target", "names", multiple=True, help="GPUs to build engines for; none builds none.")
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
-              type=click.Choice(["fp32", "fp16", "bf16", "int8", "int8-cpu"]))  # fmt: skip
+              type=click.Choice(["fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"]))  # fmt: skip
 @click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx")
 @click.option(
     "--steps",

@@ -1,9 +1,9 @@
-"""``precision``: the same samplers in FP16 or BF16, added to a bundle."""
+"""``precision``: the same samplers in FP16 or BF16, or in float32 as a CPU is faster with, added to a bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--to", "precisions", multiple=True, type=click.Choice(["fp16", "bf16"]), default=("fp16",))
+@click.option("--to", "precisions", multiple=True, type=click.Choice(["fp16", "bf16", "fp32-cpu"]), default=("fp16",),
+              help="fp32-cpu is float32 with wide 3x3 convolutions as Winograd's products.")  # fmt: skip
 @click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Islands of your own: an edited precision/<p>.json.")  # fmt: skip
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 @prompts_option
 @json_option
 def precision(
-    bundle: Path, precisions: tuple[LowPrecision, ...], steps: tuple[int, ...], plan_file: Path | None,
-    target_psnr: float | None, num_samples: int, prompts: Path | None, as_json: bool,
+    bundle: Path, precisions: tuple[LowPrecision | Literal["fp32-cpu"], ...], steps: tuple[int, ...],
+    plan_file: Path | None, target_psnr: float | None, num_samples: int, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Add FP16 or BF16 graphs to BUNDLE; the plan of what stays float32 lies in BUNDLE/precision/.
+
+    fp32-cpu is for U-Nets on CPUs: wide 3x3 convolutions with a quarter of the multiplications.
 
     \b
     scm-export precision avatars
@@ -36,20 +39,22 @@ def precision(
     """
     from ..feeds import bundle_examples
     from ..precision import PrecisionPlan, default_plan
-    from ..variants import add_precision
+    from ..variants import add_precision, add_winograd
 
-    examples = None if prompts is None else bundle_examples(bundle, prompts)
-    plans = [default_plan(p) for p in precisions]
+    if "fp32-cpu" in precisions and (plan_file is not None or target_psnr is not None):
+        raise click.UsageError("fp32-cpu is float32 throughout: --plan and --target-psnr are for fp16 and bf16.")
+    look: dict[str, Any] = {
+        "steps": steps,
+        "num_samples": num_samples,
+        "examples": None if prompts is None else bundle_examples(bundle, prompts),
+        "progress": lambda stage: say(f"  {stage} …"),
+    }
+    plans = [default_plan(p) for p in precisions if p != "fp32-cpu"]
     if plan_file is not None:
         plans = [PrecisionPlan.from_json(plan_file.read_bytes())]
-    variants = [
-        variant
-        for plan in plans
-        for variant in add_precision(
-            bundle, plan, target_db=target_psnr, steps=steps, num_samples=num_samples,
-            examples=examples, progress=lambda stage: say(f"  {stage} …"),
-        )
-    ]  # fmt: skip
+    variants = add_winograd(bundle, **look) if "fp32-cpu" in precisions else []
+    for plan in plans:
+        variants += add_precision(bundle, plan, target_db=target_psnr, **look)
     report(variants, bundle, as_json=as_json)
 
 

@@ -24,7 +24,7 @@ from ..spec import SamplerSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAME = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5, "fp8": 1.0}
+SAME = {"fp32": 1e-3, "fp32-cpu": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5, "fp8": 1.0}
 """Largest difference of one sample in two batches, units of sigma_data. Other batch sizes may run other kernels, whose
 last bits differ; a low precision now and then rounds those to its next step (int8 of the shipped model: 0.07)."""
 TRAJECTORY_TIMES, TRAJECTORY_END = 16, 0.2
