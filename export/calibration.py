@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -23,6 +23,7 @@ from scm_sdk.spec import SamplerSpec
 
 from .constants import stored
 from .feeds import feeds_of
+from .sessions import open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -181,7 +182,6 @@ class Runner:
         progress: Callable[[int, int], object],
         examples: Examples | None = None,
     ) -> None:
-        self.onnxruntime: Any = require("onnxruntime", extra="onnxruntime", purpose="calibrating")
         self.model, self.spec, self.seeds, self.progress = model, spec, seeds, progress
         self.examples = examples
 
@@ -246,17 +246,11 @@ class Runner:
 
     def run(self, model: ir.Model, outputs: list[ir.Value]) -> Iterator[list[np.ndarray]]:
         """Yield the outputs of each batch."""
-        import onnx_ir as ir
-
         names = [value.name or "" for value in outputs]
         there = set(model.graph.outputs)
         model.graph.outputs.extend([value for value in outputs if value not in there])
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            ir.save(model, path, external_data="model.onnx_data")
-            options = self.onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            session = self.onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = open_session(model, Path(folder))
             for i, seeds in enumerate(self.seeds):
                 yield session.run(names, feeds_of(self.spec, seeds, self.examples))
                 self.progress(i + 1, len(self.seeds))

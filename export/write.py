@@ -23,8 +23,9 @@ inside is copied several times while it is parsed; weights in a file of their ow
 100 MiB is also the largest file that common Git hosts take."""
 _LARGEST_GRAPH = 2**31 - 2**26
 """Protobuf's limit of 2 GiB, less room for the nodes."""
-_INLINE_BYTES = 1024
-"""Tensors up to this size stay in the graph: shapes and axes must be readable without the data file."""
+INLINE_BYTES = 2**13
+"""Tensors up to this size stay in the graph: shapes, axes and the sizes of a Split, 1024 of them, must be readable
+without the data file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def _save(model: ir.Model, path: Path, *, external: bool) -> None:
     import onnx_ir as ir
 
     if external:
-        ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=_INLINE_BYTES)
+        ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=INLINE_BYTES)
     else:
         # Weights that were read from another graph's file still point there; here they go into the graph.
         ir.external_data.load_to_model(model)

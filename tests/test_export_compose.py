@@ -21,6 +21,7 @@ from scm_sdk.errors import ConfigError, ExportError, UnsupportedGraphError
 from scm_sdk.export import passes
 from scm_sdk.export.compose import compose_sampler
 from scm_sdk.export.graph import NetworkGraph
+from scm_sdk.export.sessions import open_session
 from scm_sdk.export.write import write_model
 from scm_sdk.spec import SamplerSpec
 
@@ -218,6 +219,22 @@ def test_large_weights_get_a_file_of_their_own(sampler, tmp_path):
     write_model(sampler, path)
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
     assert path.read_bytes() == inside.path.read_bytes()
+
+
+def test_a_split_into_many_parts_runs_with_its_weights_apart(tmp_path):
+    """ONNX Runtime reads a Split's sizes only where they lie in the graph; a table of labels is split into hundreds."""
+    parts = 600
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", shape=ir.Shape(["batch", parts]), type=kind)
+    sizes = ir.val("sizes", const_value=ir.tensor(np.ones(parts, np.int64), name="sizes"))
+    outs = [ir.Value(name=f"y{i}", shape=ir.Shape(["batch", 1]), type=kind) for i in range(parts)]
+    split = ir.Node("", "Split", [x, sizes], [ir.AttrInt64("axis", 1)], outputs=outs, name="split")
+    graph = ir.Graph([x], outs[-1:], nodes=[split], initializers=[sizes], opset_imports={"": 20}, name="parts")
+    model = ir.Model(graph, ir_version=10)
+    feeds = {"x": np.arange(2 * parts, dtype=np.float32).reshape(2, parts)}
+    report = write_model(model, tmp_path / "model.onnx", external_data_above=0)
+    for session in (open_session(report.path, tmp_path), open_session(model, tmp_path)):
+        np.testing.assert_array_equal(session.run(None, feeds)[0], feeds["x"][:, -1:])
 
 
 @pytest.mark.parametrize("failing_rename", [1, 2, 3])
