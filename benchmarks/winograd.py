@@ -79,7 +79,7 @@ def compare(channels: int, side: int, batch: int, rounds: int) -> list[dict[str,
     """Time both forms on both libraries, ms."""
     rng = np.random.default_rng(0)
     plain = chain(channels, side, rng)
-    with mock.patch.object(winograd, "LEAST_CHANNELS", 1), mock.patch.object(winograd, "LEAST_TILES", 1):
+    with mock.patch.multiple(winograd, LEAST_CHANNELS=1, LEAST_TILES=1, LEAST_PRODUCT=1):
         products, _ = winograd.apply_winograd(plain)
     texts = {name: ir.to_proto(model).SerializeToString() for name, model in (("conv", plain), ("products", products))}
     x = rng.standard_normal((batch, channels, side, side), np.float32)

@@ -14,7 +14,6 @@ The filters lie in the graph as they were, under their own names, and become 4 t
 
 from __future__ import annotations
 
-import math
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,10 +27,9 @@ from .precision import PRECISION_KEY
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-LEAST_CHANNELS = 128
-"""Fewest channels on either side that are worth it; see ``benchmarks/winograd.py``."""
-LEAST_TILES = 16
-"""Fewest tiles of a map that are worth it, 4x4 of them: below, the larger filters cost more than is saved."""
+LEAST_CHANNELS, LEAST_TILES, LEAST_PRODUCT = 128, 16, 2**12
+"""Channels on the narrower side, tiles of a map, and both multiplied, below which nothing is gained: with few channels
+the transforms cost more than is saved, with few tiles the larger filters. ``benchmarks/winograd.py`` measures it."""
 _OUT, _IN = 4, 6
 _B_T = np.array(
     [
@@ -68,9 +66,8 @@ def apply_winograd(model: ir.Model) -> tuple[ir.Model, tuple[int, int]]:
     chosen = {node: sizes for node in convolutions if (sizes := _sizes(node)) is not None and sizes.worth_it}
     if not chosen:
         raise UnsupportedGraphError(
-            f"none of the {len(convolutions)} convolutions gains as Winograd's products: expected 3x3 ones with "
-            f"{LEAST_CHANNELS} channels or more over maps of {_OUT * math.isqrt(LEAST_TILES)} squared or larger. "
-            "Run the fp32 graph."
+            f"none of the {len(convolutions)} convolutions gains as Winograd's products: expected wide 3x3 ones over "
+            "large maps, such as 256 channels over 16x16 or 128 over 32x32. Run the fp32 graph."
         )
     filters: dict[ir.Value, ir.Value] = {}
     for node, sizes in chosen.items():
@@ -89,8 +86,8 @@ class _Sizes(NamedTuple):
 
     @property
     def worth_it(self) -> bool:
-        tiles = _tiles(self.height) * _tiles(self.width)
-        return tiles >= LEAST_TILES and min(self.out_channels, self.in_channels) >= LEAST_CHANNELS
+        tiles, channels = _tiles(self.height) * _tiles(self.width), min(self.out_channels, self.in_channels)
+        return channels >= LEAST_CHANNELS and tiles >= LEAST_TILES and channels * tiles >= LEAST_PRODUCT
 
 
 def _sizes(node: ir.Node) -> _Sizes | None:

@@ -30,8 +30,8 @@ GRAPH = "onnx/fp32-cpu/2step/model.onnx"
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers count as large ones."""
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "LEAST_TILES", 1)
+    for name in ("LEAST_CHANNELS", "LEAST_TILES", "LEAST_PRODUCT"):
+        monkeypatch.setattr(winograd, name, 1)
 
 
 def conv_graph(
@@ -141,14 +141,15 @@ def test_other_convolutions_stay(
 
 
 @pytest.mark.parametrize(
-    ("channels", "side", "gains"), [(128, 16, True), (127, 16, False), (128, 13, True), (128, 12, False)]
+    ("channels", "side", "gains"),
+    [(256, 16, True), (255, 16, False), (128, 32, True), (127, 32, False), (768, 13, True), (768, 12, False)],
 )
 def test_what_is_large_enough(channels: int, side: int, gains: bool) -> None:
-    model = conv_graph(np.ones((128, channels, 3, 3), np.float32), (side, side))
+    model = conv_graph(np.ones((768, channels, 3, 3), np.float32), (side, side))
     if gains:
         assert apply_winograd(model)[1] == (1, 1)
     else:
-        with pytest.raises(UnsupportedGraphError, match="128 channels or more over maps of 16 squared or larger"):
+        with pytest.raises(UnsupportedGraphError, match="expected wide 3x3 ones"):
             apply_winograd(model)
 
 
