@@ -111,6 +111,7 @@ def add_int8(
     if unchanged := unchanged_variants(bundle, sources, options.precision):
         return unchanged
     plan = options.plan or default_quantize_plan(read_model(sources[-1].graph))
+    _check_steps(bundle, plan)
     looked_at = options.num_samples if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
     probes = [Probe(s.graph, s.spec, num_samples=looked_at, examples=examples) for s in sources]
     if options.precision == "int8-cpu":
@@ -211,6 +212,18 @@ def _equalize_and_quantize(
     base: ir.Model, factors: dict[str, np.ndarray], calibration: Calibration, plan: QuantizePlan
 ) -> ir.Model:
     return quantize(equalize(base, choose_layers(base, plan).quantized, factors), calibration, plan)
+
+
+def _check_steps(bundle: Bundle, plan: QuantizePlan) -> None:
+    """Refuse an exclusion of a step that no graph of the bundle has: it would be nothing to each of them."""
+    most = max(a.num_inference_steps for a in bundle.artifacts(format="onnx", precision="fp32"))
+    known = {"", *(f"step{k}/" for k in range(most))}
+    for exclusion in plan.exclusions:
+        if step_of(exclusion.pattern) not in known:
+            raise ConfigError(
+                f"exclusion {exclusion.pattern!r} names a step that no graph of {bundle.path} has, expected step0/ to "
+                f"step{most - 1}/, or step*/ for all."
+            )
 
 
 def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
