@@ -267,13 +267,15 @@ class Generator:
         """Measure everything the plan accepts, interleaved, and remember it for ``backend="auto"``.
 
         Args:
-            **options: Those of ``scm_sdk.evaluate.latency.measure``, and ``num_inference_steps``.
+            **options: Those of ``scm_sdk.evaluate.latency.measure``, and ``num_inference_steps``. Slow models are
+                measured for a minute (``max_seconds``), unless there is a ``budget``.
 
         Returns:
             ``scm_sdk.evaluate.latency.Latency``, one entry ``backend:artifact`` for each. ``auto`` goes by the last
             one, so measure the ``batch`` that you will run; 1 when absent.
         """
         steps = self._steps(options.pop("num_inference_steps", None))
+        options.setdefault("max_seconds", None if options.get("budget") else 60.0)
         candidates = self._opener.open_accepted(steps)
         try:
             latency = import_module("scm_sdk.evaluate.latency").measure(

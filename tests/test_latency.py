@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from scm_sdk import Generator
 from scm_sdk.errors import ConfigError, LatencyError
 from scm_sdk.evaluate import latency as module
+from scm_sdk.evaluate.bootstrap import bootstrap_median
 from scm_sdk.evaluate.budget import Budget
-from scm_sdk.evaluate.latency import bootstrap_median, measure
+from scm_sdk.evaluate.latency import measure
 from scm_sdk.evaluate.machine import peak_rss_mib
 
 
@@ -70,6 +71,16 @@ def test_warm_up_gives_up_and_says_so(clock: Clock) -> None:
     result = measure({"a": clock.candidate("a", *growing)}, rounds=2)
     assert (result.warmup_rounds, result.stable) == (module.WARMUP_LIMIT, False)
     assert measure({"a": clock.candidate("a", 1)}, rounds=2, warmup=0).warmup_rounds == 0
+
+
+def test_slow_candidates_get_fewer_rounds_if_time_is_short(clock: Clock) -> None:
+    slow = measure({"a": clock.candidate("a", 2000.0)}, max_seconds=14.0)
+    assert (slow.warmup_rounds, slow.stable, slow.rounds) == (7, False, 7)
+    very_slow = measure({"a": clock.candidate("a", 60_000.0)}, max_seconds=14.0)
+    assert (very_slow.warmup_rounds, very_slow.rounds, len(very_slow["a"].samples_ms)) == (1, module.LEAST_ROUNDS, 5)
+    assert measure({"a": clock.candidate("a", 1.0)}, max_seconds=14.0).rounds == 100
+    with pytest.raises(ConfigError, match="max_seconds is given beside a budget"):
+        measure({"a": clock.candidate("a", 1.0)}, max_seconds=14.0, budget="median=30ms@b1")
 
 
 def test_the_ratio_is_paired(clock: Clock) -> None:

@@ -20,6 +20,7 @@ from ..dispatch import Backend
 from ..errors import ConfigError, LatencyError
 from ..generator import Generator
 from ..request import check_count, make_example
+from .bootstrap import bootstrap_median
 from .budget import P99_ROUNDS, Budget, parse_budgets
 from .machine import describe_machine, peak_rss_mib
 
@@ -27,8 +28,8 @@ WARMUP_WINDOW = 5
 WARMUP_LIMIT = 50
 STABLE_WITHIN = 0.05
 """Warm-up ends when the medians of two successive windows of every candidate differ by less than this."""
-_RESAMPLES = 2000
-_RESAMPLES_AT_ONCE = 200
+LEAST_ROUNDS = 5
+"""However slow the candidates are, so many rounds are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,7 @@ def measure(
     batch: int = 1,
     rounds: int = 100,
     warmup: int | None = None,
+    max_seconds: float | None = None,
     budget: str | None = None,
     num_inference_steps: int | None = None,
     end_to_end: bool = False,
@@ -137,6 +139,8 @@ def measure(
         batch: Images in a call.
         rounds: Measured calls of each, 2 or more; p99 needs 100.
         warmup: Rounds thrown away after the first call; None goes on until stable, at most 50.
+        max_seconds: Of slow candidates fewer rounds, 5 at least: those that begin within this time, and as long for
+            the warm-up. None measures all. Not beside a budget, which all rounds decide.
         budget: For example ``"p95=25ms@b1"``, or ``"onnxruntime:p95=25ms@b1"`` for one candidate only;
             several with commas. Without a name it binds every candidate.
         num_inference_steps: Which sampler of a generator; None is its default.
@@ -153,12 +157,18 @@ def measure(
     check_count("batch", batch)
     if check_count("rounds", rounds) < 2:
         raise ConfigError("rounds is 1, expected 2 or more: one sample has no spread.")
+    if max_seconds is not None and budget is not None:
+        raise ConfigError("max_seconds is given beside a budget, expected one of them: all rounds decide a budget.")
     budgets = parse_budgets(budget, batch=batch, rounds=rounds, names=tuple(candidates))
     calls = {name: _call(each, batch, num_inference_steps, end_to_end) for name, each in candidates.items()}
     first = {name: _time_ms(call) for name, call in calls.items()}
-    warmup_rounds, stable = _warm_up(calls, warmup)
+    warmup_rounds, stable = _warm_up(calls, warmup, _timer(max_seconds))
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    is_over = _timer(max_seconds)
     for number in range(rounds):
+        if number >= LEAST_ROUNDS and is_over():
+            rounds = number
+            break
         _round(calls, samples, number)
         if progress is not None:
             progress(number + 1, rounds)
@@ -179,21 +189,6 @@ def measure(
         exceeded=tuple(dict.fromkeys(name for name, _ in over)),
         machine=describe_machine(),
     )
-
-
-def bootstrap_median(samples: NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile-bootstrap interval of the median, from 2,000 resamples.
-
-    It takes the samples as independent; on a machine whose load drifts they are not, and the interval
-    is then too narrow. The interleaved ratios suffer less from that than the medians.
-    """
-    draw = np.random.default_rng(seed)
-    parts = [
-        np.median(draw.choice(samples, (_RESAMPLES_AT_ONCE, len(samples))), axis=1)
-        for _ in range(_RESAMPLES // _RESAMPLES_AT_ONCE)
-    ]
-    low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _call(
@@ -231,11 +226,19 @@ def _round(calls: Mapping[str, Callable[[], object]], samples: Mapping[str, list
         samples[name].append(_time_ms(calls[name]))
 
 
-def _warm_up(calls: Mapping[str, Callable[[], object]], rounds: int | None) -> tuple[int, bool]:
-    """Run until stable, or for exactly ``rounds``; return the rounds and whether it was stable at the end."""
+def _timer(seconds: float | None) -> Callable[[], bool]:
+    """Return what says whether so many seconds are over; None never are."""
+    began = perf_counter_ns()
+    return lambda: seconds is not None and perf_counter_ns() - began >= seconds * 1e9
+
+
+def _warm_up(
+    calls: Mapping[str, Callable[[], object]], rounds: int | None, is_over: Callable[[], bool]
+) -> tuple[int, bool]:
+    """Run until stable or over, or for exactly ``rounds``; return the rounds and whether it was stable at the end."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     number = stable = 0
-    while number < (WARMUP_LIMIT if rounds is None else rounds) and not (rounds is None and stable):
+    while number < (WARMUP_LIMIT if rounds is None else rounds) and not (rounds is None and (stable or is_over())):
         _round(calls, samples, number)
         number += 1
         stable = all(_is_stable(times) for times in samples.values())
