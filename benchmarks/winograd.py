@@ -28,7 +28,8 @@ from scm_sdk.files import atomic_write_bytes
 LAYERS = 4
 SIZES = [  # channels, side, batch
     (256, 32, 1), (256, 32, 8), (256, 16, 1), (256, 16, 8), (256, 8, 1), (256, 8, 8), (128, 32, 1), (128, 16, 1),
-    (64, 32, 1), (64, 32, 8), (192, 64, 1), (384, 32, 1), (576, 16, 1), (768, 8, 1), (768, 8, 8),
+    (64, 32, 1), (64, 32, 8), (192, 64, 1), (128, 128, 1), (256, 128, 1),
+    (512, 64, 1), (384, 32, 1), (576, 16, 1), (768, 8, 1), (768, 8, 8),
 ]  # fmt: skip
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -79,7 +80,7 @@ def compare(channels: int, side: int, batch: int, rounds: int) -> list[dict[str,
     """Time both forms on both libraries, ms."""
     rng = np.random.default_rng(0)
     plain = chain(channels, side, rng)
-    with mock.patch.multiple(winograd, LEAST_CHANNELS=1, LEAST_TILES=1, LEAST_PRODUCT=1):
+    with mock.patch.multiple(winograd, LEAST_CHANNELS=0, LEAST_TILES=0, LEAST_PRODUCT=0, CHANNELS_PER_SIDE=0):
         products, _ = winograd.apply_winograd(plain)
     texts = {name: ir.to_proto(model).SerializeToString() for name, model in (("conv", plain), ("products", products))}
     x = rng.standard_normal((batch, channels, side, side), np.float32)

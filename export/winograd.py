@@ -6,8 +6,8 @@ Each tile of 4x4 outputs is made from 6x6 inputs (Lavin & Gray 2015, arXiv 1509.
 
 summed over the input channels, which makes the elementwise product 36 matrix products. Here B^T and A^T stand for all
 tiles of a map at once, padding included: one matrix for its rows and one for its columns. What they cost grows with the
-channels and the products with their square, so only wide layers over large maps are rewritten. CPU libraries compute
-such convolutions directly, at what a matrix product reaches: fewer operations are the only way past that.
+channels and the products with their square, so only wide layers are rewritten. CPU libraries compute such convolutions
+directly, at what a matrix product reaches: fewer operations are the only way past that.
 
 The filters lie in the graph as they were, under their own names, and become 4 times as large when it is loaded.
 """
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LEAST_CHANNELS, LEAST_TILES, LEAST_PRODUCT = 128, 16, 2**12
 """Channels on the narrower side, tiles of a map, and both multiplied, below which nothing is gained: with few channels
 the transforms cost more than is saved, with few tiles the larger filters. ``benchmarks/winograd.py`` measures it."""
+CHANNELS_PER_SIDE = 3
+"""Fewest channels for each row or column of a map: one matrix for all tiles of an axis grows with its square."""
 _OUT, _IN = 4, 6
 _B_T = np.array(
     [
@@ -66,8 +68,8 @@ def apply_winograd(model: ir.Model) -> tuple[ir.Model, tuple[int, int]]:
     chosen = {node: sizes for node in convolutions if (sizes := _sizes(node)) is not None and sizes.worth_it}
     if not chosen:
         raise UnsupportedGraphError(
-            f"none of the {len(convolutions)} convolutions gains as Winograd's products: expected wide 3x3 ones over "
-            "large maps, such as 256 channels over 16x16 or 128 over 32x32. Run the fp32 graph."
+            f"none of the {len(convolutions)} convolutions gains as Winograd's products: expected wide 3x3 ones, such "
+            "as 256 channels over 16x16, 128 over 32x32 or 192 over 64x64. Run the fp32 graph."
         )
     filters: dict[ir.Value, ir.Value] = {}
     for node, sizes in chosen.items():
@@ -87,7 +89,8 @@ class _Sizes(NamedTuple):
     @property
     def worth_it(self) -> bool:
         tiles, channels = _tiles(self.height) * _tiles(self.width), min(self.out_channels, self.in_channels)
-        return channels >= LEAST_CHANNELS and tiles >= LEAST_TILES and channels * tiles >= LEAST_PRODUCT
+        enough = channels >= LEAST_CHANNELS and tiles >= LEAST_TILES and channels * tiles >= LEAST_PRODUCT
+        return enough and channels >= CHANNELS_PER_SIDE * max(self.height, self.width)
 
 
 def _sizes(node: ir.Node) -> _Sizes | None:
