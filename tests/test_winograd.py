@@ -1,5 +1,6 @@
 """3x3 convolutions as Winograd's products: the same numbers but for rounding, from graph to ``Generator``."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,10 @@ def test_the_command(unet_copy: Path, any_size: None) -> None:
         main, ["precision", str(unet_copy), "--to", "fp32-cpu", "--steps", "1", "--num-samples", "2"]
     )
     assert made.exit_code == 0 and "onnx/fp32-cpu/1step/model.onnx" in made.stderr + made.stdout
+    bench = ["bench", str(unet_copy), "--steps", "1", "--batch", "1", "--rounds", "10", "--json"]
+    (latency,) = json.loads(CliRunner().invoke(main, bench).stdout)
+    names = ["torch", *(f"{name}{kind}" for name in ("onnxruntime", "openvino") for kind in ("", ":fp32-cpu"))]
+    assert [timing["name"] for timing in latency["timings"]] == names
     wrong = CliRunner().invoke(main, ["precision", str(unet_copy), "--to", "fp32-cpu", "--target-psnr", "80"])
     assert wrong.exit_code == 2 and "--target-psnr are for fp16 and bf16" in wrong.output
 

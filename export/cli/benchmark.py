@@ -16,8 +16,7 @@ from .located import model_argument
     "--backend",
     "backends",
     multiple=True,
-    default=("torch", "onnxruntime"),
-    help="NAME or NAME:PRECISION; may be repeated.",
+    help="NAME or NAME:PRECISION; may be repeated. All that can run here when absent, and precisions made for CPUs.",
 )
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="May be repeated.")
 @click.option("--steps", type=click.IntRange(1), help="Network calls; 2 where the bundle has it.")
@@ -60,6 +59,7 @@ def bench(
     if keep_budget:
         require_own(bundle)
     budgets, results = _by_batch(budget, batches), []
+    backends = backends or _usual(bundle, steps)
     labels = _labels(bundle, others)
     with ExitStack() as stack:
         opened = {
@@ -117,6 +117,28 @@ def bench(
         latency.raise_if_over()
     if keep_budget:  # what is not kept today is no contract
         keep_budgets(bundle, budget or "")
+
+
+def _usual(bundle: Path, steps: int | None) -> tuple[str, ...]:
+    """Return every backend that can run here, PyTorch first, and each with the precisions that were made for CPUs."""
+    from scm_sdk._lazy import is_installed
+    from scm_sdk.dispatch import BACKENDS
+    from scm_sdk.opening import Opener
+    from scm_sdk.sources import open_source
+    from scm_sdk.spec import CPU_PRECISIONS
+
+    source = open_source(bundle, verify="none")
+    count = steps or source.default_steps
+    plan = Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None).plan(count)
+    engines = {row.backend for row in plan.accepted if BACKENDS[row.backend].runs_engines}  # those that fit this GPU
+    artifacts = [a for a in source.artifacts if a.num_inference_steps in (0, count)]
+    names = []
+    for name in sorted(BACKENDS, key=lambda name: name != "torch"):
+        info = BACKENDS[name]
+        taken = {a.precision for a in artifacts if info.takes(a)}
+        if taken and is_installed(info.library) and (not info.runs_engines or name in engines):
+            names += [name, *(f"{name}:{precision}" for precision in sorted(CPU_PRECISIONS & taken))]
+    return tuple(names)
 
 
 def _labels(bundle: Path, others: tuple[Path, ...]) -> dict[Path, str]:
