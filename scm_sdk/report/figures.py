@@ -15,6 +15,8 @@ from .collect import Report
 COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#65a30d", "#be185d")
 _INK = "#475569"
 _ARROW = {"arrowstyle": "->", "color": "#94a3b8", "lw": 0.8}
+_LETTER, _GAP = 0.059, 0.6
+"""Of the provenance, inches: a letter at 8 points, and the room for arrows between two columns."""
 
 
 def psnr_bars(report: Report) -> str:
@@ -109,18 +111,20 @@ def provenance(manifest: Manifest) -> str:
     for path in shown:
         columns.setdefault(depth_of(path), []).append(path)
     tallest = max((len(column) for column in columns.values()), default=1)
-    figure, axes = _figure(3.7 * max(len(columns), 1), 0.6 + 0.34 * tallest)
-    place = {}
-    for x, column in columns.items():
+    place, right = {}, 0.0  # x in inches
+    for _, column in sorted(columns.items()):
         for i, path in enumerate(column):
-            place[path] = (x, (i + 0.5) / len(column))
+            place[path] = (right, (i + 0.5) / len(column))
+        right += max(len(path) for path in column) * _LETTER + _GAP
+    figure, axes = _figure(max(right - _GAP, 1.0) + 0.1, 0.6 + 0.34 * tallest)
     for path in shown:
         for source in place.keys() & sources[path]:
             (x0, y0), (x1, y1) = place[source], place[path]
-            axes.annotate("", (x1 - 0.02, y1), (x0 + 0.55, y0), arrowprops=_ARROW)
+            axes.annotate("", (x1 - 0.04, y1), (x0 + len(source) * _LETTER + 0.04, y0), arrowprops=_ARROW)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # an arrow that passes does not strike it out
     for path, (x, y) in place.items():
-        axes.text(x, y, path, fontsize=8, va="center", color="#0f172a", parse_math=False)
-    axes.set_xlim(-0.05, len(columns) - 0.2)
+        axes.text(x, y, path, fontsize=8, va="center", color="#0f172a", parse_math=False, bbox=behind)
+    axes.set_xlim(-0.05, max(right - _GAP, 1.0) + 0.05)
     axes.set_ylim(1.02, -0.02)
     axes.axis("off")
     return _svg(figure, "Provenance of the files")
