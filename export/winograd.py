@@ -94,8 +94,10 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(node: ir.Node) -> _Sizes | None:
-    """Return the sizes of a dense 3x3 Conv with a stored weight, padded to keep its map; None for any other node."""
-    if node.op_type != "Conv" or node.inputs[0] is None or node.inputs[1] is None:
+    """Return the sizes of a dense float32 3x3 Conv with a stored weight, padded to keep its map; None for others."""
+    import onnx_ir as ir
+
+    if node.inputs[0] is None or node.inputs[1] is None or node.inputs[0].dtype != ir.DataType.FLOAT:
         return None
     attributes = node.attributes
     same = (
@@ -165,7 +167,7 @@ class _Rewriting:
         v = self._op("Reshape", [v, self._shape(-1, out_channels, _IN * rows, _IN * columns)])
         v = self._op("MatMul", [v, self._constant(f"output_{width}.T", output_transform(width).T)])
         v = self._op("MatMul", [self._constant(f"output_{height}", output_transform(height)), v])
-        for bias in rest:
+        for bias in (value for value in rest if value is not None):
             v = self._op("Add", [v, self._op("Unsqueeze", [bias, self._shape(1, 2)])])
         self._take_place(v)
 

@@ -142,6 +142,14 @@ def test_other_convolutions_stay(
         apply_winograd(model)
 
 
+@pytest.mark.usefixtures("any_size")
+def test_half_precision_stays() -> None:
+    model = conv_graph(np.ones((4, 4, 3, 3), np.float32), (8, 8))
+    model.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    with pytest.raises(UnsupportedGraphError, match="none of the 1 convolutions gains"):
+        apply_winograd(model)
+
+
 @pytest.mark.parametrize(
     ("channels", "side", "gains"),
     [
