@@ -81,7 +81,8 @@ def compare(channels: int, side: int, batch: int, rounds: int) -> list[dict[str,
     rng = np.random.default_rng(0)
     plain = chain(channels, side, rng)
     with mock.patch.multiple(winograd, LEAST_CHANNELS=0, LEAST_TILES=0, LEAST_PRODUCT=0, CHANNELS_PER_SIDE=0):
-        products, _ = winograd.apply_winograd(plain)
+        products = plain.clone()
+        winograd.products_for_convolutions(products)
     texts = {name: ir.to_proto(model).SerializeToString() for name, model in (("conv", plain), ("products", products))}
     x = rng.standard_normal((batch, channels, side, side), np.float32)
     rows = []

@@ -28,7 +28,7 @@ from .import_sana import MAX_BATCH as PIPELINE_BATCH
 from .pipeline import DENOISER, export_bundle
 from .precision import LowPrecision, default_plan
 from .quantized_variants import Int8, QuantizeOptions, add_int8
-from .variants import Variant, add_precision, add_winograd
+from .variants import Variant, add_cpu_form, add_precision
 
 Say = Callable[[str], None]
 
@@ -99,7 +99,7 @@ def build_all(
         export_bundle(folder, Path(out), steps=steps or (1, 2), max_batch=largest, overwrite=True, progress=on_stage)
     examples = None if prompts is None else bundle_examples(out, prompts)
     if "fp32-cpu" in precisions:
-        _tell(add_winograd(out, examples=examples, progress=on_stage), on_variant)
+        _tell(add_cpu_form(out, examples=examples, progress=on_stage), on_variant)
     for precision in get_args(LowPrecision):
         if precision in precisions:
             _tell(add_precision(out, default_plan(precision), examples=examples, progress=on_stage), on_variant)

@@ -21,11 +21,11 @@ from scm_sdk.files import atomic_write_bytes, sha256_bytes
 from scm_sdk.manifest import Artifact
 from scm_sdk.spec import Precision, SamplerSpec
 
+from .cpu_form import cpu_form
 from .delicate import ISLANDS_KEY
 from .islands import find_islands
 from .precision import Island, PrecisionPlan, apply_precision, count_precisions
 from .probe import NUM_SAMPLES, Probe
-from .winograd import apply_winograd
 from .write import GraphReport, data_path_of, read_model, write_model
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def add_precision(
     return variants
 
 
-def add_winograd(
+def add_cpu_form(
     path: str | os.PathLike[str],
     *,
     steps: Sequence[int] = (),
@@ -131,7 +131,7 @@ def add_winograd(
     examples: Examples | None = None,
     progress: Progress = lambda _: None,
 ) -> list[Variant]:
-    """Add the ``fp32-cpu`` form of a bundle's graphs: wide 3x3 convolutions as Winograd's products.
+    """Add the ``fp32-cpu`` form of a bundle's graphs: float32 in the operators that CPUs are fastest with.
 
     Args:
         path: The bundle.
@@ -143,21 +143,20 @@ def add_winograd(
     Raises:
         BundleError: If the bundle is damaged or cannot be written.
         ConfigError: If it has no such fp32 graph.
-        UnsupportedGraphError: If it has no convolution that gains.
+        UnsupportedGraphError: If it has nothing that gains.
     """
     bundle = Bundle.open(path)
     sources = fp32_sources(bundle, steps, {})
     if unchanged := unchanged_variants(bundle, sources, "fp32-cpu"):
         return unchanged
-    made = [(source, *apply_winograd(read_model(source.graph))) for source in sources]
+    made = [(source, *cpu_form(read_model(source.graph))) for source in sources]
     with extend_bundle(path) as draft:
         variants = []
-        for source, model, (rewritten, of) in made:
+        for source, model, notes in made:
             progress(f"fp32-cpu, {source.num_inference_steps} steps")
             probe = (
                 Probe(source.graph, source.spec, num_samples=num_samples, examples=examples) if num_samples else None
             )
-            notes = [f"{rewritten} of {of} convolutions as Winograd's products"]
             variants.append(add_graph(draft, model, source, "fp32-cpu", probe, built_from=[], notes=notes))
     return variants
 

@@ -19,10 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from scm_sdk.errors import UnsupportedGraphError
-
 from .constants import stored
-from .precision import PRECISION_KEY
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,32 +47,19 @@ _G = np.array(
 _A_T = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 
 
-def apply_winograd(model: ir.Model) -> tuple[ir.Model, tuple[int, int]]:
-    """Return a float32 sampler graph with its wide 3x3 convolutions rewritten, and how many of how many those are.
+def products_for_convolutions(model: ir.Model) -> tuple[int, int]:
+    """Rewrite the wide 3x3 convolutions of a float32 graph; return how many of how many those are.
 
-    Args:
-        model: What ``compose_sampler`` made or ``read_model`` read, float32; it is not changed.
-
-    Returns:
-        A new graph that computes the same numbers but for rounding (about 1e-5 of a layer's largest); and the
-        convolutions that were rewritten and all that there are. A value that a convolution computed keeps its name.
-
-    Raises:
-        UnsupportedGraphError: If there is none to rewrite.
+    Requires: nodes have their names, and what convolutions read has its shape.
+    Ensures: the same numbers but for rounding, about 1e-5 of a layer's largest. A value that a convolution computed
+    keeps its name, and so does a weight.
     """
-    copy = model.clone()
-    convolutions = [node for node in copy.graph if node.op_type == "Conv"]
+    convolutions = [node for node in model.graph if node.op_type == "Conv"]
     chosen = {node: sizes for node in convolutions if (sizes := _sizes(node)) is not None and sizes.worth_it}
-    if not chosen:
-        raise UnsupportedGraphError(
-            f"none of the {len(convolutions)} convolutions gains as Winograd's products: expected wide 3x3 ones, such "
-            "as 256 channels over 16x16, 128 over 32x32 or 192 over 64x64. Run the fp32 graph."
-        )
     filters: dict[ir.Value, ir.Value] = {}
     for node, sizes in chosen.items():
-        _Rewriting(copy.graph, node, filters).run(sizes)
-    copy.metadata_props[PRECISION_KEY] = "fp32-cpu"
-    return copy, (len(chosen), len(convolutions))
+        _Rewriting(model.graph, node, filters).run(sizes)
+    return len(chosen), len(convolutions)
 
 
 class _Sizes(NamedTuple):

@@ -214,6 +214,15 @@ def newcomer(session_cache_home: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small convolutions become Winograd's products as large ones do."""
+    from scm_sdk.export import winograd
+
+    for name in ("LEAST_CHANNELS", "LEAST_TILES", "LEAST_PRODUCT", "CHANNELS_PER_SIDE"):
+        monkeypatch.setattr(winograd, name, 0)
+
+
+@pytest.fixture
 def unet_copy(unet_bundle: Path, tmp_path: Path) -> Path:
     """Return a bundle of the U-Net that the test may change."""
     return Path(shutil.copytree(unet_bundle, tmp_path / "bundle"))

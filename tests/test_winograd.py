@@ -1,38 +1,14 @@
-"""3x3 convolutions as Winograd's products: the same numbers but for rounding, from graph to ``Generator``."""
-
-import json
-from pathlib import Path
+"""3x3 convolutions as Winograd's products: the same numbers but for rounding, and only where it gains."""
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scm_sdk.bundle import Bundle
-from scm_sdk.errors import ConfigError, UnsupportedGraphError
-from scm_sdk.evaluate.gate import validate_bundle
 from scm_sdk.export import winograd
-from scm_sdk.export.cli import main
-from scm_sdk.export.diagnose import diagnose
-from scm_sdk.export.engines import add_engines
-from scm_sdk.export.variants import add_winograd
-from scm_sdk.export.winograd import apply_winograd, filter_transform, input_transform, output_transform
-from scm_sdk.export.write import read_model
-from scm_sdk.generator import Generator
-from scm_sdk.model.consistency import ConsistencyModel
-from scm_sdk.targets import resolve_target
-
-GRAPH = "onnx/fp32-cpu/2step/model.onnx"
-
-
-@pytest.fixture
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers count as large ones."""
-    for name in ("LEAST_CHANNELS", "LEAST_TILES", "LEAST_PRODUCT", "CHANNELS_PER_SIDE"):
-        monkeypatch.setattr(winograd, name, 0)
+from scm_sdk.export.winograd import filter_transform, input_transform, output_transform, products_for_convolutions
 
 
 def conv_graph(
@@ -61,6 +37,11 @@ def conv_graph(
     initializers = [w, b] if bias else [w]
     graph = ir.Graph([x], [last], nodes=nodes, initializers=initializers, opset_imports={"": 20}, name="conv")
     return ir.Model(graph, ir_version=10)
+
+
+def rewrite(model: ir.Model) -> tuple[ir.Model, tuple[int, int]]:
+    copy = model.clone()
+    return copy, products_for_convolutions(copy)
 
 
 def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
@@ -99,7 +80,7 @@ def test_the_filters_of_two_axes() -> None:
 def test_equals_the_convolution(channels: tuple[int, int], size: tuple[int, int], batch: int, bias: bool) -> None:
     rng = np.random.default_rng(0)
     model = conv_graph(rng.standard_normal((*channels, 3, 3)).astype(np.float32), size, bias=bias)
-    rewritten, counts = apply_winograd(model)
+    rewritten, counts = rewrite(model)
     assert counts == (1, 1) and "Conv" not in {node.op_type for node in rewritten.graph}
     x = rng.standard_normal((batch, channels[1], *size)).astype(np.float32)
     want = run(model, x)
@@ -110,8 +91,8 @@ def test_equals_the_convolution(channels: tuple[int, int], size: tuple[int, int]
 def test_steps_share_their_filters_and_values_keep_their_names() -> None:
     weight = np.random.default_rng(0).standard_normal((4, 4, 3, 3)).astype(np.float32)
     model = conv_graph(weight, (8, 12), twice=True)
-    rewritten, counts = apply_winograd(model)
-    assert counts == (2, 2) and [node.op_type for node in model.graph] == ["Conv", "Conv"], "the graph given is left"
+    rewritten, counts = rewrite(model)
+    assert counts == (2, 2) and [node.op_type for node in model.graph] == ["Conv", "Conv"]
     read_weight = [node for node in rewritten.graph if any(v is not None and v.name == "weight" for v in node.inputs)]
     assert len(read_weight) == 1, "G w G^T is made once"
     assert rewritten.graph.initializers["weight"].const_value is not None, "and stored as it was"
@@ -138,16 +119,14 @@ def test_other_convolutions_stay(
     shape: tuple[int, ...], size: tuple[int | str, int | str], attributes: dict[str, object]
 ) -> None:
     model = conv_graph(np.ones(shape, np.float32), size, **attributes)
-    with pytest.raises(UnsupportedGraphError, match="none of the 1 convolutions gains"):
-        apply_winograd(model)
+    assert rewrite(model)[1] == (0, 1)
 
 
 @pytest.mark.usefixtures("any_size")
 def test_half_precision_stays() -> None:
     model = conv_graph(np.ones((4, 4, 3, 3), np.float32), (8, 8))
     model.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
-    with pytest.raises(UnsupportedGraphError, match="none of the 1 convolutions gains"):
-        apply_winograd(model)
+    assert rewrite(model)[1] == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -165,74 +144,4 @@ def test_half_precision_stays() -> None:
 )
 def test_what_is_large_enough(channels: int, side: int, gains: bool) -> None:
     model = conv_graph(np.ones((768, channels, 3, 3), np.float32), (side, side))
-    if gains:
-        assert apply_winograd(model)[1] == (1, 1)
-    else:
-        with pytest.raises(UnsupportedGraphError, match="expected wide 3x3 ones"):
-            apply_winograd(model)
-
-
-@pytest.mark.usefixtures("any_size")
-def test_a_bundle_gains_it_and_every_cpu_backend_passes(unet_copy: Path) -> None:
-    variants = add_winograd(unet_copy, num_samples=4)
-    assert [v.path for v in variants] == ["onnx/fp32-cpu/1step/model.onnx", GRAPH]
-    assert all(v.psnr_db is not None and 100 < v.psnr_db < 200 for v in variants), "rounding, and no more than that"
-    assert "convolutions as Winograd's products" in variants[0].notes[0]
-    assert all(v.unchanged for v in add_winograd(unet_copy, num_samples=4))
-
-    results = validate_bundle(unet_copy, precisions=["fp32-cpu"], num_seeds=4, batches=[1, 3])
-    assert {r.candidate_backend for r in results} == {"onnxruntime", "openvino"} and all(results)
-    assert {(r.gate, r.threshold) for r in results} == {("psnr_db", 100.0)}
-    with Generator.from_pretrained(unet_copy, precision="fp32-cpu", num_inference_steps=2) as gen:
-        out = gen(2, class_labels=[0, 1], seed=5, output_type="raw")
-        assert out.info.artifact == GRAPH and out.info.precision == "fp32-cpu"
-        assert "parity passed" in gen.plan().chosen.reason
-    with Generator.from_pretrained(unet_copy, backend="torch", num_inference_steps=2) as gen:
-        np.testing.assert_allclose(out.images, gen(2, class_labels=[0, 1], seed=5, output_type="raw").images, atol=1e-4)
-    with Generator.from_pretrained(unet_copy, num_inference_steps=2) as gen:
-        assert gen.plan().chosen.precision == "fp32", "what is faster is measured, not supposed"
-
-
-@pytest.mark.usefixtures("any_size")
-def test_a_changed_filter_is_found_in_it(unet_bundle: Path) -> None:
-    bundle = Bundle.open(unet_bundle)
-    (checkpoint,) = bundle.artifacts(format="safetensors")
-    trained = ConsistencyModel.from_pretrained(bundle.file(checkpoint.path)).eval()
-    exact = read_model(unet_bundle / "onnx/fp32/2step/model.onnx")
-    model, _ = apply_winograd(exact)
-    sound = diagnose(model, trained, bundle.spec(2), exact=exact)
-    assert not sound.findings and sound.psnr_by_step[-1] > 100
-    weight = next(v for v in model.graph.initializers.values() if v.shape is not None and list(v.shape)[2:] == [3, 3])
-    assert weight.const_value is not None
-    array = weight.const_value.numpy().copy()
-    array[0, 0, 1, 1] += 0.05
-    weight.const_value = ir.tensor(array, name=weight.name)
-    (finding, *_) = diagnose(model, trained, bundle.spec(2), exact=exact).findings
-    assert finding.fault == "weights" and finding.value == weight.name
-
-
-@pytest.mark.usefixtures("any_size")
-def test_no_engine_is_built_from_it(unet_copy: Path) -> None:
-    add_winograd(unet_copy, steps=[1], num_samples=0)
-    with pytest.raises(ConfigError, match="expected fp32-cpu"):
-        add_engines(unet_copy, [resolve_target("a100")], precisions=["fp32-cpu"])
-
-
-def test_the_command(unet_copy: Path, any_size: None) -> None:
-    made = CliRunner().invoke(
-        main, ["precision", str(unet_copy), "--to", "fp32-cpu", "--steps", "1", "--num-samples", "2"]
-    )
-    assert made.exit_code == 0 and "onnx/fp32-cpu/1step/model.onnx" in made.stderr + made.stdout
-    bench = ["bench", str(unet_copy), "--steps", "1", "--batch", "1", "--rounds", "10", "--json"]
-    (latency,) = json.loads(CliRunner().invoke(main, bench).stdout)
-    names = ["torch", *(f"{name}{kind}" for name in ("onnxruntime", "openvino") for kind in ("", ":fp32-cpu"))]
-    assert [timing["name"] for timing in latency["timings"]] == names
-    wrong = CliRunner().invoke(main, ["precision", str(unet_copy), "--to", "fp32-cpu", "--target-psnr", "80"])
-    assert wrong.exit_code == 2 and "--target-psnr are for fp16 and bf16" in wrong.output
-
-
-def test_a_network_without_wide_convolutions_is_refused_whole(unet_copy: Path) -> None:
-    before = (unet_copy / "scm_manifest.json").read_bytes()
-    refused = CliRunner().invoke(main, ["precision", str(unet_copy), "--to", "fp32-cpu"])
-    assert refused.exit_code == 5 and "gains as Winograd's products" in refused.stderr
-    assert (unet_copy / "scm_manifest.json").read_bytes() == before and not (unet_copy / "onnx/fp32-cpu").exists()
+    assert rewrite(model)[1] == (int(gains), 1)

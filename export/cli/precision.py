@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--to", "precisions", multiple=True, type=click.Choice(["fp16", "bf16", "fp32-cpu"]), default=("fp16",),
-              help="fp32-cpu is float32 with wide 3x3 convolutions as Winograd's products.")  # fmt: skip
+              help="fp32-cpu is float32 in the operators that CPUs are fastest with.")  # fmt: skip
 @click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Islands of your own: an edited precision/<p>.json.")  # fmt: skip
@@ -31,7 +31,8 @@ def precision(
 ) -> None:  # fmt: skip
     """Add FP16 or BF16 graphs to BUNDLE; the plan of what stays float32 lies in BUNDLE/precision/.
 
-    fp32-cpu is for U-Nets on CPUs: wide 3x3 convolutions with a quarter of the multiplications.
+    fp32-cpu is float32 for CPUs: wide 3x3 convolutions as Winograd's products, with a quarter of the multiplications,
+    and a transformer's norms as one kernel each.
 
     \b
     scm-export precision avatars
@@ -39,7 +40,7 @@ def precision(
     """
     from ..feeds import bundle_examples
     from ..precision import PrecisionPlan, default_plan
-    from ..variants import add_precision, add_winograd
+    from ..variants import add_cpu_form, add_precision
 
     if "fp32-cpu" in precisions and (plan_file is not None or target_psnr is not None):
         raise click.UsageError("fp32-cpu is float32 throughout: --plan and --target-psnr are for fp16 and bf16.")
@@ -52,7 +53,7 @@ def precision(
     plans = [default_plan(p) for p in precisions if p != "fp32-cpu"]
     if plan_file is not None:
         plans = [PrecisionPlan.from_json(plan_file.read_bytes())]
-    variants = add_winograd(bundle, **look) if "fp32-cpu" in precisions else []
+    variants = add_cpu_form(bundle, **look) if "fp32-cpu" in precisions else []
     for plan in plans:
         variants += add_precision(bundle, plan, target_db=target_psnr, **look)
     report(variants, bundle, as_json=as_json)
