@@ -23,9 +23,8 @@ inside is copied several times while it is parsed; weights in a file of their ow
 100 MiB is also the largest file that common Git hosts take."""
 _LARGEST_GRAPH = 2**31 - 2**26
 """Protobuf's limit of 2 GiB, less room for the nodes."""
-INLINE_BYTES = 2**13
-"""Tensors up to this size stay in the graph: shapes, axes and the sizes of a Split, 1024 of them, must be readable
-without the data file."""
+_INLINE_BYTES = 1024
+"""Tensors up to this size stay in the graph whatever they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,17 @@ class GraphReport:
 def data_path_of(path: Path) -> Path:
     """Return where the weights of the graph at ``path`` lie when they are not inside: ``<path>_data``."""
     return path.with_name(path.name + "_data")
+
+
+def inline_bytes(model: ir.Model) -> int:
+    """Return up to which size tensors must stay in the graph when the weights do not.
+
+    Shapes, axes and the sizes of a Split are read before the data file is: every int64 tensor stays.
+    """
+    import onnx_ir as ir
+
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return max(_INLINE_BYTES, *(t.nbytes for t in tensors if t is not None and t.dtype == ir.DataType.INT64), 0)
 
 
 def read_model(path: Path) -> ir.Model:
@@ -152,7 +162,7 @@ def _save(model: ir.Model, path: Path, *, external: bool) -> None:
     import onnx_ir as ir
 
     if external:
-        ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=INLINE_BYTES)
+        ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=inline_bytes(model))
     else:
         # Weights that were read from another graph's file still point there; here they go into the graph.
         ir.external_data.load_to_model(model)

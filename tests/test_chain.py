@@ -80,7 +80,7 @@ def test_an_interruption_keeps_what_was_done(unet_checkpoint: Path, tmp_path: Pa
 
 
 def test_unknown_precisions_are_refused(unet_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="precisions hold fp4, expected fp32, fp16"):
+    with pytest.raises(ConfigError, match="precisions hold fp4, expected fp32, fp32-cpu, fp16"):
         build_all(unet_checkpoint, tmp_path / "bundle", precisions=["fp4"])  # type: ignore[list-item]
     assert not (tmp_path / "bundle").exists()
 

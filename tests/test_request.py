@@ -118,7 +118,7 @@ def test_wrong_arguments(ort: Generator, arguments: dict[str, Any], error: type[
             {"backend": "tpu"},
             "backend is 'tpu', expected 'auto' or one of onnxruntime, openvino, tensorrt, tensorrt_rtx, torch",
         ),
-        ({"precision": "fp64"}, "precision is 'fp64', expected 'auto' or one of fp32, fp16"),
+        ({"precision": "fp64"}, "precision is 'fp64', expected 'auto' or one of fp32, fp32-cpu, fp16"),
         (
             {"precision": "fp16"},
             "nothing to run 2 steps with .*precision='fp16'.*precision='fp16' was asked for",
