@@ -175,13 +175,14 @@ def test_validate_records_and_gates(street):
 
 
 def test_bench_table_json_and_budget(street):
-    table = run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--threads", 1).stdout
+    one = ["bench", street / "bundle", "--backend", "onnxruntime", "--batch", 1, "--rounds", 10]
+    table = run(*one, "--threads", 1).stdout
     assert "onnxruntime" in table and "speed-up" in table
     rows = json.loads(run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--json").stdout)
     assert [timing["name"] for timing in rows[0]["timings"]] == ["torch", "onnxruntime", "openvino"]
-    over = run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--budget", "median=1us@b1", code=4)
+    over = run(*one, "--budget", "median=1us@b1", code=4)
     assert "over" in over.output or "budget" in one_line(over)
-    assert "not measured" in one_line(run("bench", street / "bundle", "--batch", 1, "--budget", "p95=1s@b8", code=2))
+    assert "not measured" in one_line(run(*one, "--budget", "p95=1s@b8", code=2))
 
 
 def test_inspect_and_verify(street):

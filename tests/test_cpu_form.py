@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
-import torch
 from click.testing import CliRunner
 
 from scm_sdk.bundle import Bundle
@@ -18,67 +16,13 @@ from scm_sdk.export.cpu_form import cpu_form
 from scm_sdk.export.diagnose import diagnose
 from scm_sdk.export.engines import add_engines
 from scm_sdk.export.fused_norms import norms_that_fuse
-from scm_sdk.export.graph import export_network
 from scm_sdk.export.variants import add_cpu_form
-from scm_sdk.export.write import read_model, write_model
+from scm_sdk.export.write import read_model
 from scm_sdk.generator import Generator
-from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
-from scm_sdk.model.transformer import TransformerConfig
+from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.targets import resolve_target
 
 GRAPH = "onnx/fp32-cpu/2step/model.onnx"
-NORMS = 9
-"""Of ``small_transformer``: two of the trunk, four of the conditioning, and three at the end."""
-
-
-@pytest.fixture(scope="module")
-def small_transformer() -> ir.Model:
-    """Return the network's graph."""
-    torch.manual_seed(0)
-    shape = TransformerConfig(image_size=8, channels=32, depth=1, head_channels=16, num_classes=3)
-    model = ConsistencyModel(ModelConfig(network=shape))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return export_network(model.eval()).model
-
-
-def run(model: ir.Model, folder: Path, x: np.ndarray, label: int = 0, *, optimized: str = "") -> np.ndarray:
-    path = write_model(model, folder / "graph.onnx").path
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = optimized
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    given = (x, np.full(1, 1.1, np.float32), (label + np.arange(len(x))) % 3)
-    return np.asarray(session.run(None, dict(zip((i.name for i in session.get_inputs()), given, strict=True)))[0])
-
-
-def test_a_transformers_norms_are_the_same_and_safe_at_zero(small_transformer: ir.Model, tmp_path: Path) -> None:
-    model = small_transformer.clone()
-    assert norms_that_fuse(model) == NORMS
-    ops = [node.op_type for node in model.graph]
-    assert ops.count("ReduceMean") == NORMS and not {"ReduceL2", "Max"} & set(ops), (
-        "and nothing is left of the old ones"
-    )
-    x = np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)
-    x[3] = 0
-    together = run(model, tmp_path, x)
-    np.testing.assert_allclose(together, run(small_transformer, tmp_path, x), rtol=0, atol=2e-5)
-    for i in range(7):
-        np.testing.assert_array_equal(run(model, tmp_path, x[i : i + 1], i)[0], together[i])
-
-
-def test_both_cpu_libraries_make_one_kernel_of_each(small_transformer: ir.Model, tmp_path: Path) -> None:
-    import openvino
-
-    model = small_transformer.clone()
-    norms_that_fuse(model)
-    run(model, tmp_path, np.zeros((1, 3, 8, 8), np.float32), optimized=str(tmp_path / "optimized.onnx"))
-    fused = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
-    kinds = [
-        op.get_rt_info()["layerType"].astype(str)
-        for op in openvino.Core().compile_model(tmp_path / "graph.onnx", "CPU").get_runtime_model().get_ops()
-    ]
-    assert (fused.count("SimplifiedLayerNormalization"), kinds.count("RMS")) == (NORMS, NORMS)
 
 
 def test_norms_over_other_axes_stay(unet_bundle: Path) -> None:

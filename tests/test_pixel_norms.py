@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
+from scm_sdk.export.fused_norms import norms_that_fuse
 from scm_sdk.export.graph import export_network
 from scm_sdk.export.passes import drop_unused
 from scm_sdk.export.pixel_norms import lengths_for_pixel_norms
@@ -15,6 +16,8 @@ from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
 from scm_sdk.model.transformer import TransformerConfig
 
 EPS = 1e-8
+NORMS = 9
+"""Of the small transformer: two of the trunk, four of the conditioning, and three at the end."""
 
 
 def session(model: ir.Model, folder: Path) -> onnxruntime.InferenceSession:
@@ -72,24 +75,76 @@ def test_leaves_what_is_no_pixel_norm(graph: ir.Model) -> None:
     assert [node.op_type for node in lengths_for_pixel_norms(graph).graph] == before
 
 
-def test_a_transformers_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def transformer() -> tuple[ConsistencyModel, ir.Model]:
+    """Return a small one and its network's graph."""
     torch.manual_seed(0)
     shape = TransformerConfig(image_size=8, channels=32, depth=1, head_channels=16, num_classes=3)
     model = ConsistencyModel(ModelConfig(network=shape))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    graph = export_network(model.eval()).model
+    return model, export_network(model.eval()).model
+
+
+def inputs_of(graph: ir.Model, x: np.ndarray, label: int = 0) -> dict[str, np.ndarray]:
+    """Return samples with labels in turn, by the graph's names."""
+    given = (x, np.full(1, 1.1, np.float32), (label + np.arange(len(x))) % 3)
+    return {value.name or "": array for value, array in zip(graph.graph.inputs, given, strict=True)}
+
+
+def samples() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)
+
+
+def test_a_transformers_images_do_not_depend_on_the_batch(
+    transformer: tuple[ConsistencyModel, ir.Model], tmp_path: Path
+) -> None:
+    model, graph = transformer
     ops = [node.op_type for node in graph.graph]
-    assert ops.count("ReduceL2") == 9, "two of the trunk and four of the conditioning, and three at the end"
+    assert ops.count("ReduceL2") == NORMS
     assert "ReduceMean" not in ops
-    run = session(graph, tmp_path).run
-    x = np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)
-    labels, t = np.arange(7) % 3, np.full(1, 1.1, np.float32)
-    names = [each.name for each in graph.graph.inputs]
-    (together,) = run(None, dict(zip(names, (x, t, labels), strict=True)))
+    run, x = session(graph, tmp_path).run, samples()
+    (together,) = run(None, inputs_of(graph, x))
     for i in range(7):
-        (alone,) = run(None, dict(zip(names, (x[i : i + 1], t, labels[i : i + 1]), strict=True)))
+        (alone,) = run(None, inputs_of(graph, x[i : i + 1], i))
         np.testing.assert_array_equal(alone[0], together[i])
     with torch.no_grad():
-        want = model.network(torch.from_numpy(x), torch.tensor([1.1]), torch.from_numpy(labels))
+        want = model.network(torch.from_numpy(x), torch.tensor([1.1]), torch.arange(7) % 3)
     np.testing.assert_allclose(together, want.numpy(), rtol=0, atol=2e-5)
+
+
+def test_in_the_form_for_cpus_they_are_the_same_and_safe_at_zero(
+    transformer: tuple[ConsistencyModel, ir.Model], tmp_path: Path
+) -> None:
+    graph = transformer[1].clone()
+    assert norms_that_fuse(graph) == NORMS
+    ops = [node.op_type for node in graph.graph]
+    assert ops.count("ReduceMean") == NORMS and not {"ReduceL2", "Max"} & set(ops), "nothing is left of the old ones"
+    x = samples()
+    x[3] = 0
+    (before,) = session(transformer[1], tmp_path).run(None, inputs_of(graph, x))
+    run = session(graph, tmp_path).run
+    (together,) = run(None, inputs_of(graph, x))
+    np.testing.assert_allclose(together, before, rtol=0, atol=2e-5)
+    for i in range(7):
+        np.testing.assert_array_equal(run(None, inputs_of(graph, x[i : i + 1], i))[0][0], together[i])
+
+
+def test_both_cpu_libraries_make_one_kernel_of_each(
+    transformer: tuple[ConsistencyModel, ir.Model], tmp_path: Path
+) -> None:
+    import openvino
+
+    graph = transformer[1].clone()
+    norms_that_fuse(graph)
+    ir.save(graph, tmp_path / "graph.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
+    fused = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    kinds = [
+        op.get_rt_info()["layerType"].astype(str)
+        for op in openvino.Core().compile_model(tmp_path / "graph.onnx", "CPU").get_runtime_model().get_ops()
+    ]
+    assert (fused.count("SimplifiedLayerNormalization"), kinds.count("RMS")) == (NORMS, NORMS)
