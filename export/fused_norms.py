@@ -6,6 +6,7 @@ look for x / sqrt(mean(x^2) + eps) * scale over the last axis. The two differ by
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,25 +30,24 @@ def norms_that_fuse(model: ir.Model) -> int:
 
 def _match(mul: ir.Node) -> tuple[ir.Value, float, int] | None:
     """Return what a Mul normalizes, its eps and its channels, or None if it ends no pixel norm over a last axis."""
-    if mul.op_type != "Mul":
-        return None
-    for x, inverse in (mul.inputs, mul.inputs[::-1]):
-        chain = [inverse]
-        for op_type, place in (("Div", 1), ("Max", 0), ("ReduceL2", 0)):
-            node = None if chain[-1] is None else chain[-1].producer()
-            if node is None or node.op_type != op_type:
-                break
-            chain.append(node.inputs[place])
-        else:
-            guard, length = (chain[i].producer() for i in (1, 2))  # type: ignore[union-attr]
-            least = None if guard is None else scalar_of(guard.inputs[1])
-            axis = None if length is None else scalar_of(length.inputs[1])
-            shape = None if x is None else x.shape
-            if x is not None and chain[-1] is x and shape is not None and least and axis is not None:
-                channels = shape[-1]
-                if int(axis) in (-1, len(shape) - 1) and isinstance(channels, int):
-                    return x, least**2 / channels, channels
+    for x, inverse in (mul.inputs, mul.inputs[::-1]) if mul.op_type == "Mul" else ():
+        divide = _made_by(inverse, "Div")
+        guard = divide and _made_by(divide.inputs[1], "Max")
+        length = guard and _made_by(guard.inputs[0], "ReduceL2")
+        if x is None or x.shape is None or not divide or not guard or not length or length.inputs[0] is not x:
+            continue
+        scale, least, axis = (scalar_of(v) for v in (divide.inputs[0], guard.inputs[1], length.inputs[1]))
+        channels = x.shape[-1]
+        if not isinstance(channels, int) or axis not in (-1, len(x.shape) - 1) or scale is None or not least:
+            continue
+        if math.isclose(scale, math.sqrt(channels), rel_tol=1e-6):
+            return x, least**2 / channels, channels
     return None
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
 
 
 def _rewrite(graph: ir.Graph, mul: ir.Node, x: ir.Value, eps: float, channels: int) -> None:

@@ -130,6 +130,13 @@ def test_in_the_form_for_cpus_they_are_the_same_and_safe_at_zero(
         np.testing.assert_array_equal(run(None, inputs_of(graph, x[i : i + 1], i))[0][0], together[i])
 
 
+def test_another_factor_is_no_pixel_norm(transformer: tuple[ConsistencyModel, ir.Model]) -> None:
+    graph = transformer[1].clone()
+    name = "pixel_norm_32.scale"
+    graph.graph.initializers[name].const_value = ir.tensor(np.array(2 * 32**0.5, np.float32), name=name)
+    assert norms_that_fuse(graph) == 0
+
+
 def test_both_cpu_libraries_make_one_kernel_of_each(
     transformer: tuple[ConsistencyModel, ir.Model], tmp_path: Path
 ) -> None:
