@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,7 @@ def main(checkpoint: Path, num_images: int, out: Path | None) -> None:
         if count > 1:
             ways |= {f"int8, both, step {k} alone": (inner, int8(True, True, largest, steps, k)) for k in range(count)}
         for name, (layers, compute) in ways.items():
-            with ExitStack() as stack:
-                stack.enter_context(layers_compute(layers, compute))
+            with layers_compute(layers, compute):
                 row = psnr(make_images(model, spec, range(num_images)), exact, high - low)
             results.append({"steps": count, "rounded": name, **row})
             print(f"{count} steps  {name:<28}{row['all_db']:6.1f} dB, median {row['median_db']:5.1f}", flush=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .constants import scalar_of, stored
+from .nodes import put_before
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,16 +52,10 @@ def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def _rewrite(graph: ir.Graph, mul: ir.Node, x: ir.Value, eps: float, channels: int) -> None:
-    import onnx_ir as ir
-
     old = next(value for value in mul.inputs if value is not x)
 
     def make(op_type: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
-        name = f"{mul.name}/rms.{op_type}"
-        out = ir.Value(name=f"{name}.out", type=x.type)
-        attrs = [ir.AttrInt64(key, value) for key, value in attributes.items()]
-        graph.insert_before(mul, ir.Node("", op_type, inputs, attrs, outputs=[out], name=name))
-        return out
+        return put_before(graph, mul, f"{mul.name}/rms.{op_type}", op_type, inputs, attributes)
 
     def constant(name: str, array: np.ndarray) -> ir.Value:
         return stored(graph, f"rms.{name}", array)

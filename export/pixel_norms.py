@@ -15,6 +15,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .constants import scalar_of, stored
+from .nodes import put_before
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,10 +56,8 @@ def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
     )
 
     def make(op_type: str, suffix: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
-        out = ir.Value(name=f"{name}{suffix}.out", shape=ir.Shape(mean.outputs[0].shape or ()), type=x.type)
-        attrs = [ir.AttrInt64(key, value) for key, value in attributes.items()]
-        graph.insert_before(mul, ir.Node("", op_type, inputs, attrs, outputs=[out], name=f"{name}{suffix}"))
-        return out
+        shape = ir.Shape(mean.outputs[0].shape or ())
+        return put_before(graph, mul, f"{name}{suffix}", op_type, inputs, attributes, shape=shape)
 
     length = make("ReduceL2", "", [x, mean.inputs[1]], keepdims=1)
     guarded = make("Max", ".guard", [length, least])

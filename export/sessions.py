@@ -9,7 +9,7 @@ from scm_sdk._lazy import require
 from scm_sdk.errors import UnsupportedGraphError
 
 from .precision import PRECISION_KEY
-from .write import inline_bytes
+from .write import save_apart
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,7 +39,7 @@ def open_session(
         path, precision = model, ir.load(model).metadata_props.get(PRECISION_KEY, "fp32")
     else:
         path, precision = folder / "model.onnx", model.metadata_props.get(PRECISION_KEY, "fp32")
-        ir.save(model, path, external_data="model.onnx_data", size_threshold_bytes=inline_bytes(model))
+        save_apart(model, path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = num_threads or 0

@@ -103,9 +103,7 @@ def add_precision(
         raise ConfigError("num_samples is 0, expected 1 or more with target_db: islands are found by their pictures.")
     models = [read_model(source.graph) for source in sources]
     plan = plan.with_islands(*(island for island in own_islands(models[0]) if island not in plan.islands))
-    probes = [
-        Probe(s.graph, s.spec, num_samples=num_samples, examples=examples) if num_samples else None for s in sources
-    ]
+    probes = [source.probe(num_samples, examples) for source in sources]
     if target_db is not None:
         for model, probe in zip(models, probes, strict=True):  # one plan for all: each goes on from the last
             assert probe is not None
@@ -154,9 +152,7 @@ def add_cpu_form(
         variants = []
         for source, model, notes in made:
             progress(f"fp32-cpu, {source.num_inference_steps} steps")
-            probe = (
-                Probe(source.graph, source.spec, num_samples=num_samples, examples=examples) if num_samples else None
-            )
+            probe = source.probe(num_samples, examples)
             variants.append(add_graph(draft, model, source, "fp32-cpu", probe, built_from=[], notes=notes))
     return variants
 
@@ -187,6 +183,10 @@ class Source:
     def num_inference_steps(self) -> int:
         """Its number of steps."""
         return self.artifact.num_inference_steps
+
+    def probe(self, num_samples: int, examples: Examples | None) -> Probe | None:
+        """Return what looks at the pictures of its variants; None where there is to be no picture."""
+        return Probe(self.graph, self.spec, num_samples=num_samples, examples=examples) if num_samples else None
 
 
 def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any]) -> list[Source]:

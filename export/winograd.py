@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .constants import stored
+from .nodes import put_before
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -166,13 +167,8 @@ class _Rewriting:
         return self.filters[weight]
 
     def _op(self, op_type: str, inputs: list[ir.Value | None], **attributes: list[int]) -> ir.Value:
-        import onnx_ir as ir
-
         name = f"{self.conv.name}/winograd.{next(self.numbers)}.{op_type}"
-        out = ir.Value(name=f"{name}.out", type=ir.TensorType(ir.DataType.FLOAT))
-        attrs = [ir.AttrInt64s(key, value) for key, value in attributes.items()]
-        self.graph.insert_before(self.conv, ir.Node("", op_type, inputs, attrs, outputs=[out], name=name))
-        return out
+        return put_before(self.graph, self.conv, name, op_type, inputs, attributes)
 
     def _constant(self, what: str, array: np.ndarray) -> ir.Value:
         return stored(self.graph, f"winograd.{what}", np.ascontiguousarray(array))

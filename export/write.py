@@ -67,15 +67,17 @@ def data_path_of(path: Path) -> Path:
     return path.with_name(path.name + "_data")
 
 
-def inline_bytes(model: ir.Model) -> int:
-    """Return up to which size tensors must stay in the graph when the weights do not.
+def save_apart(model: ir.Model, path: Path) -> None:
+    """Write a graph with its weights in ``data_path_of(path)``, unchecked.
 
-    Shapes, axes and the sizes of a Split are read before the data file is: every int64 tensor stays.
+    Shapes, axes and the sizes of a Split are read before the data file is: every int64 tensor stays in the graph.
     """
     import onnx_ir as ir
 
     tensors = (value.const_value for value in model.graph.initializers.values())
-    return max(_INLINE_BYTES, *(t.nbytes for t in tensors if t is not None and t.dtype == ir.DataType.INT64), 0)
+    whole = (t.nbytes for t in tensors if t is not None and t.dtype == ir.DataType.INT64)
+    inline = max([_INLINE_BYTES, *whole])
+    ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=inline)
 
 
 def read_model(path: Path) -> ir.Model:
@@ -162,7 +164,7 @@ def _save(model: ir.Model, path: Path, *, external: bool) -> None:
     import onnx_ir as ir
 
     if external:
-        ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=inline_bytes(model))
+        save_apart(model, path)
     else:
         # Weights that were read from another graph's file still point there; here they go into the graph.
         ir.external_data.load_to_model(model)

@@ -225,3 +225,8 @@ class Opener:
 def _allowed(record: ParityRecord) -> float:
     """Return the largest difference that a comparison leads one to expect, units of sigma_data."""
     return record.threshold if record.gate == "max_abs" else GOLDEN_FACTOR * record.max_abs
+
+
+def auto_plan(source: Source, steps: int) -> Plan:
+    """Return what ``auto`` would open of a model, and why not the rest. Nothing is opened."""
+    return Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None).plan(steps)

@@ -123,20 +123,19 @@ def _usual(bundle: Path, steps: int | None) -> tuple[str, ...]:
     """Return every backend that can run here, PyTorch first, and each with the precisions that were made for CPUs."""
     from scm_sdk._lazy import is_installed
     from scm_sdk.dispatch import BACKENDS
-    from scm_sdk.opening import Opener
+    from scm_sdk.opening import auto_plan
     from scm_sdk.sources import open_source
     from scm_sdk.spec import CPU_PRECISIONS
 
     source = open_source(bundle, verify="none")
     count = steps or source.default_steps
-    plan = Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None).plan(count)
-    engines = {row.backend for row in plan.accepted if BACKENDS[row.backend].runs_engines}  # those that fit this GPU
+    accepted = {row.backend for row in auto_plan(source, count).accepted}  # engines: those that fit this GPU
     artifacts = [a for a in source.artifacts if a.num_inference_steps in (0, count)]
     names = []
     for name in sorted(BACKENDS, key=lambda name: name != "torch"):
         info = BACKENDS[name]
         taken = {a.precision for a in artifacts if info.takes(a)}
-        if taken and is_installed(info.library) and (not info.runs_engines or name in engines):
+        if taken and is_installed(info.library) and (not info.runs_engines or name in accepted):
             names += [name, *(f"{name}:{precision}" for precision in sorted(CPU_PRECISIONS & taken))]
     return tuple(names)
 

@@ -83,13 +83,12 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 
 def _plans(bundle: Path) -> dict[int, Plan]:
     """Return every artifact held against every backend, for each number of steps that the model was made for."""
-    from scm_sdk.opening import Opener
+    from scm_sdk.opening import auto_plan
     from scm_sdk.sources import open_source
 
     source = open_source(bundle)
     # This opens nothing: a plan is wanted most where nothing can run.
-    opener = Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None)
-    return {steps: opener.plan(steps) for steps in source.steps}
+    return {steps: auto_plan(source, steps) for steps in source.steps}
 
 
 def _version(module: str) -> str:

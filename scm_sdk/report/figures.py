@@ -116,7 +116,8 @@ def provenance(manifest: Manifest) -> str:
         for i, path in enumerate(column):
             place[path] = (right, (i + 0.5) / len(column))
         right += max(len(path) for path in column) * _LETTER + _GAP
-    figure, axes = _figure(max(right - _GAP, 1.0) + 0.1, 0.6 + 0.34 * tallest)
+    width = max(right - _GAP, 1.0)
+    figure, axes = _figure(width + 0.1, 0.6 + 0.34 * tallest)
     for path in shown:
         for source in place.keys() & sources[path]:
             (x0, y0), (x1, y1) = place[source], place[path]
@@ -124,7 +125,7 @@ def provenance(manifest: Manifest) -> str:
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # an arrow that passes does not strike it out
     for path, (x, y) in place.items():
         axes.text(x, y, path, fontsize=8, va="center", color="#0f172a", parse_math=False, bbox=behind)
-    axes.set_xlim(-0.05, max(right - _GAP, 1.0) + 0.05)
+    axes.set_xlim(-0.05, width + 0.05)
     axes.set_ylim(1.02, -0.02)
     axes.axis("off")
     return _svg(figure, "Provenance of the files")
