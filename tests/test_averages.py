@@ -159,13 +159,17 @@ def test_edm2s_learning_rate():
 
 def test_the_mean_of_runs_that_share_their_start(run, tmp_path):
     out, _ = run
-    reconstruct(out, 0.15).model.save_pretrained(tmp_path / "other")
+    other = reconstruct(out, 0.15, iteration=10).model
+    assert other.config.provenance["iteration"] == "10"
+    other.save_pretrained(tmp_path / "other")
     command = ["average", str(out), str(tmp_path / "other"), "-o", str(tmp_path / "mean")]
     result = CliRunner().invoke(main, [*command, "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"out": command[-1], "models": command[1:3]}
     mine, its, mean = (ConsistencyModel.from_pretrained(p) for p in (out, tmp_path / "other", tmp_path / "mean"))
-    assert mean.config.provenance["averaged"] == "the weights of 2 runs"
+    about = mean.config.provenance
+    assert about["averaged"] == "the weights of 2 runs"
+    assert (about["iteration"], about["num_iterations"]) == ("10", "12"), "of the run furthest from its end"
     for (name, a), b, c in zip(
         mine.network.state_dict().items(), its.network.state_dict().values(), mean.network.state_dict().values(),
         strict=True,

@@ -154,6 +154,17 @@ def test_ctrl_c_keeps_what_was_done(npz, tmp_path):
     assert done == [4, 5, 6]
 
 
+def test_a_model_says_how_far_it_is_trained(npz, tmp_path):
+    def seen(done):
+        if done == 5:
+            about = ConsistencyModel.from_pretrained(tmp_path / "run").config.provenance
+            assert (about["objective"], about["iteration"], about["num_iterations"]) == ("diffusion", "4", "6")
+
+    model = train(config(npz), tmp_path / "run", Hooks(on_step=seen, checkpoint_every=4))
+    about = ConsistencyModel.from_pretrained(tmp_path / "run").config.provenance
+    assert (about["iteration"], about["num_iterations"]) == ("6", "6") and model.config.provenance == about
+
+
 def test_finished_run_is_not_run_again(npz, tmp_path):
     train(config(npz), tmp_path / "run")
     before = (tmp_path / "run" / STATE_FILE).read_bytes()

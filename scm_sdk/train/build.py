@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import nn
 
@@ -73,7 +74,10 @@ class Run:
         update_ema(self.average.network, self.state.network, self.config.ema_decay_at(self.state.iteration))
 
     def gathered(self) -> ConsistencyModel:
-        """Return the averaged model, whole on process 0; all processes must call it."""
+        """Return the averaged model, whole on process 0 and with how far it is trained; all processes must call it."""
+        about = {"iteration": str(self.state.iteration), "num_iterations": str(self.config.num_iterations)}
+        config = self.average.config
+        self.average.config = msgspec.structs.replace(config, provenance={**config.provenance, **about})
         if not self.sharded:
             return self.average
         weights = gathered_state(self.average.network, self.world)

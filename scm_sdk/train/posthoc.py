@@ -134,8 +134,11 @@ def reconstruct(out: str | Path, sigma_rel: float, *, iteration: int | None = No
             )
         weights = _sum(model.network.state_dict(), [archive for _, archive in stored], factors, paths)
     model.network.load_state_dict(weights)
-    about = {**model.config.provenance, "ema": f"power function, sigma_rel {sigma_rel:g}, iteration {wanted.iteration}"}
-    model.config = msgspec.structs.replace(model.config, provenance=about)
+    about = {
+        "ema": f"power function, sigma_rel {sigma_rel:g}, iteration {wanted.iteration}",
+        "iteration": str(wanted.iteration),
+    }
+    model.config = msgspec.structs.replace(model.config, provenance={**model.config.provenance, **about})
     return Reconstruction(
         model=model, sigma_rel=sigma_rel, iteration=wanted.iteration, num_snapshots=len(stored), error=error
     )

@@ -8,7 +8,7 @@ Source: Wortsman et al., 2022, "Model soups", arXiv 2203.05482, the uniform soup
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,8 @@ def average_models(folders: Sequence[str | Path]) -> ConsistencyModel:
     """Return the model whose weights are the mean of several checkpoints', summed in float64.
 
     Args:
-        folders: What ``ConsistencyModel.from_pretrained`` takes, two or more; the first one's config is kept.
+        folders: What ``ConsistencyModel.from_pretrained`` takes, two or more; the first one's config is kept, with
+            the iterations of the run that is furthest from its end.
 
     Raises:
         ConfigError: If there are fewer than two, or they differ in more than weights and provenance.
@@ -31,17 +32,28 @@ def average_models(folders: Sequence[str | Path]) -> ConsistencyModel:
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} model is given, expected two or more to average.")
     first = ConsistencyModel.from_pretrained(folders[0])
+    provenance = first.config.provenance
     mean = {name: value.double() for name, value in first.network.state_dict().items()}
     for folder in folders[1:]:
         other = ConsistencyModel.from_pretrained(folder)
         _require_alike(first, other, str(folders[0]), str(folder))
+        if _trained(other.config.provenance) < _trained(provenance):
+            provenance = provenance | {key: other.config.provenance[key] for key in ("iteration", "num_iterations")}
         for name, value in other.network.state_dict().items():
             mean[name] += value.double()
     dtypes = {name: value.dtype for name, value in first.network.state_dict().items()}
     with torch.no_grad():
         first.network.load_state_dict({name: (value / len(folders)).to(dtypes[name]) for name, value in mean.items()})
-    provenance = first.config.provenance | {"averaged": f"the weights of {len(folders)} runs"}
+    provenance = provenance | {"averaged": f"the weights of {len(folders)} runs"}
     return ConsistencyModel(msgspec.structs.replace(first.config, provenance=provenance), first.network)
+
+
+def _trained(provenance: Mapping[str, str]) -> float:
+    """Return the share of its iterations that a run has done; 1 where the model does not say."""
+    try:
+        return int(provenance["iteration"]) / int(provenance["num_iterations"])
+    except (KeyError, ValueError, ZeroDivisionError):
+        return 1.0
 
 
 def _require_alike(first: ConsistencyModel, other: ConsistencyModel, name: str, other_name: str) -> None:
