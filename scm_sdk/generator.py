@@ -70,7 +70,8 @@ class Generator:
         """Open a model and load it for its default number of steps; other numbers load on first use.
 
         Args:
-            path: Folder of a bundle or a checkpoint (torch only), a ``.scmz`` file, or a hub id ``owner/name``.
+            path: Folder of a bundle or a checkpoint (torch only), a ``.scmz`` file, or ``hf:owner/name`` on the
+                Hugging Face hub.
             backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` takes the
                 fastest, as measured here by ``benchmark``, of what is the fp32 reference or has a
                 recorded parity that passed; unmeasured, ONNX Runtime comes before torch. A name also

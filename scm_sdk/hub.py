@@ -29,6 +29,8 @@ _CHECKPOINT = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
 _PIPELINE_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".md"}
 _MARKERS = (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME)
 _HEAVY = {".onnx", ".onnx_data", ".safetensors", ".engine"}
+HUB_PREFIX = "hf:"
+"""What marks a hub id where a path is expected: ``hf:owner/name``."""
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -42,12 +44,12 @@ def fetch(
 ) -> Path:
     """Return a local folder with what a repository holds for this package.
 
-    Without a network, or with ``HF_HUB_OFFLINE=1``, the cache alone is asked.
+    Without a network, or with ``HF_HUB_OFFLINE=1``, the cache alone is read.
 
     Args:
         repo_id: ``owner/name``.
         revision: A branch, a tag or a commit; None is ``main``. Only a commit names the same files for ever.
-        local_files_only: Ask the cache alone.
+        local_files_only: Read the cache alone.
         max_bytes: Most that may be fetched.
 
     Returns:
@@ -60,9 +62,9 @@ def fetch(
             reached, it holds no model of this package, or it is too large.
         IntegrityError: If a file does not have the size that the manifest gives, or is missing in the cache.
     """
-    library = _library(f"the hub id {repo_id!r}")
+    library = _library(f"{HUB_PREFIX}{repo_id}")
     _check_names(repo_id, revision)
-    shown = f"{repo_id}@{revision}" if revision else repo_id
+    shown = f"{HUB_PREFIX}{repo_id}" + (f"@{revision}" if revision else "")
     reason: Exception | None = None
     if not local_files_only and not library.constants.HF_HUB_OFFLINE:
         try:
@@ -138,15 +140,14 @@ def _raise_if_answered(library: ModuleType, exc: Exception, shown: str) -> None:
     """Raise for what the hub said; return where it could not be asked."""
     errors = library.errors
     if isinstance(exc, errors.GatedRepoError):
-        raise BundleError(f"{shown} asks its readers to be let in. Do so on its page, then: hf auth login") from exc
+        raise BundleError(f"{shown} is gated. Ask for access on its page, then: hf auth login") from exc
     if isinstance(exc, errors.RevisionNotFoundError):
         raise BundleError(
             f"{shown}: the repository is there, this revision is not. Check it, or leave it out."
         ) from exc
     if isinstance(exc, errors.RepositoryNotFoundError):
         raise BundleError(
-            f"{shown} is neither a folder here nor a repository of the hub that you may see. Check the name; for a "
-            "private one: hf auth login"
+            f"{shown} is no repository of the hub that you may read. Check the name; for a private one: hf auth login"
         ) from exc
 
 
@@ -183,15 +184,14 @@ def _download(library: ModuleType, repo_id: str, revision: str | None, shown: st
 
 
 def _from_cache(library: ModuleType, repo_id: str, revision: str | None, shown: str, reason: Exception | None) -> Path:
-    why = f"the hub cannot be reached ({_first_line(reason)})" if reason else "only the cache may be asked (offline)"
+    why = f"the hub cannot be reached ({_first_line(reason)})" if reason else "only the cache may be read (offline)"
     try:
         path = library.snapshot_download(
             repo_id, revision=revision, local_files_only=True, allow_patterns=list(_MARKERS[:1])
         )
     except Exception as exc:  # as in fetch
         raise BundleError(
-            f"{shown} is neither a folder here nor in the cache of the hub, and {why}. Check the name, go online, or "
-            "unset HF_HUB_OFFLINE."
+            f"{shown} is not in the hub's cache, and {why}. Check the name, go online, or unset HF_HUB_OFFLINE."
         ) from exc
     folder = Path(path)
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}

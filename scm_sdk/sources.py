@@ -92,10 +92,10 @@ def open_source(
     """Open a bundle or a checkpoint folder and check its files.
 
     Args:
-        path: The folder, a ``.scmz`` file, or a hub id ``owner/name``.
+        path: The folder, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
         verify: ``digest`` reads every file; ``none`` only looks whether each is there.
         revision: Branch, tag or commit of a hub id.
-        local_files_only: Ask the hub's cache alone.
+        local_files_only: Read the hub's cache alone.
 
     Raises:
         BundleError: If there is no such folder, or it is neither of the two, or a file is damaged.

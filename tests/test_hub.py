@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def open_it(path, **options):
 def test_a_bundle_in_the_cache(hub_cache, linear, offline):
     snapshot = put_in_cache(hub_cache, "someone/linear", contents(linear))
     with (
-        open_it("someone/linear") as gen,
+        open_it("hf:someone/linear") as gen,
         open_it(linear) as here,
     ):
         assert gen.source.path == snapshot
@@ -36,34 +37,34 @@ def test_a_bundle_in_the_cache(hub_cache, linear, offline):
 
 def test_a_checkpoint_in_the_cache(hub_cache, unet_checkpoint, offline):
     put_in_cache(hub_cache, "someone/unet", contents(unet_checkpoint))
-    there, here = ConsistencyModel.from_pretrained("someone/unet"), ConsistencyModel.from_pretrained(unet_checkpoint)
+    there, here = ConsistencyModel.from_pretrained("hf:someone/unet"), ConsistencyModel.from_pretrained(unet_checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(there.parameters(), here.parameters(), strict=True))
 
 
 def test_a_revision_in_the_cache(hub_cache, linear, offline):
     put_in_cache(hub_cache, "someone/linear", contents(linear), ref="v1")
     assert fetch("someone/linear", revision="v1") == fetch("someone/linear", revision=COMMIT)
-    with pytest.raises(BundleError, match="someone/linear is neither a folder here nor in the cache"):
+    with pytest.raises(BundleError, match="hf:someone/linear is not in the hub's cache"):
         fetch("someone/linear")
-    with pytest.raises(BundleError, match="someone/linear@v2 is neither"):
+    with pytest.raises(BundleError, match="hf:someone/linear@v2 is not"):
         fetch("someone/linear", revision="v2")
 
 
 def test_the_cache_alone_by_argument(hub_cache, linear, hub):
     put_in_cache(hub_cache, "someone/linear", contents(linear))
-    open_it("someone/linear", local_files_only=True).close()
+    open_it("hf:someone/linear", local_files_only=True).close()
     assert hub.asked == []
 
 
 def test_offline_and_not_there(offline):
-    with pytest.raises(BundleError, match=r"only the cache may be asked \(offline\).*HF_HUB_OFFLINE"):
-        Generator.from_pretrained("someone/absent")
+    with pytest.raises(BundleError, match=r"only the cache may be read \(offline\).*HF_HUB_OFFLINE"):
+        Generator.from_pretrained("hf:someone/absent")
 
 
 def test_no_network_falls_back_to_the_cache(hub_cache, linear):
     put_in_cache(hub_cache, "someone/linear", contents(linear))
-    open_it("someone/linear").close()
-    with pytest.raises(BundleError, match=r"nor in the cache of the hub, and the hub cannot be reached \(Connect"):
+    open_it("hf:someone/linear").close()
+    with pytest.raises(BundleError, match=r"not in the hub's cache, and the hub cannot be reached"):
         fetch("someone/absent")
 
 
@@ -89,7 +90,7 @@ def test_a_link_out_of_the_cache_is_refused(hub_cache, unet_checkpoint, offline,
     (snapshot / name).unlink()
     (snapshot / name).symlink_to(secret)
     with pytest.raises(BundleError, match="is a link that leads out of"):
-        ConsistencyModel.from_pretrained("someone/unet")
+        ConsistencyModel.from_pretrained("hf:someone/unet")
 
 
 def test_a_bundle_with_a_link_to_another_repositorys_files(hub_cache, linear, offline):
@@ -104,11 +105,28 @@ def test_a_bundle_with_a_link_to_another_repositorys_files(hub_cache, linear, of
 # Which texts are hub ids
 
 
-def test_a_mistyped_path_is_not_asked_for_in_public(hub, tmp_path):
-    (tmp_path / "runs").mkdir()
-    for path in ("runs/avatarz", "./runs/x", "/nowhere/x", "a/b/c", "runs", "-x/y", "x/..", "x/"):
+@pytest.mark.parametrize("loader", [Generator, ConsistencyModel])
+def test_a_path_is_never_asked_for_in_public(hub, linear, loader):
+    hub.repos["runs/avatars"] = contents(linear)  # whoever registers a name that looks like a path
+    for path in ("runs/avatars", Path("runs/avatars"), "./runs/x", "/nowhere/x", "a/b/c", "runs", "-x/y", "x/..", "x/"):
         with pytest.raises(BundleError, match=r"does not exist|holds neither"):
-            Generator.from_pretrained(path)
+            loader.from_pretrained(path)
+    with pytest.raises(BundleError, match=r"runs/avatars does not exist.*write hf:runs/avatars"):
+        loader.from_pretrained("runs/avatars")
+    assert hub.asked == []
+
+
+def test_a_revision_asks_the_hub(hub, linear):
+    hub.repos["someone/linear"] = contents(linear)
+    commit = hub.sha("someone/linear")
+    with open_it("someone/linear", revision=commit) as plain, open_it("hf:someone/linear", revision=commit) as named:
+        assert plain.source.path == named.source.path
+
+
+@pytest.mark.parametrize("text", ["hf:", "hf:a", "hf:a/b/c", "hf:../b", "hf:a/b@main"])
+def test_a_malformed_id_is_refused(hub, text):
+    with pytest.raises(ConfigError, match="expected 'owner/name'"):
+        Generator.from_pretrained(text)
     assert hub.asked == []
 
 
@@ -136,8 +154,8 @@ def test_a_revision_of_a_folder_is_refused(linear):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(BackendUnavailable, match=r"hub id 'someone/linear' needs huggingface_hub.*scm-sdk\[hub\]"):
-        Generator.from_pretrained("someone/linear")
+    with pytest.raises(BackendUnavailable, match=r"hf:someone/linear needs huggingface_hub.*huggingface_hub"):
+        Generator.from_pretrained("hf:someone/linear")
 
 
 def test_nothing_of_it_is_imported_for_a_folder(linear):

@@ -25,7 +25,7 @@ def open_it(path, **options):
 
 def test_a_bundle_from_a_server(hub, linear, tmp_path):
     hub.repos["someone/linear"] = contents(linear) | {"evil.pkl": b"cos\nsystem\n", "train.py": b"boom"}
-    with open_it("someone/linear") as gen:
+    with open_it("hf:someone/linear") as gen:
         assert gen(seed=1, output_type="raw").images.shape == (1, 3, 4, 4)
         assert not (gen.source.path / "evil.pkl").exists()
     assert not [line for line in hub.asked if "evil.pkl" in line or "train.py" in line]
@@ -44,13 +44,13 @@ def test_names_with_wildcards_fetch_themselves_alone(hub, toy, tmp_path):
 
 def test_what_the_server_says(hub, linear):
     hub.repos["someone/linear"] = contents(linear)
-    with pytest.raises(BundleError, match="someone/absent is neither a folder here nor a repository of the hub"):
-        Generator.from_pretrained("someone/absent")
+    with pytest.raises(BundleError, match="hf:someone/absent is no repository of the hub"):
+        Generator.from_pretrained("hf:someone/absent")
     with pytest.raises(BundleError, match="someone/linear@v9: the repository is there, this revision is not"):
-        Generator.from_pretrained("someone/linear", revision="v9")
+        Generator.from_pretrained("hf:someone/linear", revision="v9")
     hub.repos["someone/pickles"] = {"model.ckpt": b"x"}
     with pytest.raises(BundleError, match=r"expected a bundle or a checkpoint; it holds model\.ckpt"):
-        Generator.from_pretrained("someone/pickles")
+        Generator.from_pretrained("hf:someone/pickles")
 
 
 def test_files_that_are_not_as_listed(hub, linear):
@@ -67,7 +67,7 @@ def test_files_that_are_not_as_listed(hub, linear):
     data[-1] ^= 1
     hub.repos["someone/linear"][name] = bytes(data)
     with pytest.raises(IntegrityError, match="was altered or damaged"):
-        Generator.from_pretrained("someone/linear")
+        Generator.from_pretrained("hf:someone/linear")
     assert not [line for line in hub.asked[:4] if name in line], "sizes are compared before anything is fetched"
 
 
@@ -104,7 +104,7 @@ def test_a_bundle_goes_there_and_back(hub, linear):
     address = Bundle.open(linear).push_to_hub("me/linear", message="First")
     assert address.startswith(f"{hub.url}/me/linear/commit/")
     assert hub.repos["me/linear"] == {n: d for n, d in contents(linear).items() if n != "notes.txt"}
-    with open_it("me/linear") as gen:
+    with open_it("hf:me/linear") as gen:
         assert gen.source.build_id == Bundle.open(linear).manifest.build_id
 
 
@@ -113,8 +113,8 @@ def test_a_model_goes_there_and_back_with_its_card(hub, unet_checkpoint):
     model.push_to_hub("me/unet")
     assert set(hub.repos["me/unet"]) == {"config.json", WEIGHTS, "README.md"}
     card = hub.repos["me/unet"]["README.md"].decode()
-    assert 'Generator.from_pretrained("me/unet")' in card
-    again = ConsistencyModel.from_pretrained("me/unet")
+    assert 'Generator.from_pretrained("hf:me/unet")' in card
+    again = ConsistencyModel.from_pretrained("hf:me/unet")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 

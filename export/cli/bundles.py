@@ -68,9 +68,12 @@ def unpack(archive: Path, out: Path, overwrite: bool, revision: str | None) -> N
 @click.option("--hub-id", default="", metavar="OWNER/NAME", help="Where the card says that the bundle is.")
 def card(path: Path, hub_id: str) -> None:
     """Write the model card of the bundle at PATH anew, from what it records by now."""
+    from scm_sdk.hub import HUB_PREFIX
+
     from ..card import CARD_PATH, refresh_card
 
-    say(f"{refresh_card(path, where=hub_id).path / CARD_PATH}")
+    refreshed = refresh_card(path, where=f"{HUB_PREFIX}{hub_id}" if hub_id else "")
+    say(f"{refreshed.path / CARD_PATH}")
 
 
 @bundle.command()
@@ -82,12 +85,12 @@ def card(path: Path, hub_id: str) -> None:
 @click.option("--message", default="", help="Of the commit.")
 def push(path: Path, repo_id: str, revision: str | None, private: bool, create_pr: bool, message: str) -> None:
     """Upload the bundle at PATH, with a card that is up to date, to the Hugging Face hub."""
-    from scm_sdk.hub import is_repo_id
+    from scm_sdk.hub import HUB_PREFIX, is_repo_id
 
     from ..card import refresh_card
 
     if not is_repo_id(repo_id):
         raise click.UsageError(f"{repo_id!r} is no hub id, expected OWNER/NAME.")
-    refreshed = refresh_card(path, where=repo_id)
+    refreshed = refresh_card(path, where=f"{HUB_PREFIX}{repo_id}")
     say(refreshed.push_to_hub(repo_id, revision=revision, private=private or None, message=message,
                               create_pr=create_pr))  # fmt: skip

@@ -34,7 +34,7 @@ def import_(
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
-    scm-export import OWNER/NAME --revision COMMIT -o sana --steps 2
+    scm-export import hf:OWNER/NAME --revision COMMIT -o sana --steps 2
     scm-export import edm2-img64-s-1073741-0.075.pkl -o edm2-img64-s
     """
     if not source.is_file() and source.suffix != ".pkl":

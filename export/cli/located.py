@@ -1,4 +1,4 @@
-"""How commands take a model: a folder, a ``.scmz`` file or a hub id with ``--revision``; they are handed its folder."""
+"""Command arguments for a model: a folder, a ``.scmz`` file or ``hf:OWNER/NAME``, resolved to its local folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import click
 from .common import say
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-HUB_HELP = "A hub id is fetched once; HF_HUB_OFFLINE=1 asks the cache alone."
 
 
 def model_argument(name: str, *, required: bool = True) -> Callable[[Command], Command]:
@@ -44,7 +43,7 @@ def model_argument(name: str, *, required: bool = True) -> Callable[[Command], C
 def revision_option(command: Command) -> Command:
     """Add ``--revision``."""
     return click.option(
-        "--revision", metavar="REV", help="Branch, tag or commit of a hub id OWNER/NAME; only a commit never changes."
+        "--revision", metavar="REV", help="Branch, tag or commit of hf:OWNER/NAME; only a commit never changes."
     )(command)
 
 

@@ -199,7 +199,7 @@ class ConsistencyModel(nn.Module):
         """Load ``config.json`` and ``diffusion_pytorch_model.safetensors``, in eval mode.
 
         Args:
-            path: Folder of a checkpoint or a bundle, a ``.scmz`` file, or a hub id ``owner/name``.
+            path: Folder of a checkpoint or a bundle, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
             network: A module to load the weights into, where the network is your own and not registered.
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the cache alone.

@@ -10,7 +10,7 @@ from .._names import CONFIG_NAME, WEIGHTS_NAME
 from ..bundle import Bundle
 from ..card import model_card
 from ..errors import BundleError
-from ..hub import push
+from ..hub import HUB_PREFIX, push
 from ..locate import locate
 from ..manifest import MANIFEST_NAME
 from .checkpoint import save_checkpoint
@@ -41,7 +41,7 @@ def push_model(
 ) -> str:  # fmt: skip
     """Upload config, weights and a card; see ``ConsistencyModel.push_to_hub``."""
     specs = tuple(model.spec(steps) for steps in (1, 2))
-    card = model_card(repo_id.partition("/")[2], specs, model.config.provenance, where=repo_id)
+    card = model_card(repo_id.partition("/")[2], specs, model.config.provenance, where=f"{HUB_PREFIX}{repo_id}")
     with TemporaryDirectory(prefix="scm-push-") as name:
         folder = Path(name)
         save_checkpoint(model, folder)
