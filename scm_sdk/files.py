@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from pathlib import Path, PurePosixPath
 from .errors import BundleError, IntegrityError, ScmError
 
 _CHUNK_BYTES = 1 << 20
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
+"""Name of what ``_sibling`` names."""
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 """Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
 
@@ -124,6 +127,19 @@ def atomic_folder(
             raise error(_cannot_write(path, exc)) from exc
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left in a folder and below it; only for who holds the folder alone.
+
+    What cannot be deleted stays: it is never read.
+    """
+    for path in [path for path in folder.rglob(".*") if _LEFTOVER.fullmatch(path.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

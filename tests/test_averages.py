@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import msgspec
 import numpy as np
@@ -77,7 +78,7 @@ def run(tmp_path_factory):
 def _stop_at(iteration):
     def stop(done):
         if done == iteration:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     return stop
 

@@ -1,6 +1,7 @@
 """Runs as people make them: they end where they should, resume exactly, and fail in one clear line."""
 
 import json
+import signal
 
 import msgspec
 import numpy as np
@@ -145,7 +146,7 @@ def test_vsd_runs_resume_exactly(npz, tmp_path, changes):
 def test_ctrl_c_keeps_what_was_done(npz, tmp_path):
     def interrupt(done):
         if done == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train(config(npz), tmp_path / "run", Hooks(on_step=interrupt))

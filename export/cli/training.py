@@ -186,6 +186,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
     if main:
         say(f"{config.objective}: {config.num_iterations} iterations to {out}. Interrupt at will; run again to go on.")
     lines: list[StepLog] = []
+    done = 0
 
     with progress_bar(config.objective, config.num_iterations, hidden=not main) as update:
 
@@ -193,8 +194,13 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
             lines.append(line)
             update(line.iteration, f"loss {line.loss:.3f} residual {line.residual:.4f} skipped {line.skipped}")
 
+        def on_step(iteration: int) -> None:
+            nonlocal done
+            done = iteration
+            update(iteration)
+
         hooks = Hooks(
-            on_step=update,
+            on_step=on_step,
             on_log=on_log,
             on_sample=lambda model, at: write_samples(model, config.objective, out / "samples", at),
             sample_every=options["sample_every"],
@@ -208,6 +214,10 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
             if main:
                 raise
             sys.exit(130)
+        except SystemExit:
+            if main:
+                say(f"Terminated. Saved after iteration {done}; run the same command again to go on.")
+            raise
     if not main:
         return
     if options["as_json"]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -98,8 +99,7 @@ class World:
             value = action()
         except ScmError as exc:
             mine = exc
-        failures: list[str | None] = [None] * self.size
-        dist.all_gather_object(failures, None if mine is None else str(mine))
+        failures = self.gather(None if mine is None else str(mine))
         failed = [(rank, message) for rank, message in enumerate(failures) if message is not None]
         if not failed:
             return value
@@ -108,6 +108,14 @@ class World:
         if mine is not None:
             raise mine
         raise TrainError(f"process {failed[0][0]} of {self.size}: {failed[0][1]}")
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return every process's value, by rank, on every process; values are pickled."""
+        found: list[Any] = [value]
+        if self.size > 1:
+            found *= self.size
+            dist.all_gather_object(found, value)
+        return found
 
     def on_main(self, action: Callable[[], Value]) -> Value:
         """Do something on process 0 while the others wait, and give its value, which is pickled, to all.
@@ -201,22 +209,29 @@ def _is_about_the_others(exc: RuntimeError) -> bool:
 
 
 @contextmanager
-def stop_signals(world: World) -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a wish to stop, so that all processes stop after the same iteration.
+def stop_signals(world: World) -> Iterator[Callable[[], int]]:
+    """Turn Ctrl-C and SIGTERM into a wish to stop: a run ends after an iteration, all its processes after the same.
 
-    A single process is interrupted at once, as Python does it.
+    A second Ctrl-C interrupts a single process at once, as Python does it.
 
     Yields:
-        Whether this process was asked to stop.
+        The signal that asked this process to stop; 0 for none.
     """
-    asked = threading.Event()
-    if world.size == 1 or threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+    asked = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # no other thread is told of signals
         return
+
+    def note(number: int, _: FrameType | None) -> None:
+        nonlocal asked
+        if asked == number == signal.SIGINT and world.size == 1:
+            raise KeyboardInterrupt
+        asked = number
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(one, lambda *_: asked.set()) for one in signals]
+    before = [signal.signal(one, note) for one in signals]
     try:
-        yield asked.is_set
+        yield lambda: asked
     finally:
         for one, handler in zip(signals, before, strict=True):
             signal.signal(one, handler)

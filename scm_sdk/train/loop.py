@@ -2,24 +2,33 @@
 
 A run lives in one folder: ``train.json`` (what it is), ``state.safetensors`` or ``state-ITERATION/`` (where it stands),
 ``config.json`` + ``diffusion_pytorch_model.safetensors`` (the averaged model, loadable at any time),
-``log.jsonl`` and ``samples/``. Every iteration's randomness is a function of (seed, iteration), so a
-run that was interrupted ends with the same weights as one that was not. Under ``torchrun`` the processes of
-``distributed`` share the work of each iteration.
+``log.jsonl`` and ``samples/``. Every iteration's randomness is a function of (seed, iteration), and the state is the
+last thing that a checkpoint writes: log, samples and model of an iteration are on disk before its state is. So a run
+that was interrupted, or killed at any moment, ends with the same files as one that was not; of the log, only the
+seconds differ. Under ``torchrun`` the processes of ``distributed`` share the work of each iteration.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
-from ..errors import TrainError
+import msgspec
+import torch
+
+from .._names import CONFIG_NAME, WEIGHTS_NAME
+from ..errors import BundleError, ScmError, TrainError
 from ..files import atomic_write_bytes
+from ..model.checkpoint import read_config, read_tensors
 from ..model.consistency import ConsistencyModel
 from .batches import Feed, seed_dropout, split
 from .build import Run, build
@@ -31,6 +40,7 @@ from .objectives import Batch
 from .prepare import Prepared, claimed_folder, resolve
 from .sharded_state import load_run, save_run
 from .sharding import check_scale, clip_gradients, reducing
+from .state import not_resumable
 
 LOG_FILE = "log.jsonl"
 
@@ -95,10 +105,15 @@ def train(
         data: What ``load_data(config.data)`` returned, where the caller has it already.
         scale: How to spread it over the processes that torchrun started, and each iteration over time.
 
+    On Ctrl-C (SIGINT) and on SIGTERM it finishes the iteration and saves. A second Ctrl-C ends a single process at
+    once, unsaved. Threads other than the main one receive no signals.
+
     Returns:
         The averaged model, as it lies in ``out``. Of several processes of a sharded run only the first has it whole.
 
     Raises:
+        KeyboardInterrupt: After Ctrl-C.
+        SystemExit: With code 143, after SIGTERM.
         TrainError: If the data does not fit, the folder holds another run, too many steps in a row are not finite,
             a disk is full, or another process was lost. What was saved before stays.
         ConfigError: If the run cannot be spread out so.
@@ -131,54 +146,86 @@ def _iterate(run: Run, out: Path, hooks: Hooks) -> ConsistencyModel:
     """Run what is left of a run's iterations, log and save on the way."""
     config, state, world = run.config, run.state, run.world
     load_run(out, state, world)
+    if state.iteration >= config.num_iterations:
+        return _finished(run, out)
     log = _Log(run, out, hooks)
     with Feed(config, run.data, run.rows) as feed, stop_signals(world) as asked_to_stop:
-        try:
-            while state.iteration < config.num_iterations:
-                step = _step(run, feed(state.iteration), stop=asked_to_stop())
-                log.take(step)
-                if step.finite:
-                    run.move()
-                elif log.bad >= config.max_bad_steps:
-                    raise TrainError(
-                        f"{log.bad} steps in a row had a loss or gradient that is not finite, at iteration "
-                        f"{state.iteration}. Lower the learning rate or lengthen tangent_warmup."
-                    )
-                run.profiles.update(state.iteration)
-                state.iteration += 1
-                hooks.on_step(state.iteration)
-                last = state.iteration == config.num_iterations
-                if last or state.iteration % hooks.log_every == 0:
-                    log.write()
-                if last or step.stop or state.iteration % hooks.checkpoint_every == 0:
-                    _checkpoint(run, out, log.seconds)
-                if hooks.sample_every and (last or state.iteration % hooks.sample_every == 0):
-                    model = run.gathered()
-                    world.on_main(partial(hooks.on_sample, model, state.iteration))
-                if step.stop and not last:
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            if world.size == 1:  # several processes have saved already, after the same iteration
-                _checkpoint(run, out, log.seconds)
-            raise
+        while state.iteration < config.num_iterations:
+            step = _step(run, feed(state.iteration), stop=asked_to_stop())
+            log.take(step)
+            if step.finite:
+                run.move()
+            elif log.bad >= config.max_bad_steps:
+                raise TrainError(
+                    f"{log.bad} steps in a row had a loss or gradient that is not finite, at iteration "
+                    f"{state.iteration}. Lower the learning rate or lengthen tangent_warmup."
+                )
+            run.profiles.update(state.iteration)
+            state.iteration += 1
+            hooks.on_step(state.iteration)
+            stop = asked_to_stop() if world.size == 1 else step.stop
+            last = state.iteration == config.num_iterations
+            if last or state.iteration % hooks.log_every == 0:
+                log.write()
+            if hooks.sample_every and (last or state.iteration % hooks.sample_every == 0):
+                model = run.gathered()
+                world.on_main(partial(hooks.on_sample, model, state.iteration))
+            if last or stop or state.iteration % hooks.checkpoint_every == 0:
+                _checkpoint(run, out, log)
+            if stop and not last:
+                raise SystemExit(128 + stop) if stop == signal.SIGTERM else KeyboardInterrupt
     return run.gathered()
+
+
+def _finished(run: Run, out: Path) -> ConsistencyModel:
+    """Return the model of a run that is done, and write it again where the folder does not hold it."""
+    if run.state.iteration > run.config.num_iterations:
+        raise not_resumable(
+            out, f"it has done {run.state.iteration} iterations, expected at most {run.config.num_iterations}"
+        )
+    model = run.gathered()
+
+    def repair() -> None:
+        if not _is_saved(model, out):
+            _save_model(model, out)
+
+    run.world.on_main(repair)
+    return model
+
+
+def _save_model(model: ConsistencyModel, out: Path) -> None:
+    try:
+        model.save_pretrained(out)
+    except BundleError as exc:
+        raise TrainError(f"{exc} The last checkpoint is still there, and the same command goes on from it.") from exc
+
+
+def _is_saved(model: ConsistencyModel, out: Path) -> bool:
+    """Return whether a folder holds just this model."""
+    try:
+        if read_config(out / CONFIG_NAME) != model.config:
+            return False
+        stored, own = read_tensors(out / WEIGHTS_NAME), model.network.state_dict()
+    except ScmError:
+        return False
+    return stored.keys() == own.keys() and all(torch.equal(stored[name], own[name].cpu()) for name in own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """The gradient of one iteration, the same on every process: loss, residual, norm; whether any is to stop."""
+    """The gradient of one iteration, the same on every process: loss, residual, norm; the signal to stop by, or 0."""
 
     loss: float
     residual: float
     norm: float
-    stop: bool
+    stop: int
 
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-def _step(run: Run, batch: Batch, *, stop: bool) -> _Step:
+def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
     """Compute an iteration's gradient: that of the mean loss over the whole batch, part by part, over all processes."""
     config, iteration, parts = run.config, run.state.iteration, run.scale.accumulate
     for group in run.optimizer.param_groups:
@@ -196,16 +243,18 @@ def _step(run: Run, batch: Batch, *, stop: bool) -> _Step:
         residual_sum += float(residual)
     unscale(run.parameters, config.precision)
     norm = clip_gradients(run.parameters, config.grad_clip or math.inf)
-    loss_mean, residual_mean, stops = run.world.mean([loss_sum / parts, residual_sum / parts, float(stop)])
-    return _Step(loss=loss_mean, residual=residual_mean, norm=norm, stop=stops > 0)
+    told = [float(stop == signal.SIGTERM), float(stop == signal.SIGINT)]
+    loss_mean, residual_mean, terms, ints = run.world.mean([loss_sum / parts, residual_sum / parts, *told])
+    stop = signal.SIGTERM if terms else signal.SIGINT if ints else 0
+    return _Step(loss=loss_mean, residual=residual_mean, norm=norm, stop=stop)
 
 
-def _checkpoint(run: Run, out: Path, seconds: float) -> None:
-    """Save where the run stands, then the averaged model."""
-    run.state.seconds = seconds
-    save_run(out, run.state, run.world, sharded=run.sharded)
+def _checkpoint(run: Run, out: Path, log: _Log) -> None:
+    """Save the averaged model, then where the run stands: from then on, nothing before it is done again."""
     model = run.gathered()
-    run.world.on_main(lambda: model.save_pretrained(out))
+    run.world.on_main(lambda: _save_model(model, out))
+    log.keep()
+    save_run(out, run.state, run.world, sharded=run.sharded)
 
 
 class _Log:
@@ -213,20 +262,14 @@ class _Log:
 
     def __init__(self, run: Run, out: Path, hooks: Hooks) -> None:
         self._run, self._hooks, self._path = run, hooks, out / LOG_FILE
-        self._window: list[_Step] = []
         self._started = time.monotonic() - run.state.seconds
         self.bad = 0
         run.world.on_main(self._trim)
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far, over all sittings."""
-        return time.monotonic() - self._started
-
     def take(self, step: _Step) -> None:
         """Count a step; ``bad`` is how many in a row were not finite."""
         if step.finite:
-            self._window.append(step)
+            self._run.state.window.append((step.loss, step.residual, step.norm))
             self.bad = 0
         else:
             self._run.state.skipped += 1
@@ -234,34 +277,58 @@ class _Log:
 
     def write(self) -> None:
         """Write and report the line of the window, unless no step of it was finite."""
-        steps, self._window = self._window, []
+        state = self._run.state
+        steps, state.window = state.window, []
         if not steps or not self._run.world.is_main:
             return
-        state = self._run.state
+        losses, residuals, norms = zip(*steps, strict=True)
         line = StepLog(
             iteration=state.iteration,
-            loss=sum(step.loss for step in steps) / len(steps),
-            residual=sum(step.residual for step in steps) / len(steps),
-            grad_norm=max(step.norm for step in steps),
+            loss=sum(losses) / len(steps),
+            residual=sum(residuals) / len(steps),
+            grad_norm=max(norms),
             learning_rate=self._run.config.learning_rate_at(state.iteration - 1),
             skipped=state.skipped,
-            seconds=round(self.seconds, 1),
+            seconds=round(time.monotonic() - self._started, 1),
         )
+        with self._writing() as stream:
+            stream.write(json.dumps(asdict(line)) + "\n")
+        self._hooks.on_log(line)
+
+    def keep(self) -> None:
+        """Have the log outlast a power cut, and let the state know the seconds."""
+        self._run.state.seconds = time.monotonic() - self._started
+        if self._run.world.is_main and self._path.exists():
+            with self._writing() as stream:
+                os.fsync(stream.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[TextIO]:
         try:
             with open(self._path, "a") as stream:
-                stream.write(json.dumps(asdict(line)) + "\n")
+                yield stream
         except OSError as exc:
             raise TrainError(
                 f"{self._path} cannot be written: {exc.strerror}. Free some space or choose another disk; the last "
                 "checkpoint is still there, and the same command goes on from it."
             ) from exc
-        self._hooks.on_log(line)
 
     def _trim(self) -> None:
-        """Drop what was logged after the last checkpoint: those iterations are run again."""
+        """Drop what was logged after the last checkpoint, which is run again, and what a power cut left in pieces."""
         if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            done = self._run.state.iteration
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= done]
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if 0 < _iteration_of(line) <= self._run.state.iteration]
             if kept != lines:
-                atomic_write_bytes(self._path, "".join(kept).encode(), error=TrainError)
+                atomic_write_bytes(self._path, b"".join(kept), error=TrainError)
+
+
+def _iteration_of(line: bytes) -> int:
+    """Return the iteration of a line of the log; 0 for what is none."""
+    try:
+        return msgspec.json.decode(line, type=_Logged).iteration if line.endswith(b"\n") else 0
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return 0
+
+
+class _Logged(msgspec.Struct):
+    iteration: int

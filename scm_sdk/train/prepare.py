@@ -11,8 +11,8 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from .._version import __version__
-from ..errors import TrainError
-from ..files import atomic_write_bytes
+from ..errors import ConfigError, TrainError
+from ..files import atomic_write_bytes, remove_leftovers
 from ..model.consistency import ConsistencyModel, ModelConfig, NetworkConfig
 from ..model.foreign.diffusers_folder import is_diffusers_folder, load_diffusers
 from ..model.own import OwnConfig
@@ -169,6 +169,8 @@ def _check_labels(config: TrainConfig, network: NetworkConfig) -> None:
 def claimed_folder(config: TrainConfig, out: Path) -> Iterator[None]:
     """Hold a run's folder: no other process may train in it, and it holds this run's config.
 
+    What a process that was killed here left half written is deleted.
+
     Raises:
         TrainError: If another process holds it, it holds a run with another config, or it cannot be
             written.
@@ -184,6 +186,7 @@ def claimed_folder(config: TrainConfig, out: Path) -> Iterator[None]:
     except OSError as exc:
         raise TrainError(f"{out} cannot be written: {exc.strerror}. Choose a folder that you may write to.") from exc
     try:
+        remove_leftovers(out)
         _claim(config, out)
         yield
     finally:
@@ -195,7 +198,12 @@ def _claim(config: TrainConfig, out: Path) -> None:
     if not path.exists():
         atomic_write_bytes(path, config.to_json().encode() + b"\n", error=TrainError)
         return
-    there = msgspec.to_builtins(TrainConfig.from_json(path.read_bytes()))
+    try:
+        there = msgspec.to_builtins(TrainConfig.from_json(path.read_bytes()))
+    except (OSError, ConfigError) as exc:
+        raise TrainError(
+            f"{path} cannot be read: {exc} It says which run lies in {out}. Copy it again, or use another folder."
+        ) from exc
     here = msgspec.to_builtins(config)
     here["compile"] = there["compile"]  # how it runs, not what it is
     if differ := [f"{key}: {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]:

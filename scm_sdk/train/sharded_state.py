@@ -2,12 +2,12 @@
 
 ``torch.distributed.checkpoint`` splits the work; its Hugging Face storage writes safetensors, so that nothing is a
 pickle. A checkpoint is a folder ``state-ITERATION`` that appears when it is whole; the one before it goes afterwards.
+``counters.json`` in it has the sha256 of each share, which the processes take and check together.
 On several machines the run's folder must be one that they share.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import warnings
@@ -16,16 +16,24 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import safe_open
 
 from ..errors import TrainError
-from ..files import atomic_folder, atomic_write_bytes
+from ..files import atomic_folder, atomic_write_bytes, sha256_file
 from .distributed import World
-from .state import STATE_FILE, UNREADABLE, RunState, load_state, not_resumable, save_state
+from .state import STATE_FILE, UNREADABLE, Counters, RunState, load_state, not_resumable, read_counters, save_state
 
 COUNTERS_FILE = "counters.json"
 FOLDER = re.compile(r"state-(\d{8,})")
+
+
+class _Shares(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The numbers of a state, and the sha256 of the files with its tensors."""
+
+    counters: Counters
+    sha256: dict[str, str]
 
 
 def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None:
@@ -46,9 +54,10 @@ def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None
 
         folder = world.on_main(begin)
         _write_shares(folder, target, state, world)
-        world.on_main(
-            lambda: atomic_write_bytes(Path(folder) / COUNTERS_FILE, state.counters().encode(), error=TrainError)
-        )
+        sums = world.gather(world.together(lambda: _sums(Path(folder), world)))
+        shares = _Shares(counters=state.counters(), sha256={name: each[name] for each in sums for name in each})
+        text = msgspec.json.encode(shares)
+        world.on_main(lambda: atomic_write_bytes(Path(folder) / COUNTERS_FILE, text, error=TrainError))
         world.on_main(stack.close)
     world.on_main(lambda: _remove_all_but(out, target))
 
@@ -87,6 +96,12 @@ def _write_shares(folder: str, target: Path, state: RunState, world: World) -> N
         ) from exc
 
 
+def _sums(folder: Path, world: World) -> dict[str, str]:
+    """Return the sha256 of this process's part of a folder's shares, by name."""
+    paths = sorted(folder.glob("*.safetensors"))
+    return {path.name: sha256_file(path) for path in paths[world.rank :: world.size]}
+
+
 def _read_shares(folder: Path, state: RunState, world: World) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -94,11 +109,17 @@ def _read_shares(folder: Path, state: RunState, world: World) -> None:
 
     reader = HuggingFaceStorageReader(str(folder))
 
-    def begin() -> tuple[str, dict[str, Any]]:
+    def begin() -> tuple[Counters, dict[str, Any]]:
         try:
+            shares = msgspec.json.decode((folder / COUNTERS_FILE).read_bytes(), type=_Shares)
+            if {path.name for path in folder.glob("*.safetensors")} != shares.sha256.keys():
+                raise ValueError(f"its shares are not the {len(shares.sha256)} of {COUNTERS_FILE}")
+            for name, found in _sums(folder, world).items():
+                if found != shares.sha256[name]:
+                    raise ValueError(f"{name} does not have the sha256 of {COUNTERS_FILE}")
             stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
             shapes = {name: torch.Size(about.size) for name, about in stored.items()}
-            return (folder / COUNTERS_FILE).read_text(), dict(state.blanks(shapes))
+            return shares.counters, dict(state.blanks(shapes))
         except UNREADABLE as exc:
             raise not_resumable(folder, exc) from exc
 
@@ -137,7 +158,7 @@ def _newest(out: Path) -> Path | None:
     if file.exists():
         try:
             with safe_open(file, framework="pt") as archive:
-                found.append((int(json.loads(archive.metadata()["counters"])["iteration"]), file))
+                found.append((read_counters(archive.metadata()).iteration, file))
         except UNREADABLE:
             return file
     return max(found)[1] if found else None

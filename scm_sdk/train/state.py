@@ -1,17 +1,19 @@
 """Where a run stands: everything that changes, as named tensors, and the file that keeps them.
 
 The weights, the averages, the weighting heads and the optimizers' moments lie in one safetensors file. Where they are
-split over several processes, ``sharded_state`` keeps the same tensors in a folder.
+split over several processes, ``sharded_state`` keeps the same tensors in a folder. A checksum covers all of it: what
+goes on from a damaged state would end elsewhere without a word.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,8 +23,21 @@ from ..errors import IntegrityError, TrainError
 from ..files import atomic_write_bytes
 
 STATE_FILE = "state.safetensors"
-UNREADABLE = (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError)
+UNREADABLE = (
+    SafetensorError, msgspec.MsgspecError, OSError, LookupError, TypeError, ValueError, RuntimeError, RecursionError,
+)  # fmt: skip
 """What a damaged or foreign state raises while it is read."""
+MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+"""What Adam and RAdam keep for each parameter: a number, and two tensors of the parameter's shape."""
+
+
+class Counters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The numbers of a state; ``RunState`` has them, too."""
+
+    iteration: Annotated[int, msgspec.Meta(ge=0)]
+    skipped: Annotated[int, msgspec.Meta(ge=0)]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    window: list[tuple[float, float, float]]
 
 
 @dataclass(kw_only=True)
@@ -37,6 +52,7 @@ class RunState:
         iteration: Iterations done.
         skipped: Non-finite steps skipped.
         seconds: Seconds of training, over all sittings.
+        window: Loss, residual and gradient norm of each finite step since the last line of the log.
     """
 
     network: nn.Module
@@ -46,14 +62,15 @@ class RunState:
     iteration: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    window: list[tuple[float, float, float]] = field(default_factory=list)
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the parts that have a state dict, by the prefix of their tensors."""
         return {"network": self.network, "average": self.average, **self.modules}
 
-    def counters(self) -> str:
-        """Return the numbers beside the tensors as JSON."""
-        return json.dumps({"iteration": self.iteration, "skipped": self.skipped, "seconds": self.seconds})
+    def counters(self) -> Counters:
+        """Return the numbers beside the tensors."""
+        return Counters(iteration=self.iteration, skipped=self.skipped, seconds=self.seconds, window=self.window)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name; those of a sharded run are the shares of this process (DTensor)."""
@@ -91,23 +108,34 @@ class RunState:
                 raise ValueError(f"{name} is {tuple(shapes[name])}, the run's is {tuple(tensor.shape)}")
         return {name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) for name, tensor in like.items()}
 
-    def fill(self, tensors: Mapping[str, Tensor], counters: str) -> None:
+    def fill(self, tensors: Mapping[str, Tensor], counters: Counters) -> None:
         """Take over what ``tensors`` and ``counters`` returned, in this or in a run of other processes.
 
         Raises:
-            KeyError, TypeError, ValueError, RuntimeError: If they are not this run's.
+            KeyError, TypeError, ValueError, RuntimeError: If they are not this run's, or not finite.
         """
-        numbers = json.loads(counters)
+        if counters.skipped > counters.iteration:
+            raise ValueError(f"{counters.skipped} of {counters.iteration} iterations were skipped")
         for prefix, module in self.parts().items():
             own, found = module.state_dict(), _below(tensors, prefix)
+            for name in own.keys() & found.keys():
+                _check(f"{prefix}.{name}", found[name], own[name].shape, own[name].dtype)
             module.load_state_dict({name: _split_like(t, own.get(name)) for name, t in found.items()})
         for prefix, optimizer in self.optimizers.items():
             parameters, moments = _parameters(optimizer), dict[int, dict[str, Tensor]]()
             for name, tensor in _below(tensors, prefix).items():
                 index, _, key = name.partition(".")
-                moments.setdefault(int(index), {})[key] = _split_like(tensor, parameters[int(index)])
+                parameter = parameters[int(index)]
+                shape = torch.Size() if key == "step" else parameter.shape
+                _check(f"{prefix}.{name}", tensor, shape, torch.float32 if key == "step" else parameter.dtype)
+                moments.setdefault(int(index), {})[key] = _split_like(tensor, parameter)
+            if any(found.keys() != MOMENTS for found in moments.values()):
+                raise KeyError(f"moments of {prefix} are not {', '.join(sorted(MOMENTS))}")
+            if not moments and counters.iteration > counters.skipped:
+                raise KeyError(f"no moments of {prefix} after {counters.iteration} iterations")
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.iteration, self.skipped, self.seconds = (numbers[name] for name in ("iteration", "skipped", "seconds"))
+        self.iteration, self.skipped, self.seconds = counters.iteration, counters.skipped, counters.seconds
+        self.window = counters.window
 
 
 def save_state(out: Path, state: RunState) -> None:
@@ -116,7 +144,8 @@ def save_state(out: Path, state: RunState) -> None:
     Raises:
         TrainError: If the disk refuses; the earlier state is still there.
     """
-    data = save(state.tensors(), metadata={"counters": state.counters()})
+    tensors, counters = state.tensors(), msgspec.json.encode(state.counters()).decode()
+    data = save(tensors, metadata={"counters": counters, "sha256": digest(tensors, counters)})
     atomic_write_bytes(out / STATE_FILE, data, error=TrainError)
 
 
@@ -124,18 +153,46 @@ def load_state(out: Path, state: RunState) -> None:
     """Fill ``state`` from ``state.safetensors``, if it exists.
 
     Raises:
-        IntegrityError: If the file is truncated or belongs to another network.
+        IntegrityError: If the file is damaged or belongs to another network.
     """
     path = out / STATE_FILE
     if not path.exists():
         return
     try:
         with safe_open(path, framework="pt") as archive:
-            counters = archive.metadata()["counters"]
+            about = archive.metadata()
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-        state.fill(tensors, counters)
+        if about["sha256"] != digest(tensors, about["counters"]):
+            raise ValueError("its content does not have the sha256 that it states")
+        state.fill(tensors, read_counters(about))
     except UNREADABLE as exc:
         raise not_resumable(path, exc) from exc
+
+
+def read_counters(metadata: Mapping[str, str]) -> Counters:
+    """Return the counters in the metadata of a ``state.safetensors``.
+
+    Raises:
+        KeyError, msgspec.MsgspecError: If there are none.
+    """
+    return msgspec.json.decode(metadata["counters"], type=Counters)
+
+
+def digest(tensors: Mapping[str, Tensor], counters: str) -> str:
+    """Return the sha256 of counters and tensors: of names, dtypes, shapes and values, in the order of the names."""
+    found = hashlib.sha256(counters.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _check(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if (tensor.shape, tensor.dtype) != (shape, dtype):
+        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the run's is {tuple(shape)} {dtype}")
+    share = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if not torch.isfinite(share).all():
+        raise ValueError(f"{name} holds a NaN or an infinity")
 
 
 def not_resumable(path: Path, reason: object) -> IntegrityError:

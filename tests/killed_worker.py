@@ -1,0 +1,80 @@
+"""Kill a training command at each of its writes, run it again, and tell what its folder then holds.
+
+A script, ``killed_worker.py JOB.json``; the job is ``{"before": [ARGUMENTS], "command": ARGUMENTS, "folder": FOLDER,
+"stride": N}``. It prints as JSON what the folder holds after an undisturbed run, and after a kill at every N-th write
+and another run. One process that has imported everything forks the commands, so that each of them really dies.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import PIL.Image  # noqa: F401, what each command would import for itself
+import rich.progress  # noqa: F401
+import torch
+import torch._dynamo
+
+import scm_sdk.train.loop
+import scm_sdk.train.samples
+from scm_sdk.export.cli import main
+
+KILLED = 77
+
+
+def run(arguments: list[str], *, die_at: int = 0) -> int:
+    """Run a command in a process that ends without ceremony just before its ``die_at``-th rename or fsync."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left = die_at
+
+    def deadly(call):
+        def counted(*told, **named):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os._exit(KILLED)
+            return call(*told, **named)
+
+        return counted
+
+    os.replace, os.fsync = deadly(os.replace), deadly(os.fsync)
+    code = 1
+    try:
+        scm_sdk.train.loop.time = SimpleNamespace(monotonic=lambda: 0.0)  # the only thing that differs from run to run
+        main(arguments, standalone_mode=False)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def survey(job: dict) -> dict:
+    folder, after = Path(job["folder"]), {}
+    for arguments in job["before"]:
+        assert run(arguments) == 0
+    assert run(job["command"]) == 0
+    whole = content(folder)
+    for event in range(1, 1000, job["stride"]):
+        shutil.rmtree(folder)
+        if (code := run(job["command"], die_at=event)) == 0:
+            return {"whole": whole, "after": after}
+        assert code == KILLED, code
+        assert run(job["command"]) == 0, f"the run after event {event} failed"
+        after[event] = content(folder)
+    raise AssertionError("the command never ends")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(survey(json.loads(Path(sys.argv[1]).read_text()))))
