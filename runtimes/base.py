@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from scm_sdk.dispatch import Backend
 from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError, ShapeError
+from scm_sdk.files import unreadable
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
 __all__ = [
@@ -130,10 +132,17 @@ def check_graph(
 
 
 def check_artifact(path: Path, *, is_folder: bool = False) -> None:
-    """Raise ``IntegrityError`` unless the file (or folder) that a backend is to open is there."""
+    """Raise ``IntegrityError`` unless the file (or folder) that a backend is to open is there and can be read."""
     if not (path.is_dir() if is_folder else path.is_file()):
         kind = "folder" if is_folder else "file"
         raise IntegrityError(f"{path} is not there, expected a {kind}. Export the bundle again or copy it whole.")
+    try:
+        files = list(path.iterdir() if is_folder else path.parent.glob(f"{escape(path.name)}*"))  # its external data
+        for file in files:
+            if file.is_file():
+                open(file, "rb").close()
+    except OSError as exc:  # the libraries say less, or that the file is damaged
+        raise unreadable(exc.filename or path, exc) from exc
 
 
 def check_num_threads(num_threads: int | None) -> None:

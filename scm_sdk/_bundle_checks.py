@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from .errors import BundleError, IntegrityError, SchemaError
-from .files import check_relative, safe_join, sha256_file
+from .files import check_relative, safe_join, sha256_file, unreadable
 from .goldens import check_safetensors
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Role
 from .user_cache import UNPACKED, cache_folder
@@ -134,6 +134,8 @@ def check_present(folder: Path, entry: FileEntry) -> Path:
     try:
         state = path.stat()
     except OSError as exc:
+        if isinstance(exc, PermissionError):
+            raise unreadable(path, exc) from exc
         raise IntegrityError(f"{path} is missing ({exc.strerror}), expected {entry.size} bytes. {REPAIR}") from exc
     if not stat.S_ISREG(state.st_mode):
         raise IntegrityError(f"{path} is not a plain file, expected one of {entry.size} bytes. {REPAIR}")

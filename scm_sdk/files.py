@@ -1,6 +1,7 @@
 """Put files and folders on disk whole or not at all, and take paths from strangers safely.
 
-Every write of the package goes through here: a temporary name in the same folder, fsync, rename.
+Every write of the package goes through here: a temporary name in the same folder, the mode that the umask says
+(safetensors' own files are readable by their owner alone), fsync, rename.
 A reader sees the old content or the new one. A kill between the steps may leave a hidden
 ``.<name>.<hex>.partial`` beside the target; it is never read and may be deleted.
 """
@@ -13,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -59,6 +61,7 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmErro
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temp
+        _give_mode(temp, _new_file_mode(target.parent))
         _fsync_file(temp)
         os.replace(temp, target)
     except OSError as exc:
@@ -154,8 +157,16 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as exc:
-        raise IntegrityError(f"{os.fspath(path)} cannot be read: {exc.strerror}. Copy it again.") from exc
+        raise unreadable(path, exc) from exc
     return digest.hexdigest()
+
+
+def unreadable(path: str | os.PathLike[str], exc: OSError) -> IntegrityError:
+    """Return the error for a file that cannot be read: its mode, or its content, is at fault."""
+    found = f"{os.fspath(path)} cannot be read: {exc.strerror or exc}"
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return IntegrityError(f"{found}. Change its mode or its owner, for example with: chmod a+r")
+    return IntegrityError(f"{found}. Copy it again.")
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -268,12 +279,36 @@ def _swap_in(temp: Path, target: Path) -> None:
 
 
 def _fsync_tree(folder: Path) -> None:
+    """Give every new file and folder the mode that the umask says, and flush it to the disk."""
+    mode = _new_file_mode(folder)
     for root, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(root, name)
             if not os.path.islink(path):
+                _give_mode(path, mode)
                 _fsync_file(path)
         _fsync_folder(Path(root))
+
+
+def _new_file_mode(folder: Path) -> int:
+    """Return the mode of a file that ``open`` makes in a folder: the umask and the folder's default ACL decide."""
+    probe = _sibling(folder / "mode", "partial")
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        os.unlink(probe)
+
+
+def _give_mode(path: str | os.PathLike[str], mode: int) -> None:
+    """Set the mode of a file that a library may have made readable by its owner alone.
+
+    A file with several hard links belongs to another folder, too, and keeps its mode.
+    """
+    found = os.stat(path)
+    if found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != mode:
+        os.chmod(path, mode)
 
 
 def _fsync_file(path: str | os.PathLike[str]) -> None:

@@ -81,8 +81,9 @@ class Generator:
             fallback: What happens when the backend, the precision or the library asked for is not
                 there: ``"error"`` raises; ``"warn"`` takes what else can run and warns; ``"allow"``
                 takes it without a warning. Both record it in ``out.info.fallback``.
-            verify: ``"digest"`` checks every file's sha256 and ``"none"`` only its size; ``"smoke"``
-                also runs the recorded sample of the default number of steps, ``"full"`` of each.
+            verify: ``"digest"`` checks every file's sha256; ``"none"`` compares sizes and needs only the files
+                that are opened, so a product may leave the PyTorch checkpoint out; ``"smoke"`` also runs the
+                recorded sample of the default number of steps, ``"full"`` of each.
             num_threads: CPU threads of one call; None leaves the library's choice.
             max_batch: Largest batch to run at once, 1..the spec's; None is the spec's.
             num_inference_steps: The default of calls; None is 2 where there are two steps.

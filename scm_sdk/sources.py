@@ -93,7 +93,7 @@ def open_source(
 
     Args:
         path: The folder, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
-        verify: ``digest`` reads every file; ``none`` only looks whether each is there.
+        verify: ``digest`` reads every file; ``none`` needs only what will be opened.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Read the hub's cache alone.
 
