@@ -9,7 +9,6 @@ of CPU threads and the TF32 switch belong to the whole process.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,19 +119,6 @@ class TorchBackend:
                 "Expected images; try a smaller batch_size or device='cpu'."
             ) from exc
         return check_images(self.spec, images, len(noise[0]), backend="torch")
-
-    def sample_float64(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return what ``sample`` would without rounding to float32, (B, *image_shape) float64, on the CPU.
-
-        Twice the memory of the weights, and slow: to see how far float32 itself is from the truth.
-        """
-        torch = self._torch
-        feeds = check_inputs(self.spec, noise, conditioning)
-        with torch.inference_mode():
-            sampler = copy.deepcopy(self._sampler).to("cpu", torch.float64)
-            tensors = [torch.from_numpy(array) for array in feeds.values()]
-            images: np.ndarray = sampler(*(x.double() if x.is_floating_point() else x for x in tensors)).numpy()
-        return images
 
     @property
     def model(self) -> ConsistencyModel:

@@ -148,6 +148,21 @@ def unet_bundle(unet_checkpoint: Path, exports: Callable[[], AbstractContextMana
     return path
 
 
+@pytest.fixture(scope="session")
+def avatars_bundle(
+    tmp_path_factory: pytest.TempPathFactory, exports: Callable[[], AbstractContextManager[None]]
+) -> Path:
+    """Return the bundle of the shipped model with its 2-step graph, largest batch 32; read only."""
+    from importlib.resources import as_file, files
+
+    from scm_sdk.export.pipeline import export_bundle
+
+    path = tmp_path_factory.mktemp("avatars") / "bundle"
+    with exports(), as_file(files("scm_sdk.assets") / "avatars") as checkpoint:
+        export_bundle(checkpoint, path, steps=(2,))
+    return path
+
+
 @pytest.fixture(scope="module")
 def fp32(unet_bundle: Path) -> "ir.Model":
     """Return the U-Net's 2-step graph."""

@@ -41,11 +41,10 @@ def validate(
 ) -> None:  # fmt: skip
     """Hold each graph and engine of BUNDLE against its PyTorch checkpoint, record it, exit 3 on failure.
 
-    Both run on the same noise and labels. The threshold of fp32 is derived from how far the
-    checkpoint is from itself under another batch split and another number of threads; a lower
-    precision must reach a least PSNR. Each graph is also looked into: its times, its factors and what it stores must be
-    the checkpoint's, whatever its pictures look like. Budgets that lie in the bundle (bench --keep-budget) are measured
-    and enforced, exit 4.
+    Both run on the same noise and labels. The threshold of fp32 is derived from how far the checkpoint is from itself
+    on the same samples, in other batch splits and on noise moved by rounding; a lower precision must reach a least
+    PSNR. Each graph is also looked into: its times, its factors and what it stores must be the checkpoint's, whatever
+    its pictures look like. Budgets that lie in the bundle (bench --keep-budget) are measured and enforced, exit 4.
     """
     from scm_sdk._bundle_checks import is_borrowed
     from scm_sdk.evaluate.contract import check_budgets

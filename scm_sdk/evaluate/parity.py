@@ -1,9 +1,8 @@
-"""Does a candidate compute what its reference computes? A gate, not a picture show.
+"""The parity gate: compares the images of a candidate with those of its reference on the same noise and labels.
 
-Both run on the same noise and labels, batch split by batch split. In the reference's own precision the
-threshold is not chosen but derived from the noise floor: how far the reference is from *itself* when
-it runs with another batch split or another number of threads. Two right programs cannot be told
-apart below that. A lower precision is a different program on purpose; it is held to a least PSNR.
+Each batch split is compared. In the reference's own precision the threshold is derived from the noise floor, the
+difference of the reference from itself on the same samples (``reference``): below it two right programs cannot be
+told apart. A lower precision is another program on purpose; it must reach a minimum PSNR.
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ ROUNDING_FLOOR = 1e-5
 """Least threshold, units of sigma_data. Two right fp32 programs order a network's sums differently;
 on the U-Nets of this package that gave 1e-6 to 3e-6, also where the reference repeats itself bit for bit."""
 FLOOR_FACTOR = 4.0
-"""A candidate may differ this many times as much as the reference does from itself: another program
-reorders every sum, another batch split only some."""
-
+"""A candidate may differ this many times as much as the reference does from itself: its kernels may round more often,
+and the largest of a few draws falls short of what is possible."""
 
 MIN_PSNR_DB: Mapping[str, float] = {
     "fp32-cpu": 100.0, "fp16": 60.0, "bf16": 45.0, "int8": 40.0, "int8-cpu": 35.0, "fp8": 35.0,
