@@ -11,7 +11,6 @@ from pathlib import Path
 from scm_sdk import Generator
 from scm_sdk.archive import pack
 from scm_sdk.errors import BackendUnavailable
-from scm_sdk.export.card import refresh_card
 from scm_sdk.export.chain import build_all
 from scm_sdk.export.engines import add_engines
 from scm_sdk.export.prove import prove
@@ -19,7 +18,7 @@ from scm_sdk.targets import resolve_target
 
 
 def main(checkpoint: Path, bundle: Path) -> None:
-    """Export, lower, build, prove, describe, pack."""
+    """Export, lower, build, prove, pack; the bundle's README.md records each step."""
     build_all(checkpoint, bundle, precisions=["fp16"], max_batch=4, on_stage=print)
     try:
         for engine in add_engines(bundle, [resolve_target("l4")], precisions=["fp16"], steps=[1]):
@@ -31,7 +30,6 @@ def main(checkpoint: Path, bundle: Path) -> None:
         print(f"{parity.candidate}: {parity.overall.psnr_db:.1f} dB, passed: {bool(parity)}")
         parity.raise_if_failed()
 
-    refresh_card(bundle)  # README.md says now what was measured
     file = pack(bundle, bundle.with_suffix(".scmz"))
     with Generator.from_pretrained(file) as gen:  # a folder, a .scmz file or a hub id
         print(gen.plan())

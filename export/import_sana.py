@@ -55,6 +55,7 @@ def import_sana(
     """
     from scm_sdk.model.foreign.sana import load_sana
     from scm_sdk.model.foreign.sana_config import Settings
+    from scm_sdk.model.foreign.sana_folder import OBJECTIVE
 
     height, width = size or (0, 0)
     model = load_sana(Path(source), Settings(height=height, width=width, max_sequence_length=max_sequence_length))
@@ -62,6 +63,7 @@ def import_sana(
     provenance = {
         "source": origin or Path(source).name,
         "pipeline": "SanaSprintPipeline",
+        "objective": OBJECTIVE,
         "license": "see the source's card",
     }
     return export_bundle(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scm_sdk._names import CONFIG_NAME
 from scm_sdk._version import __version__
 from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
-from scm_sdk.card import model_card
+from scm_sdk.card import CARD_PATH, model_card
 from scm_sdk.errors import ConfigError
 from scm_sdk.files import atomic_write_bytes
 from scm_sdk.goldens import Golden, write_goldens
@@ -20,6 +20,7 @@ from scm_sdk.manifest import Artifact
 from scm_sdk.request import make_example
 from scm_sdk.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.spec import SamplerSpec
+from scm_sdk.status import ModelStatus
 
 from .graph import export_samplers
 from .write import GraphReport
@@ -41,17 +42,22 @@ class BundleReport:
         build_id: Its identity.
         graphs: One report for each graph, with paths inside the bundle.
         bytes: Size of all files together.
+        status: What the model is: its kind, how far it was trained, whether its quality was measured.
     """
 
     path: Path
     build_id: str
     graphs: tuple[GraphReport, ...]
     bytes: int
+    status: ModelStatus
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         graphs = [graph.to_dict() for graph in self.graphs]
-        return {"path": str(self.path), "build_id": self.build_id, "bytes": self.bytes, "graphs": graphs}
+        return {
+            "path": str(self.path), "build_id": self.build_id, "bytes": self.bytes, "status": self.status.to_dict(),
+            "graphs": graphs,
+        }  # fmt: skip
 
 
 def plan_samplers(
@@ -127,7 +133,7 @@ def export_bundle(
             ),
         ]
         card = model_card(name, specs, provenance, artifacts=artifacts)
-        atomic_write_bytes(folder / "README.md", card.encode())
+        atomic_write_bytes(folder / CARD_PATH, card.encode())
         report("hash and publish")
         parts = [
             path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
@@ -150,6 +156,7 @@ def export_bundle(
         build_id=manifest.build_id,
         graphs=graphs,
         bytes=sum(entry.size for entry in bundle.manifest.files),
+        status=bundle.status,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ import msgspec
 
 from ._bundle_checks import check_content, check_manifest, check_present, make_build_id, read_manifest, require_own
 from ._roles import role_of
-from .errors import BundleError, ConfigError
-from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_file
+from .card import CARD_PATH, bundle_card, generated_for
+from .errors import BundleError, ConfigError, IntegrityError, SchemaError
+from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_bytes, sha256_file
 from .goldens import GOLDEN_PATH, Golden, read_goldens
-from .hub import push
+from .hub import HUB_PREFIX, push
 from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role
+from .scores import read_scores
 from .spec import Precision, SamplerSpec
+from .status import ModelStatus
 
 Verify = Literal["none", "digest"]
 
@@ -59,14 +62,29 @@ class Bundle:
         """
         if verify not in get_args(Verify):
             raise ConfigError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}.")
-        folder = Path(path)
-        bundle = cls(folder, read_manifest(folder))
-        for entry in bundle.manifest.files:
-            if verify == "digest" or os.path.lexists(folder / entry.path):
-                check_present(folder, entry)
-        if verify == "digest":
-            bundle.verify()
+        bundle = cls(Path(path), read_manifest(Path(path)))
+        try:
+            bundle._check(verify)
+        except IntegrityError:  # damaged, or another process published a change since the manifest was read
+            again = cls(bundle.path, read_manifest(bundle.path))
+            if again.manifest == bundle.manifest:
+                raise
+            bundle = again
+            bundle._check(verify)
         return bundle
+
+    def _check(self, verify: Verify) -> None:
+        for entry in self.manifest.files:
+            if verify == "digest" or os.path.lexists(self.path / entry.path):
+                check_present(self.path, entry)
+        if verify == "digest":
+            self.verify()
+
+    @property
+    def status(self) -> ModelStatus:
+        """What the model is: its kind, how far it was trained, whether its quality was measured."""
+        measured = bool(_scores(self.path, self.manifest))
+        return ModelStatus.of(self.manifest.provenance, quality_measured=measured)
 
     def verify(self) -> None:
         """Compare every file with its recorded size and sha256, and the headers of tensor files.
@@ -142,15 +160,27 @@ class Bundle:
     def with_parity(self, *records: ParityRecord) -> Bundle:
         """Record measured comparisons in the manifest on disk; each replaces an older one of its pair.
 
+        What other processes wrote into the bundle since it was opened is kept.
+
         Returns:
             The bundle with the new manifest.
 
         Raises:
             ConfigError: If a record holds a number that JSON cannot hold.
-            BundleError: If the manifest cannot be written.
+            BundleError: If the manifest cannot be written, or an artifact of a record was replaced meanwhile.
         """
-        kept = {(r.artifact, r.reference, r.backend): r for r in (*self.manifest.parity, *records)}
-        return self._with(parity=tuple(kept.values()))
+
+        def change(manifest: Manifest) -> Manifest:
+            for path in {path for record in records for path in (record.artifact, record.reference)}:
+                if _files_of(manifest, path) != _files_of(self.manifest, path):
+                    raise BundleError(
+                        f"{path} of {self.path} was replaced while it was being compared, expected the file that was "
+                        "compared. Nothing was recorded; run the command again."
+                    )
+            kept = {(r.artifact, r.reference, r.backend): r for r in (*manifest.parity, *records)}
+            return msgspec.structs.replace(manifest, parity=tuple(kept.values()))
+
+        return self._with(change)
 
     def with_budgets(self, *budgets: str) -> Bundle:
         """Replace the latencies that the bundle must keep; see ``evaluate.contract``.
@@ -158,7 +188,20 @@ class Bundle:
         Raises:
             BundleError: If the manifest cannot be written.
         """
-        return self._with(budgets=budgets)
+        return self._with(lambda manifest: msgspec.structs.replace(manifest, budgets=budgets))
+
+    def with_card(self, *, where: str = "") -> Bundle:
+        """Generate the card, also in place of one that a person wrote or edited.
+
+        Every change of a bundle regenerates a generated card; call this to return to one.
+
+        Args:
+            where: What its usage lines open, for example ``hf:owner/name``; "" is a path to be filled in.
+
+        Raises:
+            BundleError: If the bundle cannot be written.
+        """
+        return self._with(lambda manifest: manifest, where=where)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bundle:
         """Copy the bundle: every listed file, checked, and nothing that lies beside them.
@@ -177,26 +220,37 @@ class Bundle:
         self, repo_id: str, *,
         revision: str | None = None, private: bool | None = None, message: str = "", create_pr: bool = False,
     ) -> str:  # fmt: skip
-        """Upload every listed file, checked, to the Hugging Face hub; see ``hub.push``. Returns the commit's address.
+        """Upload every listed file, checked, to the Hugging Face hub; see ``hub.push``.
+
+        The uploaded card is up to date and names the hub id, unless a person wrote it. The bundle on disk stays as it
+        is.
+
+        Returns:
+            The commit's address.
 
         Raises:
             BundleError: If the bundle is damaged, or the hub refuses or cannot be reached.
             BackendUnavailable: If huggingface_hub is not installed.
         """
         self.verify()
+        card = _fresh_card(self.path, self.manifest, where=f"{HUB_PREFIX}{repo_id}")
+        contents = {}
+        if card is not None:
+            contents = {CARD_PATH: card, MANIFEST_NAME: _encode(_with_card(self.manifest, card))}
+        names = list(dict.fromkeys([*self._names, *contents]))
         return push(
-            self.path, self._names, repo_id, revision=revision, private=private, message=message, create_pr=create_pr
-        )
+            self.path, names, repo_id, contents=contents, revision=revision, private=private, message=message,
+            create_pr=create_pr,
+        )  # fmt: skip
 
     @property
     def _names(self) -> list[str]:
         return [MANIFEST_NAME, *(entry.path for entry in self.manifest.files)]
 
-    def _with(self, **changes: object) -> Bundle:
+    def _with(self, change: Callable[[Manifest], Manifest], *, where: str | None = None) -> Bundle:
         require_own(self.path)
-        manifest = msgspec.structs.replace(self.manifest, **changes)
-        atomic_write_bytes(self.path / MANIFEST_NAME, _encode(manifest), error=BundleError)
-        return Bundle(self.path, manifest)
+        manifest = change(read_manifest(self.path))
+        return Bundle(self.path, write_manifest(self.path, manifest, where=where))
 
 
 @contextmanager
@@ -279,10 +333,74 @@ def write_bundle(
         provenance=dict(provenance or {}),
         versions=dict(versions or {}),
     )
-    data = _encode(manifest)
-    manifest = Manifest.from_json(data)
+    return write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None) -> Manifest:
+    """Write a manifest with a card that fits it.
+
+    A generated card is generated again; one that a person wrote or edited is kept. The bundle is whole at any time,
+    also after a kill: the card is not listed while it changes.
+
+    Args:
+        folder: The bundle's folder.
+        manifest: What it holds now.
+        where: Generate a card that names this place, whatever card is there; None keeps the place and a person's card.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ConfigError: If the parts of the manifest do not fit together.
+        BundleError: If a file cannot be written.
+    """
+    card = _fresh_card(folder, manifest, where=where, replace=where is not None)
+    data = _encode(manifest if card is None else _with_card(manifest, card))
+    if card is not None and card != _card_in(folder):
+        if (folder / MANIFEST_NAME).exists():
+            files = tuple(entry for entry in manifest.files if entry.path != CARD_PATH)
+            unlisted = _encode(msgspec.structs.replace(manifest, files=files))
+            atomic_write_bytes(folder / MANIFEST_NAME, unlisted, error=BundleError)
+        atomic_write_bytes(folder / CARD_PATH, card, error=BundleError)
     atomic_write_bytes(folder / MANIFEST_NAME, data, error=BundleError)
-    return manifest
+    return Manifest.from_json(data)
+
+
+def _fresh_card(folder: Path, manifest: Manifest, *, where: str | None, replace: bool = False) -> bytes | None:
+    """Return the generated card of a bundle as it is now; None if there is none to be, or a person's is to stay."""
+    old = _card_in(folder)
+    place = generated_for(old) if old is not None else where
+    if place is None and not replace:
+        return None
+    return bundle_card(
+        manifest, quality=_scores(folder, manifest), where=place or "" if where is None else where
+    ).encode()
+
+
+def _scores(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return a bundle's scores; those that cannot be read count as absent."""
+    try:
+        return read_scores(folder, manifest)
+    except SchemaError:
+        return []
+
+
+def _card_in(folder: Path) -> bytes | None:
+    """Return the card in a folder, also one that a kill left unlisted; None if there is none."""
+    path = safe_join(folder, CARD_PATH)
+    return path.read_bytes() if path.is_file() else None
+
+
+def _with_card(manifest: Manifest, card: bytes) -> Manifest:
+    entry = FileEntry(path=CARD_PATH, size=len(card), sha256=sha256_bytes(card), role="card")
+    files = [each for each in manifest.files if each.path != CARD_PATH]
+    return msgspec.structs.replace(manifest, files=tuple(sorted([*files, entry], key=lambda each: each.path)))
+
+
+def _files_of(manifest: Manifest, artifact: str) -> set[FileEntry]:
+    """Return the entries of an artifact: the files of its folder, or of itself if it is one."""
+    folder = artifact.rpartition("/")[0] if any(e.path == artifact for e in manifest.files) else artifact
+    return {entry for entry in manifest.files if entry.path.startswith(f"{folder}/")}
 
 
 def _encode(manifest: Manifest) -> bytes:

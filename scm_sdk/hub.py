@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -78,7 +78,7 @@ def fetch(
 
 
 def push(
-    folder: Path, files: Sequence[str], repo_id: str, *,
+    folder: Path, files: Sequence[str], repo_id: str, *, contents: Mapping[str, bytes] | None = None,
     revision: str | None = None, private: bool | None = None, message: str = "", create_pr: bool = False,
 ) -> str:  # fmt: skip
     """Upload named files of a folder in one commit; the repository and the branch are made when absent.
@@ -86,6 +86,7 @@ def push(
     Args:
         folder: The folder; nothing of it but ``files`` leaves this machine.
         files: Relative paths.
+        contents: Content of those files that are uploaded otherwise than the folder has them.
         repo_id: ``owner/name``; you must be logged in (``hf auth login``, or ``HF_TOKEN``).
         revision: A branch; None is ``main``.
         private: For a new repository; None is the owner's default.
@@ -102,16 +103,19 @@ def push(
     """
     library = _library("push_to_hub")
     _check_names(repo_id, revision)
-    for name in files:
-        safe_join(folder, name)
+    contents = contents or {}
+    operations = [
+        library.CommitOperationAdd(name, contents[name] if name in contents else safe_join(folder, name))
+        for name in files
+    ]
     api = library.HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=[glob.escape(name) for name in files],
-            revision=revision, commit_message=message or "Upload with scm-sdk", create_pr=create_pr or None,
+        commit = api.create_commit(
+            repo_id, operations, revision=revision, commit_message=message or "Upload with scm-sdk",
+            create_pr=create_pr or None,
         )  # fmt: skip
     except Exception as exc:  # as in fetch
         raise BundleError(

@@ -79,6 +79,7 @@ class Opened:
             artifact=self.row.artifact,
             sha256=source.sha256(self.row.artifact),
             build_id=source.build_id,
+            model=source.status,
             num_inference_steps=self.spec.num_inference_steps,
             batches=batches,
             timings=timings,

@@ -14,6 +14,7 @@ from .dispatch import PlanRow
 from .errors import BackendFailure
 from .images import to_pil, to_uint8
 from .request import OutputType, Request
+from .status import ModelStatus
 
 Progress = bool | Callable[[int, int], object]
 
@@ -29,6 +30,7 @@ class GenerationInfo:
         artifact: Path of the artifact inside the bundle.
         sha256: Digest of the artifact's main file; "" for a checkpoint opened with ``verify="none"``.
         build_id: Digest of everything that decides the images.
+        model: What the model is: its kind, how far it was trained, whether its quality was measured.
         num_inference_steps: Network calls for each image.
         batches: Size of each batch that was run.
         timings: Milliseconds: ``load_ms`` (when it was opened), ``noise_ms``, ``sample_ms``, ``total_ms``.
@@ -42,6 +44,7 @@ class GenerationInfo:
     artifact: str
     sha256: str
     build_id: str
+    model: ModelStatus
     num_inference_steps: int
     batches: tuple[int, ...]
     timings: dict[str, float]
@@ -54,7 +57,7 @@ class GenerationInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self)
+        return {**asdict(self), "model": self.model.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)

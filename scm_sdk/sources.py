@@ -5,6 +5,7 @@ All become one ``Source``, so that nothing above asks which it was.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .files import sha256_bytes, sha256_file
 from .locate import locate
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
 from .spec import SamplerSpec
+from .status import ModelStatus
 
 CHECKPOINT_STEPS = (1, 2)
 """What a checkpoint folder offers by itself; asked for by number it runs any steps."""
@@ -35,6 +37,7 @@ class Source:
         parity: Recorded comparisons.
         steps: The numbers of steps it was made for, in its own order.
         bundle: The bundle, or None for a checkpoint folder.
+        status: What the model is.
         text_encoder: Folder whose text encoder turns prompts into inputs, if there is one.
     """
 
@@ -44,6 +47,7 @@ class Source:
     parity: tuple[ParityRecord, ...]
     steps: tuple[int, ...]
     bundle: Bundle | None
+    status: ModelStatus
     _spec: Callable[[int], SamplerSpec]
     text_encoder: Path | None = None
 
@@ -122,6 +126,7 @@ def _from_bundle(bundle: Bundle) -> Source:
         parity=manifest.parity,
         steps=tuple(spec.num_inference_steps for spec in manifest.samplers),
         bundle=bundle,
+        status=bundle.status,
         _spec=bundle.spec,
         text_encoder=_text_encoder(bundle),
     )
@@ -154,14 +159,23 @@ def _from_checkpoint(folder: Path, verify: str) -> Source:
         parity=(),
         steps=CHECKPOINT_STEPS,
         bundle=None,
+        status=_checkpoint_status(folder),
         _spec=spec,
     )
+
+
+def _checkpoint_status(folder: Path) -> ModelStatus:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        return ModelStatus.of(dict(config["provenance"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # what loads the model says what is wrong
+        return ModelStatus.of({})
 
 
 def _from_pipeline(folder: Path, verify: str) -> Source:
     """Open a SANA-Sprint folder as diffusers saved it, through PyTorch."""
     from .model.foreign.component import weight_files
-    from .model.foreign.sana_folder import STEPS, read_sana_folder
+    from .model.foreign.sana_folder import OBJECTIVE, STEPS, read_sana_folder
 
     found = read_sana_folder(folder)
     weights = [file for name in ("transformer", "vae") for file in weight_files(folder / name)]
@@ -173,6 +187,7 @@ def _from_pipeline(folder: Path, verify: str) -> Source:
         parity=(),
         steps=STEPS,
         bundle=None,
+        status=ModelStatus.of({"objective": OBJECTIVE}),
         _spec=found.spec,
         text_encoder=folder if found.has_text_encoder else None,
     )

@@ -24,7 +24,8 @@ PACKAGES = {
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({"errors", "_names", "_version", "assets", "processor", "user_cache"}, set()),
     ({"_lazy", "spec", "targets", "files", "gpu"}, {"msgspec"}),
-    ({"noise", "images", "manifest", "goldens"}, {"msgspec", "numpy"}),
+    ({"noise", "images", "manifest", "goldens", "status"}, {"msgspec", "numpy"}),
+    ({"scores"}, set()),
     ({"_bundle_checks", "_roles", "build_record", "card", "scheduler"}, {"msgspec"}),
     ({"archive", "hub"}, set()),
     ({"unpacked"}, set()),

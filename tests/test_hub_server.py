@@ -1,13 +1,16 @@
 """Models by hub id: from a server over HTTP, and to it. No network outside this machine."""
 
 import json
+import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from hub_fixtures import WEIGHTS, contents
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
+from scm_sdk.export.cli import main
 from scm_sdk.generator import Generator
 from scm_sdk.hub import fetch, push
 from scm_sdk.manifest import MANIFEST_NAME
@@ -101,9 +104,14 @@ def test_a_manifest_whose_paths_lead_out(hub, linear, path):
 
 def test_a_bundle_goes_there_and_back(hub, linear):
     (linear / "notes.txt").write_text("not listed: it stays here")
+    before = contents(linear)
     address = Bundle.open(linear).push_to_hub("me/linear", message="First")
     assert address.startswith(f"{hub.url}/me/linear/commit/")
-    assert hub.repos["me/linear"] == {n: d for n, d in contents(linear).items() if n != "notes.txt"}
+    assert contents(linear) == before, "the bundle on disk stays as it is"
+    there = dict(hub.repos["me/linear"])
+    assert 'Generator.from_pretrained("hf:me/linear")' in there.pop("README.md").decode()
+    assert there.pop(MANIFEST_NAME) != before.pop(MANIFEST_NAME)
+    assert there == {n: d for n, d in before.items() if n != "notes.txt"}
     with open_it("hf:me/linear") as gen:
         assert gen.source.build_id == Bundle.open(linear).manifest.build_id
 
@@ -116,6 +124,24 @@ def test_a_model_goes_there_and_back_with_its_card(hub, unet_checkpoint):
     assert 'Generator.from_pretrained("hf:me/unet")' in card
     again = ConsistencyModel.from_pretrained("hf:me/unet")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_persons_card_is_pushed_as_it_is(hub, bundle_copy):
+    before = contents(bundle_copy)
+    assert before["README.md"] == b"# A model card\n"
+    Bundle.open(bundle_copy).push_to_hub("me/mine")
+    assert hub.repos["me/mine"] == before == contents(bundle_copy)
+
+
+@pytest.mark.parametrize(("library", "code"), [(True, 6), (False, 7)])
+def test_a_push_that_fails_changes_nothing(bundle_copy, monkeypatch, library, code):
+    if not library:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    Bundle.open(bundle_copy).with_card()  # one that would be generated for the hub
+    before = contents(bundle_copy)
+    result = CliRunner().invoke(main, ["bundle", "push", str(bundle_copy), "me/mine"])
+    assert result.exit_code == code, result.output
+    assert contents(bundle_copy) == before
 
 
 def test_pushing_without_a_network_says_so(linear):

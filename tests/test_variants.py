@@ -20,6 +20,8 @@ from scm_sdk.generator import Generator
 
 FP16 = "onnx/fp16/1step/model.onnx"
 
+DESCRIPTIONS = {"scm_manifest.json", "README.md"}
+
 
 def stamps(path: Path) -> dict[str, tuple[int, int]]:
     """Return inode and time of each file: a file that was not written again has both."""
@@ -32,8 +34,8 @@ def test_fp16_is_added_proved_and_dispatched(unet_copy: Path) -> None:
     assert [v.num_inference_steps for v in variants] == [1, 2]
     assert all(v.psnr_db is not None and v.psnr_db > 60 and v.nodes["float16"] > v.nodes["float"] for v in variants)
     after = stamps(unet_copy)
-    assert {f: s for f, s in after.items() if f in before and "manifest" not in f} == {
-        f: s for f, s in before.items() if "manifest" not in f
+    assert {f: s for f, s in after.items() if f in before and f not in DESCRIPTIONS} == {
+        f: s for f, s in before.items() if f not in DESCRIPTIONS
     }, "files that were there are not copied"
     bundle = Bundle.open(unet_copy)
     entry = next(e for e in bundle.manifest.files if e.path == FP16)

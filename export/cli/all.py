@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import prompts_option, say
+from .common import prompts_option, say, say_warnings
 from .engines import BuildBars
 from .engines import summary as engine_summary
 from .located import model_argument
@@ -60,7 +60,7 @@ def build(
     from ..prove import prove
     from .validation import summary as parity_summary
 
-    build_all(
+    bundle = build_all(
         checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavour=flavour,
         steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
         on_stage=lambda text: say(f"  {text} …"),
@@ -68,6 +68,7 @@ def build(
         on_engine=lambda variant: say(f"  {engine_summary(variant)}"), on_build=BuildBars().start,
         workspace_bytes=workspace * 2**20 if workspace else None,
     )  # fmt: skip
+    say_warnings(bundle.status)
     if validate:
         results = prove(
             out,

@@ -67,13 +67,16 @@ def unpack(archive: Path, out: Path, overwrite: bool, revision: str | None) -> N
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--hub-id", default="", metavar="OWNER/NAME", help="Where the card says that the bundle is.")
 def card(path: Path, hub_id: str) -> None:
-    """Write the model card of the bundle at PATH anew, from what it records by now."""
+    """Generate the model card of the bundle at PATH, in place of one that was edited.
+
+    Commands that change a bundle keep a generated card up to date and leave an edited one alone.
+    """
+    from scm_sdk.bundle import Bundle
+    from scm_sdk.card import CARD_PATH
     from scm_sdk.hub import HUB_PREFIX
 
-    from ..card import CARD_PATH, refresh_card
-
-    refreshed = refresh_card(path, where=f"{HUB_PREFIX}{hub_id}" if hub_id else "")
-    say(f"{refreshed.path / CARD_PATH}")
+    Bundle.open(path).with_card(where=f"{HUB_PREFIX}{hub_id}" if hub_id else "")
+    say(f"{path / CARD_PATH}")
 
 
 @bundle.command()
@@ -84,13 +87,11 @@ def card(path: Path, hub_id: str) -> None:
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("--message", default="", help="Of the commit.")
 def push(path: Path, repo_id: str, revision: str | None, private: bool, create_pr: bool, message: str) -> None:
-    """Upload the bundle at PATH, with a card that is up to date, to the Hugging Face hub."""
-    from scm_sdk.hub import HUB_PREFIX, is_repo_id
-
-    from ..card import refresh_card
+    """Upload the bundle at PATH, with an up-to-date card, to the Hugging Face hub; nothing on disk changes."""
+    from scm_sdk.bundle import Bundle
+    from scm_sdk.hub import is_repo_id
 
     if not is_repo_id(repo_id):
         raise click.UsageError(f"{repo_id!r} is no hub id, expected OWNER/NAME.")
-    refreshed = refresh_card(path, where=f"{HUB_PREFIX}{repo_id}")
-    say(refreshed.push_to_hub(repo_id, revision=revision, private=private or None, message=message,
-                              create_pr=create_pr))  # fmt: skip
+    opened = Bundle.open(path)
+    say(opened.push_to_hub(repo_id, revision=revision, private=private or None, message=message, create_pr=create_pr))

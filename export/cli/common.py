@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from scm_sdk.errors import ScmError
+
+if TYPE_CHECKING:
+    from scm_sdk.status import ModelStatus
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -59,6 +62,12 @@ def print_json(value: object) -> None:
 def say(text: str) -> None:
     """Write a line for people to stderr; stdout belongs to results."""
     click.echo(text, err=True)
+
+
+def say_warnings(status: ModelStatus) -> None:
+    """Write what forbids to take a model for a finished product to stderr, a line each."""
+    for text in status.warnings:
+        say(f"warning: {text}")
 
 
 @contextmanager

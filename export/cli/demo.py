@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import say
+from .common import say, say_warnings
 
 
 @click.command()
@@ -42,6 +42,7 @@ def demo(out: Path, seed: int) -> None:
     for graph in report.graphs:
         say(f"   {graph.path.parent.name}: {graph.num_nodes} nodes, {graph.bytes / 1e6:.1f} MB")
 
+    say_warnings(report.status)
     say("2. Lower precision: FP16 in the graph itself, not a switch of some builder")
     for variant in add_precision(bundle, default_plan("fp16")):
         say(f"   {variant_summary(variant)}")

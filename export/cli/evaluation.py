@@ -180,11 +180,11 @@ def _write(path: Path, scores: list[Score]) -> None:
 
 def _keep(model: Path, scores: list[Score]) -> None:
     from scm_sdk.extend import extend_bundle
-    from scm_sdk.report.quality import QUALITY_PATH
+    from scm_sdk.scores import SCORES_PATH
 
     with extend_bundle(model) as draft:
-        _write(draft.path(QUALITY_PATH), scores)
-    say(f"kept in {model}/{QUALITY_PATH}")
+        _write(draft.path(SCORES_PATH), scores)
+    say(f"kept in {model}/{SCORES_PATH}")
 
 
 def _print(scores: list[Score]) -> None:

@@ -63,6 +63,8 @@ def generate(
         for image, name in zip(pixels, result.seeds, strict=True):
             save_png(image, out / f"{name}.png")
     info = result.info
+    for text in info.model.training_warnings:
+        say(f"warning: {text}")
     if as_json:
         print_json({"out": str(out), "seeds": list(result.seeds), "info": info.to_dict()})
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, print_json, say
+from .common import json_option, print_json, say, say_warnings
 from .located import model_argument
 
 
@@ -42,6 +42,7 @@ def onnx(
         checkpoint, out, steps=steps, times=times, max_batch=max_batch, name=name, overwrite=overwrite,
         progress=lambda stage: say(f"  {stage} …"),
     )  # fmt: skip
+    say_warnings(report.status)
     if as_json:
         print_json(report.to_dict())
         return

@@ -19,15 +19,20 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
     from scm_sdk.bundle import Bundle
 
-    manifest = Bundle.open(bundle, verify="none").manifest
+    opened = Bundle.open(bundle, verify="none")
+    manifest, status = opened.manifest, opened.status
     if as_json:
-        print_json(msgspec.to_builtins(manifest))
+        print_json({**msgspec.to_builtins(manifest), "status": status.to_dict()})
         return
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     console.print(f"[bold]{manifest.name}[/]  build {manifest.build_id[:12]}  schema {manifest.schema_version}")
+    console.print(f"{status.kind}, objective {status.objective or 'not on record'}", soft_wrap=True)
+    console.print(f"training: {status.training}; quality: {status.quality}", soft_wrap=True)
+    for text in status.training_warnings:
+        console.print(f"[bold yellow]warning:[/] {text}", soft_wrap=True)
     for spec in manifest.samplers:
         times = ", ".join(f"{t:.4f}" for t in spec.times)
         console.print(f"{spec.num_inference_steps} steps at t = {times}: {spec.sample_shape}, "

@@ -25,8 +25,8 @@ from ..evaluate.selfcheck import Check, selfcheck
 from ..generator import Generator
 from ..manifest import Manifest
 from ..request import Request, make_request
+from ..scores import read_scores
 from ..spec import Precision, SamplerSpec
-from .quality import read_quality
 
 Say = Callable[[str], object]
 
@@ -197,7 +197,7 @@ def collect(
         machine=describe_machine(),
         card=_card(bundle),
         checks=_checks(path, [p for p in pictures if p.steps == timed], progress),
-        quality=read_quality(bundle),
+        quality=read_scores(bundle.path, manifest),
     )
 
 

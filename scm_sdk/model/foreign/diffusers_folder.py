@@ -86,6 +86,7 @@ def load_diffusers(
             output="latents" if is_latent else "pixels",
             provenance={
                 "source": f"{described.class_name} of {folder.name}",
+                "objective": "diffusion",
                 "scheduler": str(_read_json(scheduler).get("_class_name")),
                 "license": "other",
                 # What makes it guidable; diffusers' DiT is the class-conditional one with a row for no label.

@@ -35,6 +35,8 @@ MAX_TIME, MID_TIME = 1.57080, 1.3
 GUIDANCE_RANGE, DEFAULT_GUIDANCE = (0.0, 20.0), 4.5
 """The released models were distilled at scales 4 to 5; their pipeline's default is 4.5 and it takes any."""
 STEPS = (1, 2, 4)
+OBJECTIVE = "sCM and LADD (SANA-Sprint)"
+"""What the released models were distilled with (arXiv 2503.09641), as a provenance names it."""
 _REMEDY = f"Give a folder that {PIPELINE}.save_pretrained wrote, whole."
 Config = TypeVar("Config", bound=msgspec.Struct)
 
