@@ -147,13 +147,17 @@ def test_the_exact_consistency_function_has_no_loss_at_any_point_of_a_trajectory
 
 @pytest.mark.parametrize("huber", [0.0, 0.03])
 def test_the_loss_of_the_ends_moves_a_student_to_it(huber: float) -> None:
-    student, source, logvar = Endpoint(0.3), trajectories(trajectory_steps=40), LogVariance()
-    optimizer = torch.optim.Adam([student.error, *logvar.parameters()], lr=0.02)
-    for iteration in range(80):
-        optimizer.zero_grad()
-        trajectory_loss(student, logvar, source(iteration), sigma_data=SIGMA, huber=huber)[0].backward()
-        optimizer.step()
-    assert abs(student.error.item()) < 0.04
+    errors = []
+    for seed in range(3):
+        student, source, logvar = Endpoint(0.3), trajectories(trajectory_steps=40, seed=seed), LogVariance()
+        optimizer = torch.optim.Adam([student.error, *logvar.parameters()], lr=0.02)
+        for iteration in range(50):
+            optimizer.zero_grad()
+            trajectory_loss(student, logvar, source(iteration), sigma_data=SIGMA, huber=huber)[0].backward()
+            optimizer.step()
+            if iteration >= 20:
+                errors.append(abs(student.error.item()))
+    assert sum(errors) / len(errors) < 0.3 / 4, "a quarter of the error that it started with"
 
 
 def test_points_are_a_function_of_seed_and_iteration_and_every_state_comes_once() -> None:

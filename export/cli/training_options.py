@@ -134,7 +134,8 @@ DISTILL_OPTIONS = [
         "--vsd-weighting",
         type=click.Choice(["learned", "error"]),
         default="learned",
-        help="learned is the paper's; error divides by the teacher's error on each sample, for small budgets.",
+        help="learned is the paper's, whose pull does not fade: near its teacher a student keeps moving by the "
+        "learning rate. error divides by the teacher's error on each sample and settles; for small budgets.",
     ),
     click.option("--vsd-only", is_flag=True, help="Variational score distillation alone."),
     click.option("--vsd-steps", type=click.IntRange(1, 64), default=1, help="Sampler steps that VSD looks at."),

@@ -74,7 +74,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         huber: Error, data units, above which the loss of ``trajectory`` grows linearly; 0 for the square.
         mid_time: Second time of the two-step sampler that the model will have, radians.
         vsd_weight: Factor of the VSD loss beside that of the objective; 0 for none. The paper's is 1.
-        vsd_weighting: ``learned`` is the paper's; ``error`` divides by the teacher's error on each sample (``vsd``).
+        vsd_weighting: ``learned`` is the paper's, whose pull does not fade near the teacher; ``error`` divides by the
+            teacher's error on each sample (``vsd``).
         vsd_steps: Sampler steps whose samples VSD looks at, in turn; the paper's is 1.
         vsd_p_mean: Mean of ln(sigma) of the comparison; the paper's is 0.4.
         vsd_p_std: Its standard deviation; the paper's is 2.

@@ -238,7 +238,8 @@ def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
         seed_dropout(config, iteration, run.world.rank * parts + number)
         with reducing(run.loss, last=number == parts - 1):
             loss, residual = run.loss(part, iteration)
-            (loss / parts * loss_scale(config.precision)).backward()
+            if loss.requires_grad:  # nothing of it does in the warm-up of VSD alone
+                (loss / parts * loss_scale(config.precision)).backward()
         loss_sum += float(loss.detach())
         residual_sum += float(residual)
     unscale(run.parameters, config.precision)

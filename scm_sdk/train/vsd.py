@@ -7,8 +7,9 @@ alone it tends to drop modes.
 
 Two weightings of the difference. The paper's is learned: it divides by what the difference is on average at that time.
 So it pulls as hard when the student is as good as the teacher as at the start, when most of what differs is the fake
-score's own error. Dividing by the teacher's error on the very sample instead lets the pull fade as the student gets
-better.
+score's own error: near the teacher the student does not settle, it walks to and fro by steps of the learning rate. Let
+that fall, or end such a run early (the paper's is 20,000 iterations beside another loss). Dividing by the teacher's
+error on the very sample instead lets the pull fade as the student gets better.
 
 Sources: arXiv 2410.11081, appendix C (adaptive VSD, sCD+VSD), one fake-score step for each step of the student. The
 other weighting: Yin et al., 2023, "DMD", arXiv 2311.18828, Eq. 8, who put it beside a fit of trajectories.
