@@ -1,6 +1,6 @@
 r"""Is ``Generator`` faster than the other ways to run the same model on a CPU? Pairs of calls in one process.
 
-    pip install "scm-sdk[cpu,bench]"
+    pip install --editable ".[cpu,bench]"
     taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/peers.py scm-demo/avatars --threads 1 \
         --json benchmarks/results/peers-avatars.json
 

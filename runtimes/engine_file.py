@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from scm_sdk._lazy import install_command
 from scm_sdk.build_record import BUILD_RECORD_NAME, BuildRecord
 from scm_sdk.engine_fit import EngineHost, rebuild_command, why_not
 from scm_sdk.errors import BackendUnavailable, IncompatibleEngineError, IntegrityError
@@ -39,7 +40,7 @@ def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildR
     _check_spec(path, record, spec)
     if (reason := why_not(record.flavour, record.facts, host)) is not None:
         if host.versions.get(record.flavour) is None:
-            hint = f"pip install 'scm-sdk[{EXTRAS[record.flavour]}]'"
+            hint = install_command(EXTRAS[record.flavour])
             raise BackendUnavailable(f"{path}: {reason}, expected {record.facts.library_version}. Install it: {hint}")
         if host.gpu is None and reason == host.no_gpu:
             raise BackendUnavailable(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from scm_sdk._lazy import require
+from scm_sdk._lazy import install_command, require
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
 from scm_sdk.spec import SamplerSpec
 
@@ -145,7 +145,7 @@ def _provider(ort: Any, device: str | None) -> tuple[str, int | None]:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise BackendUnavailable(
             f"device is {device!r}, but this onnxruntime offers {ort.get_available_providers()}. "
-            "Use device='cpu', or: pip uninstall onnxruntime && pip install 'scm-sdk[onnxruntime-gpu]'"
+            f"Use device='cpu', or: pip uninstall onnxruntime && {install_command('onnxruntime-gpu')}"
         )
     return "CUDAExecutionProvider", index
 

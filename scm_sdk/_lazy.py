@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+from ._version import __version__
 from .errors import BackendUnavailable
+
+_DISTRIBUTION = "scm-sdk"
 
 
 def is_installed(module: str) -> bool:
@@ -38,5 +43,45 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     except ImportError as exc:
         raise BackendUnavailable(
             f"{purpose} needs {module}, which could not be imported ({exc}). "
-            f"Install it with: pip install 'scm-sdk[{extra}]'. See what runs here: scm-export doctor"
+            f"Install it with: {install_command(extra)}. See what runs here: scm-export doctor"
         ) from exc
+
+
+def install_command(extra: str, *options: str) -> str:
+    """Return the pip command that installs what an extra of this package brings on this machine.
+
+    It names the extra's requirements themselves: ``scm-sdk`` is installed from a checkout or a wheel and is on no
+    package index.
+
+    Args:
+        extra: Name of the extra.
+        *options: Options of ``pip install``.
+    """
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        found = list(dict.fromkeys(_requirements(extra)))
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return f"pip install --editable '.[{extra}]', in the checkout"
+    return shlex.join(["pip", "install", *options, *found]) if found else f"no package of {extra!r} is for this machine"
+
+
+def wheel_command(*extras: str) -> str:
+    """Return the pip command that installs this package with extras from a wheel built with ``python -m build``."""
+    return f"pip install 'dist/{_DISTRIBUTION.replace('-', '_')}-{__version__}-py3-none-any.whl[{','.join(extras)}]'"
+
+
+def _requirements(extra: str) -> Iterator[str]:
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    for line in requires(_DISTRIBUTION) or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name == _DISTRIBUTION:
+            for part in sorted(requirement.extras):
+                yield from _requirements(part)
+        else:
+            yield f"{requirement.name}{requirement.specifier}"

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
+from ._lazy import wheel_command
 from .manifest import Artifact, Manifest, ParityRecord
 from .spec import SamplerSpec
 from .status import Kind, ModelStatus
@@ -147,7 +148,8 @@ def _usage(spec: SamplerSpec, where: str, artifacts: Sequence[Artifact]) -> str:
     return f"""## Usage
 
 ```sh
-pip install 'scm-sdk[{extra},hub]'
+python -m build --wheel  # in a checkout of scm-sdk, which is on no package index
+{wheel_command(extra, "hub")}
 ```
 
 ```python

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ._lazy import is_installed
+from ._lazy import install_command, is_installed
 from .engine_fit import TRUST_VARIABLE, EngineHost, why_not
 from .errors import ConfigError
 from .manifest import Artifact, ParityRecord
@@ -245,7 +245,7 @@ def _judge(
     elif artifact.precision in info.unfit:
         against = info.unfit[artifact.precision]
     elif not is_installed(info.library):
-        against = f"{info.library} is not installed: pip install 'scm-sdk[{info.extra}]'"
+        against = f"{info.library} is not installed: {install_command(info.extra)}"
     elif info.runs_engines and (unfit := engine_doubt(artifact)) is not None:
         against = unfit
     elif failed and wanted == "auto":

@@ -180,7 +180,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if version > SCHEMA_VERSION:
             raise SchemaError(
                 f"{MANIFEST_NAME} has schema version {version}, this scm-sdk reads up to {SCHEMA_VERSION}. "
-                "Update scm-sdk: pip install -U scm-sdk"
+                "Install a newer version of scm-sdk."
             )
         try:
             return msgspec.json.decode(data, type=cls)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._lazy import is_installed
+from ._lazy import install_command, is_installed
 from .dispatch import BACKENDS
 from .errors import BackendError, BackendUnavailable, ConfigError, IncompatibleEngineError
 from .gpu import current_gpu
@@ -26,7 +26,7 @@ def nothing_accepted(
     if info is not None and not is_installed(info.library):
         return BackendUnavailable(
             f"backend {backend!r} needs {info.library}, which is not installed. "
-            f"Install it with: pip install 'scm-sdk[{info.extra}]'. See what runs here: scm-export doctor"
+            f"Install it with: {install_command(info.extra)}. See what runs here: scm-export doctor"
         )
     formats = {artifact.format for artifact in source.artifacts}
     rows = [row for row in plan if backend in ("auto", row.backend)]

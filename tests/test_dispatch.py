@@ -164,7 +164,7 @@ def without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_onnxruntime")
 def test_a_missing_library_is_named_with_its_command(unet_copy: Path) -> None:
-    command = re.escape("pip install 'scm-sdk[onnxruntime]'")
+    command = re.escape("pip install 'onnxruntime>=")
     with pytest.raises(BackendUnavailable, match=f"needs onnxruntime, which is not installed. .*{command}"):
         Generator.from_pretrained(unet_copy, backend="onnxruntime")
     Bundle.open(unet_copy).with_parity(record())

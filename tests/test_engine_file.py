@@ -81,12 +81,12 @@ def test_an_engine_of_another_sampler_is_refused(engine: Path, spec: SamplerSpec
     ("changes", "machine", "error", "message"),
     [
         ({}, {"gpu": None}, BackendUnavailable, "no NVIDIA GPU here, expected one of compute capability 8.9"),
-        ({}, {"versions": {}}, BackendUnavailable, r"not installed, expected .*pip install 'scm-sdk\[tensorrt-rtx\]'"),
+        ({}, {"versions": {}}, BackendUnavailable, r"not installed, expected .*pip install 'tensorrt-rtx-cu13>="),
         ({}, {"platform": "windows-amd64"}, IncompatibleEngineError, "was built for .*this is windows-amd64"),
         ({}, {"versions": {"tensorrt_rtx": "1.8.0.1"}}, IncompatibleEngineError, r"1\.8\.0\.1 is installed"),
         ({}, {"gpu": Gpu(index=0, name="T4", compute_capability="7.5", memory_bytes=1, driver="12.0")},
          IncompatibleEngineError, r"built for 8\.9, this T4 is 7\.5; .*--target sm_75"),
-        ({"flavour": "tensorrt"}, {}, BackendUnavailable, r"pip install 'scm-sdk\[tensorrt\]'"),
+        ({"flavour": "tensorrt"}, {}, BackendUnavailable, r"pip install 'tensorrt>="),
     ],
 )  # fmt: skip
 def test_each_reason_has_its_own_message(engine, spec, changes, machine, error, message) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from scm_sdk import Generator
-from scm_sdk._lazy import is_installed
+from scm_sdk._lazy import install_command, is_installed
 from scm_sdk.build_record import Flavour
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import BackendError, ShapeError
@@ -48,7 +48,7 @@ def flavour(request: pytest.FixtureRequest) -> Flavour:
     if gpu is None:
         pytest.skip("no GPU, or no NVIDIA driver")
     if not is_installed(name):
-        pytest.skip(f"{name} is not installed: pip install 'scm-sdk[{EXTRAS[name]}]'")
+        pytest.skip(f"{name} is not installed: {install_command(EXTRAS[name])}")
     if reason := resolve_target(gpu.compute_capability).unbuildable(name):
         pytest.skip(reason)
     return name

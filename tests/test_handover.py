@@ -15,7 +15,7 @@ from scm_sdk.export.cli import main
 from scm_sdk.export.handover import check_outputs, write_handover
 from scm_sdk.manifest import ParityRecord
 
-pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'scm-sdk[polygraphy]'")
+pytest.importorskip("polygraphy", reason="polygraphy is not installed")
 
 
 @pytest.fixture(scope="module")

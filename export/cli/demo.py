@@ -20,7 +20,7 @@ def demo(out: Path, seed: int) -> None:
     from importlib.resources import as_file, files
     from time import perf_counter
 
-    from scm_sdk._lazy import is_installed
+    from scm_sdk._lazy import install_command, is_installed
     from scm_sdk.evaluate.latency import measure
     from scm_sdk.generator import Generator
     from scm_sdk.images import make_grid, save_png
@@ -51,7 +51,7 @@ def demo(out: Path, seed: int) -> None:
         for engine in add_engines(bundle, [resolve_target("a100")], precisions=["fp16"], steps=[1]):
             say(f"   {engine_summary(engine)}")
     else:
-        say("   No engine: TensorRT-RTX is not installed (pip install 'scm-sdk[tensorrt-rtx]')")
+        say(f"   No engine: TensorRT-RTX is not installed ({install_command('tensorrt-rtx')})")
 
     say("3. Prove: everything that can run here against PyTorch, same noise, same labels")
     for parity in prove(

