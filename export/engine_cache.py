@@ -1,5 +1,7 @@
 """Engines that were built before: found again by what they were built from, and hashed again before use.
 
+An engine is code: one is served only if this user built it here, from a folder that the user alone can write.
+
 An entry's key is the sha256 of everything that decides an engine: the graph's bytes with its weights, the options,
 the library's version, the system, and for TensorRT the GPU and its driver. One builder at a time makes an entry;
 a second one waits and finds it made.
@@ -19,17 +21,18 @@ import msgspec
 
 from scm_sdk._lazy import require
 from scm_sdk.build_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord
-from scm_sdk.engine_fit import remember_built
+from scm_sdk.engine_fit import remember_built, was_built_here
 from scm_sdk.errors import ScmError
 from scm_sdk.files import sha256_bytes, sha256_file
 from scm_sdk.gpu import current_gpu
 from scm_sdk.trt import load_flavour
-from scm_sdk.user_cache import cache_folder
+from scm_sdk.user_cache import cache_folder, temporary_folder, why_insecure, withdraw_write, writable_folder
 
 from .builder import Progress
 from .engine import build_engine, graph_digest
 from .engine_options import EngineOptions
 
+_ENGINES = "engines"
 _USED = "used"
 """Touched when an entry is served, so that the longest unused goes first."""
 
@@ -73,7 +76,11 @@ class Entry:
         engine = self.folder / ENGINE_NAME
         if not engine.is_file():
             return f"{ENGINE_NAME} is missing"
-        return "" if sha256_file(engine) == self.record.engine_sha256 else f"{ENGINE_NAME} was altered or cut short"
+        if sha256_file(engine) != self.record.engine_sha256:
+            return f"{ENGINE_NAME} was altered or cut short"
+        if insecure := why_insecure(self.folder):
+            return insecure
+        return "" if was_built_here(self.record.engine_sha256) else "this user did not build it here"
 
 
 def cached_engine(
@@ -95,13 +102,14 @@ def cached_engine(
     """
     filelock = require("filelock", extra="export", purpose="the engine cache")
     key = engine_key(graph, options)
-    entry_folder = engines_folder() / key
-    entry_folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(_ENGINES, purpose="engines are built again each time") or temporary_folder() / _ENGINES
+    folder.mkdir(exist_ok=True)
+    entry_folder = folder / key
     with filelock.FileLock(entry_folder.with_suffix(".lock")):
         entry = _read(entry_folder)
         hit = entry is not None and not entry.problem() and (allow_mismatch or not entry.mismatches)
         if not hit:
-            shutil.rmtree(entry_folder, ignore_errors=True)  # damaged: it is never served
+            _remove(entry_folder)  # damaged, or somebody else's: it is never served
             build_engine(
                 graph,
                 entry_folder,
@@ -110,10 +118,12 @@ def cached_engine(
                 allow_mismatch=allow_mismatch,
                 progress=progress,
             )
+            withdraw_write(entry_folder)
             entry = _read(entry_folder)
         (entry_folder / _USED).touch()
         assert entry is not None and entry.record is not None, "it was built or found"
-        remember_built(entry.record.engine_sha256)
+        if not hit:
+            remember_built(entry.record.engine_sha256)
     return entry, hit
 
 
@@ -135,16 +145,18 @@ def engine_key(graph: Path, options: EngineOptions) -> str:
     return sha256_bytes(msgspec.json.encode(facts, order="deterministic"))
 
 
-def engines_folder() -> Path:
-    """Return where the entries lie."""
-    return cache_folder() / "engines"
+def engines_folder() -> Path | None:
+    """Return where the entries lie; None where there is no cache."""
+    root = cache_folder()
+    return None if root is None else root / _ENGINES
 
 
 def entries() -> list[Entry]:
     """Return what the cache holds, the longest unused first."""
-    if not engines_folder().is_dir():
+    folder = engines_folder()
+    if folder is None or not folder.is_dir():
         return []
-    found = (_read(path) for path in sorted(engines_folder().iterdir()) if path.is_dir() and len(path.name) == 64)
+    found = (_read(path) for path in sorted(folder.iterdir()) if path.is_dir() and len(path.name) == 64)
     return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
 
@@ -166,7 +178,7 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
             with filelock.FileLock(entry.folder.with_suffix(".lock"), blocking=False):
                 now = _read(entry.folder)
                 if now is not None and now.used == entry.used:  # else it was served, or made anew, meanwhile
-                    shutil.rmtree(entry.folder, ignore_errors=True)
+                    _remove(entry.folder)
                     removed.append(entry)
         except filelock.Timeout:  # somebody is building it
             continue
@@ -201,10 +213,19 @@ def _read(folder: Path) -> Entry | None:
     return Entry(key=folder.name, folder=folder, record=record, bytes=size, used=used)
 
 
+def _remove(folder: Path) -> None:
+    """Remove an entry; of one that is a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _timing_cache(options: EngineOptions) -> Path | None:
     """Return where TensorRT keeps kernel times for this version and GPU; its header refuses any other."""
     gpu = current_gpu()
     if options.flavour != "tensorrt" or gpu is None:
         return None
     version = load_flavour(options.flavour, purpose="the timing cache").__version__
-    return cache_folder() / "timing" / f"{version}-{gpu.name.replace(' ', '_')}.cache"
+    folder = writable_folder("timing", purpose="TensorRT measures its kernels again for each engine")
+    return folder and folder / f"{version}-{gpu.name.replace(' ', '_')}.cache"

@@ -21,7 +21,7 @@ from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineEr
 from scm_sdk.files import atomic_write_bytes
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.trt import EXTRAS, load_flavour, make_logger
-from scm_sdk.user_cache import cache_folder
+from scm_sdk.user_cache import trusted_folder, writable_folder
 
 from .base import check_images, check_inputs, check_num_threads, name_inputs
 from .device_memory import Cuda, OutOfMemory
@@ -29,6 +29,7 @@ from .engine_file import read_engine, rebuild
 from .engine_lane import Lane, own_errors
 from .lane_pool import LanePool
 
+_RUNTIME = "runtime"
 _VALIDITY = {
     1: "another version of the library", 2: "another kind of GPU", 4: "the driver is too old",
     8: "the CUDA runtime is too old", 16: "too little GPU memory", 32: "the file is malformed", 64: "a CUDA error",
@@ -220,8 +221,10 @@ class TrtBackend:
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         self._runtime_cache = config.create_runtime_cache()
+        folder = trusted_folder(_RUNTIME)  # what it holds is run
         with suppress(OSError, RuntimeError, ValueError):  # one that is absent or refused counts as empty
-            self._runtime_cache.deserialize(self._runtime_cache_path().read_bytes())
+            if folder is not None:
+                self._runtime_cache.deserialize((folder / self._runtime_cache_name()).read_bytes())
         config.set_runtime_cache(self._runtime_cache)
         return config
 
@@ -230,12 +233,13 @@ class TrtBackend:
         if config is not None:
             with suppress(ScmError), own_errors("keeping compiled kernels"):  # they only save time
                 serialized = self._runtime_cache.serialize()
-                if serialized is not None:
-                    atomic_write_bytes(self._runtime_cache_path(), bytes(memoryview(serialized)))
+                folder = writable_folder(_RUNTIME, purpose="TensorRT-RTX compiles its kernels again in each process")
+                if serialized is not None and folder is not None:
+                    atomic_write_bytes(folder / self._runtime_cache_name(), bytes(memoryview(serialized)))
 
-    def _runtime_cache_path(self) -> Path:
+    def _runtime_cache_name(self) -> str:
         gpu = self._gpu_name.replace(" ", "_")
-        return cache_folder() / "runtime" / f"{self.record.engine_sha256[:16]}-{gpu}.cache"
+        return f"{self.record.engine_sha256[:16]}-{gpu}.cache"
 
 
 def _index(device: str | None) -> int:

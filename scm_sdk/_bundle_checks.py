@@ -18,7 +18,7 @@ from .errors import BundleError, IntegrityError, SchemaError
 from .files import check_relative, safe_join, sha256_file, unreadable
 from .goldens import check_safetensors
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Role
-from .user_cache import UNPACKED, cache_folder
+from .user_cache import is_cached
 
 MANIFEST_MAX_BYTES = 8 << 20
 REPAIR = "Copy the bundle again, or export it again."
@@ -31,7 +31,7 @@ def is_borrowed(folder: Path) -> bool:
     """Return whether a bundle lies in a cache, the hub's or this package's: nothing may be written into it."""
     if (folder / MANIFEST_NAME).is_symlink():  # as huggingface_hub lays snapshots out
         return True
-    return folder.resolve().is_relative_to((cache_folder() / UNPACKED).resolve())
+    return is_cached(folder)
 
 
 def require_own(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Import a heavy, optional library at the moment it is needed, or say how to get it."""
+"""Import a heavy, optional library at the moment it is needed, without its telemetry, or say how to get it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import ModuleType
 
 from ._version import __version__
 from .errors import BackendUnavailable
+from .telemetry import without_telemetry
 
 _DISTRIBUTION = "scm-sdk"
 
@@ -39,7 +40,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         BackendUnavailable: If the module is absent or fails to import.
     """
     try:
-        return import_module(module)
+        with without_telemetry(module):
+            return import_module(module)
     except ImportError as exc:
         raise BackendUnavailable(
             f"{purpose} needs {module}, which could not be imported ({exc}). "

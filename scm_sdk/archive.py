@@ -9,18 +9,24 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ._bundle_checks import MANIFEST_MAX_BYTES, check_content, check_manifest, read_manifest
 from .errors import BundleError, IntegrityError, SchemaError
-from .files import atomic_file, atomic_folder, check_relative, safe_join
+from .files import DISK_ERRORS, atomic_file, atomic_folder, check_relative, open_regular, safe_join, sha256_stream
 from .manifest import MANIFEST_NAME, Manifest
 
 SUFFIX = ".scmz"
 MAX_MEMBERS = 4096
+_END_BYTES = (1 << 16) + 22
+"""An archive ends with its directory's place and a comment of at most 64 KiB."""
+_MEMBER_BYTES = 4096
+"""Most that a member's entry in the directory takes."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _REPAIR = "Copy it again, or pack it again: scm-export bundle pack"
 
@@ -51,13 +57,16 @@ def pack(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     return out
 
 
-def unpack(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def unpack(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False, sha256: str | None = None
+) -> Path:
     """Write the bundle in a ``.scmz`` file to a folder, checked as a whole before it appears.
 
     Args:
         path: The file.
         out: The folder; a new name, or with ``overwrite`` an older bundle.
         overwrite: Replace the bundle that is there.
+        sha256: The digest that the file must have, if it was hashed before: it may have been replaced since.
 
     Raises:
         BundleError: If a path in it is not allowed, or ``out`` may not be replaced or cannot be written.
@@ -72,6 +81,9 @@ def unpack(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwri
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, target.open("xb") as stream:
                     shutil.copyfileobj(source, stream, 1 << 20)
+            assert archive.fp is not None, "it is open"
+            if sha256 is not None and sha256_stream(archive.fp) != sha256:
+                raise IntegrityError(f"{path} was replaced while it was opened. Open it again.")
         for entry in read_manifest(folder).files:
             check_content(folder, entry)
     return out
@@ -80,12 +92,32 @@ def unpack(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwri
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
+        with open_regular(path) as stream:
+            _check_directory(path, stream)
+            with zipfile.ZipFile(stream) as archive:
+                yield archive
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError, RuntimeError) as exc:
         raise IntegrityError(f"{path} is damaged or no {SUFFIX} file: {exc}. {_REPAIR}") from exc
     except FileNotFoundError as exc:
         raise BundleError(f"{path} does not exist, expected a {SUFFIX} file. Check the path.") from exc
+    except OSError as exc:
+        if exc.errno in DISK_ERRORS:  # the disk that is unpacked to
+            raise
+        raise IntegrityError(f"{path} cannot be unpacked: {exc.strerror or exc}. {_REPAIR}") from exc
+
+
+def _check_directory(path: Path, stream: BinaryIO) -> None:
+    """Refuse an archive of too many members before ``zipfile`` reads the list of them."""
+    stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, stream.tell() - _END_BYTES))
+    tail = stream.read(_END_BYTES)
+    end = tail[tail.rfind(b"PK\5\6") :]
+    stream.seek(0)
+    if len(end) < 22:
+        return  # no archive, as zipfile says
+    members, listed = struct.unpack("<HI", end[10:16])
+    if members > MAX_MEMBERS or listed > MAX_MEMBERS * _MEMBER_BYTES:
+        raise BundleError(f"{path} lists {members} files in {listed} bytes, expected at most {MAX_MEMBERS} files.")
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:

@@ -6,22 +6,32 @@ some GPUs. Plans and backends ask the same questions here.
 
 from __future__ import annotations
 
+import hmac
 import os
 import platform
 import re
+import secrets
+import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .build_record import Flavour
-from .files import atomic_write_bytes
+from .errors import ScmError
+from .files import atomic_write_bytes, open_regular
 from .gpu import Gpu, current_gpu, gpus
 from .manifest import EngineFacts
+from .switches import is_on
 from .targets import AHEAD_OF_TIME
 from .trt import version_tuple
-from .user_cache import cache_folder
+from .user_cache import trusted_folder, warn_once, writable_folder
 
 TRUST_VARIABLE = "SCM_TRUST_ENGINES"
+_BUILT = "built"
+_KEY = "key"
+_KEY_BYTES = 32
+_MARKER_BYTES = 64
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings"),
@@ -84,20 +94,88 @@ def installed_version(flavour: str) -> str | None:
 
 
 def is_trusted(engine_sha256: str) -> bool:
-    """Return whether an engine was built on this machine, or the user trusts all (``SCM_TRUST_ENGINES=1``)."""
-    if os.environ.get(TRUST_VARIABLE, "") not in ("", "0"):
-        return True
-    return bool(re.fullmatch("[0-9a-f]{64}", engine_sha256)) and (_built_folder() / engine_sha256).is_file()
+    """Return whether this user built an engine on this machine, or trusts all (``SCM_TRUST_ENGINES=1``).
+
+    Raises:
+        ConfigError: If ``SCM_TRUST_ENGINES`` is neither a yes nor a no.
+    """
+    return is_on(TRUST_VARIABLE) or was_built_here(engine_sha256)
+
+
+def was_built_here(engine_sha256: str) -> bool:
+    """Return whether this user built an engine on this machine.
+
+    Its marker is a keyed digest, so that a file that somebody else put there says nothing.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", engine_sha256):
+        return False
+    folder = trusted_folder(_BUILT)
+    key = None if folder is None else _read_key(folder)
+    if folder is None or key is None:
+        return False
+    try:
+        with open_regular(folder / engine_sha256) as stream:
+            marker = stream.read(_MARKER_BYTES)
+    except OSError:
+        return False
+    return hmac.compare_digest(marker, _marker(key, engine_sha256))
 
 
 def remember_built(engine_sha256: str) -> None:
-    """Keep that an engine was built on this machine; its file may lie anywhere, and leave the cache."""
-    if not (_built_folder() / engine_sha256).is_file():
-        atomic_write_bytes(_built_folder() / engine_sha256, b"")
+    """Keep that this user built an engine on this machine; its file may lie anywhere, and leave the cache.
+
+    Where that cannot be kept, one warning says so.
+    """
+    if was_built_here(engine_sha256):
+        return
+    purpose = "engines that are built here are not remembered and will need trust_engines=True"
+    folder = writable_folder(_BUILT, purpose=purpose)
+    if folder is None:
+        return
+    try:
+        key = _read_key(folder) or _make_key(folder)
+        atomic_write_bytes(folder / engine_sha256, _marker(key, engine_sha256))
+    except (OSError, ScmError) as exc:
+        warn_once(f"{purpose}: {exc}")
 
 
-def _built_folder() -> Path:
-    return cache_folder() / "built"
+def _marker(key: bytes, engine_sha256: str) -> bytes:
+    return hmac.new(key, engine_sha256.encode(), "sha256").hexdigest().encode()
+
+
+def _read_key(folder: Path) -> bytes | None:
+    """Return the user's key, if its file is one that nobody else can read or write."""
+    try:
+        state = os.lstat(folder / _KEY)
+        if hasattr(os, "geteuid") and (state.st_uid != os.geteuid() or state.st_mode & 0o077):
+            warn_once(f"{folder / _KEY} is ignored: expected a file of your own with mode 0600. Delete it.")
+            return None
+        with open_regular(folder / _KEY) as stream:
+            key = stream.read(_KEY_BYTES)
+    except OSError:
+        return None
+    return key if stat.S_ISREG(state.st_mode) and len(key) == _KEY_BYTES else None
+
+
+def _make_key(folder: Path) -> bytes:
+    """Write a new key, or return that of a process that was faster.
+
+    Raises:
+        OSError: If it cannot be written, or what lies there cannot be used.
+    """
+    handle, name = tempfile.mkstemp(prefix=".key.", dir=folder)  # mode 0600
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(secrets.token_bytes(_KEY_BYTES))
+        os.link(name, folder / _KEY)  # fails where there is one
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(name)
+    key = _read_key(folder)
+    if key is None:
+        raise OSError(f"{folder / _KEY} cannot be used")
+    return key
 
 
 def rebuild_command(flavour: Flavour, gpu: Gpu | None = None) -> str:

@@ -18,13 +18,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO
 
 from .errors import BundleError, IntegrityError, ScmError
 
 _CHUNK_BYTES = 1 << 20
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 """Name of what ``_sibling`` names."""
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 """Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
 
 
@@ -118,7 +119,7 @@ def atomic_folder(
         try:
             yield temp
         except OSError as exc:
-            if exc.errno in _DISK_ERRORS:
+            if exc.errno in DISK_ERRORS:
                 raise error(_cannot_write(path, exc)) from exc
             raise
         # Again: the block may have run for minutes, and somebody may have filled the place meanwhile.
@@ -151,14 +152,33 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     Raises:
         IntegrityError: If the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
+        with open_regular(path) as stream:
+            return sha256_stream(stream)
     except OSError as exc:
         raise unreadable(path, exc) from exc
+
+
+def sha256_stream(stream: IO[bytes]) -> str:
+    """Return the sha256 of an open file's whole content as 64 hex digits."""
+    digest = hashlib.sha256()
+    stream.seek(0)
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a plain file to read. A pipe or a device, which would be waited for or never end, is refused.
+
+    Raises:
+        OSError: If it cannot be opened or is no plain file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "Not a plain file", os.fspath(path))
+    return os.fdopen(handle, "rb")
 
 
 def unreadable(path: str | os.PathLike[str], exc: OSError) -> IntegrityError:
@@ -337,6 +357,7 @@ def _cannot_write(path: str | os.PathLike[str], exc: OSError) -> str:
     remedy = {
         errno.ENOSPC: "Free some space or choose another disk.",
         errno.EDQUOT: "Free some space or choose another disk.",
+        errno.EFBIG: "Raise the limit of file sizes (ulimit -f), or choose another disk.",
         errno.EROFS: "Choose a folder on a disk that is not read-only.",
         errno.EACCES: "Choose a folder that you may write to.",
         errno.EPERM: "Choose a folder that you may write to.",

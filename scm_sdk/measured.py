@@ -1,6 +1,6 @@
 """Latencies remembered on this machine, so that ``backend="auto"`` can choose the fastest.
 
-One small JSON file in the user's cache folder, written by ``Generator.benchmark``. A time is valid
+One small JSON file in the cache folder, written by ``Generator.benchmark``. A time is valid
 for one build, artifact, number of steps, backend and library version, device, number of threads and processor;
 anything else simply is not found. The file may be deleted at any time.
 """
@@ -8,6 +8,7 @@ anything else simply is not found. The file may be deleted at any time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -16,18 +17,22 @@ from pathlib import Path
 import msgspec
 
 from .dispatch import BACKENDS
-from .files import atomic_write_bytes
+from .errors import ScmError
+from .files import atomic_write_bytes, open_regular
 from .gpu import gpus
 from .plan import Measured
 from .processor import cpu_name
-from .user_cache import cache_folder
+from .user_cache import cache_folder, warn_once, writable_folder
 
 MAX_ENTRIES = 1000
+_MAX_BYTES = 1 << 20
+_NAME = "latency.json"
 
 
-def cache_path() -> Path:
-    """Return where the times lie."""
-    return cache_folder() / "latency.json"
+def cache_path() -> Path | None:
+    """Return where the times lie; None where there is no cache."""
+    folder = cache_folder()
+    return None if folder is None else folder / _NAME
 
 
 def recall(
@@ -38,10 +43,13 @@ def recall(
     A file that cannot be read counts as empty: a cache decides about speed, never about results.
     """
     found = {}
+    here: dict[str, str] = {}
     for key, median in _read().items():
         backend, _, rest = key.partition("|")
         artifact, _, conditions = rest.partition("|")
-        if conditions == _conditions(backend, build_id, num_inference_steps, device, num_threads):
+        if backend not in here:
+            here[backend] = _conditions(backend, build_id, num_inference_steps, device, num_threads)
+        if conditions == here[backend]:
             found[backend, artifact] = median
     return found
 
@@ -56,29 +64,45 @@ def remember(
 ) -> None:
     """Store medians by (backend, artifact path); each takes the place of an older one, of whatever batch.
 
-    Raises:
-        ScmError: If the cache folder cannot be written.
+    Where the cache cannot be written, one warning says so.
     """
+    purpose = "the measured latencies are not kept for other processes"
+    folder = writable_folder("", purpose=purpose)
+    if folder is None:
+        return
     times = _read()
     for (backend, artifact), median in medians.items():
         key = f"{backend}|{artifact}|{_conditions(backend, build_id, num_inference_steps, device, num_threads)}"
         times.pop(key, None)  # so that the newest are last and the oldest fall out first
         times[key] = median
     kept = dict(list(times.items())[-MAX_ENTRIES:])
-    atomic_write_bytes(cache_path(), json.dumps(kept, indent=1).encode() + b"\n")
+    try:
+        atomic_write_bytes(folder / _NAME, json.dumps(kept, indent=1).encode() + b"\n")
+    except ScmError as exc:
+        warn_once(f"{purpose}: {exc}")
 
 
 def _read() -> dict[str, Measured]:
+    """Return what is in the file; nothing if it is absent, no plain file, too large or malformed."""
+    path = cache_path()
+    if path is None:
+        return {}
     try:
-        raw = json.loads(cache_path().read_bytes())
-    except (OSError, ValueError):
+        with open_regular(path) as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        raw = json.loads(data) if len(data) <= _MAX_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(raw, dict) or len(raw) > MAX_ENTRIES:
         return {}
     found = {}
-    for key, value in raw.items() if isinstance(raw, dict) else ():
+    for key, value in raw.items():
         try:
-            found[key] = msgspec.convert(value, Measured)
+            measured = msgspec.convert(value, Measured)
         except msgspec.ValidationError:  # of another version
             continue
+        if math.isfinite(measured.ms) and measured.ms > 0 and measured.batch > 0:
+            found[key] = measured
     return found
 
 

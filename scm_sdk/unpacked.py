@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from .archive import unpack
 from .errors import ScmError
 from .files import sha256_file
 from .manifest import MANIFEST_NAME
-from .user_cache import UNPACKED, cache_folder
+from .user_cache import (
+    UNPACKED,
+    cache_folder,
+    temporary_folder,
+    trusted_folder,
+    why_insecure,
+    withdraw_write,
+    writable_folder,
+)
 
 _ABANDONED_DAYS = 1.0
 """A folder that is still being filled after this long was left by a process that was killed."""
@@ -38,30 +47,43 @@ class Entry:
     used: float
 
 
-def unpacked_folder() -> Path:
-    """Return where the entries lie."""
-    return cache_folder() / UNPACKED
+def unpacked_folder() -> Path | None:
+    """Return where the entries lie; None where there is no cache."""
+    root = cache_folder()
+    return None if root is None else root / UNPACKED
 
 
 def unpacked(path: str | os.PathLike[str]) -> Path:
     """Return the folder of a ``.scmz`` file's bundle in the user's cache; it is unpacked once.
 
+    Where the cache cannot be used, the folder is one of this process and goes when it ends.
+
     Raises:
-        BundleError: As ``archive.unpack``.
+        BundleError: As ``archive.unpack``; also if there is no disk to unpack to.
     """
-    folder = unpacked_folder() / sha256_file(path)[:32]
-    if not (folder / MANIFEST_NAME).is_file():
-        unpack(path, folder, overwrite=True)
-    os.utime(folder, ns=(time.time_ns(),) * 2)  # finer than the file system's own clock
-    return folder
+    sha256 = sha256_file(path)
+    key = sha256[:32]
+    kept = trusted_folder(f"{UNPACKED}/{key}")
+    if kept is None or not (kept / MANIFEST_NAME).is_file():
+        root = writable_folder(UNPACKED, purpose=f"{os.fspath(path)} is unpacked to a temporary folder")
+        if root is None or (os.path.lexists(root / key) and why_insecure(root / key)):
+            root = temporary_folder() / UNPACKED
+        kept = root / key
+        if not (kept / MANIFEST_NAME).is_file():
+            unpack(path, kept, overwrite=True, sha256=sha256)
+            withdraw_write(kept)
+    with suppress(OSError):  # somebody else's, or a read-only disk
+        os.utime(kept, ns=(time.time_ns(),) * 2)  # finer than the file system's own clock
+    return kept
 
 
 def entries() -> list[Entry]:
     """Return what is there, the longest unused first; what a killed process left among it."""
-    if not unpacked_folder().is_dir():
+    folder = unpacked_folder()
+    if folder is None or not folder.is_dir():
         return []
-    found = [_read(path) for path in unpacked_folder().iterdir() if path.is_dir()]
-    return sorted(found, key=lambda entry: entry.used)
+    found = (_read(path) for path in folder.iterdir() if path.is_dir())
+    return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
 
 def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
@@ -106,11 +128,15 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _read(folder: Path) -> Entry:
-    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+def _read(folder: Path) -> Entry | None:
+    """Return an entry; None if it was removed or renamed meanwhile."""
+    try:
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        used = folder.stat().st_mtime
+    except FileNotFoundError:
+        return None
     try:
         name = "" if folder.name.startswith(".") else read_manifest(folder).name
     except ScmError:
         name = ""
-    used = folder.stat().st_mtime
-    return Entry(key=folder.name, folder=folder, name=name, bytes=sum(stat.st_size for stat in files), used=used)
+    return Entry(key=folder.name, folder=folder, name=name, bytes=sum(sizes), used=used)

@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
+from containers import run_python
 from engine_helpers import graph, options
 from scm_sdk.bundle import Bundle
 from scm_sdk.engine_fit import is_trusted
@@ -19,6 +21,7 @@ from scm_sdk.errors import ExportError, IntegrityError
 from scm_sdk.export import engine_cache
 from scm_sdk.export.cli import main
 from scm_sdk.export.engines import add_engines
+from scm_sdk.files import sha256_bytes
 from scm_sdk.targets import Target, resolve_targets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows")
@@ -146,3 +149,32 @@ def test_an_engine_from_elsewhere_is_built_again_where_it_is_to_run(
     (own,) = add_engines(path, resolve_targets(["l4"]), precisions=["fp16"])
     assert (own.unchanged, own.cached) == (False, False) and is_trusted(own.record.engine_sha256)
     assert add_engines(path, resolve_targets(["l4"]), precisions=["fp16"])[0].unchanged
+
+
+def test_an_engine_that_was_planted_is_not_served(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, _ = engine_cache.cached_engine(graph(graphs, "fp16"), options())
+    evil = b"EVIL CODE" + (entry.folder / "model.engine").read_bytes()[9:]
+    (entry.folder / "model.engine").write_bytes(evil)
+    assert entry.record is not None
+    record = msgspec.structs.replace(entry.record, engine_sha256=sha256_bytes(evil))
+    (entry.folder / "build.json").write_bytes(record.to_json())
+    run = CliRunner().invoke(main, ["cache", "verify"])
+    assert run.exit_code == IntegrityError.exit_code and "this user did not build it here" in run.stderr
+    again, hit = engine_cache.cached_engine(graph(graphs, "fp16"), options())
+    assert not hit and not (again.folder / "model.engine").read_bytes().startswith(b"EVIL")
+    assert not is_trusted(record.engine_sha256)
+
+
+def test_without_a_cache_it_is_built_for_this_process(graphs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from scm_sdk.export.engines import add_engines\n"
+        "from scm_sdk.targets import resolve_targets\n"
+        f"print(len(add_engines({str(tmp_path / 'bundle')!r}, resolve_targets(['l4']), precisions=['fp16'])))\n"
+    )
+    shutil.copytree(graphs, tmp_path / "bundle")
+    done = run_python(code, env={"HOME": str(tmp_path / "file")})
+    assert done.returncode == 0 and done.stdout.strip().splitlines()[-1] == "1", done.stderr
+    assert done.stderr.count("RuntimeWarning: engines are built again") == 1 and "SCM_CACHE_DIR" in done.stderr
+    assert any("engines" in str(path) for path in (tmp_path / "bundle").rglob("model.engine"))

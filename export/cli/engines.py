@@ -159,7 +159,7 @@ def targets(as_json: bool) -> None:
 
 @click.group()
 def cache() -> None:
-    """Engines that were built before and bundles out of .scmz files, in the user's cache folder.
+    """Engines that were built before and bundles out of .scmz files, in the cache folder (SCM_CACHE_DIR).
 
     What hub ids brought lies in huggingface_hub's own cache: hf cache ls, hf cache prune.
     """
@@ -190,7 +190,10 @@ def cache_ls(as_json: bool) -> None:
 
 @cache.command("verify")
 def cache_verify() -> None:
-    """Hash each again; exits 6 if one is damaged. A damaged engine is never served, and gc removes it."""
+    """Hash each engine again and check who could have written it; exits 6 if one is not as this user built it.
+
+    Such an engine is never served, and gc removes it.
+    """
     from scm_sdk.errors import IntegrityError
 
     from ..engine_cache import entries
@@ -201,9 +204,10 @@ def cache_verify() -> None:
         say(f"  {key[:12]}: {problem}")
     if problems:
         raise IntegrityError(
-            f"{len(problems)} of {len(found)} engines are damaged, expected none. Remove them: scm-export cache gc"
+            f"{len(problems)} of {len(found)} engines are damaged or were not built by this user here, expected none. "
+            "Remove them: scm-export cache gc"
         )
-    say(f"{len(found)} engines, all as they were built")
+    say(f"{len(found)} engines, all as this user built them here")
 
 
 @cache.command("gc")

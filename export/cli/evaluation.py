@@ -81,7 +81,7 @@ def evaluate(
     from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
     from scm_sdk.evaluate.scoring import score
     from scm_sdk.sources import open_source
-    from scm_sdk.user_cache import cache_folder
+    from scm_sdk.user_cache import temporary_folder, writable_folder
 
     if max_kid_delta is not None and len(precisions) < 2:
         raise click.UsageError(
@@ -107,7 +107,7 @@ def evaluate(
         source.spec(counts[0], unrolled=True), net,
         source=data, label=label, reference_rows=rows, real_rows=real_rows, stats=stats,
     )  # fmt: skip
-    cache = cache or cache_folder() / "evaluate"
+    cache = cache or writable_folder("evaluate", purpose="samples are drawn again next time") or temporary_folder()
     if not teacher_steps:
         _open_each(model, counts, backend, precisions)
     if save_ref is not None:

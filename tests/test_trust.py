@@ -1,0 +1,182 @@
+"""Whose engines run: only those that this user built here, whatever else lies in the cache."""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from scm_sdk import unpacked, user_cache
+from scm_sdk.archive import pack
+from scm_sdk.engine_fit import TRUST_VARIABLE, is_trusted, remember_built
+from scm_sdk.errors import ConfigError, IntegrityError
+from scm_sdk.generator import Generator
+from scm_sdk.spec import SamplerSpec
+from scm_sdk.user_cache import CACHE_VARIABLE, cache_folder
+
+ENGINE = "0" * 64
+SPEC = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4))
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache in which this user has built ``ENGINE``; warnings come again."""
+    top = Path(tempfile.mkdtemp()).resolve()
+    monkeypatch.setenv(CACHE_VARIABLE, str(top / "cache"))
+    monkeypatch.setattr(user_cache, "_WARNED", set())
+    remember_built(ENGINE)
+    assert is_trusted(ENGINE)
+    yield top / "cache"
+    shutil.rmtree(top)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "ON"])
+def test_words_that_trust(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TRUST_VARIABLE, value)
+    assert is_trusted(ENGINE)
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "False", "no", "off", "OFF"])
+def test_words_that_do_not(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TRUST_VARIABLE, value)
+    assert not is_trusted(ENGINE)
+
+
+@pytest.mark.parametrize("value", [" ", "n", "disabled", "2", "ja"])
+def test_other_words_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TRUST_VARIABLE, value)
+    with pytest.raises(ConfigError, match=f"{TRUST_VARIABLE} is '{value}', expected 1, true, yes, on"):
+        is_trusted(ENGINE)
+
+
+def open_to_all(cache: Path) -> None:
+    (cache / "built").chmod(0o777)
+
+
+def open_above(cache: Path) -> None:
+    cache.chmod(0o775)
+
+
+def linked(cache: Path) -> None:
+    (cache / "built").rename(cache / "elsewhere")
+    (cache / "built").symlink_to(cache / "elsewhere")
+
+
+def linked_as_a_whole(cache: Path) -> None:
+    cache.rename(cache.with_name("elsewhere"))
+    cache.symlink_to(cache.with_name("elsewhere"))
+
+
+def of_another_user(cache: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(cache / "built", 54321, 54321)
+
+
+@pytest.mark.parametrize("spoil", [open_to_all, open_above, linked, linked_as_a_whole, of_another_user])
+def test_markers_count_only_where_nobody_else_can_put_them(spoil: Callable[[Path], None], cache: Path) -> None:
+    spoil(cache)
+    with pytest.warns(RuntimeWarning, match="is ignored: .*(can be written by other|is a link|belongs to)") as said:
+        assert not is_trusted(ENGINE)
+        assert not is_trusted(ENGINE)
+    assert len(said) == 1, "once"
+
+
+def test_a_marker_from_elsewhere_says_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "built" / ("1" * 64)).write_bytes(b"")
+    assert not is_trusted("1" * 64)
+    shutil.copy(cache / "built" / ENGINE, cache / "built" / ("1" * 64))
+    assert not is_trusted("1" * 64), "of another engine"
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache.with_name("other")))
+    remember_built("2" * 64)
+    shutil.copy(cache / "built" / ENGINE, cache.with_name("other") / "built" / ENGINE)
+    assert not is_trusted(ENGINE), "of another user's key"
+
+
+def test_the_key_is_the_users_alone(cache: Path) -> None:
+    key = cache / "built" / "key"
+    assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) == 32
+    key.chmod(0o644)
+    with pytest.warns(RuntimeWarning, match="key is ignored"):
+        assert not is_trusted(ENGINE)
+
+
+def test_a_relative_folder_of_the_environment_is_no_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that a stranger prepared is not asked because one works in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CACHE_VARIABLE, "rel")
+    with pytest.raises(ConfigError, match=f"{CACHE_VARIABLE} is 'rel', expected an absolute path"):
+        cache_folder()
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "rel")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    found = cache_folder()
+    assert found is not None and found.is_relative_to("/home/somebody"), "as the XDG specification says"
+    monkeypatch.setenv("HOME", "")
+    found = cache_folder()
+    assert found is None or found.is_absolute()
+
+
+@pytest.fixture
+def two(linear_bundle: Callable[..., Path], tmp_path: Path) -> list[Path]:
+    """Two archives of bundles that differ."""
+    return [pack(linear_bundle(SPEC, name=name, gain=gain), tmp_path / f"{name}.scmz")
+            for name, gain in (("a", 0.25), ("b", 0.5))]  # fmt: skip
+
+
+def name_of(archive: Path) -> str:
+    with Generator.from_pretrained(archive, backend="onnxruntime") as gen:
+        assert gen.source.bundle is not None
+        return gen.source.bundle.manifest.name
+
+
+def test_a_planted_link_is_not_opened_in_an_archives_place(two: list[Path], cache: Path) -> None:
+    folders = [unpacked.unpacked(archive) for archive in two]
+    shutil.rmtree(folders[0])
+    folders[0].symlink_to(folders[1])
+    with pytest.warns(RuntimeWarning, match="is a link"):
+        assert name_of(two[0]) == "a"
+    assert name_of(two[1]) == "b"
+
+
+def test_a_cache_that_all_can_write_is_not_opened(two: list[Path], cache: Path) -> None:
+    folders = [unpacked.unpacked(archive) for archive in two]
+    shutil.rmtree(folders[0])
+    shutil.copytree(folders[1], folders[0])
+    (cache / "unpacked").chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="can be written by other users"):
+        assert name_of(two[0]) == "a"
+
+
+def test_an_archive_that_is_replaced_while_it_is_opened(
+    two: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = unpacked.sha256_file
+
+    def replaced_after(path: Path) -> str:
+        found = digest(path)
+        os.replace(two[1], two[0])
+        return found
+
+    monkeypatch.setattr(unpacked, "sha256_file", replaced_after)
+    with pytest.raises(IntegrityError, match="was replaced while it was opened"):
+        unpacked.unpacked(two[0])
+    monkeypatch.undo()
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache))
+    assert name_of(two[0]) == "b"
+
+
+def test_a_group_umask_makes_no_cache_that_is_ignored(two: list[Path], cache: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        folder = unpacked.unpacked(two[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert unpacked.unpacked(two[0]) == folder and folder.is_relative_to(cache)
+    finally:
+        os.umask(before)
