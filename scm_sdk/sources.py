@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +37,7 @@ class Source:
         parity: Recorded comparisons.
         steps: The numbers of steps it was made for, in its own order.
         bundle: The bundle, or None for a checkpoint folder.
+        provenance: Where the weights come from, as the bundle or the checkpoint says.
         status: What the model is.
         text_encoder: Folder whose text encoder turns prompts into inputs, if there is one.
     """
@@ -47,6 +48,7 @@ class Source:
     parity: tuple[ParityRecord, ...]
     steps: tuple[int, ...]
     bundle: Bundle | None
+    provenance: Mapping[str, Any]
     status: ModelStatus
     _spec: Callable[[int], SamplerSpec]
     text_encoder: Path | None = None
@@ -126,6 +128,7 @@ def _from_bundle(bundle: Bundle) -> Source:
         parity=manifest.parity,
         steps=tuple(spec.num_inference_steps for spec in manifest.samplers),
         bundle=bundle,
+        provenance=manifest.provenance,
         status=bundle.status,
         _spec=bundle.spec,
         text_encoder=_text_encoder(bundle),
@@ -144,6 +147,7 @@ def _from_checkpoint(folder: Path, verify: str) -> Source:
     if not (folder / WEIGHTS_NAME).is_file():
         raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole.")
     models: list[Any] = []
+    provenance = _checkpoint_provenance(folder)
 
     def spec(num_inference_steps: int) -> SamplerSpec:
         # Only the model knows its shapes, and only torch can open it; kept so that it loads once.
@@ -159,17 +163,17 @@ def _from_checkpoint(folder: Path, verify: str) -> Source:
         parity=(),
         steps=CHECKPOINT_STEPS,
         bundle=None,
-        status=_checkpoint_status(folder),
+        provenance=provenance,
+        status=ModelStatus.of(provenance),
         _spec=spec,
     )
 
 
-def _checkpoint_status(folder: Path) -> ModelStatus:
+def _checkpoint_provenance(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
-        return ModelStatus.of(dict(config["provenance"]))
+        return dict(json.loads((folder / CONFIG_NAME).read_bytes())["provenance"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # what loads the model says what is wrong
-        return ModelStatus.of({})
+        return {}
 
 
 def _from_pipeline(folder: Path, verify: str) -> Source:
@@ -187,6 +191,7 @@ def _from_pipeline(folder: Path, verify: str) -> Source:
         parity=(),
         steps=STEPS,
         bundle=None,
+        provenance={"objective": OBJECTIVE},
         status=ModelStatus.of({"objective": OBJECTIVE}),
         _spec=found.spec,
         text_encoder=folder if found.has_text_encoder else None,

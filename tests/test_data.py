@@ -41,7 +41,7 @@ def test_pickled_arrays_are_refused(tmp_path):
 def test_unknown_label_lists_the_columns(npz):
     with pytest.raises(TrainError, match=r"label 'colour' is no column of .*\['kind'\]"):
         load_data(DataConfig(source=str(npz), label="colour"))
-    with pytest.raises(TrainError, match=r"rows are 0\.\.99, expected a range within the 12 images"):
+    with pytest.raises(TrainError, match=r"rows \(--rows\) are 0\.\.99, expected a range within the 12 images"):
         load_data(DataConfig(source=str(npz), rows=(0, 99)))
 
 

@@ -73,6 +73,7 @@ def test_precisions_are_compared_seed_by_seed_and_gated(newcomer: Path, tmp_path
     arguments += ["--precision", "fp32", "--precision", "fp16"]
     run = CliRunner().invoke(main, [*arguments, "--max-kid-delta", "0.05", "--json"])
     assert run.exit_code == 0, run.output
+    assert "data: avatars, label hairColor: real rows 0..299, held-out rows 10000..10299" in run.stderr
     full, half = (score["quality"] for score in json.loads(run.stdout))
     assert full["kid_delta"] is None and 0 <= full["recall"] <= full["precision"] + 1 <= 2
     low, high = half["kid_delta_interval"]

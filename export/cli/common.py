@@ -6,7 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -70,9 +72,13 @@ def say_warnings(status: ModelStatus) -> None:
         say(f"warning: {text}")
 
 
+PLAIN_SECONDS = 30.0
+"""Seconds between lines of progress where stderr is no terminal: a job's log, a file, a pipe."""
+
+
 @contextmanager
 def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = False) -> Iterator[Callable[..., None]]:
-    """Show a bar with count, rate and ETA on stderr, unless that is no terminal or it is to be hidden.
+    """Show a bar with count, rate and ETA on stderr; plain lines now and then where that is no terminal.
 
     Yields:
         ``update(completed, note="")``.
@@ -88,11 +94,14 @@ def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = 
     )
 
     console = Console(stderr=True)
+    if hidden or not console.is_terminal:
+        yield (lambda *_told: None) if hidden else _plain_progress(description, total)
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=hidden or not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, completed=done, note="")
 
         def update(completed: int, note: str | None = None) -> None:
@@ -101,3 +110,28 @@ def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = 
             progress.update(task, completed=completed)
 
         yield update
+
+
+def _plain_progress(description: str, total: int) -> Callable[..., None]:
+    """Return ``update`` of ``progress_bar``; it says a line when ``PLAIN_SECONDS`` have passed."""
+    began = said = monotonic()
+    first: int | None = None
+    last_note = ""
+
+    def update(completed: int, note: str | None = None) -> None:
+        nonlocal first, said, last_note
+        now, last_note = monotonic(), last_note if note is None else note
+        first = completed if first is None else first  # a run that goes on does not begin at 0
+        if now - said < PLAIN_SECONDS:
+            return
+        said = now
+        rate = (completed - first) / (now - began)
+        left = f", {_duration((total - completed) / rate)} left" if rate > 0 else ""
+        say(f"{description}: {completed} of {total}, {_duration(now - began)} so far{left}  {last_note}".rstrip())
+
+    return update
+
+
+def _duration(seconds: float) -> str:
+    """Return hours, minutes and seconds as H:MM:SS."""
+    return str(timedelta(seconds=round(seconds)))

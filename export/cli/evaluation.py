@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     "--guidance-scale", type=click.FloatRange(0, min_open=True), help="A teacher takes twice the calls with it."
 )
 @click.option("--num-images", type=click.IntRange(64), default=10_000)
-@click.option("--data", default="avatars", metavar="SOURCE", help="As for train.")
-@click.option("--label", metavar="COLUMN", help="'' for none; hairColor for avatars where MODEL has labels.")
-@click.option("--rows", nargs=2, type=click.IntRange(0), default=(10_000, 20_000), help="Held-out rows.")
-@click.option("--real-rows", nargs=2, type=click.IntRange(0), default=(0, 10_000), help="Rows for the floor.")
+@click.option("--data", metavar="SOURCE", help="As for train; what MODEL was trained on when absent.")
+@click.option("--label", metavar="COLUMN", help="'' for none; the one that MODEL was trained with when absent.")
+@click.option("--rows", nargs=2, type=click.IntRange(0), help="Held-out rows; those after MODEL's when absent.")
+@click.option("--real-rows", nargs=2, type=click.IntRange(0), help="Rows for the floor; MODEL's own when absent.")
 @click.option(
     "--feature-net",
     default="effnet-lite0",
@@ -62,8 +62,9 @@ if TYPE_CHECKING:
 @json_option
 def evaluate(
     model: Path, steps: tuple[int, ...], teacher_steps: int | None, guidance_scale: float | None,
-    num_images: int, data: str, label: str | None,
-    rows: tuple[int, int], real_rows: tuple[int, int], feature_net: str, stats: Path | None, save_ref: Path | None,
+    num_images: int, data: str | None, label: str | None,
+    rows: tuple[int, int] | None, real_rows: tuple[int, int] | None,
+    feature_net: str, stats: Path | None, save_ref: Path | None,
     backend: str, precisions: tuple[str, ...], max_kid_delta: float | None, cache: Path | None, out: Path | None,
     keep: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -81,6 +82,7 @@ def evaluate(
     from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
     from scm_sdk.evaluate.scoring import score
     from scm_sdk.sources import open_source
+    from scm_sdk.train.record import recorded_data
     from scm_sdk.user_cache import temporary_folder, writable_folder
 
     if max_kid_delta is not None and len(precisions) < 2:
@@ -106,7 +108,9 @@ def evaluate(
     real = load_held_out(
         source.spec(counts[0], unrolled=True), net,
         source=data, label=label, reference_rows=rows, real_rows=real_rows, stats=stats,
+        trained_on=recorded_data(source.path, source.provenance),
     )  # fmt: skip
+    say(f"data: {real.about}")
     cache = cache or writable_folder("evaluate", purpose="samples are drawn again next time") or temporary_folder()
     if not teacher_steps:
         _open_each(model, counts, backend, precisions)

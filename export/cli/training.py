@@ -12,17 +12,21 @@ from .common import print_json, progress_bar, say
 from .training_options import distill_options, run_options, stable_targets_option
 
 if TYPE_CHECKING:
-    from scm_sdk.train.config import TrainConfig
+    from scm_sdk.train.config import DataConfig, TrainConfig
     from scm_sdk.train.data import ImageData
 
 
 PRESET_NAMES = "avatars16, pixels16, pixels32, tiny, cifar10, imagenet64_s to _xl or imagenet512_s to _xxl"
 
 
+DATA_FIELDS = {"source": "data", "label": "label", "rows": "rows"}
+"""Fields of ``DataConfig`` by the options that set them."""
+
+
 @click.command()
 @click.option("--preset", default="avatars16", metavar="NAME", help=f"Network: {PRESET_NAMES}.")
 @stable_targets_option
-@run_options(iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
+@run_options(data="avatars", iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
 @click.option("--double-norm/--no-double-norm", default=True, help="Doubly normalized modulation; for ablations.")
 @click.option(
     "--time-fourier-scale", type=click.FloatRange(0), default=0.0,
@@ -31,7 +35,8 @@ PRESET_NAMES = "avatars16, pixels16, pixels32, tiny, cifar10, imagenet64_s to _x
 def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: Any) -> None:
     """Train a TrigFlow diffusion teacher.
 
-    Run the same command again to go on after an interruption.
+    Run the same command again to go on after an interruption. Watch the residual, which falls; the loss is weighted
+    by what the run learns and may fall below zero.
 
     \b
     scm-export train -o runs/teacher --data avatars --label hairColor --rows 0 10000
@@ -40,6 +45,7 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
 
     from scm_sdk.errors import ConfigError
     from scm_sdk.model.presets import PRESETS
+    from scm_sdk.train.config import DataConfig
     from scm_sdk.train.data import load_data
 
     if options["recipe"]:
@@ -50,7 +56,7 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
         return
     if preset not in PRESETS:
         raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}.")
-    data_config = _data_config(options)
+    data_config = DataConfig(source=options["data"], label=options["label"], rows=options["rows"])
     data = load_data(data_config)
     network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
     network = _changed(network, double_norm, time_fourier_scale)
@@ -59,14 +65,16 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
 
 @click.command()
 @distill_options
-@run_options(iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
+@run_options(data=None, iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
 def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     """Make a consistency model: distil a teacher (sCD) or train from data (sCT), with or without VSD.
 
-    Run the same command again to go on after an interruption.
+    Data, label column and rows are those that the teacher was trained on, unless others are given. Run the same command
+    again to go on after an interruption. Watch the residual: the loss is weighted by what the run learns and may fall
+    below zero.
 
     \b
-    scm-export distill -o runs/avatars --teacher runs/teacher --label hairColor --rows 0 10000
+    scm-export distill -o runs/avatars --teacher runs/teacher
     scm-export distill -o runs/cifar10 --recipe cifar10-scd --data cifar10.npz --teacher runs/teacher
     """
     from scm_sdk.errors import ConfigError
@@ -92,7 +100,7 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
                 "--trajectory-steps distils a teacher by itself; leave out --discrete-step and --vsd-only."
             )
         objective = "trajectory"
-    _run(_config(objective, _data_config(options), options), options)
+    _run(_config(objective, _data_of_teacher(options), options), options)
 
 
 def _changed(network: Any, double_norm: bool, time_fourier_scale: float) -> Any:
@@ -119,10 +127,33 @@ def _guidance(options: dict[str, Any]) -> tuple[float, float] | None:
     return (fixed, fixed) if fixed else drawn
 
 
-def _data_config(options: dict[str, Any]) -> Any:
-    from scm_sdk.train.config import DataConfig
+def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
+    """Return the data that a student is given, or else that its teacher was trained on."""
+    import msgspec
 
-    return DataConfig(source=options["data"], label=options["label"], rows=tuple(options["rows"]))
+    from scm_sdk.errors import BundleError, ConfigError
+    from scm_sdk.model.checkpoint import read_config
+    from scm_sdk.train.config import DataConfig
+    from scm_sdk.train.record import describe_data, recorded_data
+
+    folder = Path(options["teacher"] or options["init_from"])
+    try:
+        recorded = recorded_data(folder, read_config(folder / "config.json").provenance)
+    except (BundleError, ConfigError):  # another library's model; one that cannot be read is told when it is loaded
+        recorded = None
+    if options["data"] is None and recorded is None:
+        raise ConfigError(f"{folder} does not say which data it was trained on. Give it: --data, --label and --rows.")
+    given = {field: options[name] for field, name in DATA_FIELDS.items() if options[name] is not None}
+    if recorded is None:
+        return DataConfig(**given)
+    if given.get("source", recorded.source) != recorded.source:
+        given = {"rows": (0, 0), **given}  # the teacher's rows are of its own data
+    data = msgspec.structs.replace(recorded, **given)
+    say(
+        f"{folder} was trained on {describe_data(recorded)}"
+        + ("" if data == recorded else f", this run is given {describe_data(data)}")
+    )
+    return data
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +192,9 @@ def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
         given["guidance"] = low, high = options["guidance"]
         assert base.network is not None  # every recipe has one
         base = msgspec.structs.replace(base, network=msgspec.structs.replace(base.network, guidance=low < high))
-    fields = {"source": "data", "label": "label", "rows": "rows"}
-    data = msgspec.structs.replace(base.data, **{field: given[name] for field, name in fields.items() if name in given})
+    data = msgspec.structs.replace(
+        base.data, **{field: given[name] for field, name in DATA_FIELDS.items() if name in given}
+    )
     return msgspec.structs.replace(base, data=data, **_settings(given))
 
 
@@ -172,6 +204,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
     from scm_sdk.train.distributed import Scale, ToldByProcessZero, is_main_process
     from scm_sdk.train.loop import Hooks, StepLog, train
     from scm_sdk.train.prepare import resolve
+    from scm_sdk.train.record import describe_data
     from scm_sdk.train.samples import write_samples
 
     if options["threads"]:
@@ -184,7 +217,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
     scale = Scale(**{name: options[name] for name in ("parallel", "accumulate", "recompute", "device", "timeout")})
     main = is_main_process()
     if main:
-        say(f"{config.objective}: {config.num_iterations} iterations to {out}. Interrupt at will; run again to go on.")
+        say(f"{config.objective}: {config.num_iterations} iterations to {out}. Ctrl-C saves; run it again to go on.")
     lines: list[StepLog] = []
     done = 0
 
@@ -192,14 +225,23 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
 
         def on_log(line: StepLog) -> None:
             lines.append(line)
-            update(line.iteration, f"loss {line.loss:.3f} residual {line.residual:.4f} skipped {line.skipped}")
+            update(line.iteration, f"residual {line.residual:.4f} loss {line.loss:.3f} skipped {line.skipped}")
 
         def on_step(iteration: int) -> None:
             nonlocal done
             done = iteration
             update(iteration)
 
+        def on_start(config: TrainConfig, data: ImageData) -> None:
+            say(f"data: {describe_data(config.data)}: {data.describe()}")
+            if config.batch_size > len(data):
+                say(
+                    f"warning: --batch-size {config.batch_size} is larger than the data: each picture comes "
+                    f"{config.batch_size / len(data):.3g} times in every iteration."
+                )
+
         hooks = Hooks(
+            on_start=on_start,
             on_step=on_step,
             on_log=on_log,
             on_sample=lambda model, at: write_samples(model, config.objective, out / "samples", at),

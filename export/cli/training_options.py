@@ -18,18 +18,23 @@ stable_targets_option = click.option(
 
 
 def run_options(
-    *, iterations: int, learning_rate: float, optimizer: str, p_mean: float, lr_decay: float
+    *, data: str | None, iterations: int, learning_rate: float, optimizer: str, p_mean: float, lr_decay: float
 ) -> Callable[[Command], Command]:
-    """Return the options that both verbs have, with the verb's own defaults."""
+    """Return the options that both verbs have, with the verb's own defaults; without data, the teacher's."""
+    teachers = "" if data else " The teacher's when absent."
     options = [
         click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run."),
         click.option(
-            "--data", default="avatars", metavar="SOURCE", help="avatars, fashion-mnist, an image folder or an .npz."
+            "--data", default=data, metavar="SOURCE",
+            help=f"avatars, fashion-mnist, an image folder, an .npz or a folder of shards.{teachers}",
         ),
-        click.option("--label", default="", metavar="COLUMN", help="Label column; for a folder: 'folder'."),
         click.option(
-            "--rows", nargs=2, type=click.IntRange(0), default=(0, 0), metavar="FIRST LAST",
-            help="Train on these rows only; 0 0 is all.",
+            "--label", default=data and "", metavar="COLUMN",
+            help=f"Label column, '' for none; for a folder 'folder': its sub-folders are the classes.{teachers}",
+        ),
+        click.option(
+            "--rows", nargs=2, type=click.IntRange(0), default=data and (0, 0), metavar="FIRST LAST",
+            help=f"Train on rows FIRST to LAST - 1 only; 0 0 is all.{teachers}",
         ),
         click.option(
             "--iterations", "num_iterations", type=click.IntRange(1), default=iterations, help="Length of the run."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -81,6 +81,28 @@ class ImageData:
         """Number of labels; 0 without labels."""
         return len(self.class_names)
 
+    def describe(self) -> str:
+        """Return how many images there are, of which size, and the classes, for people."""
+        height, width, channels = self.images.shape[1:]
+        classes = f", {self.num_classes} classes: {shortened(self.class_names)}" if self.class_names else ", no labels"
+        return f"{len(self):,} pictures of {height}x{width}x{channels}{classes}"
+
+    def part(self, first: int, last: int, *, what: str) -> ImageData:
+        """Return some rows, without copying.
+
+        Args:
+            first: The first row.
+            last: The last plus one.
+            what: What the rows are, for the error.
+
+        Raises:
+            TrainError: If there are no such rows.
+        """
+        if not 0 <= first < last <= len(self):
+            raise TrainError(f"{what} are {first}..{last}, expected a range within the {len(self)} images of the data.")
+        labels = None if self.labels is None else self.labels[first:last]
+        return replace(self, images=self.images[first:last], labels=labels)
+
     def normalized(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return some images as (B, C, H, W), float32 in [-1, 1]."""
         chosen = self.images[rows]
@@ -110,13 +132,13 @@ def load_data(config: DataConfig) -> ImageData:
         data = ImageData(images=index.images, labels=index.labels, class_names=index.class_names)
     else:
         data = _read_folder(Path(config.source), config.label)
-    first, last = config.rows
-    if (first, last) != (0, 0):
-        if not 0 <= first < last <= len(data):
-            raise TrainError(f"rows are {first}..{last}, expected a range within the {len(data)} images of the data.")
-        labels = None if data.labels is None else data.labels[first:last]
-        data = replace(data, images=data.images[first:last], labels=labels)
-    return data
+    return data if config.rows == (0, 0) else data.part(*config.rows, what="rows (--rows)")
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """Return a list of names for people: the first of them, and how many follow."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _read_npz(path: Path, label: str) -> ImageData:
@@ -129,7 +151,7 @@ def _read_npz(path: Path, label: str) -> ImageData:
             if not label:
                 return ImageData(images=_checked(images, str(path)))
             if label not in columns:
-                raise TrainError(f"label {label!r} is no column of {path}, which has {columns}.")
+                raise TrainError(f"label {label!r} is no column of {path}, expected one of {columns} (--label).")
             labels = archive[label].astype(np.int64)
             name_key = f"{label}_names"
             names = (

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, TrainError
+from ..errors import TrainError
 from ..model.consistency import ConsistencyModel
 from ..model.guidance import GuidedNetwork
 from .config import TrainConfig
 from .objectives import seeded_generator
+from .record import read_run
 
 LABEL_DROPOUT = "label_dropout"
 """Key of a model's provenance: the share of samples that it was trained on without their label."""
@@ -74,9 +75,5 @@ def require_guidable(model: ConsistencyModel, folder: str | Path) -> None:
 
 
 def _share_in_run(folder: Path) -> str:
-    path = folder / "train.json"
-    try:
-        config = TrainConfig.from_json(path.read_bytes())
-    except (OSError, ConfigError):
-        return ""
-    return f"{config.label_dropout:g}" if config.objective == "diffusion" else ""
+    run = read_run(folder)
+    return f"{run.label_dropout:g}" if run is not None and run.objective == "diffusion" else ""

@@ -73,6 +73,7 @@ class Hooks:
     """What the caller wants to see while a run goes on. Of several processes only the first reports.
 
     Attributes:
+        on_start: Called with the completed config and the data before the first iteration.
         on_step: Called after every iteration with the iterations done; on every process.
         on_log: Called with each log line.
         on_sample: Called with the averaged model and the iteration when samples are due.
@@ -81,6 +82,7 @@ class Hooks:
         checkpoint_every: Iterations between checkpoints.
     """
 
+    on_start: Callable[[TrainConfig, ImageData], None] = lambda _config, _data: None
     on_step: Callable[[int], None] = lambda _: None
     on_log: Callable[[StepLog], None] = lambda _: None
     on_sample: Callable[[ConsistencyModel, int], None] = lambda _model, _iteration: None
@@ -122,9 +124,11 @@ def train(
     with joined(scale) as world:
         start = world.together(lambda: _prepare(config, data, scale, world))
         with _claimed(start.config, out, world):
+            hooks, config, images = hooks or Hooks(), start.config, start.data
+            world.on_main(lambda: hooks.on_start(config, images))
             run = build(start, out, scale, world)
             del start  # its models would stay in memory for the whole run
-            return _iterate(run, out, hooks or Hooks())
+            return _iterate(run, out, hooks)
 
 
 def _prepare(config: TrainConfig, data: ImageData | None, scale: Scale, world: World) -> Prepared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from ..files import atomic_write_bytes, remove_leftovers
 from ..model.consistency import ConsistencyModel, ModelConfig, NetworkConfig
 from ..model.foreign.diffusers_folder import is_diffusers_folder, load_diffusers
 from ..model.own import OwnConfig
+from ..model.presets import PRESETS
 from .config import TrainConfig
-from .data import ImageData, load_data
+from .data import ImageData, load_data, shortened
 from .guidance import LABEL_DROPOUT, require_guidable
+from .record import CONFIG_FILE, describe_data, read_run
 
-CONFIG_FILE = "train.json"
 LOCK_FILE = ".lock"
 
 
@@ -64,24 +65,27 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
         require_guidable(teacher, config.teacher)
     network = _with_guidance_input(network, config)
     height, width, channels = data.images.shape[1:]
+    theirs = f"Give the data and the label column that {config.first_weights} was trained on (--data, --label)."
     if (channels, height, width) != network.sample_shape:
         raise TrainError(
             f"the images are (C, H, W) = {(channels, height, width)}, the network takes {network.sample_shape}. "
-            "Choose a network of the data's size."
+            + (theirs if config.network is None else f"Choose a network of the data's size: {_presets_for(data)}.")
         )
     if network.num_classes != data.num_classes:
         raise TrainError(
             f"the data has {data.num_classes} classes, the network {network.num_classes}. "
-            "Choose the label column the network was made for."
+            + (theirs if config.network is None else "Choose the label column the network was made for (--label).")
         )
-    rows = "" if config.data.rows == (0, 0) else f", rows {config.data.rows[0]}..{config.data.rows[1] - 1}"
+    for model, folder in ((initial, config.first_weights), (teacher, config.teacher)):
+        if model is not None and config.objective != "diffusion":
+            _check_classes(model, folder, data)
     model_config = ModelConfig(
         network=network,
         sigma_data=config.sigma_data,
         class_names=data.class_names,
         mid_time=config.mid_time,
         provenance={
-            "data": f"{Path(config.data.source).name}, label {config.data.label or 'none'}{rows}",
+            "data": describe_data(config.data),
             "license": data.license or "other",
             "objective": config.objective + ("+vsd" if config.vsd_weight else ""),
             "software": f"scm-sdk {__version__}",
@@ -97,6 +101,30 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
     _check_labels(config, network)
     config = msgspec.structs.replace(config, network=network)
     return Prepared(config=config, model_config=model_config, data=data, initial=initial, teacher=teacher)
+
+
+def _presets_for(data: ImageData) -> str:
+    """Name the presets that take such images."""
+    height, width, channels = data.images.shape[1:]
+    names = []
+    for name, make in PRESETS.items():
+        with suppress(ConfigError):
+            if make(num_classes=data.num_classes, in_channels=channels).sample_shape == (channels, height, width):
+                names.append(name)
+    if names:
+        return f"--preset {' or '.join(names)}"
+    return "no --preset has it, so give a UNetConfig in Python, or resize the data to 16x16 or 32x32"
+
+
+def _check_classes(model: ConsistencyModel, folder: str, data: ImageData) -> None:
+    """Refuse to distil a model of other classes: label 3 of the one would be label 3 of the other."""
+    theirs = model.config.class_names
+    if theirs and data.class_names and theirs != data.class_names:
+        raise TrainError(
+            f"the classes of {folder} are {shortened(theirs)}, those of the data {shortened(data.class_names)}: "
+            "expected the same in the same order. Give the data and the label column that it was trained on "
+            "(--data, --label)."
+        )
 
 
 def _load(folder: str, config: TrainConfig) -> ConsistencyModel:
@@ -198,12 +226,7 @@ def _claim(config: TrainConfig, out: Path) -> None:
     if not path.exists():
         atomic_write_bytes(path, config.to_json().encode() + b"\n", error=TrainError)
         return
-    try:
-        there = msgspec.to_builtins(TrainConfig.from_json(path.read_bytes()))
-    except (OSError, ConfigError) as exc:
-        raise TrainError(
-            f"{path} cannot be read: {exc} It says which run lies in {out}. Copy it again, or use another folder."
-        ) from exc
+    there = msgspec.to_builtins(read_run(out))
     here = msgspec.to_builtins(config)
     here["compile"] = there["compile"]  # how it runs, not what it is
     if differ := [f"{key}: {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]:

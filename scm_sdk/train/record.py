@@ -1,0 +1,58 @@
+"""What a run's folder and a model record of the data they were trained on, written and read again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import ConfigError, TrainError
+from .config import DataConfig, TrainConfig
+
+CONFIG_FILE = "train.json"
+_TEXT = re.compile(r"(?P<source>.+), label (?P<label>.+?)(?:, rows (?P<first>\d+)\.\.(?P<last>\d+))?")
+
+
+def describe_data(config: DataConfig) -> str:
+    """Return what a model's provenance says of its data: the last part of the source's path, label, rows."""
+    rows = "" if config.rows == (0, 0) else f", rows {config.rows[0]}..{config.rows[1] - 1}"
+    return f"{Path(config.source).name}, label {config.label or 'none'}{rows}"
+
+
+def read_run(folder: Path) -> TrainConfig | None:
+    """Return the config of the run in a folder; None where there is none.
+
+    Raises:
+        TrainError: If it cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        return TrainConfig.from_json(path.read_bytes())
+    except (OSError, ConfigError) as exc:
+        raise TrainError(
+            f"{path} cannot be read: {exc} It says which run lies in {folder}. Copy it again, or use another folder."
+        ) from exc
+
+
+def recorded_data(folder: Path, provenance: Mapping[str, object]) -> DataConfig | None:
+    """Return which data a model was trained on, by its run's config or by its provenance; None where neither says.
+
+    A provenance names a file without its folder.
+
+    Args:
+        folder: Of the run, checkpoint or bundle.
+        provenance: The model's.
+
+    Raises:
+        TrainError: If the run's config cannot be read.
+    """
+    if (run := read_run(folder)) is not None:
+        return run.data
+    found = _TEXT.fullmatch(str(provenance.get("data", "")))
+    if found is None:
+        return None
+    source, label, first, last = found.group("source", "label", "first", "last")
+    rows = (0, 0) if last is None else (int(first), int(last) + 1)
+    return DataConfig(source=source, label="" if label == "none" else label, rows=rows)
