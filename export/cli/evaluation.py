@@ -82,7 +82,6 @@ def evaluate(
     from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
     from scm_sdk.evaluate.scoring import score
     from scm_sdk.sources import open_source
-    from scm_sdk.train.record import recorded_data
     from scm_sdk.user_cache import temporary_folder, writable_folder
 
     if max_kid_delta is not None and len(precisions) < 2:
@@ -105,6 +104,8 @@ def evaluate(
         require_own(model)
     counts = (1,) if teacher_steps else steps
     net = open_net(feature_net)
+    from scm_sdk.train.record import recorded_data  # needs PyTorch; open_net has told where that is absent
+
     real = load_held_out(
         source.spec(counts[0], unrolled=True), net,
         source=data, label=label, reference_rows=rows, real_rows=real_rows, stats=stats,
