@@ -18,6 +18,7 @@ import numpy as np
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import ConfigError, ExportError, SchemaError
+from scm_sdk.evaluate.seeds import CALIBRATION
 from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Method = Literal["minmax", "percentile", "entropy"]
-FIRST_SEED = 1 << 40
-"""Calibration draws its noise far from the seeds that gates compare: nothing is tuned on what it is judged by."""
+MAX_SAMPLES = 1 << 20
+"""Samples that one ``seed`` of a calibration names."""
 NUM_BINS = 2048
 """Bins of |x| between 0 and its largest value."""
 _ENTROPY_BINS = 512
@@ -101,7 +102,7 @@ def calibrate(
         method: ``minmax`` keeps all values; ``percentile`` cuts the largest off; ``entropy`` chooses the
             cut that changes the distribution least (Kullback-Leibler divergence).
         num_samples: Pictures to run.
-        seed: Which ones: noise is drawn from seeds ``FIRST_SEED + seed * 2**20 + i``.
+        seed: Which ones: noise is drawn from seeds ``CALIBRATION.start + seed * MAX_SAMPLES + i``.
         percentile: For ``percentile``, percent.
         batch_size: Pictures at once; bounds memory.
         examples: What the model is told; None draws it.
@@ -115,9 +116,9 @@ def calibrate(
         ExportError: If an activation is not finite; the message names the node.
         BackendUnavailable: If onnxruntime is not installed.
     """
-    if num_samples < 1 or not 0 <= seed < 2**20 or not 50 <= percentile <= 100:
+    if not 1 <= num_samples <= MAX_SAMPLES or not 0 <= seed < 2**20 or not 50 <= percentile <= 100:
         raise ConfigError(
-            f"num_samples is {num_samples}, seed {seed}, percentile {percentile}; expected at least 1 sample, "
+            f"num_samples is {num_samples}, seed {seed}, percentile {percentile}; expected 1..2**20 samples, "
             "a seed in 0..2**20-1 and a percentile in 50..100."
         )
     if method not in get_args(Method) or batch_size < 1:
@@ -156,9 +157,9 @@ def calibrate(
 
 
 def calibration_seeds(spec: SamplerSpec, *, num_samples: int, seed: int, batch_size: int) -> list[range]:
-    """Return the seeds of each batch that is measured: ``FIRST_SEED + seed * 2**20 + i``."""
+    """Return the seeds of each batch that is measured: ``CALIBRATION.start + seed * MAX_SAMPLES + i``."""
     batch = min(batch_size, spec.max_batch)
-    first = FIRST_SEED + seed * 2**20
+    first = CALIBRATION.start + seed * MAX_SAMPLES
     return [range(first + a, first + min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
 
 

@@ -1,7 +1,7 @@
-"""How far does a changed graph move the pictures? Asked of many candidates while a precision is being chosen.
+"""Compares the images of many candidate graphs with those of their float32 sampler while a precision is chosen.
 
-A quick look on this machine's CPU, not the gate: ``scm-export validate`` compares through the backends
-that users run, and only what passes there is dispatched to.
+Runs on this machine's CPU and on seeds of its own (``evaluate.seeds.SELECTION``). The gate judges on others, through
+the backends that users run (``scm-export validate``), and only what passes there is dispatched to.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.difference import Difference, difference
-from scm_sdk.evaluate.parity import WORST_BELOW_DB
+from scm_sdk.evaluate.seeds import SELECTION
 from scm_sdk.examples import Examples
 from scm_sdk.spec import SamplerSpec
 
@@ -35,8 +35,8 @@ class Probe:
     Args:
         reference: Its float32 graph.
         spec: The sampler.
-        num_samples: Seeds 0, 1, ... that are compared, labels in turn. The first 32 are those of the gate, so that a
-            plan that is chosen here passes there; the more there are beyond, the less it is fitted to these.
+        num_samples: Seeds that are compared, from ``SELECTION.start`` on; labels are drawn from them. The more there
+            are, the less a plan is fitted to these.
         batch_size: How many run at once; bounds memory.
         num_threads: Threads of ONNX Runtime; None leaves it the choice.
         examples: What the model is told; None draws it.
@@ -62,27 +62,17 @@ class Probe:
         self._threads, self._examples = num_threads, examples
         self._reference = reference
         batch = min(batch_size, spec.max_batch)
-        self._batches = [range(a, min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
+        seeds = SELECTION[:num_samples]
+        self._batches = [seeds[at : at + batch] for at in range(0, num_samples, batch)]
         self.images = self.run(reference)
 
-    def psnr_db(self, model: ir.Model | Path) -> float:
-        """Return the PSNR of a graph's pictures, dB over the value range; infinite where equal, 0 for NaN.
-
-        Raises:
-            UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
-        """
-        return self._compare(self.run(model)).psnr_db
-
     def gate_db(self, model: ir.Model | Path) -> float:
-        """Return the highest least PSNR with which a gate would take a graph's pictures, dB; 0 for NaN.
-
-        A gate holds all pictures together to it, and each one to ``WORST_BELOW_DB`` less.
+        """Return the PSNR that 95 % of a graph's images reach, dB; 0 for NaN, infinite if equal.
 
         Raises:
             UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
         """
-        found = self._compare(self.run(model))
-        return min(found.psnr_db, found.worst_psnr_db + WORST_BELOW_DB)
+        return self._compare(self.run(model)).psnr_p05_db
 
     def rank_db(self, model: ir.Model | Path) -> float:
         """Return the mean over the first batch of each picture's own PSNR, dB, to rank many graphs.
@@ -96,7 +86,7 @@ class Probe:
         return float(np.mean([self._compare(images[i : i + 1], i).psnr_db for i in range(len(images))]))
 
     def noise_rounding_db(self) -> float:
-        """Return the PSNR that is left when nothing but the noise is rounded to float16, dB.
+        """Return the PSNR that 95 % of the images reach when nothing but the noise is rounded to float16, dB.
 
         It tells how much the network magnifies: an FP16 graph that rounds everything else too rarely does better.
         """
@@ -104,7 +94,7 @@ class Probe:
         for feeds in inputs:
             for tensor in self.spec.noise_inputs:
                 feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
-        return self._compare(self._run(self._reference, inputs)).psnr_db
+        return self._compare(self._run(self._reference, inputs)).psnr_p05_db
 
     def run(self, model: ir.Model | Path) -> np.ndarray:
         """Return a graph's pictures for the probe's seeds, (N, *image_shape) float32."""
@@ -117,6 +107,6 @@ class Probe:
 
     def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
         """Compare images from the probe's ``first`` on; what is not finite has 0 dB."""
-        seeds = range(first, first + len(images))
+        seeds = SELECTION[first : first + len(images)]
         found = difference(images, self.images[first : first + len(images)], seeds, self.spec)
-        return found if found.finite else replace(found, psnr_db=0.0, worst_psnr_db=0.0)
+        return found if found.finite else replace(found, psnr_db=0.0, psnr_p05_db=0.0)

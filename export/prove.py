@@ -36,7 +36,8 @@ def prove(
     Args:
         path: The bundle.
         examples: What the model is told, for example prompts; None draws it.
-        on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked.
+        on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked;
+            and for each result that was not recorded.
         **options: Those of ``validate_bundle``, without ``examine``.
 
     Raises:
@@ -56,7 +57,7 @@ def prove(
             on_note(f"{artifact.path} {found}")
         return found.fault, found.psnr_by_step
 
-    return validate_bundle(path, examine=examine, examples=examples, **options)
+    return validate_bundle(path, examine=examine, examples=examples, on_note=on_note, **options)
 
 
 def examine_graph(bundle: Bundle, artifact: Artifact, examples: Examples | None = None) -> Diagnosis:

@@ -53,9 +53,9 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         plan: Which layers are not quantized; None is ``default_quantize_plan``.
         method: How ranges are chosen; ``int8-cpu`` takes ``minmax`` alone.
         percentile: For ``percentile``, percent.
-        num_samples: Pictures to calibrate on, and others to look at for a target; a look without one takes 32 at most.
-        seed: Which ones.
-        target_db: Least PSNR, dB: layers are excluded until it is reached.
+        num_samples: Images to calibrate on, and others to compare for a target; without one at most 32 are compared.
+        seed: Which ones are calibrated on: see ``calibrate``.
+        target_db: PSNR that 95 % of the compared images are to reach, dB: layers are excluded until they do.
         equalize: Whether channels are made equally large first (``equalize``); ``int8`` alone.
     """
 

@@ -71,14 +71,15 @@ def exclude_to_target(
     *,
     progress: Progress = lambda _: None,
 ) -> QuantizePlan:
-    """Exclude the fewest layers with which a gate of that PSNR takes the pictures: all together and each one.
+    """Exclude the fewest layers with which 95 % of the images reach a PSNR.
 
     Args:
         model: The graph to quantize.
         quantized: Quantizes it by a plan.
         plan: Where to begin.
         probe: Made from the float32 graph of the same sampler.
-        target_db: PSNR to reach, dB; each picture may have ``WORST_BELOW_DB`` less.
+        target_db: PSNR to reach, dB. The images are those of the probe; the gate judges on others, so the target is to
+            lie above the gate (``chain.MARGIN_DB``).
         progress: Called with a line for each layer.
 
     Returns:

@@ -45,7 +45,7 @@ class Variant:
         unchanged: Whether it was there already and would come out the same.
         graph: What was written; None if unchanged.
         nodes: How many nodes compute in which type; empty if unchanged.
-        psnr_db: A quick look at its pictures beside those of fp32, dB; None where no CPU can run it.
+        psnr_db: PSNR that 95 % of the probe's images reach, compared with fp32, dB; None where no CPU can run it.
         notes: What else a person should know.
     """
 
@@ -78,7 +78,8 @@ def add_precision(
     Args:
         path: The bundle.
         plan: What stays float32.
-        target_db: Least PSNR, dB: blocks become islands until it is reached. Only fp16, which a CPU can run.
+        target_db: PSNR that 95 % of the compared images are to reach, dB: blocks become islands until they do. Only
+            fp16, which a CPU can run.
         steps: Only graphs with these numbers of steps; () is all.
         num_samples: Pictures for the quick look and the search; 0 looks at none, for graphs that run for minutes.
         examples: What the model is told in those pictures; None draws it.
@@ -258,7 +259,7 @@ def add_graph(
         files=[data] if report.data_path else [],
     )
     try:
-        psnr_db = probe.psnr_db(report.path) if probe is not None else None
+        psnr_db = probe.gate_db(report.path) if probe is not None else None
     except UnsupportedGraphError:  # no CPU kernels, as for bf16
         psnr_db = None
     return Variant(

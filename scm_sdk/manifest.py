@@ -93,14 +93,21 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         artifact: Path of the candidate.
         reference: Path of the reference.
         backend: Which backend ran the candidate.
-        gate: What decides: ``max_abs`` for the reference's own precision, ``psnr_db`` for a lower one.
-        threshold: Largest ``max_abs`` that passes, derived from ``noise_floor``; or the least ``psnr_db``.
+        gate: What decides: ``max_abs`` for the reference's own precision, ``psnr_p05_db`` for a lower one. Records of
+            before have ``psnr_db``: the mean over all samples reached the threshold, and each sample 12 dB less.
+        threshold: Largest ``max_abs`` that passes, derived from ``noise_floor``; or the PSNR to reach, dB. The gate
+            ``psnr_p05_db`` fails where the whole of ``psnr_p05_interval_db`` lies below it.
         noise_floor: Largest difference between the reference and itself run another way.
         max_abs: Largest absolute difference seen.
-        psnr_db: Peak signal to noise ratio, dB; at most ``PSNR_CAP``, where the two are equal.
-        num_samples: Samples compared.
+        psnr_db: Peak signal to noise ratio over all samples, dB; at most ``PSNR_CAP``, where the two are equal.
+        num_samples: Samples compared, in each batch split.
+        first_seed: Seed of the first of them.
+        batches: Batch splits that were compared; () in records of before.
         passed: Whether the gate was met.
         reason: Why the threshold is not the derived one, if it was set by hand.
+        psnr_p05_db: PSNR that 95 % of the samples reach, dB.
+        psnr_p05_interval_db: Between what the 5th percentile of all samples lies, dB, each end with 95 % confidence;
+            0 below where ``num_samples`` are too few to tell.
         worst_psnr_db: PSNR of the worst single sample, dB.
         psnr_by_step: PSNR of the estimate after each step, dB; () where it was not looked at.
         fault: What is wrong with the artifact's structure, whatever its numbers say; "" where nothing was found.
@@ -109,7 +116,7 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     artifact: str
     reference: str
     backend: str
-    gate: Literal["max_abs", "psnr_db"] = "max_abs"
+    gate: Literal["max_abs", "psnr_p05_db", "psnr_db"] = "max_abs"
     threshold: float
     noise_floor: float
     max_abs: float
@@ -120,12 +127,18 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     worst_psnr_db: float = 0.0
     psnr_by_step: tuple[float, ...] = ()
     fault: str = ""
+    psnr_p05_db: float = 0.0
+    psnr_p05_interval_db: tuple[float, float] = (0.0, 0.0)
+    first_seed: int = 0
+    batches: tuple[int, ...] = ()
 
     @property
     def finding(self) -> str:
         """What was found and what is allowed, in a few words."""
         if self.fault:
             return self.fault
+        if self.gate == "psnr_p05_db":
+            return f"95 % of {self.num_samples} samples reach {self.psnr_p05_db:.1f} dB of {self.threshold:.0f} dB"
         if self.gate == "psnr_db":
             return f"{self.psnr_db:.1f} dB of at least {self.threshold:.0f} dB"
         return f"{self.max_abs:.1e} of {self.threshold:.1e} allowed"

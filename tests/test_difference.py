@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scm_sdk.errors import ShapeError
-from scm_sdk.evaluate.difference import difference, ssim
+from scm_sdk.evaluate.difference import difference, percentile_interval, ssim
 from scm_sdk.spec import SamplerSpec
 
 SPEC = SamplerSpec(times=(1.5,), sample_shape=(3, 16, 16))
@@ -89,3 +89,23 @@ def test_what_is_no_picture_has_no_picture_numbers() -> None:
     assert found.max_abs > 0
     with pytest.raises(ShapeError, match=r"candidate is \(2, 4, 8\), reference \(1, 4, 8\), expected both"):
         difference(a, b[:1], [0, 1], spec)
+
+
+@given(st.integers(1, 400), st.integers(0, 2**32))
+def test_the_interval_of_the_percentile_is_of_its_ranks(count: int, seed: int) -> None:
+    """Whatever the distribution: the ends are the values at binomial ranks, around the estimate."""
+    values = np.random.default_rng(seed).permutation(count).astype(float)
+    value, low, high = percentile_interval(values)
+    assert low <= value <= high and sum(values < value) <= 0.05 * count
+    assert (low == -math.inf) == (0.95**count > 0.05)
+    assert high <= np.sort(values)[(count - 1) // 2]
+
+
+@pytest.mark.parametrize("count", [3, 32, 59, 512])
+def test_the_interval_holds_the_percentile_as_often_as_it_says(count: int) -> None:
+    """Of uniform values the 5th percentile is 0.05: each end may be on its wrong side in 5 % of the draws."""
+    draws = np.random.default_rng(0).random((4000, count))
+    ends = np.array([percentile_interval(row)[1:] for row in draws])
+    assert (ends[:, 0] > 0.05).mean() < 0.06 and (ends[:, 1] < 0.05).mean() < 0.06
+    if count == 512:
+        assert (ends[:, 1] - ends[:, 0]).mean() < 0.04, "many samples tell"

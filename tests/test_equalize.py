@@ -40,16 +40,16 @@ def test_the_network_stays_the_same_and_int8_loses_less(fp32: ir.Model, spec: Sa
     layers = tuple(n for n in choose_layers(fp32, plan).quantized if n.endswith("Conv"))
     uneven = spread(fp32, layers)
     probe = Probe(fp32, spec, num_samples=8, num_threads=1)
-    assert probe.psnr_db(uneven) > 100
+    assert probe.gate_db(uneven) > 100
 
     def in_int8(model: ir.Model) -> float:
         nodes = choose_layers(model, plan).quantized
         ranges = calibrate(model, nodes, spec, graph_sha256="", num_samples=16)
-        return probe.psnr_db(quantize(model, ranges, plan))
+        return probe.gate_db(quantize(model, ranges, plan))
 
     factors = choose_factors(uneven, choose_layers(uneven, plan).quantized, spec, num_samples=16)
     even = equalize(uneven, choose_layers(uneven, plan).quantized, factors)
-    assert probe.psnr_db(even) > 100
+    assert probe.gate_db(even) > 100
     assert in_int8(even) > in_int8(uneven) + 3
     assert in_int8(even) > in_int8(fp32) - 1.5
 

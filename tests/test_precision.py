@@ -84,17 +84,17 @@ def test_bf16_takes_the_opset_that_knows_it(fp32: ir.Model, tmp_path: Path, prob
     assert low.opset_imports[""] == 22 and fp32.opset_imports[""] == 20
     assert {dtypes(low)[n] for n, d in dtypes(low).items() if n.endswith("/Conv")} == {"BFLOAT16"}
     with pytest.raises(UnsupportedGraphError, match="cannot run this bf16 graph on a CPU"):
-        probe.psnr_db(low)
+        probe.gate_db(low)
 
 
 def test_fp16_pictures_are_near(fp32: ir.Model, probe: Probe) -> None:
-    assert 60 < probe.psnr_db(apply_precision(fp32, default_plan("fp16"))) < 200
-    assert probe.psnr_db(fp32) == float("inf")
+    assert 60 < probe.gate_db(apply_precision(fp32, default_plan("fp16"))) < 200
+    assert probe.gate_db(fp32) == float("inf")
 
 
 def test_everything_an_island_is_fp32_again(fp32: ir.Model, probe: Probe) -> None:
     plan = default_plan("fp16").with_islands(Island(pattern="*", reason="all of it"))
-    assert probe.psnr_db(apply_precision(fp32, plan)) == float("inf")
+    assert probe.gate_db(apply_precision(fp32, plan)) == float("inf")
 
 
 def test_an_output_that_is_computed_low_is_given_out_as_float32(fp32: ir.Model, spec: SamplerSpec) -> None:
@@ -143,17 +143,17 @@ def test_reading_what_is_no_graph(tmp_path: Path) -> None:
 
 def test_islands_reach_a_target(fp32: ir.Model, probe: Probe) -> None:
     plan, lines = default_plan("fp16"), []
-    start = probe.psnr_db(apply_precision(fp32, plan))
+    start = probe.gate_db(apply_precision(fp32, plan))
     found = find_islands(fp32, plan, probe, start + 3, progress=lines.append)
     assert found.psnr_db >= start + 3 == pytest.approx(found.start_db + 3)
-    assert probe.psnr_db(apply_precision(fp32, found.plan)) == found.psnr_db
+    assert probe.gate_db(apply_precision(fp32, found.plan)) == found.psnr_db
     new = found.plan.islands[len(plan.islands) :]
     assert 0 < len(new) < len(found.alone_db), "some blocks, not all"
     assert all("alone in fp16 it costs" in island.reason for island in new)
     for island in new:  # none of them could be left out
         fewer = [other for other in found.plan.islands if other != island]
         smaller = PrecisionPlan(precision="fp16", islands=tuple(fewer))
-        assert probe.psnr_db(apply_precision(fp32, smaller)) < start + 3
+        assert probe.gate_db(apply_precision(fp32, smaller)) < start + 3
     assert lines[0].startswith("as planned")
 
 
@@ -162,7 +162,7 @@ def test_a_target_that_is_met_needs_no_islands(fp32: ir.Model, probe: Probe) -> 
 
 
 def test_a_target_out_of_reach_is_an_error(fp32: ir.Model, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "psnr_db", lambda model: 70.0)  # a network that rounds however it is cut
+    monkeypatch.setattr(probe, "gate_db", lambda model: 70.0)  # a network that rounds however it is cut
     with pytest.raises(ParityError, match=r"reaches 70\.0 dB with every block in float32, expected 90\.0 dB"):
         find_islands(fp32, default_plan("fp16"), probe, 90)
 

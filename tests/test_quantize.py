@@ -1,8 +1,10 @@
 """INT8: the arithmetic, the ranges, what is left out and why, and graphs of other tools."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,9 +15,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from scm_sdk import Generator, request
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ExportError, ParityError, SchemaError, ShapeError, UnsupportedGraphError
+from scm_sdk.evaluate import parity
 from scm_sdk.evaluate.gate import validate_bundle
+from scm_sdk.evaluate.seeds import CALIBRATION, JUDGEMENT, SELECTION
 from scm_sdk.export.adopt import adopt_quantized
 from scm_sdk.export.calibration import Calibration, calibrate
 from scm_sdk.export.cli import main
@@ -159,7 +164,7 @@ def test_weights_are_int8_once_for_all_steps_with_a_scale_for_each_channel(
 def test_pictures_stay_near_and_the_file_shrinks(fp16, calibration, probe: Probe, tmp_path: Path) -> None:
     q = quantize(fp16, calibration, default_quantize_plan(fp16))
     report = write_model(q, tmp_path / "model.onnx")  # onnx.checker
-    assert 25 < probe.psnr_db(report.path) == probe.psnr_db(q) < probe.psnr_db(fp16)
+    assert 25 < probe.gate_db(report.path) == probe.gate_db(q) < probe.gate_db(fp16)
 
 
 def test_plans_survive_json_and_name_real_layers(fp16: ir.Model) -> None:
@@ -188,7 +193,7 @@ def test_sensitivity_ranks_layers_and_exclusions_reach_a_target(fp16, calibratio
     table = sensitivity(fp16, partial(quantize, fp16, calibration), plan, probe)
     assert set(table.layers_db) == set(choose_layers(fp16, plan).quantized), "each step by itself"
     assert list(table.layers_db.values()) == sorted(table.layers_db.values())
-    assert max(table.layers_db.values()) <= table.base_db + 1
+    assert table.base_db == probe.gate_db(fp16)
     target = probe.gate_db(quantize(fp16, calibration, plan)) + 1.5
     better = exclude_to_target(fp16, partial(quantize, fp16, calibration), plan, probe, target)
     assert probe.gate_db(quantize(fp16, calibration, better)) >= target
@@ -207,8 +212,41 @@ def test_the_bundle_gains_int8_and_the_gate_takes_it(unet_copy: Path) -> None:
     assert Calibration.from_json(bundle.file("calibration/int8-1step.json").read_bytes()).num_samples == 32
     (again,) = add_int8(unet_copy, QuantizeOptions(num_samples=32), steps=[1])
     assert again.unchanged
-    (parity,) = validate_bundle(unet_copy, precisions=["int8"], min_psnr_db=25, reason="an untrained net", batches=[1])
-    assert parity and parity.overall.psnr_db == pytest.approx(variant.psnr_db or 0, abs=0.5), "one number everywhere"
+    judged = {"precisions": ["int8"], "min_psnr_db": 25.0, "reason": "an untrained net", "batches": [1]}
+    (judgement,) = validate_bundle(unet_copy, **judged)
+    assert judgement
+    low, full = (
+        Generator.from_pretrained(unet_copy, backend="onnxruntime", precision=name, num_inference_steps=1)
+        for name in ("int8", "fp32")
+    )
+    with low, full:
+        again = low.compare(full, seeds=SELECTION[:32], batches=[1])
+    assert again.overall.psnr_p05_db == pytest.approx(variant.psnr_db or 0, abs=0.01), "one number everywhere"
+
+
+def test_a_precision_is_made_chosen_and_judged_on_seeds_that_share_none(
+    unet_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is tuned on the seeds that judge it passes by its tuning."""
+    drawn: dict[str, set[int]] = {"quantize": set(), "validate": set()}
+    real = request.draw_noise
+
+    def draw_noise(spec: SamplerSpec, seeds: Sequence[int]) -> Any:
+        drawn[verb].update(seeds)
+        return real(spec, seeds)
+
+    monkeypatch.setattr(request, "draw_noise", draw_noise)
+    verb = "quantize"
+    add_int8(unet_copy, QuantizeOptions(num_samples=8, target_db=20), steps=[1])
+    verb = "validate"
+    validate_bundle(unet_copy, precisions=["int8"], min_psnr_db=5, reason="an untrained net", num_seeds=5)
+    assert drawn["validate"] == set(range(5)) and all(seed in JUDGEMENT for seed in drawn["validate"])
+    assert {seed in CALIBRATION for seed in drawn["quantize"]} == {True, False}
+    assert all(seed in CALIBRATION or seed in SELECTION for seed in drawn["quantize"])
+    assert not drawn["quantize"] & drawn["validate"]
+    for first in (CALIBRATION.start, JUDGEMENT.stop - 4):
+        with pytest.raises(ConfigError, match=r"expected seeds below 1099511627776"):
+            validate_bundle(unet_copy, precisions=["int8"], first_seed=first, num_seeds=5)
 
 
 def test_the_cpu_form_is_another_file_and_runs_fused(unet_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -266,3 +304,14 @@ def test_the_verb(unet_copy: Path, tmp_path: Path) -> None:
     assert plan["exclusions"][-1] == {"pattern": "step*/middle*", "reason": "asked for"}
     bad = CliRunner().invoke(main, ["quantize", str(unet_copy), "--from", str(unet_copy / GRAPH)])
     assert bad.exit_code == 2 and "--steps N" in bad.stderr
+
+
+def test_the_verb_states_what_the_gate_will_say(unet_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["quantize", str(unet_copy), "--steps", "1", "--num-samples", "4"]
+    above = CliRunner().invoke(main, arguments)
+    assert above.exit_code == 0 and "Next: scm-export validate" in above.stderr
+    monkeypatch.setattr(parity, "MIN_PSNR_DB", {**parity.MIN_PSNR_DB, "int8": 90.0})
+    below = CliRunner().invoke(main, [*arguments, "--seed", "1"])
+    assert below.exit_code == 0 and "Next:" not in below.stderr
+    assert "is below the gate of int8, 90 dB" in below.stderr
+    assert f"scm-export quantize {unet_copy} --to int8 --target-psnr 92" in below.stderr

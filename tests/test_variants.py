@@ -46,7 +46,7 @@ def test_fp16_is_added_proved_and_dispatched(unet_copy: Path) -> None:
         reasons = {row.artifact: row.reason for row in gen.plan().rejected if row.backend == "onnxruntime"}
     assert "no recorded parity" in reasons[FP16], "nothing is dispatched to before it was compared"
     results = validate_bundle(unet_copy, backends=["onnxruntime"], precisions=["fp16"], num_seeds=4, batches=[1, None])
-    assert len(results) == 2 and all(results) and {r.gate for r in results} == {"psnr_db"}
+    assert len(results) == 2 and all(results) and {r.gate for r in results} == {"psnr_p05_db"}
     with Generator.from_pretrained(unet_copy, precision="fp16", num_inference_steps=1) as gen:
         assert gen(1, class_labels=[0], output_type="np").info.artifact == FP16
 
@@ -94,7 +94,9 @@ def test_steps_that_are_not_there(unet_copy: Path) -> None:
 def test_the_verb_adds_and_tells(unet_copy: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke(main, ["precision", str(unet_copy), "--to", "fp16", "--to", "bf16", "--steps", "1"])
     assert run.exit_code == 0, run.output
-    assert "dB beside fp32" in run.stderr and "no CPU kernels" in run.stderr and "scm-export validate" in run.stderr
+    assert (
+        "95 % of images reach" in run.stderr and "no CPU kernels" in run.stderr and "scm-export validate" in run.stderr
+    )
     again = CliRunner().invoke(main, ["precision", str(unet_copy), "--steps", "1", "--json"])
     assert json.loads(again.stdout)[0]["unchanged"] is True
 

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 @click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Islands of your own: an edited precision/<p>.json.")  # fmt: skip
-@click.option("--target-psnr", type=float, help="dB; find the fewest blocks that must stay fp32 to reach it.")
-@click.option("--num-samples", type=click.IntRange(1), default=32, help="Pictures for the quick look.")
+@click.option(
+    "--target-psnr",
+    type=float,
+    help="PSNR (dB) that 95 % of the images are to reach; finds the fewest blocks that must stay fp32 for it.",
+)
+@click.option("--num-samples", type=click.IntRange(1), default=32, help="Images that are compared with those of fp32.")
 @prompts_option
 @json_option
 def precision(
@@ -60,13 +64,34 @@ def precision(
 
 
 def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
-    """Print what was added to a bundle."""
+    """Print what was added to a bundle, and of what is below its gate what to do."""
+    from scm_sdk.evaluate.parity import MIN_PSNR_DB
+
     if as_json:
         print_json([variant.to_dict() for variant in variants])
         return
     for variant in variants:
         say(f"  {summary(variant)}")
-    say(f"Next: scm-export validate {bundle}")
+    below = [v for v in variants if v.psnr_db is not None and v.psnr_db < MIN_PSNR_DB[v.precision]]
+    for variant in below:
+        say(
+            f"{variant.path} is below the gate of {variant.precision}, {MIN_PSNR_DB[variant.precision]:.0f} dB, on "
+            f"these images: validate will likely refuse it. {_remedy(variant.precision, bundle)}"
+        )
+    if not below:
+        say(f"Next: scm-export validate {bundle}")
+
+
+def _remedy(precision: str, bundle: Path) -> str:
+    from scm_sdk.evaluate.parity import MIN_PSNR_DB
+
+    from ..chain import MARGIN_DB
+
+    if precision not in ("fp16", "int8", "int8-cpu"):
+        return "Use fp16 or fp32."
+    verb = "precision" if precision == "fp16" else "quantize"
+    command = f"scm-export {verb} {bundle} --to {precision} --target-psnr {MIN_PSNR_DB[precision] + MARGIN_DB:.0f}"
+    return f"Keep more of it in a higher precision: {command}"
 
 
 def summary(variant: Variant) -> str:
@@ -75,5 +100,5 @@ def summary(variant: Variant) -> str:
         return f"{variant.path}: unchanged"
     size = (variant.graph.bytes + variant.graph.data_bytes) / 1e6
     nodes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(variant.nodes.items(), key=lambda x: -x[1]))
-    look = "not run: no CPU kernels" if variant.psnr_db is None else f"{variant.psnr_db:.1f} dB beside fp32"
+    look = "not run: no CPU kernels" if variant.psnr_db is None else f"95 % of images reach {variant.psnr_db:.1f} dB"
     return "; ".join([f"{variant.path}: {size:.1f} MB, nodes {nodes}", look, *variant.notes])

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 @click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax")
 @click.option("--percentile", type=click.FloatRange(50, 100), default=99.99)
 @click.option("--num-samples", type=click.IntRange(1), default=128,
-              help="Pictures to calibrate on, and to look at for a target.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Which ones.")
+              help="Images to calibrate on, and others to compare for a target.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Seed of the images to calibrate on.")
 @click.option("--equalize/--no-equalize", default=True, help="Make channels equally large before they are rounded.")
 @click.option("--exclude", "excluded", multiple=True, help="Pattern of layers to leave out; may be repeated.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Exclusions of your own: an edited precision/int8.json.")  # fmt: skip
-@click.option("--target-psnr", type=float, help="dB; leave out the fewest layers that reach it.")
+@click.option(
+    "--target-psnr",
+    type=float,
+    help="PSNR (dB) that 95 % of the images are to reach; leaves out the fewest layers for it.",
+)
 @click.option("--from", "foreign", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Adopt a graph that another tool quantized, with --steps N.")  # fmt: skip
 @prompts_option
@@ -44,7 +48,7 @@ def quantize(
 
     \b
     scm-export quantize avatars
-    scm-export quantize avatars --target-psnr 42
+    scm-export quantize avatars --target-psnr 37
     scm-export quantize avatars --from modelopt.onnx --steps 2
     """
     from ..feeds import bundle_examples

@@ -1,7 +1,8 @@
-"""The parity gate of a bundle: every graph and engine against the checkpoint it was made from, on record."""
+"""The parity gate of a bundle: compares every graph and engine with the checkpoint it was made from and records it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,15 +12,17 @@ from typing import get_args
 from .._bundle_checks import is_borrowed
 from ..bundle import Bundle
 from ..dispatch import BACKENDS
-from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
+from ..errors import BackendUnavailable, BundleError, ConfigError, IncompatibleEngineError
 from ..examples import Examples
 from ..generator import Generator
-from ..manifest import Artifact
+from ..manifest import Artifact, ParityRecord
 from ..spec import Precision
 from .parity import MIN_PSNR_DB as MIN_PSNR_DB
 from .parity import Parity, compare
 from .reference import NUM_SEEDS, SPLITS, run_reference
+from .seeds import JUDGEMENT
 
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 Examine = Callable[[Artifact], tuple[str, tuple[float, ...]]]
 """What looks into an artifact: its structural fault, "" if none, and the PSNR after each step, () if unknown."""
 
@@ -31,6 +34,7 @@ def validate_bundle(
     precisions: Sequence[Precision] = (),
     steps: Sequence[int] = (),
     num_seeds: int = NUM_SEEDS,
+    first_seed: int = JUDGEMENT.start,
     batches: Sequence[int | None] | None = None,
     threshold: float | None = None,
     min_psnr_db: float | None = None,
@@ -39,11 +43,15 @@ def validate_bundle(
     examine: Examine = lambda _: ("", ()),
     on_result: Callable[[Parity], object] = lambda _: None,
     on_skip: Callable[[str], object] = lambda _: None,
+    on_note: Callable[[str], object] = lambda _: None,
+    record: bool = True,
 ) -> list[Parity]:
     """Compare each backend's artifacts with the torch checkpoint and write the results into the manifest.
 
-    A failure is recorded like a success, so that ``backend="auto"`` never takes what failed. Nothing is recorded in a
-    bundle that lies in a cache, the hub's or that of ``.scmz`` files.
+    A failure is recorded like a success, so that ``backend="auto"`` never takes what failed. A comparison on fewer
+    seeds or batch splits than the one on record, or by a stricter gate than the precision's own, does not replace it,
+    unless the structure of the graph has a fault. Nothing is recorded in a bundle in a cache, that of the hub or of
+    ``.scmz`` files, nor in one that cannot be written.
 
     Args:
         path: The bundle.
@@ -51,20 +59,24 @@ def validate_bundle(
         precisions: Only these; () is all.
         steps: Only graphs and engines with these numbers of steps; () is all.
         num_seeds: Samples for each batch split; more where the largest batch needs more.
+        first_seed: Seed of the first sample; the others follow. All lie in ``seeds.JUDGEMENT``.
         batches: Batch splits, None among them is the largest; None is 1, 3 and the largest.
         threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
-        min_psnr_db: Least PSNR of lower precisions, dB; None is ``MIN_PSNR_DB``.
+        min_psnr_db: PSNR that 95 % of the samples of lower precisions must reach, dB; None is ``MIN_PSNR_DB``.
         reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate's own.
         examples: What the model is told, for example prompts; None draws it.
         examine: Looks into each artifact that ran; a fault that it finds fails the comparison, whatever its numbers.
         on_result: Called with each comparison.
         on_skip: Called with a line for each artifact that cannot run here.
+        on_note: Called with a line for each result that was not recorded, with the reason.
+        record: Whether to write the results into the manifest.
 
     Returns:
         One comparison for each number of steps, backend and precision.
 
     Raises:
-        ConfigError: If the bundle has nothing to compare, or a looser gate comes without a reason.
+        ConfigError: If the bundle has nothing to compare, a seed is out of range, or a looser gate comes without a
+            reason.
         BackendError: If a backend that was named cannot run here, or nothing can.
     """
     bundle = Bundle.open(path)
@@ -95,10 +107,9 @@ def validate_bundle(
         with Generator.from_pretrained(path, backend="torch", num_inference_steps=count, verify="none") as reference:
             most = reference.opened().spec.max_batch
             sizes = SPLITS if batches is None else batches
-            seeds = range(max([num_seeds, *(most if size is None else size for size in sizes)]))
+            seeds = _seeds(first_seed, max([num_seeds, *(most if size is None else size for size in sizes)]))
             run = run_reference(reference, seeds=seeds, batches=batches, examples=examples)
         for backend, precision in pairs:
-            least = None if precision == "fp32" else MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
             try:
                 candidate = open_candidate(path, backend, precision, count)
             except (BackendUnavailable, IncompatibleEngineError) as exc:
@@ -108,9 +119,10 @@ def validate_bundle(
                 on_skip(skipped[-1])
                 continue
             with candidate:
+                exact = precision == "fp32"
                 below = compare(
-                    candidate, run, threshold=threshold if least is None else None, min_psnr_db=least, reason=reason,
-                    below=below,
+                    candidate, run, threshold=threshold if exact else None, min_psnr_db=None if exact else min_psnr_db,
+                    reason=reason, below=below,
                 )  # fmt: skip
             fault, by_step = examine(by_path[below.candidate])
             below = replace(below, fault=fault, psnr_by_step=by_step)
@@ -118,9 +130,53 @@ def validate_bundle(
             on_result(below)
     if not results:
         raise BackendUnavailable(f"nothing of {bundle.path} can run here, expected one backend: {'; '.join(skipped)}")
-    if not is_borrowed(bundle.path):
-        bundle.with_parity(*(parity.record() for parity in results))
+    if record:
+        _record(bundle, results, on_note)
     return results
+
+
+def _seeds(first: int, count: int) -> range:
+    if first not in JUDGEMENT or first + count > JUDGEMENT.stop:
+        raise ConfigError(
+            f"seeds are {first} to {first + count - 1}, expected seeds below {JUDGEMENT.stop}: those from there on are "
+            "the ones that reduced precisions are calibrated and chosen on. Take a smaller first seed."
+        )
+    return range(first, first + count)
+
+
+def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], object]) -> None:
+    if is_borrowed(bundle.path):
+        on_note(f"nothing was recorded: {bundle.path} lies in a cache")
+        return
+    before = {(r.artifact, r.reference, r.backend): r for r in bundle.manifest.parity}
+    records = []
+    for parity in results:
+        new = parity.record()
+        old = before.get((new.artifact, new.reference, new.backend))
+        lesser = _lesser(parity, new, old) if old is not None else ""
+        if lesser:
+            on_note(f"{new.artifact} on {new.backend}: not recorded, {lesser}")
+        else:
+            records.append(new)
+    try:
+        if records:
+            bundle.with_parity(*records)
+    except BundleError as exc:
+        if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno not in _READ_ONLY:
+            raise
+        on_note(f"nothing was recorded: {bundle.path} cannot be written ({exc.__cause__.strerror})")
+
+
+def _lesser(parity: Parity, new: ParityRecord, old: ParityRecord) -> str:
+    """Return why a result does not replace the one on record; "" if it does."""
+    if parity.fault:
+        return ""
+    if new.num_samples < old.num_samples or not set(old.batches) <= set(new.batches):
+        batches = f" and batches {', '.join(map(str, old.batches))}" if old.batches else ""
+        return f"the record of {old.num_samples} seeds{batches} is kept"
+    if parity.is_stricter and new.threshold != old.threshold:
+        return "the record of the precision's own gate is kept"
+    return ""
 
 
 def _rung(pair: tuple[str, Precision]) -> tuple[bool, int, str]:

@@ -7,6 +7,7 @@ told apart. A lower precision is another program on purpose; it must reach a min
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,15 +32,17 @@ FLOOR_FACTOR = 4.0
 and the largest of a few draws falls short of what is possible."""
 
 MIN_PSNR_DB: Mapping[str, float] = {
-    "fp32-cpu": 100.0, "fp16": 60.0, "bf16": 45.0, "int8": 40.0, "int8-cpu": 35.0, "fp8": 35.0,
+    "fp32-cpu": 100.0, "fp16": 55.0, "bf16": 40.0, "int8": 35.0, "int8-cpu": 30.0, "fp8": 30.0,
 }  # fmt: skip
-"""Least PSNR of each precision but fp32, dB over the declared value range. fp32-cpu computes in float32 another way:
-its rounding is another, and 125 dB of a network of 60M parameters. 60 dB is a quarter of a level of
-an 8-bit picture (root mean square), 40 dB two and a half levels. A network that magnifies rounding
-loses more than a smooth one: half of FP16's loss can be the noise's own rounding."""
-WORST_BELOW_DB = 12.0
-"""No single sample may be further below the least PSNR than this. Of the shipped model's int8 the worst of 32 is 5 dB
-below the mean of all; of its int8-cpu, which fails, 14 dB."""
+"""PSNR that 95 % of the samples of each precision but fp32 must reach, dB over the declared value range.
+
+A candidate passes unless its samples show that fewer do: it fails where the whole interval of ``psnr_p05_db`` lies
+below. So one of which 95 % or more do fails with a probability of at most 5 %, whatever the number of samples, and one
+of which fewer do fails the more surely the more samples there are. Few samples prove little; the record says how many.
+fp32-cpu computes in float32 another way and has 123 dB or more. 55 dB is half a level of an 8-bit picture (root mean
+square), 35 dB four and a half levels. A network that magnifies rounding loses more than a smooth one: half of FP16's
+loss can be the noise's own rounding. Of 5,120 samples of the shipped model, after 1 and 2 steps, 95 % reach 64.9 and
+59.8 dB in FP16; ``benchmarks/fresh_seeds.py`` judges ten blocks of fresh seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +55,11 @@ class Parity:
         reference: The same of the reference.
         reference_backend: What ran that.
         num_inference_steps: Network calls for each sample.
-        num_samples: Samples in each batch split.
-        gate: What decides, ``max_abs`` or ``psnr_db``.
-        threshold: Largest ``overall.max_abs`` that passes, units of sigma_data; or least PSNR, dB.
+        seeds: The samples that were compared, in each batch split.
+        gate: What decides, ``max_abs`` or ``psnr_p05_db``.
+        threshold: Largest ``overall.max_abs`` that passes, units of sigma_data; or the PSNR that 95 % of the samples
+            must reach, dB.
+        is_stricter: Whether that was given, and is stricter than the gate that would have been taken.
         noise_floor: Largest difference between the reference and itself, units of sigma_data.
         reason: Why the threshold is not the derived one, if it was set by hand.
         overall: The difference over every batch split.
@@ -71,9 +76,10 @@ class Parity:
     reference: str
     reference_backend: str
     num_inference_steps: int
-    num_samples: int
-    gate: Literal["max_abs", "psnr_db"]
+    seeds: tuple[int, ...]
+    gate: Literal["max_abs", "psnr_p05_db"]
     threshold: float
+    is_stricter: bool
     noise_floor: float
     reason: str
     overall: Difference
@@ -92,14 +98,14 @@ class Parity:
         """Whether the gate's numbers were met, whatever the structure."""
         if not self.overall.finite:
             return False
-        if self.gate == "psnr_db":
-            return self.overall.psnr_db >= self.threshold and self.overall.worst_psnr_db >= self.least_worst_db
+        if self.gate == "psnr_p05_db":
+            return self.overall.psnr_p05_interval_db[1] >= self.threshold
         return self.overall.max_abs <= self.threshold
 
     @property
-    def least_worst_db(self) -> float:
-        """Least PSNR of each single sample, dB, where ``psnr_db`` decides."""
-        return self.threshold - WORST_BELOW_DB
+    def num_samples(self) -> int:
+        """Samples in each batch split."""
+        return len(self.seeds)
 
     @property
     def max_abs(self) -> float:
@@ -121,12 +127,13 @@ class Parity:
         else:
             found = f"{what} differs from {self.reference} on {self.reference_backend}"
             found += f" by {self.max_abs:.1e} sigma_data (seed {self.worst_seed}, "
-            found += f"mean {self.overall.mean_abs:.1e}, PSNR {self.overall.psnr_db:.1f} dB, "
-            found += f"worst sample {self.overall.worst_psnr_db:.1f} dB)"
+            found += f"mean {self.overall.mean_abs:.1e}, PSNR {self.overall.psnr_db:.1f} dB)"
         expected = f"at most {self.threshold:.1e} (noise floor {self.noise_floor:.1e})"
         remedy = "export again"
-        if self.gate == "psnr_db":
-            expected = f"at least {self.threshold:.1f} dB and of each sample {self.least_worst_db:.1f} dB"
+        if self.gate == "psnr_p05_db":
+            if self.overall.finite:
+                found += f"; {describe_percentile(self.overall, self.num_samples)}"
+            expected = f"at least {self.threshold:.1f} dB"
             remedy = "keep more of it in a higher precision (--target-psnr)"
         if self.fault:
             found += f"; {self.fault}"
@@ -138,6 +145,7 @@ class Parity:
 
     def record(self) -> ParityRecord:
         """Return what a manifest keeps of it; NaN becomes the largest float."""
+        low, high = self.overall.psnr_p05_interval_db
         return ParityRecord(
             artifact=self.candidate,
             reference=self.reference,
@@ -149,20 +157,26 @@ class Parity:
             max_abs=self.max_abs if self.overall.finite else float(np.finfo(np.float64).max),
             psnr_db=min(self.overall.psnr_db, PSNR_CAP) if self.overall.finite else 0.0,
             worst_psnr_db=min(self.overall.worst_psnr_db, PSNR_CAP) if self.overall.finite else 0.0,
+            psnr_p05_db=min(self.overall.psnr_p05_db, PSNR_CAP) if self.overall.finite else 0.0,
+            psnr_p05_interval_db=(_bounded(low), _bounded(high)),
             psnr_by_step=tuple(min(db, PSNR_CAP) for db in self.psnr_by_step),
             fault=self.fault,
             num_samples=self.num_samples,
+            first_seed=self.seeds[0],
+            batches=tuple(self.by_batch),
             passed=bool(self),
             reason=self.reason,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        apart = ("overall", "by_batch", "step", "images")
+        apart = ("overall", "by_batch", "step", "images", "seeds")
         plain = {name: value for name, value in vars(self).items() if name not in apart}
         return {
             **plain,
+            "num_samples": self.num_samples,
             "step": self.step.to_dict() if self.step else None,
+            "first_seed": self.seeds[0],
             "passed": bool(self),
             "numbers_pass": self.numbers_pass,
             "psnr_by_step": [min(db, PSNR_CAP) for db in self.psnr_by_step],
@@ -191,9 +205,10 @@ def compare(
         seeds: See ``run_reference``.
         batches: Batch splits to run, None among them is the largest; None is 1, 3 and the largest.
         num_inference_steps: Which sampler of a generator; None is its default.
-        threshold: Largest difference that passes, units of sigma_data; None derives it:
-            ``max(ROUNDING_FLOOR, FLOOR_FACTOR * noise_floor)``.
-        min_psnr_db: Least PSNR, dB, instead of a threshold: for a candidate of lower precision.
+        threshold: Largest difference that passes, units of sigma_data.
+        min_psnr_db: PSNR that 95 % of the samples must reach, dB. Where neither is given, the lower of the two
+            precisions has its own gate: ``MIN_PSNR_DB``, or for fp32, and for backends that do not say their
+            precision, the threshold ``max(ROUNDING_FLOOR, FLOOR_FACTOR * noise_floor)``.
         reason: Why ``threshold`` is looser than the derived one, or ``min_psnr_db`` than the precision's own (than the
             lowest of all where a backend does not say its precision); every report prints it.
         below: The rung below, compared with the same reference run: what does this one alone cost?
@@ -226,8 +241,12 @@ def compare(
             f"threshold is {threshold:.1e}, looser than the derived {derived:.1e} (noise floor {floor:.1e}), "
             "expected a reason for that. Give one; every report prints it."
         )
+    precision = min(one.precision, reference.precision, key=lambda name: MIN_PSNR_DB.get(name, math.inf))
     if min_psnr_db is not None and not reason:
-        _check_least_psnr(min_psnr_db, one.precision)
+        _check_least_psnr(min_psnr_db, precision)
+    own = MIN_PSNR_DB.get(precision)
+    least = own if threshold is None and min_psnr_db is None else min_psnr_db
+    stricter = (threshold is not None and threshold < derived) or (min_psnr_db or 0.0) > (own or math.inf)
     found = {size: one.run(request, size) for size in sizes}
     seeds_of_all = request.seeds * len(sizes)
 
@@ -241,9 +260,10 @@ def compare(
         reference=reference.artifact,
         reference_backend=reference.name,
         num_inference_steps=reference.spec.num_inference_steps,
-        num_samples=len(request),
-        gate="max_abs" if min_psnr_db is None else "psnr_db",
-        threshold=min_psnr_db if min_psnr_db is not None else derived if threshold is None else threshold,
+        seeds=request.seeds,
+        gate="max_abs" if least is None else "psnr_p05_db",
+        threshold=least if least is not None else derived if threshold is None else threshold,
+        is_stricter=stricter,
         noise_floor=floor,
         reason=reason,
         overall=apart(wanted),
@@ -254,7 +274,24 @@ def compare(
     )
 
 
+def describe_percentile(found: Difference, num_samples: int) -> str:
+    """Return what the samples show of a reduced precision, in words."""
+    low, high = found.psnr_p05_interval_db
+    interval = f"{low:.1f} to {high:.1f}" if math.isfinite(low) else f"at most {high:.1f}"
+    return f"95 % of {num_samples} samples reach {found.psnr_p05_db:.1f} dB (of all: {interval} dB, 95 % confidence)"
+
+
+def _bounded(db: float) -> float:
+    """Return decibels that JSON can hold; what is no number is 0."""
+    return min(max(db, 0.0), PSNR_CAP) if not math.isnan(db) else 0.0
+
+
 def _check_least_psnr(asked: float, precision: str) -> None:
+    if precision == "fp32":
+        raise ConfigError(
+            f"min_psnr_db is {asked:.1f} for fp32, whose gate is a threshold of the largest difference, expected a "
+            "reason for that. Give one; every report prints it."
+        )
     own = MIN_PSNR_DB.get(precision, min(MIN_PSNR_DB.values()))
     if not asked >= own:
         raise ConfigError(

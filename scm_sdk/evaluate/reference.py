@@ -88,6 +88,7 @@ class ReferenceRun:
     spec: SamplerSpec
     name: str
     artifact: str
+    precision: str
     request: Request
     images: dict[int, NDArray[np.float32]]
     noise_floor: float
@@ -121,7 +122,9 @@ def run_reference(
         side.spec, seeds, batches, min(side.spec.max_batch, most or side.spec.max_batch), examples
     )
     images = {size: side.run(request, size) for size in sizes}
-    return ReferenceRun(side.spec, side.name, side.artifact, request, images, _floor(images, side, request))
+    return ReferenceRun(
+        side.spec, side.name, side.artifact, side.precision, request, images, _floor(images, side, request)
+    )
 
 
 def noise_floor(
