@@ -50,9 +50,7 @@ def main(bundle: Path, num_blocks: int, block: int, batch: int, first_seed: int,
                 batches=[batch], record=False,
             )  # fmt: skip
     results.sort(key=lambda parity: (parity.candidate, parity.seeds))
-    table = Table(
-        "graph", "seeds", "verdict", "95 % reach, dB", "of all, dB", "gate", "mean, dB", "worst, dB", box=None
-    )
+    table = Table("graph", "seeds", "verdict", "95 % reach, dB", "of all", "gate", "mean, dB", "worst, dB", box=None)
     for parity in results:
         low, high = parity.overall.psnr_p05_interval_db
         table.add_row(

@@ -62,7 +62,9 @@ def test_own_network(tmp_path):
 
 
 def test_validate_in_ci(unet_copy, tmp_path):
+    before = (unet_copy / "scm_manifest.json").read_bytes()
     run("05_validate_in_ci.py", unet_copy, "report.json", cwd=tmp_path)
+    assert (unet_copy / "scm_manifest.json").read_bytes() == before, "what CI passed is what it was given"
     report = json.loads((tmp_path / "report.json").read_text())
     assert all(each["passed"] for each in report["parity"].values()) and "error" not in report
     (unet_copy / "golden" / "golden.safetensors").write_bytes(b"x")
