@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from scm_sdk import Generator
 from scm_sdk.evaluate.selfcheck import SAME, selfcheck
 from scm_sdk.export.cli import main
+from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
+from scm_sdk.model.unet import UNetConfig
 
 
 def verdicts(generator: Generator) -> dict[str, bool | None]:
@@ -101,6 +103,17 @@ def test_the_verb(unet_bundle: Path) -> None:
     assert {check["name"] for check in report["checks"]} == ALL and report["backend"] == "torch"
     table = CliRunner().invoke(main, ["selfcheck", str(unet_bundle), "--backend", "onnxruntime"])
     assert table.exit_code == 0 and "permutation" in table.stdout and "ask PyTorch" in table.stdout
+
+
+def test_another_label_of_a_model_of_one_class_is_not_asked_for(tmp_path: Path) -> None:
+    """A model of one class is sound: no check that compares labels may fail it."""
+    network = UNetConfig(
+        image_size=8, channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(), num_classes=1
+    )
+    ConsistencyModel(ModelConfig(network=network, class_names=("only",))).save_pretrained(tmp_path / "model")
+    run = CliRunner().invoke(main, ["selfcheck", str(tmp_path / "model"), "--backend", "torch", "--json"])
+    (labels,) = (check for check in json.loads(run.stdout)["checks"] if check["name"] == "labels")
+    assert run.exit_code == 0 and labels["passed"] is None and "one label" in labels["text"], run.output
 
 
 def test_a_failure_exits_3(unet_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

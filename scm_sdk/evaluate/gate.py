@@ -146,7 +146,7 @@ def _seeds(first: int, count: int) -> range:
 
 def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], object]) -> None:
     if is_borrowed(bundle.path):
-        on_note(f"nothing was recorded: {bundle.path} lies in a cache")
+        on_note(f"nothing was recorded: {bundle.path} is in a cache")
         return
     before = {(r.artifact, r.reference, r.backend): r for r in bundle.manifest.parity}
     records = []

@@ -101,8 +101,8 @@ def _checks(generator: Generator, num_samples: int) -> Iterator[Check]:
 
 def _labels_matter(backend: Backend, spec: SamplerSpec, request: Request, images: NDArray[np.float32]) -> Check:
     text = "share of samples that another label leaves as they are"
-    if not spec.num_classes or request.class_labels is None:
-        return _cannot("labels", "the model has no labels")
+    if spec.num_classes < 2 or request.class_labels is None:
+        return _cannot("labels", "the model has one label" if spec.num_classes else "the model has no labels")
     others = [(int(label) + 1) % spec.num_classes for label in request.class_labels]
     changed = make_example(spec, request.seeds, class_labels=others)
     other = backend.sample(*changed.inputs(0, len(request)))
