@@ -6,9 +6,10 @@ They are held in memory as uint8 and normalized batch by batch; those in ``shard
 from __future__ import annotations
 
 import gzip
-import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from ..errors import TrainError
 from .config import DataConfig
-from .shard_index import holds_shards, index_shards
+from .pictures import SUFFIXES, decode_picture
+from .shard_index import MAX_CLASSES, check_class_names, holds_shards, index_shards
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_NAMES = (
@@ -31,7 +33,6 @@ HAIR_NAMES = (
 )  # fmt: skip
 """What people call the avatars' eleven hair colours, in the order of ``hairColor_names``."""
 AVATARS = ("avatars", "pixel_art_16.npz")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_BYTES = 16 << 30
 
 
@@ -65,6 +66,7 @@ class ImageData:
         label_values: The names as the data has them, where people call them something else: the
             avatars' exact colours.
         license: SPDX identifier of the images' licence, or "" where it is not known.
+        ignored: Number of files of the source that are not trained on, by their ending.
     """
 
     images: Images
@@ -72,6 +74,7 @@ class ImageData:
     class_names: tuple[str, ...] = ()
     label_values: tuple[str, ...] = ()
     license: str = ""
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -85,7 +88,9 @@ class ImageData:
         """Return how many images there are, of which size, and the classes, for people."""
         height, width, channels = self.images.shape[1:]
         classes = f", {self.num_classes} classes: {shortened(self.class_names)}" if self.class_names else ", no labels"
-        return f"{len(self):,} pictures of {height}x{width}x{channels}{classes}"
+        ignored = ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()))
+        left_out = f"; not trained on: {ignored}" if ignored else ""
+        return f"{len(self):,} pictures of {height}x{width}x{channels}{classes}{left_out}"
 
     def part(self, first: int, last: int, *, what: str) -> ImageData:
         """Return some rows, without copying.
@@ -129,7 +134,7 @@ def load_data(config: DataConfig) -> ImageData:
         data = _read_npz(Path(config.source), config.label)
     elif holds_shards(Path(config.source)):
         index = index_shards(Path(config.source), config.label)
-        data = ImageData(images=index.images, labels=index.labels, class_names=index.class_names)
+        data = ImageData(images=index.images, labels=index.labels, class_names=index.class_names, ignored=index.ignored)
     else:
         data = _read_folder(Path(config.source), config.label)
     return data if config.rows == (0, 0) else data.part(*config.rows, what="rows (--rows)")
@@ -147,23 +152,30 @@ def _read_npz(path: Path, label: str) -> ImageData:
             columns = sorted(k for k in archive.files if k != "images" and not k.endswith("_names"))
             if "images" not in archive.files:
                 raise TrainError(f"{path} holds {archive.files}, expected an array called 'images' (N, H, W, C).")
-            images = archive["images"]
+            images = _checked(archive["images"], str(path))
             if not label:
-                return ImageData(images=_checked(images, str(path)))
+                return ImageData(images=images)
             if label not in columns:
                 raise TrainError(f"label {label!r} is no column of {path}, expected one of {columns} (--label).")
-            labels = archive[label].astype(np.int64)
-            name_key = f"{label}_names"
-            names = (
-                tuple(map(str, archive[name_key]))
-                if name_key in archive.files
-                else tuple(map(str, range(int(labels.max()) + 1)))
-            )
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as exc:
-        raise TrainError(f"{path} cannot be read as an npz of arrays: {exc}.") from exc
-    if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= len(names):
-        raise TrainError(f"label column {label!r} of {path} does not give each of the {len(images)} images a name.")
-    return ImageData(images=_checked(images, str(path)), labels=labels, class_names=names)
+            given, names = archive[label], archive[f"{label}_names"] if f"{label}_names" in archive.files else None
+    except TrainError:
+        raise
+    except Exception as exc:  # NumPy, zipfile and zlib have a dozen kinds for damaged and foreign files
+        raise TrainError(f"{path} cannot be read as an npz of arrays: {type(exc).__name__}: {exc}.") from exc
+    if given.shape != (len(images),) or given.dtype.kind not in "iub":
+        raise TrainError(
+            f"label column {label!r} of {path} is {given.shape} {given.dtype}, expected a whole number for each of the "
+            f"{len(images)} images."
+        )
+    lowest, highest = int(given.min()), int(given.max())
+    if not 0 <= lowest <= highest < (MAX_CLASSES if names is None else len(names)):
+        raise TrainError(
+            f"label column {label!r} of {path} reaches from {lowest} to {highest}, expected class numbers from 0 to "
+            f"{(MAX_CLASSES if names is None else len(names)) - 1}. Number the classes from 0 on."
+        )
+    texts = range(highest + 1) if names is None else names
+    class_names = check_class_names(tuple(map(str, texts)), f"{label}_names in {path}")
+    return ImageData(images=images, labels=given.astype(np.int64), class_names=class_names)
 
 
 def _checked(images: NDArray[np.generic], source: str) -> NDArray[np.uint8] | NDArray[np.float32]:
@@ -182,8 +194,14 @@ def _checked(images: NDArray[np.generic], source: str) -> NDArray[np.uint8] | ND
             f"image {int(np.argmin(finite))} of {source} holds a NaN or an infinity "
             f"({int((~finite).sum())} images do). Remove them."
         )
-    if np.abs(values).max() > 1.001:
-        raise TrainError(f"images of {source} reach {np.abs(values).max():.3g}, expected floats in [-1, 1].")
+    low, high = float(values.min()), float(values.max())
+    if max(-low, high) > 1.001:
+        raise TrainError(f"images of {source} reach {max(-low, high):.3g}, expected floats in [-1, 1].")
+    if low >= 0 and high > 0.5:
+        raise TrainError(
+            f"images of {source} are floats from {low:.3g} to {high:.3g}, expected [-1, 1] with black at -1. Store "
+            "2 x - 1, or uint8 from 0 to 255."
+        )
     return values
 
 
@@ -208,36 +226,73 @@ def _read_fashion_mnist(part: str, label: str) -> ImageData:
 
 
 def _read_folder(folder: Path, label: str) -> ImageData:
-    from PIL import Image, UnidentifiedImageError
-
     if not folder.is_dir():
         raise TrainError(f"data source {str(folder)!r} is no folder, .npz file, 'avatars' or 'fashion-mnist'.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if label not in ("", "folder"):
+        raise TrainError(f"label is {label!r}, expected 'folder' (classes are the sub-folders) or nothing (--label).")
+    paths, ignored = _pictures_in(folder)
     if not paths:
         raise TrainError(f"{folder} holds no images, expected files ending in {', '.join(sorted(SUFFIXES))}.")
-    if label not in ("", "folder"):
-        raise TrainError(f"label is {label!r}, expected 'folder' (classes are the sub-folders) or nothing.")
-
-    def read() -> Iterator[NDArray[np.uint8]]:
-        for path in paths:
-            try:
-                with Image.open(path) as image:
-                    yield np.asarray(image.convert("RGB"))
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as exc:
-                raise TrainError(f"{path} cannot be read as an image: {exc}. Remove or replace it.") from exc
-
+    classes = [_class_of(path, folder) for path in paths] if label else []
     stack: NDArray[np.uint8] | None = None
-    for row, pixels in enumerate(read()):
+    for row, path in enumerate(paths):
+        try:
+            pixels = decode_picture(path)
+        except ValueError as exc:
+            raise TrainError(f"{path} cannot be read as an image: {exc}. Remove or replace it.") from exc
         if stack is None:
             if pixels.nbytes * len(paths) > MAX_BYTES:
                 raise TrainError(f"{len(paths)} images of {pixels.shape} do not fit into {MAX_BYTES >> 30} GiB.")
             stack = np.empty((len(paths), *pixels.shape), np.uint8)
         if pixels.shape != stack.shape[1:]:
-            raise TrainError(f"{paths[row]} is {pixels.shape}, expected {stack.shape[1:]} like the first image.")
+            raise TrainError(f"{path} is {pixels.shape}, expected {stack.shape[1:]} like the first image.")
         stack[row] = pixels
     assert stack is not None
     if not label:
-        return ImageData(images=stack)
-    names = tuple(sorted({path.parent.name for path in paths}))
-    labels = np.array([names.index(path.parent.name) for path in paths], np.int64)
-    return ImageData(images=stack, labels=labels, class_names=names)
+        return ImageData(images=stack, ignored=ignored)
+    names = check_class_names(tuple(sorted(set(classes))), folder)
+    number = {name: index for index, name in enumerate(names)}
+    labels = np.array([number[name] for name in classes], np.int64)
+    return ImageData(images=stack, labels=labels, class_names=names, ignored=ignored)
+
+
+def _pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the pictures of a folder and its sub-folders, sorted, and the number of other files by their ending.
+
+    Links are followed; what is hidden is left out and counted.
+
+    Raises:
+        TrainError: If links lead in a circle, or a folder cannot be read.
+    """
+    paths: list[Path] = []
+    ignored: Counter[str] = Counter()
+
+    def refuse(exc: OSError) -> None:
+        raise TrainError(f"{exc.filename} cannot be read: {exc.strerror}. Make it readable or remove it.") from exc
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        here = Path(root)
+        if here.resolve() in [(folder / above).resolve() for above in here.relative_to(folder).parents]:
+            raise TrainError(f"{here} is a link to a folder that it lies in. Remove it.")
+        ignored["hidden folders"] += sum(name.startswith(".") for name in folders)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                ignored["hidden files"] += 1
+            elif suffix in SUFFIXES:
+                paths.append(here / name)
+            else:
+                ignored[suffix or name] += 1
+    return sorted(paths), +ignored
+
+
+def _class_of(path: Path, folder: Path) -> str:
+    """Return the class of a picture: the one folder between it and the data's."""
+    between = path.relative_to(folder).parts[:-1]
+    if len(between) != 1:
+        raise TrainError(
+            f"{path} lies {len(between)} folders below {folder}, expected 1: FOLDER/CLASS/PICTURE with --label folder. "
+            "Choose the folder whose sub-folders are the classes, or move the picture."
+        )
+    return between[0]

@@ -6,7 +6,8 @@ import io
 import tarfile
 import zipfile
 from array import array
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,15 +16,17 @@ from numpy.typing import NDArray
 
 from ..errors import TrainError
 from . import shards
+from .pictures import SUFFIXES, look_at
 from .shards import ARRAYS, ShardImages, as_sample_shape, read_npy_header
 
-IMAGES = frozenset({"png", "jpg", "jpeg", "webp", "bmp"})
+IMAGES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 LABEL = "cls"
 NAMES_FILE = "class_names.txt"
 MAX_HEADER_BYTES = 1 << 20
 """Most that a tar's header may claim for itself: long names and extended attributes."""
 MAX_LABEL_BYTES = 32
 MAX_CLASSES = 1 << 20
+MAX_NAMES_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,11 +37,13 @@ class Index:
         images: They.
         labels: Label of each, (N,), int64, or None.
         class_names: Name of each label, or ().
+        ignored: Number of files of other kinds, by their ending.
     """
 
     images: ShardImages
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...]
+    ignored: Counter[str]
 
 
 def holds_shards(folder: Path) -> bool:
@@ -53,13 +58,15 @@ def _shards(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Shard:
-    """What one shard holds: how images are stored, (H, W, C) and dtype of one, offsets and lengths, labels."""
+    """What one shard holds: how images are stored, (H, W, C) and dtype of one, offsets and lengths, labels, names."""
 
     stored: str | np.dtype[Any]
     sample_shape: tuple[int, int, int]
     dtype: np.dtype[Any]
     places: array[int]
     labels: array[int]
+    class_names: tuple[str, ...] = ()
+    ignored: Counter[str] = field(default_factory=Counter)
 
 
 def index_shards(folder: Path, label: str) -> Index:
@@ -73,11 +80,14 @@ def index_shards(folder: Path, label: str) -> Index:
         TrainError: If a shard is damaged, a sample lacks its image or label, or something is larger than allowed.
     """
     paths, places, labels = _shards(folder), array("q"), array("q")
+    ignored = _others(folder)
     first: _Shard | None = None
     for number, path in enumerate(paths):
         try:
             shard = _index_tar(path, label) if path.suffix == ".tar" else _index_npz(path, label)
-        except (OSError, ValueError, EOFError, SyntaxError, tarfile.TarError, zipfile.BadZipFile) as exc:
+        except (
+            OSError, ValueError, EOFError, SyntaxError, TypeError, RuntimeError, tarfile.TarError, zipfile.BadZipFile,
+        ) as exc:  # fmt: skip
             raise TrainError(f"{path} cannot be used as a shard: {exc}. Copy or make it again.") from exc
         if shard is None:
             continue
@@ -87,6 +97,9 @@ def index_shards(folder: Path, label: str) -> Index:
                 f"{path} holds {shard.sample_shape} stored as {shard.stored}, expected {first.sample_shape} as "
                 f"{first.stored} like the first shard."
             )
+        if shard.class_names != first.class_names:
+            raise TrainError(f"{path} names other classes than the first shard. Label them alike.")
+        ignored += shard.ignored
         for at in range(0, len(shard.places), 2):
             places.extend((number, shard.places[at], shard.places[at + 1]))
         labels.extend(shard.labels)
@@ -100,9 +113,30 @@ def index_shards(folder: Path, label: str) -> Index:
         stored=first.stored,
     )
     if not label:
-        return Index(images=images, labels=None, class_names=())
+        return Index(images=images, labels=None, class_names=(), ignored=ignored)
     marked = np.frombuffer(labels, np.int64)
-    return Index(images=images, labels=marked, class_names=_class_names(folder, int(marked.max())))
+    names = _class_names(folder, first.class_names, int(marked.max()))
+    return Index(images=images, labels=marked, class_names=names, ignored=ignored)
+
+
+def _others(folder: Path) -> Counter[str]:
+    """Count the files beside shards, by their ending.
+
+    Raises:
+        TrainError: If one of them is data, too, so that it is not clear what to train on.
+    """
+    kinds = {path.suffix.lower(): path for path in folder.iterdir() if path.is_file() and path.name != NAMES_FILE}
+    data = [kind for kind in kinds if kind in {".tar", ".npz"} | SUFFIXES]
+    if len(data) > 1:
+        raise TrainError(
+            f"{folder} holds {' and '.join(kinds[kind].name for kind in data)}, expected shards of one kind and no "
+            "pictures beside them. Move one of the kinds to a folder of its own."
+        )
+    return Counter(
+        path.suffix.lower() or path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.name != NAMES_FILE and path.suffix.lower() not in data
+    )
 
 
 class _HeadersOnly(io.RawIOBase):
@@ -126,11 +160,13 @@ class _HeadersOnly(io.RawIOBase):
 def _index_tar(path: Path, label: str) -> _Shard | None:
     if label not in ("", LABEL):
         raise ValueError(f"label is {label!r}, and tar shards have {LABEL!r}")
-    places, labels, stored = array("q"), array("q"), ""
-    key, image, mark = "", (0, 0), -1
+    places, labels, stored, ignored = array("q"), array("q"), "", Counter[str]()
+    key, image, mark, dotted = "", (0, 0), -1, ""
 
     def close() -> None:
         """End a sample."""
+        if key and not image[1] and dotted:
+            raise ValueError(f"{dotted!r} has a dot in its name, which ends at the first; rename it")
         if key and not image[1]:
             raise ValueError(f"sample {key!r} has no image")
         if key and label and mark < 0:
@@ -145,12 +181,18 @@ def _index_tar(path: Path, label: str) -> _Shard | None:
             folder, _, base = member.name.rpartition("/")
             name, _, ending = base.partition(".")
             kind = {ARRAYS: ARRAYS, LABEL: LABEL}.get(ending.lower(), "image" if ending.lower() in IMAGES else "")
-            if not kind or not member.isreg():
+            more = not kind and base.lower().rpartition(".")[2] in {*IMAGES, ARRAYS}  # as in 0007.mask.png
+            if member.isreg() and not kind:
+                ignored["." + ending.lower()] += 1
+            if not (kind or more) or not member.isreg():
                 continue
             name = f"{folder}/{name}" if folder else name
             if name != key:
                 close()
-                key, image, mark = name, (0, 0), -1
+                key, image, mark, dotted = name, (0, 0), -1, ""
+            if more:
+                dotted = dotted or member.name
+                continue
             if member.size > (MAX_LABEL_BYTES if kind == LABEL else shards.MAX_SAMPLE_BYTES) or member.issparse():
                 raise ValueError(f"{member.name!r} is sparse or larger than allowed ({member.size} bytes)")
             if kind == LABEL:
@@ -164,7 +206,7 @@ def _index_tar(path: Path, label: str) -> _Shard | None:
             return None
         stream.seek(places[0])
         shape, dtype = _look_at(stream.read(places[1]), stored)
-    return _Shard(stored=stored, sample_shape=shape, dtype=dtype, places=places, labels=labels)
+    return _Shard(stored=stored, sample_shape=shape, dtype=dtype, places=places, labels=labels, ignored=ignored)
 
 
 def _look_at(content: bytes, stored: str) -> tuple[tuple[int, int, int], np.dtype[Any]]:
@@ -172,11 +214,7 @@ def _look_at(content: bytes, stored: str) -> tuple[tuple[int, int, int], np.dtyp
     if stored == ARRAYS:
         shape, dtype = read_npy_header(io.BytesIO(content))
         return as_sample_shape(shape), dtype
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as image:
-        grey = image.mode in ("1", "L", "LA", "I", "I;16")
-        return as_sample_shape((image.height, image.width, 1 if grey else 3)), np.dtype(np.uint8)
+    return as_sample_shape(look_at(content, max_pixels=shards.MAX_SAMPLE_BYTES)), np.dtype(np.uint8)
 
 
 def _read_label(stream: IO[bytes], member: tarfile.TarInfo) -> int:
@@ -196,6 +234,7 @@ def _index_npz(path: Path, label: str) -> _Shard | None:
             raise ValueError(f"'images' is {shape} of {dtype}, expected (N, H, W, C) of uint8 or floats")
         each = int(np.prod(shape[1:])) * dtype.itemsize
         places, labels = array("q"), array("q")
+        names: tuple[str, ...] = ()
         for row in range(shape[0]):
             places.extend((start + row * each, each))
         if label:
@@ -207,9 +246,24 @@ def _index_npz(path: Path, label: str) -> _Shard | None:
             if len(values) and not 0 <= values.min() <= values.max() < MAX_CLASSES:
                 raise ValueError(f"label column {label!r} reaches from {values.min()} to {values.max()}")
             labels.extend(values.tolist())
+            names = _names_in(stream, archive, f"{label}_names")
     if not places:
         return None
-    return _Shard(stored=dtype, sample_shape=as_sample_shape(shape[1:]), dtype=dtype, places=places, labels=labels)
+    return _Shard(
+        stored=dtype, sample_shape=as_sample_shape(shape[1:]), dtype=dtype, places=places, labels=labels,
+        class_names=names,
+    )  # fmt: skip
+
+
+def _names_in(stream: IO[bytes], archive: zipfile.ZipFile, name: str) -> tuple[str, ...]:
+    """Return the class names in an npz file, or ()."""
+    if f"{name}.npy" not in archive.namelist():
+        return ()
+    if archive.getinfo(f"{name}.npy").file_size > MAX_NAMES_BYTES:
+        raise ValueError(f"array {name!r} is larger than allowed")
+    stream.seek(0)
+    with np.load(stream, allow_pickle=False) as arrays:
+        return tuple(map(str, arrays[name]))
 
 
 def _array_in(stream: IO[bytes], archive: zipfile.ZipFile, name: str) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
@@ -230,11 +284,32 @@ def _array_in(stream: IO[bytes], archive: zipfile.ZipFile, name: str) -> tuple[i
     return stream.tell(), shape, dtype
 
 
-def _class_names(folder: Path, last: int) -> tuple[str, ...]:
+def _class_names(folder: Path, stored: tuple[str, ...], last: int) -> tuple[str, ...]:
+    """Return the classes' names: of ``class_names.txt``, of the shards, or their numbers."""
     path = folder / NAMES_FILE
-    if not path.exists():
-        return tuple(map(str, range(last + 1)))
-    names = tuple(path.read_text().splitlines())
+    source: Path = folder
+    names = stored or tuple(map(str, range(last + 1)))
+    if path.exists():
+        source = path
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise TrainError(f"{path} cannot be read: {exc}. Write the names as UTF-8, one a line.") from exc
+        names = tuple(line.strip() for line in text.rstrip().split("\n"))
     if len(names) <= last:
-        raise TrainError(f"{path} names {len(names)} classes, the shards have numbers up to {last}.")
+        raise TrainError(f"{source} names {len(names)} classes, the shards have numbers up to {last}.")
+    return check_class_names(names, source)
+
+
+def check_class_names(names: tuple[str, ...], source: object) -> tuple[str, ...]:
+    """Return the names of classes, each of which must be there once.
+
+    Raises:
+        TrainError: If one is empty, there twice, or cannot be printed.
+    """
+    counts = Counter(names)
+    for number, name in enumerate(names):
+        if not name or not name.isprintable() or counts[name] > 1:
+            what = "twice" if counts[name] > 1 else "no printable text"
+            raise TrainError(f"class {number} of {source} is {name!r}, {what}; expected names that differ.")
     return names

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TrainError
+from .pictures import decode_picture
 
 ARRAYS = "npy"
 MAX_SAMPLE_BYTES = 64 << 20
@@ -81,7 +82,7 @@ class ShardImages:
             if len(content) != length:
                 raise ValueError("the file ends before it")
             pixels = decode(content, self.stored, self.sample_shape)
-        except (OSError, ValueError, SyntaxError) as exc:  # Pillow raises the last for some broken files
+        except (OSError, ValueError) as exc:
             raise TrainError(
                 f"the image at byte {offset} of {path} cannot be read: {exc}. Copy or make the shard again."
             ) from exc
@@ -92,15 +93,10 @@ def decode(content: bytes, stored: str | np.dtype[Any], shape: tuple[int, int, i
     """Return one image as (H, W, C), uint8 or float32; its shape is checked before it is decoded.
 
     Raises:
-        OSError, ValueError: If it is broken or has another shape.
+        ValueError: If it is broken or has another shape.
     """
     if stored == "image":
-        from PIL import Image
-
-        with Image.open(io.BytesIO(content)) as image:
-            if (image.height, image.width) != shape[:2]:
-                raise ValueError(f"it is {image.height}x{image.width}, expected {shape[0]}x{shape[1]} like the first")
-            return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
+        return decode_picture(content, shape=shape)
     if isinstance(stored, str):
         stream = io.BytesIO(content)
         found, dtype = read_npy_header(stream)
