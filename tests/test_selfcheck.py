@@ -106,7 +106,7 @@ def test_the_verb(unet_bundle: Path) -> None:
 
 
 def test_another_label_of_a_model_of_one_class_is_not_asked_for(tmp_path: Path) -> None:
-    """A model of one class is sound: no check that compares labels may fail it."""
+    """A model of one class is sound, trained or not: neither its labels nor its empty samples may fail it."""
     network = UNetConfig(
         image_size=8, channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(), num_classes=1
     )

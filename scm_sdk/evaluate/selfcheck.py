@@ -29,6 +29,8 @@ SAME = {"fp32": 1e-3, "fp32-cpu": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, 
 last bits differ; a low precision now and then rounds those to its next step (int8 of the shipped model: 0.07)."""
 TRAJECTORY_TIMES, TRAJECTORY_END = 16, 0.2
 """Times of one trajectory, and its last one, radians."""
+_EMPTY = 0.05
+"""Root mean square of samples below which they hold nothing, units of sigma_data."""
 EXTREME_SEEDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63, 2**64 - 1)
 
 
@@ -122,6 +124,8 @@ def _steps_agree(generator: Generator, request: Request) -> Check:
         ).images
         for n in (1, 2)
     )  # fmt: skip
+    if np.square(one).mean() < (_EMPTY * request.spec.sigma_data) ** 2:
+        return _cannot("steps", "the 1-step samples are empty, as those of an untrained network are")
     same = np.square(one - two).mean()
     other = np.square(one - np.roll(two, 1, axis=0)).mean()
     return _at_most(
