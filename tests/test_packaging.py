@@ -8,10 +8,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import scm_sdk
 from scm_sdk._lazy import wheel_command
@@ -123,6 +128,93 @@ def test_two_commands_and_ci_run_the_same_thing() -> None:
     assert ci.stat().st_mode & 0o111, ".ci/run must be executable"
     lines = [line for line in ci.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     assert lines[-1].split()[-2:] == ["make", "test"]
+
+
+SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
+SYSTEMS = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"), ("win32", "AMD64"))
+
+
+def requirements(lines: list[str], environment: dict[str, str]) -> list[Requirement]:
+    """Return the requirements whose markers hold."""
+    found = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
+    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": "", **environment})]
+
+
+def pins(environment: dict[str, str], file: str = "constraints.txt") -> dict[str, Version]:
+    """Return the release of each package that a constraints file holds there; one each."""
+    held = requirements((ROOT / file).read_text(encoding="utf-8").splitlines(), environment)
+    versions: dict[str, Version] = {}
+    for requirement in held:
+        (exact,) = requirement.specifier
+        name = canonicalize_name(requirement.name)
+        assert exact.operator == "==" and name not in versions, f"{requirement}: expected one exact release"
+        versions[name] = Version(exact.version)
+    return versions
+
+
+def reached(extras: set[str], environment: dict[str, str]) -> Iterator[Requirement]:
+    """Every requirement of the package with some extras, through what is installed here."""
+    seen, todo = set(), [("scm-sdk", frozenset({"", *extras}))]
+    while todo:
+        name, wanted = todo.pop()
+        if (name, wanted) in seen:
+            continue
+        seen.add((name, wanted))
+        for text in importlib.metadata.requires(name) or []:
+            requirement = Requirement(text)
+            holds = [
+                e
+                for e in wanted
+                if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": e})
+            ]
+            if holds:
+                name_ = canonicalize_name(requirement.name)
+                if name_ != "scm-sdk":
+                    yield requirement
+                with suppress(importlib.metadata.PackageNotFoundError):
+                    importlib.metadata.version(name_)
+                    todo.append((name_, frozenset({"", *requirement.extras})))
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda pair: "-".join(pair))
+@pytest.mark.parametrize("python", SUPPORTED)
+def test_everything_that_the_two_commands_install_is_pinned(python: str, system: tuple[str, str]) -> None:
+    """For each supported Python and system one release of each direct requirement, which the package accepts."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    environment |= {"sys_platform": system[0], "platform_machine": system[1]}
+    held = pins(environment)
+    here = importlib.metadata.requires("scm-sdk") or []
+    for extra in ("", "cpu", "gpu", "test", "bench"):
+        for requirement in requirements(here, {**environment, "extra": extra}):
+            name = canonicalize_name(requirement.name)
+            if name != "scm-sdk":
+                assert name in held, f"{name} has no release in constraints.txt. Run: make lock"
+                assert held[name] in requirement.specifier, f"{requirement}, not {held[name]}. Run: make lock"
+
+
+def test_what_requirements_bring_is_pinned_too() -> None:
+    held = pins({})
+    loose = {str(r) for r in reached({"cpu", "test"}, {}) if canonicalize_name(r.name) not in held}
+    assert not loose, "not in constraints.txt. Run: make lock"
+
+
+def test_the_lowest_releases_are_the_declared_ones() -> None:
+    """``make test-lowest`` tests what pyproject.toml says, on the oldest Python."""
+    environment = {"python_version": "3.10", "python_full_version": "3.10.0", "sys_platform": "linux"}
+    environment |= {"platform_machine": "x86_64"}
+    held = pins(environment, "constraints-lowest.txt")
+    for requirement in requirements(importlib.metadata.requires("scm-sdk") or [], {**environment, "extra": "export"}):
+        for bound in requirement.specifier:
+            if bound.operator == ">=" and canonicalize_name(requirement.name) != "torch":
+                assert held[canonicalize_name(requirement.name)] >= Version(bound.version)
+
+
+def test_the_supported_pythons_are_said_alike(project: dict[str, Any]) -> None:
+    listed = re.findall(r"Python :: (3\.\d+)", "\n".join(project["project"]["classifiers"]))
+    assert tuple(listed) == SUPPORTED
+    assert project["project"]["requires-python"] == f">={SUPPORTED[0]}"
+    assert f"Python {SUPPORTED[0]} to {SUPPORTED[-1]}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{SUPPORTED[0]} to {SUPPORTED[-1]}" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")

@@ -102,7 +102,7 @@ BROKEN = {
     ),
     "wrong type": (
         lambda f: change(f / "transformer" / "config.json", {"num_layers": "many"}), ConfigError,
-        "transformer breaks its config: Expected `int`, got `str` - at `\\$.num_layers`",
+        "transformer breaks its config: .*num_layers",
     ),
     "no sprint": (
         lambda f: change(f / "transformer" / "config.json", {"guidance_embeds": False}), ConfigError,

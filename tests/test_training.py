@@ -295,7 +295,7 @@ def test_impossible_configs(npz, changes, message):
 def test_config_round_trip_and_unknown_key(npz):
     run = config(npz)
     assert TrainConfig.from_json(run.to_json()) == run
-    with pytest.raises(ConfigError, match="unknown field `speed`"):
+    with pytest.raises(ConfigError, match="speed"):
         TrainConfig.from_json(run.to_json().replace('"seed"', '"speed"'))
 
 
