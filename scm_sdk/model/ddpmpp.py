@@ -1,6 +1,8 @@
 """DDPM++, the U-Net for CIFAR-10: that of Score SDE with the settings of EDM and the three sCM changes.
 
-With ``double_norm=False`` it is the unmodified network: the embedding is added before the second normalization.
+With ``double_norm=False`` it is the unmodified network: the embedding is added before the second normalization. A block
+resamples before its first convolution. Weights are initialized as PyTorch does, and a label is added to the embedding's
+last layer, unlike in EDM's class-conditional variant.
 
 Shape letters: B batch, C channels, H height, W width, E embedding.
 Source: arXiv 2410.11081, section 4.1; Song et al. 2021, arXiv 2011.13456, appendix H; Karras et al. 2022,
@@ -32,7 +34,7 @@ class DDPMppConfig(PaperUNetConfig, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class _Block(Block):
-    """Two 3x3 convolutions with the embedding between them, resampling in the first; then attention."""
+    """Two 3x3 convolutions with the embedding between them, resampling before the first; then attention."""
 
     def __init__(self, config: DDPMppConfig, place: Place) -> None:
         super().__init__(place)
@@ -54,18 +56,17 @@ class _Block(Block):
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
         """Return (B, out_channels, H, W), H and W halved or doubled where the block resamples."""
-        h = self._convolve(self.conv0, functional.silu(self.norm0(x_BCHW)))
+        h = self.conv0(self._resample(functional.silu(self.norm0(x_BCHW))))
         h = self.modulation(h, emb_BE) if self.double_norm else self.norm1(h + self.affine(emb_BE)[:, :, None, None])
         h = self.conv1(self.dropout(functional.silu(h)))
-        out: Tensor = (self._convolve(self.skip, x_BCHW) + h) * math.sqrt(0.5)
+        out: Tensor = (self.skip(self._resample(x_BCHW)) + h) * math.sqrt(0.5)
         return out if self.attention is None else self.attention(out)
 
-    def _convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Apply a layer on the higher of the two resolutions, with box filters between them."""
+    def _resample(self, x: Tensor) -> Tensor:
+        """Halve or double a map with a box filter, before anything is convolved."""
         if self.place.resample == "up":
-            x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-        out: Tensor = layer(x)
-        return functional.avg_pool2d(out, 2) if self.place.resample == "down" else out
+            return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+        return functional.avg_pool2d(x, 2) if self.place.resample == "down" else x
 
 
 class DDPMpp(Conditioned):
