@@ -60,7 +60,7 @@ def changed(**changes: Any) -> bytes:
 
 
 def test_a_newer_schema_says_update() -> None:
-    with pytest.raises(SchemaError, match=r"has schema version 2, this scm-sdk reads up to 1. Update scm-sdk: pip"):
+    with pytest.raises(SchemaError, match=r"has schema version 2, this scm-sdk reads up to 1. Install a newer version"):
         Manifest.from_json(changed(schema_version=2, what_we_do_not_know_yet=[1, 2]))
 
 
