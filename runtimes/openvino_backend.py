@@ -23,7 +23,7 @@ import numpy as np
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
-from scm_sdk.processor import calls_side_by_side
+from scm_sdk.processor import calls_side_by_side, limited_threads
 from scm_sdk.spec import SamplerSpec
 
 from .base import (
@@ -53,7 +53,7 @@ def open_backend(
         artifact_path: The ``.onnx`` file; its external data lies beside it.
         spec: What the manifest says the graph is.
         device: ``"cpu"`` or None.
-        num_threads: Threads of one call; None leaves OpenVINO's own choice.
+        num_threads: Threads of one call; None leaves OpenVINO's own choice, within the cores of a container.
 
     Raises:
         BackendUnavailable: If openvino or the device is not here, or it has no kernel for a node.
@@ -83,6 +83,8 @@ class OpenVINOBackend:
         if num_threads is not None:
             streams = calls_side_by_side(num_threads)
             self._settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}
+        elif (limit := limited_threads()) is not None:
+            self._settings |= {"INFERENCE_NUM_THREADS": limit}
         self._openvino: Any = openvino
         self._core: Any = openvino.Core()
         self._model: Any = _load(self._core, artifact_path)

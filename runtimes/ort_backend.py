@@ -22,6 +22,7 @@ import numpy as np
 
 from scm_sdk._lazy import install_command, require
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
+from scm_sdk.processor import limited_threads
 from scm_sdk.spec import SamplerSpec
 
 from .base import (
@@ -50,7 +51,8 @@ def open_backend(
         artifact_path: The ``.onnx`` file; its external data lies beside it.
         spec: What the manifest says the graph is.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is ``"cpu"``.
-        num_threads: Threads within one operator; None leaves ONNX Runtime's own choice.
+        num_threads: Threads within one operator; None leaves ONNX Runtime's own choice, within a
+            container's cores.
 
     Raises:
         BackendUnavailable: If onnxruntime or the execution provider for ``device`` is not here.
@@ -80,8 +82,7 @@ class OrtBackend:
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        if num_threads is not None:
-            options.intra_op_num_threads = num_threads
+        options.intra_op_num_threads = num_threads or limited_threads() or 0  # 0: its own choice
         settings = [provider] if index is None else [(provider, {"device_id": str(index)})]
         session = _load(ort, artifact_path, options, settings)
         if _metadata(session, PRECISION_KEY).partition(" ")[0] == "int8" and index is None:

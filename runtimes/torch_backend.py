@@ -21,6 +21,7 @@ import numpy as np
 from scm_sdk._lazy import require
 from scm_sdk._names import INDEX_NAME
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
+from scm_sdk.processor import limited_threads
 from scm_sdk.spec import SamplerSpec
 
 from .base import check_artifact, check_images, check_inputs, check_num_threads
@@ -43,7 +44,7 @@ def open_backend(
         artifact_path: Folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``.
         spec: The sampler to run.
         device: A torch device such as ``"cuda"`` or ``"cuda:1"``; None is ``"cpu"``.
-        num_threads: CPU threads of one call; None leaves torch's own choice.
+        num_threads: CPU threads of one call; None leaves torch's own choice, within the cores of a container.
 
     Raises:
         BackendUnavailable: If torch or the device is not here.
@@ -140,8 +141,9 @@ class TorchBackend:
                 yield
             return
         before = torch.get_num_threads()
-        if self._num_threads is not None and self._num_threads != before:
-            torch.set_num_threads(self._num_threads)
+        threads = self._num_threads or min(before, limited_threads() or before)
+        if threads != before:
+            torch.set_num_threads(threads)
         try:
             yield
         finally:

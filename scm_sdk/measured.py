@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from .errors import ScmError
 from .files import atomic_write_bytes, open_regular
 from .gpu import gpus
 from .plan import Measured
-from .processor import cpu_name
+from .processor import cpu_name, usable_cores
 from .user_cache import cache_folder, warn_once, writable_folder
 
 MAX_ENTRIES = 1000
@@ -109,7 +108,7 @@ def _read() -> dict[str, Measured]:
 def _conditions(backend: str, build_id: str, steps: int, device: str | None, num_threads: int | None) -> str:
     library = BACKENDS[backend].library if backend in BACKENDS else backend
     version = _version(library) or _version(f"{library}-gpu") or "unknown"
-    machine = f"{platform.system()}-{platform.machine()}-{cpu_name()}-{os.cpu_count()}"
+    machine = f"{platform.system()}-{platform.machine()}-{cpu_name()}-{usable_cores()}"
     if backend in BACKENDS and BACKENDS[backend].runs_engines:
         machine += "".join(f"-{gpu.name}-{gpu.driver}" for gpu in gpus())
     return f"{build_id}|{steps}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"
