@@ -9,6 +9,7 @@ of CPU threads and the TF32 switch belong to the whole process.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,16 @@ _RUNNING = threading.Lock()  # one for the process: see the module's docstring
 _LOADING = threading.Lock()
 _MODELS: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
 """Checkpoints in use, so that a 1-step and a 2-step sampler share one copy of the weights."""
+
+
+def _renew_locks() -> None:
+    """Give a forked process locks that no thread of its parent holds."""
+    global _RUNNING, _LOADING
+    _RUNNING, _LOADING = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def open_backend(

@@ -14,22 +14,31 @@ On a CPU a small picture gains little from a second core. Where a call was given
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .dispatch import BACKENDS
-from .errors import BackendFailure, QueueFull
+from .errors import BackendFailure, ConfigError, QueueFull
+from .forked import check_process
 from .opened import Opened
 from .output import GeneratorOutput
 from .packing import Job, Ran, finish, first_batch, run_jobs
 from .processor import calls_side_by_side
-from .request import check_count
+from .request import RequestOptions, check_arguments, check_count
 from .sources import Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+LONGEST_BATCHES = 16
+"""Batches that one request may fill: the others wait for it."""
 
 
 def side_by_side(opened: Opened, num_threads: int | None) -> int:
@@ -66,6 +75,7 @@ class Batcher:
         self._prepare, self._source = prepare, source
         self._waiting: deque[_Ticket] = deque()
         self._closed = False
+        self._pid = os.getpid()
         self._changed = threading.Condition()
         # One more than may run: it makes the pictures of the batch before. Daemons: a batcher that is never closed must
         # not keep the program from ending.
@@ -75,12 +85,15 @@ class Batcher:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, *, timeout: float | None = None, **arguments: Any) -> Future[GeneratorOutput]:
+    def submit(
+        self, num_images: int = 1, *, timeout: float | None = None, **arguments: Unpack[RequestOptions]
+    ) -> Future[GeneratorOutput]:
         """Queue a request and return at once, or when there is room.
 
         Args:
-            timeout: Seconds to wait for room in the queue; 0 refuses at once, None waits for ever.
-            **arguments: Those of ``Generator.__call__`` without ``progress`` and ``batch_size``.
+            num_images: How many; no more than ``max_waiting`` and 16 of the model's largest batches.
+            timeout: Seconds to wait for room in the queue; 0 refuses at once, None waits without a limit.
+            **arguments: The others of ``Generator.__call__``, without ``progress`` and ``batch_size``.
 
         Returns:
             A future. ``cancel()`` works until its batch starts; the images are then never computed. What
@@ -91,14 +104,16 @@ class Batcher:
             BackendFailure: If the batcher is closed.
             ScmError: If the arguments are wrong.
         """
-        return self._queue(self._prepare(arguments).with_noise(), timeout)
+        return self._queue(self._make_job("submit", num_images, arguments), timeout)
 
-    def __call__(self, *, timeout: float | None = None, **arguments: Any) -> GeneratorOutput:
+    def __call__(
+        self, num_images: int = 1, *, timeout: float | None = None, **arguments: Unpack[RequestOptions]
+    ) -> GeneratorOutput:
         """Run a request at once where nothing waits before it, else queue it and wait; return its output.
 
         Arguments and errors are those of ``submit`` and of its run.
         """
-        job = self._prepare(arguments).with_noise()
+        job = self._make_job("batcher", num_images, arguments)
         if self._enter():
             try:
                 (ran,) = self._run([job])
@@ -114,6 +129,15 @@ class Batcher:
         except BaseException:  # an interrupted caller no longer wants it
             future.cancel()
             raise
+
+    def _make_job(self, of: str, num_images: int, options: RequestOptions) -> Job:
+        check_process(self._pid, "batcher")  # before the lock, which a thread of the other process may hold
+        job = self._prepare(check_arguments({"num_images": num_images, **options}, of=of))
+        if len(job) > (most := max(self._max_waiting, LONGEST_BATCHES * job.batch_size)):
+            raise ConfigError(
+                f"num_images is {len(job)}, expected at most {most} in one request: others would wait for it. Split it."
+            )
+        return job.with_noise()
 
     def _queue(self, job: Job, timeout: float | None) -> Future[GeneratorOutput]:
         ticket = _Ticket(job, Future())
@@ -141,8 +165,11 @@ class Batcher:
     def close(self, *, cancel_waiting: bool = False) -> None:
         """Take no more requests, finish those that wait (or cancel them), and return when all is done.
 
-        May be called twice, and from a ``with`` statement; the generator stays open.
+        May be called twice, and from a ``with`` statement; the generator stays open. A process that inherited the
+        batcher has nothing to wait for.
         """
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             self._closed = True
             if cancel_waiting:

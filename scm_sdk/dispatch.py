@@ -21,6 +21,7 @@ import numpy as np
 from ._lazy import install_command, is_installed
 from .engine_fit import TRUST_VARIABLE, EngineHost, why_not
 from .errors import ConfigError
+from .forked import survive_fork
 from .manifest import Artifact, ParityRecord
 from .plan import Measured, Plan, PlanRow
 from .spec import SamplerSpec
@@ -145,6 +146,7 @@ def open_backend(
     if info.runs_engines:
         options["trust_engines"] = trust_engines
     backend: Backend = import_module(info.module).open_backend(artifact_path, spec, **options)
+    survive_fork(backend)
     return backend
 
 

@@ -2,6 +2,7 @@
 
 * ScmError
   - ConfigError              a value we were given breaks its contract
+    - UnknownArgument        a call names an argument that there is not; also a TypeError
   - ShapeError               a tensor has the wrong shape or dtype
   - BundleError              a bundle on disk cannot be used
     - IntegrityError         a file is missing, altered or truncated
@@ -37,6 +38,10 @@ class ConfigError(ScmError):
     """A value we were given breaks its contract."""
 
     exit_code = 2
+
+
+class UnknownArgument(ConfigError, TypeError):
+    """A call names an argument that there is not."""
 
 
 class ShapeError(ScmError):

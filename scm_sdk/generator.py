@@ -11,22 +11,33 @@ backend allows (ONNX Runtime: fully, torch: one call at a time). ``batcher`` run
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 
 from .dispatch import Backend, Plan
-from .errors import ConfigError
+from .errors import BundleError, ConfigError
 from .opened import Opened
 from .opening import Fallback, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
 from .packing import Job, run_in_order
 from .plan import Measured
 from .prompting import EMBEDS, MASK, Prompts
-from .request import Labels, OutputType, Request, Seeds, check_count, check_output_type, make_request
+from .request import (
+    Labels,
+    OutputType,
+    Request,
+    Seeds,
+    check_count,
+    check_names,
+    check_num_images,
+    check_output_type,
+    make_request,
+)
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -147,8 +158,9 @@ class Generator:
         """Generate images.
 
         Args:
-            num_images: How many, 1 or more; run in batches.
-            class_labels: One label for all, or one for each image, by number or name. None lets each
+            num_images: How many, 1 to 2^20; run in batches.
+            class_labels: One label for all, or one for each image, by name or number; a text that is no name and
+                a decimal number, as from an address, is the number. None lets each
                 seed draw its own label, always the same one (``request.draw_label``).
             num_inference_steps: Network calls; None is the generator's default.
             seed: ``s`` gives the images the seeds s, s+1, ...; a list gives each its own. None draws
@@ -254,7 +266,12 @@ class Generator:
         return (perf_counter() - start) * 1e3
 
     def reopen(self, **changes: Any) -> Generator:
-        """Open the same model again with other arguments of ``from_pretrained``; this one stays open."""
+        """Open the same model again with other arguments of ``from_pretrained``; this one stays open.
+
+        Raises:
+            UnknownArgument: If there is no such argument; else as ``from_pretrained``.
+        """
+        check_names(changes, tuple(self._arguments), of="reopen")
         return type(self).from_pretrained(self.source.path, **{**self._arguments, **changes})
 
     def compare(self, reference: Generator | Backend, **options: Any) -> Any:
@@ -265,23 +282,51 @@ class Generator:
         """
         return import_module("scm_sdk.evaluate.parity").compare(self, reference, **options)
 
-    def benchmark(self, **options: Any) -> Any:
-        """Measure everything the plan accepts, interleaved, and remember it for ``backend="auto"``.
+    def benchmark(
+        self,
+        *,
+        batch: int = 1,
+        rounds: int = 100,
+        warmup: int | None = None,
+        max_seconds: float | None = None,
+        budget: str | None = None,
+        num_inference_steps: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+        **unknown: object,
+    ) -> Any:
+        """Measure everything the plan accepts, interleaved, and go by it where this generator's backend is ``"auto"``.
+
+        The times are kept for generators that are opened later on this machine; one warning says where they cannot be.
 
         Args:
-            **options: Those of ``scm_sdk.evaluate.latency.measure``, and ``num_inference_steps``. Slow models are
-                measured for a minute (``max_seconds``), unless there is a ``budget``.
+            batch: Images in a call; measure what you will run.
+            rounds: Measured calls of each.
+            warmup: Rounds thrown away after the first call; None goes on until stable.
+            max_seconds: Time after which slow candidates are measured no more; None is 60, or no limit with a budget.
+            budget: Latencies to keep; see ``scm_sdk.evaluate.latency.measure``.
+            num_inference_steps: Which sampler; None is the generator's default.
+            progress: Called as f(rounds_done, rounds).
+            **unknown: Refused by name.
 
         Returns:
-            ``scm_sdk.evaluate.latency.Latency``, one entry ``backend:artifact`` for each. ``auto`` goes by the last
-            one, so measure the ``batch`` that you will run; 1 when absent.
+            ``scm_sdk.evaluate.latency.Latency``: one entry ``backend:artifact`` for each; ``str()`` is a table.
+
+        Raises:
+            ConfigError: If an argument is unknown (``UnknownArgument``) or out of its range.
+            BackendError: If a candidate cannot run.
         """
-        steps = self._steps(options.pop("num_inference_steps", None))
-        options.setdefault("max_seconds", None if options.get("budget") else 60.0)
+        check_names(unknown, _BENCHMARK, of="benchmark")
+        steps = self._steps(num_inference_steps)
         candidates = self._opener.open_accepted(steps)
         try:
             latency = import_module("scm_sdk.evaluate.latency").measure(
-                {f"{o.row.backend}:{o.row.artifact}": o.backend for o in candidates}, **options
+                {f"{o.row.backend}:{o.row.artifact}": o.backend for o in candidates},
+                batch=batch,
+                rounds=rounds,
+                warmup=warmup,
+                max_seconds=60.0 if max_seconds is None and budget is None else max_seconds,
+                budget=budget,
+                progress=progress,
             )
         finally:
             for opened in candidates:
@@ -296,6 +341,17 @@ class Generator:
     def close(self) -> None:
         """Give all memory back; may be called twice. A later call raises ``BackendFailure``."""
         self._opener.close()
+
+    def __repr__(self) -> str:
+        opened = [
+            f"{o.row.backend} {o.row.precision} of {o.spec.num_inference_steps} steps on {o.device}"
+            for o in self._opener.opened
+        ]
+        return f"<Generator of {self.source.path}: {', '.join(opened) or 'not open here'}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle, and copy, as what opens the same model again: a library's objects belong to one process."""
+        return _open_again, (type(self), self.source.path, self._arguments, self.source.build_id)
 
     def __enter__(self) -> Generator:
         return self
@@ -314,7 +370,7 @@ class Generator:
         opened = self._opener.get(self._steps(steps))
         check_output_type(opened.spec, output_type)
         words = {name: arguments.pop(name, None) for name in ("conditioning", "prompt", EMBEDS, MASK)}
-        count = check_count("num_images", arguments.get("num_images", 1))
+        count = check_num_images(arguments.get("num_images", 1))
         made = self._prompts.conditioning(opened.spec, count, **words)
         return opened, make_request(opened.spec, conditioning=made, **arguments)
 
@@ -331,3 +387,19 @@ class Generator:
         with report_progress(progress, len(request)) as report:
             raw, batches, timings = opened.run(request, batch_size, report)
         return raw, opened.info(self.source, batches=batches, timings=timings)
+
+
+_BENCHMARK = ("batch", "rounds", "warmup", "max_seconds", "budget", "num_inference_steps", "progress")
+
+
+def _open_again(kind: type[Generator], path: Path, arguments: Mapping[str, Any], build_id: str) -> Generator:
+    """Open a pickled generator.
+
+    Raises:
+        BundleError: If another model is there now.
+    """
+    gen = kind.from_pretrained(path, **arguments)
+    if gen.source.build_id != build_id:
+        gen.close()
+        raise BundleError(f"{path} holds another model than when its generator was pickled. Pickle a new one.")
+    return gen

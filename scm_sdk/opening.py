@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Literal, get_args
 
@@ -13,6 +15,7 @@ import numpy as np
 from .dispatch import BACKENDS, Plan, PlanRow, backend_info, make_plan, open_backend
 from .engine_fit import EngineHost
 from .errors import BackendError, BackendFailure, BundleError, ConfigError
+from .forked import check_process
 from .manifest import ParityRecord
 from .measured import recall, remember
 from .opened import Opened
@@ -67,6 +70,9 @@ class Opener:
         self._device, self._fallback, self._num_threads = device, fallback, num_threads
         self._trust_engines = trust_engines
         self._opened: dict[int, Opened] = {}
+        self._retired: list[Opened] = []
+        self._measured: dict[int, Mapping[tuple[str, str], Measured]] = {}
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -83,6 +89,7 @@ class Opener:
             ConfigError: If the source lacks what was asked for.
             BundleError: If an artifact is damaged; this never falls back.
         """
+        check_process(self._pid, "generator")  # before the lock, which a thread of the other process may hold
         with self._lock:
             if self._closed:
                 raise BackendFailure("this generator was closed, expected an open one. Open it again.")
@@ -92,6 +99,7 @@ class Opener:
 
     def open_accepted(self, steps: int) -> list[Opened]:
         """Open every accepted row of the plan anew; the caller closes them."""
+        check_process(self._pid, "generator")
         plan = self.plan(steps)
         opened: list[Opened] = []
         try:
@@ -103,8 +111,17 @@ class Opener:
             raise
         return opened
 
+    @property
+    def opened(self) -> tuple[Opened, ...]:
+        """What is open, in the order of opening; nothing once closed."""
+        return () if self._closed or os.getpid() != self._pid else tuple(self._opened.values())
+
     def remember(self, medians: Mapping[tuple[str, str], Measured], steps: int) -> None:
-        """Store medians by (backend, artifact) for later plans on this machine."""
+        """Go by these medians, by (backend, artifact), from now on, and store them for later plans on this machine.
+
+        Where another row is the best now, it is opened in place of the one that is open. Calls that are under way end
+        on that one, so it is closed with the rest.
+        """
         remember(
             medians,
             self._source.build_id,
@@ -112,6 +129,18 @@ class Opener:
             device=self._device,
             num_threads=self._num_threads,
         )
+        with self._lock:
+            self._measured[steps] = medians
+            before = self._opened.get(steps)
+            if before is None or before.fallback is not None:
+                return
+            plan = self._plan(steps, self._backend, self._precision)
+            best = plan.accepted[0]
+            if (best.backend, best.artifact) == (before.row.backend, before.row.artifact):
+                self._opened[steps] = replace(before, row=best, plan=plan)
+                return
+            self._opened[steps] = self._open(plan, best, steps)
+            self._retired.append(before)
 
     def run_goldens(self, all_steps: Sequence[int]) -> None:
         """Run the recorded samples and compare.
@@ -141,12 +170,15 @@ class Opener:
                 )
 
     def close(self) -> None:
-        """Close every backend."""
+        """Close every backend; in a process that inherited them, forget them."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._closed = True
-            for opened in self._opened.values():
+            for opened in (*self._opened.values(), *self._retired):
                 opened.backend.close()
             self._opened.clear()
+            self._retired.clear()
 
     def _records(self, row: PlanRow) -> Iterator[ParityRecord]:
         return (r for r in self._source.parity if (r.artifact, r.backend) == (row.artifact, row.backend))
@@ -158,6 +190,7 @@ class Opener:
             device=self._device,
             num_threads=self._num_threads,
         )
+        measured |= self._measured.get(steps, {})
         # Steps the source was not made for run only where the user named a backend that unrolls them:
         # "auto" would otherwise change the backend because of a number.
         unrolled = backend != "auto" and "safetensors" in BACKENDS[backend].opens

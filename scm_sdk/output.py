@@ -16,6 +16,7 @@ from .images import to_pil, to_uint8
 from .request import OutputType, Request
 from .status import ModelStatus
 
+_SHOWN = 8
 Progress = bool | Callable[[int, int], object]
 
 
@@ -75,6 +76,24 @@ class GeneratorOutput:
     seeds: tuple[int, ...]
     class_labels: tuple[int, ...] | None
     info: GenerationInfo
+
+    def __str__(self) -> str:
+        info = self.info
+        lines = [
+            f"{_count(len(self.images), 'image')} by {info.backend} {info.precision} on {info.device}, "
+            f"{_count(info.num_inference_steps, 'step')}, {info.timings.get('total_ms', 0.0):.1f} ms"
+        ]
+        lines += [f"seeds {_shown(self.seeds)}"] if self.seeds else []
+        lines += [f"class labels {_shown(self.class_labels)}"] if self.class_labels else []
+        return "\n".join(lines + ([f"instead of what was asked for: {info.fallback}"] if info.fallback else []))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _shown(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:_SHOWN])) + (f", ... ({len(numbers)})" if len(numbers) > _SHOWN else "")
 
 
 def make_output(request: Request, raw: np.ndarray, output_type: OutputType, info: GenerationInfo) -> GeneratorOutput:

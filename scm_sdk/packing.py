@@ -16,7 +16,7 @@ import numpy as np
 
 from .opened import Opened
 from .output import GenerationInfo, GeneratorOutput, make_output
-from .request import OutputType, Request, merge
+from .request import OutputType, Request, check_arguments, merge
 from .sources import Source
 
 WINDOW_BATCHES = 4
@@ -154,7 +154,7 @@ def _slots(requests: Iterable[Mapping[str, Any]], prepare: Callable[[Mapping[str
             yield _Slot(result=exc)
             return
         try:
-            slot = _Slot(prepare(arguments))
+            slot = _Slot(prepare(check_arguments(arguments, of="stream")))
         except Exception as exc:  # whatever it is, it is this request's
             slot = _Slot(result=exc)
         yield slot

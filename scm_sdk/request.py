@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import operator
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError, ShapeError, UnknownArgument
 from .examples import Examples
 from .noise import check_seed, draw_noise, standard_normal
 from .spec import SamplerSpec
@@ -26,10 +26,30 @@ OutputType = Literal["pil", "np", "pt", "uint8", "raw"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 Labels = SupportsIndex | str | Sequence[int | str] | NDArray[Any]
 Seeds = SupportsIndex | Sequence[int] | NDArray[Any]
+MAX_IMAGES = 1 << 20
+"""Images of one request; more are several requests."""
 _FRESH_SEEDS = 1 << 53
 """Fresh seeds stay below this, so that they survive JSON and JavaScript."""
 _SHOWN_NAMES = 12
 _EXAMPLE_STEP = 1 << 31
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request of a batcher may name beside ``num_images``; ``Generator.__call__`` says what each means."""
+
+    class_labels: Labels | None
+    num_inference_steps: int | None
+    seed: Seeds | None
+    noise: Sequence[np.ndarray] | np.ndarray | None
+    output_type: OutputType
+    guidance_scale: float | Sequence[float] | None
+    conditioning: Mapping[str, np.ndarray] | None
+    prompt: str | Sequence[str] | None
+    prompt_embeds: np.ndarray | None
+    prompt_attention_mask: np.ndarray | None
+
+
+_ARGUMENTS = ("num_images", *RequestOptions.__annotations__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +125,8 @@ def make_request(
         ConfigError: If a number, a seed, a label or a name is out of its range.
         ShapeError: If an array has the wrong shape or dtype.
     """
-    count = check_count("num_images", num_images)
+    count = check_num_images(num_images)
+    seed, class_labels = _scalar(seed), _scalar(class_labels)
     if noise is not None and seed is not None:
         raise ConfigError("seed and noise are both given, expected one of them: the noise is what a seed names.")
     arrays = None if noise is None else _check_noise(spec, noise, count)
@@ -164,6 +185,31 @@ def draw_label(seed: int, num_classes: int) -> int:
     return int.from_bytes(digest[:8], "little") % num_classes
 
 
+def check_arguments(arguments: object, *, of: str) -> Mapping[str, Any]:
+    """Return the arguments of one request of a stream or a batcher, if they are named as it names them.
+
+    Raises:
+        ConfigError: If they are no mapping.
+        UnknownArgument: If a name is none of them.
+    """
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(
+            f"{of} got a {type(arguments).__name__}, expected a mapping of arguments for each request, such as "
+            "{'seed': 1}."
+        )
+    check_names(arguments, _ARGUMENTS, of=of)
+    return arguments
+
+
+def check_names(given: Iterable[object], known: Sequence[str], *, of: str) -> None:
+    """Raise ``UnknownArgument`` if a keyword is none of a function's, with the nearest that is."""
+    for name in given:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}."
+            raise UnknownArgument(f"{of} got {name!r}, expected one of its arguments. {hint}")
+
+
 def check_count(name: str, value: object, *, most: int | None = None) -> int:
     """Return a count as a plain int, or raise ``ConfigError`` unless 1 <= value <= ``most``."""
     wanted = "1 or more" if most is None else f"1..{most}"
@@ -175,6 +221,17 @@ def check_count(name: str, value: object, *, most: int | None = None) -> int:
         raise ConfigError(f"{name} is {value!r}, expected a whole number, {wanted}.") from None
     if count < 1 or (most is not None and count > most):
         raise ConfigError(f"{name} is {count}, expected {wanted}.")
+    return count
+
+
+def check_num_images(value: object) -> int:
+    """Return the number of images of a request, or raise ``ConfigError`` unless 1 <= value <= ``MAX_IMAGES``."""
+    count = check_count("num_images", value)
+    if count > MAX_IMAGES:
+        raise ConfigError(
+            f"num_images is {count}, expected at most {MAX_IMAGES} in one request. Make several, for example with "
+            "gen.stream."
+        )
     return count
 
 
@@ -197,6 +254,11 @@ def check_output_type(spec: SamplerSpec, output_type: str) -> None:
             f"output_type is {output_type!r}, but images have {spec.image_shape[0]} channels, expected 1 "
             "or 3. Use output_type='np'."
         )
+
+
+def _scalar(value: Any) -> Any:
+    """Return the number in an array without axes; anything else as it is."""
+    return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
 def _seeds(seed: Seeds | None, count: int) -> tuple[int, ...]:
@@ -231,6 +293,8 @@ def _label(spec: SamplerSpec, label: object) -> int:
     if isinstance(label, str):
         if label in spec.class_names:
             return spec.class_names.index(label)
+        if label.isascii() and label.isdecimal() and int(label) < spec.num_classes:
+            return int(label)
         if not spec.class_names:
             raise ConfigError(f"class label is {label!r}, but the labels have no names. Use 0..{spec.num_classes - 1}.")
         close = get_close_matches(label, spec.class_names, n=3, cutoff=0.5)
@@ -270,6 +334,8 @@ def _guidance(limits: tuple[float, float], scale: float | Sequence[float] | None
     if scale is None:
         raise ConfigError(f"guidance_scale is missing, expected a number in {limits[0]}..{limits[1]} for this model.")
     try:
+        if isinstance(scale, str | bytes):
+            raise TypeError
         array = np.asarray(scale, np.float32)
     except (TypeError, ValueError):
         raise ConfigError(f"guidance_scale is {scale!r}, expected a number or one for each image.") from None

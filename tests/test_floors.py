@@ -23,7 +23,7 @@ PACKAGES = {
 # Lowest first. Units of one line never import each other. Then: what the line may import at module level.
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({"errors", "_names", "_version", "assets", "processor"}, set()),
-    ({"switches"}, set()),
+    ({"switches", "forked"}, set()),
     ({"telemetry"}, set()),
     ({"_lazy", "spec", "targets", "files", "gpu"}, {"msgspec"}),
     ({"noise", "images", "manifest", "goldens", "status", "user_cache"}, {"msgspec", "numpy"}),

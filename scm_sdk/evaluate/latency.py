@@ -105,6 +105,17 @@ class Latency:
     def __getitem__(self, name: str) -> Timing:
         return next(timing for timing in self.timings if timing.name == name)
 
+    def __str__(self) -> str:
+        table = [("candidate", "median ms", "95 % interval", "p95 ms", "images/s", "speedup")]
+        for t in self.timings:
+            low, high = t.median_interval_ms
+            numbers = f"{t.median_ms:.2f}", f"{low:.2f}..{high:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_s:.1f}"
+            table.append((t.name, *numbers, f"{t.speedup:.2f}x"))
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        steady = "" if self.stable else "; the times had not become stable"
+        return "\n".join([*lines, f"batch {self.batch}, {self.rounds} rounds{steady}", *self.over_budget])
+
     def raise_if_over(self) -> None:
         """Raise ``LatencyError`` unless every budget was kept."""
         if self.over_budget:
