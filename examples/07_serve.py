@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(500, "text/plain", str(exc).encode())
         png = io.BytesIO()
         out.images[0].save(png, "PNG")
-        # A seed names an image, so a picture may be cached for a year.
+        # A seed names its image within one precision, so a picture may be cached for a year.
         return self.answer(200, "image/png", png.getvalue(), **{"Cache-Control": "public, max-age=31536000, immutable"})
 
     def answer(self, status: int, kind: str, body: bytes, **headers: str) -> None:

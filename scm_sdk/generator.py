@@ -164,7 +164,8 @@ class Generator:
                 seed draw its own label, always the same one (``request.draw_label``).
             num_inference_steps: Network calls; None is the generator's default.
             seed: ``s`` gives the images the seeds s, s+1, ...; a list gives each its own. None draws
-                a fresh s and reports it. A seed names an image: neither batch nor position matter.
+                a fresh s and reports it. A seed names its noise to the bit and its image as far as the backend
+                repeats itself, whatever the batch and the position; ``docs/gates.md`` states it for each backend.
             noise: Instead of seeds: one (num_images, *sample_shape) float32 array per step.
             output_type: ``"pil"`` list of PIL images; ``"np"`` (N, H, W, C) float32 in [0, 1];
                 ``"pt"`` torch tensor (N, C, H, W) float32 in [0, 1]; ``"uint8"`` (N, H, W, C) uint8;
@@ -276,6 +277,8 @@ class Generator:
 
     def compare(self, reference: Generator | Backend, **options: Any) -> Any:
         """Compare with a reference on the same noise: ``evaluate.parity.compare(self, reference)``.
+
+        The gate is that of the lower precision of the two, the same as ``scm-export validate`` applies.
 
         Returns:
             ``scm_sdk.evaluate.parity.Parity``. That room lies above this one, so it is found by name.

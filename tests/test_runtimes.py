@@ -23,7 +23,11 @@ from scm_sdk.errors import (
     IntegrityError,
     ShapeError,
 )
+from scm_sdk.evaluate.parity import compare
+from scm_sdk.evaluate.reference import run_reference
+from scm_sdk.generator import Generator
 from scm_sdk.noise import draw_noise
+from scm_sdk.request import make_example
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
 GRAPH_BACKENDS = [name for name, info in BACKENDS.items() if "onnx" in info.opens]
@@ -82,6 +86,44 @@ def test_many_threads_get_what_one_gets(opened: Backend) -> None:
         together = list(pool.map(lambda job: opened.sample(*job), jobs))
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def in_batches(opened: Backend, size: int, count: int = 16) -> np.ndarray:
+    request = make_example(opened.spec, range(count))
+    parts = [opened.sample(*request.inputs(at, min(at + size, count))) for at in range(0, count, size)]
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+@pytest.mark.parametrize("backend", GRAPH_BACKENDS)
+def test_a_graph_gives_a_seed_the_same_bits_in_any_batch(backend: str, num_threads: int, unet_bundle: Path) -> None:
+    """The promise of docs/gates.md, for each number of threads."""
+    for steps in (1, 2):
+        with Generator.from_pretrained(
+            unet_bundle, backend=backend, num_threads=num_threads, num_inference_steps=steps, verify="none"
+        ) as gen:
+            alone = in_batches(gen.opened().backend, 1)
+            for size in (2, 3, 5):
+                np.testing.assert_array_equal(in_batches(gen.opened().backend, size), alone)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_reduced_precision_gives_a_seed_the_same_bits_in_one_thread(precision: str, graphs: Path) -> None:
+    with Generator.from_pretrained(
+        graphs, backend="onnxruntime", precision=precision, num_threads=1, num_inference_steps=1, verify="none"
+    ) as gen:
+        alone = in_batches(gen.opened().backend, 1)
+        for size in (2, 3, 5):
+            np.testing.assert_array_equal(in_batches(gen.opened().backend, size), alone)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_threads_and_backends_change_a_seed_by_rounding(backend: str, unet_bundle: Path, reference: Any) -> None:
+    """PyTorch orders its sums by batch and threads, so it promises no bits, and each other backend orders its own."""
+    run = run_reference(reference, seeds=range(8), batches=[1, 5])
+    for num_threads in (1, 2, 4):
+        with Generator.from_pretrained(unet_bundle, backend=backend, num_threads=num_threads, verify="none") as gen:
+            compare(gen, run).raise_if_failed()
 
 
 def test_inputs_may_be_views_and_read_only(opened: Backend) -> None:
