@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from scm_sdk._names import CONFIG_NAME
 from scm_sdk.build_record import Flavour
 from scm_sdk.bundle import Bundle
-from scm_sdk.errors import ConfigError, ScmError
+from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.gate import MIN_PSNR_DB
-from scm_sdk.files import sha256_file
 from scm_sdk.manifest import MANIFEST_NAME
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import CPU_PRECISIONS, Precision
@@ -25,7 +23,7 @@ from scm_sdk.targets import Target
 from .engines import EngineVariant, add_engines, check_targets
 from .feeds import bundle_examples
 from .import_sana import MAX_BATCH as PIPELINE_BATCH
-from .pipeline import DENOISER, export_bundle
+from .pipeline import export_bundle, is_current
 from .precision import LowPrecision, default_plan
 from .quantized_variants import Int8, QuantizeOptions, add_int8
 from .variants import Variant, add_cpu_form, add_precision
@@ -92,7 +90,7 @@ def build_all(
         from scm_sdk.model.sharing import find_checkpoint
 
         folder = find_checkpoint(folder)
-    if _is_current(folder, Path(out), steps, max_batch):
+    if is_current(folder, Path(out), steps=steps, max_batch=max_batch):
         on_stage(f"{os.fspath(out)}: exported already")
     else:
         on_stage(f"export {os.fspath(checkpoint)}")
@@ -122,24 +120,3 @@ def build_all(
 def _tell(variants: Sequence[Variant], on_variant: Callable[[Variant], object]) -> None:
     for variant in variants:
         on_variant(variant)
-
-
-def _is_current(checkpoint: Path, out: Path, steps: Sequence[int], max_batch: int | None) -> bool:
-    """Return whether a bundle was exported from these weights for these samplers."""
-    if not (out / MANIFEST_NAME).is_file():
-        return False
-    try:
-        manifest = Bundle.open(out).manifest
-    except ScmError:  # damaged: exporting again repairs it
-        return False
-    digests = {entry.path: entry.sha256 for entry in manifest.files}
-    kept = (path.removeprefix(f"{DENOISER}/") for path in digests if path.startswith(f"{DENOISER}/"))
-    decisive = [name for name in kept if name.endswith((".safetensors", CONFIG_NAME))]  # a pipeline's lie in folders
-    same_weights = bool(decisive) and all(
-        (checkpoint / name).is_file() and digests[f"{DENOISER}/{name}"] == sha256_file(checkpoint / name)
-        for name in decisive
-    )
-    one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
-    found = {spec.times for spec in manifest.samplers}
-    same_times = not steps or found == {one.with_steps(n).times for n in steps}
-    return same_weights and same_times and all(max_batch in (None, spec.max_batch) for spec in manifest.samplers)

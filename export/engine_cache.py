@@ -170,9 +170,12 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
     Returns:
         What was removed. What is being built or served stays.
     """
+    doomed = list(_doomed(max_bytes, max_age_days))
+    if not doomed:  # on a machine that builds no engines the library that locks them may be absent
+        return []
     filelock = require("filelock", extra="export", purpose="the engine cache")
     removed = []
-    for entry in _doomed(max_bytes, max_age_days):
+    for entry in doomed:
         # The lock itself stays: were it deleted, one who waits for it and one who comes later would not see each other.
         try:
             with filelock.FileLock(entry.folder.with_suffix(".lock"), blocking=False):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scm_sdk.errors import ConfigError
 
-from .pipeline import BundleReport, export_bundle
+from .pipeline import DENOISER, BundleReport, export_bundle, is_current, report_bundle
 
 MAX_BATCH = 8
 """Default of the largest batch: these are pictures of a megapixel."""
@@ -70,6 +70,29 @@ def import_sana(
         model, Path(out), steps=steps, max_batch=max_batch, name=name, overwrite=overwrite, provenance=provenance,
         progress=progress,
     )  # fmt: skip
+
+
+def current_import(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    steps: Sequence[int] = (1, 2, 4),
+    size: tuple[int, int] | None = None,
+    max_sequence_length: int = 300,
+    max_batch: int = MAX_BATCH,
+    text_encoder: bool = True,
+) -> BundleReport | None:
+    """Return the report of a bundle that ``import_sana`` with these arguments would make again; None if it differs."""
+    from scm_sdk.model.foreign.sana_config import Settings
+    from scm_sdk.model.foreign.sana_folder import read_sana_folder
+
+    if not is_current(Path(source), Path(out), steps=steps, max_batch=max_batch):
+        return None
+    height, width = size or (0, 0)
+    wanted = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
+    there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(Path(source))
+    same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)
+    return report_bundle(Path(out)) if same else None
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

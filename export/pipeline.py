@@ -13,17 +13,17 @@ from scm_sdk._names import CONFIG_NAME
 from scm_sdk._version import __version__
 from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.card import CARD_PATH, model_card
-from scm_sdk.errors import ConfigError
-from scm_sdk.files import atomic_write_bytes
+from scm_sdk.errors import ConfigError, ScmError
+from scm_sdk.files import atomic_write_bytes, sha256_file
 from scm_sdk.goldens import Golden, write_goldens
-from scm_sdk.manifest import Artifact
+from scm_sdk.manifest import MANIFEST_NAME, Artifact
 from scm_sdk.request import make_example
 from scm_sdk.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.status import ModelStatus
 
 from .graph import export_samplers
-from .write import GraphReport
+from .write import GraphReport, read_report
 
 if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
@@ -140,7 +140,7 @@ def export_bundle(
         ]
         weights = [path for path in parts if path.endswith((".safetensors", CONFIG_NAME))]
         made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
-        manifest = write_bundle(
+        write_bundle(
             folder,
             name=name,
             samplers=specs,
@@ -150,11 +150,69 @@ def export_bundle(
             provenance=provenance,
             versions=library_versions(),
         )
-    bundle = Bundle.open(out, verify="none")
+    return report_bundle(out, graphs=[g.moved(out / path) for g, path in zip(graphs, relative, strict=True)])
+
+
+def is_current(
+    checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (), times: Sequence[float] = (),
+    max_batch: int | None = None,
+) -> bool:  # fmt: skip
+    """Return whether the bundle in ``out`` was exported from these weights for these samplers.
+
+    Args:
+        checkpoint: Folder of a checkpoint or a SANA-Sprint pipeline.
+        out: The bundle's folder; it need not be there.
+        steps: Numbers of steps; () is any.
+        times: Times of one sampler, radians, instead of ``steps``.
+        max_batch: Largest batch; None is any.
+    """
+    if not (Path(out) / MANIFEST_NAME).is_file():
+        return False
+    try:
+        manifest = Bundle.open(out).manifest
+    except ScmError:  # damaged: exporting again repairs it
+        return False
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    kept = (path.removeprefix(f"{DENOISER}/") for path in digests if path.startswith(f"{DENOISER}/"))
+    decisive = [name for name in kept if name.endswith((".safetensors", CONFIG_NAME))]  # a pipeline's lie in folders
+    same_weights = bool(decisive) and all(
+        (Path(checkpoint) / name).is_file() and digests[f"{DENOISER}/{name}"] == sha256_file(Path(checkpoint) / name)
+        for name in decisive
+    )
+    one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
+    wanted = {tuple(times)} if times else {one.with_steps(n).times for n in steps}
+    same_times = not wanted or wanted == {spec.times for spec in manifest.samplers}
+    return same_weights and same_times and all(max_batch in (None, spec.max_batch) for spec in manifest.samplers)
+
+
+def current_export(
+    checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (1, 2), times: Sequence[float] = (),
+    max_batch: int = 32, name: str = "",
+) -> BundleReport | None:  # fmt: skip
+    """Return the report of a bundle that ``export_bundle`` with these arguments would make again; None if it differs.
+
+    Args are those of ``export_bundle``.
+    """
+    if not is_current(checkpoint, out, steps=steps, times=times, max_batch=max_batch):
+        return None
+    return report_bundle(out) if Bundle.open(out, verify="none").manifest.name == (name or Path(out).name) else None
+
+
+def report_bundle(path: str | Path, graphs: Sequence[GraphReport] | None = None) -> BundleReport:
+    """Return the report of a bundle.
+
+    Args:
+        path: The bundle.
+        graphs: Reports of its graphs; None reads its fp32 graphs.
+    """
+    bundle = Bundle.open(path, verify="none")
+    if graphs is None:
+        exported = sorted(bundle.artifacts(format="onnx", precision="fp32"), key=lambda a: a.num_inference_steps)
+        graphs = [read_report(bundle.path / artifact.path) for artifact in exported]
     return BundleReport(
-        path=out,
-        build_id=manifest.build_id,
-        graphs=graphs,
+        path=Path(path),
+        build_id=bundle.manifest.build_id,
+        graphs=tuple(graphs),
         bytes=sum(entry.size for entry in bundle.manifest.files),
         status=bundle.status,
     )

@@ -266,7 +266,7 @@ def add_graph(
         path=path,
         precision=precision,
         num_inference_steps=steps,
-        graph=report,
+        graph=report.moved(draft.bundle.path / path),
         nodes=dict(count_precisions(model)),
         psnr_db=psnr_db,
         notes=tuple(notes),

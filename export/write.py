@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,10 @@ class GraphReport:
     num_initializers: int
     num_parameters: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def moved(self, path: Path) -> GraphReport:
+        """Return the report of the same files under their final name."""
+        return replace(self, path=path, data_path=None if self.data_path is None else data_path_of(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; paths as text."""
@@ -136,18 +140,7 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTER
         staged = staging / target.name
         _save(model, staged, external=external)
         _check(staged)
-        report = GraphReport(
-            path=path,
-            bytes=staged.stat().st_size,
-            sha256=sha256_file(staged),
-            data_path=data_path_of(path) if external else None,
-            data_bytes=data_path_of(staged).stat().st_size if external else 0,
-            data_sha256=sha256_file(data_path_of(staged)) if external else "",
-            opset=model.opset_imports[""],
-            num_nodes=model.graph.num_nodes(),
-            num_initializers=len(weights),
-            num_parameters=sum(tensor.size for tensor in weights),
-        )
+        report = _report(model, staged).moved(path)
         _publish(staging, target)
     except OSError as exc:
         raise ExportError(
@@ -158,6 +151,33 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTER
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def read_report(path: Path) -> GraphReport:
+    """Return the report of a graph that ``write_model`` wrote; without the time that it took.
+
+    Raises:
+        ExportError: If the file is missing or is no ONNX graph.
+    """
+    return _report(read_model(path), path)
+
+
+def _report(model: ir.Model, path: Path) -> GraphReport:
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    data = data_path_of(path)
+    external = data.is_file()
+    return GraphReport(
+        path=path,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+        data_path=data if external else None,
+        data_bytes=data.stat().st_size if external else 0,
+        data_sha256=sha256_file(data) if external else "",
+        opset=model.opset_imports[""],
+        num_nodes=model.graph.num_nodes(),
+        num_initializers=len(weights),
+        num_parameters=sum(tensor.size for tensor in weights),
+    )
 
 
 def _save(model: ir.Model, path: Path, *, external: bool) -> None:

@@ -129,6 +129,11 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
                 f"onnxruntime {ort.__version__} has no kernel for a node of {path}: {text}. Expected a precision "
                 "that this device computes; fp32 runs everywhere, bf16 needs a GPU."
             ) from exc
+        if "Unsupported model IR version" in text or "is under development" in text:
+            raise BackendUnavailable(
+                f"onnxruntime {ort.__version__} is too old for {path}: {text}. Expected 1.20 or later. Install: "
+                f"{install_command('onnxruntime', '--upgrade')}"
+            ) from exc
         raise IntegrityError(
             f"onnxruntime {ort.__version__} cannot load {path}: {text}. "
             "Expected a sampler graph of scm-export with its external data beside it. Export it again."

@@ -43,9 +43,18 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         with without_telemetry(module):
             return import_module(module)
     except ImportError as exc:
+        if not is_installed(module):
+            found, command = "is not installed", install_command(extra)
+        else:
+            reason = str(exc) or "no reason given, as when it was built for another NumPy"
+            found = f"is installed, but could not be imported ({reason})"
+            command = install_command(extra, "--force-reinstall", "--no-cache-dir")
+        twins = " First uninstall both onnxruntime and onnxruntime-gpu: they share a folder." * (
+            module == "onnxruntime" and is_installed(module)
+        )
         raise BackendUnavailable(
-            f"{purpose} needs {module}, which could not be imported ({exc}). "
-            f"Install it with: {install_command(extra)}. See what runs here: scm-export doctor"
+            f"{purpose} needs {module}, which {found}.{twins} Install it with: {command}. See what runs here: "
+            "scm-export doctor"
         ) from exc
 
 

@@ -25,6 +25,7 @@ from .errors import BundleError, IntegrityError, ScmError
 _CHUNK_BYTES = 1 << 20
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 """Name of what ``_sibling`` names."""
+_UNFINISHED = re.compile(r"(?<![^\\/\s'\"])\.([^\\/\n]+?)\.[0-9a-z_]{8}\.partial")
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 """Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
 
@@ -144,6 +145,14 @@ def remove_leftovers(folder: Path) -> None:
         else:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def final_path(text: str) -> str:
+    """Return a text with the temporary names of unfinished files and folders replaced by those that they will have.
+
+    Progress and errors name files while these lie in ``.<name>.<hex>.partial``, a name that is gone when they are read.
+    """
+    return _UNFINISHED.sub(r"\1", text)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -269,7 +278,7 @@ def _check_target(
     if not overwrite:
         raise error(
             f"{shown} exists and is not empty, expected a new or an empty folder. "
-            "Choose another path, or allow it to be replaced (overwrite)."
+            "Choose another path, or allow it to be replaced: --overwrite, in Python overwrite=True."
         )
     if not holds_marker:
         raise error(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,16 @@ from .files import atomic_write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+_JPEG: dict[str, Any] = {"format": "JPEG", "quality": 95, "subsampling": 0}
+PICTURE_FORMATS: Mapping[str, Mapping[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".webp": {"format": "WEBP", "quality": 95},
+}
+"""Suffix of a picture file: Pillow's arguments that write it."""
 
 
 def to_uint8(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) -> NDArray[np.uint8]:
@@ -113,6 +124,30 @@ def save_png(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> No
         ShapeError: If the shape or the dtype differs from that.
         ScmError: If the file cannot be written.
     """
+    _save(array_uint8, path, {"format": "PNG"})
+
+
+def save_picture(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> None:
+    """Write one picture in the format that the file's suffix names, whole or not at all.
+
+    JPEG and WebP are lossy: the file holds other levels than the array.
+
+    Args:
+        array_uint8: Picture, (H, W, C) with C 1 or 3, uint8.
+        path: The file; its suffix is one of ``PICTURE_FORMATS``.
+
+    Raises:
+        ConfigError: If the suffix is another.
+        ShapeError: If the shape or the dtype differs from that.
+        ScmError: If the file cannot be written.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix not in PICTURE_FORMATS:
+        raise ConfigError(f"{os.fspath(path)} ends in {suffix!r}, expected one of {', '.join(PICTURE_FORMATS)}.")
+    _save(array_uint8, path, PICTURE_FORMATS[suffix])
+
+
+def _save(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
     fits = array_uint8.ndim == 3 and array_uint8.dtype == np.uint8 and array_uint8.shape[2] in (1, 3)
     if not fits or not array_uint8.size:
         raise ShapeError(
@@ -120,7 +155,7 @@ def save_png(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> No
             "scm_sdk.images.to_uint8 and make_grid make such arrays."
         )
     buffer = io.BytesIO()
-    _pil(array_uint8).save(buffer, format="PNG")
+    _pil(array_uint8).save(buffer, **options)
     atomic_write_bytes(path, buffer.getvalue())
 
 

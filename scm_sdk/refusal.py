@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ._lazy import install_command, is_installed
 from .dispatch import BACKENDS
 from .errors import BackendError, BackendUnavailable, ConfigError, IncompatibleEngineError
 from .gpu import current_gpu
+from .manifest import Artifact
 from .plan import Plan
 from .sources import Source
 
@@ -42,9 +45,25 @@ def nothing_accepted(
             f"{found}: it holds {', '.join(sorted(formats))}, {backend} opens {', '.join(info.opens)}. "
             f"Make it first: scm-export {'engine' if info.runs_engines else 'onnx'}"
         )
+    if precision not in ("auto", *(artifact.precision for artifact in source.artifacts)):
+        return ConfigError(
+            f"precision {precision!r} is not in {source.path}, expected {describe_precisions(source.artifacts)}. "
+            "Choose one of them, or add it: scm-export precision, or scm-export quantize for int8"
+        )
     error: type[BackendError | ConfigError] = ConfigError
     if (backend, precision) == ("auto", "auto"):
         error = BackendUnavailable
     elif info is not None and info.runs_engines and any(row.num_inference_steps == steps for row in rows):
         error = BackendUnavailable if current_gpu() is None else IncompatibleEngineError
     return error(f"{found}: {reasons}. Choose one of what is there: scm-export inspect {source.path}")
+
+
+def describe_precisions(artifacts: Iterable[Artifact]) -> str:
+    """Return the precisions of artifacts with their numbers of steps: ``fp32 (any steps), fp16 (1, 2 steps)``."""
+    steps: dict[str, set[int]] = {}
+    for artifact in artifacts:
+        steps.setdefault(artifact.precision, set()).add(artifact.num_inference_steps)
+    return ", ".join(
+        f"{precision} ({'any number of' if 0 in counts else ', '.join(map(str, sorted(counts)))} steps)"
+        for precision, counts in steps.items()
+    )

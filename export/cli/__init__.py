@@ -11,13 +11,13 @@ from .averages import average, ema
 from .benchmark import bench
 from .bundles import bundle
 from .checking import selfcheck
-from .common import ScmGroup
 from .demo import demo
 from .doctor import doctor
 from .engines import cache, engine, targets
 from .evaluation import evaluate
 from .generation import generate
 from .graphs import onnx
+from .group import EXIT_CODES, ScmGroup
 from .handover import handover
 from .importing import import_
 from .inspection import inspect
@@ -27,22 +27,27 @@ from .report import report
 from .training import distill, train
 from .validation import validate
 
-__all__ = ["main"]
+__all__ = ["EXIT_CODES", "main"]
+
+_EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-@click.group(cls=ScmGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    cls=ScmGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    epilog=_EXIT_CODES,
+)
 @click.version_option(__version__, prog_name="scm-export")
 def main() -> None:
     """Train, export and check continuous-time consistency models (sCM).
 
-    \b
-    Exit codes: 0 ok, 2 usage, 3 parity, 4 latency, 5 incompatible, 6 integrity, 7 backend missing.
+    With --json a command writes exactly one JSON document to stdout; progress and errors are text on stderr.
     """
 
 
-_VERBS = (
-    demo, train, distill, ema, average, import_, build, onnx, precision, quantize, engine, generate, validate,
-    selfcheck, bench, evaluate, report, handover, inspect, bundle, targets, cache, doctor,
-)  # fmt: skip
-for _verb in _VERBS:
-    main.add_command(_verb)
+assert isinstance(main, ScmGroup)
+main.add_section("Train", (train, distill, ema, average, evaluate))
+main.add_section("Export", (demo, build, import_, onnx, precision, quantize, engine))
+main.add_section("Check", (validate, selfcheck, bench, report, handover))
+main.add_section("Ship", (generate, inspect, bundle))
+main.add_section("Machine", (doctor, targets, cache))

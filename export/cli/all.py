@@ -7,52 +7,64 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import prompts_option, say, say_warnings
+from .common import json_option, plural, print_json, prompts_option, say, say_warnings
 from .engines import BuildBars
 from .engines import summary as engine_summary
+from .libraries import EXPORT, requires
 from .located import model_argument
+from .names import STEPS, TargetName, one_of
 from .precision import summary as variant_summary
 
 if TYPE_CHECKING:
     from scm_sdk.build_record import Flavour
     from scm_sdk.spec import Precision
 
+    from ..engines import EngineVariant
+    from ..variants import Variant
+
 
 @click.command(name="all")
+@requires(*EXPORT)
 @model_argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
-@click.option("-t", "--target", "names", multiple=True, help="GPUs to build engines for; none builds none.")
+@click.option("-t", "--target", "names", multiple=True, type=TargetName(),
+              help="GPU to build engines for; may be repeated; no engine when absent.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
-              type=click.Choice(["fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"]))  # fmt: skip
-@click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx")
+              type=one_of("precision", "fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"),
+              help="Precision to add; may be repeated.")  # fmt: skip
+@click.option("--flavour", type=one_of("flavour", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
+              help="Library that builds the engines.")  # fmt: skip
 @click.option(
     "--steps",
     multiple=True,
-    type=click.IntRange(1, 64),
-    help="May be repeated; those that OUT has when absent, else 1 and 2.",
+    type=STEPS,
+    help="Number of network calls; may be repeated; those that OUT has when absent, else 1 and 2.",
 )
-@click.option("--max-batch", type=click.IntRange(1), help="Largest batch; OUT's when absent, else 32.")
-@click.option("--workspace", type=click.IntRange(1), help="MiB that an engine's kernel may use at run time.")
+@click.option("--max-batch", type=click.IntRange(1), help="Largest batch, images; OUT's when absent, else 32.")
+@click.option("--workspace", type=click.IntRange(1), help="Memory that a kernel of an engine may use at run time, MiB.")
 @click.option(
     "--target-psnr",
     type=float,
     help="PSNR (dB) that 95 % of the images are to reach in int8; leaves out the fewest layers; 2 above the gate.",
 )
 @prompts_option
-@click.option("--validate/--no-validate", default=True, help="Hold everything that can run here against PyTorch.")
+@click.option("--validate/--no-validate", default=True, help="Compare everything that can run here with PyTorch.")
+@json_option
 def build(
     checkpoint: Path, out: Path, names: tuple[str, ...], precisions: tuple[Precision, ...], flavour: Flavour,
     steps: tuple[int, ...], max_batch: int | None, workspace: int | None, target_psnr: float | None,
-    prompts: Path | None, validate: bool,
+    prompts: Path | None, validate: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Export CHECKPOINT, add precisions, build engines, prove what can run here. Run it again to go on.
+    """Export a checkpoint, add precisions, build engines and validate, in one resumable command.
 
-    CHECKPOINT may be a bundle, such as OUT itself after an import.
+    CHECKPOINT is a training run, a saved model, or a bundle, such as OUT itself after an import. Run the same command
+    again to continue after an interruption; what is there already is left unchanged.
 
     \b
     scm-export all runs/avatars -o avatars --target a100 --target l4 --target t4
     scm-export all sana -o sana --target a100 --prompts prompts.txt
     """
+    from scm_sdk.bundle import Bundle
     from scm_sdk.targets import resolve_targets
 
     from ..chain import build_all
@@ -60,21 +72,44 @@ def build(
     from ..prove import prove
     from .validation import summary as parity_summary
 
-    bundle = build_all(
+    variants: list[Variant] = []
+    engines: list[EngineVariant] = []
+    skipped: list[str] = []
+
+    def on_variant(variant: Variant) -> None:
+        variants.append(variant)
+        say(f"  {variant_summary(variant)}")
+
+    def on_engine(engine: EngineVariant) -> None:
+        engines.append(engine)
+        say(f"  {engine_summary(engine)}")
+
+    def on_skip(line: str) -> None:
+        skipped.append(line)
+        say(f"skip  {line}")
+
+    made = build_all(
         checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavour=flavour,
         steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
-        on_stage=lambda text: say(f"  {text} …"),
-        on_variant=lambda variant: say(f"  {variant_summary(variant)}"),
-        on_engine=lambda variant: say(f"  {engine_summary(variant)}"), on_build=BuildBars().start,
-        workspace_bytes=workspace * 2**20 if workspace else None,
+        on_stage=lambda text: say(f"  {text} …"), on_variant=on_variant, on_engine=on_engine,
+        on_build=BuildBars().start, workspace_bytes=workspace * 2**20 if workspace else None,
     )  # fmt: skip
-    say_warnings(bundle.status)
+    say_warnings(made.status)
+    results = []
     if validate:
-        results = prove(
-            out,
-            examples=None if prompts is None else bundle_examples(out, prompts),
-            on_result=lambda parity: say(parity_summary(parity)),
-            on_skip=lambda line: say(f"skip  {line}"),
-        )
-        for parity in results:
-            parity.raise_if_failed()
+        examples = None if prompts is None else bundle_examples(out, prompts)
+        results = prove(out, examples=examples, on_result=lambda parity: say(parity_summary(parity)), on_skip=on_skip)
+    manifest = Bundle.open(out, verify="none").manifest
+    size = sum(entry.size for entry in manifest.files)
+    if as_json:
+        print_json({
+            "path": str(out), "build_id": manifest.build_id, "bytes": size,
+            "graphs": [variant.to_dict() for variant in variants], "engines": [each.to_dict() for each in engines],
+            "parity": [each.to_dict() for each in results], "skipped": skipped,
+        })  # fmt: skip
+    for parity in results:
+        parity.raise_if_failed()
+    graphs = [a for a in made.manifest.artifacts if a.format == "onnx"]
+    proof = f"{plural(len(results), 'comparison')} passed, {len(skipped)} skipped" if validate else "not validated"
+    say(f"{out}: {size / 1e6:.1f} MB, {plural(len(graphs), 'graph')}, {plural(len(engines), 'engine')}; {proof}. "
+        f"Next: scm-export report {out}")  # fmt: skip

@@ -7,18 +7,22 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .libraries import TRAIN, requires
 
 
 @click.command()
+@requires(*TRAIN)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--sigma-rel", required=True, type=float, help="Width of the average, a share of the run's length.")
+@click.option("--sigma-rel", required=True, type=float, help="Width of the average, relative to the run's length.")
 @click.option(
-    "--iteration", type=click.IntRange(1), help="Iterations it looks back on; all that were stored if absent."
+    "--iteration", type=click.IntRange(1), help="Last iteration of the average; all that were stored when absent."
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @json_option
 def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: bool) -> None:
-    """Make the power-function average of any width from the snapshots of RUN, trained with --ema-profile.
+    """Reconstruct a power-function weight average of any width from a run's snapshots.
+
+    RUN was trained with --ema-profile.
 
     \b
     scm-export train -o runs/teacher --ema-profile 0.05 --ema-profile 0.1
@@ -46,11 +50,14 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
 
 
 @click.command()
+@requires(*TRAIN)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @json_option
 def average(models: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Average the weights of MODELS, runs that went on from one checkpoint: better than each, as a rule.
+    """Average the weights of several runs of one checkpoint.
+
+    The average of MODELS is usually better than each of them.
 
     \b
     scm-export average runs/one runs/other -o runs/avatars

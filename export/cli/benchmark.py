@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, print_json, progress_bar, say
+from .common import json_option, make_table, print_json, print_table, progress_bar, say
 from .located import model_argument
+from .names import BackendAndPrecision
 
 
 @click.command()
@@ -16,13 +17,23 @@ from .located import model_argument
     "--backend",
     "backends",
     multiple=True,
-    help="NAME or NAME:PRECISION; may be repeated. All that can run here when absent, and precisions made for CPUs.",
+    type=BackendAndPrecision(),
+    help="Backend to time; may be repeated. All that can run here when absent, and precisions made for CPUs.",
 )
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="May be repeated.")
-@click.option("--steps", type=click.IntRange(1), help="Network calls; 2 where the bundle has it.")
-@click.option("--rounds", type=click.IntRange(10), default=50, help="Interleaved rounds; 100 for a p99.")
 @click.option(
-    "--budget", metavar="LIMIT", help="For example p95=25ms@b1 or onnxruntime:median=5ms@b8; over it exits 4."
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 8, 32),
+    help="Batch size, images; may be repeated.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Number of network calls; 2 where the bundle has it.")
+@click.option("--rounds", type=click.IntRange(10), default=50, help="Number of interleaved rounds; 100 for a p99.")
+@click.option(
+    "--budget",
+    metavar="LIMIT",
+    help="Latency budget, as p95=25ms@b1 or onnxruntime:median=5ms@b8; exit 4 above it.",
 )
 @click.option("--keep-budget", is_flag=True, help="Store the budget in BUNDLE; validate enforces it from then on.")
 @click.option(
@@ -30,7 +41,7 @@ from .located import model_argument
     "others",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Another bundle, or an older one, to time beside; may be repeated.",
+    help="Another bundle, for example an older one, to time against; may be repeated.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; the library's choice when absent.")
 @json_option
@@ -38,7 +49,7 @@ def bench(
     bundle: Path, backends: tuple[str, ...], batches: tuple[int, ...], steps: int | None, rounds: int,
     budget: str | None, keep_budget: bool, others: tuple[Path, ...], threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Time BACKENDS on BUNDLE in turn, round by round, and print each one's ratio to the first.
+    """Time backends against each other, round by round; exit 4 above a budget.
 
     \b
     scm-export bench avatars --backend onnxruntime:fp32 --backend onnxruntime:int8
@@ -87,10 +98,7 @@ def bench(
     if as_json:
         print_json([latency.to_dict() for latency in results])
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(
+        table = make_table(
             "batch",
             "backend",
             "load ms",
@@ -99,7 +107,6 @@ def bench(
             "p90 ms",
             "images/s",
             "speed-up (95 %)",
-            box=None,
         )
         for latency in results:
             for timing in latency:
@@ -110,7 +117,7 @@ def bench(
                     f"{timing.p90_ms:.2f}", f"{timing.images_per_s:.0f}",
                     f"{timing.speedup:.2f}x ({low:.2f}..{high:.2f})",
                 )  # fmt: skip
-        Console(width=120).print(table)
+        print_table(table)
         if not all(latency.stable for latency in results):
             say("The machine did not become steady during warm-up: trust the ratios more than the milliseconds.")
     for latency in results:

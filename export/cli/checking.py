@@ -6,19 +6,22 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, print_json
+from .common import json_option, make_table, print_json, print_table
 from .located import model_argument
+from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS
 
 
 @click.command()
 @model_argument("model")
-@click.option("--backend", default="auto")
-@click.option("--precision", default="auto")
-@click.option("--steps", type=click.IntRange(1, 64), help="Network calls; 2 where the bundle has it.")
-@click.option("--num-samples", type=click.IntRange(2), default=16)
+@click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
+@click.option("--precision", type=PRECISION_OR_AUTO, default="auto", help="Precision of the artifact that runs.")
+@click.option("--steps", type=STEPS, help="Number of network calls; 2 where the bundle has it.")
+@click.option("--num-samples", type=click.IntRange(2), default=16, help="Number of samples of each check.")
 @json_option
 def selfcheck(model: Path, backend: str, precision: str, steps: int | None, num_samples: int, as_json: bool) -> None:
-    """Check what must hold of MODEL without data: f(x, 0) = x, batches, order, labels, extreme seeds; exits 3.
+    """Check properties that hold without data, as f(x, 0) = x; exit 3 on failure.
+
+    The others: equal images in any batch and order, labels that matter, extreme seeds.
 
     \b
     scm-export selfcheck avatars
@@ -36,15 +39,12 @@ def selfcheck(model: Path, backend: str, precision: str, steps: int | None, num_
     if as_json:
         print_json({"backend": row.backend, "artifact": row.artifact, "checks": [check.to_dict() for check in checks]})
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("check", "", "found", "allowed", "of what", box=None, title=f"{row.artifact} on {row.backend}")
+        table = make_table("check", "", "found", "allowed", "of what", title=f"{row.artifact} on {row.backend}")
         for check in checks:
             verdict = "-" if check.passed is None else "pass" if check.passed else "FAIL"
             numbers = ("", "") if check.passed is None else (f"{check.value:.2g}", f"{check.allowed:.2g}")
             table.add_row(check.name, verdict, *numbers, check.text)
-        Console().print(table)
+        print_table(table)
     failed = [check for check in checks if check.passed is False]
     if failed:
         raise ParityError(

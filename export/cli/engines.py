@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, progress_bar, say
+from .common import json_option, make_table, plural, print_json, print_table, progress_bar, say
+from .names import PRECISION, STEPS, TargetName, one_of
 
 if TYPE_CHECKING:
     from scm_sdk.build_record import Flavour
@@ -21,20 +22,26 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "-t", "--target", "names", multiple=True, help="a100, l4, rtx4090, sm_86 …; this machine's GPU if absent."
+    "-t",
+    "--target",
+    "names",
+    multiple=True,
+    type=TargetName(),
+    help="GPU to build for, as a100, l4, rtx4090 or sm_86; may be repeated; this machine's GPU when absent.",
 )
-@click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx",
+@click.option("--flavour", type=one_of("flavour", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
               help="tensorrt_rtx builds anywhere; tensorrt on the GPU that runs the engine.")  # fmt: skip
-@click.option("--precision", "precisions", multiple=True, help="Graphs to build from; all when absent.")
-@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
-@click.option("--batch", nargs=3, type=click.IntRange(1), help="Smallest, best and largest batch.")
+@click.option("--precision", "precisions", multiple=True, type=PRECISION,
+              help="Precision of the graphs to build from; all when absent.")  # fmt: skip
+@click.option("--steps", multiple=True, type=STEPS, help="Only graphs of this number of steps; may be repeated.")
+@click.option("--batch", nargs=3, type=click.IntRange(1), help="Smallest, best and largest batch, images.")
 @click.option("--one-for-all", is_flag=True, help="One engine that holds all targets (tensorrt_rtx).")
-@click.option("--workspace", type=click.IntRange(1), help="MiB that a kernel may use at run time.")
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="Build time against speed (tensorrt).")
-@click.option("--hardware-compatibility", default="none",
-              type=click.Choice(["none", "same_compute_capability", "ampere_plus"]))  # fmt: skip
+@click.option("--workspace", type=click.IntRange(1), help="Memory that a kernel may use at run time, MiB.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Effort of the builder, 0 to 5 (tensorrt).")
+@click.option("--hardware-compatibility", default="none", help="Further GPUs that the engine runs on (tensorrt).",
+              type=one_of("hardware compatibility", "none", "same_compute_capability", "ampere_plus"))  # fmt: skip
 @click.option("--version-compatible", is_flag=True, help="Let newer TensorRT load it (tensorrt).")
-@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory.")
+@click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory.")
 @click.option("--allow-mismatch", is_flag=True, help="Keep an engine whose kernels are not in the graph's precision.")
 @json_option
 def engine(
@@ -42,7 +49,7 @@ def engine(
     batch: tuple[int, int, int] | None, one_for_all: bool, workspace: int | None, optimization_level: int | None,
     hardware_compatibility: str, version_compatible: bool, weight_streaming: bool, allow_mismatch: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Build engines from BUNDLE's graphs into BUNDLE, and count the kernels that were built.
+    """Build TensorRT engines of a bundle's graphs and count their kernels.
 
     Precision comes from the graph, never from the builder; an engine that is not what its graph asks for is refused.
 
@@ -125,7 +132,7 @@ def summary(variant: EngineVariant) -> str:
 @click.command()
 @json_option
 def targets(as_json: bool) -> None:
-    """List the GPUs that engines can be built for, and how."""
+    """List the GPUs that engines can be built for."""
     from scm_sdk.targets import TARGETS
 
     if as_json:
@@ -138,10 +145,7 @@ def targets(as_json: bool) -> None:
         return
     from itertools import groupby
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("capability", "targets", "computes", "tensorrt_rtx, anywhere", box=None)
+    table = make_table("capability", "targets", "computes", "tensorrt_rtx, anywhere")
     for capability, group in groupby(TARGETS.values(), key=lambda target: target.compute_capability):
         first, *others = group
         built = (
@@ -154,12 +158,12 @@ def targets(as_json: bool) -> None:
             capability, ", ".join(target.name for target in (first, *others)), " ".join(first.precisions),
             " ".join(built) + note,
         )  # fmt: skip
-    Console().print(table)
+    print_table(table)
 
 
 @click.group()
 def cache() -> None:
-    """Engines that were built before and bundles out of .scmz files, in the cache folder (SCM_CACHE_DIR).
+    """List, verify and remove cached engines and unpacked bundles (SCM_CACHE_DIR).
 
     What hub ids brought lies in huggingface_hub's own cache: hf cache ls, hf cache prune.
     """
@@ -168,7 +172,7 @@ def cache() -> None:
 @cache.command("ls")
 @json_option
 def cache_ls(as_json: bool) -> None:
-    """List them, the longest unused first."""
+    """List cached engines and bundles, the longest unused first."""
     from scm_sdk import unpacked
 
     from ..engine_cache import engines_folder, entries
@@ -184,15 +188,16 @@ def cache_ls(as_json: bool) -> None:
         say(f"  {entry.key[:12]}  {entry.bytes / 1e6:8.1f} MB  {_what(entry.record)}")
     for bundle in bundles:
         say(f"  {bundle.key[:12]}  {bundle.bytes / 1e6:8.1f} MB  bundle {bundle.name or '(unfinished)'}")
-    say(f"{len(found)} engines, {sum(e.bytes for e in found) / 1e6:.1f} MB in {engines_folder()}")
-    say(f"{len(bundles)} bundles, {sum(e.bytes for e in bundles) / 1e6:.1f} MB in {unpacked.unpacked_folder()}")
+    for noun, some, folder in (("engine", found, engines_folder()), ("bundle", bundles, unpacked.unpacked_folder())):
+        say(f"{plural(len(some), noun)}, {sum(entry.bytes for entry in some) / 1e6:.1f} MB in {folder}")
 
 
 @cache.command("verify")
-def cache_verify() -> None:
-    """Hash each engine again and check who could have written it; exits 6 if one is not as this user built it.
+@json_option
+def cache_verify(as_json: bool) -> None:
+    """Hash every cached engine and check who could have written it; exit 6 if one is not as this user built it.
 
-    Such an engine is never served, and gc removes it.
+    Such an engine is never used, and gc removes it.
     """
     from scm_sdk.errors import IntegrityError
 
@@ -202,19 +207,24 @@ def cache_verify() -> None:
     problems = {entry.key: problem for entry in found if (problem := entry.problem())}
     for key, problem in problems.items():
         say(f"  {key[:12]}: {problem}")
+    if as_json:
+        print_json([
+            {"key": entry.key, "folder": entry.folder, "problem": problems.get(entry.key)} for entry in found
+        ])  # fmt: skip
     if problems:
         raise IntegrityError(
             f"{len(problems)} of {len(found)} engines are damaged or were not built by this user here, expected none. "
             "Remove them: scm-export cache gc"
         )
-    say(f"{len(found)} engines, all as this user built them here")
+    say(f"{plural(len(found), 'engine')}, all as this user built them here")
 
 
 @cache.command("gc")
-@click.option("--max-size", type=click.FloatRange(0), help="MB that may stay.")
-@click.option("--max-age", type=click.FloatRange(0), help="Days since last use.")
-def cache_gc(max_size: float | None, max_age: float | None) -> None:
-    """Remove the damaged, those unused for long, then the longest unused until the rest is small enough.
+@click.option("--max-size", type=click.FloatRange(0), help="Largest size of what stays, MB.")
+@click.option("--max-age", type=click.FloatRange(0), help="Longest time since the last use, days.")
+@json_option
+def cache_gc(max_size: float | None, max_age: float | None, as_json: bool) -> None:
+    """Remove damaged, old and surplus entries of the cache, the longest unused first.
 
     Where it must become smaller, bundles go before engines: unpacking takes seconds, building minutes.
     """
@@ -226,8 +236,12 @@ def cache_gc(max_size: float | None, max_age: float | None) -> None:
     room = None if limit is None else max(0, limit - sum(entry.bytes for entry in entries()))
     bundles = unpacked.collect_garbage(max_bytes=room, max_age_days=max_age)
     removed = collect_garbage(max_bytes=limit, max_age_days=max_age)
-    say(f"removed {len(removed)} engines, {sum(e.bytes for e in removed) / 1e6:.1f} MB")
-    say(f"removed {len(bundles)} bundles, {sum(e.bytes for e in bundles) / 1e6:.1f} MB")
+    if as_json:
+        kinds = [("engine", entry.key, entry.bytes) for entry in removed]
+        kinds += [("bundle", entry.key, entry.bytes) for entry in bundles]
+        print_json([{"kind": kind, "key": key, "bytes": size} for kind, key, size in kinds])
+    say(f"removed {plural(len(removed), 'engine')}, {sum(e.bytes for e in removed) / 1e6:.1f} MB")
+    say(f"removed {plural(len(bundles), 'bundle')}, {sum(e.bytes for e in bundles) / 1e6:.1f} MB")
 
 
 def _what(record: object) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, progress_bar, say
+from .common import json_option, make_table, print_json, print_table, progress_bar, say
 from .located import model_argument
+from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.held_out import HeldOut
@@ -41,11 +42,12 @@ if TYPE_CHECKING:
     help="Statistics (.npz with mu and sigma, as EDM's) in place of held-out rows: a Fréchet distance alone.",
 )
 @click.option("--save-ref", type=click.Path(path_type=Path), help="Write the held-out rows' statistics here.")
-@click.option("--backend", default="auto")
+@click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
+    type=PRECISION_OR_AUTO,
     default=("auto",),
     help="May be repeated: each is also compared with the first, seed by seed.",
 )
@@ -68,7 +70,7 @@ def evaluate(
     backend: str, precisions: tuple[str, ...], max_kid_delta: float | None, cache: Path | None, out: Path | None,
     keep: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Compare MODEL's pictures with held-out ones: Fréchet distance, KID, precision, recall, label accuracy.
+    """Score generated images against held-out ones: Fréchet distance, KID, precision, recall.
 
     \b
     scm-export evaluate avatars
@@ -193,13 +195,10 @@ def _keep(model: Path, scores: list[Score]) -> None:
 
 
 def _print(scores: list[Score]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     quality = scores[0].quality
-    table = Table(
+    table = make_table(
         "sampler", "calls", quality.metric, "real vs real", "KID x1e3 (95 %)", "more than the first",
-        "precision", "recall", "labels (real)", "palette", box=None,
+        "precision", "recall", "labels (real)", "palette",
         title=f"{quality.num_generated} pictures against {quality.num_reference or 'statistics of'} held-out ones; "
         f"features by weights {quality.weights_sha256[:12]}",
     )  # fmt: skip
@@ -212,7 +211,7 @@ def _print(scores: list[Score]) -> None:
             "-" if each.labels is None else f"{each.labels.accuracy:.1%} ({_share(each.labels_real)})",
             _share(each.palette),
         )  # fmt: skip
-    Console(width=140).print(table)
+    print_table(table)
 
 
 def _interval(value: float | None, interval: tuple[float, float] | None, form: str) -> str:

@@ -7,46 +7,60 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say, say_warnings
+from .libraries import EXPORT, requires
 from .located import model_argument
+from .names import STEPS
 
 
 @click.command()
+@requires(*EXPORT)
 @model_argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
-@click.option("--steps", multiple=True, type=click.IntRange(1, 64), default=(1, 2), help="May be repeated.")
+@click.option("--steps", multiple=True, type=STEPS, default=(1, 2), help="Number of network calls; may be repeated.")
 @click.option("--times", multiple=True, type=float, help="Times of one sampler, radians, instead of --steps.")
-@click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch.")
-@click.option("--name", default="", help="Human name; the folder's when absent.")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the samplers and stop.")
+@click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch, images.")
+@click.option("--name", default="", help="Name of the model; the folder's name when absent.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle in OUT.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the samplers as a JSON list and stop.")
 @json_option
 def onnx(
     checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], max_batch: int, name: str,
     overwrite: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Export CHECKPOINT, a training run or a saved model, to a bundle.
+    """Export a checkpoint to a bundle, one ONNX graph for each number of steps.
+
+    CHECKPOINT is a training run or a saved model. A bundle in OUT that was exported from the same weights for the same
+    samplers is left unchanged.
 
     \b
     scm-export onnx runs/avatars -o avatars
     """
-    from ..pipeline import export_bundle, plan_samplers
+    from ..pipeline import current_export, export_bundle, plan_samplers
 
     if dry_run:
+        import msgspec
+
         from scm_sdk.model.consistency import ConsistencyModel
 
         model = ConsistencyModel.from_pretrained(checkpoint)
-        for spec in plan_samplers(model, steps, times=times, max_batch=max_batch):
-            click.echo(spec.to_json())
+        specs = plan_samplers(model, steps, times=times, max_batch=max_batch)
+        print_json([msgspec.json.decode(spec.to_json()) for spec in specs])
         return
-    report = export_bundle(
-        checkpoint, out, steps=steps, times=times, max_batch=max_batch, name=name, overwrite=overwrite,
-        progress=lambda stage: say(f"  {stage} …"),
-    )  # fmt: skip
+    report = None
+    if not overwrite:
+        report = current_export(checkpoint, out, steps=steps, times=times, max_batch=max_batch, name=name)
+    unchanged = report is not None
+    if report is None:
+        report = export_bundle(
+            checkpoint, out, steps=steps, times=times, max_batch=max_batch, name=name, overwrite=overwrite,
+            progress=lambda stage: say(f"  {stage} …"),
+        )  # fmt: skip
     say_warnings(report.status)
     if as_json:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), "unchanged": unchanged})
         return
     for graph in report.graphs:
         size = (graph.bytes + graph.data_bytes) / 1e6
         say(f"  {graph.path.parent.name}: {graph.num_nodes} nodes, {size:.1f} MB, opset {graph.opset}")
-    say(f"{out}: build {report.build_id[:12]}, {report.bytes / 1e6:.1f} MB. Next: scm-export validate {out}")
+    state = "unchanged, " if unchanged else ""
+    say(f"{out}: {state}build {report.build_id[:12]}, {report.bytes / 1e6:.1f} MB. Next: scm-export validate {out}")

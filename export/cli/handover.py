@@ -25,7 +25,7 @@ from .located import model_argument
 def handover(
     bundle: Path, out: Path, steps: int, num_samples: int, outputs: Path | None, precision: str, as_json: bool
 ) -> None:  # fmt: skip
-    """Write inputs and PyTorch's outputs for ``polygraphy run``, which needs no scm-sdk where the GPU is.
+    """Write a graph, inputs and reference outputs for Polygraphy on another machine.
 
     \b
     scm-export handover avatars -o handover

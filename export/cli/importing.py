@@ -7,30 +7,44 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .libraries import EXPORT, require_all
 from .located import local_folder, revision_option
+from .names import STEPS
 
 
 @click.command(name="import")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--entry", default="ema", help="Which network of an EDM-style pickle.")
+@click.option("--entry", default="ema", help="Name of the network in an EDM-style pickle.")
 @click.option(
-    "--license", "licence", default="", metavar="ID", help="Licence of the weights, if the source's is other."
+    "--license",
+    "licence",
+    default="",
+    metavar="ID",
+    help="License of the weights where it is not the source's, an SPDX id.",
 )
-@click.option("--steps", multiple=True, type=click.IntRange(1, 64), default=(1, 2, 4), help="Of a pipeline's graphs.")
-@click.option("--size", default="", metavar="HxW", help="Pixels of a pipeline's images; its own when absent.")
-@click.option("--tokens", type=click.IntRange(1), default=300, help="Of a pipeline's prompts.")
-@click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs.")
-@click.option("--text-encoder/--no-text-encoder", default=True, help="Take a pipeline's text encoder along.")
-@click.option("--overwrite", is_flag=True, help="Replace what an import wrote there.")
+@click.option(
+    "--steps",
+    multiple=True,
+    type=STEPS,
+    default=(1, 2, 4),
+    help="Number of network calls of a pipeline's graph; may be repeated.",
+)
+@click.option("--size", default="", metavar="HxW", help="Image size of a pipeline, pixels; its own when absent.")
+@click.option("--tokens", type=click.IntRange(1), default=300, help="Length of a pipeline's prompts, tokens.")
+@click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs, images.")
+@click.option("--text-encoder/--no-text-encoder", default=True, help="Copy a pipeline's text encoder into the bundle.")
+@click.option("--overwrite", is_flag=True, help="Replace what an import wrote to OUT.")
 @revision_option
 @json_option
 def import_(
     source: Path, out: Path, entry: str, licence: str, steps: tuple[int, ...], size: str, tokens: int, max_batch: int,
     text_encoder: bool, overwrite: bool, revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Import SOURCE: a SANA-Sprint pipeline that diffusers saved, a folder or a hub id, becomes a bundle; of an EDM- or
-    EDM2-style .pkl the weights are read while nothing in it is run.
+    """Import a SANA-Sprint pipeline as a bundle, or an EDM or EDM2 pickle as safetensors.
+
+    SOURCE is a folder or hub id of a pipeline that diffusers saved, or a .pkl file, of which the weights are read while
+    nothing in it is run. A file or folder that was imported to OUT before, with the same options, is left unchanged.
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
@@ -38,18 +52,28 @@ def import_(
     scm-export import edm2-img64-s-1073741-0.075.pkl -o edm2-img64-s
     """
     if not source.is_file() and source.suffix != ".pkl":
-        from ..import_sana import import_sana, parse_size
+        require_all(*EXPORT)
+        from ..import_sana import current_import, import_sana, parse_size
 
         folder = local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
-        report = import_sana(
-            folder, out, origin=origin, steps=steps, size=parse_size(size), max_sequence_length=tokens,
-            max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
-            progress=lambda stage: say(f"  {stage} …"),
-        )  # fmt: skip
+        report = None
+        if not overwrite:
+            report = current_import(
+                folder, out, steps=steps, size=parse_size(size), max_sequence_length=tokens, max_batch=max_batch,
+                text_encoder=text_encoder,
+            )  # fmt: skip
+        unchanged = report is not None
+        if report is None:
+            report = import_sana(
+                folder, out, origin=origin, steps=steps, size=parse_size(size), max_sequence_length=tokens,
+                max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
+                progress=lambda stage: say(f"  {stage} …"),
+            )  # fmt: skip
         if as_json:
-            print_json(report.to_dict())
-        say(f"{out}: build {report.build_id[:12]}, {report.bytes / 1e6:.1f} MB. Next: scm-export validate {out}")
+            print_json({**report.to_dict(), "unchanged": unchanged})
+        state = "unchanged, " if unchanged else ""
+        say(f"{out}: {state}build {report.build_id[:12]}, {report.bytes / 1e6:.1f} MB. Next: scm-export validate {out}")
         return
     if revision is not None:
         raise click.UsageError(f"--revision is given with the file {source}, expected a hub id for it.")
@@ -57,15 +81,17 @@ def import_(
 
 
 def _import_pickle(source: Path, out: Path, *, entry: str, licence: str, overwrite: bool, as_json: bool) -> None:
-    from scm_sdk.pickles.convert import convert_pickle
+    from scm_sdk.pickles.convert import convert_pickle, is_converted
 
-    converted = convert_pickle(source, out, entry=entry, licence=licence, overwrite=overwrite)
+    unchanged = not overwrite and is_converted(source, out, entry=entry, licence=licence)
+    converted = convert_pickle(source, out, entry=entry, licence=licence, overwrite=overwrite or unchanged)
     network = converted.network
     if as_json:
         print_json({
             "path": str(out), "entry": network.entry, "class_name": network.class_name, "arguments": network.arguments,
             "tensors": len(network.tensors), "bytes": network.nbytes, "license": converted.licence,
             "license_stated_at_import": converted.stated, "source_sha256": converted.source_sha256,
+            "unchanged": unchanged,
         })  # fmt: skip
     say(f"{out}: {network.class_name}, {len(network.tensors)} tensors, {network.nbytes / 1e6:.1f} MB.")
     say(converted.licence_line)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from .common import json_option, print_json, prompts_option, say
+from .libraries import requires
+from .names import STEPS, one_of
 
 if TYPE_CHECKING:
     from ..precision import LowPrecision
@@ -15,10 +17,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
+@requires("onnx", "onnx_ir")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--to", "precisions", multiple=True, type=click.Choice(["fp16", "bf16", "fp32-cpu"]), default=("fp16",),
-              help="fp32-cpu is float32 in the operators that CPUs are fastest with.")  # fmt: skip
-@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
+@click.option("--to", "precisions", multiple=True, default=("fp16",),
+              type=one_of("precision", "fp16", "bf16", "fp32-cpu"),
+              help="Precision to add; fp32-cpu is float32 in the operators that CPUs are fastest with.")  # fmt: skip
+@click.option("--steps", multiple=True, type=STEPS, help="Only graphs of this number of steps.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Islands of your own: an edited precision/<p>.json.")  # fmt: skip
 @click.option(
@@ -33,7 +37,9 @@ def precision(
     bundle: Path, precisions: tuple[LowPrecision | Literal["fp32-cpu"], ...], steps: tuple[int, ...],
     plan_file: Path | None, target_psnr: float | None, num_samples: int, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Add FP16 or BF16 graphs to BUNDLE; the plan of what stays float32 lies in BUNDLE/precision/.
+    """Add FP16, BF16 or CPU-specific float32 graphs to a bundle.
+
+    The plan of what stays float32 is stored in BUNDLE/precision/.
 
     fp32-cpu is float32 for CPUs: wide 3x3 convolutions as Winograd's products, with a quarter of the multiplications,
     and a transformer's norms as one kernel each.

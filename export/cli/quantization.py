@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import json_option, prompts_option, say
+from .libraries import requires
+from .names import STEPS, one_of
 from .precision import report
 
 if TYPE_CHECKING:
@@ -16,12 +18,23 @@ if TYPE_CHECKING:
 
 
 @click.command()
+@requires("onnx", "onnx_ir", "onnxruntime")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--to", "precisions", multiple=True, type=click.Choice(["int8", "int8-cpu"]), default=("int8",),
+@click.option("--to", "precisions", multiple=True, type=one_of("precision", "int8", "int8-cpu"), default=("int8",),
               help="int8 for engines, int8-cpu for ONNX Runtime on CPUs.")  # fmt: skip
-@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these numbers of steps.")
-@click.option("--base", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", help="What the rest computes in.")
-@click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax")
+@click.option("--steps", multiple=True, type=STEPS, help="Only graphs of this number of steps.")
+@click.option(
+    "--base",
+    type=one_of("precision", "fp16", "bf16", "fp32"),
+    default="fp16",
+    help="Precision of the layers that are not quantized.",
+)
+@click.option(
+    "--method",
+    type=one_of("method", "minmax", "percentile", "entropy"),
+    default="minmax",
+    help="How the range of an activation is found.",
+)
 @click.option("--percentile", type=click.FloatRange(50, 100), default=99.99)
 @click.option("--num-samples", type=click.IntRange(1), default=128,
               help="Images to calibrate on, and others to compare for a target.")  # fmt: skip
@@ -44,7 +57,7 @@ def quantize(
     num_samples: int, seed: int, equalize: bool, excluded: tuple[str, ...], plan_file: Path | None,
     target_psnr: float | None, foreign: Path | None, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Add INT8 graphs to BUNDLE, calibrated on the sampler's own states at its own times.
+    """Add INT8 graphs to a bundle, calibrated on the sampler's own states.
 
     \b
     scm-export quantize avatars

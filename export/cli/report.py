@@ -8,24 +8,40 @@ import click
 
 from .common import json_option, print_json, say
 from .located import model_argument
+from .names import BACKEND
 
 
 @click.command()
 @model_argument("bundle")
 @click.option("-o", "--out", default=Path("report.html"), type=click.Path(path_type=Path), help="The HTML file.")
-@click.option("--backend", "backends", multiple=True, help="Beside PyTorch; every one that can run here when absent.")
-@click.option("--num-images", type=click.IntRange(1), default=32, help="Pictures of each artifact.")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="Batches to time.")
-@click.option("--rounds", type=click.IntRange(0), default=20, help="Interleaved rounds of the timing; 0: none.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=BACKEND,
+    help="Backend to show beside PyTorch; may be repeated; every one that can run here when absent.",
+)
+@click.option("--num-images", type=click.IntRange(1), default=32, help="Number of images of each artifact.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 8, 32),
+    help="Batch size to time, images; may be repeated.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(0), default=20, help="Number of interleaved timing rounds; 0 times nothing."
+)
 @json_option
 def report(
     bundle: Path, out: Path, backends: tuple[str, ...], num_images: int, batches: tuple[int, ...], rounds: int,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Write OUT (one HTML file that loads nothing), Markdown and JSON beside it.
+    """Write a report of a bundle: one HTML file, with Markdown and JSON beside it.
 
-    Pictures of everything that runs here beside PyTorch's, the recorded ladder, errors, speed, engines with their
-    census, and where each file comes from.
+    It shows the images of everything that runs here beside PyTorch's, recorded parity, errors, speed, engines with
+    their census, and the origin of each file.
 
     \b
     scm-export report avatars -o avatars.html

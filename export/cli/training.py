@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import print_json, progress_bar, say
+from .libraries import TRAIN, requires
 from .training_options import distill_options, run_options, stable_targets_option
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ DATA_FIELDS = {"source": "data", "label": "label", "rows": "rows"}
 
 
 @click.command()
+@requires(*TRAIN)
 @click.option("--preset", default="avatars16", metavar="NAME", help=f"Network: {PRESET_NAMES}.")
 @stable_targets_option
 @run_options(data="avatars", iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
@@ -64,10 +67,11 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
 
 
 @click.command()
+@requires(*TRAIN)
 @distill_options
 @run_options(data=None, iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
 def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
-    """Make a consistency model: distil a teacher (sCD) or train from data (sCT), with or without VSD.
+    """Train a consistency model by distilling a teacher (sCD) or from data alone (sCT).
 
     Data, label column and rows are those that the teacher was trained on, unless others are given. Run the same command
     again to go on after an interruption. Watch the residual: the loss is weighted by what the run learns and may fall
@@ -211,7 +215,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
         torch.set_num_threads(options["threads"])
     if options["dry_run"]:
         # A recipe is printed as it is: its data may lie on another machine.
-        click.echo((config if options["recipe"] else resolve(config, data).config).to_json())
+        print_json(json.loads((config if options["recipe"] else resolve(config, data).config).to_json()))
         return
     out: Path = options["out"]
     scale = Scale(**{name: options[name] for name in ("parallel", "accumulate", "recompute", "device", "timeout")})

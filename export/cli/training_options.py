@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from .common import json_option
+from .names import one_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 stable_targets_option = click.option(
@@ -48,7 +49,7 @@ def run_options(
             "--lr-decay", "decay_fraction", type=click.FloatRange(0, 1), default=lr_decay,
             help="Last share in which the rate falls.",
         ),
-        click.option("--optimizer", type=click.Choice(["adam", "radam"]), default=optimizer),
+        click.option("--optimizer", type=one_of("optimizer", "adam", "radam"), default=optimizer),
         click.option("--p-mean", type=float, default=p_mean, help="Mean of ln(sigma)."),
         click.option("--p-std", type=click.FloatRange(0, min_open=True), default=1.4, help="Deviation of ln(sigma)."),
         click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0),
@@ -61,14 +62,14 @@ def run_options(
         click.option("--compile", is_flag=True, help="torch.compile the loss; the first iteration takes minutes."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads; all when absent."),
         click.option(
-            "--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp",
+            "--parallel", type=one_of("method", "ddp", "fsdp"), default="ddp",
             help="Under torchrun: everything in each process, or a share (FSDP2).",
         ),
         click.option(
             "--accumulate", type=click.IntRange(1), default=1, metavar="N", help="Compute a batch in N parts."
         ),
         click.option("--recompute", is_flag=True, help="Compute activations again in the backward pass: less memory."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: see docs."),
+        click.option("--device", type=one_of("device", "auto", "cpu", "cuda"), default="auto", help="auto: see docs."),
         click.option(
             "--timeout", type=click.FloatRange(0, min_open=True), default=600.0,
             help="Seconds that a process waits for the others.",
@@ -99,7 +100,7 @@ SCHEDULE_OPTIONS = [
         "--recipe", metavar="NAME", help="A run of the paper, cifar10-scd for one; other options given change it."
     ),
     click.option(
-        "--lr-schedule", "schedule", type=click.Choice(["linear", "inverse_sqrt"]), default="linear",
+        "--lr-schedule", "schedule", type=one_of("schedule", "linear", "inverse_sqrt"), default="linear",
         help="inverse_sqrt is EDM2's.",
     ),
     click.option("--lr-warmup", "warmup_iterations", type=click.IntRange(0), default=200, help="Iterations of rise."),
@@ -120,7 +121,7 @@ SCHEDULE_OPTIONS = [
     ),
     click.option("--ema-every", "ema_snapshot_every", type=click.IntRange(1), default=1000, help="Iterations between."),
     click.option(
-        "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Of the network's trunk."
+        "--precision", type=one_of("precision", "fp32", "bf16", "fp16"), default="fp32", help="Of the network's trunk."
     ),
 ]  # fmt: skip
 
@@ -137,7 +138,7 @@ DISTILL_OPTIONS = [
     ),
     click.option(
         "--vsd-weighting",
-        type=click.Choice(["learned", "error"]),
+        type=one_of("weighting", "learned", "error"),
         default="learned",
         help="learned is the paper's, whose pull does not fade: near its teacher a student keeps moving by the "
         "learning rate. error divides by the teacher's error on each sample and settles; for small budgets.",
@@ -174,7 +175,7 @@ DISTILL_OPTIONS = [
         help="Error above which that loss grows linearly; 0: the square.",
     ),
     click.option("--mid-time", type=float, default=1.1, help="Second time of the model's two-step sampler, radians."),
-    click.option("--tangent-norm", type=click.Choice(["l2", "rms", "clamp"]), default="l2", help="l2 is the paper's."),
+    click.option("--tangent-norm", type=one_of("norm", "l2", "rms", "clamp"), default="l2", help="l2 is the paper's."),
     click.option("--tangent-warmup", type=click.IntRange(0), default=10_000, help="Iterations of tangent warm-up, H."),
     click.option("--tangent-c", type=click.FloatRange(0, min_open=True), default=0.1, help="Constant c of its norm."),
     click.option(
@@ -185,7 +186,7 @@ DISTILL_OPTIONS = [
         help="Scales to draw from; the model takes one as an input. The paper's are 1 2.",
     ),
     click.option(
-        "--tangent", "tangent_mode", type=click.Choice(["jvp", "jvp2", "fd"]), default="jvp2",
+        "--tangent", "tangent_mode", type=one_of("tangent", "jvp", "jvp2", "fd"), default="jvp2",
         help="In the pass that is trained, in one of its own, or by finite differences.",
     ),
     click.option(

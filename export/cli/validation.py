@@ -9,6 +9,7 @@ import click
 
 from .common import json_option, print_json, prompts_option, say
 from .located import model_argument
+from .names import BACKEND, PRECISION, STEPS
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.parity import Parity
@@ -17,9 +18,26 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument("bundle")
-@click.option("--backend", "backends", multiple=True, help="Candidates; every one that can run here when absent.")
-@click.option("--precision", "precisions", multiple=True, help="Only these; all when absent.")
-@click.option("--steps", multiple=True, type=click.IntRange(1, 64), help="Only these; all when absent.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=BACKEND,
+    help="Backend to compare; may be repeated; every one that can run here when absent.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=PRECISION,
+    help="Only artifacts of this precision; may be repeated; all when absent.",
+)
+@click.option(
+    "--steps",
+    multiple=True,
+    type=STEPS,
+    help="Only artifacts of this number of steps; may be repeated; all when absent.",
+)
 @click.option("--num-seeds", type=click.IntRange(1), default=32, help="Samples for each batch split.")
 @click.option("--first-seed", type=click.IntRange(0), default=0, help="Seed of the first sample; the others follow.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch splits; 1, 3 and the largest.")
@@ -41,7 +59,7 @@ def validate(
     first_seed: int, batches: tuple[int, ...], threshold: float | None, min_psnr: float | None, reason: str,
     folder: Path | None, record: bool, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Hold each graph and engine of BUNDLE against its PyTorch checkpoint, record it, exit 3 on failure.
+    """Compare every graph and engine of a bundle with its PyTorch checkpoint; exit 3 on failure.
 
     Both run on the same noise and labels. The threshold of fp32 is derived from how far the checkpoint is from itself
     on the same samples, in other batch splits and on noise moved by rounding. Of a lower precision 95 % of the samples

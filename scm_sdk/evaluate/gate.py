@@ -16,6 +16,7 @@ from ..errors import BackendUnavailable, BundleError, ConfigError, IncompatibleE
 from ..examples import Examples
 from ..generator import Generator
 from ..manifest import Artifact, ParityRecord
+from ..refusal import describe_precisions
 from ..spec import Precision
 from .parity import MIN_PSNR_DB as MIN_PSNR_DB
 from .parity import Parity, compare
@@ -86,6 +87,14 @@ def validate_bundle(
         for a in candidates
         if (not precisions or a.precision in precisions) and (not steps or a.num_inference_steps in steps)
     ]
+    if not candidates and (precisions or steps):
+        there = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
+        asked = [*precisions, *(f"{count} steps" for count in steps)]
+        raise ConfigError(
+            f"{bundle.path} has no graph or engine of {', '.join(asked)}, expected some of "
+            f"{describe_precisions(there) or 'none: it has only a checkpoint'}. Choose one of them, or add it: "
+            "scm-export precision, or scm-export quantize for int8"
+        )
     if not candidates or not bundle.artifacts(format="safetensors"):
         missing = "checkpoint to compare with" if candidates else "graph to validate"
         raise ConfigError(f"{bundle.path} holds no {missing}. Make it from a checkpoint: scm-export onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,28 @@ def convert_pickle(
         atomic_write_bytes(folder / CONFIG_NAME, msgspec.json.format(msgspec.json.encode(_config(converted)), indent=2))
         atomic_write_bytes(folder / "README.md", _card(converted, Path(path).name).encode())
     return converted
+
+
+def is_converted(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, entry: str = "ema", licence: str = ""
+) -> bool:
+    """Return whether ``convert_pickle`` with these arguments would write to ``out`` what is there.
+
+    Raises:
+        ScmError: What ``convert_pickle`` raises.
+    """
+    folder = Path(out)
+    try:
+        found = msgspec.json.decode((folder / CONFIG_NAME).read_bytes())["source_sha256"]
+    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        return False
+    if found != sha256_file(path):
+        return False
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temp:
+        made = convert_pickle(path, Path(temp) / "made", entry=entry, licence=licence).path
+        names = sorted(file.name for file in made.iterdir())
+        there = sorted(file.name for file in folder.iterdir())
+        return names == there and all(sha256_file(made / name) == sha256_file(folder / name) for name in names)
 
 
 def check_tensors(network: PickledNetwork, expected: Mapping[str, Shape], *, where: str) -> None:

