@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from scm_sdk.errors import UnsupportedGraphError
 
 from .fused_norms import norms_that_fuse
+from .passes import drop_unused
 from .precision import PRECISION_KEY
 from .winograd import products_for_convolutions
 
@@ -32,6 +33,7 @@ def cpu_form(model: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
             "or the other: 3x3 convolutions of 256 channels over 16x16, 128 over 32x32 or 192 over 64x64, or a "
             "transformer. Run the fp32 graph."
         )
+    drop_unused(copy)  # the factors of norms that were rewritten
     copy.metadata_props[PRECISION_KEY] = "fp32-cpu"
     notes = []
     if convolutions:

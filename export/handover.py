@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,11 +22,13 @@ from scm_sdk.evaluate.difference import Difference, difference
 from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR
 from scm_sdk.evaluate.reference import noise_floor
+from scm_sdk.files import atomic_file
 from scm_sdk.generator import Generator
 from scm_sdk.manifest import Artifact
-from scm_sdk.spec import Precision, SamplerSpec
+from scm_sdk.spec import CPU_PRECISIONS, Precision, SamplerSpec
 
 from .feeds import feeds_of
+from .write import data_path_of
 
 INPUTS, REFERENCE = "inputs.json", "reference.json"
 _RUNNER = "scm-sdk torch fp32"
@@ -36,11 +39,13 @@ class Handover:
     """What was written.
 
     Attributes:
+        graph: The graph, copied, with its weights beside it where they are in a file of their own.
         inputs: File for ``polygraphy run --load-inputs``.
         reference: File for ``--load-outputs``.
-        command: What to run where the engine runs.
+        command: What to run in the folder of these files.
     """
 
+    graph: Path
     inputs: Path
     reference: Path
     command: str
@@ -55,13 +60,13 @@ def write_handover(
     num_samples: int = 32,
     batch: int = 8,
 ) -> Handover:
-    """Write inputs and PyTorch's outputs for some seeds.
+    """Write a graph, inputs and PyTorch's outputs for some seeds, each file whole or not at all.
 
     Args:
         path: The bundle.
-        folder: Where the two files go.
+        folder: Where the files go; those of an earlier call are replaced.
         steps: Number of steps.
-        precision: Which graph the command runs.
+        precision: Which graph the command runs: with TensorRT, or with ONNX Runtime if it is made for CPUs.
         num_samples: Seeds 0, 1, ...
         batch: Samples in one iteration of Polygraphy.
 
@@ -81,14 +86,23 @@ def write_handover(
             images = backend.sample(*_split(spec, each))
             outputs.append(comparator.IterationResult(outputs={spec.output_name: images}, runner_name=_RUNNER))
         threshold = _threshold(bundle, gen, steps)
-    folder.mkdir(parents=True, exist_ok=True)
-    json.save_json(feeds, str(folder / INPUTS), "inputs of scm-sdk")
-    comparator.RunResults([(_RUNNER, outputs)]).save(str(folder / REFERENCE))
-    arguments = ["polygraphy", "run", graph.path, "--trt", "--strongly-typed", *_profile(spec, size)]
+    copy = folder / Path(graph.path).name
+    for source, target in ((bundle.file(graph.path), copy), (data_path_of(bundle.path / graph.path), data_path_of(copy))):
+        if source.exists():
+            with atomic_file(target) as temp:
+                shutil.copyfile(source, temp)
+        else:
+            target.unlink(missing_ok=True)  # of another graph
+    with atomic_file(folder / INPUTS) as temp:
+        json.save_json(feeds, str(temp), "inputs of scm-sdk")
+    with atomic_file(folder / REFERENCE) as temp:
+        comparator.RunResults([(_RUNNER, outputs)]).save(str(temp))
+    engine = ["--trt", "--strongly-typed", *_profile(spec, size)]
+    arguments = ["polygraphy", "run", copy.name, *(["--onnxrt"] if graph.precision in CPU_PRECISIONS else engine)]
     arguments += ["--load-inputs", INPUTS, "--save-outputs", "outputs.json"]
     if graph.precision == "fp32":  # a lower one is judged by its PSNR, which Polygraphy does not know
         arguments += ["--load-outputs", REFERENCE, "--atol", f"{threshold * spec.sigma_data:.1e}", "--rtol", "0"]
-    return Handover(inputs=folder / INPUTS, reference=folder / REFERENCE, command=shlex.join(arguments))
+    return Handover(graph=copy, inputs=folder / INPUTS, reference=folder / REFERENCE, command=shlex.join(arguments))
 
 
 def check_outputs(

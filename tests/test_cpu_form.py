@@ -52,6 +52,21 @@ def test_a_bundle_gains_it_and_every_cpu_backend_passes(unet_copy: Path) -> None
 
 
 @pytest.mark.usefixtures("any_size")
+def test_it_stores_nothing_that_it_does_not_read() -> None:
+    """ONNX Runtime warns of each such tensor at every load."""
+    from scm_sdk.export.compose import compose_sampler
+    from scm_sdk.export.graph import export_network
+    from scm_sdk.model.consistency import ModelConfig
+    from scm_sdk.model.presets import PRESETS
+
+    trained: ConsistencyModel = ConsistencyModel(ModelConfig(network=PRESETS["tiny"](num_classes=0, in_channels=1)))
+    exact = compose_sampler(export_network(trained.eval()), trained.spec(1))
+    model, _ = cpu_form(exact)
+    read = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
+    assert not [name for name, value in model.graph.initializers.items() if value not in read]
+
+
+@pytest.mark.usefixtures("any_size")
 def test_a_changed_filter_is_found_in_it(unet_bundle: Path) -> None:
     bundle = Bundle.open(unet_bundle)
     (checkpoint,) = bundle.artifacts(format="safetensors")

@@ -1,6 +1,7 @@
 """Polygraphy re-checks us from files alone, and its outputs are judged by our gate: both ways, by its own command."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ParityError
 from scm_sdk.export.cli import main
 from scm_sdk.export.handover import check_outputs, write_handover
+from scm_sdk.export.variants import add_cpu_form
 from scm_sdk.manifest import ParityRecord
 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed")
@@ -97,6 +99,32 @@ def test_fp32_is_held_to_the_threshold_on_record(unet_copy: Path, folder: Path) 
     Bundle.open(unet_copy).with_parity(record)
     with pytest.raises(ParityError, match=r"expected at most 1\.0e-12"):
         check_outputs(unet_copy, folder / "right.json", steps=2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp32-cpu"])
+def test_the_printed_command_runs_where_the_files_are(
+    graphs: Path, any_size: None, tmp_path: Path, precision: str
+) -> None:
+    """A graph for CPUs is run by ONNX Runtime; where no GPU is, so is the other."""
+    bundle = Path(shutil.copytree(graphs, tmp_path / "bundle"))
+    if precision == "fp32-cpu":
+        add_cpu_form(bundle, steps=[1], num_samples=0)
+    written = write_handover(bundle, tmp_path / "there", steps=1, precision=precision, num_samples=3)
+    words = shlex.split(written.command)
+    assert words[:3] == ["polygraphy", "run", written.graph.name] and written.graph.is_file()
+    if precision == "fp32":
+        assert "--trt" in words
+        words = ["polygraphy", "run", words[2], "--onnxrt", *words[words.index("--load-inputs") :]]
+    assert "--trt" not in words
+    done = subprocess.run(
+        [sys.executable, str(Path(sys.executable).with_name("polygraphy")), *words[1:]],
+        cwd=tmp_path / "there", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert check_outputs(bundle, tmp_path / "there/outputs.json", steps=1, precision=precision)
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {
+        "inputs.json", "reference.json", "outputs.json", written.graph.name,
+    }  # fmt: skip
 
 
 def test_what_cannot_be_handed_over(unet_bundle: Path, folder: Path, tmp_path: Path) -> None:

@@ -7,29 +7,32 @@ from pathlib import Path
 import click
 
 from .common import json_option, print_json, say
+from .libraries import requires
 from .located import model_argument
+from .names import PRECISION, STEPS
 
 
 @click.command()
+@requires("polygraphy", "torch")
 @model_argument("bundle")
 @click.option("-o", "--out", default=Path("handover"), type=click.Path(path_type=Path), help="Folder for the files.")
-@click.option("--steps", type=click.IntRange(1, 64), default=2)
-@click.option("--num-samples", type=click.IntRange(1), default=32)
-@click.option("--check", "outputs", type=click.Path(path_type=Path), help="Judge this file of --save-outputs instead.")
-@click.option(
-    "--precision",
-    default="fp32",
-    help="Which graph is handed over; with --check what ran there, which decides the gate.",
-)
+@click.option("--steps", type=STEPS, default=2, help="Number of network calls of the graph.")
+@click.option("--num-samples", type=click.IntRange(1), default=32, help="Number of samples, seeds 0, 1, ...")
+@click.option("--check", "outputs", type=click.Path(path_type=Path),
+              help="Judge this file, which polygraphy wrote with --save-outputs, instead.")  # fmt: skip
+@click.option("--precision", type=PRECISION, default="fp32",
+              help="Precision of the graph; with --check of what ran, which decides the gate.")  # fmt: skip
 @json_option
 def handover(
     bundle: Path, out: Path, steps: int, num_samples: int, outputs: Path | None, precision: str, as_json: bool
 ) -> None:  # fmt: skip
     """Write a graph, inputs and reference outputs for Polygraphy on another machine.
 
+    That machine needs no scm-sdk. The command that is printed runs in OUT.
+
     \b
     scm-export handover avatars -o handover
-    polygraphy run model.onnx --trt --trt-min-shapes ... (the whole command is printed)
+    cd handover && polygraphy run model.onnx --trt --trt-min-shapes ... (the whole command is printed)
     scm-export handover avatars --check handover/outputs.json --precision fp16
     """
     from ..handover import check_outputs, write_handover
@@ -42,6 +45,7 @@ def handover(
             print_json({runner: gap.to_dict() for runner, gap in found.items()})
         return
     written = write_handover(bundle, out, steps=steps, precision=precision, num_samples=num_samples)
-    say(f"wrote {written.inputs} and {written.reference}; beside them and the graph:\n  {written.command}")
+    say(f"wrote {written.graph.name}, {written.inputs.name} and {written.reference.name} to {out}. Run there:\n"
+        f"  {written.command}")  # fmt: skip
     if as_json:
         print_json({name: str(value) for name, value in vars(written).items()})

@@ -51,6 +51,25 @@ class Name(_ParamType):
         return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
 
 
+class BackendName(Name):
+    """A backend whose library is installed."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name, fail with the known ones, or raise ``BackendUnavailable``: exit code 7."""
+        from scm_sdk._lazy import install_command, is_installed
+        from scm_sdk.dispatch import BACKENDS
+        from scm_sdk.errors import BackendUnavailable
+
+        name = super().convert(value, param, ctx)
+        info = BACKENDS.get(name)
+        if info is not None and not is_installed(info.library):
+            raise BackendUnavailable(
+                f"backend {name!r} needs {info.library}, which is not installed. Install it with: "
+                f"{install_command(info.extra)}. See what runs here: scm-export doctor"
+            )
+        return name
+
+
 class BackendAndPrecision(_ParamType):
     """``NAME`` or ``NAME:PRECISION``."""
 
@@ -107,8 +126,8 @@ def _one_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-BACKEND = Name("backend", _backends)
-BACKEND_OR_AUTO = Name("backend", _backends, ("auto",))
+BACKEND = BackendName("backend", _backends)
+BACKEND_OR_AUTO = BackendName("backend", _backends, ("auto",))
 PRECISION = Name("precision", _precisions)
 PRECISION_OR_AUTO = Name("precision", _precisions, ("auto",))
 STEPS = click.IntRange(1, 64)
