@@ -87,16 +87,21 @@ def write_handover(
             outputs.append(comparator.IterationResult(outputs={spec.output_name: images}, runner_name=_RUNNER))
         threshold = _threshold(bundle, gen, steps)
     copy = folder / Path(graph.path).name
-    for source, target in ((bundle.file(graph.path), copy), (data_path_of(bundle.path / graph.path), data_path_of(copy))):
+    for source, target in (
+        (bundle.file(graph.path), copy),
+        (data_path_of(bundle.path / graph.path), data_path_of(copy)),
+    ):
         if source.exists():
             with atomic_file(target) as temp:
                 shutil.copyfile(source, temp)
         else:
             target.unlink(missing_ok=True)  # of another graph
-    with atomic_file(folder / INPUTS) as temp:
-        json.save_json(feeds, str(temp), "inputs of scm-sdk")
-    with atomic_file(folder / REFERENCE) as temp:
-        comparator.RunResults([(_RUNNER, outputs)]).save(str(temp))
+    log = require("polygraphy.logger", extra="polygraphy", purpose="a hand-over").G_LOGGER
+    with log.verbosity(log.ERROR):  # it would name the temporary files
+        with atomic_file(folder / INPUTS) as temp:
+            json.save_json(feeds, str(temp))
+        with atomic_file(folder / REFERENCE) as temp:
+            comparator.RunResults([(_RUNNER, outputs)]).save(str(temp))
     engine = ["--trt", "--strongly-typed", *_profile(spec, size)]
     arguments = ["polygraphy", "run", copy.name, *(["--onnxrt"] if graph.precision in CPU_PRECISIONS else engine)]
     arguments += ["--load-inputs", INPUTS, "--save-outputs", "outputs.json"]

@@ -316,19 +316,6 @@ def test_tables_are_whole_in_a_pipe_and_hold_no_markup(unet_bundle: Path) -> Non
     assert captured.get() == "[bold]0.1.0[/] 1.7.1.116\n"
 
 
-def test_progress_is_plain_lines_with_the_total_where_stderr_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from scm_sdk.export.cli import common
-
-    monkeypatch.setattr(common, "PROGRESS_SECONDS", 0.0)
-    with common.progress_bar("generate", 2000) as update:
-        update(500)
-        update(1000, "loss 0.1")
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("  generate: 500 of 2,000, ") and second.endswith("s left, loss 0.1")
-
-
 def test_jpeg_webp_and_other_names(unet_bundle: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -374,27 +361,28 @@ def test_onnx_and_import_may_be_repeated(unet_checkpoint: Path, pkl: Path, tmp_p
     assert other.exit_code == 6 and "--overwrite" in other.stderr
 
 
-def test_doctor_says_runs_here_only_after_a_run(tmp_path: Path) -> None:
-    """A library that cannot be loaded, that ends the process, and one that lacks what it needs."""
-    states = {}
-    for name, code in (
-        ("missing", "raise ImportError('libonnxruntime.so.1: cannot open shared object file')"),
-        ("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
-        ("old", "__version__ = '1.2.0'"),
-    ):
-        package = tmp_path / name / "onnxruntime"
-        package.mkdir(parents=True)
-        (package / "__init__.py").write_text(code)
-        path = os.pathsep.join([str(tmp_path / name), os.environ.get("PYTHONPATH", str(ROOT))])
-        done = subprocess.run(
-            [sys.executable, "-m", "scm_sdk.export.cli", "doctor", "--json"], capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": path},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        states[name] = json.loads(done.stdout)["backends"]["onnxruntime"]
-    assert "cannot open shared object file" in states["missing"] and "uninstall" in states["missing"]
-    assert "SIGSEGV" in states["crash"]
-    assert states["old"].startswith("does not run: ") and "onnxruntime" in states["old"]
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("raise ImportError('libort.so.1: cannot open')", ["libort.so.1: cannot open", "uninstall both"]),
+        ("raise ImportError", ["built for another NumPy"]),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", ["SIGSEGV"]),
+        ("__version__ = '1.2.0'", ["AttributeError"]),
+    ],
+    ids=["unloadable", "abi", "crash", "too old"],
+)
+def test_doctor_says_why_a_library_that_is_there_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, found: list[str]
+) -> None:
+    from scm_sdk.export.cli.doctor import RUNS, _try
+
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime/__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(ROOT))]))
+    state = _try("onnxruntime")
+    assert state.startswith("does not run: ") and all(text in state for text in found), state
+    monkeypatch.undo()
+    assert _try("onnxruntime") == RUNS
 
 
 def test_the_trial_graph_is_what_it_says() -> None:

@@ -35,6 +35,8 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     scm-export doctor
     scm-export doctor avatars
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from scm_sdk._lazy import install_command, is_installed
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
@@ -42,8 +44,10 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     from scm_sdk.processor import cpu_name, usable_cores
 
     found = {name: _version(name) if is_installed(name) else None for name in LIBRARIES}
+    with ThreadPoolExecutor() as threads:
+        trials = {name: threads.submit(_try, name) for name, info in BACKENDS.items() if is_installed(info.library)}
     states = {
-        name: _try(name) if is_installed(info.library) else f"not installed: {install_command(info.extra)}"
+        name: trials[name].result() if name in trials else f"not installed: {install_command(info.extra)}"
         for name, info in BACKENDS.items()
     }
     report = {
