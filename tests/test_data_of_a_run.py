@@ -85,6 +85,9 @@ def test_a_model_that_does_not_say_its_data_needs_to_be_given_them(room: Path, t
     assert recorded_data(tmp_path / "told", model.config.provenance) == DataConfig(
         source="data.npz", label="kind", rows=(0, 10)
     )
+    older = json.loads((room / "teacher" / "train.json").read_text()) | {"a field of another version": 1}
+    (tmp_path / "told" / "train.json").write_text(json.dumps(older))
+    assert recorded_data(tmp_path / "told", {}) == DataConfig(**distilled(tmp_path / "told") | {"rows": (0, 10)})
     model.config = msgspec.structs.replace(model.config, provenance={})
     model.save_pretrained(tmp_path / "bare")
     error = run("distill", "-o", tmp_path / "run", "--teacher", tmp_path / "bare", *LENGTH, code=2).stderr
@@ -159,7 +162,7 @@ def test_pictures_are_judged_by_the_data_that_the_model_was_not_trained_on() -> 
         "real rows 500..699, held-out rows 700..10699" in load_held_out(spec(), effnet_lite0(), trained_on=less).about
     )
     whole = load_held_out(spec(), effnet_lite0(), trained_on=msgspec.structs.replace(AVATARS, rows=(0, 0)))
-    assert "real rows 0..9999, held-out rows 10000..19999" in whole.about
+    assert whole.about.endswith("real rows 0..9999, held-out rows 10000..19999, which the model was trained on")
     rows = load_held_out(spec(), effnet_lite0(), trained_on=AVATARS, reference_rows=(10_000, 10_100))
     assert "held-out rows 10000..10099" in rows.about
     with pytest.raises(ConfigError, match="does not say which data it was trained on"):

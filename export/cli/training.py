@@ -138,6 +138,7 @@ def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
     from scm_sdk.errors import BundleError, ConfigError
     from scm_sdk.model.checkpoint import read_config
     from scm_sdk.train.config import DataConfig
+    from scm_sdk.train.distributed import is_main_process
     from scm_sdk.train.record import describe_data, recorded_data
 
     folder = Path(options["teacher"] or options["init_from"])
@@ -153,10 +154,9 @@ def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
     if given.get("source", recorded.source) != recorded.source:
         given = {"rows": (0, 0), **given}  # the teacher's rows are of its own data
     data = msgspec.structs.replace(recorded, **given)
-    say(
-        f"{folder} was trained on {describe_data(recorded)}"
-        + ("" if data == recorded else f", this run is given {describe_data(data)}")
-    )
+    if is_main_process():
+        other = "" if data == recorded else f", this run is given {describe_data(data)}"
+        say(f"{folder} was trained on {describe_data(recorded)}{other}")
     return data
 
 

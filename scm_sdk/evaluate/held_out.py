@@ -95,9 +95,10 @@ def load_held_out(
     elif label is None:
         label = trained_on.label if trained_on is not None else _DEFAULT_LABEL.get(source, "")
     data = load_data(DataConfig(source=source, label=label))
-    default = _default_rows(len(data), trained_on.rows if same and trained_on is not None else (0, 0))
+    trained = trained_on.rows if same and trained_on is not None else (0, 0)
+    default = _default_rows(len(data), trained)
     real_rows, reference_rows = real_rows or default[0], reference_rows or default[1]
-    if stats is None and max(reference_rows[0], real_rows[0]) < min(reference_rows[1], real_rows[1]):
+    if stats is None and _overlap(reference_rows, real_rows):
         raise ConfigError(
             f"held-out rows {reference_rows} (--rows) and real rows {real_rows} (--real-rows) overlap, expected "
             "disjoint ones."
@@ -124,8 +125,14 @@ def load_held_out(
         colours=() if order is None or not data.label_values
         else tuple(data.label_values[i] for i in np.argsort(order)),
         about=f"{Path(source).name}, label {label or 'none'}: real rows {_rows(real_rows)}, "
-        + (f"statistics of {stats}" if stats is not None else f"held-out rows {_rows(reference_rows)}"),
+        + (f"statistics of {stats}" if stats is not None else f"held-out rows {_rows(reference_rows)}")
+        + (", which the model was trained on" if same and stats is None
+           and (trained == (0, 0) or _overlap(reference_rows, trained)) else ""),
     )  # fmt: skip
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return max(a[0], b[0]) < min(a[1], b[1])
 
 
 def _default_rows(count: int, trained: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

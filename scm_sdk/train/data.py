@@ -227,7 +227,7 @@ def _read_fashion_mnist(part: str, label: str) -> ImageData:
 
 def _read_folder(folder: Path, label: str) -> ImageData:
     if not folder.is_dir():
-        raise TrainError(f"data source {str(folder)!r} is no folder, .npz file, 'avatars' or 'fashion-mnist'.")
+        raise TrainError(f"data source {str(folder)!r} is no folder, .npz file, 'avatars' or 'fashion-mnist' (--data).")
     if label not in ("", "folder"):
         raise TrainError(f"label is {label!r}, expected 'folder' (classes are the sub-folders) or nothing (--label).")
     paths, ignored = _pictures_in(folder)

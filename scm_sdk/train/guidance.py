@@ -16,7 +16,7 @@ from ..model.consistency import ConsistencyModel
 from ..model.guidance import GuidedNetwork
 from .config import TrainConfig
 from .objectives import seeded_generator
-from .record import read_run
+from .record import recorded
 
 LABEL_DROPOUT = "label_dropout"
 """Key of a model's provenance: the share of samples that it was trained on without their label."""
@@ -75,5 +75,5 @@ def require_guidable(model: ConsistencyModel, folder: str | Path) -> None:
 
 
 def _share_in_run(folder: Path) -> str:
-    run = read_run(folder)
+    run = recorded(folder)
     return f"{run.label_dropout:g}" if run is not None and run.objective == "diffusion" else ""

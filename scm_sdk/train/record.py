@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from ..errors import ConfigError, TrainError
 from .config import DataConfig, TrainConfig
 
@@ -17,6 +19,22 @@ def describe_data(config: DataConfig) -> str:
     """Return what a model's provenance says of its data: the last part of the source's path, label, rows."""
     rows = "" if config.rows == (0, 0) else f", rows {config.rows[0]}..{config.rows[1] - 1}"
     return f"{Path(config.source).name}, label {config.label or 'none'}{rows}"
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked of a run afterwards; its config may be of another version and have other fields."""
+
+    objective: str
+    data: DataConfig
+    label_dropout: float = 0.0
+
+
+def recorded(folder: Path) -> Recorded | None:
+    """Return what the run in a folder was; None where there is none, or none that can be read."""
+    try:
+        return msgspec.json.decode((folder / CONFIG_FILE).read_bytes(), type=Recorded)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def read_run(folder: Path) -> TrainConfig | None:
@@ -44,11 +62,8 @@ def recorded_data(folder: Path, provenance: Mapping[str, object]) -> DataConfig 
     Args:
         folder: Of the run, checkpoint or bundle.
         provenance: The model's.
-
-    Raises:
-        TrainError: If the run's config cannot be read.
     """
-    if (run := read_run(folder)) is not None:
+    if (run := recorded(folder)) is not None:
         return run.data
     found = _TEXT.fullmatch(str(provenance.get("data", "")))
     if found is None:
