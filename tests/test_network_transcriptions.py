@@ -3,7 +3,7 @@
 Each transcription computes in float64 from the stored weights alone and follows the order of operations that the
 sources give: for DDPM++ a block filters before its first convolution (Score SDE, arXiv 2011.13456, appendix H, BigGAN
 blocks with a box filter; EDM, arXiv 2206.00364, appendix F, table 7), for EDM2 the configuration G of arXiv 2312.02696
-(equations 21, 69 to 103 and figures 14 to 21). What sCM changes (arXiv 2410.11081, section 4.1) is transcribed too: time
+(equations 21, 69 to 103). What sCM changes (arXiv 2410.11081, section 4.1) is transcribed too: the time itself
 in sinusoids of ``max_period`` 10,000, and double normalization.
 """
 

@@ -6,10 +6,10 @@ capped, names may not lead out of the folder, weights are safetensors or refused
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from ..._names import WEIGHTS_NAME
 from ...errors import BundleError, ConfigError
@@ -20,7 +20,7 @@ _JSON_MAX_BYTES = 8 << 20
 
 
 def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
-    """Return a JSON object.
+    """Return a JSON object. ``Infinity`` and ``NaN``, which diffusers writes, are numbers.
 
     Args:
         path: The file.
@@ -33,26 +33,44 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
     try:
         if path.stat().st_size > _JSON_MAX_BYTES:
             raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_JSON_MAX_BYTES}. {remedy}")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        read = json.loads(path.read_bytes())
     except OSError as exc:
         raise BundleError(f"{path} cannot be read: {exc.strerror}. {remedy}") from exc
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is no JSON object: {exc}. {remedy}") from exc
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path} is no JSON object, found a {type(read).__name__}. {remedy}")
+    return read
 
 
 def weight_files(folder: Path, name: str = WEIGHTS_NAME, *, remedy: str = REMEDY) -> list[Path]:
     """Return the safetensors files of a component: one, or all shards that its index names.
 
+    Where the files bear the name of a variant, as ``variant="fp16"`` writes them, it is the only one.
+
     Raises:
-        BundleError: If there are none, or one is missing.
+        BundleError: If there are none, one is missing, or there are several variants and no plain file.
     """
+    stem = name.removesuffix(".safetensors")
     index = folder / f"{name}.index.json"
     if (folder / name).is_file():
         return [folder / name]
     if not index.is_file():
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        more = f" {others[0]} is a pickle, which is never loaded: save it with safe_serialization." if others else ""
-        raise BundleError(f"{folder} holds neither {name} nor {index.name}, expected the weights.{more} {remedy}")
+        shard = re.compile(rf"{re.escape(stem)}\.[^.]+-\d+-of-\d+\.safetensors")
+        whole = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if not shard.fullmatch(path.name)]
+        variants = [*whole, *sorted(folder.glob(f"{name}.index.*.json"))]
+        if len(variants) > 1:
+            found = ", ".join(path.name for path in variants)
+            raise BundleError(f"{folder} holds several variants, {found}, expected {name} or one of them. {remedy}")
+        if whole:
+            return whole
+        if not variants:
+            others = sorted(path.name for path in folder.glob("*.bin"))
+            more = (
+                f" {others[0]} is a pickle, which is never loaded: save it with safe_serialization." if others else ""
+            )
+            raise BundleError(f"{folder} holds neither {name} nor {index.name}, expected the weights.{more} {remedy}")
+        index = variants[0]
     named = read_json(index, remedy=remedy).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise BundleError(f"{index} names no shards, expected a weight_map. {remedy}")

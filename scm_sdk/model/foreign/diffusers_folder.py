@@ -2,6 +2,8 @@
 
     model_index.json   scheduler/scheduler_config.json   unet/ or transformer/{config.json, *.safetensors}
 
+or, as the first repositories were saved, with all files in the folder itself.
+
 The scheduler says what the denoiser predicts and at which noise levels; without it the network cannot be understood, so
 it has to lie in the folder or beside the component's. Files from elsewhere are not trusted: sizes are capped, names do
 not lead out of the folder, weights are safetensors, every tensor is accounted for, and no class is imported that
@@ -38,6 +40,29 @@ _EDM_SCHEDULERS = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
 _VP_CONVENTIONS: dict[str, ConventionName] = {
     "epsilon": "vp_noise", "v_prediction": "vp_velocity", "sample": "vp_data",
 }  # fmt: skip
+_LAST_ALPHA_BAR = 2**-24
+_DIVIDES_BY_LAST_ALPHA = {
+    "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+}  # fmt: skip
+"""Schedulers that put 2^-24 in the place of a terminal alpha_bar of 0."""
+_READ_SETTINGS = {
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type", "timestep_type", "use_flow_sigmas", "invert_sigmas", "sigma_data",
+}  # fmt: skip
+"""Settings that say what the network is: each is read below."""
+_SAMPLER_SETTINGS = {
+    "algorithm_type", "base_image_seq_len", "base_shift", "clip_sample", "clip_sample_range", "disable_corrector",
+    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type",
+    "lambda_min_clipped", "lower_order_final", "max_image_seq_len", "max_shift", "predict_x0", "rho",
+    "sample_max_value", "set_alpha_to_one", "shift", "shift_terminal", "sigma_max", "sigma_min", "sigma_schedule",
+    "skip_prk_steps", "solver_order", "solver_p", "solver_type", "steps_offset", "stochastic_sampling",
+    "thresholding", "time_shift_type", "timestep_spacing", "use_beta_sigmas", "use_dynamic_shifting",
+    "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas", "variance_type",
+}  # fmt: skip
+"""Settings of diffusers' own samplers: at which levels they call the network, and what they do to its answer."""
+_PREDICTION_CHANGES = ("clip_sample", "thresholding")
+"""Those that change a prediction: the teacher here is the network without them, and its provenance says so."""
 _REMEDY = "Give the folder that the pipeline's save_pretrained wrote, whole."
 
 
@@ -76,8 +101,9 @@ def load_diffusers(
     """
     folder = Path(folder)
     component, scheduler = _find(folder)
-    config = _read_json(component / CONFIG_NAME)
-    described = _describe(config, _read_json(scheduler), component, sigma_data, sample_shape, text_length)
+    config, schedule = _read_json(component / CONFIG_NAME), _read_json(scheduler)
+    described = _describe(config, schedule, component, sigma_data, sample_shape, text_length)
+    left_out = [name for name in _PREDICTION_CHANGES if schedule.get(name)]
     is_latent = described.sample_shape[0] not in (1, 3)
     model = ConsistencyModel(
         ModelConfig(
@@ -87,7 +113,8 @@ def load_diffusers(
             provenance={
                 "source": f"{described.class_name} of {folder.name}",
                 "objective": "diffusion",
-                "scheduler": str(_read_json(scheduler).get("_class_name")),
+                "scheduler": str(schedule.get("_class_name")),
+                **({"scheduler_settings_not_applied": ", ".join(left_out)} if left_out else {}),
                 "license": "other",
                 # What makes it guidable; diffusers' DiT is the class-conditional one with a row for no label.
                 **({"label_dropout": "0.1"} if described.has_null_label else {}),
@@ -120,14 +147,16 @@ def _find(folder: Path) -> tuple[Path, Path]:
                 f"{folder} is a {index.get('_class_name')!r} with {' and '.join(named) or 'none'} of "
                 f"{', '.join(COMPONENTS)}, expected one denoiser."
             )
-        component = folder / named[0]
+        component = folder / named[0] if (folder / named[0]).is_dir() else folder
     if not (component / CONFIG_NAME).is_file():
         raise BundleError(f"no {CONFIG_NAME} in {component}, expected the denoiser's. {_REMEDY}")
-    places = [component.parent / "scheduler" / SCHEDULER_NAME, component / SCHEDULER_NAME]
+    places = [component / SCHEDULER_NAME, component / "scheduler" / SCHEDULER_NAME]
+    if not (component / INDEX_NAME).is_file():  # what lies beside a pipeline belongs to another one
+        places.append(component.parent / "scheduler" / SCHEDULER_NAME)
     scheduler = next((place for place in places if place.is_file()), None)
     if scheduler is None:
         raise BundleError(
-            f"no {SCHEDULER_NAME} in {component.parent / 'scheduler'}, expected it: it alone says what the denoiser "
+            f"no {SCHEDULER_NAME} in {places[-1].parent}, expected it: it alone says what the denoiser "
             f"predicts and at which noise levels. {_REMEDY}"
         )
     return component, scheduler
@@ -149,6 +178,7 @@ def _describe(
         )
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
     convention, schedule = _read_scheduler(scheduler)
+    continuous = scheduler.get("timestep_type") == "continuous" and convention == "vp_velocity"
     own_sigma = scheduler.get("sigma_data", 0.5) if convention == "edm_network" else None
     if own_sigma is not None and sigma_data not in (None, own_sigma):
         raise ConfigError(
@@ -166,6 +196,7 @@ def _describe(
                 "sample_shape": sample_shape or _sample_shape(str(kind), arguments, where),
                 "sigma_data": sigma,
                 "schedule": schedule,
+                "timestep_type": "continuous" if continuous else "discrete",
                 "num_train_timesteps": scheduler.get("num_train_timesteps", 1000),
                 "text_length": text_length,
             },
@@ -188,6 +219,15 @@ def _sample_shape(kind: str, arguments: dict[str, Any], where: Path) -> tuple[An
 
 def _read_scheduler(config: dict[str, Any]) -> tuple[ConventionName, dict[str, Any] | None]:
     kind = config.get("_class_name")
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    unknown = [name for name, value in settings.items() if value and name not in _READ_SETTINGS | _SAMPLER_SETTINGS]
+    if kind in _FLOW_SCHEDULERS | _EDM_SCHEDULERS | _VP_SCHEDULERS and unknown:
+        raise ConfigError(
+            f"the {kind} has {unknown[0]} = {settings[unknown[0]]!r}, a setting that is not known here and may change "
+            "what the network predicts or at which noise levels. Wrap the module by hand, with ModuleDenoiser."
+        )
+    if (times := config.get("timestep_type", "discrete")) not in ("discrete", "continuous"):
+        raise ConfigError(f"the {kind} has timestep_type {times!r}, expected 'discrete' or 'continuous'.")
     if kind in _FLOW_SCHEDULERS:
         if config.get("invert_sigmas"):
             raise ConfigError(f"the {kind} has invert_sigmas, expected u = 1 to be noise. Wrap the module by hand.")
@@ -206,6 +246,8 @@ def _read_scheduler(config: dict[str, Any]) -> tuple[ConventionName, dict[str, A
         raise ConfigError(f"the {kind} has prediction_type {predicts!r}, expected one of {', '.join(_VP_CONVENTIONS)}.")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     schedule = {name: config[name] for name in (*names, "rescale_betas_zero_snr") if config.get(name) is not None}
+    if schedule.get("rescale_betas_zero_snr") and kind in _DIVIDES_BY_LAST_ALPHA:
+        schedule["last_alpha_bar"] = _LAST_ALPHA_BAR
     return _VP_CONVENTIONS[predicts], schedule
 
 

@@ -9,7 +9,7 @@ random weights; ``diffusers_folder`` reads both from a folder that diffusers sav
     DiTTransformer2DModel     vp_*, flow, edm_network              class_labels; label num_classes is "none"
     SD3Transformer2DModel     flow, vp_*                           encoder_hidden_states, pooled_projections
 
-Times they are given: the schedule's index (vp_*), 1000 u (flow), ln(sigma) / 4 (edm_network).
+Times they are given: the schedule's index or ln(sigma) / 4 (vp_*), 1000 u (flow), ln(sigma) / 4 (edm_network).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...errors import ConfigError
 from ...spec import TensorSpec
 from ..conversions import EDM_DENOISER, EDM_NETWORK, FLOW, VP_NOISE, VP_VELOCITY, Convention
 from .denoiser import ModuleDenoiser, TrigFlowNetwork
-from .schedule import VpIndex, VpSchedule
+from .schedule import VpIndex, VpSchedule, continuous_timestep
 
 ClassName = Literal["UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"]
 ConventionName = Literal["vp_noise", "vp_velocity", "vp_data", "flow", "edm_network"]
@@ -59,6 +59,8 @@ class DiffusersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         sample_shape: Shape of one sample, (C, H, W).
         sigma_data: Standard deviation of its data, data units; the model's.
         schedule: Its noise levels; of ``vp_*`` alone.
+        timestep_type: What a ``vp_*`` model is given for a time: ``discrete``, the schedule's index, or ``continuous``,
+            ln(sigma) / 4.
         num_train_timesteps: What u = 1 is called; of ``flow`` alone.
         text_length: Tokens of ``encoder_hidden_states``; of SD3 alone.
         dropout: Of the network while a student is trained.
@@ -70,6 +72,7 @@ class DiffusersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     sample_shape: tuple[int, int, int]
     sigma_data: float
     schedule: VpSchedule | None = None
+    timestep_type: Literal["discrete", "continuous"] = "discrete"
     num_train_timesteps: int = 1000
     text_length: int = 333
     dropout: float = 0.0
@@ -80,6 +83,11 @@ class DiffusersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ConfigError(
                 f"convention {self.convention!r} comes with {found}, expected one for vp_noise, vp_velocity and "
                 "vp_data, and none for the others."
+            )
+        if self.timestep_type == "continuous" and self.convention != "vp_velocity":
+            raise ConfigError(
+                f"timestep_type is 'continuous' for convention {self.convention!r}, expected 'vp_velocity': with "
+                "another the library gives the schedule's index."
             )
         if self.dropout and self.class_name == "SD3Transformer2DModel":
             raise ConfigError(f"dropout is {self.dropout} for {self.class_name}, expected 0: it has none.")
@@ -163,6 +171,8 @@ def _make_tractable(module: nn.Module) -> None:
 
 
 def _timestep(config: DiffusersConfig) -> Callable[[Tensor], Tensor]:
+    if config.timestep_type == "continuous":
+        return continuous_timestep
     if config.schedule is not None:
         return VpIndex(config.schedule)
     if config.convention == "flow":

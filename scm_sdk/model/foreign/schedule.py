@@ -32,6 +32,7 @@ class VpSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             ``squaredcos_cap_v2``, the cosine schedule, which has ends of its own.
         trained_betas: All of them instead, or ().
         rescale_betas_zero_snr: Whether they were rescaled so that the last step is noise alone.
+        last_alpha_bar: What takes the place of the last step's 0 then: 2^-24 with the schedulers that divide by it.
     """
 
     num_train_timesteps: int = 1000
@@ -40,11 +41,14 @@ class VpSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     trained_betas: tuple[float, ...] = ()
     rescale_betas_zero_snr: bool = False
+    last_alpha_bar: float = 0.0
 
     def __post_init__(self) -> None:
         betas = self.trained_betas or (self.beta_start, self.beta_end)
         if not all(0 < beta < 1 for beta in betas) or (not self.trained_betas and betas[0] > betas[1]):
             raise ConfigError(f"betas are {betas[0]} .. {betas[-1]}, expected numbers in (0, 1) that rise.")
+        if not 0 <= self.last_alpha_bar < 1:
+            raise ConfigError(f"last_alpha_bar is {self.last_alpha_bar}, expected a number in [0, 1).")
         if not 2 <= self.num_train_timesteps <= 100_000:
             raise ConfigError(f"num_train_timesteps is {self.num_train_timesteps}, expected 2..100000.")
         if self.trained_betas and len(self.trained_betas) != self.num_train_timesteps:
@@ -66,6 +70,8 @@ class VpSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             # By way of betas, as in training: the last bits are theirs.
             betas = 1 - torch.cat([squared[:1], squared[1:] / squared[:-1]])
             alpha_bar = torch.cumprod(1 - betas, dim=0)
+            if 0 < self.last_alpha_bar < alpha_bar[-2]:  # else the levels would not fall
+                alpha_bar[-1] = self.last_alpha_bar
         return alpha_bar.double().sqrt()
 
     def _betas(self) -> Tensor:
@@ -100,6 +106,11 @@ class VpIndex:
         levels, gaps = self._levels.to(alpha.device), self._gaps.to(alpha.device)
         # Each step counts 1 where it lies below, 0 where above, and its share where the level is inside.
         return ((_log_ratio(alpha)[:, None] - levels) / gaps).clamp(0, 1).sum(dim=1)
+
+
+def continuous_timestep(alpha: Tensor) -> Tensor:
+    """Return ln(sigma) / 4 with sigma = sg / al, (B,), of ``alpha``, (B,), float64: a time without steps."""
+    return _log_ratio(alpha) / 4
 
 
 def _log_ratio(alpha: Tensor) -> Tensor:
