@@ -1,8 +1,9 @@
 """Run the sampler graph with OpenVINO on the CPU; torch is never imported.
 
-OpenVINO is fastest where it knows the batch: one picture takes 1.5 times as long in a graph of any batch. So a
-graph that is small is compiled once for each batch size, when it is first asked for (about a second), and kept for
-``FIXED_BATCHES`` of them; a large one is compiled once for all, since each would hold the weights again.
+OpenVINO is fastest where it knows the batch: one picture takes 1.5 times as long in a graph of any batch. Compiling
+takes about a second, so a small graph is compiled for the sizes of ``FIXED_SIZES`` alone, each when it is first needed:
+a batch is run in parts of these sizes, and a part that lacks a few pictures repeats its last one. A large graph is
+compiled once for all sizes, since each would hold the weights again.
 
 It computes in float32, but for the layers that a graph of precision ``int8-cpu`` quantizes. Which precisions it is not
 given, and why, stands in ``scm_sdk.dispatch.BACKENDS``.
@@ -14,7 +15,6 @@ runs one at a time in each of its streams, so there is a stream for every call t
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ from .base import (
     first_line,
 )
 
-FIXED_BATCHES = 8
-"""Batch sizes of a small graph that stay compiled; of more, the one unused for longest goes."""
+FIXED_SIZES = (16, 4, 1)
+"""Batch sizes that a small graph is compiled for."""
 FIXED_BYTES = 64 * 2**20
-"""Largest graph, weights included, that is compiled for each batch size."""
+"""Largest graph, weights included, that is compiled for more than one."""
+_LEAST_FILLED = 0.75
+"""A size is used where so much of it is pictures that were asked for."""
 _TYPES = {"f32": "float32", "i64": "int64"}
 
 
@@ -92,10 +94,10 @@ class OpenVINOBackend:
         check_graph(spec, found, _spec_text(self._model), artifact_path)
         self.spec = spec
         self._fixed = _graph_bytes(artifact_path) <= FIXED_BYTES
-        self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
+        self._compiled: dict[int, _Compiled] = {}
         self._lock = threading.Lock()
         try:
-            self._for_batch(1)
+            self._for_size(1 if self._fixed else 0)
         except RuntimeError as exc:
             raise BackendUnavailable(
                 f"openvino {openvino.__version__} cannot compile {artifact_path}: {first_line(exc)}. Expected a "
@@ -107,7 +109,7 @@ class OpenVINOBackend:
         feeds = check_inputs(self.spec, noise, conditioning)
         batch = len(noise[0])
         try:
-            images = self._for_batch(batch).run(feeds)
+            images = self._run(feeds, batch) if self._fixed else self._for_size(0).run(feeds)
         except RuntimeError as exc:
             raise BackendFailure(
                 f"openvino failed on a batch of {batch} on cpu: {first_line(exc)}. "
@@ -121,20 +123,30 @@ class OpenVINOBackend:
             self._model = None
             self._compiled.clear()
 
-    def _for_batch(self, batch: int) -> _Compiled:
-        key = batch if self._fixed else 0
+    def _run(self, feeds: dict[str, np.ndarray], batch: int) -> np.ndarray:
+        parts = []
+        start = 0
+        for size in _sizes(batch, self.spec.max_batch):
+            stop = min(start + size, batch)
+            part = {name: array[start:stop] for name, array in feeds.items()}
+            if stop - start < size:
+                rows = np.minimum(np.arange(size), stop - start - 1)
+                part = {name: array[rows] for name, array in part.items()}
+            parts.append(self._for_size(size).run(part)[: stop - start])
+            start = stop
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _for_size(self, size: int) -> _Compiled:
+        """Return the graph compiled for a batch size, or for all with 0."""
         with self._lock:
             if self._model is None:
                 raise BackendFailure("this openvino backend was closed, expected an open one. Open it again.")
-            if key not in self._compiled:
+            if size not in self._compiled:
                 model = self._model.clone()
-                size = batch if self._fixed else self._openvino.Dimension(1, self.spec.max_batch)
-                model.reshape({port: [size, *list(port.partial_shape)[1:]] for port in model.inputs})
-                self._compiled[key] = _Compiled(self._core.compile_model(model, "CPU", self._settings))
-                while len(self._compiled) > FIXED_BATCHES:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(key)
-            return self._compiled[key]
+                batch = size or self._openvino.Dimension(1, self.spec.max_batch)
+                model.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in model.inputs})
+                self._compiled[size] = _Compiled(self._core.compile_model(model, "CPU", self._settings))
+            return self._compiled[size]
 
 
 class _Compiled:
@@ -153,6 +165,16 @@ class _Compiled:
         images: np.ndarray = outputs[0]  # a copy: the request's own memory is written again by its next call
         self._idle.append(request)
         return images
+
+
+def _sizes(batch: int, max_batch: int) -> list[int]:
+    """Return the sizes of ``FIXED_SIZES`` that hold a batch, the largest first."""
+    sizes = []
+    while batch > 0:
+        size = next(s for s in FIXED_SIZES if s == 1 or (s <= max_batch and batch >= _LEAST_FILLED * s))
+        sizes.append(size)
+        batch -= size
+    return sizes
 
 
 def _load(core: Any, path: Path) -> Any:
