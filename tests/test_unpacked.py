@@ -55,7 +55,7 @@ def test_opening_it_again_makes_it_young(archives: list[Path]) -> None:
 
 def test_what_was_unused_for_long_goes_and_comes_back(archives: list[Path]) -> None:
     assert "removed 0 bundles" in gc() and names() == ["old", "new"]
-    assert "removed 1 bundles" in gc("--max-age", 30) and names() == ["new"]
+    assert "removed 1 bundle," in gc("--max-age", 30) and names() == ["new"]
     Generator.from_pretrained(archives[0], backend="onnxruntime").close()
     assert names() == ["new", "old"]
 
@@ -73,7 +73,7 @@ def test_a_damaged_one_is_found_and_removed(archives: list[Path]) -> None:
     (folder / "onnx/fp32/1step/model.onnx").write_bytes(b"x" * (folder / "onnx/fp32/1step/model.onnx").stat().st_size)
     with pytest.raises(IntegrityError, match=r"model\.onnx"):
         Generator.from_pretrained(archives[1], backend="onnxruntime")
-    assert "removed 1 bundles" in gc() and names() == ["old"]
+    assert "removed 1 bundle," in gc() and names() == ["old"]
     Generator.from_pretrained(archives[1], backend="onnxruntime").close()
 
 
@@ -83,10 +83,10 @@ def test_what_a_killed_process_left_goes_after_a_day(archives: list[Path]) -> No
     (left / "half").write_bytes(b"x" * 1000)
     assert "removed 0 bundles" in gc() and left.exists(), "it may still be being filled"
     os.utime(left, (time.time() - 2 * 86400,) * 2)
-    assert "removed 1 bundles" in gc() and not left.exists()
+    assert "removed 1 bundle," in gc() and not left.exists()
 
 
 def test_a_manifest_that_cannot_be_read(archives: list[Path]) -> None:
     (unpacked.unpacked(archives[1]) / "scm_manifest.json").write_text("{")
     assert "(unfinished)" in CliRunner().invoke(main, ["cache", "ls"]).stderr
-    assert "removed 1 bundles" in gc() and names() == ["old"]
+    assert "removed 1 bundle," in gc() and names() == ["old"]
