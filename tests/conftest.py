@@ -62,6 +62,8 @@ def session_cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     """Keep what fixtures of a module or the session build out of the user's cache: they run before ``cache_home``."""
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("session-cache")
+        for variable in ("SCM_CACHE_DIR", "SCM_TRUST_ENGINES", "SCM_TELEMETRY"):
+            patch.delenv(variable, raising=False)
         patch.setenv("XDG_CACHE_HOME", str(home))
         yield home
 
