@@ -359,4 +359,6 @@ def _conditioning(spec: SamplerSpec, given: Mapping[str, np.ndarray], count: int
             raise ShapeError(f"conditioning[{name!r}] is {array.shape} {array.dtype}, expected {shape} {tensor.dtype}.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ConfigError(f"conditioning[{name!r}] holds NaN or infinity, expected finite numbers.")
+        if tensor.kind == "mask" and not ((array == 0) | (array == 1)).all():
+            raise ConfigError(f"conditioning[{name!r}] holds other numbers, expected 1 for tokens and 0 for padding.")
     return {name: np.asarray(given[name]) for name in wanted}

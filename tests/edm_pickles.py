@@ -72,7 +72,7 @@ class Encoder(Persistent):
 
 
 def write_edm_pickle(
-    path: Path, *, dtype: torch.dtype = torch.float16, change: Callable[[Any], None] | None = None
+    path: Path, *, dtype: torch.dtype = torch.float16, change: Callable[[Any], None] | None = None, protocol: int = 4
 ) -> dict[str, Any]:
     """Write a pickle; ``change`` may alter its root before. Returns the network's state dict."""
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def write_edm_pickle(
     with pytest.MonkeyPatch.context() as patch:
         _place(patch, _reconstruct_persistent_obj, "torch_utils.persistence")
         _place(patch, EasyDict, "dnnlib.util")
-        path.write_bytes(pickle.dumps(root, protocol=4))
+        path.write_bytes(pickle.dumps(root, protocol=protocol))
     return network.state_dict()
 
 

@@ -119,3 +119,24 @@ def test_a_tensor_that_no_state_dict_holds_is_not_lost_silently(edm_pickle, tmp_
     edm_pickle(tmp_path / "net.pkl", change=lambda root: setattr(root["ema"].unet, "loose", torch.ones(2)))
     with pytest.raises(ConfigError, match="keeps a tensor 'loose' that is neither parameter nor buffer"):
         read_network(tmp_path / "net.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_older_protocols_are_read(edm_pickle, tmp_path, protocol):
+    expected = edm_pickle(tmp_path / "net.pkl", protocol=protocol)
+    found = read_network(tmp_path / "net.pkl").tensors
+    assert all(np.array_equal(found[name].numpy(), tensor.numpy()) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attn_resolutions": []}, {"model_channels": 16, "channels_per_head": 64}], ids=["none", "narrow"]
+)
+def test_attention_is_where_a_head_fits(changes):
+    arguments = {"img_resolution": 16, "img_channels": 3, "label_dim": 0, "model_channels": 64} | changes
+    names = [name for name in edm2_shapes(arguments | {"channel_mult": [1, 2]}) if "attn" in name]
+    assert sorted({name.split(".")[2] for name in names}) == ([] if "channels_per_head" in changes else ["8x8_in0"])
+
+
+def test_a_network_of_countless_blocks_is_refused_at_once():
+    with pytest.raises(ValueError, match="num_blocks is 65536"):
+        edm2_shapes({"img_resolution": 64, "img_channels": 3, "label_dim": 0, "num_blocks": 65536})

@@ -149,6 +149,13 @@ def gen(sana_bundle: Path) -> Iterator[Generator]:
         ({"prompt": 3}, "prompt is 3, expected a text"),
         ({"prompt": "a", "prompt_embeds": np.zeros((1, TOKENS, 8), np.float32)}, "prompt and prompt_embeds are both"),
         ({"prompt_attention_mask": np.ones((1, TOKENS), np.int64)}, "is given without prompt_embeds"),
+        (
+            {
+                "prompt_embeds": np.zeros((1, TOKENS, 8), np.float32),
+                "prompt_attention_mask": np.full((1, TOKENS), 2, np.int64),
+            },
+            "expected 1 for tokens and 0 for padding",
+        ),
         ({"prompt_embeds": np.zeros((1, 3, 8), np.float32)}, r"is \(1, 3, 8\) float32, expected \(1, 16, 8\)"),
         ({"prompt": "a", "guidance_scale": 99.0}, "guidance_scale is 99.0, expected numbers in"),
     ],

@@ -19,6 +19,7 @@ from .conditioning import PositionalEmbedding
 from .consistency import ConsistencyModel, ModelConfig
 from .foreign.sana_folder import is_pipeline
 from .magnitude import require_unbaked
+from .own import unwrapped, wrapped_module
 from .paper_unet import PaperUNetConfig
 from .transformer import TransformerConfig
 from .unet import UNetConfig
@@ -27,6 +28,8 @@ BUILT_IN = (UNetConfig, TransformerConfig, PaperUNetConfig)
 """Configs of the networks of this package."""
 _MAPPED_BYTES = 1 << 29
 """How much of a file is read before it is mapped anew."""
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+"""What ``torch.compile`` and data parallelism put before the name of every weight."""
 CLASS_NAME = "ScmModel"
 """What ``_class_name`` says in a ``config.json``; the network's own ``type`` says which network."""
 
@@ -107,9 +110,11 @@ def load_checkpoint(folder: Path, network: nn.Module | None = None) -> Consisten
     with torch.device("meta") if built_in else nullcontext():
         model = ConsistencyModel(config, network)
     subject = f"{folder / WEIGHTS_NAME} does not fit its {CONFIG_NAME}"
-    check_fits(model.network, tensors, subject, remedy="The two files belong to different models.")
+    bare = unwrapped(model.network)
+    tensors = without_wrappers(bare, tensors)
+    check_fits(bare, tensors, subject, remedy="The two files belong to different models.")
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    model.network.load_state_dict(floats, assign=built_in)
+    bare.load_state_dict(floats, assign=built_in)
     if built_in:
         for module in model.modules():
             if isinstance(module, PositionalEmbedding):  # the only ones with tensors that no file holds
@@ -139,11 +144,41 @@ def check_fits(network: nn.Module, tensors: Mapping[str, Tensor], subject: str, 
         )
 
 
+def without_wrappers(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the network's own names, where a file has those of a wrapper around it.
+
+    Args:
+        network: What they are for.
+        tensors: What was read; returned as it is unless every name begins with ``_orig_mod.`` (``torch.compile``) or
+            ``module.`` (``DataParallel``), and the network has not such names itself.
+    """
+    found, expected = dict(tensors), network.state_dict().keys()
+    for prefix in WRAPPER_PREFIXES * 2:  # one inside the other, in either order
+        if found and not found.keys() & expected and all(name.startswith(prefix) for name in found):
+            found = {name[len(prefix) :]: tensor for name, tensor in found.items()}
+    return found
+
+
+def _bare_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's weights under the names that they have without wrappers, at whatever depth these stand."""
+    state = network.state_dict()
+    names = {name: name for name in state}
+    found = [
+        path for path, module in network.named_modules(remove_duplicate=False) if wrapped_module(module) is not None
+    ]
+    for path in sorted(found, key=len, reverse=True):  # inner ones first: their paths still name the outer
+        start = f"{path}." if path else ""
+        for name, short in names.items():
+            if short.startswith(start):
+                names[name] = start + short[len(start) :].partition(".")[2]
+    return {names[name]: tensor for name, tensor in state.items()}
+
+
 def save_checkpoint(model: ConsistencyModel, folder: Path) -> None:
     """Write a checkpoint folder; see ``ConsistencyModel.save_pretrained``."""
     require_unbaked(model.network)
     config = {"_class_name": CLASS_NAME, **msgspec.to_builtins(model.config)}
-    weights = _unshared(model.network.state_dict())
+    weights = _unshared(_bare_state(model.network))
     text = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     with atomic_file(folder / WEIGHTS_NAME, error=BundleError) as path:
         try:

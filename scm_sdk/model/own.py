@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ def own_config(
         conditioning: Inputs beside x, t, class_labels and guidance_scale.
         guidance: Whether it takes ``guidance_scale``.
     """
-    kind = type(network)
+    kind = type(unwrapped(network))
     registered = next((known for known, factory in _REGISTERED.items() if factory is kind), "")
     return OwnConfig(
         name=name or registered or kind.__qualname__,
@@ -134,6 +134,21 @@ def own_config(
         conditioning=tuple(conditioning),
         guidance=guidance,
     )
+
+
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """Return what ``torch.compile`` or data parallelism wraps; None where the module is no wrapper."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return cast(nn.Module, module.module)
+    inner = module._modules.get("_orig_mod")  # the class of torch.compile's takes seconds to import
+    return inner
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers of ``wrapped_module``."""
+    while (inner := wrapped_module(module)) is not None:
+        module = inner
+    return module
 
 
 def make_own_network(config: OwnConfig) -> nn.Module:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 CLASS_NAME = "Precond"
+MAX_BLOCKS = 1024
+"""Blocks of one side of a network; the largest that is published has 12."""
 Shape = tuple[int, ...]
 
 
@@ -25,7 +27,10 @@ def edm2_shapes(arguments: Mapping[str, Any]) -> dict[str, Shape]:
     resolution, channels = _int(arguments, "img_resolution"), _int(arguments, "img_channels")
     labels, width = _int(arguments, "label_dim"), _int(arguments, "model_channels", 192)
     mult, blocks = _ints(arguments, "channel_mult", (1, 2, 3, 4)), _int(arguments, "num_blocks", 3)
-    attention = _ints(arguments, "attn_resolutions", (16, 8))
+    attention = _ints(arguments, "attn_resolutions", (16, 8), least=0)
+    head = _int(arguments, "channels_per_head", 64) or 1
+    if blocks * len(mult) > MAX_BLOCKS:
+        raise ValueError(f"num_blocks is {blocks}, expected at most {MAX_BLOCKS // len(mult)} a resolution")
     logvar = _int(arguments, "logvar_channels", 128)
     widths = [width * m for m in mult]
     noise = width * _int(arguments, "channel_mult_noise", 1)
@@ -44,6 +49,7 @@ def edm2_shapes(arguments: Mapping[str, Any]) -> dict[str, Shape]:
         shapes["unet.emb_label.weight"] = (embedding, labels)
 
     def add(name: str, before: int, after: int, *, decoder: bool = False, attend: bool = False) -> None:
+        attend = attend and after >= head  # narrower than one head is no attention
         shapes.update(_block(f"unet.{name}.", before, after, embedding, decoder=decoder, attend=attend))
 
     now, skips = channels + 1, []  # one channel of ones
@@ -94,8 +100,8 @@ def _int(arguments: Mapping[str, Any], name: str, default: int | None = None) ->
     return value
 
 
-def _ints(arguments: Mapping[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+def _ints(arguments: Mapping[str, Any], name: str, default: tuple[int, ...], *, least: int = 1) -> tuple[int, ...]:
     value = arguments.get(name, default)
-    if not isinstance(value, list | tuple) or not 1 <= len(value) <= 16:
+    if not isinstance(value, list | tuple) or not least <= len(value) <= 16:
         raise ValueError(f"{name} is not a short list of whole numbers")
     return tuple(_int({name: each}, name) for each in value)

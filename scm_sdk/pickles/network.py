@@ -151,11 +151,36 @@ def _table(where: str, budget: Budget) -> Mapping[str, Allowed]:
         "torch.nn.modules.container.ModuleDict": Allowed(new=lambda: _Object("ModuleDict")),
         "numpy.ndarray": Allowed(),
         "numpy.dtype": Allowed(call=StoredDtype),
+        "_codecs.encode": Allowed(call=bytes_of_text),
     }
+    for module in ("builtins", "__builtin__"):  # protocols 2 and 3 name what later ones have instructions for
+        table[f"{module}.set"] = Allowed(call=set_of_text)
+        table[f"{module}.bytes"] = Allowed(call=no_bytes)
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table[f"{module}._reconstruct"] = Allowed(call=StoredArray)
         table[f"{module}.scalar"] = Allowed(call=read_scalar)
     return table
+
+
+def set_of_text(*arguments: Any) -> set[str]:
+    """Stand in for ``set([...])``."""
+    if len(arguments) != 1 or type(arguments[0]) is not list or not all(type(item) is str for item in arguments[0]):
+        raise ValueError("a set made from something else than a list of text")
+    return set(arguments[0])
+
+
+def bytes_of_text(*arguments: Any) -> memoryview:
+    """Stand in for ``codecs.encode(text, "latin1")``, the bytes of protocol 2."""
+    if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] != "latin1":
+        raise ValueError("bytes made from something else than text in latin1")
+    return memoryview(arguments[0].encode("latin1"))
+
+
+def no_bytes(*arguments: Any) -> memoryview:
+    """Stand in for ``bytes()``."""
+    if arguments:
+        raise ValueError("bytes made by a call with arguments")
+    return memoryview(b"")
 
 
 def dict_of_pairs(*arguments: Any) -> dict[str, Any]:

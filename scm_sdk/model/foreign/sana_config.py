@@ -24,7 +24,7 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     patch_size: int = 1
     norm_elementwise_affine: bool = False
     norm_eps: float = 1e-6
-    interpolation_scale: int | None = None
+    interpolation_scale: float | None = None
     guidance_embeds: bool = False
     guidance_embeds_scale: float = 0.1
     qk_norm: str | None = None
