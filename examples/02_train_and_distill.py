@@ -5,7 +5,7 @@
 For a good model use more iterations: the commands of the README, or scm_sdk/assets/avatars.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -36,4 +36,6 @@ def main(out: Path, iterations: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/tiny"), help="default: %(default)s")
+    main(parser.parse_args().out)

@@ -5,7 +5,7 @@
 Run it again: what would come out the same is left alone. `scm-export all` does this in one command.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from scm_sdk import Generator
@@ -37,4 +37,7 @@ def main(checkpoint: Path, bundle: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="training run or saved model")
+    parser.add_argument("bundle", type=Path, help="folder to write")
+    main(**vars(parser.parse_args()))

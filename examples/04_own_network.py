@@ -1,9 +1,9 @@
 """Your own network, of any rank, from training to an engine: sound (1-D) and video (3-D).
 
-python examples/04_own_network.py runs/own sound video    # what a network must be: scm_sdk/model/own.py
+python examples/04_own_network.py runs/own sound    # what a network must be: scm_sdk/model/own.py
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -75,5 +75,9 @@ def main(out: Path, kind: str, iterations: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    for each in sys.argv[2:] or SHAPES:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own"), each)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/own"), help="default: %(default)s")
+    parser.add_argument("kind", nargs="?", choices=SHAPES, help="both when absent")
+    arguments = parser.parse_args()
+    for each in [arguments.kind] if arguments.kind else SHAPES:
+        main(arguments.out, each)

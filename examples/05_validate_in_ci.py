@@ -5,6 +5,7 @@
 `scm-export validate --no-record --json` is the same gate as a command.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -44,4 +45,7 @@ def main(bundle: Path, report: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="bundle to check")
+    parser.add_argument("report", type=Path, help="JSON file to write")
+    sys.exit(main(**vars(parser.parse_args())))

@@ -6,7 +6,7 @@ runs offline: it first makes a pipeline of the released kind, tiny and with rand
 out and give its folder to ``import_sana``, or to the command: scm-export import FOLDER -o sana --steps 2
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +54,12 @@ def main(folder: Path) -> None:
         out = gen(2, prompt=["a red fox", "a blue bird"], seed=7, guidance_scale=4.5)
         out.images[0].save(folder / "fox.png")
         alone = gen(prompt="a blue bird", seed=8)
-    # Another batch may round the last bit of a float32 otherwise: one level of 255.
+    # Batches of another size may differ in the last bit of a float32: one level of 255.
     same = np.abs(np.asarray(alone.images[0], int) - np.asarray(out.images[1], int)).max() <= 1
     print(f"the bird alone equals the bird beside the fox: {same}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder for the pipeline, the bundle and a picture")
+    main(parser.parse_args().folder)

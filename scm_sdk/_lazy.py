@@ -78,7 +78,7 @@ def install_command(extra: str, *options: str) -> str:
 
 
 def wheel_command(*extras: str) -> str:
-    """Return the pip command that installs this package with extras from a wheel built with ``python -m build``."""
+    """Return the pip command that installs this package with extras from a wheel that ``pip wheel`` built."""
     return f"pip install 'dist/{_DISTRIBUTION.replace('-', '_')}-{__version__}-py3-none-any.whl[{','.join(extras)}]'"
 
 

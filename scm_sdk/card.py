@@ -148,7 +148,7 @@ def _usage(spec: SamplerSpec, where: str, artifacts: Sequence[Artifact]) -> str:
     return f"""## Usage
 
 ```sh
-python -m build --wheel  # in a checkout of scm-sdk, which is on no package index
+pip wheel --no-deps --wheel-dir dist .  # in a checkout of scm-sdk, which is on no package index
 {wheel_command(extra, "hub")}
 ```
 

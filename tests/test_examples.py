@@ -28,10 +28,25 @@ def run(name, *arguments, cwd, code=0):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_each_is_short_and_named(path):
     text = path.read_text()
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 100
     assert f"python examples/{path.name}" in text, "its first lines say how to run it"
     assert path.name in (ROOT / "README.md").read_text()
     assert any(path.name in test.read_text() for test in (ROOT / "tests").glob("test_*.py")), "no test runs it"
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name != "07_serve.py"], ids=lambda path: path.name)
+def test_each_shows_its_usage(path, tmp_path):
+    done = run(path.name, "-h", cwd=tmp_path)
+    assert done.stdout.startswith("usage: ") and not list(tmp_path.iterdir())
+    if path.name[:2] in ("03", "05", "06"):  # the others have defaults, or are services
+        done = run(path.name, cwd=tmp_path, code=2)
+        assert "usage: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_demo_is_named(tmp_path):
+    done = run("01_generate.py", cwd=tmp_path, code=6)
+    assert "scm-demo/avatars does not exist" in done.stderr and "make demo" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_their_numbers_are_theirs_alone():
