@@ -27,6 +27,16 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.loader is not None and spec.origin is not None
 
 
+def installed_version(module: str) -> str:
+    """Return the version of the distribution that brings a module, or "unknown"."""
+    from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
+    try:
+        return version(packages_distributions().get(module, [module.replace(".", "-")])[0])
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import ``module`` or raise with the command that installs it.
 

@@ -25,6 +25,7 @@ from scm_sdk.report import render
 from scm_sdk.report.collect import Report, collect
 from scm_sdk.report.figures import error_histogram, provenance
 from scm_sdk.report.render import verdict, write_report
+from scm_sdk.status import ModelStatus
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,12 @@ def pages(validated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_holds_everything_and_loads_nothing(pages: Path) -> None:
     html = pages.read_text()
     assert "validated: 3 of 3 artifacts passed" in html
-    for part in ("onnxruntime fp16, 1 step", "derived from the noise floor", "the gate&#39;s PSNR", "Throughput"):
+    for part in (
+        "onnxruntime fp16, 1 step",
+        "derived from the noise floor",
+        "minimum PSNR of this precision",
+        "Throughput",
+    ):
         assert part in html, part
     assert html.count("<svg") == 6  # bars, a histogram for each of two samplers, two of speed, provenance
     loads = re.findall(
@@ -85,7 +91,34 @@ def test_the_page_works_in_a_browser(pages: Path, tmp_path: Path) -> None:
 def test_a_bundle_that_was_never_validated_says_so(unet_bundle: Path, tmp_path: Path) -> None:
     write_report(collect(unet_bundle, num_images=2, rounds=0), tmp_path / "r.html")
     html = (tmp_path / "r.html").read_text()
-    assert "not validated" in html and "Nothing is recorded" in html and "How fast, here" not in html
+    assert "not validated" in html and "Nothing is recorded" in html and "Speed on this machine" not in html
+    assert "quality: not measured" in html and "<p>Not measured." in html
+
+
+def test_a_page_says_what_the_model_is_and_what_made_the_page(pages: Path) -> None:
+    json_form = json.loads(pages.with_suffix(".json").read_text())
+    assert json_form["status"]["quality_measured"] is False and json_form["status"]["kind"] == "unknown"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", json_form["date"])
+    assert set(json_form["versions"]) == {"scm_sdk", "torch", "onnxruntime"} and "unknown" not in json_form["versions"]
+    for form in (pages, pages.with_suffix(".md")):
+        text = form.read_text()
+        assert "objective not on record" in text and "training: length not on record" in text
+        assert "quality: not measured" in text and json_form["date"] in text and "ladder" not in text
+        assert f"onnxruntime {json_form['versions']['onnxruntime']}" in text
+
+
+def test_the_card_on_a_page_agrees_with_the_page(pages: Path) -> None:
+    """The bundle was validated before: its card, which is shown on the page, says so."""
+    assert "| not compared |" not in pages.read_text()
+
+
+def test_a_teacher_is_warned_of_on_its_page(validated: Path, tmp_path: Path) -> None:
+    report = collect(validated, backends=["onnxruntime"], num_images=2, rounds=0)
+    teacher = ModelStatus.of({"objective": "diffusion", "iteration": "20", "num_iterations": "60"})
+    write_report(Report(**{**vars(report), "status": teacher}), tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "<b>Warning:</b> this is a diffusion model (a teacher)" in text
+    assert "training is unfinished: 20 of 60 iterations" in text
 
 
 def with_manifest(report: Report, **changes: object) -> Report:

@@ -37,13 +37,13 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from scm_sdk._lazy import install_command, is_installed
+    from scm_sdk._lazy import install_command, installed_version, is_installed
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
     from scm_sdk.gpu import gpus
     from scm_sdk.processor import cpu_name, usable_cores
 
-    found = {name: _version(name) if is_installed(name) else None for name in LIBRARIES}
+    found = {name: installed_version(name) if is_installed(name) else None for name in LIBRARIES}
     with ThreadPoolExecutor() as threads:
         trials = {name: threads.submit(_try, name) for name, info in BACKENDS.items() if is_installed(info.library)}
     states = {
@@ -110,11 +110,3 @@ def _try(backend: str) -> str:
     said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     return f"does not run: {said}"
 
-
-def _version(module: str) -> str:
-    from importlib.metadata import PackageNotFoundError, packages_distributions, version
-
-    try:
-        return version(packages_distributions().get(module, [module.replace(".", "-")])[0])
-    except PackageNotFoundError:
-        return "unknown"

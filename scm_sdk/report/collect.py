@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from .._lazy import installed_version
+from .._version import __version__
 from ..build_record import BUILD_RECORD_NAME, BuildRecord
 from ..bundle import Bundle
 from ..dispatch import BACKENDS, backend_info
@@ -27,6 +30,7 @@ from ..manifest import Manifest
 from ..request import Request, make_request
 from ..scores import read_scores
 from ..spec import Precision, SamplerSpec
+from ..status import ModelStatus
 
 Say = Callable[[str], object]
 
@@ -67,6 +71,9 @@ class Report:
         engines: Build record of each engine, by path.
         left_out: Why an artifact has no pictures, one line each.
         machine: Where all this was measured.
+        status: What the model is: its kind, how far it was trained, whether its quality was measured.
+        date: When the report was made, UTC, ``YYYY-MM-DD HH:MM``.
+        versions: Of this package and of the libraries that ran the model here, by import name.
         card: The model card, Markdown; "" if the bundle has none.
         checks: Self-checks of PyTorch and of each backend, by name; of ``timed_steps``.
         quality: Kept scores, as ``evaluate --keep`` wrote them.
@@ -82,6 +89,9 @@ class Report:
     engines: dict[str, BuildRecord]
     left_out: tuple[str, ...]
     machine: dict[str, str]
+    status: ModelStatus
+    date: str
+    versions: dict[str, str]
     card: str = ""
     checks: dict[str, tuple[Check, ...]] = field(default_factory=dict)
     quality: list[dict[str, Any]] = field(default_factory=list)
@@ -114,6 +124,9 @@ class Report:
             "engines": {path: msgspec.to_builtins(record) for path, record in self.engines.items()},
             "left_out": list(self.left_out),
             "machine": self.machine,
+            "status": self.status.to_dict(),
+            "date": self.date,
+            "versions": self.versions,
             "checks": {name: [check.to_dict() for check in checks] for name, checks in self.checks.items()},
             "quality": self.quality,
         }
@@ -195,10 +208,18 @@ def collect(
         engines=_records(bundle),
         left_out=tuple(left_out),
         machine=describe_machine(),
+        status=bundle.status,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        versions=_versions(pictures),
         card=_card(bundle),
         checks=_checks(path, [p for p in pictures if p.steps == timed], progress),
         quality=read_scores(bundle.path, manifest),
     )
+
+
+def _versions(pictures: list[Pictures]) -> dict[str, str]:
+    libraries = sorted({BACKENDS[each.name.split()[0]].library for each in pictures})
+    return {"scm_sdk": __version__, **{library: installed_version(library) for library in libraries}}
 
 
 def _draw(generator: Generator, request: Request) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ _LETTER, _GAP = 0.059, 0.6
 
 
 def psnr_bars(report: Report) -> str:
-    """How near each artifact comes to PyTorch, dB; longer is nearer."""
+    """PSNR of each artifact and PyTorch, dB; longer is closer."""
     rows = [(f"{p.name}, {p.steps} step{'s' * (p.steps > 1)}", p.difference.psnr_db, p.precision)
             for p in report.pictures if p.difference is not None]  # fmt: skip
     figure, axes = _figure(7, 0.8 + 0.34 * len(rows))
@@ -32,7 +32,7 @@ def psnr_bars(report: Report) -> str:
         axes.text(value + 1, i, said, va="center", fontsize=9, color=_INK)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axes.set_xlim(0, max([1.0, *shown]) * 1.15)
-    axes.set_xlabel("PSNR beside PyTorch fp32, dB")
+    axes.set_xlabel("PSNR vs PyTorch fp32, dB")
     axes.invert_yaxis()
     return _svg(figure, "PSNR of each artifact")
 

@@ -22,6 +22,20 @@ from .collect import Pictures, Report
 _COLUMNS = 16
 _AMPLIFY = 10.0
 _LARGEST_WIDTH = 1600
+GLOSSARY = {
+    "artifact": "a file that a backend runs: a graph or an engine, in one precision and for one number of steps",
+    "step": "one network call; a consistency model makes an image in one or two",
+    "PSNR": "peak signal-to-noise ratio of an image and its reference, dB; higher is closer",
+    "sigma_data": "standard deviation of the training data; differences are given in this unit",
+    "noise floor": "largest difference between PyTorch and itself with other batches; no backend can be held to less",
+    "SSIM": "structural similarity of two images; 1 is equal",
+    "seed": "number from which the noise of an image is made; the same on every backend",
+    "FD, KID": "distances between the features of generated and of real pictures; lower is better",
+    "precision, recall": "of quality: share of generated pictures near real ones, and of real near generated ones",
+    "engine": "a TensorRT program, built for one kind of GPU",
+    "kernels": "GPU programs that an engine runs; counted from the build log and compared with the graph",
+}
+"""Words of the report and what they mean."""
 
 
 def write_report(report: Report, path: Path) -> tuple[Path, Path, Path]:
@@ -70,14 +84,15 @@ def _context(report: Report) -> dict[str, Any]:
         }
         for path, record in report.engines.items()
     ]
-    ladder = [{**_plain(record), "finding": record.finding, "origin": _origin(record)} for record in records]
+    parity = [{**_plain(record), "finding": record.finding, "origin": _origin(record)} for record in records]
     return {
         "report": report,
         "verdict": verdict(report.manifest),
         "engines": engines,
-        "ladder": ladder,
+        "parity": parity,
         "unproved": [artifact.path for artifact in unproved(report.manifest)],
         "checks": _check_rows(report),
+        "glossary": GLOSSARY,
         "quality": [_quality(score) for score in report.quality],
         "version": __version__,
     }
@@ -168,7 +183,7 @@ def _html_only(report: Report) -> dict[str, Any]:
 def _cards(report: Report) -> list[dict[str, str]]:
     total = sum(entry.size for entry in report.manifest.files)
     cards = [
-        {"value": " and ".join(map(str, report.steps)), "text": "network calls for an image"},
+        {"value": " and ".join(map(str, report.steps)), "text": "network calls per image"},
         {"value": f"{total / 1e6:.1f} MB", "text": f"{len(report.manifest.files)} files, each with its sha256"},
         {"value": str(len(report.engines)), "text": "engines"},
     ]
@@ -177,7 +192,8 @@ def _cards(report: Report) -> list[dict[str, str]]:
         cards.append(
             {
                 "value": f"{fastest.median_ms:.2f} ms",
-                "text": f"{fastest.name}, batch {report.latencies[0].batch}: {fastest.speedup:.1f}× PyTorch",
+                "text": f"{fastest.name}, batch {report.latencies[0].batch}: {fastest.speedup:.1f}× PyTorch, median of "
+                f"{len(fastest.samples_ms)} rounds{'' if report.latencies[0].stable else ' on a machine not steady'}",
             }
         )
     return cards
@@ -215,8 +231,8 @@ def _origin(record: ParityRecord) -> str:
     if record.reason:
         return f"set by hand: {record.reason}"
     if record.gate != "max_abs":
-        return "the gate's PSNR for this precision"
-    return f"derived from the noise floor {record.noise_floor:.1e}: PyTorch beside itself"
+        return "minimum PSNR of this precision"
+    return f"derived from the noise floor {record.noise_floor:.1e}: PyTorch compared with itself"
 
 
 def _census(census: dict[str, Any]) -> str:
