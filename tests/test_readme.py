@@ -28,6 +28,7 @@ SHORTENED = {
     "train": ["--dry-run"],
     "distill": ["--dry-run"],
     "all": ["--steps", "1", "--precision", "fp16"],
+    "quantize": ["--steps", "1", "--num-samples", "32"],
     "validate": ["--num-seeds", "8", "--batch", "8", "--backend", "onnxruntime"],
     "evaluate": ["--num-images", "128", "--rows", "10000", "10400", "--real-rows", "0", "400"],
     "bench": ["--rounds", "10", "--batch", "1"],
