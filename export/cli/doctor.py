@@ -109,4 +109,3 @@ def _try(backend: str) -> str:
         return f"does not run: its process ended by {signal.Signals(-done.returncode).name}. Install it again"
     said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     return f"does not run: {said}"
-
