@@ -40,7 +40,7 @@ def test_a_bundle_gains_it_and_every_cpu_backend_passes(unet_copy: Path) -> None
 
     results = validate_bundle(unet_copy, precisions=["fp32-cpu"], num_seeds=4, batches=[1, 3])
     assert {r.candidate_backend for r in results} == {"onnxruntime", "openvino"} and all(results)
-    assert {(r.gate, r.threshold) for r in results} == {("psnr_db", 100.0)}
+    assert {(r.gate, r.threshold) for r in results} == {("psnr_p05_db", 100.0)}
     with Generator.from_pretrained(unet_copy, precision="fp32-cpu", num_inference_steps=2) as gen:
         out = gen(2, class_labels=[0, 1], seed=5, output_type="raw")
         assert out.info.artifact == GRAPH and out.info.precision == "fp32-cpu"

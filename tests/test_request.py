@@ -121,7 +121,7 @@ def test_wrong_arguments(ort: Generator, arguments: dict[str, Any], error: type[
         ({"precision": "fp64"}, "precision is 'fp64', expected 'auto' or one of fp32, fp32-cpu, fp16"),
         (
             {"precision": "fp16"},
-            "nothing to run 2 steps with .*precision='fp16'.*precision='fp16' was asked for",
+            "precision 'fp16' is not in .*, expected fp32",
         ),
         ({"fallback": "maybe"}, "fallback is 'maybe', expected one of error, warn, allow"),
         ({"verify": "twice"}, "verify is 'twice', expected one of none, digest, smoke, full"),

@@ -42,7 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("precision", "low"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
 def test_half_precision_keeps_its_sums_and_its_guards(sana_bundle_copy: Path, precision: Any, low: str) -> None:
     (variant,) = add_precision(sana_bundle_copy, default_plan(precision), steps=[1], num_samples=2)
-    assert (variant.psnr_db is None) == (precision == "bf16") and (variant.psnr_db or 99) > 55
+    assert (variant.psnr_db is None) == (precision == "bf16") and (variant.psnr_db or 99) > 45
     types = types_of(sana_bundle_copy / variant.path)
     full = [f"{BLOCK}.attn1/MatMul", f"{BLOCK}.attn1/Div", f"{BLOCK}.attn1.norm_q/ReduceMean"]
     full += [name for name in types if name.startswith("step0/flow_output/")]
