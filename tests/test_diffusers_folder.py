@@ -63,6 +63,14 @@ def test_pipeline_and_component_are_one_model(saved):
     torch.testing.assert_close(dict(pipeline.network.denoiser.module.named_parameters()), weights, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
+def test_weights_saved_from_inside_a_wrapper_are_the_same_model(saved, folder, prefix):
+    path = folder / "unet" / WEIGHTS
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    found, expected = load_diffusers(folder).state_dict(), load_diffusers(saved).state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_shards_are_one_model(folder):
     whole = load_diffusers(folder)
     tensors = load_file(folder / "unet" / WEIGHTS)

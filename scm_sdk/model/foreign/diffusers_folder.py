@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..._names import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
-from ..checkpoint import check_fits, read_tensors
+from ..checkpoint import check_fits, read_tensors, without_wrappers
 from ..consistency import ConsistencyModel, ModelConfig
 from .component import read_json, weight_files
 from .diffusers_models import ClassName, ConventionName, DiffusersConfig
@@ -129,6 +129,7 @@ def _load_weights(denoiser: nn.Module, component: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(component, remedy=_REMEDY):
         tensors.update(read_tensors(file))
+    tensors = without_wrappers(denoiser, tensors)
     check_fits(denoiser, tensors, f"the weights in {component} do not fit its {CONFIG_NAME}", remedy=_REMEDY)
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     denoiser.load_state_dict(floats)
