@@ -1,5 +1,6 @@
 """The whole way in one command, and again: what is there is left alone, what changed is made anew."""
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -94,6 +95,9 @@ def test_the_verb_builds_and_proves(unet_checkpoint: Path, tmp_path: Path) -> No
     assert len(passed) == 2
     again = CliRunner().invoke(main, [*arguments, "--no-validate"])
     assert again.exit_code == 0 and "exported already" in again.stderr and "pass" not in again.stderr
+    plain = CliRunner().invoke(main, [*arguments, "--no-validate", "--json"])
+    status = json.loads(plain.stdout)["status"]
+    assert status == Bundle.open(tmp_path / "b").status.to_dict() and status["quality_measured"] is False
 
 
 def test_weights_in_files_of_their_own_go_the_whole_way(

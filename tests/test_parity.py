@@ -75,6 +75,15 @@ def test_the_threshold_comes_from_the_floor(ort: Generator, reference: Generator
     assert ort.compare(reference).overall == parity.overall
 
 
+def test_a_comparison_prints_as_one_line(ort: Generator, reference: Generator) -> None:
+    parity = compare(ort, reference, seeds=range(6), batches=(1, 5))
+    line = str(parity)
+    assert line.startswith(f"pass  {parity.candidate} on onnxruntime: max ") and "\n" not in line
+    assert f"max {parity.max_abs:.2e}" in line and "6 seeds x batches 1, 5" in line and len(line) < 200
+    failed = str(replace(parity, fault="a constant differs", reason="an example"))
+    assert failed.startswith("FAIL  ") and failed.endswith("; reason: an example; a constant differs")
+
+
 def test_a_reference_that_wavers_widens_the_threshold(ort: Generator) -> None:
     backend = ort.opened().backend
     wavering = Altered(backend, lambda images: images + np.float32(1e-3 * (len(images) == 3)))

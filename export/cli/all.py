@@ -70,7 +70,6 @@ def build(
     from ..chain import build_all
     from ..feeds import bundle_examples
     from ..prove import prove
-    from .validation import summary as parity_summary
 
     variants: list[Variant] = []
     engines: list[EngineVariant] = []
@@ -98,12 +97,14 @@ def build(
     results = []
     if validate:
         examples = None if prompts is None else bundle_examples(out, prompts)
-        results = prove(out, examples=examples, on_result=lambda parity: say(parity_summary(parity)), on_skip=on_skip)
-    manifest = Bundle.open(out, verify="none").manifest
+        results = prove(out, examples=examples, on_result=lambda parity: say(str(parity)), on_skip=on_skip)
+    proved = Bundle.open(out, verify="none")
+    manifest = proved.manifest
     size = sum(entry.size for entry in manifest.files)
     if as_json:
         print_json({
             "path": str(out), "build_id": manifest.build_id, "bytes": size,
+            "status": proved.status.to_dict(),
             "graphs": [variant.to_dict() for variant in variants], "engines": [each.to_dict() for each in engines],
             "parity": [each.to_dict() for each in results], "skipped": skipped,
         })  # fmt: skip

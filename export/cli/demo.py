@@ -36,7 +36,6 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     from ..variants import add_precision
     from .engines import summary as engine_summary
     from .precision import summary as variant_summary
-    from .validation import summary
 
     start, bundle = perf_counter(), out / "avatars"
     say("1. Export: PyTorch checkpoint → one ONNX graph for each number of steps → bundle")
@@ -57,9 +56,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         say(f"   No engine: TensorRT-RTX is not installed ({install_command('tensorrt-rtx')})")
 
     say("3. Prove: everything that can run here against PyTorch, same noise, same labels")
-    results = prove(
-        bundle, on_result=lambda parity: say(f"   {summary(parity)}"), on_skip=lambda line: say(f"   skip  {line}")
-    )
+    results = prove(bundle, on_result=lambda parity: say(f"   {parity}"), on_skip=lambda line: say(f"   skip  {line}"))
     for parity in results:
         parity.raise_if_failed()
     pictures, timings = [], []

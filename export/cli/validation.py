@@ -78,7 +78,7 @@ def validate(
         first_seed=first_seed, batches=batches or None, threshold=threshold, min_psnr_db=min_psnr, reason=reason,
         record=record,
         examples=None if prompts is None else bundle_examples(bundle, prompts),
-        on_result=lambda parity: None if as_json else say(summary(parity)),
+        on_result=lambda parity: None if as_json else say(str(parity)),
         on_skip=lambda line: say(f"skip  {line}"), on_note=lambda line: say(f"      {line}"),
     )  # fmt: skip
     failed = [parity for parity in results if not parity]
@@ -125,27 +125,3 @@ def _localise(bundle: Path, parity: Parity, folder: Path) -> None:
                 say(f"    {step.error:8.1e}  {step.op:<12} {step.node}")
     if found.picture is not None:
         say(f"  seed {parity.worst_seed}, reference, candidate, difference x10: {found.picture}")
-
-
-def summary(parity: Parity) -> str:
-    """Return a comparison as one line."""
-    from scm_sdk.evaluate.parity import describe_percentile
-
-    overall = parity.overall
-    if parity.gate == "psnr_p05_db":
-        gate = f"{describe_percentile(overall, parity.num_samples)}, at least {parity.threshold:.0f} dB"
-    else:
-        gate = f"allowed {parity.threshold:.1e} (floor {parity.noise_floor:.1e})"
-    return (
-        f"{'pass' if parity else 'FAIL'}  {parity.candidate} on {parity.candidate_backend}: max {parity.max_abs:.2e}, "
-        f"mean {overall.mean_abs:.1e}, PSNR {overall.psnr_db:.1f} dB, {parity.num_samples} seeds x batches "
-        f"{', '.join(map(str, parity.by_batch))}; {gate}"
-        + (f"; {parity.step.psnr_db:.1f} dB beside the rung below" if parity.step is not None else "")
-        + (
-            f"; after each step {', '.join(f'{db:.1f}' for db in parity.psnr_by_step)} dB"
-            if parity.psnr_by_step
-            else ""
-        )
-        + (f"; reason: {parity.reason}" if parity.reason else "")
-        + (f"; {parity.fault}" if parity.fault else "")
-    )

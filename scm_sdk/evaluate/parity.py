@@ -93,6 +93,27 @@ class Parity:
     def __bool__(self) -> bool:
         return not self.fault and self.numbers_pass
 
+    def __str__(self) -> str:
+        if self.gate == "psnr_p05_db":
+            gate = f"{describe_percentile(self.overall, self.num_samples)}, at least {self.threshold:.0f} dB"
+        else:
+            gate = f"allowed {self.threshold:.1e} (floor {self.noise_floor:.1e})"
+        parts = [
+            f"{'pass' if self else 'FAIL'}  {self.candidate} on {self.candidate_backend}: max {self.max_abs:.2e}, "
+            f"mean {self.overall.mean_abs:.1e}, PSNR {self.overall.psnr_db:.1f} dB, {self.num_samples} seeds x batches "
+            f"{', '.join(map(str, self.by_batch))}",
+            gate,
+        ]
+        if self.step is not None:
+            parts.append(f"{self.step.psnr_db:.1f} dB beside the rung below")
+        if self.psnr_by_step:
+            parts.append(f"after each step {', '.join(f'{db:.1f}' for db in self.psnr_by_step)} dB")
+        if self.reason:
+            parts.append(f"reason: {self.reason}")
+        if self.fault:
+            parts.append(self.fault)
+        return "; ".join(parts)
+
     @property
     def numbers_pass(self) -> bool:
         """Whether the gate's numbers were met, whatever the structure."""
