@@ -146,7 +146,7 @@ def test_dropout_acts_up_to_its_resolution(name: str) -> None:
     [
         ({"image_size": 9}, "image_size is 9, expected a multiple of 2"),
         ({"channels": 12}, "channels is 12, expected a multiple of 8"),
-        ({"channel_mult": ()}, "must hold positive numbers"),
+        ({"channel_mult": ()}, "channel_mult holds 0 numbers, expected 1 to 16"),
         ({"dropout": 1.0}, "dropout is 1.0, expected a share"),
         ({"attention_resolutions": (16,)}, r"attention_resolutions holds \[16\], the network has \[8, 4\]"),
         ({"dropout_resolution": 16}, "dropout_resolution is 16, expected 0 or one of"),

@@ -77,7 +77,7 @@ def test_time_label_and_every_place_count() -> None:
     [
         ({"patch_size": 3}, "expected a multiple of patch_size 3"),
         ({"channels": 20}, "expected an even multiple of head_channels 8"),
-        ({"depth": 0}, r"\(depth, mlp_ratio\) is \(0, 2\)"),
+        ({"depth": 0}, "depth is 0, expected 1 to 512"),
         ({"dropout": 1.0}, "expected a share"),
     ],
 )

@@ -156,7 +156,7 @@ def test_labels_for_an_unconditional_network_are_refused():
         ({"image_size": 8, "channels": 12}, "channels is 12"),
         ({"image_size": 8, "dropout": 1.0}, "dropout is 1.0"),
         ({"image_size": 8, "attention_resolutions": (3,)}, r"attention_resolutions holds \[3\]"),
-        ({"image_size": 8, "num_blocks": 0}, "positive"),
+        ({"image_size": 8, "num_blocks": 0}, "num_blocks is 0, expected 1 to 64"),
     ],
 )
 def test_impossible_networks(changes, message):

@@ -47,14 +47,14 @@ def read_config(path: Path) -> ModelConfig:
         raise BundleError(
             f"no {CONFIG_NAME} in {path.parent}, expected a checkpoint folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
         ) from exc
-    except (OSError, msgspec.MsgspecError) as exc:
+    except (OSError, msgspec.MsgspecError, RecursionError) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}. Save the checkpoint again.") from exc
     kind = bytes(raw.pop("_class_name", msgspec.Raw(b'""'))).decode()
     if kind != f'"{CLASS_NAME}"':
         raise ConfigError(f"{path} describes a {kind}, expected a {CLASS_NAME!r} written by save_pretrained.")
     try:
         return msgspec.json.decode(msgspec.json.encode(raw), type=ModelConfig)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise ConfigError(f"{path} breaks the model config: {exc}. Save the checkpoint again.") from exc
 
 
@@ -132,9 +132,11 @@ def check_fits(network: nn.Module, tensors: Mapping[str, Tensor], subject: str, 
         remedy: What to do about it.
 
     Raises:
-        IntegrityError: If one is missing, too many or of another shape; the message names the first.
+        IntegrityError: If one is missing, too many, of another shape, or of integers in place of floating-point
+            numbers; the message names the first.
     """
-    expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
+    state = network.state_dict()
+    expected = {name: tuple(p.shape) for name, p in state.items()}
     found = {name: tuple(p.shape) for name, p in tensors.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         name = wrong[0]
@@ -142,6 +144,14 @@ def check_fits(network: nn.Module, tensors: Mapping[str, Tensor], subject: str, 
             f"{subject}: {len(wrong)} tensors differ, first {name!r}: found {found.get(name, 'nothing')}, expected "
             f"{expected.get(name, 'nothing')}. {remedy}"
         )
+    for name, tensor in tensors.items():
+        if _kind(tensor) != _kind(state[name]):
+            raise IntegrityError(f"{subject}: {name!r} is {tensor.dtype}, expected {state[name].dtype}. {remedy}")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Return what no conversion between dtypes may change."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def without_wrappers(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..spec import DEFAULT_MID_TIME, SamplerSpec, TensorSpec, default_times
+from .bounds import check_bounds, check_num_parameters
 from .ddpmpp import DDPMpp, DDPMppConfig
 from .decoder import Decoder
 from .edm2 import EDM2, EDM2Config
@@ -26,11 +28,18 @@ def make_network(config: NetworkConfig) -> nn.Module:
     """Return the network that a config describes, with random weights.
 
     Raises:
-        ConfigError: If it is your own and not registered.
+        ConfigError: If it is your own and not registered, or another and larger than ``bounds.MAX_PARAMETERS``.
         BackendUnavailable: If it is diffusers' and that is not installed.
     """
     if isinstance(config, DiffusersConfig):
         return make_diffusers_network(config)
+    if isinstance(config, OwnConfig):
+        return make_own_network(config)
+    check_num_parameters(lambda: _make_built_in(config))
+    return _make_built_in(config)
+
+
+def _make_built_in(config: UNetConfig | TransformerConfig | DDPMppConfig | EDM2Config) -> nn.Module:
     match config:
         case UNetConfig():
             return UNet(config)
@@ -40,8 +49,6 @@ def make_network(config: NetworkConfig) -> nn.Module:
             return DDPMpp(config)
         case EDM2Config():
             return EDM2(config)
-        case OwnConfig():
-            return make_own_network(config)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,6 +81,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         own_sigma = getattr(self.network, "sigma_data", self.sigma_data)
         if own_sigma != self.sigma_data:
             raise ConfigError(f"sigma_data is {self.sigma_data}, expected {own_sigma}, which the network is scaled by.")
+        check_bounds(self)
+        if not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
+            raise ConfigError(f"value_range is {self.value_range}, expected (lowest, highest), both finite.")
+        if not all(map(math.isfinite, self.guidance_range)):
+            raise ConfigError(f"guidance_range is {self.guidance_range}, expected (lowest, highest), both finite.")
         t_max = default_times(1, sigma_data=self.sigma_data)[0]
         if not 0 < self.mid_time < t_max:
             raise ConfigError(f"mid_time is {self.mid_time}, expected radians between 0 and t_max = {t_max:.4f}.")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..spec import TensorSpec
+from .bounds import check_bounds
 
 ENTRY_POINTS = "scm_sdk.networks"
 Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
@@ -76,6 +77,7 @@ class OwnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         if not self.sample_shape or min(self.sample_shape) < 1:
             raise ConfigError(f"sample_shape is {self.sample_shape}, expected at least one axis, all >= 1.")
+        check_bounds(self)
         if self.dropout:
             raise ConfigError(f"dropout is {self.dropout} for your own network, expected 0: set it in the network.")
 

@@ -9,6 +9,7 @@ import msgspec
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .bounds import check_bounds
 
 
 class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,8 +48,7 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     time_fourier_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.channel_mult or min(*self.channel_mult, self.num_blocks, self.head_channels, self.in_channels) < 1:
-            raise ConfigError("channel_mult, num_blocks, head_channels and in_channels must hold positive numbers.")
+        check_bounds(self)
         fold = 2 ** (len(self.channel_mult) - 1)
         if self.image_size < fold or self.image_size % fold:
             raise ConfigError(
@@ -57,12 +57,8 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
         if self.channels < 8 or self.channels % 8:
             raise ConfigError(f"channels is {self.channels}, expected a multiple of 8.")
-        if not self.time_fourier_scale >= 0:
-            raise ConfigError(f"time_fourier_scale is {self.time_fourier_scale}, expected 0 or more.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
-        if self.num_classes < 0:
-            raise ConfigError(f"num_classes is {self.num_classes}, expected 0 or more.")
         known = [self.image_size >> level for level in range(len(self.channel_mult))]
         if unknown := set(self.attention_resolutions) - set(known):
             raise ConfigError(f"attention_resolutions holds {sorted(unknown)}, the network has {known}.")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ConfigError
+from .bounds import check_bounds
 from .conditioning import Conditioned
 from .layers import attend, pixel_norm, zero_
 
@@ -54,17 +55,14 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     guidance: bool = False
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1 or self.image_size % self.patch_size:
+        check_bounds(self)
+        if self.image_size % self.patch_size:
             raise ConfigError(f"image_size is {self.image_size}, expected a multiple of patch_size {self.patch_size}.")
-        if self.head_channels < 1 or self.channels < 8 or self.channels % self.head_channels or self.channels % 2:
+        if self.channels < 8 or self.channels % self.head_channels or self.channels % 2:
             raise ConfigError(
                 f"channels is {self.channels}, expected an even multiple of head_channels {self.head_channels}, "
                 "8 or more."
             )
-        if self.depth < 1 or self.mlp_ratio < 1:
-            raise ConfigError(f"(depth, mlp_ratio) is ({self.depth}, {self.mlp_ratio}), expected 1 or more each.")
-        if not self.time_fourier_scale >= 0:
-            raise ConfigError(f"time_fourier_scale is {self.time_fourier_scale}, expected 0 or more.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ConfigError
+from .bounds import check_bounds
 from .conditioning import Conditioned
 from .layers import AttentionBlock, ResBlock, group_norm, zero_
 
@@ -56,18 +57,15 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     guidance: bool = False
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         fold = self.patch_size * 2 ** (len(self.channel_mult) - 1)
-        if self.patch_size < 1 or self.image_size % fold:
+        if self.image_size % fold:
             raise ConfigError(
                 f"image_size is {self.image_size}, expected a multiple of {fold} "
                 f"(patch_size {self.patch_size}, {len(self.channel_mult)} resolutions)."
             )
         if self.channels < 8 or self.channels % 8:
             raise ConfigError(f"channels is {self.channels}, expected a multiple of 8.")
-        if not self.channel_mult or min(self.channel_mult) < 1 or self.num_blocks < 1:
-            raise ConfigError("channel_mult and num_blocks must hold positive numbers.")
-        if not self.time_fourier_scale >= 0:
-            raise ConfigError(f"time_fourier_scale is {self.time_fourier_scale}, expected 0 or more.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a share in [0, 1).")
         trunk = self.image_size // self.patch_size

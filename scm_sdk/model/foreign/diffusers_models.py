@@ -26,6 +26,7 @@ from torch.nn import functional
 from ..._lazy import require
 from ...errors import ConfigError
 from ...spec import TensorSpec
+from ..bounds import check_bound, check_bounds, check_num_parameters
 from ..conversions import EDM_DENOISER, EDM_NETWORK, FLOW, VP_NOISE, VP_VELOCITY, Convention
 from .denoiser import ModuleDenoiser, TrigFlowNetwork
 from .schedule import VpIndex, VpSchedule, continuous_timestep
@@ -78,6 +79,7 @@ class DiffusersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.convention.startswith("vp_") != (self.schedule is not None):
             found = "no schedule" if self.schedule is None else "a schedule"
             raise ConfigError(
@@ -130,9 +132,14 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
     arguments = dict(config.arguments)
     if config.class_name != "SD3Transformer2DModel":
         arguments["dropout"] = config.dropout  # whatever it was trained with
+    for name, value in arguments.items():
+        if value is not None:
+            check_bound(name, value)
+    make = getattr(diffusers, config.class_name)
     try:
-        module: nn.Module = getattr(diffusers, config.class_name)(**arguments)
-    except (TypeError, ValueError, NotImplementedError, IndexError, AttributeError) as exc:
+        check_num_parameters(lambda: make(**arguments))
+        module: nn.Module = make(**arguments)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError) as exc:
         raise ConfigError(
             f"a {config.class_name} of diffusers {diffusers.__version__} cannot be made: {exc}. Expected the "
             "arguments of its own config.json; update diffusers if they are newer."

@@ -1,0 +1,89 @@
+"""What the numbers of a config may be: a malformed file ends in an error, not in a hang or without memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "image_size": (1, 2**14),
+    "in_channels": (1, 2**12),
+    "channels": (1, 2**16),
+    "channel_mult": (1, 2**6),
+    "num_blocks": (1, 2**6),
+    "depth": (1, 2**9),
+    "mlp_ratio": (1, 2**6),
+    "head_channels": (1, 2**16),
+    "patch_size": (1, 2**10),
+    "num_classes": (0, 2**24),
+    "sample_shape": (1, 2**30),
+    "layers_per_block": (1, 2**6),
+    "num_layers": (1, 2**9),
+    "norm_num_groups": (1, 2**16),
+    "attention_head_dim": (1, 2**16),
+    "num_attention_heads": (1, 2**16),
+    "text_length": (1, 2**16),
+    "num_train_timesteps": (1, 2**20),
+    "sigma_data": (1e-6, 1e6),
+    "time_max_period": (1.0, 1e12),
+    "time_fourier_scale": (0.0, 1e6),
+}
+"""Lowest and highest value of each field of a config, or argument of a network of diffusers, and of each entry."""
+MAX_ENTRIES = 16
+"""Entries of one of these fields."""
+MAX_SAMPLE = 2**30
+"""Numbers in one sample."""
+MAX_PARAMETERS = 2**34
+"""Parameters of a network; the largest preset has a tenth of it."""
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse a config with a field out of its bounds.
+
+    Args:
+        config: A msgspec struct; its fields that ``BOUNDS`` names are looked at, and its ``sample_shape``.
+
+    Raises:
+        ConfigError: If a number is out of bounds or not finite; the message names the field.
+    """
+    for name in config.__struct_fields__:
+        check_bound(name, getattr(config, name))
+    shape = config.sample_shape
+    if math.prod(shape) > MAX_SAMPLE:
+        raise ConfigError(f"sample_shape is {shape}, {math.prod(shape)} numbers, expected at most {MAX_SAMPLE}.")
+
+
+def check_bound(name: str, value: Any) -> None:
+    """Refuse a value out of the bounds of ``name``, if ``BOUNDS`` has it; see ``check_bounds``."""
+    if name not in BOUNDS:
+        return
+    low, high = BOUNDS[name]
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not 1 <= len(numbers) <= MAX_ENTRIES:
+        raise ConfigError(f"{name} holds {len(numbers)} numbers, expected 1 to {MAX_ENTRIES}.")
+    if not all(isinstance(number, int | float) and low <= number <= high for number in numbers):
+        raise ConfigError(f"{name} is {value}, expected {low} to {high}.")
+
+
+def check_num_parameters(make: Callable[[], nn.Module]) -> None:
+    """Refuse a network with more than ``MAX_PARAMETERS``, before it takes memory.
+
+    Args:
+        make: Returns the network; called with tensors that have shapes alone.
+
+    Raises:
+        ConfigError: If it has more.
+    """
+    with torch.device("meta"):
+        found = sum(parameter.numel() for parameter in make().parameters())
+    if found > MAX_PARAMETERS:
+        raise ConfigError(
+            f"the network has {found} parameters, expected at most {MAX_PARAMETERS}. Make it narrower or take fewer "
+            "blocks."
+        )
