@@ -66,5 +66,5 @@ def test_another_sigma_data_is_carried():
 
 def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(BackendUnavailable, match="an SCMScheduler needs diffusers.*pip install .*diffusers"):
+    with pytest.raises(BackendUnavailable, match=r"an SCMScheduler needs diffusers.*pip install .*diffusers"):
         diffusers_scheduler(SamplerSpec(times=(1.5,), sample_shape=(1, 8)))
