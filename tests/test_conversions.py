@@ -209,8 +209,6 @@ def test_exact_at_pure_noise(name: str) -> None:
     torch.testing.assert_close(found, true_F(x_t, math.pi / 2, sd), rtol=1e-12, atol=1e-12)
 
 
-# torch.func.jvp itself calls torch.jit.script, which torch deprecates.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wrapped_network_is_differentiable_in_time(name: str) -> None:
     """The JVP that trains a consistency model passes through a wrapped teacher."""

@@ -113,9 +113,9 @@ def test_the_peak_is_one_builds_own(graphs: Path, tmp_path: Path) -> None:
     assert 1e8 < record.peak_memory_bytes < now + before * 0.9
 
 
-def test_the_shipped_model_becomes_an_engine_for_an_a100(newcomer: Path) -> None:
+def test_the_shipped_model_becomes_an_engine_for_an_l4(newcomer: Path) -> None:
     """The one that users get, its attention included; the others here are of a tiny network."""
-    (record,) = (newcomer / "scm-demo/avatars/engines").glob("tensorrt_rtx-sm80-fp16-1step/build.json")
+    (record,) = (newcomer / "scm-demo/avatars/engines").glob("tensorrt_rtx-sm89-fp16-1step/build.json")
     census = built(BuildRecord.from_json(record.read_bytes()))
     assert census.products == {"Half": 32} and not census.convolutions and not census.unseen
     assert census.attention_fused == census.attention == 5

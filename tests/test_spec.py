@@ -147,7 +147,7 @@ def test_any_bytes_give_a_spec_or_a_config_error(data: bytes, choice: st.DataObj
 
 
 def test_a_spec_cannot_be_changed() -> None:
-    with pytest.raises(AttributeError, match="immutable"):
+    with pytest.raises(AttributeError):
         make().max_batch = 3  # type: ignore[misc]
     with pytest.raises(ConfigError, match="max_batch is 0"):
         msgspec.structs.replace(make(), max_batch=0)

@@ -16,7 +16,7 @@ from .libraries import EXPORT, requires
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first image.")
 @json_option
 def demo(out: Path, seed: int, as_json: bool) -> None:
-    """Export the shipped avatars model, add FP16 and an A100 engine, validate, generate and time.
+    """Export the shipped avatars model, add FP16 and an engine for NVIDIA L4, validate, generate and time.
 
     Leaves OUT/avatars, a bundle, and OUT/*.png. Takes about a minute on two cores.
     """
@@ -45,23 +45,23 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         say(f"   {graph.path.parent.name}: {graph.num_nodes} nodes, {graph.bytes / 1e6:.1f} MB")
 
     say_warnings(report.status)
-    say("2. Lower precision: FP16 in the graph itself, not a switch of some builder")
+    say("2. Lower precision: FP16 in the graph")
     for variant in add_precision(bundle, default_plan("fp16")):
         say(f"   {variant_summary(variant)}")
     if is_installed("tensorrt_rtx"):
-        say("   An engine for an A100, built on this machine; the census counts what was built:")
-        for engine in add_engines(bundle, [resolve_target("a100")], precisions=["fp16"], steps=[1]):
+        say("   An engine for NVIDIA L4, built without a GPU; its kernels are counted in the build log:")
+        for engine in add_engines(bundle, [resolve_target("l4")], precisions=["fp16"], steps=[1]):
             say(f"   {engine_summary(engine)}")
     else:
         say(f"   No engine: TensorRT-RTX is not installed ({install_command('tensorrt-rtx')})")
 
-    say("3. Prove: everything that can run here against PyTorch, same noise, same labels")
+    say("3. Validate: everything that can run here against PyTorch, on the same noise and labels")
     results = prove(bundle, on_result=lambda parity: say(f"   {parity}"), on_skip=lambda line: say(f"   skip  {line}"))
     for parity in results:
         parity.raise_if_failed()
     pictures, timings = [], []
 
-    say("4. Generate: a row for each hair colour, by what the plan chose among what passed")
+    say("4. Generate: a row for each hair color, by the backend that was selected")
     with Generator.from_pretrained(bundle) as gen:
         say("   " + str(gen.plan()).replace("\n", "\n   "))
         names = gen.opened().spec.class_names

@@ -19,15 +19,15 @@ from .libraries import explain_import_error
 
 EXIT_CODES: Mapping[int, str] = {
     0: "success",
-    1: "failure: training, an export or a backend's library failed (a traceback is a bug of scm-sdk)",
-    2: "wrong usage: an unknown option, name or value",
-    3: "two backends disagree, or a check of numbers failed",
+    1: "a failure that no other code names: training, export, or a backend that failed while it ran",
+    2: "wrong usage: an unknown option, value or label",
+    3: "two backends differ by more than the gate allows",
     4: "a latency budget is exceeded",
-    5: "an engine or a graph does not fit this GPU, version or system",
-    6: "a file is missing, damaged or cannot be written",
-    7: "a library or a device that is needed is not here",
-    130: "interrupted (Ctrl-C, SIGINT)",
-    143: "terminated (SIGTERM)",
+    5: "an engine or a graph does not fit this GPU, system or library version",
+    6: "a bundle is missing, damaged or cannot be written",
+    7: "a library or device that the command needs is not on this machine",
+    130: "interrupted by Ctrl-C (SIGINT)",
+    143: "ended by SIGTERM",
 }
 """Every exit code of the command and its meaning. The help and the README repeat it; tests compare them."""
 RESUMABLE = ("train", "distill", "all", "engine", "evaluate")

@@ -147,6 +147,8 @@ def _named(subject: str, remedy: str) -> Iterator[None]:
     """Turn whatever the network raises into one line that names its own."""
     try:
         yield
+    except Warning:  # raised where warnings are errors: not the network's fault
+        raise
     except Exception as exc:  # a network may raise anything
         library = str(Path(torch.__file__).parent)
         frames = [
