@@ -145,7 +145,7 @@ def save_state(out: Path, state: RunState) -> None:
         TrainError: If the disk refuses; the earlier state is still there.
     """
     tensors, counters = state.tensors(), msgspec.json.encode(state.counters()).decode()
-    data = save(tensors, metadata={"counters": counters, "sha256": digest(tensors, counters)})
+    data = save(tensors, metadata=sealed(tensors, counters))
     atomic_write_bytes(out / STATE_FILE, data, error=TrainError)
 
 
@@ -162,7 +162,7 @@ def load_state(out: Path, state: RunState) -> None:
         with safe_open(path, framework="pt") as archive:
             about = archive.metadata()
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-        if about["sha256"] != digest(tensors, about["counters"]):
+        if about != sealed(tensors, about["counters"].partition(" ")[2]):
             raise ValueError("its content does not have the sha256 that it states")
         state.fill(tensors, read_counters(about))
     except UNREADABLE as exc:
@@ -175,16 +175,20 @@ def read_counters(metadata: Mapping[str, str]) -> Counters:
     Raises:
         KeyError, msgspec.MsgspecError: If there are none.
     """
-    return msgspec.json.decode(metadata["counters"], type=Counters)
+    return msgspec.json.decode(metadata["counters"].partition(" ")[2], type=Counters)
 
 
-def digest(tensors: Mapping[str, Tensor], counters: str) -> str:
-    """Return the sha256 of counters and tensors: of names, dtypes, shapes and values, in the order of the names."""
+def sealed(tensors: Mapping[str, Tensor], counters: str) -> dict[str, str]:
+    """Return the metadata of a ``state.safetensors``: the sha256 of counters and tensors, then the counters as JSON.
+
+    The digest covers names, dtypes, shapes and values in the order of the names. It is one entry, because safetensors
+    writes several in an order that changes from run to run.
+    """
     found = hashlib.sha256(counters.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return {"counters": f"{found.hexdigest()} {counters}"}
 
 
 def _check(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
