@@ -7,6 +7,7 @@ curl -o red.png 'http://127.0.0.1:8000/?label=red&seed=7'
 container is ended: it takes no new connections, and every request that it has accepted is answered.
 """
 
+import argparse
 import io
 import select
 import signal
@@ -120,4 +121,8 @@ def main(bundle: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8000)
+    parser = argparse.ArgumentParser(description="Serve pictures over HTTP on this machine.")
+    parser.add_argument("bundle", help="folder of a bundle")
+    parser.add_argument("port", nargs="?", type=int, default=8000, help="TCP port (8000)")
+    arguments = parser.parse_args()
+    main(arguments.bundle, arguments.port)

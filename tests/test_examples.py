@@ -34,11 +34,11 @@ def test_each_is_short_and_named(path):
     assert any(path.name in test.read_text() for test in (ROOT / "tests").glob("test_*.py")), "no test runs it"
 
 
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name != "07_serve.py"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_each_shows_its_usage(path, tmp_path):
     done = run(path.name, "-h", cwd=tmp_path)
     assert done.stdout.startswith("usage: ") and not list(tmp_path.iterdir())
-    if path.name[:2] in ("03", "05", "06"):  # the others have defaults, or are services
+    if path.name[:2] in ("03", "05", "06", "07"):  # the others have defaults, or are services
         done = run(path.name, cwd=tmp_path, code=2)
         assert "usage: " in done.stderr and "Traceback" not in done.stderr
 
