@@ -14,8 +14,11 @@ runs one at a time in each of its streams, so there is a stream for every call t
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +148,9 @@ class OpenVINOBackend:
                 model = self._model.clone()
                 batch = size or self._openvino.Dimension(1, self.spec.max_batch)
                 model.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in model.inputs})
-                self._compiled[size] = _Compiled(self._core.compile_model(model, "CPU", self._settings))
+                with _same_signal_stack():
+                    compiled = self._core.compile_model(model, "CPU", self._settings)
+                self._compiled[size] = _Compiled(compiled)
             return self._compiled[size]
 
 
@@ -165,6 +170,32 @@ class _Compiled:
         images: np.ndarray = outputs[0]  # a copy: the request's own memory is written again by its next call
         self._idle.append(request)
         return images
+
+
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of Linux."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _same_signal_stack() -> Iterator[None]:
+    """Give the thread back the alternate signal stack that it has now.
+
+    Where there is such a stack (``faulthandler`` makes one), OpenVINO's CPU plugin replaces it while it compiles, and
+    restores it when it is released. Of two models that are released in the order in which they were compiled, the second
+    restores the freed stack of the first: the next signal, Ctrl-C for one, then ends the process by SIGSEGV.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, found = ctypes.CDLL(None), _SignalStack()
+    known = library.sigaltstack(None, ctypes.byref(found)) == 0
+    try:
+        yield
+    finally:
+        if known:
+            library.sigaltstack(ctypes.byref(found), None)
 
 
 def _sizes(batch: int, max_batch: int) -> list[int]:

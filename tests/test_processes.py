@@ -4,6 +4,8 @@ import copy
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,3 +94,22 @@ def test_a_pickled_generator_opens_no_other_model(linear_bundle: Callable[..., P
     linear_bundle(spec, gain=0.25)
     with pytest.raises(BundleError, match="holds another model than when its generator was pickled"):
         pickle.loads(pickled)
+
+
+def test_a_signal_after_two_openvino_models_were_closed_reaches_its_handler(made_bundle: Path) -> None:
+    """Of two models released in the order in which they were opened, the second must not restore a freed stack."""
+    pytest.importorskip("openvino")
+    program = (
+        "import faulthandler, signal, sys\n"
+        "from scm_sdk import Generator\n"
+        "faulthandler.enable()\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('handled'))\n"
+        "models = [Generator.from_pretrained(sys.argv[1], backend='openvino', fallback='error') for _ in range(3)]\n"
+        "for model in models:\n"
+        "    model(seed=1)\n"
+        "for model in models:\n"
+        "    model.close()\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, made_bundle], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "handled\n", (done.returncode, done.stderr)
