@@ -183,8 +183,8 @@ def _same_signal_stack() -> Iterator[None]:
     """Give the thread back the alternate signal stack that it has now.
 
     Where there is such a stack (``faulthandler`` makes one), OpenVINO's CPU plugin replaces it while it compiles, and
-    restores it when it is released. Of two models that are released in the order in which they were compiled, the second
-    restores the freed stack of the first: the next signal, Ctrl-C for one, then ends the process by SIGSEGV.
+    restores it when it is released. Of two models that are released in the order in which they were compiled, the
+    second restores the freed stack of the first: the next signal, Ctrl-C for one, then ends the process by SIGSEGV.
     """
     if sys.platform != "linux":
         yield

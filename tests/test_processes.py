@@ -96,7 +96,7 @@ def test_a_pickled_generator_opens_no_other_model(linear_bundle: Callable[..., P
         pickle.loads(pickled)
 
 
-def test_a_signal_after_two_openvino_models_were_closed_reaches_its_handler(made_bundle: Path) -> None:
+def test_a_signal_after_two_openvino_models_were_closed_reaches_its_handler(unet_bundle: Path) -> None:
     """Of two models released in the order in which they were opened, the second must not restore a freed stack."""
     pytest.importorskip("openvino")
     program = (
@@ -111,5 +111,5 @@ def test_a_signal_after_two_openvino_models_were_closed_reaches_its_handler(made
         "    model.close()\n"
         "signal.raise_signal(signal.SIGINT)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, made_bundle], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program, unet_bundle], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "handled\n", (done.returncode, done.stderr)
