@@ -100,7 +100,7 @@ class Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RD)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that went away; show what else is wrong."""
+        """Ignore a client that closed its connection; print any other error."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 

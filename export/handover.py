@@ -39,7 +39,7 @@ class Handover:
     """What was written.
 
     Attributes:
-        graph: The graph, copied, with its weights beside it where they are in a file of their own.
+        graph: A copy of the graph; weights that are stored in a separate file are copied to the same folder.
         inputs: File for ``polygraphy run --load-inputs``.
         reference: File for ``--load-outputs``.
         command: What to run in the folder of these files.

@@ -369,12 +369,11 @@ def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None
 def _fresh_card(folder: Path, manifest: Manifest, *, where: str | None, replace: bool = False) -> bytes | None:
     """Return the generated card of a bundle as it is now; None if there is none to be, or a person's is to stay."""
     old = _card_in(folder)
-    place = generated_for(old) if old is not None else where
-    if place is None and not replace:
+    kept_place = None if old is None else generated_for(old)
+    if not replace and kept_place is None and (old is not None or where is None):
         return None
-    return bundle_card(
-        manifest, quality=_scores(folder, manifest), where=place or "" if where is None else where
-    ).encode()
+    place = where if where is not None else kept_place
+    return bundle_card(manifest, quality=_scores(folder, manifest), where=place or "").encode()
 
 
 def _scores(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:

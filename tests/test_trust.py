@@ -107,7 +107,7 @@ def test_the_key_is_the_users_alone(cache: Path) -> None:
 def test_a_relative_folder_of_the_environment_is_no_cache(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that a stranger prepared is not asked because one works in it."""
+    """A relative path would let the working folder choose the cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(CACHE_VARIABLE, "rel")
     with pytest.raises(ConfigError, match=f"{CACHE_VARIABLE} is 'rel', expected an absolute path"):

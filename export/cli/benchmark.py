@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, make_table, print_json, print_table, progress_bar, say
+from .common import json_option, make_table, print_json, print_table, progress_bar, say, timed_batches_option
 from .located import model_argument
 from .names import BackendAndPrecision
 
@@ -20,14 +20,7 @@ from .names import BackendAndPrecision
     type=BackendAndPrecision(),
     help="Backend to time; may be repeated. All that can run here when absent, and precisions made for CPUs.",
 )
-@click.option(
-    "--batch",
-    "batches",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1, 8, 32),
-    help="Batch size, images; may be repeated.",
-)
+@timed_batches_option
 @click.option("--steps", type=click.IntRange(1), help="Number of network calls; 2 where the bundle has it.")
 @click.option("--rounds", type=click.IntRange(10), default=50, help="Number of interleaved rounds; 100 for a p99.")
 @click.option(

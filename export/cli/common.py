@@ -88,7 +88,7 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Return text with control characters, as a file from a stranger may hold them, written as escapes."""
+    """Return text with its control characters escaped: untrusted files may hold terminal codes."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -102,6 +102,14 @@ def prompts_option(command: Command) -> Command:
     return click.option(
         "--prompts", type=click.Path(path_type=Path), metavar="FILE",
         help="File of prompts, one per line, or .safetensors file of the model's inputs; random inputs when absent.",
+    )(command)  # fmt: skip
+
+
+def timed_batches_option(command: Command) -> Command:
+    """Add ``--batch``: the batch sizes that are timed."""
+    return click.option(
+        "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32),
+        help="Batch size to time, images; may be repeated.",
     )(command)  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, print_json, say
+from .common import json_option, print_json, say, timed_batches_option
 from .located import model_argument
 from .names import BACKEND
 
@@ -22,14 +22,7 @@ from .names import BACKEND
     help="Backend to show beside PyTorch; may be repeated; every one that can run here when absent.",
 )
 @click.option("--num-images", type=click.IntRange(1), default=32, help="Number of images of each artifact.")
-@click.option(
-    "--batch",
-    "batches",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1, 8, 32),
-    help="Batch size to time, images; may be repeated.",
-)
+@timed_batches_option
 @click.option(
     "--rounds", type=click.IntRange(0), default=20, help="Number of interleaved timing rounds; 0 times nothing."
 )
@@ -38,7 +31,7 @@ def report(
     bundle: Path, out: Path, backends: tuple[str, ...], num_images: int, batches: tuple[int, ...], rounds: int,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Write a report of a bundle: one HTML file, with Markdown and JSON beside it.
+    """Write a report of a bundle: an HTML file, a Markdown file and a JSON file of the same name.
 
     It shows the images of everything that runs here beside PyTorch's, recorded parity, errors, speed, engines with
     their census, and the origin of each file.

@@ -144,7 +144,7 @@ def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
     folder = Path(options["teacher"] or options["init_from"])
     try:
         recorded = recorded_data(folder, read_config(folder / "config.json").provenance)
-    except (BundleError, ConfigError):  # another library's model; one that cannot be read is told when it is loaded
+    except (BundleError, ConfigError):  # no checkpoint of ours: loading it reports what is wrong
         recorded = None
     if options["data"] is None and recorded is None:
         raise ConfigError(f"{folder} does not say which data it was trained on. Give it: --data, --label and --rows.")
