@@ -7,8 +7,10 @@ opened that is not a plain file inside the folder.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import stat
+import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +25,7 @@ from .user_cache import is_cached
 MANIFEST_MAX_BYTES = 8 << 20
 REPAIR = "Copy the bundle again, or export it again."
 
-_BUILD_ROLES: frozenset[Role] = frozenset({"weights", "config", "graph", "graph-data", "engine", "plan"})
+BUILD_ROLES: frozenset[Role] = frozenset({"weights", "config", "graph", "graph-data", "engine", "plan"})
 """Roles of the files that decide what is computed; cards, goldens and reports only describe it."""
 
 
@@ -161,13 +163,33 @@ def check_content(folder: Path, entry: FileEntry) -> None:
         check_safetensors(path)
 
 
+Stamp = tuple[int, ...]
+"""Device, inode, size and times of a file: another whenever it is replaced or written."""
+_SETTLED_NS = 2 * 10**9
+"""A file that was changed so recently may change again at what its clock, which is coarse, calls the same time."""
+
+
+def stamp(path: str | os.PathLike[str]) -> Stamp:
+    """Return the stamp of a file; () if it cannot be read."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return ()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def is_settled(stamp: Stamp) -> bool:
+    """Return whether any later change of the file will show in its stamp."""
+    return bool(stamp) and time.time_ns() - stamp[-1] > _SETTLED_NS
+
+
 def make_build_id(manifest: Manifest) -> str:
     """Return the sha256 over what decides the artifacts: their files, samplers and library versions.
 
     Fields at their defaults do not count, so that one which a later schema adds leaves the ids of older bundles.
     """
     parts = {
-        "files": sorted([e.path, e.sha256] for e in manifest.files if e.role in _BUILD_ROLES),
+        "files": sorted([e.path, e.sha256] for e in manifest.files if e.role in BUILD_ROLES),
         "samplers": [_chosen(sampler) for sampler in manifest.samplers],
         "artifacts": [_chosen(artifact) for artifact in manifest.artifacts],
         "versions": manifest.versions,

@@ -11,13 +11,24 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 
-from ._bundle_checks import check_content, check_manifest, check_present, make_build_id, read_manifest, require_own
+from ._bundle_checks import (
+    BUILD_ROLES,
+    Stamp,
+    check_content,
+    check_manifest,
+    check_present,
+    is_settled,
+    make_build_id,
+    read_manifest,
+    require_own,
+    stamp,
+)
 from ._roles import role_of
 from .card import CARD_PATH, bundle_card, generated_for
 from .errors import BundleError, ConfigError, IntegrityError, SchemaError
@@ -43,6 +54,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _hashed: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: Verify = "digest") -> Bundle:
@@ -93,7 +105,48 @@ class Bundle:
             IntegrityError: If one differs; the message names it.
         """
         for entry in self.manifest.files:
-            check_content(self.path, entry)
+            self._check_content(entry)
+
+    def check_unchanged(self, artifact: str, *, verify: Verify = "digest") -> tuple[Stamp, ...]:
+        """Hold the files of an artifact, as they are on disk now, against the manifest that was opened.
+
+        A file whose inode, size and times are those at which it was hashed is not hashed again.
+
+        Args:
+            artifact: Its path, or that of another listed file.
+            verify: ``digest`` compares sha256; ``none`` the sizes and what the manifest on disk lists now.
+
+        Returns:
+            The stamp of each file. Where ``stamps`` returns others later, what was read between is unknown.
+
+        Raises:
+            IntegrityError: If the bundle was replaced or edited since it was opened.
+        """
+        stamps = []
+        for entry in self._files(artifact):
+            found = stamp(self.path / entry.path)
+            try:
+                if verify == "none":  # what is missing is refused by what opens it
+                    same = entry in read_manifest(self.path).files and (not found or found[2] == entry.size)
+                else:
+                    same = self._hashed.get(entry.path) == found or self._check_content(entry)
+            except BundleError as exc:
+                if isinstance(exc.__cause__, PermissionError):
+                    raise
+                raise self._changed(entry) from exc
+            if not same:
+                raise self._changed(entry)
+            stamps.append(found)
+        return tuple(stamps)
+
+    def stamps(self, artifact: str) -> tuple[Stamp, ...]:
+        """Return the stamp of each file of an artifact."""
+        return tuple(stamp(self.path / entry.path) for entry in self._files(artifact))
+
+    @property
+    def build_files(self) -> frozenset[tuple[str, str]]:
+        """Path and sha256 of each file that decides what is computed."""
+        return frozenset((entry.path, entry.sha256) for entry in self.manifest.files if entry.role in BUILD_ROLES)
 
     def file(self, relpath: str) -> Path:
         """Return the path of a listed file, or of a folder that holds listed files.
@@ -242,6 +295,22 @@ class Bundle:
             self.path, names, repo_id, contents=contents, revision=revision, private=private, message=message,
             create_pr=create_pr,
         )  # fmt: skip
+
+    def _check_content(self, entry: FileEntry) -> bool:
+        found = stamp(self.path / entry.path)  # before it is read
+        check_content(self.path, entry)
+        if is_settled(found):
+            self._hashed[entry.path] = found
+        return True
+
+    def _files(self, artifact: str) -> list[FileEntry]:
+        return sorted(_files_of(self.manifest, artifact), key=lambda entry: entry.path)
+
+    def _changed(self, entry: FileEntry) -> IntegrityError:
+        return IntegrityError(
+            f"the bundle at {self.path} was changed since it was opened; open it again. {entry.path} is not the file "
+            f"that was listed then, expected {entry.size} bytes of sha256 {entry.sha256[:12]}.."
+        )
 
     @property
     def _names(self) -> list[str]:
@@ -399,6 +468,8 @@ def _with_card(manifest: Manifest, card: bytes) -> Manifest:
 def _files_of(manifest: Manifest, artifact: str) -> set[FileEntry]:
     """Return the entries of an artifact: the files of its folder, or of itself if it is one."""
     folder = artifact.rpartition("/")[0] if any(e.path == artifact for e in manifest.files) else artifact
+    if not folder:  # beside the manifest: its data have its name
+        return {entry for entry in manifest.files if entry.path.startswith(artifact)}
     return {entry for entry in manifest.files if entry.path.startswith(f"{folder}/")}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -57,7 +58,7 @@ class Generator:
         self.source = source
         self._opener = opener
         self._arguments = dict(arguments)
-        self._prompts = Prompts(source.text_encoder, arguments["device"])
+        self._prompts = Prompts(source.text_encoder, arguments["device"], check=_text_encoder_check(source))
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 
@@ -269,11 +270,20 @@ class Generator:
     def reopen(self, **changes: Any) -> Generator:
         """Open the same model again with other arguments of ``from_pretrained``; this one stays open.
 
+        A bundle may have got further artifacts meanwhile.
+
         Raises:
-            UnknownArgument: If there is no such argument; else as ``from_pretrained``.
+            UnknownArgument: If there is no such argument.
+            IntegrityError: If another model is there now. Else as ``from_pretrained``.
         """
         check_names(changes, tuple(self._arguments), of="reopen")
-        return type(self).from_pretrained(self.source.path, **{**self._arguments, **changes})
+        gen = type(self).from_pretrained(self.source.path, **{**self._arguments, **changes})
+        try:
+            self.source.check_same_model(gen.source)
+        except BundleError:
+            gen.close()
+            raise
+        return gen
 
     def compare(self, reference: Generator | Backend, **options: Any) -> Any:
         """Compare with a reference on the same noise: ``evaluate.parity.compare(self, reference)``.
@@ -393,6 +403,14 @@ class Generator:
 
 
 _BENCHMARK = ("batch", "rounds", "warmup", "max_seconds", "budget", "num_inference_steps", "progress")
+
+
+def _text_encoder_check(source: Source) -> Callable[[], object]:
+    """Return what is called before a text encoder is loaded, which may be long after the model was opened."""
+    folder = source.text_encoder
+    if source.bundle is None or folder is None:
+        return lambda: None
+    return partial(source.check_unchanged, folder.relative_to(source.path).as_posix())
 
 
 def _open_again(kind: type[Generator], path: Path, arguments: Mapping[str, Any], build_id: str) -> Generator:

@@ -12,10 +12,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .dispatch import BACKENDS, Plan, PlanRow, backend_info, make_plan, open_backend
+from .dispatch import BACKENDS, Backend, Plan, PlanRow, backend_info, make_plan, open_backend
 from .engine_fit import EngineHost
-from .errors import BackendError, BackendFailure, BundleError, ConfigError
+from .errors import BackendError, BackendFailure, BundleError, ConfigError, IntegrityError
 from .forked import check_process
+from .goldens import GOLDEN_PATH
 from .manifest import ParityRecord
 from .measured import recall, remember
 from .opened import Opened
@@ -23,7 +24,7 @@ from .plan import Measured
 from .refusal import nothing_accepted
 from .request import make_example
 from .sources import Source
-from .spec import Precision
+from .spec import Precision, SamplerSpec
 
 Fallback = Literal["error", "warn", "allow"]
 GOLDEN_TOLERANCE = 1e-3
@@ -31,6 +32,8 @@ GOLDEN_TOLERANCE = 1e-3
 Wide enough for another processor's fp32 rounding, two powers of ten below what an eye could see."""
 GOLDEN_FACTOR = 2.0
 """A lower precision may differ by this many times what it did when it was compared."""
+_LOADS = 3
+"""A file that is touched while it is loaded is loaded again, this many times in all."""
 
 
 class Opener:
@@ -149,7 +152,10 @@ class Opener:
             BundleError: If nothing is recorded.
             BackendFailure: If a sample comes out differently.
         """
-        goldens = self._source.bundle.goldens() if self._source.bundle else {}
+        goldens = {}
+        if self._source.bundle is not None:
+            self._source.check_unchanged(GOLDEN_PATH)
+            goldens = self._source.bundle.goldens()
         for steps in all_steps:
             if steps not in goldens:
                 raise BundleError(
@@ -238,11 +244,7 @@ class Opener:
     ) -> Opened:
         start = perf_counter()
         spec = self._source.spec(steps, unrolled=row.num_inference_steps == 0)
-        path = self._source.locate(row.artifact)
-        backend = open_backend(
-            row.backend, path, spec, device=self._device, num_threads=self._num_threads,
-            trust_engines=self._trust_engines,
-        )  # fmt: skip
+        backend = self._load(row, spec)
         load_ms = (perf_counter() - start) * 1e3
         fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}" if problems else None
         doubts = [fallback] if fallback and self._fallback == "warn" else []
@@ -253,6 +255,22 @@ class Opener:
             # The frames between: _open_first, get, from_pretrained or __call__, the user.
             warnings.warn(doubt, RuntimeWarning, stacklevel=5)
         return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
+
+    def _load(self, row: PlanRow, spec: SamplerSpec) -> Backend:
+        """Open an artifact whose every byte is what was listed when the source was opened."""
+        for _ in range(_LOADS):
+            stamps = self._source.check_unchanged(row.artifact)
+            backend = open_backend(
+                row.backend, self._source.locate(row.artifact), spec, device=self._device,
+                num_threads=self._num_threads, trust_engines=self._trust_engines,
+            )  # fmt: skip
+            if self._source.stamps(row.artifact) == stamps:
+                return backend
+            backend.close()  # it was written meanwhile: what was loaded is unknown
+        raise IntegrityError(
+            f"{row.artifact} of {self._source.path} was written while it was loaded, {_LOADS} times, expected a model "
+            "that stays as it is. Open it again when it is complete."
+        )
 
 
 def _allowed(record: ParityRecord) -> float:

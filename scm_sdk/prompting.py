@@ -7,7 +7,7 @@ Whoever gives ``prompt_embeds`` needs neither it nor torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ class Prompts:
     Args:
         folder: Pipeline folder with the text encoder, or None where the model came without one.
         device: Where the encoder runs; None is the CPU.
+        check: Called before the encoder is loaded; raises if it is not the one that was opened.
     """
 
-    def __init__(self, folder: Path | None, device: str | None = None) -> None:
-        self._folder, self._device = folder, device
+    def __init__(
+        self, folder: Path | None, device: str | None = None, *, check: Callable[[], object] = lambda: None
+    ) -> None:
+        self._folder, self._device, self._check = folder, device, check
         self._encoder: Any = None
         self._lock = threading.Lock()
 
@@ -91,6 +94,7 @@ class Prompts:
 
         with self._lock:  # one at a time: a text encoder is large, and so is what it needs for a batch
             if self._encoder is None:
+                self._check()
                 self._encoder = PromptEncoder(self._folder, device=self._device)
             embeds, mask = self._encoder.encode(list(dict.fromkeys(prompts)), tokens)
         rows = {text: row for row, text in enumerate(dict.fromkeys(prompts))}

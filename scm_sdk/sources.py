@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from ._bundle_checks import Stamp, stamp
 from ._names import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .bundle import Bundle
-from .errors import BundleError, ConfigError
+from .errors import BundleError, ConfigError, IntegrityError
 from .files import sha256_bytes, sha256_file
 from .locate import locate
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
@@ -40,6 +41,7 @@ class Source:
         provenance: Where the weights come from, as the bundle or the checkpoint says.
         status: What the model is.
         text_encoder: Folder whose text encoder turns prompts into inputs, if there is one.
+        verify: Whether files are hashed, also those that are loaded later.
     """
 
     path: Path
@@ -52,6 +54,8 @@ class Source:
     status: ModelStatus
     _spec: Callable[[int], SamplerSpec]
     text_encoder: Path | None = None
+    verify: Literal["none", "digest"] = "digest"
+    _weights: tuple[Path, ...] = ()
 
     @property
     def default_steps(self) -> int:
@@ -79,6 +83,44 @@ class Source:
     def locate(self, artifact: str) -> Path:
         """Return where an artifact lies on disk."""
         return self.bundle.file(artifact) if self.bundle else self.path / artifact
+
+    def check_unchanged(self, artifact: str) -> tuple[Stamp, ...]:
+        """Hold an artifact's files, as they are on disk now, against what was opened; see ``Bundle.check_unchanged``.
+
+        Raises:
+            IntegrityError: If the model was replaced or edited since it was opened.
+        """
+        if self.bundle is not None:
+            return self.bundle.check_unchanged(artifact, verify=self.verify)
+        stamps = self.stamps(artifact)
+        if self.build_id and _digest(self._weights) != self.build_id:
+            raise IntegrityError(
+                f"the checkpoint at {self.path} was changed since it was opened; open it again. Its weights are not "
+                f"those of sha256 {self.build_id[:12]}.., which were expected."
+            )
+        return stamps
+
+    def stamps(self, artifact: str) -> tuple[Stamp, ...]:
+        """Return the stamp of each file of an artifact: others than before mean that it was written meanwhile."""
+        if self.bundle is not None:
+            return self.bundle.stamps(artifact)
+        return tuple(stamp(path) for path in self._weights)
+
+    def check_same_model(self, again: Source) -> None:
+        """Hold a model that was opened again against this one. A bundle may hold more than before.
+
+        Raises:
+            IntegrityError: If it is another model.
+        """
+        if self.bundle is None or again.bundle is None:
+            same = self.build_id in ("", again.build_id)
+        else:
+            same = self.bundle.build_files <= again.bundle.build_files
+        if not same:
+            raise IntegrityError(
+                f"the bundle at {self.path} was changed since it was opened; open it again. It holds another model, of "
+                f"build id {again.build_id[:12]}.., expected {self.build_id[:12]}.."
+            )
 
     def sha256(self, artifact: str) -> str:
         """Return the recorded sha256 of an artifact's main file: the graph, the engine or the weights."""
@@ -108,7 +150,7 @@ def open_source(
     """
     folder = locate(path, revision=revision, local_files_only=local_files_only)
     if (folder / MANIFEST_NAME).exists():
-        return _from_bundle(Bundle.open(folder, verify=verify))
+        return _from_bundle(Bundle.open(folder, verify=verify), verify)
     if (folder / CONFIG_NAME).exists():
         return _from_checkpoint(folder, verify)
     if (folder / INDEX_NAME).exists():
@@ -119,7 +161,7 @@ def open_source(
     )
 
 
-def _from_bundle(bundle: Bundle) -> Source:
+def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"]) -> Source:
     manifest = bundle.manifest
     return Source(
         path=bundle.path,
@@ -132,6 +174,7 @@ def _from_bundle(bundle: Bundle) -> Source:
         status=bundle.status,
         _spec=bundle.spec,
         text_encoder=_text_encoder(bundle),
+        verify=verify,
     )
 
 
@@ -143,8 +186,15 @@ def _text_encoder(bundle: Bundle) -> Path | None:
     return None if path is None else bundle.file(path)
 
 
-def _from_checkpoint(folder: Path, verify: str) -> Source:
-    if not (folder / WEIGHTS_NAME).is_file():
+def _digest(weights: Sequence[Path]) -> str:
+    """Return the sha256 of one file; of several, that of their sha256."""
+    digests = [sha256_file(path) for path in weights]
+    return digests[0] if len(digests) == 1 else sha256_bytes("".join(digests).encode())
+
+
+def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
+    weights = (folder / WEIGHTS_NAME,)
+    if not weights[0].is_file():
         raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole.")
     models: list[Any] = []
     provenance = _checkpoint_provenance(folder)
@@ -158,7 +208,7 @@ def _from_checkpoint(folder: Path, verify: str) -> Source:
 
     return Source(
         path=folder,
-        build_id=sha256_file(folder / WEIGHTS_NAME) if verify == "digest" else "",
+        build_id=_digest(weights) if verify == "digest" else "",
         artifacts=(Artifact(path=".", format="safetensors"),),
         parity=(),
         steps=CHECKPOINT_STEPS,
@@ -166,6 +216,8 @@ def _from_checkpoint(folder: Path, verify: str) -> Source:
         provenance=provenance,
         status=ModelStatus.of(provenance),
         _spec=spec,
+        verify=verify,
+        _weights=weights,
     )
 
 
@@ -176,17 +228,16 @@ def _checkpoint_provenance(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _from_pipeline(folder: Path, verify: str) -> Source:
+def _from_pipeline(folder: Path, verify: Literal["none", "digest"]) -> Source:
     """Open a SANA-Sprint folder as diffusers saved it, through PyTorch."""
     from .model.foreign.component import weight_files
     from .model.foreign.sana_folder import OBJECTIVE, STEPS, read_sana_folder
 
     found = read_sana_folder(folder)
-    weights = [file for name in ("transformer", "vae") for file in weight_files(folder / name)]
-    digests = [sha256_file(file) for file in weights] if verify == "digest" else []
+    weights = tuple(file for name in ("transformer", "vae") for file in weight_files(folder / name))
     return Source(
         path=folder,
-        build_id=sha256_bytes("".join(digests).encode()) if digests else "",
+        build_id=_digest(weights) if verify == "digest" else "",
         artifacts=(Artifact(path=".", format="safetensors"),),
         parity=(),
         steps=STEPS,
@@ -195,4 +246,6 @@ def _from_pipeline(folder: Path, verify: str) -> Source:
         status=ModelStatus.of({"objective": OBJECTIVE}),
         _spec=found.spec,
         text_encoder=folder if found.has_text_encoder else None,
+        verify=verify,
+        _weights=weights,
     )
