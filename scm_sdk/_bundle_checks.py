@@ -11,6 +11,8 @@ import os
 import re
 import stat
 import time
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +21,7 @@ import msgspec
 from .errors import BundleError, IntegrityError, SchemaError
 from .files import check_relative, safe_join, sha256_file, unreadable
 from .goldens import check_safetensors
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, Role
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Role
 from .user_cache import is_cached
 
 MANIFEST_MAX_BYTES = 8 << 20
@@ -81,9 +83,8 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as exc:
         raise BundleError(f"{path} cannot be read: {exc.strerror}. Check its permissions.") from exc
     manifest = Manifest.from_json(data)
+    _check_digests(path, manifest)
     check_manifest(manifest)
-    if manifest.build_id != make_build_id(manifest):
-        raise IntegrityError(f"{path} was altered: its build_id does not fit its content. {REPAIR}")
     return manifest
 
 
@@ -94,27 +95,30 @@ def check_manifest(manifest: Manifest) -> None:
         BundleError: If a path is not allowed.
         SchemaError: If the parts do not fit together.
     """
-    paths = [entry.path for entry in manifest.files]
-    # Compared without case, because two such files are one file on some disks.
-    known = {path.casefold() for path in paths}
-    folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents} - {"."}
     for entry in manifest.files:
-        check_relative(entry.path)
+        check_relative(entry.path)  # first: what follows relies on short paths
+    files = {entry.path for entry in manifest.files}
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+    for entry in manifest.files:
         if entry.size < 0 or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
             raise SchemaError(
                 f"{MANIFEST_NAME} gives {entry.path} size {entry.size} and sha256 {entry.sha256!r}, expected "
                 f"bytes and 64 hex digits. {REPAIR}"
             )
-        if unknown := set(entry.built_from) - set(paths):
-            raise SchemaError(f"{entry.path} is built from {sorted(unknown)}, expected listed files. {REPAIR}")
-    if len(known) != len(paths) or MANIFEST_NAME.casefold() in known:
+        if unknown := set(entry.built_from) - files:
+            raise SchemaError(f"{entry.path} is built from {_some(unknown)}, expected listed files. {REPAIR}")
+    # Compared without case, because two such files are one file on some disks.
+    known = {path.casefold() for path in files}
+    if len(known) != len(manifest.files) or MANIFEST_NAME.casefold() in known:
         raise SchemaError(f"{MANIFEST_NAME} lists a path twice, or itself; expected each file once. {REPAIR}")
+    if both := known & {path.casefold() for path in folders}:
+        raise SchemaError(f"{MANIFEST_NAME} lists {_some(both)} as a file and as a folder, expected one. {REPAIR}")
     for artifact in manifest.artifacts:
-        where = folders if artifact.format == "safetensors" else paths
+        where = folders if artifact.format == "safetensors" else files
         if artifact.path not in where:
             raise SchemaError(
                 f"artifact {artifact.path!r} ({artifact.format}) is none of the listed files or folders: "
-                f"{', '.join(sorted(where))}. {REPAIR}"
+                f"{_some(where)}. {REPAIR}"
             )
     steps = [spec.num_inference_steps for spec in manifest.samplers]
     if not steps or len(set(steps)) != len(steps):
@@ -197,6 +201,46 @@ def make_build_id(manifest: Manifest) -> str:
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
 
+def seal(manifest: Manifest) -> Manifest:
+    """Return a manifest of the current schema whose build id and digests fit its content.
+
+    The digests show damage, not who wrote a manifest: whoever alters one can seal it again.
+    """
+    whole = msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION, build_id=make_build_id(manifest))
+    return msgspec.structs.replace(whole, digests=_make_digests(whole))
+
+
+def _make_digests(manifest: Manifest) -> dict[str, str]:
+    parts = {name: getattr(manifest, name) for name in _defaults(Manifest) if name != "digests"}
+    encoded = {name: msgspec.json.encode(_chosen(part), order="deterministic") for name, part in parts.items()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in encoded.items()}
+
+
+def _check_digests(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that is not as it was sealed.
+
+    Raises:
+        IntegrityError: If it is not; the message names the parts.
+    """
+    found = _make_digests(manifest)
+    recorded = manifest.digests
+    if manifest.schema_version > 1 or recorded:
+        altered = [name for name in {**found, **recorded} if found.get(name) != recorded.get(name)]
+        if altered:
+            raise IntegrityError(
+                f"{path} was altered or damaged: the sha256 in digests is not that of its {_some(altered)}. {REPAIR}"
+            )
+    if manifest.build_id != make_build_id(manifest):
+        raise IntegrityError(f"{path} was altered: its build_id does not fit its content. {REPAIR}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first few of many names, for a message."""
+    shown = sorted(names)
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return (", ".join(map(repr, shown[:5])) or "none") + more
+
+
 def _chosen(value: Any) -> Any:
     """Return a struct as a dict of the fields that are not at their defaults, and whatever it holds likewise."""
     if isinstance(value, tuple):
@@ -204,10 +248,15 @@ def _chosen(value: Any) -> Any:
     if not isinstance(value, msgspec.Struct):
         return value
     found = {}
-    for field in msgspec.structs.fields(value):
-        here = getattr(value, field.name)
-        factory = field.default_factory
-        default = field.default if factory is msgspec.NODEFAULT else factory()
+    for name, default in _defaults(type(value)).items():
+        here = getattr(value, name)
         if here != default:
-            found[field.name] = _chosen(here)
+            found[name] = _chosen(here)
     return found
+
+
+@lru_cache(maxsize=16)
+def _defaults(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the default of each field of a struct, which msgspec looks up slowly."""
+    fields = msgspec.structs.fields(struct)
+    return {f.name: f.default if f.default_factory is msgspec.NODEFAULT else f.default_factory() for f in fields}

@@ -24,9 +24,9 @@ from ._bundle_checks import (
     check_manifest,
     check_present,
     is_settled,
-    make_build_id,
     read_manifest,
     require_own,
+    seal,
     stamp,
 )
 from ._roles import role_of
@@ -474,10 +474,11 @@ def _files_of(manifest: Manifest, artifact: str) -> set[FileEntry]:
 
 
 def _encode(manifest: Manifest) -> bytes:
-    """Return the text of a manifest with its build id, after reading it back as a reader will."""
+    """Return the text of a manifest, sealed, after reading it back as a reader will."""
     try:
-        data = msgspec.structs.replace(manifest, build_id=make_build_id(manifest)).to_json()
-        check_manifest(Manifest.from_json(data))  # a NaN or a forgotten file is met here, not by the reader
+        read = Manifest.from_json(manifest.to_json())  # a NaN or a forgotten file is met here, not by the reader
+        check_manifest(read)
+        data = seal(read).to_json()
     except (BundleError, TypeError, ValueError, OverflowError, RecursionError) as exc:
         raise ConfigError(f"the parts of bundle {manifest.name!r} do not fit together: {exc}") from exc
     return data

@@ -23,6 +23,10 @@ from typing import IO, BinaryIO
 from .errors import BundleError, IntegrityError, ScmError
 
 _CHUNK_BYTES = 1 << 20
+_PATH_LENGTH = 1024
+"""Longest path inside a folder, characters; with the folder's own path before it, Linux takes 4096 bytes."""
+_NAME_BYTES = 255
+"""Longest name of a file on the usual disks."""
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 """Name of what ``_sibling`` names."""
 _UNFINISHED = re.compile(r"(?<![^\\/\s'\"])\.([^\\/\n]+?)\.[0-9a-z_]{8}\.partial")
@@ -207,9 +211,15 @@ def check_relative(relative: str) -> None:
     """Refuse a path that is not plain, relative and POSIX. Looks at the text alone.
 
     Raises:
-        BundleError: If it is empty or absolute, or holds ``..``, ``.``, a backslash, a colon (a drive)
-            or a character that cannot be printed.
+        BundleError: If it is empty, absolute or longer than a disk takes, or holds ``..``, ``.``, a backslash, a
+            colon (a drive) or a character that cannot be printed.
     """
+    longest = max(len(part.encode(errors="surrogatepass")) for part in relative.split("/"))
+    if len(relative) > _PATH_LENGTH or longest > _NAME_BYTES:
+        raise BundleError(
+            f"path {relative[:60]!r}.. is too long, expected at most {_PATH_LENGTH} characters and {_NAME_BYTES} bytes "
+            "a name. Do not use this folder unless you trust who made it."
+        )
     pure = PurePosixPath(relative)
     plain = relative == str(pure) and relative not in ("", ".") and not pure.is_absolute()
     if not plain or ".." in pure.parts or any(c in relative for c in "\\:") or not relative.isprintable():

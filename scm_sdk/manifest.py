@@ -5,6 +5,7 @@ Plain data and no file access; ``scm_sdk.bundle`` reads, writes and enforces it.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 import msgspec
@@ -13,7 +14,8 @@ from .errors import ConfigError, SchemaError
 from .spec import Precision, SamplerSpec
 
 MANIFEST_NAME = "scm_manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Manifests of version 1 have no ``digests``; they are read, and written again as the current version."""
 
 Role = Literal["weights", "config", "graph", "graph-data", "engine", "golden", "report", "card", "plan", "calibration"]
 Format = Literal["safetensors", "onnx", "tensorrt", "tensorrt_rtx"]
@@ -21,8 +23,8 @@ Format = Literal["safetensors", "onnx", "tensorrt", "tensorrt_rtx"]
 PSNR_CAP = 999.0
 """dB. JSON has no infinity; no two different float32 images come near this."""
 
-_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for hostile text: bad JSON or schema, bytes that are no UTF-8, deep nesting."""
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What msgspec and json raise for hostile text: bad JSON or schema, no UTF-8, a name twice, deep nesting."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,6 +160,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         budgets: Latencies that ``scm-export validate`` enforces, as ``evaluate.budget`` writes them.
         provenance: Where the weights and the data come from, licences, recipe; free form.
         versions: Versions of the libraries that built it.
+        digests: The sha256 of each part above, by its name; see ``_bundle_checks.seal``.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -170,6 +173,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     budgets: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    digests: dict[str, str] = {}
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal manifest."""
@@ -180,7 +184,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Parse a manifest.
 
         Raises:
-            SchemaError: If it is no JSON, is of a newer schema, or breaks the schema.
+            SchemaError: If it is no JSON, names a key twice, is of a newer schema, or breaks the schema.
         """
         try:
             version = msgspec.json.decode(data, type=_VersionOnly).schema_version
@@ -196,11 +200,20 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 "Install a newer version of scm-sdk."
             )
         try:
+            json.loads(data, object_pairs_hook=_refuse_duplicates)
             return msgspec.json.decode(data, type=cls)
         except (*_UNREADABLE, ConfigError) as exc:  # ConfigError: a sampler breaks its own contract
             raise SchemaError(
                 f"{MANIFEST_NAME} breaks schema version {version}: {exc}. Export the bundle again."
             ) from exc
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object that names a key twice: readers differ in which value counts."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
 
 
 class _VersionOnly(msgspec.Struct):

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from scm_sdk._bundle_checks import MANIFEST_MAX_BYTES, make_build_id
+from scm_sdk._bundle_checks import MANIFEST_MAX_BYTES, check_manifest, seal
 from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, SchemaError, ScmError
 from scm_sdk.goldens import GOLDEN_PATH
-from scm_sdk.manifest import MANIFEST_NAME, Manifest
+from scm_sdk.manifest import MANIFEST_NAME, Artifact, Manifest, ParityRecord
 from scm_sdk.spec import default_times
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -22,7 +22,7 @@ GRAPH = "onnx/fp32/1step/model.onnx"
 
 
 def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Alter the manifest as an attacker would: with a build id that fits."""
+    """Alter the manifest as an attacker would: with a build id and digests that fit."""
     plain = json.loads((path / MANIFEST_NAME).read_bytes())
     change(plain)
     data = json.dumps(plain).encode()
@@ -31,7 +31,7 @@ def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     except ScmError:
         pass
     else:
-        data = msgspec.structs.replace(manifest, build_id=make_build_id(manifest)).to_json()
+        data = seal(manifest).to_json()
     (path / MANIFEST_NAME).write_bytes(data)
 
 
@@ -118,8 +118,8 @@ def test_what_is_no_bundle(bundle_copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_newer_or_broken_or_huge_manifest(bundle_copy: Path) -> None:
-    forge(bundle_copy, lambda plain: plain.update(schema_version=2))
-    with pytest.raises(SchemaError, match=r"has schema version 2, .*newer version"):
+    forge(bundle_copy, lambda plain: plain.update(schema_version=3))
+    with pytest.raises(SchemaError, match=r"has schema version 3, .*newer version"):
         Bundle.open(bundle_copy)
     (bundle_copy / MANIFEST_NAME).write_bytes(b"{")
     with pytest.raises(SchemaError, match="cannot be read"):
@@ -133,8 +133,86 @@ def test_a_newer_or_broken_or_huge_manifest(bundle_copy: Path) -> None:
 def test_an_edited_manifest_is_noticed(bundle_copy: Path) -> None:
     text = (bundle_copy / MANIFEST_NAME).read_text()
     (bundle_copy / MANIFEST_NAME).write_text(text.replace('"max_batch": 32', '"max_batch": 33'))
-    with pytest.raises(IntegrityError, match="was altered: its build_id does not fit"):
+    with pytest.raises(IntegrityError, match=r"was altered or damaged: .*'samplers'"):
         Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("parity", lambda plain: plain["parity"][0].update(passed=True)),
+        ("parity", lambda plain: plain["parity"][0].update(artifact="another")),
+        ("parity", lambda plain: plain.update(parity=[])),
+        ("provenance", lambda plain: plain["provenance"].update(licence="MIT-0.0")),
+        ("budgets", lambda plain: plain.update(budgets=["p50 < 9 s"])),
+        ("name", lambda plain: plain.update(name="another")),
+        ("files", lambda plain: plain["files"][0].update(role="report")),
+        ("versions", lambda plain: plain.update(versions={})),
+        ("schema_version", lambda plain: plain.update(schema_version=1)),
+        ("build_id", lambda plain: plain.update(build_id="0" * 64)),
+        ("more", lambda plain: plain["digests"].update(more="0" * 64)),
+        ("artifacts", lambda plain: plain.update(digests={})),
+    ],
+)
+def test_a_record_that_was_altered_is_named(part: str, change: Callable[..., object], bundle_copy: Path) -> None:
+    record = ParityRecord(
+        artifact=GRAPH, reference="denoiser", backend="onnxruntime", threshold=1e-5, noise_floor=1e-6, max_abs=1e-3,
+        num_samples=3, passed=False,
+    )  # fmt: skip
+    Bundle.open(bundle_copy).with_parity(record).with_budgets("p50 < 1 ms")
+    path = bundle_copy / MANIFEST_NAME
+    plain = json.loads(path.read_bytes())
+    change(plain)
+    path.write_text(json.dumps(plain))
+    with pytest.raises(IntegrityError, match=f"{MANIFEST_NAME} was altered or damaged: .*'{part}'"):
+        Bundle.open(bundle_copy, verify="none")
+
+
+def test_a_manifest_of_version_1_is_read_and_written_anew(bundle_copy: Path) -> None:
+    """It has no digests; what is written next has."""
+    path = bundle_copy / MANIFEST_NAME
+    plain = json.loads(path.read_bytes())
+    del plain["digests"]
+    path.write_text(json.dumps(plain | {"schema_version": 1}))
+    old = Bundle.open(bundle_copy)
+    new = old.with_budgets("p50 < 1 ms").manifest
+    assert (new.schema_version, new.build_id) == (2, old.manifest.build_id)
+    assert set(new.digests) == set(plain) - {"digests"}
+
+
+def test_many_files_are_checked_in_one_pass(made_bundle: Path) -> None:
+    """The work does not grow with the square of the files: no comparison of each path with each other."""
+    entry = Bundle.open(made_bundle).manifest.files[0]
+    calls = 0
+
+    class Counted(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal calls
+            calls += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    def listed(count: int) -> int:
+        nonlocal calls
+        calls = 0
+        files = tuple(
+            msgspec.structs.replace(entry, path=Counted(f"d/f{i}"), built_from=(Counted(f"d/f{i - 1 if i else 0}"),))
+            for i in range(count)
+        )
+        artifacts = tuple(Artifact(path=Counted(f"d/f{i}"), format="onnx") for i in range(count))
+        whole = msgspec.structs.replace(Bundle.open(made_bundle).manifest, files=files, artifacts=artifacts)
+        check_manifest(whole)
+        return calls
+
+    assert listed(2000) < 2.5 * listed(1000)
+
+
+def test_a_manifest_without_folders_names_none(made_bundle: Path) -> None:
+    manifest = Bundle.open(made_bundle, verify="none").manifest
+    files = tuple(entry for entry in manifest.files if entry.path == "README.md")
+    with pytest.raises(SchemaError, match=r"'denoiser' .* is none of the listed files or folders: none"):
+        check_manifest(msgspec.structs.replace(manifest, files=files))
 
 
 def first_file(**changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -151,9 +229,14 @@ def first_file(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (first_file(path=MANIFEST_NAME), SchemaError, "lists a path twice, or itself"),
         (first_file(path=WEIGHTS), SchemaError, "lists a path twice"),
         (first_file(path=WEIGHTS.upper()), SchemaError, "lists a path twice"),
+        (first_file(path=f"{WEIGHTS}/x"), SchemaError, f"lists '{WEIGHTS}' as a file and as a folder"),
+        (first_file(path=f"{WEIGHTS.upper()}/x"), SchemaError, "as a file and as a folder"),
+        (first_file(path="x" * 256), BundleError, "is too long, expected at most .* 255 bytes"),
+        (first_file(path="é" * 128), BundleError, "is too long, expected at most .* 255 bytes"),
+        (first_file(path="a/" * 600 + "b"), BundleError, "is too long, expected at most 1024 characters"),
         (first_file(size=-1), SchemaError, "size -1 and sha256"),
         (first_file(sha256="../" * 21 + "x"), SchemaError, "expected bytes and 64 hex digits"),
-        (first_file(built_from=["x"]), SchemaError, r"is built from \['x'\], expected listed files"),
+        (first_file(built_from=["x"]), SchemaError, r"is built from 'x', expected listed files"),
         (first_file(size=2**70), IntegrityError, f"bytes, expected {2**70}"),
         (
             lambda p: p["artifacts"][1].update(path="../x.onnx"),
@@ -169,9 +252,9 @@ def first_file(**changes: Any) -> Callable[[dict[str, Any]], object]:
         ),
         (lambda p: p.update(samplers=[]), SchemaError, r"holds samplers of \[\] steps"),
         (lambda p: p.update(samplers=p["samplers"] * 2), SchemaError, "each number once"),
-        (lambda p: p["samplers"][0].update(times=[3.0]), SchemaError, "breaks schema version 1: times are"),
+        (lambda p: p["samplers"][0].update(times=[3.0]), SchemaError, "breaks schema version 2: times are"),
     ],
-    ids=range(18),
+    ids=range(23),
 )
 def test_forged_manifests_are_refused(
     change: Callable[[dict[str, Any]], object], error: type[BundleError], message: str, bundle_copy: Path

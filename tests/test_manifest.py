@@ -1,15 +1,17 @@
 """The manifest as text: what it reads back, and what it refuses."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scm_sdk._bundle_checks import make_build_id
-from scm_sdk.errors import SchemaError
-from scm_sdk.manifest import SCHEMA_VERSION, Artifact, FileEntry, Manifest, ParityRecord
+from scm_sdk._bundle_checks import make_build_id, read_manifest, seal
+from scm_sdk.errors import BundleError, SchemaError
+from scm_sdk.manifest import MANIFEST_NAME, SCHEMA_VERSION, Artifact, FileEntry, Manifest, ParityRecord
 from scm_sdk.spec import SamplerSpec, default_times
 
 JSON = st.recursive(
@@ -60,8 +62,8 @@ def changed(**changes: Any) -> bytes:
 
 
 def test_a_newer_schema_says_update() -> None:
-    with pytest.raises(SchemaError, match=r"has schema version 2, this scm-sdk reads up to 1. Install a newer version"):
-        Manifest.from_json(changed(schema_version=2, what_we_do_not_know_yet=[1, 2]))
+    with pytest.raises(SchemaError, match=r"has schema version 3, this scm-sdk reads up to 2. Install a newer version"):
+        Manifest.from_json(changed(schema_version=3, what_we_do_not_know_yet=[1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -77,18 +79,20 @@ def test_a_newer_schema_says_update() -> None:
         (changed(schema_version="1"), "cannot be read"),
         (changed(schema_version=True), "cannot be read"),
         (changed(schema_version=0), "has schema version 0, expected 1 or more"),
-        (changed(colour="red"), "breaks schema version 1: .*colour"),
-        (changed(name=3), r"breaks schema version 1: .*name"),
-        (changed(name="x").replace(b'"x"', b'"\xff"'), "breaks schema version 1"),
-        (changed(samplers=[{"times": [9.0], "sample_shape": [3]}]), "breaks schema version 1: times are"),
-        (changed(artifacts=[{"path": "x", "format": "pickle"}]), "breaks schema version 1: .*pickle"),
+        (changed(colour="red"), "breaks schema version 2: .*colour"),
+        (changed(name=3), r"breaks schema version 2: .*name"),
+        (changed(name="x").replace(b'"x"', b'"\xff"'), "breaks schema version 2"),
+        (changed(samplers=[{"times": [9.0], "sample_shape": [3]}]), "breaks schema version 2: times are"),
+        (changed(artifacts=[{"path": "x", "format": "pickle"}]), "breaks schema version 2: .*pickle"),
         (
             changed(files=[{"path": "x", "size": 1.5, "sha256": "", "role": "graph"}]),
-            "breaks schema version 1",
+            "breaks schema version 2",
         ),
         (make().to_json()[:-9], "cannot be read"),
+        (make().to_json().replace(b'"name"', b'"name": "x", "name"'), "breaks schema .* the key 'name' stands twice"),
+        (changed(provenance={"a": {"key": 1}}).replace(b'"key"', b'"key": 2, "\\u006bey"'), "breaks .* 'key' stands"),
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_other_text_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(SchemaError, match=f"scm_manifest.json {message}"):
@@ -105,6 +109,30 @@ def test_any_bytes_give_a_manifest_or_a_schema_error(data: st.DataObject) -> Non
     except SchemaError:
         return
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_byte_that_changed_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    """At every position: one bit, the case, another digit, letter or space, which JSON may well accept."""
+    entry = FileEntry(path="onnx/model.onnx", size=3, sha256=DIGEST, role="graph")
+    manifest = seal(make(files=(entry,), provenance={"license": "CC0-1.0", "rate": 1e-05, "runs": [1, {"seed": 0}]}))
+    good = manifest.to_json()
+    path = tmp_path / MANIFEST_NAME
+    path.write_bytes(good)
+    refused = harmless = 0
+    with path.open("r+b", buffering=0) as stream:
+        for at, byte in enumerate(good):
+            for other in {byte ^ 1, byte ^ 32, *b"1e ,"} - {byte}:
+                os.pwrite(stream.fileno(), bytes([other]), at)
+                try:
+                    read = read_manifest(tmp_path)
+                except BundleError as exc:
+                    assert MANIFEST_NAME in str(exc)
+                    refused += 1
+                else:
+                    assert read == manifest
+                    harmless += 1
+            os.pwrite(stream.fileno(), bytes([byte]), at)
+    assert refused > harmless > 0, "white space, and 1E-05 for 1e-05"
 
 
 def test_a_field_that_a_later_schema_adds_leaves_the_ids_of_older_bundles() -> None:
