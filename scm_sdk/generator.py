@@ -159,7 +159,7 @@ class Generator:
         """Generate images.
 
         Args:
-            num_images: How many, 1 to 2^20; run in batches.
+            num_images: How many, 1 to 2^20 and no more than 4 GiB of samples; run in batches.
             class_labels: One label for all, or one for each image, by name or number; a text that is no name and
                 a decimal number, as from an address, is the number. None lets each
                 seed draw its own label, always the same one (``request.draw_label``).
@@ -383,7 +383,7 @@ class Generator:
         opened = self._opener.get(self._steps(steps))
         check_output_type(opened.spec, output_type)
         words = {name: arguments.pop(name, None) for name in ("conditioning", "prompt", EMBEDS, MASK)}
-        count = check_num_images(arguments.get("num_images", 1))
+        count = check_num_images(arguments.get("num_images", 1), opened.spec)
         made = self._prompts.conditioning(opened.spec, count, **words)
         return opened, make_request(opened.spec, conditioning=made, **arguments)
 

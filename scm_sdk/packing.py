@@ -82,14 +82,28 @@ def first_batch(waiting: Iterable[Job]) -> list[int]:
     return chosen
 
 
-def run_jobs(jobs: Sequence[Job], source: Source) -> list[Ran | Exception]:
-    """Run jobs of one backend together; when that fails, each alone, so that only those at fault fail."""
+def run_jobs(
+    jobs: Sequence[Job], source: Source, *, between: Callable[[], object] = lambda: None
+) -> list[Ran | Exception]:
+    """Run jobs of one backend together; when that fails, each alone, so that only those at fault fail.
+
+    Args:
+        jobs: What runs.
+        source: The model on disk.
+        between: Called between the batches of a job that is longer than one; ends it by raising.
+    """
     start = perf_counter()
     opened = jobs[0].opened
+    images = sum(map(len, jobs))
     try:
-        raw, batches, timings = opened.run(merge([job.request for job in jobs]), jobs[0].batch_size)
+        request = merge([job.request for job in jobs])
+        raw, batches, timings = opened.run(
+            request, jobs[0].batch_size, lambda done: between() if done < images else None
+        )
     except Exception as exc:
-        return [exc] if len(jobs) == 1 else [each for job in jobs for each in run_jobs([job], source)]
+        if len(jobs) == 1:
+            return [exc]
+        return [each for job in jobs for each in run_jobs([job], source, between=between)]
     info = opened.info(source, batches=batches, timings=timings)
     ends = np.cumsum([len(job) for job in jobs])
     parts = np.split(raw, ends[:-1])

@@ -7,6 +7,7 @@ batches: two can be merged, and one can be cut anywhere, because each image has 
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,8 @@ Labels = SupportsIndex | str | Sequence[int | str] | NDArray[Any]
 Seeds = SupportsIndex | Sequence[int] | NDArray[Any]
 MAX_IMAGES = 1 << 20
 """Images of one request; more are several requests."""
+MAX_BYTES = 1 << 32
+"""Bytes of the samples of one request and of the inputs that are held for them: labels, embeddings, no noise."""
 _FRESH_SEEDS = 1 << 53
 """Fresh seeds stay below this, so that they survive JSON and JavaScript."""
 _SHOWN_NAMES = 12
@@ -125,7 +128,7 @@ def make_request(
         ConfigError: If a number, a seed, a label or a name is out of its range.
         ShapeError: If an array has the wrong shape or dtype.
     """
-    count = check_num_images(num_images)
+    count = check_num_images(num_images, spec)
     seed, class_labels = _scalar(seed), _scalar(class_labels)
     if noise is not None and seed is not None:
         raise ConfigError("seed and noise are both given, expected one of them: the noise is what a seed names.")
@@ -224,13 +227,19 @@ def check_count(name: str, value: object, *, most: int | None = None) -> int:
     return count
 
 
-def check_num_images(value: object) -> int:
-    """Return the number of images of a request, or raise ``ConfigError`` unless 1 <= value <= ``MAX_IMAGES``."""
+def check_num_images(value: object, spec: SamplerSpec) -> int:
+    """Return the number of images of a request, or raise ``ConfigError`` unless one request may hold so many.
+
+    Nothing of their size is made before.
+    """
     count = check_count("num_images", value)
-    if count > MAX_IMAGES:
+    inputs = (np.dtype(tensor.dtype).itemsize * math.prod(tensor.shape) for tensor in spec.conditioning_inputs)
+    each = 4 * math.prod(spec.image_shape) + sum(inputs)
+    most = max(1, min(MAX_IMAGES, MAX_BYTES // each))
+    if count > most:
         raise ConfigError(
-            f"num_images is {count}, expected at most {MAX_IMAGES} in one request. Make several, for example with "
-            "gen.stream."
+            f"num_images is {count}, expected at most {most} in one request, {each} bytes each. Make several, for "
+            "example with gen.stream."
         )
     return count
 

@@ -1,10 +1,13 @@
 """Shared batches: whatever is packed with it, each request gets the images of its own call, and only its own errors."""
 
 import dataclasses
+import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -97,7 +100,7 @@ def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None
         assert batcher.waiting == 16
         gate.open.set()
         wait(futures, timeout=20)
-    assert gate.batches == [2, 4, 1, 4, 4, 1, 2]
+    assert gate.batches == [2, 4, 1, 4, 2, 4, 1], "between two batches of the long one, one of what waits"
     assert [future.result().info.batches for future in futures] == [(2,)] + [(4,)] * 4 + [(1,), (4, 4, 1), (2,)]
     assert sorted(done) == list(range(8))
 
@@ -277,11 +280,128 @@ def test_closing_wakes_who_waits_for_room(gen: Generator, gate: Gate) -> None:
     with ThreadPoolExecutor(2) as pool:
         late = pool.submit(batcher, seed=2)
         closing = pool.submit(batcher.close, cancel_waiting=True)
-        with pytest.raises((BackendFailure, CancelledError)):
+        with pytest.raises(BackendFailure, match="this batcher was closed"):
             late.result(20)
         gate.open.set()
         closing.result(20)
     assert running.result(0).seeds == (0,)
+
+
+def test_closing_answers_who_waits_in_the_queue_with_an_error_of_this_package(gen: Generator, gate: Gate) -> None:
+    batcher = gen.batcher(max_running=1)
+    running = batcher.submit(seed=0)
+    assert gate.entered.acquire(timeout=20)
+    with ThreadPoolExecutor(9) as pool:
+        queued = [pool.submit(batcher, seed=n) for n in range(1, 9)]
+        while batcher.waiting < 8:
+            sleep(0.01)
+        closing = pool.submit(batcher.close, cancel_waiting=True)
+        for each in queued:
+            with pytest.raises(BackendFailure, match=r"this batcher was closed.* gen\.batcher"):
+                each.result(20)
+        gate.open.set()
+        closing.result(20)
+    assert running.result(0).seeds == (0,) and gate.batches == [1]
+
+
+# Long requests
+
+
+def test_a_long_request_leaves_room_for_others_and_ends_when_the_batcher_is_closed(gen: Generator, gate: Gate) -> None:
+    batcher = gen.batcher(max_running=1)
+    long = batcher.submit(64, seed=0)
+    assert gate.entered.acquire(timeout=20)
+    second = batcher.submit(8, seed=100)
+    small = [batcher.submit(seed=n) for n in (200, 201)]
+    gate.open.set()
+    assert [future.result(20).seeds for future in small] == [(200,), (201,)]
+    assert gate.batches[:2] == [4, 2] and not second.done(), "before what is long, too"
+    assert long.result(20).info.batches == (4,) * 16 and second.result(20).info.batches == (4, 4)
+    batcher.close()
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_closing_ends_a_long_request_after_its_batch_where_it_is_told_to(
+    wait: bool, gen: Generator, gate: Gate
+) -> None:
+    batcher = gen.batcher(max_running=1)
+    long = batcher.submit(64, seed=0)
+    assert gate.entered.acquire(timeout=20)
+    assert not long.cancel(), "it runs"
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(batcher.close, cancel_waiting=not wait)
+        while not batcher._queue._closed:
+            sleep(0.01)
+        gate.open.set()
+        closing.result(20)
+    if wait:
+        assert len(long.result(0).images) == 64
+    else:
+        with pytest.raises(BackendFailure, match="closed with cancel_waiting while a request of several batches ran"):
+            long.result(0)
+        assert gate.batches == [4]
+
+
+# Callbacks, and a batcher that nobody holds
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, CancelledError, ValueError])
+def test_a_callback_that_raises_ends_no_thread_and_no_other_callback(
+    error: type[BaseException], gen: Generator, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(future: object) -> None:
+        raise error("from a callback")
+
+    called = list[int]()
+    with gen.batcher(max_running=1) as batcher:
+        futures = [batcher.submit(64 if n == 0 else 1, seed=n) for n in range(4)]
+        for n, future in enumerate(futures):
+            future.add_done_callback(fail)
+            future.add_done_callback(lambda _, n=n: called.append(n))
+        gate.open.set()
+        wait(futures, timeout=20)
+        for n in range(8):
+            assert batcher.submit(seed=n).result(20).seeds == (n,)
+        assert all(worker.is_alive() for worker in batcher._queue._workers)
+    assert sorted(called) == [0, 1, 2, 3] and len(caplog.records) == 4
+
+
+def test_a_callback_on_its_own_thread_may_end_it(gen: Generator) -> None:
+    with gen.batcher() as batcher:
+        done = batcher.submit(seed=1)
+        done.result(20)
+        with pytest.raises(SystemExit):
+            done.add_done_callback(lambda _: sys.exit(3))
+
+
+def test_who_waits_for_a_cancelled_future_is_woken(gen: Generator, gate: Gate) -> None:
+    with gen.batcher(max_running=1) as batcher:
+        futures = [batcher.submit(seed=n) for n in range(3)]
+        assert gate.entered.acquire(timeout=20)
+        assert futures[2].cancel()
+        gate.open.set()
+        assert not wait(futures, timeout=20).not_done
+
+
+def test_a_batcher_that_nobody_holds_answers_and_ends_its_threads(gen: Generator, gate: Gate) -> None:
+    before = threading.active_count()
+    batcher = gen.batcher(max_running=2)
+    workers = batcher._queue._workers
+    futures = [batcher.submit(seed=n) for n in range(3)]
+    assert gate.entered.acquire(timeout=20)
+    del batcher
+    gc.collect()
+    gate.open.set()
+    assert [future.result(20).seeds for future in futures] == [(0,), (1,), (2,)]
+    for worker in workers:
+        worker.join(20)
+    for _ in range(20):
+        gen.batcher()(seed=1)
+    gc.collect()
+    until = monotonic() + 20
+    while threading.active_count() > before and monotonic() < until:
+        sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_a_generator_closed_below_answers_everyone(gen: Generator) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,8 +12,8 @@ from scm_sdk import measured
 from scm_sdk.errors import ConfigError, UnknownArgument
 from scm_sdk.generator import Generator
 from scm_sdk.manifest import ParityRecord
-from scm_sdk.request import MAX_IMAGES
-from scm_sdk.spec import SamplerSpec
+from scm_sdk.request import MAX_IMAGES, make_request
+from scm_sdk.spec import SamplerSpec, TensorSpec
 
 SPEC = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4), num_classes=3, class_names=("red", "2", "blue"))
 GRAPH = "onnx/fp32/1step/model.onnx"
@@ -86,6 +87,13 @@ def test_arrays_without_axes_are_numbers(gen: Generator) -> None:
 def test_giant_requests_are_refused_before_anything_is_built(gen: Generator) -> None:
     with pytest.raises(ConfigError, match=rf"num_images is 1000000000, expected at most {MAX_IMAGES}"):
         gen(10**9)
+    large = msgspec.structs.replace(SPEC, sample_shape=(3, 1024, 1024), num_classes=0, class_names=())
+    with pytest.raises(ConfigError, match="num_images is 342, expected at most 341 in one request, 12582912 bytes"):
+        make_request(large, num_images=342)
+    assert len(make_request(large, num_images=341)) == 341
+    words = TensorSpec(name="prompt_embeds", shape=(300, 2304))
+    with pytest.raises(ConfigError, match="expected at most 1553 in one request"):
+        make_request(msgspec.structs.replace(SPEC, conditioning=(words,)), num_images=10**4)
     with gen.batcher(max_waiting=8) as batcher:
         for call in (batcher, batcher.submit):
             with pytest.raises(ConfigError, match="num_images is 1000000000"):
