@@ -54,6 +54,8 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _seen: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The files as they were when the bundle was opened."""
     _hashed: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -63,8 +65,8 @@ class Bundle:
         Args:
             path: The folder.
             verify: ``digest`` compares every file with its sha256; ``none`` compares only the sizes of
-                the files that are there, for a folder that was checked before: what is missing is refused
-                when it is opened.
+                the files that are there, for callers that check what they open (``check_unchanged``) and for a folder
+                that was checked before.
 
         Raises:
             BundleError: If the folder is no bundle, or a path in it leads out of it.
@@ -87,6 +89,7 @@ class Bundle:
 
     def _check(self, verify: Verify) -> None:
         for entry in self.manifest.files:
+            self._seen[entry.path] = stamp(self.path / entry.path)
             if verify == "digest" or os.path.lexists(self.path / entry.path):
                 check_present(self.path, entry)
         if verify == "digest":
@@ -120,24 +123,33 @@ class Bundle:
             The stamp of each file. Where ``stamps`` returns others later, what was read between is unknown.
 
         Raises:
-            IntegrityError: If the bundle was replaced or edited since it was opened.
+            IntegrityError: If a file is missing or damaged, or the bundle was replaced or edited since it was opened.
         """
-        stamps = []
-        for entry in self._files(artifact):
-            found = stamp(self.path / entry.path)
-            try:
-                if verify == "none":  # what is missing is refused by what opens it
-                    same = entry in read_manifest(self.path).files and (not found or found[2] == entry.size)
-                else:
-                    same = self._hashed.get(entry.path) == found or self._check_content(entry)
-            except BundleError as exc:
-                if isinstance(exc.__cause__, PermissionError):
-                    raise
-                raise self._changed(entry) from exc
-            if not same:
-                raise self._changed(entry)
-            stamps.append(found)
-        return tuple(stamps)
+        return tuple(self._check_unchanged(entry, verify) for entry in self._files(artifact))
+
+    def check_file(self, relpath: str, *, verify: Verify = "digest") -> None:
+        """Hold one file, if it is listed, against the manifest that was opened, as ``check_unchanged`` does.
+
+        Raises:
+            IntegrityError: As ``check_unchanged``.
+        """
+        for entry in self.manifest.files:
+            if entry.path == relpath:
+                self._check_unchanged(entry, verify)
+
+    def check_text_encoder(self, artifact: str, *, verify: Verify = "digest") -> None:
+        """Hold what encodes a pipeline's prompts against the manifest that was opened, as ``check_unchanged`` does.
+
+        Args:
+            artifact: The checkpoint that the text encoder lies in.
+            verify: As in ``check_unchanged``.
+
+        Raises:
+            IntegrityError: As ``check_unchanged``.
+        """
+        for entry in _files_of(self.manifest, artifact):
+            if _encodes_prompts(entry, artifact) or entry.role != "weights":
+                self._check_unchanged(entry, verify)
 
     def stamps(self, artifact: str) -> tuple[Stamp, ...]:
         """Return the stamp of each file of an artifact."""
@@ -296,6 +308,21 @@ class Bundle:
             create_pr=create_pr,
         )  # fmt: skip
 
+    def _check_unchanged(self, entry: FileEntry, verify: Verify) -> Stamp:
+        found = stamp(self.path / entry.path)
+        try:
+            if verify == "none":
+                same = entry in read_manifest(self.path).files and bool(check_present(self.path, entry))
+            else:
+                same = self._hashed.get(entry.path) == found or self._check_content(entry)
+        except BundleError as exc:
+            if self._seen.get(entry.path) == found or isinstance(exc.__cause__, PermissionError):
+                raise  # damaged, or missing, since before it was opened
+            raise self._changed(entry) from exc
+        if not same:
+            raise self._changed(entry)
+        return found
+
     def _check_content(self, entry: FileEntry) -> bool:
         found = stamp(self.path / entry.path)  # before it is read
         check_content(self.path, entry)
@@ -304,7 +331,9 @@ class Bundle:
         return True
 
     def _files(self, artifact: str) -> list[FileEntry]:
-        return sorted(_files_of(self.manifest, artifact), key=lambda entry: entry.path)
+        """Return what is loaded with an artifact, in order; a text encoder is loaded when the first prompt comes."""
+        found = (entry for entry in _files_of(self.manifest, artifact) if not _encodes_prompts(entry, artifact))
+        return sorted(found, key=lambda entry: entry.path)
 
     def _changed(self, entry: FileEntry) -> IntegrityError:
         return IntegrityError(
@@ -463,6 +492,11 @@ def _with_card(manifest: Manifest, card: bytes) -> Manifest:
     entry = FileEntry(path=CARD_PATH, size=len(card), sha256=sha256_bytes(card), role="card")
     files = [each for each in manifest.files if each.path != CARD_PATH]
     return msgspec.structs.replace(manifest, files=tuple(sorted([*files, entry], key=lambda each: each.path)))
+
+
+def _encodes_prompts(entry: FileEntry, artifact: str) -> bool:
+    """Return whether a file of a pipeline is of its text encoder or its tokenizer."""
+    return entry.path.startswith((f"{artifact}/text_encoder/", f"{artifact}/tokenizer/"))
 
 
 def _files_of(manifest: Manifest, artifact: str) -> set[FileEntry]:

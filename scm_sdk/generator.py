@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 import numpy as np
 
 from .dispatch import Backend, Plan
-from .errors import BundleError, ConfigError
+from .errors import BundleError, ConfigError, IntegrityError
 from .opened import Opened
 from .opening import Fallback, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
@@ -58,7 +58,7 @@ class Generator:
         self.source = source
         self._opener = opener
         self._arguments = dict(arguments)
-        self._prompts = Prompts(source.text_encoder, arguments["device"], check=_text_encoder_check(source))
+        self._prompts = Prompts(source.text_encoder, arguments["device"], check=source.check_text_encoder)
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 
@@ -93,9 +93,9 @@ class Generator:
             fallback: What happens when the backend, the precision or the library asked for is not
                 there: ``"error"`` raises; ``"warn"`` takes what else can run and warns; ``"allow"``
                 takes it without a warning. Both record it in ``out.info.fallback``.
-            verify: ``"digest"`` checks every file's sha256; ``"none"`` compares sizes and needs only the files
-                that are opened, so a product may leave the PyTorch checkpoint out; ``"smoke"`` also runs the
-                recorded sample of the default number of steps, ``"full"`` of each.
+            verify: ``"digest"`` checks the sha256 of each file before it is opened, ``"none"`` its size; ``"smoke"``
+                also runs the recorded sample of the default number of steps, ``"full"`` of each. Files that are not
+                opened may be missing, so a product may leave the PyTorch checkpoint out.
             num_threads: CPU threads of one call; None leaves the library's choice.
             max_batch: Largest batch to run at once, 1..the spec's; None is the spec's.
             num_inference_steps: The default of calls; None is 2 where there are two steps.
@@ -113,9 +113,11 @@ class Generator:
         for name, value, known in (("verify", verify, Verify), ("fallback", fallback, Fallback)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}.")
-        source = open_source(
-            path, verify="none" if verify == "none" else "digest", revision=revision, local_files_only=local_files_only
-        )
+        find = partial(
+            open_source, path, verify="none" if verify == "none" else "digest", revision=revision,
+            local_files_only=local_files_only,
+        )  # fmt: skip
+        source = find()
         steps = source.default_steps if num_inference_steps is None else num_inference_steps
         arguments = {
             "backend": backend,
@@ -128,11 +130,19 @@ class Generator:
             "num_inference_steps": check_count("num_inference_steps", steps),
             "trust_engines": trust_engines,
         }
-        opener = Opener(
-            source, backend, precision, device=device, fallback=fallback, num_threads=num_threads,
+        opener_of = partial(
+            Opener, backend=backend, precision=precision, device=device, fallback=fallback, num_threads=num_threads,
             trust_engines=trust_engines,
         )  # fmt: skip
-        opened = opener.get(steps)
+        opener = opener_of(source)
+        try:
+            opened = opener.get(steps)
+        except IntegrityError:  # damaged, or another process published a change since the manifest was read
+            again = find()
+            if again.bundle == source.bundle:
+                raise
+            source, opener = again, opener_of(again)
+            opened = opener.get(steps)
         if max_batch is not None:
             check_count("max_batch", max_batch, most=opened.spec.max_batch)
         if verify in ("smoke", "full"):
@@ -403,14 +413,6 @@ class Generator:
 
 
 _BENCHMARK = ("batch", "rounds", "warmup", "max_seconds", "budget", "num_inference_steps", "progress")
-
-
-def _text_encoder_check(source: Source) -> Callable[[], object]:
-    """Return what is called before a text encoder is loaded, which may be long after the model was opened."""
-    folder = source.text_encoder
-    if source.bundle is None or folder is None:
-        return lambda: None
-    return partial(source.check_unchanged, folder.relative_to(source.path).as_posix())
 
 
 def _open_again(kind: type[Generator], path: Path, arguments: Mapping[str, Any], build_id: str) -> Generator:

@@ -20,6 +20,7 @@ from .errors import BundleError, ConfigError, IntegrityError
 from .files import sha256_bytes, sha256_file
 from .locate import locate
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
+from .scores import SCORES_PATH
 from .spec import SamplerSpec
 from .status import ModelStatus
 
@@ -29,7 +30,7 @@ CHECKPOINT_STEPS = (1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model on disk that passed its checks.
+    """A model on disk. The files of a bundle are checked when they are opened: ``check_unchanged``.
 
     Attributes:
         path: The folder.
@@ -41,7 +42,7 @@ class Source:
         provenance: Where the weights come from, as the bundle or the checkpoint says.
         status: What the model is.
         text_encoder: Folder whose text encoder turns prompts into inputs, if there is one.
-        verify: Whether files are hashed, also those that are loaded later.
+        verify: Whether the files that are opened are hashed.
     """
 
     path: Path
@@ -100,6 +101,15 @@ class Source:
             )
         return stamps
 
+    def check_text_encoder(self) -> None:
+        """Hold what encodes prompts against what was opened; see ``Bundle.check_text_encoder``.
+
+        Raises:
+            IntegrityError: If a file is missing, damaged or changed.
+        """
+        if self.bundle is not None and self.text_encoder is not None:
+            self.bundle.check_text_encoder(self.text_encoder.relative_to(self.path).as_posix(), verify=self.verify)
+
     def stamps(self, artifact: str) -> tuple[Stamp, ...]:
         """Return the stamp of each file of an artifact: others than before mean that it was written meanwhile."""
         if self.bundle is not None:
@@ -137,11 +147,13 @@ def open_source(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Source:
-    """Open a bundle or a checkpoint folder and check its files.
+    """Open a bundle or a checkpoint folder.
+
+    Of a bundle the manifest is checked now, and each file before it is opened: what is never opened may be missing.
 
     Args:
         path: The folder, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
-        verify: ``digest`` reads every file; ``none`` needs only what will be opened.
+        verify: ``digest`` compares the sha256 of what is opened; ``none`` its size.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Read the hub's cache alone.
 
@@ -150,7 +162,7 @@ def open_source(
     """
     folder = locate(path, revision=revision, local_files_only=local_files_only)
     if (folder / MANIFEST_NAME).exists():
-        return _from_bundle(Bundle.open(folder, verify=verify), verify)
+        return _from_bundle(Bundle.open(folder, verify="none"), verify)
     if (folder / CONFIG_NAME).exists():
         return _from_checkpoint(folder, verify)
     if (folder / INDEX_NAME).exists():
@@ -163,6 +175,8 @@ def open_source(
 
 def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"]) -> Source:
     manifest = bundle.manifest
+    if os.path.lexists(bundle.path / SCORES_PATH):
+        bundle.check_file(SCORES_PATH, verify=verify)  # which the status is read from
     return Source(
         path=bundle.path,
         build_id=manifest.build_id,

@@ -9,15 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from containers import run_python
 from scm_sdk.archive import pack
+from scm_sdk.bundle import Bundle
 from scm_sdk.errors import IntegrityError
 from scm_sdk.extend import extend_bundle
-from scm_sdk.generator import Generator
-from scm_sdk.manifest import Artifact
+from scm_sdk.files import sha256_file
+from scm_sdk.generator import Generator, Verify
+from scm_sdk.manifest import Artifact, ParityRecord
 from scm_sdk.measured import cache_path
+from scm_sdk.scores import SCORES_PATH
+from scm_sdk.sources import Source
 from scm_sdk.spec import SamplerSpec
 
 SPEC = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4))
@@ -68,19 +73,86 @@ def test_the_umask_decides_who_may_read_what_is_written(
     assert {"checkpoint/diffusion_pytorch_model.safetensors", "bundle/golden/golden.safetensors"} <= found[expected]
 
 
-def test_what_is_not_opened_need_not_be_there(tmp_path: Path, unet_copy: Path) -> None:
-    shutil.rmtree(unet_copy / "denoiser")
-    with pytest.raises(IntegrityError, match=r"denoiser.*is missing"):
-        Generator.from_pretrained(unet_copy, backend="onnxruntime")
-    with Generator.from_pretrained(unet_copy, backend="onnxruntime", verify="none") as gen:
+@pytest.mark.parametrize("verify", ["none", "digest", "full"])
+def test_what_is_not_opened_need_not_be_there(verify: Verify, unet_copy: Path) -> None:
+    """Neither the checkpoint nor the other graph; what is needed later is named then."""
+    record = ParityRecord(artifact="onnx/fp32/2step/model.onnx", reference="denoiser", backend="onnxruntime",
+                          threshold=1e-5, noise_floor=1e-6, max_abs=1e-6, num_samples=9, passed=True)  # fmt: skip
+    Bundle.open(unet_copy).with_parity(record)
+    weights = unet_copy / "denoiser/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    with Generator.from_pretrained(unet_copy, backend="onnxruntime", verify=verify) as gen:
         assert len(gen(2, seed=1).images) == 2
-    with pytest.raises(IntegrityError, match="denoiser is not there"):
-        Generator.from_pretrained(unet_copy, backend="torch", verify="none")
+        with pytest.raises(IntegrityError, match=rf"{weights} is missing"):
+            gen.reopen(backend="torch", verify="none" if verify == "none" else "digest")
+    shutil.rmtree(unet_copy / "denoiser")
+    (unet_copy / "onnx/fp32/1step/model.onnx").unlink()
+    with Generator.from_pretrained(unet_copy, verify="none" if verify == "none" else "digest") as gen:
+        assert gen.opened().row.backend == "onnxruntime", "auto chose what is there"
+        with pytest.raises(IntegrityError, match=r"1step.model\.onnx is missing"):
+            gen.reopen(backend="onnxruntime", num_inference_steps=1)
+    with pytest.raises(IntegrityError, match=r"denoiser.*is missing"):
+        Bundle.open(unet_copy)
 
 
-@pytest.mark.parametrize("path, verify", [("denoiser/diffusion_pytorch_model.safetensors", "digest"), (GRAPH, "none")])
-def test_an_unreadable_file_is_not_called_damaged(path: str, verify: str, unet_copy: Path) -> None:
-    (unet_copy / path).chmod(0)
+def test_only_what_is_opened_is_hashed(monkeypatch: pytest.MonkeyPatch, unet_copy: Path) -> None:
+    hashed: list[str] = []
+
+    def note(path: str | os.PathLike[str]) -> str:
+        hashed.append(Path(path).relative_to(unet_copy).as_posix())
+        return sha256_file(path)
+
+    monkeypatch.setattr("scm_sdk._bundle_checks.sha256_file", note)
+    with Generator.from_pretrained(unet_copy, backend="onnxruntime") as gen:
+        assert set(hashed) == {"onnx/fp32/2step/model.onnx"}
+        gen(1, seed=1)
+        gen.benchmark(rounds=2, warmup=0)
+        gen(1, seed=1, num_inference_steps=1)
+        assert set(hashed) == {"onnx/fp32/1step/model.onnx", "onnx/fp32/2step/model.onnx"}
+    hashed.clear()
+    Bundle.open(unet_copy)
+    assert sorted(hashed) == sorted(entry.path for entry in Bundle.open(unet_copy, verify="none").manifest.files)
+
+
+def test_scores_are_checked_where_they_are(linear_bundle: Callable[..., Path]) -> None:
+    """They are read when a bundle is opened; other reports are not."""
+    path = linear_bundle(SPEC)
+    with extend_bundle(path) as draft:
+        for name in ("quality", "parity"):
+            draft.path(f"reports/{name}.json").write_bytes(b"[]")
+    (path / "reports/parity.json").unlink()
+    Generator.from_pretrained(path, backend="onnxruntime").close()
+    (path / SCORES_PATH).write_bytes(b"{}")
+    with pytest.raises(IntegrityError, match=r"quality.json has sha256 .* altered"):
+        Generator.from_pretrained(path, backend="onnxruntime")
+    (path / SCORES_PATH).unlink()
+    with Generator.from_pretrained(path, backend="onnxruntime") as gen:
+        assert not gen.source.status.quality_measured
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch, linear_bundle: Callable[..., Path]
+) -> None:
+    """Another process publishes between the reading of the manifest and that of the graph: the new one is opened."""
+    path, spec = linear_bundle(SPEC), Source.spec
+    newer = linear_bundle(SPEC, name="newer", gain=0.25)
+
+    def publish(source: Source, steps: int, *, unrolled: bool) -> SamplerSpec:
+        if newer.exists():
+            shutil.rmtree(path)
+            newer.rename(path)
+        return spec(source, steps, unrolled=unrolled)
+
+    monkeypatch.setattr(Source, "spec", publish)
+    with Generator.from_pretrained(path, backend="onnxruntime") as gen:
+        assert gen.source.build_id == Bundle.open(path).manifest.build_id
+        noise = np.ones((1, *SPEC.sample_shape), np.float32)
+        np.testing.assert_array_equal(gen(1, noise=[noise], output_type="raw").images, noise * 0.25)
+
+
+@pytest.mark.parametrize("verify", ["digest", "none"])
+def test_an_unreadable_file_is_not_called_damaged(verify: str, unet_copy: Path) -> None:
+    (unet_copy / GRAPH).chmod(0)
     done = run_python(
         "from scm_sdk import Generator\n"
         f"Generator.from_pretrained({str(unet_copy)!r}, verify={verify!r}, num_inference_steps=1, "
@@ -89,7 +161,7 @@ def test_an_unreadable_file_is_not_called_damaged(path: str, verify: str, unet_c
         env={"HOME": "/nowhere"},
     )
     said = done.stderr.strip().splitlines()[-1]
-    assert "IntegrityError" in said and f"{path} cannot be read: Permission denied. Change its mode" in said
+    assert "IntegrityError" in said and f"{GRAPH} cannot be read: Permission denied. Change its mode" in said
 
 
 RUN = "from scm_sdk import Generator; g = Generator.from_pretrained({!r}, backend='onnxruntime'); g(1, seed=1); "
