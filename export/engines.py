@@ -235,7 +235,7 @@ def _graphs(bundle: Bundle, precisions: Sequence[Precision], steps: Sequence[int
         wanted = ", ".join(sorted(missing)) or f"{list(steps)} steps"
         raise ConfigError(
             f"{bundle.path} has these graphs: {there}; expected {wanted}. Make them first: scm-export precision, "
-            "scm-export quantize"
+            f"scm-export quantize.{bundle.manifest.cut_note}"
         )
     return found
 

@@ -175,7 +175,7 @@ def _graph(bundle: Bundle, steps: int, precision: str) -> Artifact:
         there = ", ".join(a.precision for a in graphs) or "none"
         raise ConfigError(
             f"{bundle.path} has no {precision} graph of {steps} steps (it has {there}), expected one to hand over. "
-            "Make it: scm-export onnx, then scm-export precision or quantize."
+            f"Make it: scm-export onnx, then scm-export precision or quantize.{bundle.manifest.cut_note}"
         )
     return found
 

@@ -200,8 +200,8 @@ def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any
     there = [a.num_inference_steps for a in found]
     if not found or not set(steps) <= set(there):
         raise ConfigError(
-            f"{bundle.path} has fp32 graphs for {there or 'no'} steps, expected {list(steps) or 'at least one'}. "
-            "Export them first: scm-export onnx"
+            f"{bundle.path} has fp32 graphs for {there or 'no'} steps, expected {list(steps) or 'at least one'}."
+            f"{bundle.manifest.cut_note or ' Export them first: scm-export onnx'}"
         )
     return [
         Source(

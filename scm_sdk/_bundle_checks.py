@@ -197,6 +197,7 @@ def make_build_id(manifest: Manifest) -> str:
         "samplers": [_chosen(sampler) for sampler in manifest.samplers],
         "artifacts": [_chosen(artifact) for artifact in manifest.artifacts],
         "versions": manifest.versions,
+        **({"cut_from": manifest.cut_from} if manifest.cut_from else {}),
     }
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
@@ -225,7 +226,10 @@ def _check_digests(path: Path, manifest: Manifest) -> None:
     found = _make_digests(manifest)
     recorded = manifest.digests
     if manifest.schema_version > 1 or recorded:
-        altered = [name for name in {**found, **recorded} if found.get(name) != recorded.get(name)]
+        # A part that a later version added, and that is not used, need not be on record.
+        unused = {name for name, default in _defaults(Manifest).items() if getattr(manifest, name) == default}
+        known = {name: digest for name, digest in found.items() if name in recorded or name not in unused}
+        altered = [name for name in {**known, **recorded} if known.get(name) != recorded.get(name)]
         if altered:
             raise IntegrityError(
                 f"{path} was altered or damaged: the sha256 in digests is not that of its {_some(altered)}. {REPAIR}"

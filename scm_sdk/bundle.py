@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -30,15 +31,18 @@ from ._bundle_checks import (
     stamp,
 )
 from ._roles import role_of
+from .archive import SUFFIX
+from .archive import pack as pack_folder
 from .card import CARD_PATH, bundle_card, generated_for
 from .errors import BundleError, ConfigError, IntegrityError, SchemaError
 from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_bytes, sha256_file
-from .goldens import GOLDEN_PATH, Golden, read_goldens
+from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .hub import HUB_PREFIX, push
-from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role
+from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role, files_of
 from .scores import read_scores
 from .spec import Precision, SamplerSpec
 from .status import ModelStatus
+from .subset import cut
 
 Verify = Literal["none", "digest"]
 
@@ -147,7 +151,7 @@ class Bundle:
         Raises:
             IntegrityError: As ``check_unchanged``.
         """
-        for entry in _files_of(self.manifest, artifact):
+        for entry in files_of(self.manifest, artifact):
             if _encodes_prompts(entry, artifact) or entry.role != "weights":
                 self._check_unchanged(entry, verify)
 
@@ -210,6 +214,7 @@ class Bundle:
         raise ConfigError(
             f"num_inference_steps is {num_inference_steps}, expected one of "
             f"{', '.join(str(s.num_inference_steps) for s in samplers)}, which {self.path} was exported with."
+            f"{self.manifest.cut_note}"
         )
 
     def goldens(self) -> dict[int, Golden]:
@@ -237,7 +242,7 @@ class Bundle:
 
         def change(manifest: Manifest) -> Manifest:
             for path in {path for record in records for path in (record.artifact, record.reference)}:
-                if _files_of(manifest, path) != _files_of(self.manifest, path):
+                if set(files_of(manifest, path)) != set(files_of(self.manifest, path)):
                     raise BundleError(
                         f"{path} of {self.path} was replaced while it was being compared, expected the file that was "
                         "compared. Nothing was recorded; run the command again."
@@ -280,6 +285,53 @@ class Bundle:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(safe_join(self.path, name), folder / name)
         return Bundle.open(path)
+
+    def subset(self, path: str | os.PathLike[str], only: Sequence[str], *, overwrite: bool = False) -> Bundle:
+        """Write a bundle that holds only some artifacts, with the records and samples that are about them.
+
+        It is a bundle like any other, without the checkpoint and the text encoder unless they are named. Its manifest
+        says which build it was cut from.
+
+        Args:
+            path: The folder to write.
+            only: Names of the artifacts: folders such as ``onnx/fp16/2step``, or ``onnx/fp16`` for several.
+            overwrite: Replace the bundle that is there.
+
+        Raises:
+            ConfigError: If an artifact is not there.
+            BundleError: If a file of it is damaged, or ``path`` may not be replaced or cannot be written.
+        """
+        manifest = cut(self.manifest, only)
+        with publish_bundle(path, overwrite=overwrite) as folder:
+            for entry in manifest.files:
+                (folder / entry.path).parent.mkdir(parents=True, exist_ok=True)
+                check_present(self.path, entry)
+                shutil.copyfile(safe_join(self.path, entry.path), folder / entry.path)
+                check_content(folder, entry)
+            write_manifest(folder, _with_goldens_cut(folder, manifest, self.manifest.samplers))
+        return Bundle.open(path)
+
+    def pack(self, out: str | os.PathLike[str], *, only: Sequence[str] = (), overwrite: bool = False) -> Path:
+        """Write the bundle, or a ``subset`` of it, as one ``.scmz`` file or as a folder.
+
+        Args:
+            out: A file whose name ends in ``.scmz``, which is replaced when it is there, or a folder.
+            only: Names of the artifacts to keep, as for ``subset``; () is all, and everything else.
+            overwrite: Replace the bundle in the folder ``out``.
+
+        Raises:
+            ConfigError: If an artifact is not there.
+            BundleError: If the bundle is damaged, or ``out`` may not be replaced or cannot be written.
+        """
+        out = Path(out)
+        if out.suffix != SUFFIX:
+            if only:
+                return self.subset(out, only, overwrite=overwrite).path
+            return self.save_pretrained(out, overwrite=overwrite).path
+        if not only:
+            return pack_folder(self.path, out)
+        with TemporaryDirectory(prefix="scm-pack-") as name:
+            return pack_folder(self.subset(Path(name) / "bundle", only).path, out)
 
     def push_to_hub(
         self, repo_id: str, *,
@@ -332,7 +384,7 @@ class Bundle:
 
     def _files(self, artifact: str) -> list[FileEntry]:
         """Return what is loaded with an artifact, in order; a text encoder is loaded when the first prompt comes."""
-        found = (entry for entry in _files_of(self.manifest, artifact) if not _encodes_prompts(entry, artifact))
+        found = (entry for entry in files_of(self.manifest, artifact) if not _encodes_prompts(entry, artifact))
         return sorted(found, key=lambda entry: entry.path)
 
     def _changed(self, entry: FileEntry) -> IntegrityError:
@@ -382,6 +434,7 @@ def write_bundle(
     budgets: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
+    cut_from: str = "",
 ) -> Manifest:
     """Write the manifest of a folder that already holds everything else.
 
@@ -396,6 +449,7 @@ def write_bundle(
         budgets: Latencies that it must keep.
         provenance: Where weights and data come from; JSON values.
         versions: Versions of the libraries that built it.
+        cut_from: Build id of the whole bundle, where this one is a subset.
 
     Returns:
         The manifest that was written.
@@ -430,6 +484,7 @@ def write_bundle(
         budgets=tuple(budgets),
         provenance=dict(provenance or {}),
         versions=dict(versions or {}),
+        cut_from=cut_from,
     )
     return write_manifest(folder, manifest)
 
@@ -494,17 +549,25 @@ def _with_card(manifest: Manifest, card: bytes) -> Manifest:
     return msgspec.structs.replace(manifest, files=tuple(sorted([*files, entry], key=lambda each: each.path)))
 
 
+def _with_goldens_cut(folder: Path, manifest: Manifest, samplers: Sequence[SamplerSpec]) -> Manifest:
+    """Drop the recorded samples of numbers of steps that a bundle that is being cut no longer has."""
+    entry = next((entry for entry in manifest.files if entry.path == GOLDEN_PATH), None)
+    if entry is None:
+        return manifest
+    goldens = read_goldens(folder / GOLDEN_PATH, samplers)
+    kept = {steps: goldens[steps] for steps in goldens if steps in {s.num_inference_steps for s in manifest.samplers}}
+    files = {each.path: each for each in manifest.files}
+    if not kept:
+        (folder / files.pop(GOLDEN_PATH).path).unlink()
+    elif kept.keys() != goldens.keys():
+        path = write_goldens(folder, kept)
+        files[GOLDEN_PATH] = msgspec.structs.replace(entry, size=path.stat().st_size, sha256=sha256_file(path))
+    return msgspec.structs.replace(manifest, files=tuple(files.values()))
+
+
 def _encodes_prompts(entry: FileEntry, artifact: str) -> bool:
     """Return whether a file of a pipeline is of its text encoder or its tokenizer."""
     return entry.path.startswith((f"{artifact}/text_encoder/", f"{artifact}/tokenizer/"))
-
-
-def _files_of(manifest: Manifest, artifact: str) -> set[FileEntry]:
-    """Return the entries of an artifact: the files of its folder, or of itself if it is one."""
-    folder = artifact.rpartition("/")[0] if any(e.path == artifact for e in manifest.files) else artifact
-    if not folder:  # beside the manifest: its data have its name
-        return {entry for entry in manifest.files if entry.path.startswith(artifact)}
-    return {entry for entry in manifest.files if entry.path.startswith(f"{folder}/")}
 
 
 def _encode(manifest: Manifest) -> bytes:

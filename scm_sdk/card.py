@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from ._lazy import wheel_command
-from .manifest import Artifact, Manifest, ParityRecord
+from .manifest import Artifact, Format, Manifest, ParityRecord
 from .spec import SamplerSpec
 from .status import Kind, ModelStatus
 
@@ -26,6 +26,14 @@ HUB_LICENCES = {
 }  # fmt: skip
 """Licences that the hub knows by these names; any other is shown as ``other`` with its own name."""
 
+
+_EXTRAS: dict[Format, str] = {
+    "onnx": "onnxruntime",
+    "safetensors": "torch",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+}
+"""The extra that runs each kind of artifact, the usual one first."""
 
 _TAGS: dict[Kind, list[str]] = {
     "consistency model": ["consistency-model", "scm"],
@@ -44,7 +52,7 @@ def bundle_card(manifest: Manifest, *, quality: Sequence[Mapping[str, Any]] = ()
     """
     return model_card(
         manifest.name, manifest.samplers, manifest.provenance, artifacts=manifest.artifacts, parity=manifest.parity,
-        budgets=manifest.budgets, quality=quality, where=where,
+        budgets=manifest.budgets, quality=quality, where=where, cut_from=manifest.cut_from,
     )  # fmt: skip
 
 
@@ -58,6 +66,7 @@ def model_card(
     budgets: Sequence[str] = (),
     quality: Sequence[Mapping[str, Any]] = (),
     where: str = "",
+    cut_from: str = "",
 ) -> str:
     """Return a card as Markdown with a YAML head.
 
@@ -70,6 +79,7 @@ def model_card(
         budgets: Latencies that it must keep.
         quality: Scores, as ``scores.read_scores`` returns them.
         where: Path or hub id in the usage lines.
+        cut_from: Build id of the whole bundle, where this one is a subset.
     """
     licence = str(provenance.get("license") or provenance.get("licence") or "")
     licence = "" if licence.lower() == "other" else licence  # what training writes where nobody named one
@@ -80,6 +90,7 @@ def model_card(
         f"# {_cell(name)}",
         status.describe(_steps(specs)),
         "\n".join(f"> **Warning:** {_cell(text)}" for text in status.training_warnings),
+        f"> Some artifacts of build `{cut_from}`; the comparisons below were made there." if cut_from else "",
         _usage(specs[0], where or "path/to/this/folder", artifacts),
         _table({"": ""} | _facts(specs, status)),
         _runs(artifacts, parity),
@@ -142,7 +153,8 @@ def _usage(spec: SamplerSpec, where: str, artifacts: Sequence[Artifact]) -> str:
     if spec.guidance_range is not None:
         arguments.append("guidance_scale=1.5" if spec.guidance_range[0] <= 1.5 <= spec.guidance_range[1] else "")
     call = ", ".join([*filter(None, arguments), "seed=0"])
-    extra = "onnxruntime" if any(a.format == "onnx" for a in artifacts) else "torch"
+    formats = {artifact.format for artifact in artifacts}
+    extra = next((extra for format, extra in _EXTRAS.items() if format in formats), "torch")
     pictures = spec.output == "pixels" and len(spec.image_shape) == 3 and spec.image_shape[0] in (1, 3)
     kind = "" if pictures else ', output_type="raw"'
     return f"""## Usage

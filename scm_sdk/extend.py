@@ -123,6 +123,7 @@ def extend_bundle(path: str | os.PathLike[str]) -> Iterator[Draft]:
             budgets=manifest.budgets,
             provenance=manifest.provenance,
             versions=draft.versions,
+            cut_from=manifest.cut_from,
         )
         if Bundle.open(path, verify="none").manifest.build_id != manifest.build_id:
             raise BundleError(

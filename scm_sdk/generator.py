@@ -58,7 +58,9 @@ class Generator:
         self.source = source
         self._opener = opener
         self._arguments = dict(arguments)
-        self._prompts = Prompts(source.text_encoder, arguments["device"], check=source.check_text_encoder)
+        self._prompts = Prompts(
+            source.text_encoder, arguments["device"], check=source.check_text_encoder, note=source.cut_note
+        )
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 

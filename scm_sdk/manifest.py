@@ -160,6 +160,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         budgets: Latencies that ``scm-export validate`` enforces, as ``evaluate.budget`` writes them.
         provenance: Where the weights and the data come from, licences, recipe; free form.
         versions: Versions of the libraries that built it.
+        cut_from: Build id of the whole bundle, where this one holds only some of its artifacts; see ``subset``.
         digests: The sha256 of each part above, by its name; see ``_bundle_checks.seal``.
     """
 
@@ -173,7 +174,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     budgets: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    cut_from: str = ""
     digests: dict[str, str] = {}
+
+    @property
+    def cut_note(self) -> str:
+        """A sentence, after a space, for who misses something in a bundle that was cut; "" for a whole bundle."""
+        if not self.cut_from:
+            return ""
+        return (
+            f" This bundle was cut from build {self.cut_from[:12]} and holds only some of its artifacts: use that "
+            "bundle, which is whole."
+        )
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal manifest."""
@@ -206,6 +218,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise SchemaError(
                 f"{MANIFEST_NAME} breaks schema version {version}: {exc}. Export the bundle again."
             ) from exc
+
+
+def files_of(manifest: Manifest, artifact: str) -> tuple[FileEntry, ...]:
+    """Return the files of an artifact: those of its folder, which is the artifact itself where that is a folder.
+
+    A graph's external data and an engine's build record lie beside it.
+    """
+    folder = artifact.rpartition("/")[0] if any(e.path == artifact for e in manifest.files) else artifact
+    # Beside the manifest: its data have its name.
+    start = f"{folder}/" if folder else artifact
+    return tuple(entry for entry in manifest.files if entry.path.startswith(start))
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:

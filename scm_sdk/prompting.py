@@ -27,12 +27,18 @@ class Prompts:
         folder: Pipeline folder with the text encoder, or None where the model came without one.
         device: Where the encoder runs; None is the CPU.
         check: Called before the encoder is loaded; raises if it is not the one that was opened.
+        note: Follows the error of who gives a prompt where there is no encoder.
     """
 
     def __init__(
-        self, folder: Path | None, device: str | None = None, *, check: Callable[[], object] = lambda: None
+        self,
+        folder: Path | None,
+        device: str | None = None,
+        *,
+        check: Callable[[], object] = lambda: None,
+        note: str = "",
     ) -> None:
-        self._folder, self._device, self._check = folder, device, check
+        self._folder, self._device, self._check, self._note = folder, device, check, note
         self._encoder: Any = None
         self._lock = threading.Lock()
 
@@ -88,7 +94,7 @@ class Prompts:
         if self._folder is None:
             raise ConfigError(
                 f"a prompt is given, but this model came without its text encoder. Give {EMBEDS}, or import it again "
-                "with the text encoder."
+                f"with the text encoder.{self._note}"
             )
         from .model.foreign.prompt_encoder import PromptEncoder
 

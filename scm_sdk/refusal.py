@@ -42,20 +42,20 @@ def nothing_accepted(
     found = f"{source.path} has nothing to run {steps} steps with {asked}"
     if info is not None and not formats & set(info.opens):
         return ConfigError(
-            f"{found}: it holds {', '.join(sorted(formats))}, {backend} opens {', '.join(info.opens)}. "
-            f"Make it first: scm-export {'engine' if info.runs_engines else 'onnx'}"
+            f"{found}: it holds {', '.join(sorted(formats))}, {backend} opens {', '.join(info.opens)}."
+            + (source.cut_note or f" Make it first: scm-export {'engine' if info.runs_engines else 'onnx'}")
         )
     if precision not in ("auto", *(artifact.precision for artifact in source.artifacts)):
         return ConfigError(
             f"precision {precision!r} is not in {source.path}, expected {describe_precisions(source.artifacts)}. "
-            "Choose one of them, or add it: scm-export precision, or scm-export quantize for int8"
+            "Choose one of them, or add it: scm-export precision, or scm-export quantize for int8." + source.cut_note
         )
     error: type[BackendError | ConfigError] = ConfigError
     if (backend, precision) == ("auto", "auto"):
         error = BackendUnavailable
     elif info is not None and info.runs_engines and any(row.num_inference_steps == steps for row in rows):
         error = BackendUnavailable if current_gpu() is None else IncompatibleEngineError
-    return error(f"{found}: {reasons}. Choose one of what is there: scm-export inspect {source.path}")
+    return error(f"{found}: {reasons}. Choose one of what is there: scm-export inspect {source.path}.{source.cut_note}")
 
 
 def describe_precisions(artifacts: Iterable[Artifact]) -> str:

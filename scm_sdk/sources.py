@@ -59,6 +59,11 @@ class Source:
     _weights: tuple[Path, ...] = ()
 
     @property
+    def cut_note(self) -> str:
+        """See ``Manifest.cut_note``."""
+        return self.bundle.manifest.cut_note if self.bundle else ""
+
+    @property
     def default_steps(self) -> int:
         """Two steps where there are two, otherwise the first the source names."""
         return 2 if 2 in self.steps else self.steps[0]
@@ -77,7 +82,7 @@ class Source:
             raise ConfigError(
                 f"num_inference_steps is {num_inference_steps}, expected one of "
                 f"{', '.join(map(str, self.steps))}, which {self.path} was made for. "
-                "Choose one of them, or backend='torch', which unrolls any number."
+                f"Choose one of them, or backend='torch', which unrolls any number.{self.cut_note}"
             )
         return self._spec(num_inference_steps)
 

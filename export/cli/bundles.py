@@ -35,18 +35,40 @@ def verify(path: Path, as_json: bool) -> None:
 
 @bundle.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; PATH.scmz when absent.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="File (*.scmz) or folder to write; PATH.scmz when absent."
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="ARTIFACT",
+    help="Artifact to keep, for example onnx/fp16/2step; may be repeated. The others are left out, the "
+    "checkpoint and the text encoder among them. inspect lists the names.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the bundle in the folder OUT.")
+@revision_option
 @json_option
-def pack(path: Path, out: Path | None, as_json: bool) -> None:
-    """Write a bundle as one .scmz file; the same bundle gives the same bytes."""
-    from scm_sdk.archive import SUFFIX
-    from scm_sdk.archive import pack as pack_bundle
+def pack(
+    path: Path, out: Path | None, only: tuple[str, ...], overwrite: bool, revision: str | None, as_json: bool
+) -> None:  # fmt: skip
+    """Write a bundle, or some of its artifacts, as one .scmz file or as a folder.
 
-    written = pack_bundle(path, out or path.with_name(path.resolve().name + SUFFIX))
+    The same bundle gives the same bytes.
+    """
+    from scm_sdk.archive import SUFFIX
+    from scm_sdk.bundle import Bundle
+
+    folder = local_folder(path, revision)
+    if out is None and (only or folder != path):
+        raise click.UsageError("--out is missing, expected a file or a folder to write to.")
+    made = Bundle.open(folder, verify="none").pack(
+        out or path.with_name(path.resolve().name + SUFFIX), only=only, overwrite=overwrite
+    )
+    size = sum(each.stat().st_size for each in (made.rglob("*") if made.is_dir() else [made]) if each.is_file())
     if as_json:
-        print_json({"path": str(written), "bytes": written.stat().st_size})
+        print_json({"path": str(made), "bytes": size})
     else:
-        say(f"{written}: {written.stat().st_size / 1e6:.1f} MB. Generator.from_pretrained opens it as it is.")
+        say(f"{made}: {size / 1e6:.1f} MB. Generator.from_pretrained opens it as it is.")
 
 
 @bundle.command()

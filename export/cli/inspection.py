@@ -18,6 +18,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     import msgspec
 
     from scm_sdk.bundle import Bundle
+    from scm_sdk.subset import artifact_name
 
     opened = Bundle.open(bundle, verify="none")
     manifest, status = opened.manifest, opened.status
@@ -26,6 +27,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
         return
     console = make_console()
     console.print(f"{printable(manifest.name)}  build {manifest.build_id[:12]}  schema {manifest.schema_version}")
+    if manifest.cut_from:
+        console.print(f"cut from build {printable(manifest.cut_from[:12])}: some of its artifacts")
     console.print(printable(f"{status.kind}, objective {status.objective or 'not on record'}"), soft_wrap=True)
     console.print(printable(f"training: {status.training}; quality: {status.quality}"), soft_wrap=True)
     for text in status.training_warnings:
@@ -37,6 +40,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
                       f"{classes}, batch 1..{spec.max_batch}")  # fmt: skip
     if manifest.samplers[0].class_names:
         console.print(printable("labels: " + ", ".join(manifest.samplers[0].class_names)))
+    artifacts = make_table("artifact", "format", "precision", "steps")
+    for artifact in manifest.artifacts:
+        steps = str(artifact.num_inference_steps or "any")
+        artifacts.add_row(printable(artifact_name(artifact)), artifact.format, artifact.precision, steps)
+    print_table(artifacts)
     files = make_table("file", "role", "bytes", "sha256")
     for entry in manifest.files:
         files.add_row(entry.path, entry.role, f"{entry.size:,}", entry.sha256[:12])

@@ -97,7 +97,8 @@ def validate_bundle(
         )
     if not candidates or not bundle.artifacts(format="safetensors"):
         missing = "checkpoint to compare with" if candidates else "graph to validate"
-        raise ConfigError(f"{bundle.path} holds no {missing}. Make it from a checkpoint: scm-export onnx")
+        note = bundle.manifest.cut_note or " Make it from a checkpoint: scm-export onnx"
+        raise ConfigError(f"{bundle.path} holds no {missing}.{note}")
     results: list[Parity] = []
     skipped: list[str] = []
     by_path = {artifact.path: artifact for artifact in candidates}

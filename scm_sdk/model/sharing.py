@@ -28,10 +28,12 @@ def find_checkpoint(
     folder = locate(path, revision=revision, local_files_only=local_files_only)
     if (folder / CONFIG_NAME).exists() or not (folder / MANIFEST_NAME).exists():
         return folder
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(folder, verify="none")
     checkpoints = bundle.artifacts(format="safetensors")
     if not checkpoints:
-        raise BundleError(f"{folder} is a bundle without a checkpoint, expected one with weights. Ask who made it.")
+        note = bundle.manifest.cut_note or " Ask who made it."
+        raise BundleError(f"{folder} is a bundle without a checkpoint, expected one with weights.{note}")
+    bundle.check_unchanged(checkpoints[0].path)
     return bundle.file(checkpoints[0].path)
 
 

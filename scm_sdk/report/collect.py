@@ -160,7 +160,8 @@ def collect(
     manifest = bundle.manifest
     spec = manifest.samplers[0]
     if not bundle.artifacts(format="safetensors"):
-        raise ConfigError(f"{path} holds no checkpoint to compare with. Make it from one: scm-export onnx")
+        note = manifest.cut_note or " Make it from one: scm-export onnx"
+        raise ConfigError(f"{path} holds no checkpoint to compare with.{note}")
     if spec.output != "pixels" or len(spec.image_shape) != 3 or spec.image_shape[0] not in (1, 3):
         raise ConfigError(f"{path} makes {spec.output} {spec.image_shape}, expected pictures of 1 or 3 channels.")
     for name in backends:
