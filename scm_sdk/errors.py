@@ -2,7 +2,7 @@
 
 * ScmError
   - ConfigError              a value we were given breaks its contract
-    - UnknownArgument        a call names an argument that there is not; also a TypeError
+    - UnknownArgument        a call's arguments are not those of the function; also a TypeError
   - ShapeError               a tensor has the wrong shape or dtype
   - BundleError              a bundle on disk cannot be used
     - IntegrityError         a file is missing, altered or truncated
@@ -41,7 +41,7 @@ class ConfigError(ScmError):
 
 
 class UnknownArgument(ConfigError, TypeError):
-    """A call names an argument that there is not."""
+    """A call's arguments are not those of the function."""
 
 
 class ShapeError(ScmError):

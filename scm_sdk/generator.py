@@ -16,12 +16,12 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
 import numpy as np
 
 from .dispatch import Backend, Plan
-from .errors import BundleError, ConfigError, IntegrityError
+from .errors import BundleError, ConfigError, IntegrityError, UnknownArgument
 from .opened import Opened
 from .opening import Fallback, Opener
 from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
@@ -38,13 +38,30 @@ from .request import (
     check_num_images,
     check_output_type,
     make_request,
+    named,
 )
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .batcher import Batcher
 
 Verify = Literal["none", "digest", "smoke", "full"]
+
+
+class OpenOptions(TypedDict, total=False):
+    """What ``Generator.reopen`` may change; ``Generator.from_pretrained`` says what each means."""
+
+    backend: str
+    precision: str
+    device: str | None
+    fallback: Fallback
+    verify: Verify
+    num_threads: int | None
+    max_batch: int | None
+    num_inference_steps: int | None
+    trust_engines: bool
 
 
 class Generator:
@@ -64,7 +81,17 @@ class Generator:
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 
+    def __new__(cls, *made: object, **parts: object) -> Generator:
+        """Refuse what was meant for ``from_pretrained``."""
+        if len(made) + len(parts) != 3 or isinstance(made[0] if made else None, str | os.PathLike):
+            raise UnknownArgument(
+                "Generator(...) opens no model, expected Generator.from_pretrained(path), where path is a bundle, a "
+                "checkpoint, a .scmz file or hf:owner/name."
+            )
+        return super().__new__(cls)
+
     @classmethod
+    @named("from_pretrained")
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -151,6 +178,7 @@ class Generator:
             opener.run_goldens(source.steps if verify == "full" else (steps,))
         return cls(source, opener, arguments)
 
+    @named("the generator")
     def __call__(
         self,
         num_images: int = 1,
@@ -219,6 +247,7 @@ class Generator:
     def stream(
         self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool
     ) -> Iterator[GeneratorOutput | Exception]: ...
+    @named("stream")
     def stream(
         self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool = False
     ) -> Iterator[GeneratorOutput | Exception]:
@@ -242,6 +271,7 @@ class Generator:
                 raise result
             yield result
 
+    @named("batcher")
     def batcher(self, *, max_waiting: int = 256, max_running: int | None = None) -> Batcher:
         """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``.
 
@@ -255,6 +285,7 @@ class Generator:
         beside = side_by_side(self.opened(), self.num_threads) if max_running is None else max_running
         return Batcher(self._job, self.source, max_waiting=max_waiting, max_running=beside)
 
+    @named("plan")
     def plan(self, num_inference_steps: int | None = None) -> Plan:
         """Return what could run and what runs, each with the reason; ``str()`` is a table.
 
@@ -263,6 +294,7 @@ class Generator:
         """
         return self._opener.plan(self._steps(num_inference_steps))
 
+    @named("opened")
     def opened(self, num_inference_steps: int | None = None) -> Opened:
         """Return what is open: the backend (noise in, images out), its artifact, spec and load time."""
         return self._opener.get(self._steps(num_inference_steps))
@@ -273,13 +305,14 @@ class Generator:
         threads: int | None = self._arguments["num_threads"]
         return threads
 
+    @named("warmup")
     def warmup(self, num_images: int = 1, num_inference_steps: int | None = None) -> float:
         """Run once and throw the images away, so that the next call is not the first. Returns its ms."""
         start = perf_counter()
         self(num_images, num_inference_steps=num_inference_steps, seed=0, output_type="raw")
         return (perf_counter() - start) * 1e3
 
-    def reopen(self, **changes: Any) -> Generator:
+    def reopen(self, **changes: Unpack[OpenOptions]) -> Generator:
         """Open the same model again with other arguments of ``from_pretrained``; this one stays open.
 
         A bundle may have got further artifacts meanwhile.
@@ -297,16 +330,44 @@ class Generator:
             raise
         return gen
 
-    def compare(self, reference: Generator | Backend, **options: Any) -> Any:
-        """Compare with a reference on the same noise: ``evaluate.parity.compare(self, reference)``.
+    @named("compare")
+    def compare(
+        self,
+        reference: Generator | Backend,
+        *,
+        seeds: Sequence[int] | None = None,
+        batches: Sequence[int | None] | None = None,
+        num_inference_steps: int | None = None,
+        threshold: float | None = None,
+        min_psnr_db: float | None = None,
+        reason: str = "",
+    ) -> Any:
+        """Compare with a reference on the same noise.
 
         The gate is that of the lower precision of the two, the same as ``scm-export validate`` applies.
 
-        Returns:
-            ``scm_sdk.evaluate.parity.Parity``. That room lies above this one, so it is found by name.
-        """
-        return import_module("scm_sdk.evaluate.parity").compare(self, reference, **options)
+        Args:
+            reference: What this one should compute: a generator or an open backend.
+            seeds: One for each sample; None is the seeds of ``scm-export validate``.
+            batches: Batch sizes to run, None among them is the largest; None is 1, 3 and the largest.
+            num_inference_steps: Which sampler; None is the generator's default.
+            threshold: Largest difference that passes, units of sigma_data.
+            min_psnr_db: PSNR that 95 % of the samples must reach, dB.
+            reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate; every report prints it.
 
+        Returns:
+            ``scm_sdk.evaluate.parity.Parity``; see ``scm_sdk.evaluate.parity.compare``.
+
+        Raises:
+            ConfigError: If the two are different samplers, or a looser gate comes without a reason.
+            BackendError: If one of them cannot run.
+        """
+        return import_module("scm_sdk.evaluate.parity").compare(
+            self, reference, seeds=seeds, batches=batches, num_inference_steps=num_inference_steps, threshold=threshold,
+            min_psnr_db=min_psnr_db, reason=reason,
+        )  # fmt: skip
+
+    @named("benchmark")
     def benchmark(
         self,
         *,
@@ -317,7 +378,6 @@ class Generator:
         budget: str | None = None,
         num_inference_steps: int | None = None,
         progress: Callable[[int, int], object] | None = None,
-        **unknown: object,
     ) -> Any:
         """Measure everything the plan accepts, interleaved, and go by it where this generator's backend is ``"auto"``.
 
@@ -331,7 +391,6 @@ class Generator:
             budget: Latencies to keep; see ``scm_sdk.evaluate.latency.measure``.
             num_inference_steps: Which sampler; None is the generator's default.
             progress: Called as f(rounds_done, rounds).
-            **unknown: Refused by name.
 
         Returns:
             ``scm_sdk.evaluate.latency.Latency``: one entry ``backend:artifact`` for each; ``str()`` is a table.
@@ -340,7 +399,6 @@ class Generator:
             ConfigError: If an argument is unknown (``UnknownArgument``) or out of its range.
             BackendError: If a candidate cannot run.
         """
-        check_names(unknown, _BENCHMARK, of="benchmark")
         steps = self._steps(num_inference_steps)
         candidates = self._opener.open_accepted(steps)
         try:
@@ -412,9 +470,6 @@ class Generator:
         with report_progress(progress, len(request)) as report:
             raw, batches, timings = opened.run(request, batch_size, report)
         return raw, opened.info(self.source, batches=batches, timings=timings)
-
-
-_BENCHMARK = ("batch", "rounds", "warmup", "max_seconds", "budget", "num_inference_steps", "progress")
 
 
 def _open_again(kind: type[Generator], path: Path, arguments: Mapping[str, Any], build_id: str) -> Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,8 +253,7 @@ class Opener:
             # Only a name gets here. It must, so that the comparison can be run again.
             doubts.append(f"{row.backend} runs {row.artifact}, {row.reason}. Compare it again: scm-export validate")
         for doubt in doubts:
-            # The frames between: _open_first, get, from_pretrained or __call__, the user.
-            warnings.warn(doubt, RuntimeWarning, stacklevel=5)
+            warnings.warn(doubt, RuntimeWarning, stacklevel=_callers())
         return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
 
     def _load(self, row: PlanRow, spec: SamplerSpec) -> Backend:
@@ -271,6 +271,14 @@ class Opener:
             f"{row.artifact} of {self._source.path} was written while it was loaded, {_LOADS} times, expected a model "
             "that stays as it is. Open it again when it is complete."
         )
+
+
+def _callers() -> int:
+    """Return the ``stacklevel`` of a warning of this function's caller that shows the line outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("scm_sdk."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _allowed(record: ParityRecord) -> float:

@@ -17,6 +17,7 @@ from scm_sdk.errors import (
     BackendFailure,
     ConfigError,
 )
+from scm_sdk.manifest import ParityRecord
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec
 
@@ -207,3 +208,19 @@ def test_one_generator_for_many_threads(unet_bundle: Path, backend: str) -> None
         assert gen.opened(1).backend is gen.opened(1).backend
         for job, images in zip(jobs, together, strict=True):
             np.testing.assert_array_equal(images, gen(**job, output_type="raw").images)  # type: ignore[arg-type]
+
+
+def test_a_warning_points_at_the_line_that_opened(linear_bundle: Callable[..., Path]) -> None:
+    records = [
+        ParityRecord(
+            artifact=f"onnx/fp32/{steps}step/model.onnx", reference="denoiser", backend="onnxruntime", threshold=1,
+            noise_floor=0, max_abs=0, num_samples=4, passed=True,
+        )
+        for steps in (1, 2)
+    ]  # fmt: skip
+    path = linear_bundle(PLAIN, msgspec.structs.replace(PLAIN, times=(1.5,)), parity=records)
+    with pytest.warns(RuntimeWarning, match="runs instead") as caught:
+        gen = Generator.from_pretrained(path, backend="torch", fallback="warn")
+    with gen, pytest.warns(RuntimeWarning, match="runs instead") as later:
+        gen(num_inference_steps=1)
+    assert {Path(each.filename).name for each in (*caught, *later)} == {"test_generator.py"}

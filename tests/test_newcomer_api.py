@@ -1,5 +1,6 @@
 """What a newcomer types first: wrong names, printed objects, a measurement that counts at once."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from scm_sdk import measured
 from scm_sdk.errors import ConfigError, UnknownArgument
-from scm_sdk.generator import Generator
+from scm_sdk.generator import Generator, OpenOptions
 from scm_sdk.manifest import ParityRecord
 from scm_sdk.request import MAX_IMAGES, make_request
 from scm_sdk.spec import SamplerSpec, TensorSpec
@@ -42,6 +43,12 @@ def gen(bundle: Path):
     "call, of, nearest",
     [
         (lambda gen: gen.benchmark(bacth=8), "benchmark", "batch"),
+        (lambda gen: gen(num_image=4), "the generator", "num_images"),
+        (lambda gen: gen.batcher(max_wating=4), "batcher", "max_waiting"),
+        (lambda gen: gen.compare(gen, treshold=1), "compare", "threshold"),
+        (lambda gen: gen.plan(num_steps=1), "plan", "num_inference_steps"),
+        (lambda gen: gen.warmup(num_image=1), "warmup", "num_images"),
+        (lambda gen: Generator.from_pretrained(gen.source.path, bakend="torch"), "from_pretrained", "backend"),
         (lambda gen: gen.reopen(bakend="torch"), "reopen", "backend"),
         (lambda gen: gen.batcher().submit(sed=3), "submit", "seed"),
         (lambda gen: gen.batcher()(class_label=2), "batcher", "class_labels"),
@@ -49,8 +56,23 @@ def gen(bundle: Path):
     ],
 )
 def test_a_wrong_name_is_answered_by_the_function_with_the_nearest(call, of: str, nearest: str, gen) -> None:
-    with pytest.raises(UnknownArgument, match=rf"^{of} got '\w+', .*Did you mean {nearest}\?"):
+    with pytest.raises(UnknownArgument, match=rf"^{of} got '\w+', .*Did you mean {nearest}\?") as raised:
         call(gen)
+    assert isinstance(raised.value, TypeError)
+
+
+@pytest.mark.parametrize("make", [lambda: Generator("model"), lambda: Generator(), lambda: Generator(path="model")])
+def test_the_class_itself_opens_nothing_and_says_what_does(make) -> None:
+    with pytest.raises(UnknownArgument, match=r"expected Generator\.from_pretrained\(path\)") as raised:
+        make()
+    assert isinstance(raised.value, TypeError)
+
+
+def test_reopen_may_change_what_from_pretrained_takes() -> None:
+    parameters = inspect.signature(Generator.from_pretrained).parameters
+    known = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert known.pop("revision") and known.pop("local_files_only"), "they say where the model is, not how it runs"
+    assert {name: annotation.__forward_arg__ for name, annotation in OpenOptions.__annotations__.items()} == known
 
 
 def test_a_name_near_to_none_lists_them_all(gen: Generator) -> None:
