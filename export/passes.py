@@ -11,6 +11,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Protocol
 
 from scm_sdk.errors import UnsupportedGraphError
+from scm_sdk.graph_checks import SIZE_BY_VALUE
 
 from .names import name_by_module, source_line
 from .partial import Depends, classify, evaluate, needed
@@ -25,7 +26,6 @@ SMALL_CONSTANT = 1 << 20
 """Bytes. A folded constant up to this size may be stored beside the weight that it was made from."""
 GUIDANCE_INPUT = "guidance_scale"
 _TIME_FUNCTIONS = {"Sin", "Cos"}
-_SIZE_BY_VALUE = {"NonZero", "Unique", "Compress"}
 
 
 class _Documented(Protocol):
@@ -65,7 +65,7 @@ def require_plain(model: ir.Model) -> ir.Model:
                 f"node {node.name!r} ({node.op_type}) holds a subgraph. A sampler graph must be free of "
                 f"control flow: replace torch.cond and loops over tensors by torch.where.{source_line(node)}"
             )
-        if node.op_type in _SIZE_BY_VALUE:
+        if node.op_type in SIZE_BY_VALUE:
             raise UnsupportedGraphError(
                 f"node {node.name!r} ({node.op_type}) has an output whose size depends on values, "
                 "expected sizes that depend on the batch alone. Use torch.where instead of masks as "

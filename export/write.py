@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scm_sdk._lazy import require
-from scm_sdk.errors import ConfigError, ExportError, UnsupportedGraphError
+from scm_sdk.errors import BundleError, ConfigError, ExportError, UnsupportedGraphError
 from scm_sdk.files import sha256_file
+from scm_sdk.graph_checks import check_graph_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -122,7 +123,7 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTER
 
     Raises:
         ConfigError: If ``external_data_above`` is more than a graph file can hold.
-        UnsupportedGraphError: If ``onnx.checker`` finds the model at fault.
+        UnsupportedGraphError: If ``onnx.checker`` finds the model at fault, or no reader would open it.
         ExportError: If the files cannot be written. Nothing is left behind.
     """
     if external_data_above > _LARGEST_GRAPH:
@@ -192,8 +193,14 @@ def _save(model: ir.Model, path: Path, *, external: bool) -> None:
 
 
 def _check(path: Path) -> None:
-    """Run the checker of onnx, shape inference included, on a file and the weights beside it."""
+    """Run the checker of onnx, shape inference included, and what opening will check, on a file and its weights."""
     import onnx
+
+    data = data_path_of(path)
+    try:
+        check_graph_file(path, {data.name: data.stat().st_size} if data.is_file() else {})
+    except BundleError as exc:
+        raise UnsupportedGraphError(str(exc)) from exc
 
     try:
         onnx.checker.check_model(str(path), full_check=True)

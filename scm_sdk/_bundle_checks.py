@@ -120,6 +120,9 @@ def check_manifest(manifest: Manifest) -> None:
                 f"artifact {artifact.path!r} ({artifact.format}) is none of the listed files or folders: "
                 f"{_some(where)}. {REPAIR}"
             )
+        if artifact.format == "onnx" and not artifact.path.endswith(".onnx"):
+            # The libraries go by the name: .ort and .xml are other formats to them, with other ways to name files.
+            raise SchemaError(f"artifact {artifact.path!r} is said to be an ONNX graph, expected NAME.onnx. {REPAIR}")
     steps = [spec.num_inference_steps for spec in manifest.samplers]
     if not steps or len(set(steps)) != len(steps):
         raise SchemaError(

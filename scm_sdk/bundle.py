@@ -37,6 +37,7 @@ from .card import CARD_PATH, bundle_card, generated_for
 from .errors import BundleError, ConfigError, IntegrityError, SchemaError
 from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_bytes, sha256_file
 from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
+from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
 from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role, files_of
 from .scores import read_scores
@@ -106,13 +107,29 @@ class Bundle:
         return ModelStatus.of(self.manifest.provenance, quality_measured=measured)
 
     def verify(self) -> None:
-        """Compare every file with its recorded size and sha256, and the headers of tensor files.
+        """Compare every file with its recorded size and sha256; check the headers of tensor files, and every graph.
 
         Raises:
-            IntegrityError: If one differs; the message names it.
+            BundleError: If a graph holds what is not allowed, or names a file that is not listed.
+            IntegrityError: If a file differs; the message names it.
         """
         for entry in self.manifest.files:
             self._check_content(entry)
+        for path in self._graphs:
+            self.check_graph(path)
+
+    def check_graph(self, path: str) -> None:
+        """Check a listed ONNX graph before a library reads it; see ``graph_checks``.
+
+        Raises:
+            BundleError: If the graph holds what is not allowed, or names a file that is not listed.
+            IntegrityError: If it is no graph, or not one of the sampler of its artifact.
+        """
+        steps = next((a.num_inference_steps for a in self.manifest.artifacts if a.path == path), 0)
+        # Weights may lie only where they are hashed with the artifact, and beside it.
+        hashed = {entry.path.rpartition("/"): entry.size for entry in files_of(self.manifest, path)}
+        beside = {name: size for (folder, _, name), size in hashed.items() if folder == path.rpartition("/")[0]}
+        check_graph_file(self.file(path), beside, self.spec(steps) if steps else None)
 
     def check_unchanged(self, artifact: str, *, verify: Verify = "digest") -> tuple[Stamp, ...]:
         """Hold the files of an artifact, as they are on disk now, against the manifest that was opened.
@@ -392,6 +409,11 @@ class Bundle:
             f"the bundle at {self.path} was changed since it was opened; open it again. {entry.path} is not the file "
             f"that was listed then, expected {entry.size} bytes of sha256 {entry.sha256[:12]}.."
         )
+
+    @property
+    def _graphs(self) -> list[str]:
+        named = {artifact.path for artifact in self.manifest.artifacts if artifact.format == "onnx"}
+        return sorted(named | {entry.path for entry in self.manifest.files if entry.path.endswith(".onnx")})
 
     @property
     def _names(self) -> list[str]:

@@ -260,6 +260,7 @@ class Opener:
         """Open an artifact whose every byte is what was listed when the source was opened."""
         for _ in range(_LOADS):
             stamps = self._source.check_unchanged(row.artifact)
+            self._source.check_graph(row.artifact)
             backend = open_backend(
                 row.backend, self._source.locate(row.artifact), spec, device=self._device,
                 num_threads=self._num_threads, trust_engines=self._trust_engines,

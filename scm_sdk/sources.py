@@ -115,6 +115,11 @@ class Source:
         if self.bundle is not None and self.text_encoder is not None:
             self.bundle.check_text_encoder(self.text_encoder.relative_to(self.path).as_posix(), verify=self.verify)
 
+    def check_graph(self, artifact: str) -> None:
+        """Check an artifact that is a graph before a library reads it; see ``Bundle.check_graph``."""
+        if self.bundle is not None and any(a.path == artifact and a.format == "onnx" for a in self.artifacts):
+            self.bundle.check_graph(artifact)
+
     def stamps(self, artifact: str) -> tuple[Stamp, ...]:
         """Return the stamp of each file of an artifact: others than before mean that it was written meanwhile."""
         if self.bundle is not None:

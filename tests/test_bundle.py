@@ -197,10 +197,12 @@ def test_many_files_are_checked_in_one_pass(made_bundle: Path) -> None:
         nonlocal calls
         calls = 0
         files = tuple(
-            msgspec.structs.replace(entry, path=Counted(f"d/f{i}"), built_from=(Counted(f"d/f{i - 1 if i else 0}"),))
+            msgspec.structs.replace(
+                entry, path=Counted(f"d/f{i}.onnx"), built_from=(Counted(f"d/f{max(0, i - 1)}.onnx"),)
+            )
             for i in range(count)
         )
-        artifacts = tuple(Artifact(path=Counted(f"d/f{i}"), format="onnx") for i in range(count))
+        artifacts = tuple(Artifact(path=Counted(f"d/f{i}.onnx"), format="onnx") for i in range(count))
         whole = msgspec.structs.replace(Bundle.open(made_bundle).manifest, files=files, artifacts=artifacts)
         check_manifest(whole)
         return calls
@@ -243,6 +245,7 @@ def first_file(**changes: Any) -> Callable[[dict[str, Any]], object]:
             SchemaError,
             "'../x.onnx' .* none of the listed",
         ),
+        (lambda p: p["artifacts"][1].update(path="README.md"), SchemaError, "'README.md' is said to be an ONNX graph"),
         (lambda p: p["artifacts"][1].update(path="onnx"), SchemaError, "'onnx' .* none of the listed"),
         (lambda p: p["artifacts"][0].update(path="."), SchemaError, "'.' .* none of the listed"),
         (
@@ -254,7 +257,7 @@ def first_file(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (lambda p: p.update(samplers=p["samplers"] * 2), SchemaError, "each number once"),
         (lambda p: p["samplers"][0].update(times=[3.0]), SchemaError, "breaks schema version 2: times are"),
     ],
-    ids=range(23),
+    ids=range(24),
 )
 def test_forged_manifests_are_refused(
     change: Callable[[dict[str, Any]], object], error: type[BundleError], message: str, bundle_copy: Path

@@ -16,6 +16,7 @@ from scm_sdk.errors import IntegrityError, ScmError
 from scm_sdk.extend import extend_bundle
 from scm_sdk.manifest import Artifact
 from scm_sdk.spec import SamplerSpec
+from toy_bundles import write_linear_graph
 
 TWO = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), max_batch=4)
 ONE = msgspec.structs.replace(TWO, times=(1.56,))
@@ -97,7 +98,7 @@ def test_sizes_alone_do_not_make_another_manifest_the_same(linear_bundle: Callab
 def test_an_extended_bundle_is_the_same_model(gen: Generator) -> None:
     """Old files keep their content; a further graph makes no other model."""
     with extend_bundle(gen.source.path) as draft:
-        draft.path("onnx/fp16/1step/model.onnx").write_bytes(b"graph")
+        write_linear_graph(draft.path("onnx/fp16/1step/model.onnx"), ONE)
         draft.add(Artifact(path="onnx/fp16/1step/model.onnx", format="onnx", num_inference_steps=1), [])
     assert gen(seed=1, num_inference_steps=1).info.num_inference_steps == 1
     with gen.reopen(num_threads=None) as again:

@@ -24,6 +24,7 @@ from scm_sdk.measured import cache_path
 from scm_sdk.scores import SCORES_PATH
 from scm_sdk.sources import Source
 from scm_sdk.spec import SamplerSpec
+from toy_bundles import write_linear_graph
 
 SPEC = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4))
 GRAPH = "onnx/fp32/1step/model.onnx"
@@ -62,7 +63,7 @@ def test_the_umask_decides_who_may_read_what_is_written(
         ConsistencyModel.from_pretrained(unet_checkpoint).save_pretrained(tmp_path / "out/checkpoint")
         toy.export(tmp_path / "out/bundle")
         with extend_bundle(tmp_path / "out/bundle") as draft:
-            draft.path("onnx/fp16/1step/model.onnx").write_bytes(b"graph")
+            write_linear_graph(draft.path("onnx/fp16/1step/model.onnx"), toy.specs[0])
             draft.add(Artifact(path="onnx/fp16/1step/model.onnx", format="onnx", num_inference_steps=1), [])
         convert.convert_pickle(pkl, tmp_path / "out/imported")
         for sharded in (False, True):

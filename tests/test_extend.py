@@ -9,6 +9,7 @@ from scm_sdk.bundle import Bundle
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError
 from scm_sdk.extend import extend_bundle, recipe_of
 from scm_sdk.manifest import Artifact, ParityRecord
+from toy_bundles import ToyBundle, write_linear_graph
 
 FP16 = "onnx/fp16/1step/model.onnx"
 FP32 = "onnx/fp32/1step/model.onnx"
@@ -25,9 +26,9 @@ def record(path: str) -> ParityRecord:
     )  # fmt: skip
 
 
-def add_fp16(path, content: bytes = b"half" * 10, **recipe) -> None:
+def add_fp16(path, gain: float = 0.5, **recipe) -> None:
     with extend_bundle(path) as draft:
-        draft.path(FP16).write_bytes(content)
+        write_linear_graph(draft.path(FP16), ToyBundle.specs[0], gain=gain)
         draft.add(artifact(**recipe), [FP32])
 
 
@@ -51,10 +52,11 @@ def test_an_artifact_is_added_and_the_rest_stays(bundle_copy):
 def test_a_replaced_artifact_loses_its_record(bundle_copy):
     add_fp16(bundle_copy)
     Bundle.open(bundle_copy).with_parity(record(FP16), record(FP32))
-    add_fp16(bundle_copy, b"other" * 10)
+    before = (bundle_copy / FP16).read_bytes()
+    add_fp16(bundle_copy, gain=0.25)
     after = Bundle.open(bundle_copy)
     assert [r.artifact for r in after.manifest.parity] == [FP32]
-    assert after.file(FP16).read_bytes() == b"other" * 10
+    assert after.file(FP16).read_bytes() != before
 
 
 def test_an_artifact_is_removed_with_its_files(bundle_copy):
@@ -88,9 +90,10 @@ def test_a_forgotten_file_a_damaged_bundle_and_a_path_out_of_it_are_refused(bund
 def test_a_second_writer_is_noticed(bundle_copy):
     with pytest.raises(BundleError, match="replaced while it was being extended"), extend_bundle(bundle_copy) as draft:
         add_fp16(bundle_copy)
-        draft.path(FP16).write_bytes(b"mine")
+        theirs = (bundle_copy / FP16).read_bytes()
+        write_linear_graph(draft.path(FP16), ToyBundle.specs[0], gain=0.25)
         draft.add(artifact(), [FP32])
-    assert Bundle.open(bundle_copy).file(FP16).read_bytes() == b"half" * 10
+    assert Bundle.open(bundle_copy).file(FP16).read_bytes() == theirs
 
 
 def test_without_hard_links_files_are_copied(bundle_copy, monkeypatch):

@@ -27,7 +27,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"telemetry"}, set()),
     ({"_lazy", "spec", "targets", "files", "gpu"}, {"msgspec"}),
     ({"noise", "images", "manifest", "goldens", "status", "user_cache"}, {"msgspec", "numpy"}),
-    ({"scores"}, set()),
+    ({"graph_checks", "scores"}, set()),
     ({"_bundle_checks", "_roles", "build_record", "card", "scheduler", "subset"}, {"msgspec"}),
     ({"archive", "hub"}, set()),
     ({"unpacked"}, set()),

@@ -1,4 +1,4 @@
-"""Bundles without a network: files that only look like graphs, and sampler graphs of ten lines."""
+"""Bundles without a network: sampler graphs of ten lines."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from scm_sdk.spec import SamplerSpec, default_times
 
 
 class ToyBundle:
-    """Makes a small bundle with every kind of file. Its graphs are no graphs: no backend opens them."""
+    """Makes a small bundle with every kind of file."""
 
     specs = tuple(SamplerSpec(times=default_times(n), sample_shape=(3, 4, 4), num_classes=2) for n in (1, 2))
     checkpoint = Artifact(path="denoiser", format="safetensors")
@@ -32,10 +32,12 @@ class ToyBundle:
             "denoiser/config.json": b"{}",
             "README.md": b"# A model card\n",
             "reports/parity.json": b"{}",
-        } | {graph.path: b"graph" * 20 for graph in self.graphs}
+        }
         for name, content in contents.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
+        for spec, graph in zip(self.specs, self.graphs, strict=True):
+            write_linear_graph(folder / graph.path, spec)
         write_goldens(folder, {1: self.golden(1), 2: self.golden(2)})
 
     def export(self, path: Path, *, scale: float = 1.0, overwrite: bool = False, **changes: Any) -> Bundle:
