@@ -6,6 +6,7 @@ must be a plain stored file that the manifest inside lists, so an archive never 
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import stat
@@ -14,20 +15,30 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from ._bundle_checks import MANIFEST_MAX_BYTES, check_content, check_manifest, read_manifest
 from .errors import BundleError, IntegrityError, SchemaError
-from .files import DISK_ERRORS, atomic_file, atomic_folder, check_relative, open_regular, safe_join, sha256_stream
+from .files import (
+    DISK_ERRORS,
+    atomic_file,
+    atomic_folder,
+    check_relative,
+    open_regular,
+    safe_join,
+    sha256_stream,
+    unreadable,
+)
 from .manifest import MANIFEST_NAME, Manifest
 
 SUFFIX = ".scmz"
 MAX_MEMBERS = 4096
-_END_BYTES = (1 << 16) + 22
-"""An archive ends with its directory's place and a comment of at most 64 KiB."""
-_MEMBER_BYTES = 4096
-"""Most that a member's entry in the directory takes."""
+_DIRECTORY_BYTES = 2 << 20
+"""Most that the list of members takes: 512 bytes for each. A name has about 60."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_UNREADABLE = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError, RuntimeError, struct.error,
+)  # fmt: skip
+"""What ``zipfile`` raises for damaged files."""
 _REPAIR = "Copy it again, or pack it again: scm-export bundle pack"
 
 
@@ -45,6 +56,8 @@ def pack(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     manifest = read_manifest(folder)
     if out.is_dir():
         raise BundleError(f"{out} is a folder, expected a file such as {manifest.name}{SUFFIX}.")
+    if len(manifest.files) >= MAX_MEMBERS:
+        raise BundleError(f"{folder} holds {len(manifest.files)} files, expected fewer than {MAX_MEMBERS} in one file.")
     for entry in manifest.files:
         check_content(folder, entry)
     with atomic_file(out, error=BundleError) as temp, zipfile.ZipFile(temp, "x") as archive:
@@ -57,71 +70,118 @@ def pack(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     return out
 
 
-def unpack(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False, sha256: str | None = None
-) -> Path:
+def unpack(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write the bundle in a ``.scmz`` file to a folder, checked as a whole before it appears.
 
     Args:
         path: The file.
         out: The folder; a new name, or with ``overwrite`` an older bundle.
         overwrite: Replace the bundle that is there.
-        sha256: The digest that the file must have, if it was hashed before: it may have been replaced since.
 
     Raises:
         BundleError: If a path in it is not allowed, or ``out`` may not be replaced or cannot be written.
         IntegrityError: If it is damaged, or holds what its manifest does not list.
         SchemaError: If the manifest is malformed or from a newer version.
     """
-    path, out = Path(path), Path(out)
-    with atomic_folder(out, overwrite=overwrite, marker=MANIFEST_NAME, error=BundleError) as folder:
-        with _opened(path) as archive:
-            for member in _members(path, archive):
-                target = safe_join(folder, member.filename)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as source, target.open("xb") as stream:
-                    shutil.copyfileobj(source, stream, 1 << 20)
-            assert archive.fp is not None, "it is open"
-            if sha256 is not None and sha256_stream(archive.fp) != sha256:
-                raise IntegrityError(f"{path} was replaced while it was opened. Open it again.")
-        for entry in read_manifest(folder).files:
-            check_content(folder, entry)
-    return out
+    with open_archive(path) as archive:
+        archive.unpack(Path(out), overwrite=overwrite)
+    return Path(out)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def open_archive(path: str | os.PathLike[str]) -> Iterator[Archive]:
+    """Open a ``.scmz`` file once: whatever takes its name meanwhile is not read.
+
+    Raises:
+        BundleError: If it is not there.
+        IntegrityError: If it is no plain file or cannot be read.
+    """
     try:
-        with open_regular(path) as stream:
-            _check_directory(path, stream)
-            with zipfile.ZipFile(stream) as archive:
-                yield archive
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError, RuntimeError) as exc:
-        raise IntegrityError(f"{path} is damaged or no {SUFFIX} file: {exc}. {_REPAIR}") from exc
+        plain = open_regular(path)
     except FileNotFoundError as exc:
-        raise BundleError(f"{path} does not exist, expected a {SUFFIX} file. Check the path.") from exc
+        raise BundleError(f"{os.fspath(path)} does not exist, expected a {SUFFIX} file. Check the path.") from exc
     except OSError as exc:
-        if exc.errno in DISK_ERRORS:  # the disk that is unpacked to
-            raise
-        raise IntegrityError(f"{path} cannot be unpacked: {exc.strerror or exc}. {_REPAIR}") from exc
+        raise unreadable(path, exc) from exc
+    with plain:
+        yield Archive(Path(path), _Capped(io.FileIO(plain.fileno(), closefd=False)))
 
 
-def _check_directory(path: Path, stream: BinaryIO) -> None:
-    """Refuse an archive of too many members before ``zipfile`` reads the list of them."""
-    stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, stream.tell() - _END_BYTES))
-    tail = stream.read(_END_BYTES)
-    end = tail[tail.rfind(b"PK\5\6") :]
-    stream.seek(0)
-    if len(end) < 22:
-        return  # no archive, as zipfile says
-    members, listed = struct.unpack("<HI", end[10:16])
-    if members > MAX_MEMBERS or listed > MAX_MEMBERS * _MEMBER_BYTES:
-        raise BundleError(f"{path} lists {members} files in {listed} bytes, expected at most {MAX_MEMBERS} files.")
+class Archive:
+    """A ``.scmz`` file that is open."""
+
+    def __init__(self, path: Path, stream: _Capped) -> None:
+        self._path, self._stream = path, stream
+
+    def sha256(self) -> str:
+        """Return the sha256 of the file."""
+        return sha256_stream(self._stream)
+
+    def manifest_text(self) -> bytes:
+        """Return the text of the manifest, which lists exactly what is in the file.
+
+        Raises:
+            BundleError: As ``unpack``.
+        """
+        with self._opened() as archive:
+            return archive.read(_members(self._path, archive)[0])
+
+    def unpack(self, out: Path, *, overwrite: bool = False, sha256: str | None = None) -> None:
+        """Write the bundle to a folder, as ``unpack``.
+
+        Args:
+            out: The folder.
+            overwrite: Replace the bundle that is there.
+            sha256: The digest that the file must still have when it was read.
+        """
+        with atomic_folder(out, overwrite=overwrite, marker=MANIFEST_NAME, error=BundleError) as folder:
+            with self._opened() as archive:
+                for member in _members(self._path, archive):
+                    target = safe_join(folder, member.filename)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(member) as source, target.open("xb") as stream:
+                        shutil.copyfileobj(source, stream, 1 << 20)
+            if sha256 is not None and self.sha256() != sha256:
+                raise IntegrityError(f"{self._path} was written to while it was opened. Open it again.")
+            for entry in read_manifest(folder).files:
+                check_content(folder, entry)
+
+    @contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipFile]:
+        try:
+            self._stream.limit = _DIRECTORY_BYTES
+            with zipfile.ZipFile(self._stream) as archive:
+                self._stream.limit = None
+                yield archive
+        except _UNREADABLE as exc:
+            raise IntegrityError(f"{self._path} is damaged or no {SUFFIX} file: {exc}. {_REPAIR}") from exc
+        except OSError as exc:
+            if exc.errno in DISK_ERRORS:  # the disk that is unpacked to
+                raise
+            raise IntegrityError(f"{self._path} cannot be unpacked: {exc.strerror or exc}. {_REPAIR}") from exc
+        finally:
+            self._stream.limit = None
+
+
+class _Capped(io.BufferedReader):
+    """A file whose single reads have a limit: ``zipfile`` reads the list of members at once, however long it is.
+
+    An archive can say in several places where that list is and how long. What counts is what ``zipfile`` believes.
+    """
+
+    limit: int | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.limit is not None and size is not None and size > self.limit:
+            raise zipfile.BadZipFile(
+                f"the list of files takes {size} bytes, expected at most {MAX_MEMBERS} files in {self.limit} bytes"
+            )
+        return super().read(size)
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """Return the members, the manifest first, if each is what it lists."""
+    assert archive.fp is not None, "it is open"
+    size = archive.fp.seek(0, os.SEEK_END)
     members = archive.infolist()
     if len(members) > MAX_MEMBERS:
         raise BundleError(f"{path} holds {len(members)} files, expected at most {MAX_MEMBERS}. It is refused.")
@@ -134,7 +194,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
                 f"{path}: {member.filename} is compressed, encrypted or a link, expected a plain stored file. {_REPAIR}"
             )
     # Stored members that overlap would unfold to more than the file holds.
-    if sum(member.file_size for member in members) > path.stat().st_size:
+    if sum(member.file_size for member in members) > size:
         raise BundleError(f"{path} would unfold to more bytes than it has. It is refused.")
     found = {member.filename: member for member in members}
     listed = {MANIFEST_NAME, *(entry.path for entry in _manifest(path, archive, found).files)}
@@ -145,10 +205,14 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _manifest(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipInfo]) -> Manifest:
+    manifest = Manifest.from_json(archive.read(_manifest_member(path, found)))
+    check_manifest(manifest)
+    return manifest
+
+
+def _manifest_member(path: Path, found: dict[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
     if MANIFEST_NAME not in found:
         raise BundleError(f"{path} holds no {MANIFEST_NAME}, expected a packed bundle. {_REPAIR}")
     if found[MANIFEST_NAME].file_size > MANIFEST_MAX_BYTES:
         raise SchemaError(f"{path}: its manifest is larger than {MANIFEST_MAX_BYTES} bytes. It is refused.")
-    manifest = Manifest.from_json(archive.read(found[MANIFEST_NAME]))
-    check_manifest(manifest)
-    return manifest
+    return found[MANIFEST_NAME]

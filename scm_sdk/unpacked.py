@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ._bundle_checks import check_content, read_manifest
-from .archive import unpack
+from .archive import open_archive
 from .errors import ScmError
-from .files import sha256_file
 from .manifest import MANIFEST_NAME
 from .user_cache import (
     UNPACKED,
@@ -61,17 +60,20 @@ def unpacked(path: str | os.PathLike[str]) -> Path:
     Raises:
         BundleError: As ``archive.unpack``; also if there is no disk to unpack to.
     """
-    sha256 = sha256_file(path)
-    key = sha256[:32]
-    kept = trusted_folder(f"{UNPACKED}/{key}")
-    if kept is None or not (kept / MANIFEST_NAME).is_file():
-        root = writable_folder(UNPACKED, purpose=f"{os.fspath(path)} is unpacked to a temporary folder")
-        if root is None or (os.path.lexists(root / key) and why_insecure(root / key)):
-            root = temporary_folder() / UNPACKED
-        kept = root / key
-        if not (kept / MANIFEST_NAME).is_file():
-            unpack(path, kept, overwrite=True, sha256=sha256)
-            withdraw_write(kept)
+    with open_archive(path) as archive:
+        sha256, manifest = archive.sha256(), archive.manifest_text()
+        key = sha256[:32]
+        kept = trusted_folder(f"{UNPACKED}/{key}")
+        if kept is None or not _holds(kept, manifest):
+            root = writable_folder(UNPACKED, purpose=f"{os.fspath(path)} is unpacked to a temporary folder")
+            if root is None or (os.path.lexists(root / key) and why_insecure(root / key)):
+                root = temporary_folder() / UNPACKED
+            kept = root / key
+            if not _holds(kept, manifest):
+                if not (kept / MANIFEST_NAME).is_file():  # what is left of one that was half removed
+                    shutil.rmtree(kept, ignore_errors=True)
+                archive.unpack(kept, overwrite=True, sha256=sha256)
+                withdraw_write(kept)
     with suppress(OSError):  # somebody else's, or a read-only disk
         os.utime(kept, ns=(time.time_ns(),) * 2)  # finer than the file system's own clock
     return kept
@@ -117,6 +119,14 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
             away = entry.folder
         shutil.rmtree(away, ignore_errors=True)
     return removed
+
+
+def _holds(folder: Path, manifest: bytes) -> bool:
+    """Return whether a folder is the bundle of this manifest, by which each file is checked when it is opened."""
+    try:
+        return (folder / MANIFEST_NAME).read_bytes() == manifest
+    except OSError:
+        return False
 
 
 def _is_whole(folder: Path) -> bool:

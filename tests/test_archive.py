@@ -1,20 +1,26 @@
 """``.scmz``: a bundle as one file, and what a hostile one cannot do."""
 
+import os
+import random
 import shutil
 import stat
+import struct
+import tracemalloc
 import warnings
 import zipfile
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from scm_sdk import archive
+from scm_sdk._bundle_checks import seal
 from scm_sdk.archive import pack, unpack
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import BundleError, IntegrityError, ScmError
 from scm_sdk.export.cli import main
 from scm_sdk.generator import Generator
-from scm_sdk.manifest import MANIFEST_NAME
+from scm_sdk.manifest import MANIFEST_NAME, Manifest
 from scm_sdk.spec import SamplerSpec
 
 
@@ -137,9 +143,85 @@ def test_a_manifest_as_large_as_a_disk(packed, tmp_path, monkeypatch):
     refused(packed, tmp_path, "its manifest is larger than 100 bytes")
 
 
-def test_more_members_than_any_bundle(packed, tmp_path, monkeypatch):
+def test_more_members_than_any_bundle(packed, made_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_MEMBERS", 3)
     refused(packed, tmp_path, "expected at most 3")
+    with pytest.raises(BundleError, match="expected fewer than 3"):
+        pack(made_bundle, tmp_path / "large.scmz")
+
+
+@pytest.mark.parametrize("claimed", [5, 0xFFFF], ids=["lie", "zip64"])
+def test_a_long_list_of_members_is_not_read(tmp_path, claimed):
+    """A million members; the short end record may claim five, the long one, which zipfile believes, has them all."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 33, 0, 0, 0, 1, *[0] * 6) + b"a"
+    count, size = 10**6, len(entry) * 10**6
+    long_end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, 1)
+    place = struct.pack("<4sLQL", b"PK\6\7", 0, size + 1, 1)
+    listed = min(claimed * len(entry), 0xFFFFFFFF) if claimed == 5 else 0xFFFFFFFF
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, claimed, claimed, listed, 1 if claimed == 5 else 0xFFFFFFFF, 0)
+    (tmp_path / "many.scmz").write_bytes(b"x" + entry * count + long_end + place + end)
+    tracemalloc.start()
+    try:
+        refused(tmp_path / "many.scmz", tmp_path, f"the list of files takes {size} bytes, expected at most 4096")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("README.md/x", "as a file and as a folder"), ("x" * 256, "is too long"), ("d/" * 2000 + "x", "is too long")],
+    ids=["below_a_file", "name", "path"],
+)
+def test_names_that_no_disk_takes(packed, tmp_path, name, match):
+    """Listed in the manifest, too, which is sealed."""
+
+    def change(info, data):
+        if info.filename != MANIFEST_NAME:
+            return [(info, data)]
+        manifest = Manifest.from_json(data)
+        files = [*manifest.files, msgspec.structs.replace(manifest.files[0], path=name)]
+        return [(info, seal(msgspec.structs.replace(manifest, files=tuple(files))).to_json()), (name, b"")]
+
+    refused(rewritten(packed, change), tmp_path, match)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.scmz")
+    (tmp_path / "folder.scmz").mkdir()
+    for name in ("pipe.scmz", "folder.scmz"):
+        refused(tmp_path / name, tmp_path, f"{name} cannot be read: Not a plain file")
+        done = CliRunner().invoke(main, ["bundle", "unpack", str(tmp_path / name), "-o", str(tmp_path / "out")])
+        assert done.exit_code == 6 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
+def test_random_damage_ends_in_our_errors(packed, tmp_path, count):
+    """Some bytes of a small archive changed, or a part of it cut out or doubled."""
+    good = packed.read_bytes()
+    draw = random.Random(count)
+    damaged = tmp_path / "damaged.scmz"
+    directory = good.index(b"PK\1\2")
+    for _ in range(count):
+        data = bytearray(good)
+        start = draw.choice([0, directory, len(good) - 22])  # the parts that say where the others are, too
+        at = draw.randrange(start, len(good))
+        kind = draw.randrange(4)
+        if kind == 0:
+            del data[at : at + draw.randrange(1, 40)]
+        elif kind == 1:
+            data[at:at] = data[at : at + draw.randrange(1, 40)]
+        else:
+            for _ in range(draw.randrange(1, 4)):
+                data[draw.randrange(start, len(data))] = draw.choice([0, 1, 127, 128, 255, draw.randrange(256)])
+        damaged.write_bytes(data)
+        try:
+            unpack(damaged, tmp_path / "out", overwrite=True)
+        except BundleError as exc:
+            assert "damaged.scmz" in str(exc) or MANIFEST_NAME in str(exc) or "path" in str(exc)
+        else:
+            Bundle.open(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} <= {"toy.scmz", "damaged.scmz", "out"}, "nothing is left behind"
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.7, 0.99])

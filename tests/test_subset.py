@@ -29,6 +29,7 @@ from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.report.collect import collect
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.targets import resolve_targets
+from toy_bundles import write_linear_graph
 
 GRAPHS = [f"onnx/fp32/{steps}step/model.onnx" for steps in (1, 2)]
 
@@ -116,7 +117,7 @@ def test_it_may_be_cut_again_and_extended(whole: Bundle, tmp_path: Path) -> None
     one = both.subset(tmp_path / "one", [GRAPHS[0]])
     assert one.manifest.cut_from == whole.manifest.build_id, "the whole one"
     with extend_bundle(one.path) as draft:
-        draft.path("onnx/fp16/1step/model.onnx").write_bytes(b"graph")
+        write_linear_graph(draft.path("onnx/fp16/1step/model.onnx"), one.spec(1))
         draft.add(Artifact(path="onnx/fp16/1step/model.onnx", format="onnx", num_inference_steps=1), [GRAPHS[0]])
     assert Bundle.open(one.path).manifest.cut_from == whole.manifest.build_id
     last = Bundle.open(one.path).subset(tmp_path / "last", ["onnx/fp16"])
@@ -202,8 +203,9 @@ def test_beside_the_manifest(tmp_path: Path) -> None:
 
     spec = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4))
     with publish_bundle(tmp_path / "b") as folder:
-        for name in ("a.onnx", "a.onnx_data", "b.onnx"):
-            (folder / name).write_bytes(b"graph")
+        for name in ("a.onnx", "b.onnx"):
+            write_linear_graph(folder / name, spec)
+        (folder / "a.onnx_data").write_bytes(b"weights")
         artifacts = [Artifact(path=f"{name}.onnx", format="onnx", num_inference_steps=1) for name in "ab"]
         write_bundle(folder, name="flat", samplers=[spec], artifacts=artifacts)
     slim = Bundle.open(tmp_path / "b").subset(tmp_path / "slim", ["a.onnx"])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from scm_sdk import unpacked, user_cache
-from scm_sdk.archive import pack
+from scm_sdk._bundle_checks import read_manifest
+from scm_sdk.archive import Archive, pack
 from scm_sdk.engine_fit import TRUST_VARIABLE, is_trusted, remember_built
 from scm_sdk.errors import ConfigError, IntegrityError
 from scm_sdk.generator import Generator
@@ -153,22 +154,46 @@ def test_a_cache_that_all_can_write_is_not_opened(two: list[Path], cache: Path) 
         assert name_of(two[0]) == "a"
 
 
+def after_hashing(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something when an archive was hashed for the first time."""
+    digest, done = Archive.sha256, []
+
+    def then_act(self: Archive) -> str:
+        found = digest(self)
+        if not done:
+            done.append(act())
+        return found
+
+    monkeypatch.setattr(Archive, "sha256", then_act)
+
+
 def test_an_archive_that_is_replaced_while_it_is_opened(
     two: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = unpacked.sha256_file
-
-    def replaced_after(path: Path) -> str:
-        found = digest(path)
-        os.replace(two[1], two[0])
-        return found
-
-    monkeypatch.setattr(unpacked, "sha256_file", replaced_after)
-    with pytest.raises(IntegrityError, match="was replaced while it was opened"):
-        unpacked.unpacked(two[0])
-    monkeypatch.undo()
-    monkeypatch.setenv(CACHE_VARIABLE, str(cache))
+    """What was hashed is what is unpacked and kept, whatever has its name by then."""
+    after_hashing(lambda: os.replace(two[1], two[0]), monkeypatch)
+    assert read_manifest(unpacked.unpacked(two[0])).name == "a"
     assert name_of(two[0]) == "b"
+
+
+def test_an_archive_that_is_written_to_while_it_is_opened(
+    two: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_hashing(lambda: two[0].write_bytes(two[1].read_bytes()), monkeypatch)
+    with pytest.raises(IntegrityError, match="was written to while it was opened"):
+        unpacked.unpacked(two[0])
+    assert name_of(two[0]) == "b"
+
+
+def test_an_entry_of_another_bundle_is_unpacked_anew(two: list[Path], cache: Path) -> None:
+    """Swapped within the user's own cache: each is held against the manifest in the file that was asked for."""
+    first, second = (unpacked.unpacked(archive) for archive in two)
+    first.rename(aside := first.with_name("aside"))
+    second.rename(first)
+    aside.rename(second)
+    assert [name_of(archive) for archive in two] == ["a", "b"]
+    (first / "scm_manifest.json").unlink()
+    assert name_of(two[0]) == "a", "half removed"
 
 
 def test_a_group_umask_makes_no_cache_that_is_ignored(two: list[Path], cache: Path) -> None:
