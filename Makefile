@@ -16,7 +16,7 @@ NEWEST ?= python3
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 READY  := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: demo test test-slow test-lowest test-latest gpu lint lock clean
+.PHONY: demo test test-slow test-matrix test-lowest test-latest gpu lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -38,6 +38,10 @@ test-lowest:
 test-latest:
 	rm -f .venv-latest/.ready*
 	$(MAKE) test VENV=.venv-latest PYTHON="$(NEWEST)" CONSTRAINTS=/dev/null PIP_OPTIONS="--upgrade --upgrade-strategy eager"
+
+# The default tests under the conditions of other machines: kernels, threads, order, seeds, locale, user, path.
+test-matrix: $(READY)
+	$(BIN)/python tests/matrix.py
 
 # On a machine with a CUDA GPU: the tests that need it, and every engine's speed as one JSON file. It is measured
 # whatever the tests say; the command still ends as they did. A flavour that does not fit the GPU is skipped.

@@ -29,6 +29,37 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed-offset",
+        type=int,
+        default=0,
+        help="Add this to every seed that tests give torch and NumPy: what holds for one draw only then fails.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Shift the seeds that tests write down. Those of the package stay: other processes draw them, too."""
+    offset = config.getoption("--seed-offset")
+    if offset:
+        import torch
+
+        def shifted(seed: Any) -> Any:
+            asked_by_a_test = Path(sys._getframe(2).f_code.co_filename).parent == Path(__file__).parent
+            return seed + offset if asked_by_a_test and isinstance(seed, int) else seed
+
+        manual_seed, default_rng, generator = torch.manual_seed, np.random.default_rng, torch.Generator
+
+        class ShiftedGenerator(generator):  # type: ignore[misc, valid-type]
+            def manual_seed(self, seed: int) -> torch.Generator:
+                return super().manual_seed(shifted(seed))
+
+        torch.Generator = ShiftedGenerator  # type: ignore[misc]
+        torch.manual_seed = lambda seed: manual_seed(shifted(seed))
+        np.random.default_rng = lambda seed=None: default_rng(shifted(seed))
+
+
 pytest_plugins = ["distributed_fixtures", "hub_fixtures", "sana_fixtures"]
 
 # No deadline: on a busy machine the clock of one example says nothing about the code.
