@@ -83,7 +83,7 @@ class OrtBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.intra_op_num_threads = num_threads or limited_threads() or 0  # 0: its own choice
-        settings = [provider] if index is None else [(provider, {"device_id": str(index)})]
+        settings = [provider] if index is None else [(provider, _cuda_options(index))]
         session = _load(ort, artifact_path, options, settings)
         if _metadata(session, PRECISION_KEY).partition(" ")[0] == "int8" and index is None:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -154,6 +154,11 @@ def _provider(ort: Any, device: str | None) -> tuple[str, int | None]:
             f"Use device='cpu', or: pip uninstall onnxruntime && {install_command('onnxruntime-gpu')}"
         )
     return "CUDAExecutionProvider", index
+
+
+def _cuda_options(index: int) -> dict[str, str]:
+    """Return the options of the CUDA provider. Its default computes float32 as TF32, with 10 bits of mantissa."""
+    return {"device_id": str(index), "use_tf32": "0"}
 
 
 def _describe(node: Any) -> tuple[str, str, tuple[object, ...]]:

@@ -1,7 +1,7 @@
 """Run the sampler with PyTorch: the reference that every other backend is held against.
 
 Opens a checkpoint folder (``config.json`` + safetensors) and unrolls it over ``spec.times``, so any
-number of steps runs. fp32 means fp32: TF32 convolutions are switched off while it runs.
+number of steps runs. fp32 means fp32: TF32 is switched off while it runs, for convolutions and matrix products.
 
 Threads: ``sample`` may be called from many threads and runs one call at a time, because the number
 of CPU threads and the TF32 switch belong to the whole process.
@@ -148,7 +148,7 @@ class TorchBackend:
     def _settings(self) -> Iterator[None]:
         torch = self._torch
         if self.device.startswith("cuda"):
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            with _full_precision(torch):
                 yield
             return
         before = torch.get_num_threads()
@@ -160,6 +160,25 @@ class TorchBackend:
         finally:
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
+
+
+@contextmanager
+def _full_precision(torch: Any) -> Iterator[None]:
+    """Compute float32 as float32 on a GPU, not as TF32, with one algorithm, whatever the program chose for itself."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    if hasattr(cuda.matmul, "fp32_precision"):  # since PyTorch 2.9, which refuses a mixture of both ways
+        switches = [(each, "fp32_precision", "ieee") for each in (cuda.matmul, cudnn.conv, cudnn.rnn)]
+    else:
+        switches = [(each, "allow_tf32", False) for each in (cuda.matmul, cudnn)]
+    switches.append((cudnn, "benchmark", False))
+    before = [getattr(where, name) for where, name, _ in switches]
+    try:
+        for where, name, value in switches:
+            setattr(where, name, value)
+        yield
+    finally:
+        for (where, name, _), value in zip(switches, before, strict=True):
+            setattr(where, name, value)
 
 
 def _device(torch: Any, device: str | None) -> Any:

@@ -10,10 +10,12 @@ from click.testing import CliRunner
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.gate import validate_bundle
+from scm_sdk.evaluate.parity import MIN_PSNR_DB
 from scm_sdk.export.chain import build_all
 from scm_sdk.export.cli import main
 from scm_sdk.export.graph import export_samplers
 from scm_sdk.export.pipeline import export_bundle
+from scm_sdk.export.quantized_variants import QuantizeOptions
 from scm_sdk.export.write import write_model
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.targets import resolve_targets
@@ -78,6 +80,17 @@ def test_an_interruption_keeps_what_was_done(unet_checkpoint: Path, tmp_path: Pa
     done = build_all(unet_checkpoint, out, steps=[1], max_batch=2, on_stage=stages.append)
     assert {a.precision for a in done.manifest.artifacts} == {"fp32", "fp16", "int8"}
     assert not any("fp16" in stage for stage in stages), "what was done is not done again"
+
+
+def test_int8_is_sought_2_db_above_its_gate(
+    unet_checkpoint: Path, unet_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a graph that was chosen on some seeds passes on others."""
+    asked: list[QuantizeOptions] = []
+    monkeypatch.setattr("scm_sdk.export.chain.add_int8", lambda out, options, **_: asked.append(options) or ())
+    for precisions, target in ((["int8", "int8-cpu"], None), (["int8"], 50.0)):
+        build_all(unet_checkpoint, unet_copy, precisions=precisions, max_batch=5, target_db=target)
+    assert [each.target_db for each in asked] == [MIN_PSNR_DB["int8"] + 2, None, 50]
 
 
 def test_unknown_precisions_are_refused(unet_checkpoint: Path, tmp_path: Path) -> None:

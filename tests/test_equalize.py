@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,6 +86,15 @@ def test_factors_never_cost_more_than_none(seed: int, size: float) -> None:
     if factors is not None:
         assert _cost(weight, channels, factors) < _cost(weight, channels, np.ones(12))
         assert np.isfinite(factors).all() and (factors > 0).all()
+
+
+def test_no_channel_is_scaled_by_more_than_64_times_the_mean() -> None:
+    """A channel that is nearly always zero would be blown up by the little that it holds."""
+    largest, weight = np.array([1e-3, *[1.0] * 6, 1e3]), np.ones((8, 4, 1))
+    weight[0] = 100
+    factors = _best([weight], [Channels(largest=largest, mean_square=largest**2 / 9)])
+    assert factors is not None
+    assert factors.max() == pytest.approx(64) and factors.min() == pytest.approx(1 / 64)
 
 
 def test_dead_channels_do_no_harm() -> None:

@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from hub_fixtures import WEIGHTS, contents
+from scm_sdk import hub as hub_module
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
 from scm_sdk.export.cli import main
@@ -72,6 +73,18 @@ def test_files_that_are_not_as_listed(hub, linear):
     with pytest.raises(IntegrityError, match="was altered or damaged"):
         Generator.from_pretrained("hf:someone/linear")
     assert not [line for line in hub.asked[:4] if name in line], "sizes are compared before anything is fetched"
+
+
+def test_the_number_of_files_is_capped(hub, linear, monkeypatch):
+    hub.repos["someone/linear"] = contents(linear)
+    listed = len(Bundle.open(linear).manifest.files) + 1
+    assert hub_module.MAX_FILES == 4096
+    monkeypatch.setattr(hub_module, "MAX_FILES", listed - 1)
+    with pytest.raises(BundleError, match=rf"holds {listed} files of \d+ bytes, expected at most {listed - 1} files"):
+        fetch("someone/linear")
+    assert not [line for line in hub.asked if "/resolve/" in line and "scm_manifest" not in line]
+    monkeypatch.setattr(hub_module, "MAX_FILES", listed)
+    assert fetch("someone/linear").is_dir()
 
 
 def test_sizes_are_capped(hub, linear, unet_checkpoint):
