@@ -166,6 +166,7 @@ class TorchBackend:
 def _full_precision(torch: Any) -> Iterator[None]:
     """Compute float32 as float32 on a GPU, not as TF32, with one algorithm, whatever the program chose for itself."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    switches: list[tuple[Any, str, object]]
     if hasattr(cuda.matmul, "fp32_precision"):  # since PyTorch 2.9, which refuses a mixture of both ways
         switches = [(each, "fp32_precision", "ieee") for each in (cuda.matmul, cudnn.conv, cudnn.rnn)]
     else:
