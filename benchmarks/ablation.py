@@ -1,4 +1,4 @@
-"""Which objective, which stabiliser? Teacher and students at equal processor time on two small data sets.
+"""Which objective, which stabilizer? Teacher and students at equal processor time on two small data sets.
 
     taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/ablation.py --work runs/ablation \
         --out benchmarks/results/ablation

@@ -79,7 +79,7 @@ class AblationRun:
         method: Name in ``METHODS``.
         size: Name in ``SIZES``.
         seed: Of the student; teachers have 0.
-        switch: Which stabiliser is off, or "".
+        switch: Which stabilizer is off, or "".
         changes: What that changes in the training.
         network: What it changes in the network.
         longer: Factor on its processor time.

@@ -2,7 +2,7 @@
 
     taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/overhead.py BUNDLE --json benchmarks/results/overhead.json
 
-Two views. "in turn" takes the real session: differences of the processor time of neighbouring calls, which hold what
+Two views. "in turn" takes the real session: differences of the processor time of neighboring calls, which hold what
 the session and Python do to each other's caches, and, on a busy machine, what other programs do. "alone" puts a
 stand-in that returns at once in the session's place: what is left is the package's own work. Times are processor time
 of the one thread that does everything, microseconds, so that a busy machine does not stretch them.

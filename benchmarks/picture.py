@@ -2,7 +2,7 @@
 
     python benchmarks/picture.py scm-demo/avatars docs/avatars.png --teacher runs/teacher
 
-A row for each hair colour; every generated column is one seed, and generated pictures share theirs.
+A row for each hair color; every generated column is one seed, and generated pictures share theirs.
 """
 
 from pathlib import Path

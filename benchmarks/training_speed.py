@@ -107,7 +107,7 @@ def step_of(run: Run, feed: Feed, loss: Callable[[Batch, int], torch.Tensor]) ->
 def main(
     teacher: Path, batch_size: int, rounds: int, names: tuple[str, ...], threads: int | None, out: Path | None
 ) -> None:
-    """Time training steps that distil TEACHER, a folder of the shipped data's labels."""
+    """Time training steps that distill TEACHER, a folder of the shipped data's labels."""
     if threads:
         torch.set_num_threads(threads)
     source = DataConfig(source="avatars", label="hairColor", rows=(0, 10_000))

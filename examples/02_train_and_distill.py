@@ -1,4 +1,4 @@
-"""Train a teacher and distil it from Python; tiny and short, to show the calls.
+"""Train a teacher and distill it from Python; tiny and short, to show the calls.
 
     python examples/02_train_and_distill.py runs/tiny
 
@@ -16,7 +16,7 @@ from scm_sdk.train.loop import Hooks, train
 
 
 def main(out: Path, iterations: int = 40) -> None:
-    """Train on generated 8x8 crosses in two brightnesses, then distil."""
+    """Train on generated 8x8 crosses in two brightnesses, then distill."""
     out.mkdir(parents=True, exist_ok=True)
     images = np.zeros((64, 8, 8, 1), np.uint8)
     images[:, 3:5], images[:, :, 3:5] = 255, 255

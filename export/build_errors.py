@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from scm_sdk.errors import BackendUnavailable, ConfigError, ExportError, IncompatibleEngineError, ScmError
 from scm_sdk.errors import UnsupportedGraphError as Unsupported
 
-_NO_GPU = "no GPU is here. TensorRT builds on the GPU that runs the engine; --flavour tensorrt_rtx builds ahead of time"
+_NO_GPU = "no GPU is here. TensorRT builds on the GPU that runs the engine; --flavor tensorrt_rtx builds ahead of time"
 _WEIGHTS_APART = "the graph's weights are not beside it. Copy <name>_data too"
 _MEANINGS: tuple[tuple[str, type[ScmError], str], ...] = (
     ("HW-specific datatypes", Unsupported,
      "the target cannot compute a type in the graph. BF16 needs compute capability 8.0, FP8 8.9: choose fp16 or int8"),
     ("FP32 GEMM is not supported", Unsupported,
-     "TensorRT-RTX has no float32 matrix product for Turing (7.5). Use fp16 or int8 there, or --flavour tensorrt"),
+     "TensorRT-RTX has no float32 matrix product for Turing (7.5). Use fp16 or int8 there, or --flavor tensorrt"),
     ("CUDA driver version is insufficient", BackendUnavailable, _NO_GPU),
     ("no CUDA-capable device", BackendUnavailable, _NO_GPU),
     ("Non-zero zero point", Unsupported,

@@ -157,7 +157,7 @@ def make_monitor(library: Any, progress: Progress) -> Any:
             try:
                 if progress(phase_name, step + 1, self.totals.get(phase_name, step + 1)) is False:
                     self.stopped_by = ExportError(
-                        f"the build was cancelled in {phase_name!r}, expected to go on. Nothing was written."
+                        f"the build was canceled in {phase_name!r}, expected to go on. Nothing was written."
                     )
             except BaseException as exc:  # Ctrl-C too: it may not cross the library's frames
                 self.stopped_by = exc

@@ -17,6 +17,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.gate import MIN_PSNR_DB
 from scm_sdk.manifest import MANIFEST_NAME
 from scm_sdk.model.foreign.sana_folder import is_pipeline
+from scm_sdk.progress import Progress
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 from scm_sdk.targets import Target
 
@@ -27,9 +28,6 @@ from .pipeline import export_bundle, is_current
 from .precision import LowPrecision, default_plan
 from .quantized_variants import Int8, QuantizeOptions, add_int8
 from .variants import Variant, add_cpu_form, add_precision
-
-Say = Callable[[str], None]
-
 
 MARGIN_DB = 2.0
 """Decibels by which int8 is to be above its gate on the images that it is chosen on: those it is judged on vary so."""
@@ -46,7 +44,7 @@ def build_all(
     max_batch: int | None = None,
     target_db: float | None = None,
     prompts: Path | None = None,
-    on_stage: Say = lambda _: None,
+    on_stage: Progress = lambda _: None,
     on_variant: Callable[[Variant], object] = lambda _: None,
     on_engine: Callable[[EngineVariant], object] = lambda _: None,
     **engine_options: Any,
@@ -65,7 +63,7 @@ def build_all(
         target_db: PSNR that 95 % of the images are to reach in int8, dB, for which the fewest layers are left out; None
             is ``MARGIN_DB`` above the gate's.
         prompts: What the model is told while precisions are made; see ``examples.read_examples``. None draws it.
-        on_stage: Called with a few words for each stage.
+        on_stage: Called with a few words for each stage; the steps of a search are a ``progress.Step``.
         on_variant: Called with each graph of lower precision.
         on_engine: Called with each engine.
         engine_options: More arguments of ``add_engines``.

@@ -125,7 +125,7 @@ class _Unroller:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.border = time_border(self.source, self.classes)
-        self.labelled = label_branch(
+        self.labeled = label_branch(
             self.source, self.classes, num_classes=spec.num_classes, num_steps=spec.num_inference_steps
         )
 
@@ -199,10 +199,10 @@ class _Unroller:
         import numpy as np
         import onnx_ir as ir
 
-        if self.labelled is None:
+        if self.labeled is None:
             return {}
-        name, border = f"step{step}/labels", self.labelled.border
-        found = self.labelled.rows(self.source, self.spec.times[step])
+        name, border = f"step{step}/labels", self.labeled.border
+        found = self.labeled.rows(self.source, self.spec.times[step])
         alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # they lie side by side as they are
         laid = found if alike else [rows.reshape(len(rows), -1) for rows in found]
         rows_of_all = np.concatenate(laid, axis=1)

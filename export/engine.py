@@ -143,7 +143,7 @@ def _check_gpu(options: EngineOptions) -> str:
         raise IncompatibleEngineError(
             f"an engine for compute capability {options.compute_capabilities[0]} was asked for on a {gpu.name} "
             f"({gpu.compute_capability}), expected the same: TensorRT builds on the GPU that runs the engine. Build "
-            "there, or use --flavour tensorrt_rtx."
+            "there, or use --flavor tensorrt_rtx."
         )
     return gpu.name if gpu is not None else ""
 

@@ -52,10 +52,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             if absent:
                 raise ConfigError(
                     f"TensorRT-RTX cannot build for compute capability {', '.join(absent)}, expected one of "
-                    f"{', '.join(AHEAD_OF_TIME)}. Build with --flavour tensorrt on such a GPU."
+                    f"{', '.join(AHEAD_OF_TIME)}. Build with --flavor tensorrt on such a GPU."
                 )
             if self.version_compatible or self.hardware_compatibility != "none":
                 raise ConfigError(
                     "hardware and version compatibility were asked of TensorRT-RTX, expected neither: its engines fit "
-                    "all the GPUs they are built for, and one version. Use --flavour tensorrt."
+                    "all the GPUs they are built for, and one version. Use --flavor tensorrt."
                 )

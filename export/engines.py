@@ -93,13 +93,13 @@ def add_engines(
     """
     bundle = Bundle.open(path)
     library = load_flavour(flavour, purpose=f"building a {flavour} engine")
-    groups = _groups(targets or _this_machine(flavour), one_for_all)
+    targets = targets or _this_machine(flavour)
+    _check_buildable(targets, flavour)
+    groups = _groups(targets, one_for_all)
     if on_skip is not None:
         groups = [group for group in groups if not _is_elsewhere(group, flavour, on_skip)]
-    graphs = _graphs(bundle, precisions, steps)
-    made = []
-    for graph in graphs:
-        spec = bundle.spec(graph.num_inference_steps)
+    jobs = []  # every refusal comes before the first build
+    for graph in _graphs(bundle, precisions, steps):
         for group in groups:
             lacking = [lack for target in group if (lack := target.lacks(graph.precision, flavour))]
             if lacking and not allow_mismatch:
@@ -107,24 +107,18 @@ def add_engines(
                     raise UnsupportedGraphError(f"{lacking[0]}. Choose another --precision, or leave this target out.")
                 on_skip(f"{graph.precision}, {graph.num_inference_steps} steps: {lacking[0]}")
                 continue
+            largest = bundle.spec(graph.num_inference_steps).max_batch
             chosen = EngineOptions(
                 flavour=flavour,
                 compute_capabilities=tuple(target.compute_capability for target in group),
-                batch=batch or (1, min(8, spec.max_batch), spec.max_batch),
+                batch=batch or (1, min(8, largest), largest),
                 **options,
             )
-            made.append(
-                _add(
-                    path,
-                    graph,
-                    engine_path(flavour, group, graph),
-                    chosen,
-                    library.__version__,
-                    allow_mismatch,
-                    on_build,
-                )
-            )
-            on_engine(made[-1])
+            jobs.append((graph, engine_path(flavour, group, graph), chosen))
+    made = []
+    for graph, engine, chosen in jobs:
+        made.append(_add(path, graph, engine, chosen, library.__version__, allow_mismatch, on_build))
+        on_engine(made[-1])
     return made
 
 
@@ -201,15 +195,19 @@ def check_targets(targets: Sequence[Target], flavour: Flavour) -> None:
         ConfigError: If a flavour does not build for a target.
         BackendUnavailable: If its library is not here, or it needs a GPU and there is none.
     """
-    for target in targets:
-        if reason := target.unbuildable(flavour):
-            raise ConfigError(f"{reason}. Build with --flavour tensorrt on such a GPU, or leave this target out.")
+    _check_buildable(targets, flavour)
     load_flavour(flavour, purpose=f"building {flavour} engines")
     if flavour == "tensorrt" and targets and current_gpu() is None:
         raise BackendUnavailable(
             f"engines for {targets[0].name} were asked of TensorRT, expected its GPU: it builds where the engine runs, "
-            "and no GPU is here. Build there, or use --flavour tensorrt_rtx."
+            "and no GPU is here. Build there, or use --flavor tensorrt_rtx."
         )
+
+
+def _check_buildable(targets: Sequence[Target], flavour: Flavour) -> None:
+    for target in targets:
+        if reason := target.unbuildable(flavour):
+            raise ConfigError(f"{reason}. Build with --flavor tensorrt on such a GPU, or leave this target out.")
 
 
 def _is_elsewhere(group: Sequence[Target], flavour: Flavour, on_skip: Callable[[str], object]) -> bool:
@@ -249,6 +247,6 @@ def _this_machine(flavour: Flavour) -> tuple[Target, ...]:
     if gpu is None:
         raise IncompatibleEngineError(
             f"no target was given and this machine has no GPU, expected one of them for {flavour}. Name targets, for "
-            "example --target a100; see: scm-export targets"
+            "example --target l4; see: scm-export targets"
         )
     return (resolve_target(gpu.compute_capability),)

@@ -46,7 +46,7 @@ __all__ = [
     "write_model",
 ]
 
-Progress = Callable[[str], None]
+Progress = Callable[[str], object]
 """Called with a few words for each stage as it begins."""
 
 
@@ -117,7 +117,7 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
     with _stage("translate", "translate to ONNX", seconds, progress):
         graph = translate(program, ("x", TIME_INPUT, *conditioning), "F")
     num_nodes_exported = graph.graph.num_nodes()
-    with _stage("clean", "clean the graph", seconds, progress):
+    with _stage("clean", "simplify the graph", seconds, progress):
         clean(graph, root=ROOT)
     decoder = None
     if model.decoder is not None:
@@ -195,9 +195,9 @@ def _export(
     reports = []
     for path, spec in targets.items():
         seconds = dict(network.seconds)
-        with _stage("compose", f"compose {spec.num_inference_steps} steps", seconds, progress):
+        with _stage("compose", f"build the {spec.num_inference_steps}-step graph", seconds, progress):
             sampler = compose_sampler(network, spec)
-        with _stage("write", f"check and write {path}", seconds, progress):
+        with _stage("write", f"write {path}", seconds, progress):
             report = write_model(sampler, path, external_data_above=external_data_above)
         reports.append(replace(report, seconds=seconds))
     return tuple(reports)

@@ -30,7 +30,7 @@ def import_sana(
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> BundleReport:
     """Import a ``SanaSprintPipeline`` that diffusers saved.
 

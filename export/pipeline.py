@@ -85,7 +85,7 @@ def export_bundle(
     name: str = "",
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> BundleReport:
     """Turn a checkpoint into a bundle with one fp32 sampler graph for each number of steps.
 
@@ -121,7 +121,7 @@ def export_bundle(
         if not given:
             bake_weights_(model.network)  # the model is ours alone, and needs its memory once
         graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
-        report("draw goldens")
+        report("record reference samples")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
         atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
         relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
@@ -134,7 +134,7 @@ def export_bundle(
         ]
         card = model_card(name, specs, provenance, artifacts=artifacts)
         atomic_write_bytes(folder / CARD_PATH, card.encode())
-        report("hash and publish")
+        report("hash the files and write the manifest")
         parts = [
             path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
         ]

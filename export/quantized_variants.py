@@ -15,6 +15,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.examples import Examples
 from scm_sdk.extend import Draft, extend_bundle
 from scm_sdk.files import atomic_write_bytes, sha256_bytes, sha256_file
+from scm_sdk.progress import Progress, Step
 
 from .adopt import adopt_quantized
 from .calibration import Calibration, Method, calibrate, describe_conditioning
@@ -25,7 +26,6 @@ from .quantize import FREE, QuantizePlan, choose_layers, default_quantize_plan, 
 from .quantize_cpu import quantize_for_cpu
 from .sensitivity import Quantizer, exclude_to_target
 from .variants import (
-    Progress,
     Source,
     Variant,
     add_graph,
@@ -176,7 +176,7 @@ def _make_for_cpu(
         )  # fmt: skip
 
     for source, probe in zip(sources, probes, strict=True):
-        progress(f"quantize for CPUs, {source.num_inference_steps} steps")
+        progress(f"quantize the {source.num_inference_steps}-step graph for CPUs")
         if options.target_db is not None:  # one plan for all: each goes on from the last
             full = read_model(source.graph)
             plan = exclude_to_target(full, quantizer(source), plan, probe, options.target_db, progress=progress)
@@ -197,10 +197,10 @@ def _make_for_engines(
     for source, probe in zip(sources, probes, strict=True):
         full = read_model(source.graph)
         base = full if base_plan is None else apply_precision(full, base_plan)
-        progress(f"calibrate, {source.num_inference_steps} steps")
+        progress(f"calibrate the {source.num_inference_steps}-step graph on {options.num_samples} images")
         factors = _factors(full, source, plan, options, examples)
         equal = equalize(full, choose_layers(full, plan).quantized, factors)
-        calibration = _calibrate(equal, source, plan, options, examples)
+        calibration = _calibrate(equal, source, plan, options, examples, progress)
         quantizer = partial(_equalize_and_quantize, base, factors, calibration)
         if options.target_db is not None:  # one plan for all: each goes on from the last
             plan = exclude_to_target(base, quantizer, plan, probe, options.target_db, progress=progress)
@@ -247,7 +247,12 @@ def _factors(
 
 
 def _calibrate(
-    model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions, examples: Examples | None
+    model: ir.Model,
+    source: Source,
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    examples: Examples | None,
+    progress: Progress,
 ) -> Calibration:
     return calibrate(
         model,
@@ -258,6 +263,7 @@ def _calibrate(
         num_samples=options.num_samples,
         seed=options.seed,
         percentile=options.percentile,
+        progress=lambda done, total: progress(Step("batches of images", done, total)),
         examples=examples,
     )
 

@@ -7,7 +7,7 @@ simply run again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from scm_sdk.examples import Examples
 from scm_sdk.extend import Draft, extend_bundle, recipe_of
 from scm_sdk.files import atomic_write_bytes, sha256_bytes
 from scm_sdk.manifest import Artifact
+from scm_sdk.progress import Progress
 from scm_sdk.spec import Precision, SamplerSpec
 
 from .cpu_form import cpu_form
@@ -30,8 +31,6 @@ from .write import GraphReport, data_path_of, read_model, write_model
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Progress = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def add_precision(
     if target_db is not None:
         for model, probe in zip(models, probes, strict=True):  # one plan for all: each goes on from the last
             assert probe is not None
-            progress(f"search islands, {probe.spec.num_inference_steps} steps")
+            progress(f"search the blocks to keep in float32, {probe.spec.num_inference_steps}-step graph")
             plan = find_islands(model, plan, probe, target_db, progress=progress).plan
     plan_path = f"precision/{plan.precision}.json"
     with extend_bundle(path) as draft:
@@ -116,7 +115,7 @@ def add_precision(
         draft.roles[plan_path] = "plan"
         variants = []
         for source, model, probe in zip(sources, models, probes, strict=True):
-            progress(f"{plan.precision}, {source.num_inference_steps} steps")
+            progress(f"write the {source.num_inference_steps}-step graph in {plan.precision}")
             low = apply_precision(model, plan)
             variants.append(add_graph(draft, low, source, plan.precision, probe, built_from=[plan_path]))
     return variants
@@ -152,7 +151,7 @@ def add_cpu_form(
     with extend_bundle(path) as draft:
         variants = []
         for source, model, notes in made:
-            progress(f"fp32-cpu, {source.num_inference_steps} steps")
+            progress(f"write the {source.num_inference_steps}-step graph in fp32-cpu")
             probe = source.probe(num_samples, examples)
             variants.append(add_graph(draft, model, source, "fp32-cpu", probe, built_from=[], notes=notes))
     return variants

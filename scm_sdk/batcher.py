@@ -171,7 +171,7 @@ class _Queue:
         self._source, self._max_waiting = source, max_waiting
         self._free = self._max_running = max_running
         self._waiting: deque[_Ticket] = deque()
-        self._closed = self._cancelling = False
+        self._closed = self._canceling = False
         self._changed = threading.Condition()
         # One more than may run: it makes the pictures of the batch before. Daemons: a batcher that is never closed must
         # not keep the program from ending.
@@ -230,7 +230,7 @@ class _Queue:
             return
         with self._changed:
             self._closed = True
-            self._cancelling |= cancel_waiting
+            self._canceling |= cancel_waiting
             left: deque[_Ticket] = deque()
             if cancel_waiting:
                 left, self._waiting = self._waiting, left
@@ -279,7 +279,7 @@ class _Queue:
             return self._take(self._waiting)
 
     def _take(self, waiting: Iterable[_Ticket]) -> list[_Ticket]:
-        """Remove and return those of the next batch that was not cancelled at the last moment."""
+        """Remove and return those of the next batch that was not canceled at the last moment."""
         waiting = list(waiting)
         tickets = [waiting[i] for i in first_batch(ticket.job for ticket in waiting)]
         taken = set(tickets)
@@ -300,9 +300,9 @@ class _Queue:
             return [exc] * len(jobs)
 
     def _between(self) -> None:
-        """Between two batches of a long job: end it where waiting jobs are cancelled, or run one batch of them."""
+        """Between two batches of a long job: end it where waiting jobs are canceled, or run one batch of them."""
         with self._changed:
-            if self._cancelling:
+            if self._canceling:
                 raise BackendFailure(
                     "this batcher was closed with cancel_waiting while a request of several batches ran, expected an "
                     "open one. Make another: gen.batcher()"

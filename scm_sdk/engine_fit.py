@@ -182,7 +182,7 @@ def rebuild_command(flavour: Flavour, gpu: Gpu | None = None) -> str:
     """Return the command that builds an engine again, for a GPU if one is given."""
     target = f" --target sm_{gpu.compute_capability.replace('.', '')}" if gpu is not None else ""
     ahead = flavour == "tensorrt_rtx" and (gpu is None or gpu.compute_capability in AHEAD_OF_TIME)
-    return f"scm-export engine BUNDLE{target}" + ("" if ahead else " --flavour tensorrt")
+    return f"scm-export engine BUNDLE{target}" + ("" if ahead else " --flavor tensorrt")
 
 
 def why_not(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 from ._bundle_checks import require_own
 from .bundle import Bundle, publish_bundle, write_bundle
 from .errors import BundleError
-from .files import safe_join
+from .files import check_replaceable, safe_join
 from .manifest import Artifact, Role
 
 
@@ -82,6 +82,16 @@ class Draft:
         gone = [path for path in files if path == relative or path.startswith(f"{relative}/")]
         self.dropped.update(gone)
         return gone
+
+
+def check_extendable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether ``extend_bundle`` can replace a bundle.
+
+    Raises:
+        BundleError: If the bundle lies in a cache, or ``check_replaceable`` refuses it.
+    """
+    require_own(Path(path))
+    check_replaceable(path)
 
 
 @contextmanager

@@ -114,6 +114,7 @@ def atomic_folder(
     """
     target = _real(path)
     _check_target(path, target, overwrite=overwrite, marker=marker, error=error)
+    check_replaceable(path, error=error)
     temp = _sibling(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +137,54 @@ def atomic_folder(
             raise error(_cannot_write(path, exc)) from exc
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmError) -> None:
+    """Find out before the work whether its result can be written.
+
+    A file is made and removed in the nearest folder that exists.
+
+    Args:
+        path: A file, which need not exist; nor need the folders that it is in.
+        error: What to raise when it cannot be written.
+
+    Raises:
+        ScmError: Of type ``error``; the words are those of a failed write.
+    """
+    target = _real(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = target.parent
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+        _new_file_mode(folder)
+    except OSError as exc:
+        raise error(_cannot_write(path, exc)) from exc
+
+
+def check_replaceable(path: str | os.PathLike[str], *, error: type[ScmError] = BundleError) -> None:
+    """Find out before the work whether a folder can be replaced; one that does not exist can.
+
+    A mount point and a folder in a layer of a container image cannot be renamed.
+
+    Raises:
+        ScmError: Of type ``error``; the words are those of a failed write.
+    """
+    target = _real(path)
+    if not target.exists():
+        return
+    full = _sibling(target, "partial")
+    try:
+        (full / "not empty").mkdir(parents=True)
+        os.rename(target, full)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # what a folder that can be renamed meets here
+            raise error(_cannot_write(path, exc)) from exc
+    finally:
+        shutil.rmtree(full, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -377,6 +426,9 @@ def _cannot_write(path: str | os.PathLike[str], exc: OSError) -> str:
         errno.ENOSPC: "Free some space or choose another disk.",
         errno.EDQUOT: "Free some space or choose another disk.",
         errno.EFBIG: "Raise the limit of file sizes (ulimit -f), or choose another disk.",
+        errno.EBUSY: "A mount point cannot be replaced: write to another folder, or mount the folder that it is in.",
+        errno.EXDEV: "A folder of a container image's layer cannot be replaced: write to another folder, or copy it to "
+        "a volume.",
         errno.EROFS: "Choose a folder on a disk that is not read-only.",
         errno.EACCES: "Choose a folder that you may write to.",
         errno.EPERM: "Choose a folder that you may write to.",

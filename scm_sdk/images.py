@@ -1,7 +1,7 @@
 """From a sampler's output to pictures: 8-bit arrays, PIL images, contact sheets, PNG files.
 
 Arrays of a sampler are (B, C, H, W) float32 in data units; pictures are (H, W, C) uint8. C is 1 for
-grey and 3 for RGB. Callers: ``generator``, ``evaluate``, ``train``, the commands.
+gray and 3 for RGB. Callers: ``generator``, ``evaluate``, ``train``, the commands.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def to_uint8(images: NDArray[np.floating[Any]], value_range: tuple[float, float]
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 1:
         raise ShapeError(
-            f"images have shape {images.shape}, expected (B, C, H, W) with C = 1 (grey) or 3 (RGB). "
+            f"images have shape {images.shape}, expected (B, C, H, W) with C = 1 (gray) or 3 (RGB). "
             "For latents take output_type='raw', for other data 'raw' or 'np'."
         )
     if not np.issubdtype(images.dtype, np.floating):
@@ -69,7 +69,7 @@ def to_uint8(images: NDArray[np.floating[Any]], value_range: tuple[float, float]
 
 
 def to_pil(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) -> list[Image.Image]:
-    """Map samples in data units to PIL images, mode ``L`` for grey and ``RGB`` for colour.
+    """Map samples in data units to PIL images, mode ``L`` for gray and ``RGB`` for color.
 
     Arguments and errors are those of ``to_uint8``.
     """
@@ -83,7 +83,7 @@ def make_grid(images_uint8: NDArray[np.uint8], columns: int, scale: int = 1, *, 
         images_uint8: Pictures, (B, H, W, C), uint8.
         columns: Pictures in a row, 1 or more. Places left over in the last row are white.
         scale: Each pixel becomes a square of this many pixels a side.
-        padding: White pixels between neighbours, after scaling.
+        padding: White pixels between neighbors, after scaling.
 
     Returns:
         One picture, (rows*H*scale + gaps, columns*W*scale + gaps, C), uint8.

@@ -140,7 +140,8 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.fault:
             return self.fault
         if self.gate == "psnr_p05_db":
-            return f"95 % of {self.num_samples} samples reach {self.psnr_p05_db:.1f} dB of {self.threshold:.0f} dB"
+            reached = f"95 % of {self.num_samples} samples reach {self.psnr_p05_db:.1f} dB"
+            return f"{reached} of at least {self.threshold:.0f} dB"
         if self.gate == "psnr_db":
             return f"{self.psnr_db:.1f} dB of at least {self.threshold:.0f} dB"
         return f"{self.max_abs:.1e} of {self.threshold:.1e} allowed"
@@ -158,7 +159,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         files: Every file except the manifest itself.
         parity: Recorded comparisons.
         budgets: Latencies that ``scm-export validate`` enforces, as ``evaluate.budget`` writes them.
-        provenance: Where the weights and the data come from, licences, recipe; free form.
+        provenance: Where the weights and the data come from, licenses, recipe; free form.
         versions: Versions of the libraries that built it.
         cut_from: Build id of the whole bundle, where this one holds only some of its artifacts; see ``subset``.
         digests: The sha256 of each part above, by its name; see ``_bundle_checks.seal``.

@@ -45,7 +45,10 @@ class PlanRow:
 
 
 class Plan(Sequence[PlanRow]):
-    """Every row, the accepted ones first and best first. ``str()`` is a table."""
+    """Every row, the accepted ones first and best first.
+
+    ``str()`` is a table of the rows with the number of steps of those that may run; the others are counted.
+    """
 
     def __init__(self, rows: Sequence[PlanRow]) -> None:
         self.rows = tuple(rows)
@@ -81,12 +84,17 @@ class Plan(Sequence[PlanRow]):
 
     def __str__(self) -> str:
         table = [("", "backend", "artifact", "precision", "steps", "verdict", "reason")]
-        for row in self.rows:
+        asked = {row.num_inference_steps for row in self.accepted} - {0}
+        shown = [row for row in self.rows if row.accepted or not asked or row.num_inference_steps in (0, *asked)]
+        for row in shown:
             mark, verdict = "*" if row.chosen else "", "accepted" if row.accepted else "rejected"
             steps = str(row.num_inference_steps or "any")
             table.append((mark, row.backend, row.artifact, row.precision, steps, verdict, row.reason))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        if hidden := len(self.rows) - len(shown):
+            lines.append(f"not shown: {hidden} with artifacts of other numbers of steps")
+        return "\n".join(lines)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return the rows as plain data for JSON."""

@@ -39,7 +39,7 @@ def nothing_accepted(
         by_reason.setdefault(row.reason, []).append(f"{row.backend} on {row.artifact}")
     reasons = "; ".join(f"{', '.join(what)}: {reason}" for reason, what in by_reason.items())
     asked = f"backend={backend!r}, precision={precision!r}"
-    found = f"{source.path} has nothing to run {steps} steps with {asked}"
+    found = f"{source.path} has nothing that runs {steps} step{'' if steps == 1 else 's'} with {asked}"
     if info is not None and not formats & set(info.opens):
         return ConfigError(
             f"{found}: it holds {', '.join(sorted(formats))}, {backend} opens {', '.join(info.opens)}."

@@ -12,12 +12,18 @@ import msgspec
 
 Kind = Literal["consistency model", "diffusion model", "unknown"]
 
-_NAMES: dict[Kind, str] = {
-    "consistency model": "A continuous-time consistency model (sCM, [arXiv 2410.11081]"
-    "(https://arxiv.org/abs/2410.11081))",
-    "diffusion model": "A TrigFlow diffusion model, such as a teacher for distillation; **not a consistency model**",
-    "unknown": "A TrigFlow model whose training objective is not on record",
+_PAPER = "(sCM, [arXiv 2410.11081](https://arxiv.org/abs/2410.11081))"
+_OBJECTIVES = {
+    "diffusion": "A TrigFlow diffusion model, such as a teacher for distillation; **not a consistency model**",
+    "scd": f"A continuous-time consistency model {_PAPER}, distilled from a diffusion model",
+    "sct": f"A continuous-time consistency model {_PAPER}, trained without a teacher",
+    "cd": "A consistency model, distilled from a diffusion model in discrete time",
+    "trajectory": "A consistency model, distilled onto the ends of a diffusion model's trajectories",
+    "vsd": "A few-step generator, distilled from a diffusion model by variational score distillation (VSD) alone",
+    "sCM and LADD (SANA-Sprint)": f"A continuous-time consistency model {_PAPER}, distilled with an adversarial loss "
+    "(LADD) as SANA-Sprint",
 }
+"""What a model is, by the objective that its provenance names before a ``+``."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +34,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
         objective: The training objective on record; "" if there is none.
         iteration: Training iterations done; None if not on record.
         num_iterations: Training iterations planned; None if not on record.
+        runs: The runs that made it, in words, where it was more than one; "" if not on record.
+        discrete_points: Times of the grid in place of continuous time; None for none.
         quality_measured: Whether the bundle holds scores of ``scm-export evaluate --keep``.
     """
 
@@ -35,6 +43,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     objective: str = ""
     iteration: int | None = None
     num_iterations: int | None = None
+    runs: str = ""
+    discrete_points: int | None = None
     quality_measured: bool = False
 
     @classmethod
@@ -47,8 +57,15 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
             objective=objective,
             iteration=_count(provenance.get("iteration")),
             num_iterations=_count(provenance.get("num_iterations")),
+            runs=str(provenance.get("runs") or ""),
+            discrete_points=_count(provenance.get("discrete_points")),
             quality_measured=quality_measured,
         )
+
+    @property
+    def is_scm(self) -> bool:
+        """Whether it was made by the paper's objectives, sCD, sCT or SANA-Sprint's."""
+        return self.objective.partition("+")[0].strip().lower().startswith(("scd", "sct", "scm"))
 
     @property
     def finished(self) -> bool | None:
@@ -60,11 +77,14 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def training(self) -> str:
         """The length of training, in a few words."""
-        if self.iteration is None:
-            return "length not on record"
-        if self.num_iterations is None:
-            return f"{self.iteration} iterations"
-        return f"{self.iteration} of {self.num_iterations} iterations"
+        if self.runs:
+            return self.runs
+        return "length not on record" if self.iteration is None else self._iterations
+
+    @property
+    def _iterations(self) -> str:
+        planned = "" if self.num_iterations is None else f" of {self.num_iterations}"
+        return f"{self.iteration}{planned} iterations"
 
     @property
     def quality(self) -> str:
@@ -86,7 +106,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
                 "it. Distill it first: scm-export distill --teacher RUN"
             )
         if self.finished is False:
-            found.append(f"training is unfinished: {self.training}. Run the training command again to continue.")
+            found.append(f"training is unfinished: {self._iterations}. Run the training command again to continue.")
         return tuple(found)
 
     def describe(self, calls: str) -> str:
@@ -95,7 +115,14 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
         Args:
             calls: The numbers of network calls of its samplers, for example ``"1 or 2"``.
         """
-        name = _NAMES[self.kind]
+        main, _, more = self.objective.partition("+")
+        name = _OBJECTIVES.get(main.strip(), f"A consistency model, objective {main!r}")
+        if not self.objective:
+            name = "A TrigFlow model whose training objective is not on record"
+        if self.discrete_points:
+            name = name.replace("continuous-time", "discrete-time")
+        if more.strip() == "vsd":
+            name += ", with variational score distillation (VSD)"
         if self.kind == "diffusion model":
             return f"{name}. Its samplers here take {calls} network calls; a diffusion model needs tens of them."
         return f"{name}: noise becomes a sample in {calls} network calls."

@@ -43,10 +43,9 @@ class Target:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that its tensor cores compute, fp32 first."""
+        """The precisions of graphs that its tensor cores compute, fp32 first."""
         version = tuple(int(part) for part in self.compute_capability.split("."))
-        more = [name for name, since in (("bf16", (8, 0)), ("fp8", (8, 9))) if version >= since]
-        return ("fp32", "fp16", "int8", *more)
+        return ("fp32", "fp16", "int8", *(["bf16"] if version >= (8, 0) else []))
 
     def unbuildable(self, flavour: str) -> str:
         """Return why a flavour builds no engine for it at all, or ""."""
@@ -64,8 +63,7 @@ class Target:
         without saying so, was measured.
         """
         if precision not in self.precisions:
-            since = {"bf16": "8.0", "fp8": "8.9"}.get(precision, "?")
-            return f"{self.name} cannot compute {precision}, which needs compute capability {since}"
+            return f"{self.name} cannot compute {precision}, which needs compute capability 8.0"
         if flavour == "tensorrt_rtx" and self.compute_capability == "7.5" and precision != "fp16":
             return f"TensorRT-RTX has no {precision} kernels for {self.name} (7.5)"
         return ""
@@ -105,7 +103,7 @@ TARGETS: dict[str, Target] = {
 
 
 def resolve_target(name: str) -> Target:
-    """Find a GPU by its name (``a100``, ``rtx4090``) or its capability (``sm_80``, ``8.0``).
+    """Find a GPU by its name (``l4``, ``rtx4090``) or its capability (``sm_89``, ``8.9``).
 
     Raises:
         ConfigError: If there is none; the message lists close names.
@@ -117,7 +115,7 @@ def resolve_target(name: str) -> Target:
     capability = f"{match[1]}.{match[2]}" if match else ""
     if capability in _BOARDS:
         return Target(name=f"sm_{capability.replace('.', '')}", title=f"sm {capability}", compute_capability=capability)
-    close = get_close_matches(text, TARGETS, n=3, cutoff=0.5) or ["a100", "l4", "t4", "rtx4090"]
+    close = get_close_matches(text, TARGETS, n=3, cutoff=0.5) or ["l4", "t4", "rtx4090"]
     raise ConfigError(
         f"target is {name!r}, expected a GPU such as {', '.join(close)}, or a compute capability such as sm_86. "
         "All of them: scm-export targets"

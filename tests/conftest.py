@@ -317,7 +317,7 @@ def linear_bundle(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def npz(tmp_path: Path) -> Path:
-    """Twelve 8x8 grey images in three classes."""
+    """Twelve 8x8 gray images in three classes."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
     path = tmp_path / "data.npz"

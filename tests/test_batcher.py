@@ -176,7 +176,7 @@ def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
         for timeout in (0, 0.01):
             with pytest.raises(QueueFull, match=r"2 images wait, expected room for 2 within .*max_waiting = 3"):
                 batcher.submit(seed=2, num_images=2, timeout=timeout)
-        assert held.cancel(), "a cancelled request makes room at once"
+        assert held.cancel(), "a canceled request makes room at once"
         large = batcher.submit(seed=3, num_images=8, timeout=0)
         with ThreadPoolExecutor(1) as pool:
             patient = pool.submit(batcher, seed=4)

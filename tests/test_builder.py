@@ -93,7 +93,7 @@ def test_the_builders_words_are_explained(text: str, error: type[ScmError], mess
 
 def test_progress_is_reported_and_stops_the_build(graphs: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    with pytest.raises(ExportError, match="the build was cancelled in"):
+    with pytest.raises(ExportError, match="the build was canceled in"):
         build_engine(
             graph(graphs, "fp16"), tmp_path / "engine", options(),
             progress=lambda *step: (seen.append(step), len(seen) < 5)[1],

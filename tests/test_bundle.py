@@ -143,7 +143,7 @@ def test_an_edited_manifest_is_noticed(bundle_copy: Path) -> None:
         ("parity", lambda plain: plain["parity"][0].update(passed=True)),
         ("parity", lambda plain: plain["parity"][0].update(artifact="another")),
         ("parity", lambda plain: plain.update(parity=[])),
-        ("provenance", lambda plain: plain["provenance"].update(licence="MIT-0.0")),
+        ("provenance", lambda plain: plain["provenance"].update(license="MIT-0.0")),
         ("budgets", lambda plain: plain.update(budgets=["p50 < 9 s"])),
         ("name", lambda plain: plain.update(name="another")),
         ("files", lambda plain: plain["files"][0].update(role="report")),

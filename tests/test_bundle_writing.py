@@ -30,7 +30,7 @@ RECORD = ParityRecord(
 def test_what_is_written_opens(made_bundle: Path, toy: Any) -> None:
     bundle = Bundle.open(made_bundle)
     assert bundle.manifest.name == "toy"
-    assert bundle.manifest.provenance == {"licence": "CC0-1.0", "seed": 1}
+    assert bundle.manifest.provenance == {"license": "CC0-1.0", "seed": 1}
     assert {entry.path: entry.role for entry in bundle.manifest.files} == {
         WEIGHTS: "weights",
         "denoiser/config.json": "config",

@@ -14,6 +14,7 @@ from scm_sdk.extend import extend_bundle
 from scm_sdk.manifest import ParityRecord
 from scm_sdk.scores import SCORES_PATH
 from scm_sdk.spec import SamplerSpec, default_times
+from scm_sdk.status import ModelStatus
 
 SPECS = tuple(
     SamplerSpec(times=default_times(n), sample_shape=(3, 8, 8), num_classes=2, class_names=("cat", "dog"))
@@ -40,7 +41,7 @@ def head(card):
 
 
 @pytest.mark.parametrize(
-    ("licence", "expected"),
+    ("license", "expected"),
     [
         ("CC0-1.0", {"license": "cc0-1.0"}),
         ("CC-BY-NC-SA-4.0", {"license": "cc-by-nc-sa-4.0"}),
@@ -49,12 +50,12 @@ def head(card):
         ("other", {"license": "other"}),
     ],
 )
-def test_the_licence(licence, expected):
-    card = model_card("toy", SPECS, {"license": licence})
+def test_the_license(license, expected):
+    card = model_card("toy", SPECS, {"license": license})
     found = head(card)
     assert {key: value for key, value in found.items() if key.startswith("license")} == expected
-    assert ("Non-commercial" in card) == ("NC" in licence)
-    assert ("None is on record" in card) == (licence in ("", "other"))
+    assert ("Non-commercial" in card) == ("NC" in license)
+    assert ("None is on record" in card) == (license in ("", "other"))
 
 
 def test_usage_fits_the_sampler():
@@ -118,6 +119,49 @@ def test_a_teacher_is_not_called_a_consistency_model():
 def test_an_objective_that_is_not_on_record_is_not_made_up():
     card = model_card("toy", SPECS, {})
     assert "training objective is not on record" in card and "A continuous-time consistency model" not in card
+
+
+@pytest.mark.parametrize(
+    ("provenance", "expected"),
+    [
+        ({"objective": "scd"}, "A continuous-time consistency model (sCM"),
+        (
+            {"objective": "scd+vsd"},
+            "from a diffusion model, with variational score distillation (VSD)",
+        ),
+        ({"objective": "sct", "discrete_points": "1024"}, "A discrete-time consistency model (sCM"),
+        ({"objective": "cd"}, "A consistency model, distilled from a diffusion model in discrete time"),
+        (
+            {"objective": "trajectory+vsd"},
+            "onto the ends of a diffusion model's trajectories, with variational",
+        ),
+        ({"objective": "vsd"}, "score distillation (VSD) alone"),
+        ({"objective": "my own"}, "A consistency model, objective 'my own'"),
+    ],
+)
+def test_a_card_calls_a_model_what_its_objective_made(provenance, expected):
+    card = model_card("toy", SPECS, provenance)
+    assert expected in card
+    assert ("continuous-time" in card) == (provenance["objective"].partition("+")[0] == "scd")
+    assert ("scm" in head(card)["tags"]) == (provenance["objective"].partition("+")[0] in ("scd", "sct"))
+
+
+def test_every_objective_has_its_words():
+    from typing import get_args
+
+    from scm_sdk.train.config import Objective
+
+    for objective in get_args(Objective):
+        assert "objective '" not in ModelStatus.of({"objective": objective}).describe("2"), objective
+
+
+def test_the_card_of_the_shipped_model_says_what_it_is():
+    from importlib.resources import files
+
+    config = json.loads((files("scm_sdk.assets") / "avatars" / "config.json").read_text())
+    card = model_card("avatars", SPECS, config["provenance"])
+    assert "continuous-time" not in card and "diffusion model's trajectories, with variational" in card
+    assert "2700, 6500, 2800 and 512 iterations" in card and "not on record" not in card
 
 
 @pytest.mark.parametrize("quality", [[], [SCORE]])

@@ -177,11 +177,13 @@ def test_validate_records_and_gates(street):
 def test_bench_table_json_and_budget(street):
     one = ["bench", street / "bundle", "--backend", "onnxruntime", "--batch", 1, "--rounds", 10]
     table = run(*one, "--threads", 1).stdout
-    assert "onnxruntime" in table and "speed-up" in table
+    assert "onnxruntime" in table and "speed-up" in table and "p95 ms" in table and "budget" not in table
     rows = json.loads(run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--json").stdout)
     assert [timing["name"] for timing in rows[0]["timings"]] == ["torch", "onnxruntime", "openvino"]
     over = run(*one, "--budget", "median=1us@b1", code=4)
-    assert "over" in over.output or "budget" in one_line(over)
+    assert "budget missed: onnxruntime, batch 1: median" in over.stdout and "at most 0.001 ms" in over.stdout
+    met = run(*one, "--budget", "onnxruntime:p95=9s@b1").stdout
+    assert "budget met: onnxruntime, batch 1: p95" in met and "missed" not in met
     assert "not measured" in one_line(run(*one, "--budget", "p95=1s@b8", code=2))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scm_sdk.errors import TrainError
+from scm_sdk.errors import ConfigError, TrainError
 from scm_sdk.train.config import DataConfig
 from scm_sdk.train.data import FASHION_MNIST, HAIR_NAMES, load_data
 
@@ -39,9 +39,9 @@ def test_pickled_arrays_are_refused(tmp_path):
 
 
 def test_unknown_label_lists_the_columns(npz):
-    with pytest.raises(TrainError, match=r"label 'colour' is no column of .*\['kind'\]"):
-        load_data(DataConfig(source=str(npz), label="colour"))
-    with pytest.raises(TrainError, match=r"rows \(--rows\) are 0\.\.99, expected a range within the 12 images"):
+    with pytest.raises(ConfigError, match=r"label 'color' is no column of .*, expected one of kind"):
+        load_data(DataConfig(source=str(npz), label="color"))
+    with pytest.raises(ConfigError, match=r"rows \(--rows\) are 0\.\.99, expected a range within the 12 images"):
         load_data(DataConfig(source=str(npz), rows=(0, 99)))
 
 
@@ -56,9 +56,9 @@ def test_shipped_avatars():
 def test_image_folder(tmp_path):
     from PIL import Image
 
-    for name, colour in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+    for name, color in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
         (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8), colour).save(tmp_path / name / "1.png")
+        Image.new("RGB", (8, 8), color).save(tmp_path / name / "1.png")
     data = load_data(DataConfig(source=str(tmp_path), label="folder"))
     assert data.class_names == ("cat", "dog") and data.labels is not None and data.labels.tolist() == [0, 1]
     assert data.images[1, 0, 0].tolist() == [0, 0, 255]
@@ -71,7 +71,7 @@ def test_image_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainError, match="holds no images"):
         load_data(DataConfig(source=str(tmp_path / "empty")))
-    with pytest.raises(TrainError, match="is no folder"):
+    with pytest.raises(ConfigError, match="absent' does not exist"):
         load_data(DataConfig(source=str(tmp_path / "absent")))
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from scm_sdk.errors import ConfigError, TrainError
+from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.held_out import load_held_out
 from scm_sdk.evaluate.nets import effnet_lite0
 from scm_sdk.export.cli import common, main
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.train.config import DataConfig
-from scm_sdk.train.data import shortened
+from scm_sdk.train.data import load_data, shortened
 from scm_sdk.train.record import describe_data, recorded_data
 
 LENGTH = ("--iterations", "2", "--batch-size", "4", "--sample-every", "0")
@@ -74,7 +74,7 @@ def test_a_student_takes_its_teachers_data(room: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_the_teachers_is_refused(room: Path, tmp_path: Path, given: tuple[str, ...], text: str) -> None:
-    error = run("distill", "-o", tmp_path / "run", "--teacher", room / "teacher", *given, *LENGTH, code=1).stderr
+    error = run("distill", "-o", tmp_path / "run", "--teacher", room / "teacher", *given, *LENGTH, code=2).stderr
     assert re.search(text, error) and "--label" in error, error
     assert not (tmp_path / "run").exists()
 
@@ -91,9 +91,45 @@ def test_a_model_that_does_not_say_its_data_needs_to_be_given_them(room: Path, t
     model.config = msgspec.structs.replace(model.config, provenance={})
     model.save_pretrained(tmp_path / "bare")
     error = run("distill", "-o", tmp_path / "run", "--teacher", tmp_path / "bare", *LENGTH, code=2).stderr
-    assert "bare does not say which data it was trained on. Give it: --data, --label and --rows." in error
+    assert "bare does not say which data it was trained on: it has no readable train.json" in error
+    assert "Give it: --data, --label and --rows." in error
     given = ("--data", room / "data.npz", "--label", "kind")
     run("distill", "-o", tmp_path / "run", "--teacher", tmp_path / "bare", *given, *LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("train", "--data", "nowhere"), ("'nowhere' does not exist", "avatars or fashion-mnist (--data)")),
+        (("train", "--data", "nowhere.npz"), ("nowhere.npz does not exist", "(--data)")),
+        (("train", "--data", "avatars", "--label", "hue"), ("label 'hue'", "hairColor", "(--label)")),
+        (("train", "--data", "avatars", "--rows", 0, 10**6), ("rows (--rows)", "20000 images")),
+        (("distill", "--teacher", "runs/nope"), ("--teacher is runs/nope, which does not exist", "training run")),
+        (("train", "--data", "avatars", "--init", "nope"), ("--init is nope, which does not exist",)),
+        (("evaluate", "--data", "nowhere"), ("'nowhere' does not exist", "(--data)")),
+        (("evaluate", "--data", "avatars", "--label", "hue"), ("label 'hue'", "hairColor", "(--label)")),
+    ],
+)
+def test_a_wrong_value_is_wrong_usage(
+    unet_bundle: Path, tmp_path: Path, arguments: tuple[object, ...], parts: tuple[str, ...]
+) -> None:
+    verb, *rest = arguments
+    where = (unet_bundle,) if verb == "evaluate" else ("-o", tmp_path / "run")
+    error = run(verb, *where, *rest, code=2).stderr
+    assert all(part in error for part in parts), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("column", ["kind", "hue"])
+def test_a_label_that_shards_do_not_have(tmp_path: Path, column: str) -> None:
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, kind=np.array([0, 1]))
+    config = DataConfig(source=str(tmp_path), label=column)
+    if column == "kind":
+        assert load_data(config).num_classes == 2
+    else:
+        with pytest.raises(ConfigError, match=r"label 'hue' is no column .*'kind'"):
+            load_data(config)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +146,11 @@ def test_a_provenance_says_the_data_and_is_understood(data: DataConfig, tmp_path
 
 
 def test_a_network_of_another_size_names_those_that_fit(room: Path, tmp_path: Path) -> None:
-    error = run("train", "-o", tmp_path / "run", "--data", "avatars", "--preset", "pixels32", *LENGTH, code=1).stderr
+    error = run("train", "-o", tmp_path / "run", "--data", "avatars", "--preset", "pixels32", *LENGTH, code=2).stderr
     assert (
         "the network takes (3, 32, 32). Choose a network of the data's size: --preset avatars16 or pixels16." in error
     )
-    error = run("train", "-o", tmp_path / "run", "--data", room / "data.npz", *LENGTH, code=1).stderr
+    error = run("train", "-o", tmp_path / "run", "--data", room / "data.npz", *LENGTH, code=2).stderr
     assert "--preset tiny." in error
 
 
@@ -137,7 +173,8 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(
     length = ("--iterations", "50", "--batch-size", "4", "--sample-every", "0", "--preset", "tiny")
     result = run("train", "-o", tmp_path / "run", "--data", room / "data.npz", *length, "--json")
     lines = [line for line in result.stderr.splitlines() if line.startswith("diffusion: ")]
-    assert len(lines) > 40 and "diffusion: 40 of 50, 0:00:" in "\n".join(lines) and " left" in lines[30]
+    assert len(lines) > 40 and re.search(r"diffusion: 40 of 50, \d+:\d\d:\d\d so far", "\n".join(lines))
+    assert " left" in lines[30]
     assert "residual " in lines[-1] and json.loads(result.stdout)["last"]["iteration"] == 50
     monkeypatch.setattr(common, "PLAIN_SECONDS", 1e6)
     run("train", "-o", tmp_path / "other", "--data", room / "data.npz", *length)
@@ -156,7 +193,7 @@ def spec(**changes: Any) -> SamplerSpec:
 def test_pictures_are_judged_by_the_data_that_the_model_was_not_trained_on() -> None:
     real = load_held_out(spec(), effnet_lite0(), trained_on=AVATARS)
     assert real.about == "avatars, label hairColor: real rows 0..9999, held-out rows 10000..19999"
-    assert real.labels is not None and len(real.labels) == 10_000 and real.colours
+    assert real.labels is not None and len(real.labels) == 10_000 and real.colors
     less = msgspec.structs.replace(AVATARS, rows=(500, 700))
     assert (
         "real rows 500..699, held-out rows 700..10699" in load_held_out(spec(), effnet_lite0(), trained_on=less).about
@@ -171,5 +208,5 @@ def test_pictures_are_judged_by_the_data_that_the_model_was_not_trained_on() -> 
 
 def test_rows_out_of_range_name_their_option() -> None:
     rows = {"real_rows": (0, 30_000), "reference_rows": (40_000, 50_000)}
-    with pytest.raises(TrainError, match=r"real rows \(--real-rows\) are 0\.\.30000, expected .* the 20000 images"):
+    with pytest.raises(ConfigError, match=r"real rows \(--real-rows\) are 0\.\.30000, expected .* the 20000 images"):
         load_held_out(spec(), effnet_lite0(), trained_on=AVATARS, **rows)

@@ -30,7 +30,7 @@ SCALE = LatentScale(scale=(2.0, 0.5), shift=(0.25, -1.0))
 
 
 class Autoencoder(nn.Module):
-    """8x8 grey pictures to 2x4x4 latents and back."""
+    """8x8 gray pictures to 2x4x4 latents and back."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError, TrainError
+from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
 from scm_sdk.export.cli import main
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.foreign import diffusers_folder
@@ -285,7 +285,7 @@ def test_variants_and_files_in_the_root_are_found(folder):
     same(root)
 
 
-def test_distil_from_the_folder(saved, npz, tmp_path):
+def test_distill_from_the_folder(saved, npz, tmp_path):
     out = tmp_path / "student"
     arguments = ["distill", "-o", out, "--teacher", saved, "--data", npz, "--label", "kind", "--iterations", "2",
                  "--batch-size", "4", "--tangent-warmup", "1", "--sample-every", "0"]  # fmt: skip
@@ -311,7 +311,7 @@ def test_teachers_that_do_not_fit_the_data(saved, npz, label, changes, message):
     config = TrainConfig(
         objective="scd", teacher=str(saved), data=DataConfig(source=str(npz), label=label), num_iterations=1, **changes
     )
-    with pytest.raises(TrainError, match=message):
+    with pytest.raises(ConfigError, match=message):
         resolve(config)
 
 
@@ -326,7 +326,7 @@ def test_a_teacher_may_be_another_network_than_the_student(saved, npz, tmp_path,
     start = resolve(config)
     assert start.model_config.network == tiny(num_classes=3)
     other = TrainConfig(objective="scd", teacher=str(unet_checkpoint), init_from=str(tmp_path / "own"), data=data)
-    with pytest.raises(TrainError, match=r"the classes of .* are cat, dog, robot, rocket, those of the data a, b, c"):
+    with pytest.raises(ConfigError, match=r"the classes of .* are cat, dog, robot, rocket, those of the data a, b, c"):
         resolve(other)
 
 

@@ -182,7 +182,7 @@ def test_a_trajectory_begins_where_the_sampler_does_and_blocks_move_the_times_be
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "", "init_from": "x"}, "scd, cd, trajectory distil a teacher"),
+        ({"teacher": "", "init_from": "x"}, "scd, cd, trajectory distill a teacher"),
         ({"discrete_step": 0.0}, "discrete_step is 0.0, expected more than 0"),
         ({"objective": "trajectory", "trajectory_steps": 0}, "trajectory_steps is 0, expected 1 or more"),
         ({"objective": "trajectory", "huber": -0.1}, "huber is -0.1, expected 0 or more"),

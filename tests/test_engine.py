@@ -18,6 +18,7 @@ from scm_sdk.errors import (
     ConfigError,
     ExportError,
     IncompatibleEngineError,
+    ScmError,
     UnsupportedGraphError,
 )
 from scm_sdk.export import engines
@@ -29,6 +30,7 @@ from scm_sdk.export.engine_options import EngineOptions
 from scm_sdk.export.engines import add_engines
 from scm_sdk.export.write import read_model, write_model
 from scm_sdk.gpu import Gpu, current_gpu
+from scm_sdk.spec import Precision
 from scm_sdk.targets import resolve_target, resolve_targets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows")
@@ -173,7 +175,7 @@ def test_options_are_checked_before_anything_is_built(graphs: Path, tmp_path: Pa
         options("8.0", "8.6", flavour="tensorrt")
     with pytest.raises(ConfigError, match="expected 0 to 5"):
         options(optimization_level=9)
-    with pytest.raises(ConfigError, match="Use --flavour tensorrt"):
+    with pytest.raises(ConfigError, match="Use --flavor tensorrt"):
         options(hardware_compatibility="ampere_plus")
     with pytest.raises(ConfigError, match="the sampler's largest is 5"):
         build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(batch=(1, 2, 64)))
@@ -182,10 +184,23 @@ def test_options_are_checked_before_anything_is_built(graphs: Path, tmp_path: Pa
 
 
 def test_graphs_that_are_not_there(graphs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has these graphs: .*expected fp8"):
-        add_engines(graphs, resolve_targets(["l4"]), precisions=["fp8"])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match=r"has these graphs: .*expected int8-cpu"):
+        add_engines(graphs, resolve_targets(["l4"]), precisions=["int8-cpu"])
     with pytest.raises(IncompatibleEngineError, match="this machine has no GPU"):
         add_engines(graphs, ())
+
+
+@pytest.mark.parametrize(
+    ("targets", "precisions", "error"),
+    [(["l4", "h100"], ["fp16"], ConfigError), (["l4", "t4"], ["fp16", "fp32"], UnsupportedGraphError)],
+)
+def test_nothing_is_built_where_a_target_cannot_be(
+    graphs: Path, targets: list[str], precisions: list[Precision], error: type[ScmError]
+) -> None:
+    begun: list[str] = []
+    with pytest.raises(error, match=r"(h100|t4).*leave this target out"):
+        add_engines(graphs, resolve_targets(targets), precisions=precisions, on_build=begun.append)
+    assert begun == []
 
 
 def test_tensorrt_itself_is_missing_here_and_says_so(graphs: Path) -> None:
@@ -197,7 +212,7 @@ def test_tensorrt_itself_is_missing_here_and_says_so(graphs: Path) -> None:
 
 
 def test_what_cannot_be_built_is_said_before_the_export(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(ConfigError, match=r"cannot build for h100 \(9\.0\).*--flavour tensorrt on such a GPU"):
+    with pytest.raises(ConfigError, match=r"cannot build for h100 \(9\.0\).*--flavor tensorrt on such a GPU"):
         build_all(unet_checkpoint, tmp_path / "bundle", targets=resolve_targets(["a100", "h100"]))
     monkeypatch.setattr(engines, "load_flavour", lambda flavour, purpose: None)
     if current_gpu() is None:
@@ -214,7 +229,7 @@ def test_tensorrt_skips_what_only_another_gpu_can_build(graphs: Path, monkeypatc
     assert add_engines(graphs, resolve_targets(["a100", "l4"]), flavour="tensorrt", on_skip=lines.append) == []
     assert lines[0] == "a100 (8.0): TensorRT builds on the GPU that runs the engine, this NVIDIA A10 is 8.6"
     assert len(lines) == 2
-    run = CliRunner().invoke(main, ["engine", str(graphs), "--target", "a100", "--flavour", "tensorrt"])
+    run = CliRunner().invoke(main, ["engine", str(graphs), "--target", "a100", "--flavor", "tensorrt"])
     assert run.exit_code == IncompatibleEngineError.exit_code and "skip a100 (8.0): TensorRT builds on" in run.stderr
 
 
@@ -224,7 +239,7 @@ def test_the_verb_builds_and_tells(graphs: Path, tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     assert "prefer tensorrt on the GPU" in run.stderr and "convolutions Int8" in run.stderr
     bad = CliRunner().invoke(main, ["engine", str(path), "--target", "h100"])
-    assert bad.exit_code == 2 and "Build with --flavour tensorrt" in bad.stderr
+    assert bad.exit_code == 2 and "Build with --flavor tensorrt" in bad.stderr
     unknown = CliRunner().invoke(main, ["engine", str(path), "--target", "a1000"])
     assert unknown.exit_code == 2 and "a100" in unknown.stderr
     assert "h100, h200" in CliRunner().invoke(main, ["targets"]).output

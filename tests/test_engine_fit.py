@@ -70,10 +70,10 @@ def test_what_does_not_fit_and_the_command_that_helps(flavour, engine, machine, 
 def test_the_command_names_the_flavour_that_builds_there() -> None:
     h100, t4 = gpu("9.0", "NVIDIA H100"), gpu("7.5", "T4")
     old = facts(library_version="10.13.0.35")
-    assert str(why_not("tensorrt", old, HOST)).endswith("scm-export engine BUNDLE --target sm_86 --flavour tensorrt")
+    assert str(why_not("tensorrt", old, HOST)).endswith("scm-export engine BUNDLE --target sm_86 --flavor tensorrt")
     assert str(why_not("tensorrt_rtx", FACTS, host(gpu=t4))).endswith("scm-export engine BUNDLE --target sm_75")
     # TensorRT-RTX builds nothing for an H100.
-    assert str(why_not("tensorrt_rtx", FACTS, host(gpu=h100))).endswith("BUNDLE --target sm_90 --flavour tensorrt")
+    assert str(why_not("tensorrt_rtx", FACTS, host(gpu=h100))).endswith("BUNDLE --target sm_90 --flavor tensorrt")
 
 
 def test_a_number_that_no_gpu_has_is_not_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

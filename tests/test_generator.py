@@ -23,7 +23,7 @@ from scm_sdk.spec import SamplerSpec
 
 GRAPH = "onnx/fp32/2step/model.onnx"
 PLAIN = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), max_batch=4)
-LABELLED = msgspec.structs.replace(PLAIN, num_classes=3)
+LABELED = msgspec.structs.replace(PLAIN, num_classes=3)
 
 
 # Seeds, labels and batches

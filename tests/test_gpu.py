@@ -1,7 +1,7 @@
 """The real thing, on a machine with a CUDA GPU: ``make gpu``.
 
 Every test runs for each flavour that is installed and builds for this GPU; where one does not, or there is no GPU,
-it is skipped with the reason. ``test_trt_backend.py`` and its neighbours hold what can be shown without.
+it is skipped with the reason. ``test_trt_backend.py`` and its neighbors hold what can be shown without.
 """
 
 import shutil

@@ -23,7 +23,7 @@ from scm_sdk.train.trajectory import Trajectories
 NETWORK = tiny(num_classes=3)
 
 
-class Labelled(nn.Module):
+class Labeled(nn.Module):
     """F is a number for each label, and 10 without one; counts its calls."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Labelled(nn.Module):
 
 
 def test_the_formula_sample_by_sample_in_one_call():
-    net, x, t = Labelled(), torch.zeros(4, 1, 2, 2), torch.ones(4)
+    net, x, t = Labeled(), torch.zeros(4, 1, 2, 2), torch.ones(4)
     labels = torch.tensor([0, 1, 2, 3])
     guided = GuidedNetwork(net, num_classes=3)
     F = guided(x, t, labels, guidance_scale=torch.tensor([1.0, 1.5, 2.0, 2.0]))
@@ -131,7 +131,7 @@ def teacher(tmp_path_factory, data):
 def test_trajectories_have_scales_of_their_own():
     """F = 10 + s (label's - 10) turns a sample by the same angle whatever it is: the end tells the scale."""
     config = run(objective="trajectory", guidance=(1.0, 2.0), trajectory_steps=2, batch_size=8)
-    trajectories = Trajectories(config, guided_teacher(Labelled(), config, 3), (1, 2, 2), 3)
+    trajectories = Trajectories(config, guided_teacher(Labeled(), config, 3), (1, 2, 2), 3)
     points = trajectories(0)
     assert points.guidance_scale is not None and points.guidance_scale.unique().numel() > 4
     F = 10 + points.guidance_scale * (points.class_labels + 1 - 10)
@@ -153,7 +153,7 @@ def test_a_student_that_is_told_the_scale(teacher, data, tmp_path):
     assert (tmp_path / "samples" / "000002.png").stat().st_size > 0
     more = run(objective="scd", teacher=str(teacher), network=None, init_from=str(tmp_path), guidance=(1.0, 2.0))
     assert resolve(more, data).config.network == model.config.network
-    with pytest.raises(TrainError, match="it would learn nothing of it"):
+    with pytest.raises(ConfigError, match="it would learn nothing of it"):
         resolve(msgspec.structs.replace(more, guidance=(1.0, 1.0)), data)
 
 
@@ -162,7 +162,7 @@ def test_a_baked_in_scale_changes_no_shape(teacher, data, tmp_path):
     assert not model.config.guidance and model.config.provenance["guidance"] == "1.5"
 
 
-def test_a_guided_teachers_samples_lie_further_from_the_unlabelled_ones(teacher):
+def test_a_guided_teachers_samples_lie_further_from_the_unlabeled_ones(teacher):
     model = ConsistencyModel.from_pretrained(teacher)
     with torch.no_grad():
         model.network.conv_out.weight.normal_(std=0.3)
@@ -186,9 +186,9 @@ def test_a_teacher_that_always_saw_labels_is_refused(teacher, tmp_path):
     (tmp_path / "train.json").write_text(config.to_json())
     with pytest.raises(TrainError, match=r"label_dropout 0, expected a share above 0.*--label-dropout 0\.1"):
         require_guidable(bare, tmp_path)
-    unlabelled = ConsistencyModel(ModelConfig(network=tiny()))
+    unlabeled = ConsistencyModel(ModelConfig(network=tiny()))
     with pytest.raises(TrainError, match="has no labels, expected some"):
-        require_guidable(unlabelled, tmp_path)
+        require_guidable(unlabeled, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_impossible_guidance_is_refused(changes, message):
 
 def test_a_compiled_tangent_with_dropout_is_refused():
     with pytest.raises(ConfigError, match=r"dropout is 0.1 with --compile, expected 0"):
-        loss_function(run(dropout=0.1, compile=True), Labelled(), Labelled(), None)
+        loss_function(run(dropout=0.1, compile=True), Labeled(), Labeled(), None)
 
 
 def test_without_guidance_the_teacher_is_asked_itself():
-    net = Labelled()
+    net = Labeled()
     assert guided_teacher(net, run(), 3) is net

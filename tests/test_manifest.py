@@ -79,7 +79,7 @@ def test_a_newer_schema_says_update() -> None:
         (changed(schema_version="1"), "cannot be read"),
         (changed(schema_version=True), "cannot be read"),
         (changed(schema_version=0), "has schema version 0, expected 1 or more"),
-        (changed(colour="red"), "breaks schema version 2: .*colour"),
+        (changed(color="red"), "breaks schema version 2: .*color"),
         (changed(name=3), r"breaks schema version 2: .*name"),
         (changed(name="x").replace(b'"x"', b'"\xff"'), "breaks schema version 2"),
         (changed(samplers=[{"times": [9.0], "sample_shape": [3]}]), "breaks schema version 2: times are"),

@@ -20,7 +20,7 @@ from scm_sdk.evaluate.parity import Parity
 from scm_sdk.export.bisect import bisect
 from scm_sdk.export.cli import main
 from scm_sdk.export.diagnose import diagnose
-from scm_sdk.export.localise import localise
+from scm_sdk.export.localize import localize
 from scm_sdk.export.precision import default_plan
 from scm_sdk.export.prove import prove
 from scm_sdk.export.quantized_variants import QuantizeOptions, add_int8
@@ -119,7 +119,7 @@ def test_an_engine_cannot_be_looked_into(broken: Path, tmp_path: Path) -> None:
     (parity, *_) = validate_bundle(broken, precisions=["fp16"], num_seeds=5)
     other = Parity(**{**vars(parity), "candidate": "engines/model.engine"})
     with pytest.raises(ConfigError, match=r"is no graph of .*engines cannot be looked into"):
-        localise(broken, other, tmp_path)
+        localize(broken, other, tmp_path)
 
 
 def test_values_that_are_not_finite_are_named(ladder: Path, model: ConsistencyModel) -> None:

@@ -152,11 +152,11 @@ def test_what_is_refused_before_sampling(spec: dict[str, Any], change: dict[str,
 def test_labels_are_matched_by_name() -> None:
     """A model may have the data's classes in another order."""
     plain = load_held_out(SPEC, effnet_lite0(), **ROWS)
-    assert plain.labels is None and plain.colours == ()
+    assert plain.labels is None and plain.colors == ()
     names = load_names()
-    straight = load_held_out(labelled(names), effnet_lite0(), **ROWS)
-    turned = load_held_out(labelled(names[::-1]), effnet_lite0(), **ROWS)
-    assert turned.colours == straight.colours[::-1] and straight.labels is not None and turned.labels is not None
+    straight = load_held_out(labeled(names), effnet_lite0(), **ROWS)
+    turned = load_held_out(labeled(names[::-1]), effnet_lite0(), **ROWS)
+    assert turned.colors == straight.colors[::-1] and straight.labels is not None and turned.labels is not None
     np.testing.assert_array_equal(turned.labels, len(names) - 1 - straight.labels)
 
 
@@ -166,7 +166,7 @@ def load_names() -> tuple[str, ...]:
     return HAIR_NAMES
 
 
-def labelled(names: tuple[str, ...]) -> SamplerSpec:
+def labeled(names: tuple[str, ...]) -> SamplerSpec:
     return msgspec.structs.replace(SPEC, num_classes=len(names), class_names=names)
 
 

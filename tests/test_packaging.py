@@ -92,15 +92,15 @@ def test_the_wheel_holds_every_module_and_all_data(tmp_path: Path) -> None:
     assert f"dist/{wheel.name}[hub]" in wheel_command("hub"), "what cards and documents name"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        licences = [name for name in names if name.endswith("licenses/LICENSE")]
-        assert archive.read(licences[0]) == (ROOT / "LICENSE").read_bytes()
+        licenses = [name for name in names if name.endswith("licenses/LICENSE")]
+        assert archive.read(licenses[0]) == (ROOT / "LICENSE").read_bytes()
     held = {name for name in names if ".dist-info/" not in name}
     data = {path for path in sources() if path.startswith("scm_sdk/assets/")} | {"scm_sdk/py.typed"}
     assert "scm_sdk/assets/pixel_art_16.npz" in data
     assert held == sources(".py") | sources(".j2") | data
 
 
-def test_the_licence_is_apache_2_in_full(project: dict[str, Any]) -> None:
+def test_the_license_is_apache_2_in_full(project: dict[str, Any]) -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text

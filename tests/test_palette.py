@@ -1,4 +1,4 @@
-"""Labels read from colours alone, and how many pixels are palette colours."""
+"""Labels read from colors alone, and how many pixels are palette colors."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_palette_share(avatars: dict[str, NDArray[Any]]) -> None:
 
 def test_wrong_labels(avatars: dict[str, NDArray[Any]], reader: palette.LabelReader) -> None:
     images, labels = avatars["images"][:5], avatars["hairColor"][:5]
-    with pytest.raises(ConfigError, match="expected two or more colours like '#603a14'"):
+    with pytest.raises(ConfigError, match="expected two or more colors like '#603a14'"):
         palette.fit_label_reader(images, labels, ["dark01", "dark02"])
-    with pytest.raises(ConfigError, match="show the exact colour of their label, expected most"):
+    with pytest.raises(ConfigError, match="show the exact color of their label, expected most"):
         palette.fit_label_reader(images // 2, labels, reader.names)
     with pytest.raises(ShapeError, match=r"labels are \(4,\) uint8, expected \(5,\) integers"):
         palette.label_accuracy(images, labels[:4], reader)
@@ -76,7 +76,7 @@ def test_wrong_labels(avatars: dict[str, NDArray[Any]], reader: palette.LabelRea
         palette.label_accuracy(images, labels + 11, reader)
     with pytest.raises(ShapeError, match=r"the images are \(16, 8, 3\), expected \(16, 16, 3\)"):
         reader.read(images[:, :, :8])
-    with pytest.raises(ShapeError, match="colour pictures"):
+    with pytest.raises(ShapeError, match="color pictures"):
         palette.palette_share(images[..., :1], images)
     with pytest.raises(ConfigError, match="distance is 300"):
         palette.palette_share(images, images, distance=300)

@@ -1,4 +1,4 @@
-"""EDM-style pickles: their weights come out exactly, with their licence."""
+"""EDM-style pickles: their weights come out exactly, with their license."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_arguments_and_facts_are_read(pkl):
     assert network.facts["dataset_kwargs"] == {"path": "imagenet", "use_labels": True}
 
 
-def test_the_licence_is_recorded_and_printed(pkl, tmp_path):
+def test_the_license_is_recorded_and_printed(pkl, tmp_path):
     result = CliRunner().invoke(main, ["import", str(pkl), "-o", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 0, result.output
     assert "CC-BY-NC-SA-4.0, non-commercial" in result.stderr
@@ -59,7 +59,7 @@ def test_the_licence_is_recorded_and_printed(pkl, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", WEIGHTS_NAME}
 
 
-def test_the_user_may_state_another_licence(pkl, tmp_path):
+def test_the_user_may_state_another_license(pkl, tmp_path):
     options = ["-o", str(tmp_path / "out"), "--license", "My: own\\ words"]
     result = CliRunner().invoke(main, ["import", str(pkl), *options])
     assert "as stated at import: My: own" in result.stderr

@@ -23,6 +23,7 @@ from scm_sdk.export.precision import (
 )
 from scm_sdk.export.probe import Probe
 from scm_sdk.export.write import read_model, write_model
+from scm_sdk.progress import Step
 from scm_sdk.spec import SamplerSpec
 
 
@@ -154,7 +155,11 @@ def test_islands_reach_a_target(fp32: ir.Model, probe: Probe) -> None:
         fewer = [other for other in found.plan.islands if other != island]
         smaller = PrecisionPlan(precision="fp16", islands=tuple(fewer))
         assert probe.gate_db(apply_precision(fp32, smaller)) < start + 3
-    assert lines[0].startswith("as planned")
+    assert f"{start:.1f} dB by the plan as it is" in lines[0]
+    steps = [line for line in lines if isinstance(line, Step)]
+    assert [step.done for step in steps] == list(range(1, len(lines))), "every measurement is counted"
+    assert all(step.done <= step.total for step in steps) and steps[-1].total <= steps[0].total
+    assert steps[-1].done == steps[-1].total
 
 
 def test_a_target_that_is_met_needs_no_islands(fp32: ir.Model, probe: Probe) -> None:

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, and labels read from colours."""
+"""Distances between sets of pictures, and labels read from colors."""
 
 from __future__ import annotations
 
@@ -143,10 +143,10 @@ def test_features_do_not_depend_on_the_batch(
 
 
 def test_grey_is_repeated_and_large_pictures_are_antialiased() -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), dtype=np.uint8)
-    colour = features.extract_features(np.repeat(grey, 3, axis=3))
-    np.testing.assert_array_equal(features.extract_features(grey), colour)
-    # A one-pixel checkerboard at twice the size is grey; plain bilinear sampling would keep its pattern.
+    gray = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), dtype=np.uint8)
+    color = features.extract_features(np.repeat(gray, 3, axis=3))
+    np.testing.assert_array_equal(features.extract_features(gray), color)
+    # A one-pixel checkerboard at twice the size is gray; plain bilinear sampling would keep its pattern.
     board = (np.indices((192, 192)).sum(axis=0) % 2 * 255).astype(np.uint8)[None, :, :, None]
     flat = np.full_like(board, 127)
     apart = np.abs(features.extract_features(board) - features.extract_features(flat)).max()

@@ -31,11 +31,11 @@ def test_precision_and_recall_of_known_sets() -> None:
 def test_precision_and_recall_against_a_direct_transcription() -> None:
     a, b = DRAW.standard_normal((70, 4)), DRAW.standard_normal((90, 4)) * 0.8 + 0.3
 
-    def share(samples: np.ndarray, centres: np.ndarray, k: int = 3) -> float:
+    def share(samples: np.ndarray, centers: np.ndarray, k: int = 3) -> float:
         inside = 0
         for x in samples:
-            for c in centres:
-                others = sorted(np.linalg.norm(centres - c, axis=1))
+            for c in centers:
+                others = sorted(np.linalg.norm(centers - c, axis=1))
                 if np.linalg.norm(x - c) <= others[k]:
                     inside += 1
                     break

@@ -20,7 +20,7 @@ from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, ExportError, ParityError, SchemaError, ShapeError, UnsupportedGraphError
 from scm_sdk.evaluate import parity
 from scm_sdk.evaluate.gate import validate_bundle
-from scm_sdk.evaluate.seeds import CALIBRATION, JUDGEMENT, SELECTION
+from scm_sdk.evaluate.seeds import CALIBRATION, JUDGMENT, SELECTION
 from scm_sdk.export.adopt import adopt_quantized
 from scm_sdk.export.calibration import Calibration, calibrate
 from scm_sdk.export.cli import main
@@ -213,8 +213,8 @@ def test_the_bundle_gains_int8_and_the_gate_takes_it(unet_copy: Path) -> None:
     (again,) = add_int8(unet_copy, QuantizeOptions(num_samples=32), steps=[1])
     assert again.unchanged
     judged = {"precisions": ["int8"], "min_psnr_db": 25.0, "reason": "an untrained net", "batches": [1]}
-    (judgement,) = validate_bundle(unet_copy, **judged)
-    assert judgement
+    (judgment,) = validate_bundle(unet_copy, **judged)
+    assert judgment
     low, full = (
         Generator.from_pretrained(unet_copy, backend="onnxruntime", precision=name, num_inference_steps=1)
         for name in ("int8", "fp32")
@@ -240,11 +240,11 @@ def test_a_precision_is_made_chosen_and_judged_on_seeds_that_share_none(
     add_int8(unet_copy, QuantizeOptions(num_samples=8, target_db=20), steps=[1])
     verb = "validate"
     validate_bundle(unet_copy, precisions=["int8"], min_psnr_db=5, reason="an untrained net", num_seeds=5)
-    assert drawn["validate"] == set(range(5)) and all(seed in JUDGEMENT for seed in drawn["validate"])
+    assert drawn["validate"] == set(range(5)) and all(seed in JUDGMENT for seed in drawn["validate"])
     assert {seed in CALIBRATION for seed in drawn["quantize"]} == {True, False}
     assert all(seed in CALIBRATION or seed in SELECTION for seed in drawn["quantize"])
     assert not drawn["quantize"] & drawn["validate"]
-    for first in (CALIBRATION.start, JUDGEMENT.stop - 4):
+    for first in (CALIBRATION.start, JUDGMENT.stop - 4):
         with pytest.raises(ConfigError, match=r"expected seeds below 1099511627776"):
             validate_bundle(unet_copy, precisions=["int8"], first_seed=first, num_seeds=5)
 

@@ -107,7 +107,7 @@ def test_what_does_not_go_together_is_refused(arguments, message):
     assert result.exit_code == 2 and message in result.output
 
 
-def test_every_stabiliser_can_be_switched_off_from_the_command_line():
+def test_every_stabilizer_can_be_switched_off_from_the_command_line():
     _, printed = dry(
         "distill", "--recipe", "cifar10-scd", "--no-tangent-normalization", "--no-adaptive-weighting",
         "--tangent-warmup", "0", "--tangent", "fd", "--precision", "bf16",

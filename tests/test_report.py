@@ -53,6 +53,9 @@ def test_the_page_holds_everything_and_loads_nothing(pages: Path) -> None:
     for part in (
         "onnxruntime fp16, 1 step",
         "derived from the noise floor",
+        "at most 4 noise floors",
+        "reruns on noise",
+        "permutation",
         "minimum PSNR of this precision",
         "Throughput",
     ):
@@ -112,6 +115,22 @@ def test_the_card_on_a_page_agrees_with_the_page(pages: Path) -> None:
     assert "| not compared |" not in pages.read_text()
 
 
+def test_a_page_says_what_to_do_next(pages: Path, unet_bundle: Path, tmp_path: Path) -> None:
+    for form in (pages, pages.with_suffix(".md")):
+        text = form.read_text()
+        assert "What to do next" in text and "scm-export evaluate" in text and "--keep-budget" in text
+        assert "scm-export bundle pack" in text, "everything was validated"
+    bare = collect(unet_bundle, backends=["onnxruntime"], num_images=1, rounds=0, checks=False)
+    commands = [step["command"] for step in render.next_steps(bare)]
+    assert commands[0] == f"scm-export validate {unet_bundle}" and not any("pack" in each for each in commands)
+    assert render.next_steps(replace(bare, status=ModelStatus.of({"objective": "diffusion"})))[0]["text"].startswith(
+        "this is a diffusion model"
+    )
+    write_report(bare, tmp_path / "r.html")
+    assert "Self-checks</h2>" not in (tmp_path / "r.html").read_text()
+    assert "## Self-checks" not in (tmp_path / "r.md").read_text()
+
+
 def test_a_teacher_is_warned_of_on_its_page(validated: Path, tmp_path: Path) -> None:
     report = collect(validated, backends=["onnxruntime"], num_images=2, rounds=0)
     teacher = ModelStatus.of({"objective": "diffusion", "iteration": "20", "num_iterations": "60"})
@@ -130,8 +149,9 @@ def test_text_of_a_bundle_cannot_become_code(validated: Path, tmp_path: Path) ->
     report = collect(validated, backends=["onnxruntime"], num_images=2, rounds=0)
     record = msgspec.structs.replace(report.manifest.parity[0], reason=evil, passed=False)
     write_report(with_manifest(report, name=evil, provenance={"data": evil}, parity=(record,)), tmp_path / "r.html")
-    html = (tmp_path / "r.html").read_text()
+    html, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
+    assert "<script>" not in markdown and "&lt;script>alert" in markdown
     assert "1 of 1 comparisons failed" in html and "set by hand" in html
 
 
@@ -169,7 +189,7 @@ def test_the_badge_claims_no_more_than_is_on_record(validated: Path) -> None:
     more = msgspec.structs.replace(manifest, artifacts=(*manifest.artifacts, engine), parity=manifest.parity[:2])
     found = verdict(more)
     assert found["kind"] == "none" and found["text"].startswith("validated: 2 of 4 artifacts passed; 2 never compared")
-    assert found["text"].endswith("1 of them engines that never ran")
+    assert found["text"].endswith("(1 of them engines that never ran)")
     loose = tuple(msgspec.structs.replace(record, reason="a test") for record in manifest.parity)
     found = verdict(msgspec.structs.replace(manifest, parity=loose))
     assert found["kind"] == "none" and "3 by a gate that was loosened by hand" in found["text"]
@@ -205,22 +225,25 @@ def test_every_error_is_in_some_bin(validated: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(np, "histogram", lambda *a, **k: seen.append(right(*a, **k)) or seen[-1])
     error_histogram(replace(report, pictures=tuple(far)), 1)
     assert seen and all(counts[-1] == counts.sum() == 2 * 3 * 8 * 8 for counts, _ in seen)
-    monkeypatch.setattr("scm_sdk.report.figures.COLOURS", ("#000000",))
+    monkeypatch.setattr("scm_sdk.report.figures.COLORS", ("#000000",))
     names = [p.name for p in report.pictures if p.difference and p.steps == 1]
-    assert all(name in error_histogram(report, 1) for name in names), "colours come again before a curve is left out"
+    assert all(name in error_histogram(report, 1) for name in names), "colors come again before a curve is left out"
 
 
 def test_kept_scores_are_shown(unet_copy: Path, tmp_path: Path) -> None:
     from scm_sdk.extend import extend_bundle
 
+    against = "avatars, label hairColor: real rows 0..9999, held-out rows 10000..19999"
     quality = {"metric": "FID (inception-2015-12-05, N=64)", "fd": 12.5, "num_generated": 64, "num_reference": 0}
     with extend_bundle(unet_copy) as draft:
-        draft.path("reports/quality.json").write_text(json.dumps([{"sampler": "sCM, 2 steps", "quality": quality}]))
+        draft.path("reports/quality.json").write_text(
+            json.dumps([{"sampler": "sCM, 2 steps", "quality": quality, "against": against}])
+        )
     keep_budgets(unet_copy, "p95=60s@b1")
     write_report(collect(unet_copy, backends=["onnxruntime"], num_images=2, rounds=2, batches=[1]), tmp_path / "r.html")
     html = (tmp_path / "r.html").read_text()
-    for part in ("FID (inception-2015-12-05, N=64)", "12.50", "64 against statistics", "Model card", "p95=60s@b1",
-                 "Peak memory", "permutation", "No comparison on record"):  # fmt: skip
+    for part in ("FID (inception-2015-12-05, N=64)", "12.50", "64 against statistics", against, "Model card",
+                 "p95=60s@b1", "Peak memory", "permutation", "No comparison on record"):  # fmt: skip
         assert part in html, part
     with extend_bundle(unet_copy) as draft:
         draft.path("reports/quality.json").write_text("{")

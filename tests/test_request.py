@@ -22,7 +22,7 @@ from scm_sdk.spec import SamplerSpec, TensorSpec
 
 GRAPH = "onnx/fp32/2step/model.onnx"
 PLAIN = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), max_batch=4)
-LABELLED = msgspec.structs.replace(PLAIN, num_classes=3)
+LABELED = msgspec.structs.replace(PLAIN, num_classes=3)
 
 
 def test_labels_drawn_from_seeds_are_for_ever(ort: Generator) -> None:
@@ -39,11 +39,11 @@ def test_merging_and_cutting_keep_every_image(sizes: list[int], data: st.DataObj
     for size in sizes:
         seeds = data.draw(st.lists(st.integers(0, 99), min_size=size, max_size=size))
         if data.draw(st.booleans()):
-            requests.append(make_request(LABELLED, num_images=size, seed=seeds))
+            requests.append(make_request(LABELED, num_images=size, seed=seeds))
         else:
             labels = [seed % 3 for seed in seeds]
-            noise = draw_noise(LABELLED, seeds)
-            requests.append(make_request(LABELLED, num_images=size, noise=noise, class_labels=labels))
+            noise = draw_noise(LABELED, seeds)
+            requests.append(make_request(LABELED, num_images=size, noise=noise, class_labels=labels))
     merged = merge(requests)
     cut = data.draw(st.integers(0, len(merged)))
     whole = [each.inputs(0, len(each)) for each in requests]

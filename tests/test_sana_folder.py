@@ -106,7 +106,7 @@ BROKEN = {
     ),
     "no sprint": (
         lambda f: change(f / "transformer" / "config.json", {"guidance_embeds": False}), ConfigError,
-        "it is a SANA diffusion model, not a SANA-Sprint one. Distil it first",
+        "it is a SANA diffusion model, not a SANA-Sprint one. Distill it first",
     ),
     "other scheduler": (
         lambda f: change(f / "scheduler" / "scheduler_config.json", {"prediction_type": "epsilon"}), ConfigError,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scm_sdk.errors import TrainError
+from scm_sdk.errors import ConfigError, TrainError
 from scm_sdk.model.presets import tiny
 from scm_sdk.train import shard_index, shards
 from scm_sdk.train.batches import Feed, draw_batch
@@ -172,8 +172,8 @@ def test_what_differs_or_breaks_later_is_named(tars, tmp_path):
 
 
 def test_npz_shards_must_be_readable_in_place(npzs):
-    with pytest.raises(TrainError, match="no array 'colour'"):
-        load_data(DataConfig(source=str(npzs), label="colour"))
+    with pytest.raises(ConfigError, match=r"label 'color' is no column .*kind"):
+        load_data(DataConfig(source=str(npzs), label="color"))
     np.savez_compressed(npzs / "b.npz", images=PIXELS)
     with pytest.raises(TrainError, match=r"b\.npz .* it is compressed.* write it with numpy\.savez"):
         load_data(DataConfig(source=str(npzs)))

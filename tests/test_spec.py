@@ -126,7 +126,7 @@ def test_json_of_a_broken_contract_is_refused_like_the_value() -> None:
     [
         "", "[]", "null", '{"times": [1.5]}', '{"times": "x", "sample_shape": [1]}', "{" * 100_000,
         '{"a":' * 100_000, b"\xff", b'{"output": "\xff"}',
-        make().to_json()[:-1] + ', "colour": 1}', make().to_json()[:-1],
+        make().to_json()[:-1] + ', "color": 1}', make().to_json()[:-1],
     ],
 )  # fmt: skip
 def test_other_text_is_refused(text: str | bytes) -> None:

@@ -43,6 +43,7 @@ def checkpoint(unet_checkpoint, tmp_path):
         (STUDENT, "consistency model", True, "60 of 60 iterations"),
         ({"objective": "sct", "iteration": "7"}, "consistency model", None, "7 iterations"),
         ({}, "unknown", None, "length not on record"),
+        (STUDENT | {"runs": "mean of 2 runs of 60 and 70 iterations"}, "consistency model", True, "mean of 2 runs"),
         ({"objective": "scd", "iteration": "many", "num_iterations": [1]}, "consistency model", None, "not on record"),
         ({"objective": "scd", "iteration": "-1", "num_iterations": "9" * 99}, "consistency model", None, "not on"),
     ],

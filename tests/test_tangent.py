@@ -203,7 +203,7 @@ def test_discrete_time_tends_to_continuous_time(network, objective):
 
 @given(t=st.floats(1e-5, math.pi / 2), count=st.integers(2, 200))
 @settings(max_examples=50, deadline=None)
-def test_the_grid_has_each_time_between_its_neighbours(t, count):
+def test_the_grid_has_each_time_between_its_neighbors(t, count):
     times = torch.tensor([t], dtype=torch.float64)
     above, below = (float(x) for x in grid_times(times, count, sigma_data=SD))
     grid = karras_times(count, SD)

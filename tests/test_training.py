@@ -281,7 +281,7 @@ def test_ema_half_life():
         ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
         ({"dropout": 2.0}, r"dropout is 2.0, expected a share in \[0, 1\]"),
-        ({"objective": "scd"}, "scd, cd, trajectory distil a teacher"),
+        ({"objective": "scd"}, "scd, cd, trajectory distill a teacher"),
         ({"teacher": "x"}, "'diffusion' and 'sct' have none"),
         ({"network": None}, "needs a network or init_from"),
         ({"seed": -1}, "seed is -1"),
@@ -300,9 +300,9 @@ def test_config_round_trip_and_unknown_key(npz):
 
 
 def test_data_and_network_must_fit(npz, tmp_path):
-    with pytest.raises(TrainError, match=r"images are \(C, H, W\) = \(1, 8, 8\), the network takes \(1, 16, 16\)"):
+    with pytest.raises(ConfigError, match=r"images are \(C, H, W\) = \(1, 8, 8\), the network takes \(1, 16, 16\)"):
         train(config(npz, network=tiny(num_classes=3, image_size=16)), tmp_path / "run")
-    with pytest.raises(TrainError, match="data has 3 classes, the network 4"):
+    with pytest.raises(ConfigError, match="data has 3 classes, the network 4"):
         train(config(npz, network=tiny(num_classes=4)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

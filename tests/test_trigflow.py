@@ -102,8 +102,8 @@ def test_time_and_labels_reach_the_output(model):
     with torch.inference_mode():
         assert not torch.allclose(F(0.3, 0), F(1.2, 0))
         assert not torch.allclose(F(0.3, 0), F(0.3, 1))
-        unlabelled = model.network(x, torch.tensor([0.3]))
-        torch.testing.assert_close(unlabelled, F(0.3, model.config.num_classes))
+        unlabeled = model.network(x, torch.tensor([0.3]))
+        torch.testing.assert_close(unlabeled, F(0.3, model.config.num_classes))
 
 
 @pytest.fixture(scope="module")

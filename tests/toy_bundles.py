@@ -47,7 +47,7 @@ class ToyBundle:
             "samplers": self.specs,
             "artifacts": [self.checkpoint, *self.graphs],
             "built_from": {graph.path: [self.weights] for graph in self.graphs},
-            "provenance": {"licence": "CC0-1.0", "seed": 1},
+            "provenance": {"license": "CC0-1.0", "seed": 1},
             "versions": {"onnx": "1.20"},
         }
         with publish_bundle(path, overwrite=overwrite) as folder:

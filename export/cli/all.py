@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, plural, print_json, prompts_option, say, say_warnings
+from .common import json_option, plural, print_json, prompts_option, say, say_warnings, stage_lines
 from .engines import BuildBars
 from .engines import summary as engine_summary
 from .libraries import EXPORT, requires
 from .located import model_argument
-from .names import STEPS, TargetName, one_of
+from .names import STEPS, OutputPath, TargetName, one_of
 from .precision import summary as variant_summary
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 @click.command(name="all")
 @requires(*EXPORT)
 @model_argument("checkpoint")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("-o", "--out", required=True, type=OutputPath(replaces=True), help="Folder of the bundle.")
 @click.option("-t", "--target", "names", multiple=True, type=TargetName(),
               help="GPU to build engines for; may be repeated; no engine when absent.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
               type=one_of("precision", "fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"),
               help="Precision to add; may be repeated.")  # fmt: skip
-@click.option("--flavour", type=one_of("flavour", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
+@click.option("--flavor", "flavour", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
               help="Library that builds the engines.")  # fmt: skip
 @click.option(
     "--steps",
@@ -55,14 +55,14 @@ def build(
     steps: tuple[int, ...], max_batch: int | None, workspace: int | None, target_psnr: float | None,
     prompts: Path | None, validate: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Export a checkpoint, add precisions, build engines and validate, in one resumable command.
+    """Export, add precisions, build engines and validate, all in one.
 
     CHECKPOINT is a training run, a saved model, or a bundle, such as OUT itself after an import. Run the same command
     again to continue after an interruption; what is there already is left unchanged.
 
     \b
-    scm-export all runs/avatars -o avatars --target a100 --target l4 --target t4
-    scm-export all sana -o sana --target a100 --prompts prompts.txt
+    scm-export all runs/avatars -o avatars --target l4 --target t4
+    scm-export all sana -o sana --target l4 --prompts prompts.txt
     """
     from scm_sdk.bundle import Bundle
     from scm_sdk.targets import resolve_targets
@@ -87,12 +87,13 @@ def build(
         skipped.append(line)
         say(f"skip  {line}")
 
-    made = build_all(
-        checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavour=flavour,
-        steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
-        on_stage=lambda text: say(f"  {text} …"), on_variant=on_variant, on_engine=on_engine,
-        on_build=BuildBars().start, workspace_bytes=workspace * 2**20 if workspace else None,
-    )  # fmt: skip
+    with stage_lines() as on_stage:
+        made = build_all(
+            checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavour=flavour,
+            steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
+            on_stage=on_stage, on_variant=on_variant, on_engine=on_engine,
+            on_build=BuildBars().start, workspace_bytes=workspace * 2**20 if workspace else None,
+        )  # fmt: skip
     say_warnings(made.status)
     results = []
     if validate:

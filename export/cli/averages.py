@@ -8,6 +8,7 @@ import click
 
 from .common import json_option, print_json, say
 from .libraries import TRAIN, requires
+from .names import OutputPath
 
 
 @click.command()
@@ -17,12 +18,12 @@ from .libraries import TRAIN, requires
 @click.option(
     "--iteration", type=click.IntRange(1), help="Last iteration of the average; all that were stored when absent."
 )
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+@click.option("-o", "--out", required=True, type=OutputPath(), help="Checkpoint folder to write.")
 @json_option
 def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: bool) -> None:
-    """Reconstruct a power-function weight average of any width from a run's snapshots.
+    """Make a weight average of any width from a run's snapshots.
 
-    RUN was trained with --ema-profile.
+    The average is a power function's. RUN was trained with --ema-profile.
 
     \b
     scm-export train -o runs/teacher --ema-profile 0.05 --ema-profile 0.1
@@ -52,7 +53,7 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
 @click.command()
 @requires(*TRAIN)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+@click.option("-o", "--out", required=True, type=OutputPath(), help="Checkpoint folder to write.")
 @json_option
 def average(models: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Average the weights of several runs of one checkpoint.

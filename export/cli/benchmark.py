@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import json_option, make_table, print_json, print_table, progress_bar, say, timed_batches_option
 from .located import model_argument
 from .names import BackendAndPrecision
+
+if TYPE_CHECKING:
+    from scm_sdk.evaluate.latency import Latency
 
 
 @click.command()
@@ -42,7 +46,9 @@ def bench(
     bundle: Path, backends: tuple[str, ...], batches: tuple[int, ...], steps: int | None, rounds: int,
     budget: str | None, keep_budget: bool, others: tuple[Path, ...], threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Time backends against each other, round by round; exit 4 above a budget.
+    """Time backends against each other; exit 4 above a budget.
+
+    Each round runs every backend once.
 
     \b
     scm-export bench avatars --backend onnxruntime:fp32 --backend onnxruntime:int8
@@ -56,12 +62,16 @@ def bench(
             "is stored."
         )
     from scm_sdk._bundle_checks import require_own
+    from scm_sdk.errors import BundleError
     from scm_sdk.evaluate.contract import keep_budgets
     from scm_sdk.evaluate.latency import measure
+    from scm_sdk.files import check_writable
     from scm_sdk.generator import Generator
+    from scm_sdk.manifest import MANIFEST_NAME
 
     if keep_budget:
         require_own(bundle)
+        check_writable(bundle / MANIFEST_NAME, error=BundleError)
     budgets, results = _by_batch(budget, batches), []
     backends = backends or _usual(bundle, steps)
     labels = _labels(bundle, others)
@@ -98,6 +108,7 @@ def bench(
             "first ms",
             "median ms",
             "p90 ms",
+            "p95 ms",
             "images/s",
             "speed-up (95 %)",
         )
@@ -107,16 +118,37 @@ def bench(
                 load = "-" if timing.load_ms is None else f"{timing.load_ms:.0f}"
                 table.add_row(
                     str(latency.batch), timing.name, load, f"{timing.first_call_ms:.1f}", f"{timing.median_ms:.2f}",
-                    f"{timing.p90_ms:.2f}", f"{timing.images_per_s:.0f}",
+                    f"{timing.p90_ms:.2f}", f"{timing.p95_ms:.2f}", f"{timing.images_per_s:.0f}",
                     f"{timing.speedup:.2f}x ({low:.2f}..{high:.2f})",
                 )  # fmt: skip
         print_table(table)
+        for latency in results:
+            for line in _verdicts(latency, budgets.get(latency.batch)):
+                click.echo(line)
         if not all(latency.stable for latency in results):
             say("The machine did not become steady during warm-up: trust the ratios more than the milliseconds.")
     for latency in results:
         latency.raise_if_over()
     if keep_budget:  # what is not kept today is no contract
         keep_budgets(bundle, budget or "")
+
+
+def _verdicts(latency: Latency, budget: str | None) -> list[str]:
+    """Return a line for each limit of a budget and each backend that it binds."""
+    from scm_sdk.evaluate.budget import parse_budgets
+
+    names = tuple(timing.name for timing in latency)
+    lines = []
+    for limit in parse_budgets(budget, batch=latency.batch, rounds=latency.rounds, names=names):
+        for timing in latency:
+            if limit.name in (None, timing.name):
+                found = getattr(timing, f"{limit.statistic}_ms")
+                verdict = "met" if found <= limit.limit_ms else "missed"
+                lines.append(
+                    f"budget {verdict}: {timing.name}, batch {latency.batch}: {limit.statistic} {found:.2f} ms, at "
+                    f"most {limit.limit_ms:g} ms"
+                )
+    return lines
 
 
 def _usual(bundle: Path, steps: int | None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from .located import local_folder, model_argument, revision_option
 
 @click.group()
 def bundle() -> None:
-    """Check a bundle, pack it into one file, or upload it to the Hugging Face hub."""
+    """Check a bundle, pack it into one file, or upload it to a hub."""
 
 
 @bundle.command()

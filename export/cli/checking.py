@@ -19,9 +19,9 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS
 @click.option("--num-samples", type=click.IntRange(2), default=16, help="Number of samples of each check.")
 @json_option
 def selfcheck(model: Path, backend: str, precision: str, steps: int | None, num_samples: int, as_json: bool) -> None:
-    """Check properties that hold without data, as f(x, 0) = x; exit 3 on failure.
+    """Check properties that need no data; exit 3 on failure.
 
-    The others: equal images in any batch and order, labels that matter, extreme seeds.
+    They are: f(x, 0) = x, equal images in any batch and order, labels that matter, extreme seeds.
 
     \b
     scm-export selfcheck avatars

@@ -9,7 +9,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -178,7 +178,7 @@ def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = 
     """Show a bar with count, rate and ETA on stderr; plain lines now and then where that is no terminal.
 
     Yields:
-        ``update(completed, note="")``.
+        ``update(completed, note=None, total=None)``; what is None stays as it is.
     """
     from rich.progress import (
         BarColumn,
@@ -200,10 +200,10 @@ def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = 
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, completed=done, note="")
 
-        def update(completed: int, note: str | None = None) -> None:
+        def update(completed: int, note: str | None = None, total: int | None = None) -> None:
             if note is not None:
                 progress.update(task, note=note)
-            progress.update(task, completed=completed)
+            progress.update(task, completed=completed, total=total)
 
         yield update
 
@@ -214,8 +214,9 @@ def _plain_progress(description: str, total: int) -> Callable[..., None]:
     first: int | None = None
     last_note = ""
 
-    def update(completed: int, note: str | None = None) -> None:
-        nonlocal first, said, last_note
+    def update(completed: int, note: str | None = None, new_total: int | None = None) -> None:
+        nonlocal first, said, last_note, total
+        total = new_total or total
         now, last_note = monotonic(), last_note if note is None else note
         first = completed if first is None else first  # a run that goes on does not begin at 0
         if now - said < PLAIN_SECONDS:
@@ -226,6 +227,32 @@ def _plain_progress(description: str, total: int) -> Callable[..., None]:
         say(f"{description}: {completed:,} of {total:,}, {_duration(now - began)} so far{left}  {last_note}".rstrip())
 
     return update
+
+
+@contextmanager
+def stage_lines(indent: str = "  ") -> Iterator[Callable[[str], None]]:
+    """Show the stages of long work on stderr: a line for each, and one bar for the steps of a search.
+
+    Yields:
+        What is called with each line; a ``Step`` moves the bar, or is a plain line now and then.
+    """
+    from scm_sdk.progress import Step
+
+    bar, update, stage = ExitStack(), None, "search"
+
+    def show(text: str) -> None:
+        nonlocal update, stage
+        if not isinstance(text, Step):
+            bar.close()
+            update, stage = None, text
+            say(f"{indent}{text} …")
+            return
+        if update is None:
+            update = bar.enter_context(progress_bar(f"{indent}{stage}", text.total))
+        update(text.done, str(text), text.total)
+
+    with bar:
+        yield show
 
 
 def _duration(seconds: float) -> str:

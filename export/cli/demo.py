@@ -8,17 +8,19 @@ import click
 
 from .common import json_option, plural, print_json, say, say_warnings
 from .libraries import EXPORT, requires
+from .names import OutputPath
 
 
 @click.command()
 @requires(*EXPORT, "onnxruntime")
-@click.option("-o", "--out", default=Path("scm-demo"), type=click.Path(path_type=Path), help="Folder for the results.")
+@click.option("-o", "--out", default=Path("scm-demo"), type=OutputPath(), help="Folder for the results.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first image.")
 @json_option
 def demo(out: Path, seed: int, as_json: bool) -> None:
-    """Export the shipped avatars model, add FP16 and an engine for NVIDIA L4, validate, generate and time.
+    """Take the shipped model from its checkpoint to images.
 
-    Leaves OUT/avatars, a bundle, and OUT/*.png. Takes about a minute on two cores.
+    Exports the avatars model, adds FP16 and an engine for NVIDIA L4, validates, generates and times. Leaves
+    OUT/avatars, a bundle, and OUT/*.png. Takes about a minute on two cores.
     """
     from importlib.resources import as_file, files
     from time import perf_counter

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     "names",
     multiple=True,
     type=TargetName(),
-    help="GPU to build for, as a100, l4, rtx4090 or sm_86; may be repeated; this machine's GPU when absent.",
+    help="GPU to build for, as l4, rtx4090 or sm_86; may be repeated; this machine's GPU when absent.",
 )
-@click.option("--flavour", type=one_of("flavour", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
+@click.option("--flavor", "flavour", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
               help="tensorrt_rtx builds anywhere; tensorrt on the GPU that runs the engine.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, type=PRECISION,
               help="Precision of the graphs to build from; all when absent.")  # fmt: skip
@@ -49,22 +49,24 @@ def engine(
     batch: tuple[int, int, int] | None, one_for_all: bool, workspace: int | None, optimization_level: int | None,
     hardware_compatibility: str, version_compatible: bool, weight_streaming: bool, allow_mismatch: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Build TensorRT engines of a bundle's graphs and count their kernels.
+    """Build TensorRT engines of a bundle and count their kernels.
 
     Precision comes from the graph, never from the builder; an engine that is not what its graph asks for is refused.
 
     \b
-    scm-export engine avatars --target a100 --target l4
+    scm-export engine avatars --target l4 --target rtx4090
     scm-export engine avatars --target t4 --precision fp16 --steps 2
     """
     from scm_sdk.errors import IncompatibleEngineError
-    from scm_sdk.targets import resolve_targets
+    from scm_sdk.gpu import current_gpu
+    from scm_sdk.targets import resolve_target, resolve_targets
 
     from ..engines import add_engines
 
     targets = resolve_targets(names) if names else ()
-    for target in targets:
-        if target.note and flavour == "tensorrt_rtx":
+    gpu = None if names else current_gpu()
+    for target in targets if gpu is None else (resolve_target(gpu.compute_capability),):
+        if target.note and flavour == "tensorrt_rtx" and not target.unbuildable(flavour):
             say(f"  note: {target.name}: {target.note}")
     bars = BuildBars()
     variants = add_engines(
@@ -148,11 +150,7 @@ def targets(as_json: bool) -> None:
     table = make_table("capability", "targets", "computes", "tensorrt_rtx, anywhere")
     for capability, group in groupby(TARGETS.values(), key=lambda target: target.compute_capability):
         first, *others = group
-        built = (
-            [p for p in first.precisions if p != "fp8" and not first.lacks(p, "tensorrt_rtx")]
-            if first.ahead_of_time
-            else ["-"]
-        )
+        built = [p for p in first.precisions if not first.lacks(p, "tensorrt_rtx")] if first.ahead_of_time else ["-"]
         note = f" ({first.note})" if first.note else ""
         table.add_row(
             capability, ", ".join(target.name for target in (first, *others)), " ".join(first.precisions),
@@ -163,9 +161,10 @@ def targets(as_json: bool) -> None:
 
 @click.group()
 def cache() -> None:
-    """List, verify and remove cached engines and unpacked bundles (SCM_CACHE_DIR).
+    """List, verify and remove cached engines and unpacked bundles.
 
-    What hub ids brought lies in huggingface_hub's own cache: hf cache ls, hf cache prune.
+    SCM_CACHE_DIR sets where they are. What hub ids brought lies in huggingface_hub's own cache: hf cache ls, hf cache
+    prune.
     """
 
 

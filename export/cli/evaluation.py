@@ -9,7 +9,7 @@ import click
 
 from .common import json_option, make_table, print_json, print_table, progress_bar, say
 from .located import model_argument
-from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
+from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, OutputPath
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.held_out import HeldOut
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Statistics (.npz with mu and sigma, as EDM's) in place of held-out rows: a Fréchet distance alone.",
 )
-@click.option("--save-ref", type=click.Path(path_type=Path), help="Write the held-out rows' statistics here.")
+@click.option("--save-ref", type=OutputPath(), help="Write the held-out rows' statistics here.")
 @click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
 @click.option(
     "--precision",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder for pictures and features, so that a run that was cut short goes on; the user's cache when absent.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON file, written anew after each score.")
+@click.option("-o", "--out", type=OutputPath(), help="JSON file, written anew after each score.")
 @click.option("--keep", is_flag=True, help="Keep the scores in the bundle MODEL; its report shows them.")
 @json_option
 def evaluate(
@@ -70,7 +70,9 @@ def evaluate(
     backend: str, precisions: tuple[str, ...], max_kid_delta: float | None, cache: Path | None, out: Path | None,
     keep: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Score generated images against held-out ones: Fréchet distance, KID, precision, recall.
+    """Measure quality: Fréchet distance, KID, precision, recall.
+
+    Generated images are compared with real ones that were held out from training.
 
     \b
     scm-export evaluate avatars
@@ -78,11 +80,12 @@ def evaluate(
     scm-export evaluate runs/teacher --teacher-steps 18
     scm-export evaluate cifar10 --feature-net inception-ts:inception-2015-12-05.pt --ref cifar10-32x32.npz
     """
-    from scm_sdk._bundle_checks import require_own
     from scm_sdk.evaluate.held_out import load_held_out
     from scm_sdk.evaluate.nets import open_net
     from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
     from scm_sdk.evaluate.scoring import score
+    from scm_sdk.extend import check_extendable
+    from scm_sdk.files import check_writable
     from scm_sdk.sources import open_source
     from scm_sdk.user_cache import temporary_folder, writable_folder
 
@@ -103,7 +106,9 @@ def evaluate(
     if keep and source.bundle is None:
         raise click.UsageError(f"{model} is no bundle, expected one to --keep the scores in. Use --out FILE.")
     if keep:
-        require_own(model)
+        check_extendable(source.path)
+    for file in filter(None, (out, save_ref)):
+        check_writable(file)
     counts = (1,) if teacher_steps else steps
     net = open_net(feature_net)
     from scm_sdk.train.record import recorded_data  # needs PyTorch; open_net has told where that is absent

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from .common import json_option, plural, print_json, progress_bar, say
 from .located import model_argument
-from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS
+from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath, arguments_as_options
 
 
 @click.command()
 @model_argument("bundle")
-@click.option("-o", "--out", default=Path("images.png"), type=click.Path(path_type=Path),
+@click.option("-o", "--out", default=Path("images.png"), type=OutputPath(),
               help="Picture file (.png, .jpg, .jpeg, .webp), or a folder for one PNG file per image.")  # fmt: skip
-@click.option("--num-images", type=int, default=16, help="Number of images.")
+@click.option("--num-images", type=click.IntRange(1), default=16, help="Number of images.")
 @click.option("--class-labels", default="", metavar="A,B,…",
-              help="Class names or numbers, comma-separated: one for all images, or one for each.")  # fmt: skip
+              help="Class names or numbers, comma-separated: one for all images, or one for each. Put a name that "
+              "holds a comma in double quotes, as in '\"dark, curly\",red'.")  # fmt: skip
 @click.option("--steps", type=STEPS, help="Number of network calls; 2 where the bundle has it.")
 @click.option("--seed", type=int, help="Seed of the first image; a new random one when absent.")
 @click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
@@ -36,7 +38,9 @@ def generate(
     precision: str, device: str | None, threads: int | None, batch_size: int | None, prompts: tuple[str, ...],
     guidance_scale: float | None, scale: int, plan: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Generate images into one grid, or into one file each if OUT is a folder.
+    """Generate images from a bundle or a checkpoint.
+
+    They go into one grid, or into one file each if OUT is a folder.
 
     \b
     scm-export generate avatars -o red.png --class-labels red --seed 7
@@ -44,18 +48,26 @@ def generate(
     """
     import numpy as np
 
+    from scm_sdk.files import check_writable
     from scm_sdk.generator import Generator
     from scm_sdk.images import make_grid, save_picture
 
     in_one_file = _is_file(out)
-    with Generator.from_pretrained(
-        bundle, backend=backend, precision=precision, device=device, num_threads=threads, num_inference_steps=steps
-    ) as gen:
+    check_writable(out if in_one_file else out / "0.png")
+    wanted = _split_labels(class_labels, num_images)
+    if len(prompts) not in (0, 1, num_images):
+        raise click.BadParameter(_count_problem(len(prompts), "prompt", num_images), param_hint="--prompt")
+    with (
+        arguments_as_options(),
+        Generator.from_pretrained(
+            bundle, backend=backend, precision=precision, device=device, num_threads=threads, num_inference_steps=steps
+        ) as gen,
+    ):
         if plan:
             rows = gen.plan()
             print_json(rows.to_dict()) if as_json else click.echo(str(rows))
             return
-        labels: list[int | str] = [int(part) if part.lstrip("-").isdigit() else part for part in _split(class_labels)]
+        labels = [_number_or_name(label, gen.opened().spec.class_names) for label in wanted]
         with progress_bar("generate", num_images) as update:
             result = gen(
                 num_images,
@@ -100,15 +112,35 @@ def _is_file(out: Path) -> bool:
     if str(out) == "-":
         raise click.BadParameter(f"'-' is no file, expected a name that ends in {known}, or a folder.",
                                  param_hint="--out")  # fmt: skip
-    from PIL import Image
-
-    suffix = out.suffix.lower()
-    if suffix in PICTURE_FORMATS:
+    if out.suffix.lower() in PICTURE_FORMATS:
         return True
-    if suffix in Image.registered_extensions() or suffix[1:] in ("svg", "pdf", "npz", "npy"):
-        raise click.BadParameter(f"{out} ends in {suffix}, expected {known}, or a folder.", param_hint="--out")
+    if out.suffix:
+        raise click.BadParameter(
+            f"{out} ends in {out.suffix}, expected {known}, a name without an ending for a new folder, or a folder "
+            "that exists.",
+            param_hint="--out",
+        )
     return False
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _split_labels(text: str, num_images: int) -> list[str]:
+    """Return the labels that were asked for: a line of CSV, in which quotes keep a comma inside a name."""
+    import csv
+
+    rows = list(csv.reader([text], skipinitialspace=True))
+    parts = [part.strip() for part in (rows[0] if rows else ()) if part.strip()]
+    if len(parts) not in (0, 1, num_images):
+        raise click.BadParameter(_count_problem(len(parts), "label", num_images), param_hint="--class-labels")
+    return parts
+
+
+def _number_or_name(label: str, names: Sequence[str]) -> int | str:
+    """Return a label as a number unless a class has that name."""
+    return int(label) if label not in names and label.lstrip("-").isdigit() else label
+
+
+def _count_problem(count: int, noun: str, num_images: int) -> str:
+    return (
+        f"{plural(count, noun)} for {plural(num_images, 'image')}, expected one for all images or one for each. Give "
+        f"{num_images}, or --num-images {count}."
+    )

@@ -9,13 +9,13 @@ import click
 from .common import json_option, print_json, say, say_warnings
 from .libraries import EXPORT, requires
 from .located import model_argument
-from .names import STEPS
+from .names import STEPS, OutputPath
 
 
 @click.command()
 @requires(*EXPORT)
 @model_argument("checkpoint")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("-o", "--out", required=True, type=OutputPath(replaces=True), help="Folder of the bundle.")
 @click.option("--steps", multiple=True, type=STEPS, default=(1, 2), help="Number of network calls; may be repeated.")
 @click.option("--times", multiple=True, type=float, help="Times of one sampler, radians, instead of --steps.")
 @click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch, images.")
@@ -27,10 +27,10 @@ def onnx(
     checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], max_batch: int, name: str,
     overwrite: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Export a checkpoint to a bundle, one ONNX graph for each number of steps.
+    """Export a checkpoint to a bundle of ONNX graphs.
 
-    CHECKPOINT is a training run or a saved model. A bundle in OUT that was exported from the same weights for the same
-    samplers is left unchanged.
+    There is one graph for each number of steps. CHECKPOINT is a training run or a saved model. A bundle in OUT that was
+    exported from the same weights for the same samplers is left unchanged.
 
     \b
     scm-export onnx runs/avatars -o avatars

@@ -9,13 +9,13 @@ import click
 from .common import json_option, print_json, say
 from .libraries import requires
 from .located import model_argument
-from .names import PRECISION, STEPS
+from .names import PRECISION, STEPS, OutputPath
 
 
 @click.command()
 @requires("polygraphy", "torch")
 @model_argument("bundle")
-@click.option("-o", "--out", default=Path("handover"), type=click.Path(path_type=Path), help="Folder for the files.")
+@click.option("-o", "--out", default=Path("handover"), type=OutputPath(), help="Folder for the files.")
 @click.option("--steps", type=STEPS, default=2, help="Number of network calls of the graph.")
 @click.option("--num-samples", type=click.IntRange(1), default=32, help="Number of samples, seeds 0, 1, ...")
 @click.option("--check", "outputs", type=click.Path(path_type=Path),
@@ -26,9 +26,10 @@ from .names import PRECISION, STEPS
 def handover(
     bundle: Path, out: Path, steps: int, num_samples: int, outputs: Path | None, precision: str, as_json: bool
 ) -> None:  # fmt: skip
-    """Write a graph, inputs and reference outputs for Polygraphy on another machine.
+    """Let Polygraphy on another machine check a graph.
 
-    That machine needs no scm-sdk. The command that is printed runs in OUT.
+    Writes the graph, inputs and reference outputs to OUT, or judges the outputs that came back (--check). That machine
+    needs no scm-sdk. The command that is printed runs in OUT.
 
     \b
     scm-export handover avatars -o handover

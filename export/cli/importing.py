@@ -9,16 +9,15 @@ import click
 from .common import json_option, print_json, say
 from .libraries import EXPORT, require_all
 from .located import local_folder, revision_option
-from .names import STEPS
+from .names import STEPS, OutputPath
 
 
 @click.command(name="import")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("-o", "--out", required=True, type=OutputPath(replaces=True), help="Folder to write.")
 @click.option("--entry", default="ema", help="Name of the network in an EDM-style pickle.")
 @click.option(
     "--license",
-    "licence",
     default="",
     metavar="ID",
     help="License of the weights where it is not the source's, an SPDX id.",
@@ -38,13 +37,14 @@ from .names import STEPS
 @revision_option
 @json_option
 def import_(
-    source: Path, out: Path, entry: str, licence: str, steps: tuple[int, ...], size: str, tokens: int, max_batch: int,
+    source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], size: str, tokens: int, max_batch: int,
     text_encoder: bool, overwrite: bool, revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Import a SANA-Sprint pipeline as a bundle, or an EDM or EDM2 pickle as safetensors.
+    """Import a SANA-Sprint pipeline, or an EDM or EDM2 pickle.
 
-    SOURCE is a folder or hub id of a pipeline that diffusers saved, or a .pkl file, of which the weights are read while
-    nothing in it is run. A file or folder that was imported to OUT before, with the same options, is left unchanged.
+    A pipeline becomes a bundle, a pickle safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved,
+    or a .pkl file, of which the weights are read while nothing in it is run. A file or folder that was imported to OUT
+    before, with the same options, is left unchanged.
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
@@ -77,21 +77,21 @@ def import_(
         return
     if revision is not None:
         raise click.UsageError(f"--revision is given with the file {source}, expected a hub id for it.")
-    _import_pickle(source, out, entry=entry, licence=licence, overwrite=overwrite, as_json=as_json)
+    _import_pickle(source, out, entry=entry, license=license, overwrite=overwrite, as_json=as_json)
 
 
-def _import_pickle(source: Path, out: Path, *, entry: str, licence: str, overwrite: bool, as_json: bool) -> None:
+def _import_pickle(source: Path, out: Path, *, entry: str, license: str, overwrite: bool, as_json: bool) -> None:
     from scm_sdk.pickles.convert import convert_pickle, is_converted
 
-    unchanged = not overwrite and is_converted(source, out, entry=entry, licence=licence)
-    converted = convert_pickle(source, out, entry=entry, licence=licence, overwrite=overwrite or unchanged)
+    unchanged = not overwrite and is_converted(source, out, entry=entry, license=license)
+    converted = convert_pickle(source, out, entry=entry, license=license, overwrite=overwrite or unchanged)
     network = converted.network
     if as_json:
         print_json({
             "path": str(out), "entry": network.entry, "class_name": network.class_name, "arguments": network.arguments,
-            "tensors": len(network.tensors), "bytes": network.nbytes, "license": converted.licence,
+            "tensors": len(network.tensors), "bytes": network.nbytes, "license": converted.license,
             "license_stated_at_import": converted.stated, "source_sha256": converted.source_sha256,
             "unchanged": unchanged,
         })  # fmt: skip
     say(f"{out}: {network.class_name}, {len(network.tensors)} tensors, {network.nbytes / 1e6:.1f} MB.")
-    say(converted.licence_line)
+    say(converted.license_line)

@@ -14,7 +14,7 @@ from .located import model_argument
 @model_argument("bundle")
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what a bundle holds: samplers, files, recorded parity and provenance."""
+    """Show what a bundle holds: samplers, files, parity, provenance."""
     import msgspec
 
     from scm_sdk.bundle import Bundle

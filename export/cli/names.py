@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[str]  # generic since click 8.4
+    _Path = click.Path[Path]
 else:
     _ParamType = click.ParamType
+    _Path = click.Path
 
 
 class Name(_ParamType):
@@ -88,6 +94,29 @@ class BackendAndPrecision(_ParamType):
         return str(value)
 
 
+class OutputPath(_Path):
+    """A file or a folder to write that is in no bundle: a bundle holds only what its manifest lists.
+
+    Args:
+        replaces: Whether it may be a bundle itself, which is replaced or completed.
+    """
+
+    def __init__(self, *, replaces: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self._replaces = replaces
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or fail if a bundle holds it."""
+        from scm_sdk.manifest import MANIFEST_NAME
+
+        path = super().convert(value, param, ctx)
+        whole = Path(os.path.abspath(path))
+        for folder in whole.parents if self._replaces else (whole, *whole.parents):
+            if os.path.isfile(folder / MANIFEST_NAME):
+                self.fail(f"{path} is in the bundle {folder}, expected a path outside it. Choose another.", param, ctx)
+        return path
+
+
 class TargetName(_ParamType):
     """A GPU or a compute capability, as ``resolve_target`` knows them."""
 
@@ -103,6 +132,21 @@ class TargetName(_ParamType):
         except ConfigError as exc:
             self.fail(str(exc), param, ctx)
         return str(value)
+
+
+@contextmanager
+def arguments_as_options() -> Iterator[None]:
+    """Let errors about an argument of the Python interface name the option of the running verb that sets it."""
+    from scm_sdk.errors import ConfigError
+
+    params = click.get_current_context().command.params
+    options = {p.name: max(p.opts, key=len) for p in params if isinstance(p, click.Option)}
+    options |= {"num_inference_steps": "--steps", "num_threads": "--threads"}
+    try:
+        yield
+    except ConfigError as exc:
+        text = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda found: options.get(found[0], found[0]), str(exc))
+        raise ConfigError(text) from exc
 
 
 def one_of(kind: str, *names: str) -> Name:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .common import json_option, print_json, prompts_option, say
+from .common import json_option, print_json, prompts_option, say, stage_lines
 from .libraries import requires
 from .names import STEPS, one_of
 
@@ -54,18 +54,19 @@ def precision(
 
     if "fp32-cpu" in precisions and (plan_file is not None or target_psnr is not None):
         raise click.UsageError("fp32-cpu is float32 throughout: --plan and --target-psnr are for fp16 and bf16.")
-    look: dict[str, Any] = {
-        "steps": steps,
-        "num_samples": num_samples,
-        "examples": None if prompts is None else bundle_examples(bundle, prompts),
-        "progress": lambda stage: say(f"  {stage} …"),
-    }
     plans = [default_plan(p) for p in precisions if p != "fp32-cpu"]
     if plan_file is not None:
         plans = [PrecisionPlan.from_json(plan_file.read_bytes())]
-    variants = add_cpu_form(bundle, **look) if "fp32-cpu" in precisions else []
-    for plan in plans:
-        variants += add_precision(bundle, plan, target_db=target_psnr, **look)
+    with stage_lines() as progress:
+        look: dict[str, Any] = {
+            "steps": steps,
+            "num_samples": num_samples,
+            "examples": None if prompts is None else bundle_examples(bundle, prompts),
+            "progress": progress,
+        }
+        variants = add_cpu_form(bundle, **look) if "fp32-cpu" in precisions else []
+        for plan in plans:
+            variants += add_precision(bundle, plan, target_db=target_psnr, **look)
     report(variants, bundle, as_json=as_json)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, prompts_option, say
+from .common import json_option, prompts_option, stage_lines
 from .libraries import requires
 from .names import STEPS, one_of
 from .precision import report
@@ -57,7 +57,9 @@ def quantize(
     num_samples: int, seed: int, equalize: bool, excluded: tuple[str, ...], plan_file: Path | None,
     target_psnr: float | None, foreign: Path | None, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Add INT8 graphs to a bundle, calibrated on the sampler's own states.
+    """Add INT8 graphs to a bundle.
+
+    They are calibrated on the sampler's own states.
 
     \b
     scm-export quantize avatars
@@ -80,13 +82,12 @@ def quantize(
         plan = start.excluding(*(Exclusion(pattern=pattern, reason="asked for") for pattern in excluded))
     examples = None if prompts is None else bundle_examples(bundle, prompts)
     variants = []
-    for precision in precisions:
-        cpu = precision == "int8-cpu"
-        options = QuantizeOptions(
-            precision=precision, base="fp32" if cpu else base, plan=plan, method=method, percentile=percentile,
-            num_samples=num_samples, seed=seed, target_db=target_psnr, equalize=equalize,
-        )  # fmt: skip
-        variants += add_int8(
-            bundle, options, steps=steps, examples=examples, progress=lambda stage: say(f"  {stage} …")
-        )
+    with stage_lines() as progress:
+        for precision in precisions:
+            cpu = precision == "int8-cpu"
+            options = QuantizeOptions(
+                precision=precision, base="fp32" if cpu else base, plan=plan, method=method, percentile=percentile,
+                num_samples=num_samples, seed=seed, target_db=target_psnr, equalize=equalize,
+            )  # fmt: skip
+            variants += add_int8(bundle, options, steps=steps, examples=examples, progress=progress)
     report(variants, bundle, as_json=as_json)

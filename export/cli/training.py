@@ -51,6 +51,7 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
     from scm_sdk.train.config import DataConfig
     from scm_sdk.train.data import load_data
 
+    _require_folders(options)
     if options["recipe"]:
         config = _recipe_config(options, student=False)
         _run(
@@ -71,11 +72,11 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
 @distill_options
 @run_options(data=None, iterations=5_000, learning_rate=3e-4, optimizer="radam", p_mean=-1.0, lr_decay=0.5)
 def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
-    """Train a consistency model by distilling a teacher (sCD) or from data alone (sCT).
+    """Distill a teacher, or train from data, into a consistency model.
 
-    Data, label column and rows are those that the teacher was trained on, unless others are given. Run the same command
-    again to go on after an interruption. Watch the residual: the loss is weighted by what the run learns and may fall
-    below zero.
+    Distillation is sCD, training from data alone sCT (--no-teacher). Data, label column and rows are those that the
+    teacher was trained on, unless others are given. Run the same command again to go on after an interruption. Watch
+    the residual: the loss is weighted by what the run learns and may fall below zero.
 
     \b
     scm-export distill -o runs/avatars --teacher runs/teacher
@@ -83,6 +84,7 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     """
     from scm_sdk.errors import ConfigError
 
+    _require_folders(options)
     options["guidance"] = _guidance(options)
     if options["recipe"]:
         if no_teacher or vsd_only:
@@ -96,19 +98,19 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     objective = "vsd" if vsd_only else "sct" if no_teacher else "scd"
     if options["discrete_step"] is not None:
         if objective != "scd":
-            raise ConfigError("--discrete-step distils a teacher by itself; leave out --no-teacher and --vsd-only.")
+            raise ConfigError("--discrete-step distills a teacher by itself; leave out --no-teacher and --vsd-only.")
         objective = "cd"
     if options["trajectory_steps"] is not None:
         if objective != "scd":
             raise ConfigError(
-                "--trajectory-steps distils a teacher by itself; leave out --discrete-step and --vsd-only."
+                "--trajectory-steps distills a teacher by itself; leave out --discrete-step and --vsd-only."
             )
         objective = "trajectory"
     _run(_config(objective, _data_of_teacher(options), options), options)
 
 
 def _changed(network: Any, double_norm: bool, time_fourier_scale: float) -> Any:
-    """Return a network's config without the stabilisers that were switched off."""
+    """Return a network's config without the stabilizers that were switched off."""
     import msgspec
 
     from scm_sdk.errors import ConfigError
@@ -117,6 +119,21 @@ def _changed(network: Any, double_norm: bool, time_fourier_scale: float) -> Any:
     if changes and "double_norm" not in network.__struct_fields__:
         raise ConfigError("this kind of network has no form without double normalization. Leave --no-double-norm out.")
     return msgspec.structs.replace(network, **changes, time_fourier_scale=time_fourier_scale)
+
+
+def _require_folders(options: dict[str, Any]) -> None:
+    """Refuse a model that is not there; a recipe is printed on any machine."""
+    from scm_sdk.errors import ConfigError
+
+    if options["dry_run"] and options["recipe"]:
+        return
+    for name, option in (("teacher", "--teacher"), ("init_from", "--init")):
+        folder = Path(options.get(name) or ".")
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{option} is {folder}, which {'is a file' if folder.exists() else 'does not exist'}, expected the "
+                "folder of a training run, of a saved model or of a pipeline that diffusers saved. Check the path."
+            )
 
 
 def _guidance(options: dict[str, Any]) -> tuple[float, float] | None:
@@ -147,7 +164,10 @@ def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
     except (BundleError, ConfigError):  # no checkpoint of ours: loading it reports what is wrong
         recorded = None
     if options["data"] is None and recorded is None:
-        raise ConfigError(f"{folder} does not say which data it was trained on. Give it: --data, --label and --rows.")
+        raise ConfigError(
+            f"{folder} does not say which data it was trained on: it has no readable train.json, and no data in its "
+            "config.json. Give it: --data, --label and --rows."
+        )
     given = {field: options[name] for field, name in DATA_FIELDS.items() if options[name] is not None}
     if recorded is None:
         return DataConfig(**given)

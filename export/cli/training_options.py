@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from .common import json_option
-from .names import one_of
+from .names import OutputPath, one_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 stable_targets_option = click.option(
@@ -24,7 +23,7 @@ def run_options(
     """Return the options that both verbs have, with the verb's own defaults; without data, the teacher's."""
     teachers = "" if data else " The teacher's when absent."
     options = [
-        click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run."),
+        click.option("-o", "--out", required=True, type=OutputPath(), help="Folder of the run."),
         click.option(
             "--data", default=data, metavar="SOURCE",
             help=f"avatars, fashion-mnist, an image folder, an .npz or a folder of shards.{teachers}",
@@ -158,7 +157,7 @@ DISTILL_OPTIONS = [
     click.option(
         "--discrete-step",
         type=click.FloatRange(0, math.pi / 2, min_open=True),
-        help="Distil in discrete time, by steps of the teacher up to this long, radians: a fast start.",
+        help="Distill in discrete time, by steps of the teacher up to this long, radians: a fast start.",
     ),
     click.option(
         "--anchor", "anchor_weight", type=click.FloatRange(0), default=0.0, help="Weight of a denoising loss beside it."
@@ -168,7 +167,7 @@ DISTILL_OPTIONS = [
     click.option(
         "--trajectory-steps",
         type=click.IntRange(1, 256),
-        help="Distil onto the ends of the teacher's trajectories, each solved in this many second-order steps.",
+        help="Distill onto the ends of the teacher's trajectories, each solved in this many second-order steps.",
     ),
     click.option(
         "--huber", type=click.FloatRange(0), default=0.0,

@@ -9,7 +9,7 @@ import click
 
 from .common import json_option, print_json, prompts_option, say
 from .located import model_argument
-from .names import BACKEND, PRECISION, STEPS
+from .names import BACKEND, PRECISION, STEPS, OutputPath
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.parity import Parity
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--bisect",
     "folder",
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     metavar="FOLDER",
     help="Say what is wrong with a graph that fails and at which node it begins; pictures into FOLDER.",
 )
@@ -59,14 +59,14 @@ def validate(
     first_seed: int, batches: tuple[int, ...], threshold: float | None, min_psnr: float | None, reason: str,
     folder: Path | None, record: bool, prompts: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Compare every graph and engine of a bundle with its PyTorch checkpoint; exit 3 on failure.
+    """Compare a bundle with its PyTorch checkpoint; exit 3 on failure.
 
-    Both run on the same noise and labels. The threshold of fp32 is derived from how far the checkpoint is from itself
-    on the same samples, in other batch splits and on noise moved by rounding. Of a lower precision 95 % of the samples
-    must reach a PSNR; it fails where these samples show, with 95 % confidence, that fewer do. The structure of each
-    graph is checked, too: its times, factors and stored tensors must be those of the checkpoint. A comparison on fewer
-    seeds or batches than the one on record does not replace that one. Budgets in the bundle (bench --keep-budget) are
-    measured and enforced, exit 4.
+    Each graph and engine is compared. Both run on the same noise and labels. The threshold of fp32 is derived from how
+    far the checkpoint is from itself on the same samples, in other batch splits and on noise moved by rounding. Of a
+    lower precision 95 % of the samples must reach a PSNR; it fails where these samples show, with 95 % confidence, that
+    fewer do. The structure of each graph is checked, too: its times, factors and stored tensors must be those of the
+    checkpoint. A comparison on fewer seeds or batches than the one on record does not replace that one. Budgets in the
+    bundle (bench --keep-budget) are measured and enforced, exit 4.
     """
     from scm_sdk.evaluate.contract import check_budgets
 
@@ -84,7 +84,7 @@ def validate(
     failed = [parity for parity in results if not parity]
     if folder is not None:
         for parity in failed:
-            _localise(bundle, parity, folder)
+            _localize(bundle, parity, folder)
     whole = not (failed or backends or precisions or steps)
     latencies = check_budgets(bundle, on_skip=lambda line: say(f"skip  {line}")) if whole else []
     for latency in latencies:
@@ -100,16 +100,16 @@ def validate(
         latency.raise_if_over()
 
 
-def _localise(bundle: Path, parity: Parity, folder: Path) -> None:
+def _localize(bundle: Path, parity: Parity, folder: Path) -> None:
     from scm_sdk.errors import ExportError
 
-    from ..localise import localise
+    from ..localize import localize
 
     if not parity.candidate.endswith(".onnx"):
         say(f"{parity.candidate} cannot be looked into: it is no graph")
         return
     try:
-        found = localise(bundle, parity, folder)
+        found = localize(bundle, parity, folder)
     except ExportError as exc:
         say(f"{parity.candidate} cannot be looked into: {exc}")
         return

@@ -1,1 +1,1 @@
-"""Data and weights that ship with the package, each with its licence and provenance."""
+"""Data and weights that ship with the package, each with its license and provenance."""

@@ -57,8 +57,8 @@ def feature_stats(features: FloatArray) -> FeatureStats:
             "Look at the images they come from."
         )
     mean = x.mean(axis=0)
-    centred = x - mean
-    return FeatureStats(mean=mean, cov=centred.T @ centred / (len(x) - 1), count=len(x))
+    centered = x - mean
+    return FeatureStats(mean=mean, cov=centered.T @ centered / (len(x) - 1), count=len(x))
 
 
 def frechet_distance(stats_a: FeatureStats, stats_b: FeatureStats) -> float:
@@ -147,39 +147,39 @@ def kernel_distance_delta(
     return _interval(a - b)
 
 
-def precision_recall(generated: FloatArray, reference: FloatArray, *, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(generated: FloatArray, reference: FloatArray, *, neighbors: int = 3) -> tuple[float, float]:
     """Return improved precision and recall of two sets of features, each in [0, 1].
 
     Precision is the share of generated samples inside the reference's manifold, recall the share of reference samples
-    inside the generated one's; a manifold is the union of balls that reach to each sample's third-nearest neighbour.
+    inside the generated one's; a manifold is the union of balls that reach to each sample's third-nearest neighbor.
 
     Args:
         generated: (N, D).
         reference: (M, D).
-        neighbours: The k of the balls.
+        neighbors: The k of the balls.
 
     Raises:
         ShapeError: If the sets are not (N, D) and (M, D).
-        ConfigError: If a set has no more than ``neighbours`` samples.
+        ConfigError: If a set has no more than ``neighbors`` samples.
 
     Source: Kynkäänniemi et al., 2019, arXiv 1904.06991.
     """
     _check_pair(generated, reference)
     fewest = min(len(generated), len(reference))
-    if fewest <= neighbours:
-        raise ConfigError(f"{fewest} samples, expected more than {neighbours}, the neighbours that are looked for.")
-    radii = [_radii(each, neighbours) for each in (generated, reference)]
+    if fewest <= neighbors:
+        raise ConfigError(f"{fewest} samples, expected more than {neighbors}, the neighbors that are looked for.")
+    radii = [_radii(each, neighbors) for each in (generated, reference)]
     return _inside(generated, reference, radii[1]), _inside(reference, generated, radii[0])
 
 
-def _radii(features: FloatArray, neighbours: int) -> NDArray[np.float64]:
+def _radii(features: FloatArray, neighbors: int) -> NDArray[np.float64]:
     """Return each sample's squared distance to its k-th nearest other sample, (N,)."""
-    parts = [np.partition(d, neighbours, axis=1)[:, neighbours] for d in _square_distances(features, features)]
+    parts = [np.partition(d, neighbors, axis=1)[:, neighbors] for d in _square_distances(features, features)]
     return np.concatenate(parts)
 
 
-def _inside(samples: FloatArray, centres: FloatArray, radii: NDArray[np.float64]) -> float:
-    return float(np.mean(np.concatenate([(d <= radii).any(axis=1) for d in _square_distances(samples, centres)])))
+def _inside(samples: FloatArray, centers: FloatArray, radii: NDArray[np.float64]) -> float:
+    return float(np.mean(np.concatenate([(d <= radii).any(axis=1) for d in _square_distances(samples, centers)])))
 
 
 def _square_distances(a: FloatArray, b: FloatArray, at_once: int = 500) -> Iterator[NDArray[np.float64]]:

@@ -54,7 +54,7 @@ def extract_features(
     """Compute the features of ``images`` on the CPU, a batch at a time.
 
     Args:
-        images: (N, H, W, 3) or (N, H, W, 1), uint8; grey is repeated to three channels.
+        images: (N, H, W, 3) or (N, H, W, 1), uint8; gray is repeated to three channels.
         net: The network; None is EfficientNet-Lite0.
         batch_size: Images per call of the network; bounds memory, does not change the features
             beyond float32 rounding.

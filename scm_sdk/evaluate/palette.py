@@ -1,17 +1,17 @@
-"""Read the label of a picture from its colours alone, without any network.
+"""Read the label of a picture from its colors alone, without any network.
 
-Where a class label *is* a colour (hair, skin, clothing or background of the avatars), the truth of
-a generated picture can be checked exactly: the colour is a palette entry, and where in the picture
+Where a class label *is* a color (hair, skin, clothing or background of the avatars), the truth of
+a generated picture can be checked exactly: the color is a palette entry, and where in the picture
 it lies is known from real pictures. ``fit_label_reader`` learns the second part, ``label_accuracy``
-compares requested with read labels, ``palette_share`` tells how many pixels are palette colours.
+compares requested with read labels, ``palette_share`` tells how many pixels are palette colors.
 
 The model of one pixel x at position p under label k, with the pixels taken as independent:
 
-    L_k(x, p) = prior_p * Normal(x; colour_k, NOISE^2) + (1 - prior_p) * other(x)
+    L_k(x, p) = prior_p * Normal(x; color_k, NOISE^2) + (1 - prior_p) * other(x)
 
-``prior_p`` is how often the labelled part covers p in real pictures, ``other`` a coarse histogram of
-all colours that are not the labelled part's, ``NOISE`` allows for a generator's colour noise: two of
-the brown hair colours differ by 10 of 255 in one channel, but a picture shows dozens of such pixels.
+``prior_p`` is how often the labeled part covers p in real pictures, ``other`` a coarse histogram of
+all colors that are not the labeled part's, ``NOISE`` allows for a generator's color noise: two of
+the brown hair colors differ by 10 of 255 in one channel, but a picture shows dozens of such pixels.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ..errors import ConfigError, ShapeError
 from .features import check_images
 
 NOISE = 6.0
-"""Assumed standard deviation of a generated pixel around its palette colour, of 255."""
+"""Assumed standard deviation of a generated pixel around its palette color, of 255."""
 MIN_MARGIN = 3.0
 """Natural-log odds between the best label and the next below which a picture is undecided."""
 UNDECIDED = -1
 
-_BINS = 64  # cells per channel of the histogram of other colours,
+_BINS = 64  # cells per channel of the histogram of other colors,
 _LEVELS = 256 // _BINS  # each this wide
-_STRAY = 1e-2  # share of pixels that may have any colour: bounds what one odd pixel can say
+_STRAY = 1e-2  # share of pixels that may have any color: bounds what one odd pixel can say
 _CHUNK = 256
 
 
@@ -45,13 +45,13 @@ class LabelReader:
 
     Attributes:
         names: Label names in order, each ``#rrggbb``.
-        colours: (K, 3), float64, 0..255.
-        prior: (H, W), float64: how often the labelled part covers a pixel.
-        other: (64, 64, 64), float64: density of all other colours, blurred by NOISE, per level cubed.
+        colors: (K, 3), float64, 0..255.
+        prior: (H, W), float64: how often the labeled part covers a pixel.
+        other: (64, 64, 64), float64: density of all other colors, blurred by NOISE, per level cubed.
     """
 
     names: tuple[str, ...]
-    colours: NDArray[np.float64]
+    colors: NDArray[np.float64]
     prior: NDArray[np.float64]
     other: NDArray[np.float64]
 
@@ -83,9 +83,9 @@ class LabelReader:
         rest = (1 - self.prior) * self.other[red, green, blue]
         pixels = images.astype(np.float64)
         peak = self.prior / (2 * math.pi * NOISE**2) ** 1.5
-        scores = np.empty((len(images), len(self.colours)))
-        for label, colour in enumerate(self.colours):
-            distance = ((pixels - colour) ** 2).sum(axis=-1)
+        scores = np.empty((len(images), len(self.colors)))
+        for label, color in enumerate(self.colors):
+            distance = ((pixels - color) ** 2).sum(axis=-1)
             scores[:, label] = np.log(peak * np.exp(distance / (-2 * NOISE**2)) + rest).sum(axis=(1, 2))
         return scores
 
@@ -96,7 +96,7 @@ class LabelAccuracy:
 
     Attributes:
         accuracy: Share of pictures whose read label is the requested one; undecided ones count as wrong.
-        undecided: Share of pictures in which the labelled part cannot be seen (a hat hides the hair).
+        undecided: Share of pictures in which the labeled part cannot be seen (a hat hides the hair).
         per_class: Accuracy by label name, for the labels that were requested.
         confusion: (K, K + 1), int64: requested label by read label, the last column undecided.
         count: Number of pictures.
@@ -109,7 +109,7 @@ class LabelAccuracy:
     count: int
 
 
-def parse_colours(names: Sequence[str]) -> NDArray[np.uint8]:
+def parse_colors(names: Sequence[str]) -> NDArray[np.uint8]:
     """Turn names like ``#603a14`` into (K, 3) uint8.
 
     Raises:
@@ -118,34 +118,34 @@ def parse_colours(names: Sequence[str]) -> NDArray[np.uint8]:
     wrong = [name for name in names if not re.fullmatch(r"#[0-9a-fA-F]{6}", name)]
     if wrong or len(names) < 2:
         raise ConfigError(
-            f"label names are {list(names)[:4]}…, expected two or more colours like '#603a14'. "
-            "Only labels that are colours can be read without a network."
+            f"label names are {list(names)[:4]}…, expected two or more colors like '#603a14'. "
+            "Only labels that are colors can be read without a network."
         )
     return np.array([list(bytes.fromhex(name[1:])) for name in names], np.uint8)
 
 
 def fit_label_reader(images: NDArray[np.uint8], labels: NDArray[np.integer], names: Sequence[str]) -> LabelReader:
-    """Learn from real pictures where the labelled colour lies and which other colours there are.
+    """Learn from real pictures where the labeled color lies and which other colors there are.
 
     Args:
         images: (N, H, W, 3), uint8, real pictures; a few thousand suffice.
         labels: (N,), integers in [0, K).
-        names: K label names, each the part's exact colour as ``#rrggbb``.
+        names: K label names, each the part's exact color as ``#rrggbb``.
 
     Raises:
-        ShapeError: If ``images`` are not colour pictures or ``labels`` are not one per picture.
-        ConfigError: If the names are not colours, or the pictures do not show the labels' colours.
+        ShapeError: If ``images`` are not color pictures or ``labels`` are not one per picture.
+        ConfigError: If the names are not colors, or the pictures do not show the labels' colors.
     """
     check_images(images, name="the")
     if images.shape[3] != 3:
-        raise ShapeError(f"the images are {images.shape}, expected (N, H, W, 3): labels are read from colours.")
-    colours = parse_colours(names)
+        raise ShapeError(f"the images are {images.shape}, expected (N, H, W, 3): labels are read from colors.")
+    colors = parse_colors(names)
     labels = _check_labels(labels, len(images), len(names))
-    own = (images == colours[labels][:, None, None]).all(axis=-1)
+    own = (images == colors[labels][:, None, None]).all(axis=-1)
     shown = own.any(axis=(1, 2)).mean()
     if shown < 0.5:
         raise ConfigError(
-            f"{shown:.0%} of the images show the exact colour of their label, expected most. "
+            f"{shown:.0%} of the images show the exact color of their label, expected most. "
             "Give pictures as they are in the data set: not resized, not compressed, labels in order."
         )
     cells = np.zeros((_BINS,) * 3)
@@ -153,7 +153,7 @@ def fit_label_reader(images: NDArray[np.uint8], labels: NDArray[np.integer], nam
     share = _blur(cells / cells.sum()) / _LEVELS**3
     return LabelReader(
         names=tuple(names),
-        colours=colours.astype(np.float64),
+        colors=colors.astype(np.float64),
         prior=own.mean(axis=0).clip(1e-3, 1 - 1e-3),
         other=(1 - _STRAY) * share + _STRAY / 256**3,
     )
@@ -187,19 +187,19 @@ def label_accuracy(images: NDArray[np.uint8], labels: NDArray[np.integer], reade
 
 
 def palette_share(images: NDArray[np.uint8], real: NDArray[np.uint8], *, distance: int = 8) -> float:
-    """Return the share of pixels that lie near a colour of the real pictures.
+    """Return the share of pixels that lie near a color of the real pictures.
 
     Args:
         images: (N, H, W, 3), uint8, generated.
-        real: (M, H', W', 3), uint8; every distinct colour of theirs counts as palette.
+        real: (M, H', W', 3), uint8; every distinct color of theirs counts as palette.
         distance: Largest difference in any channel, of 255.
 
     Returns:
-        Share in [0, 1]. A picture data set with few colours makes this sharp: print beside it the
-        share of uniformly random colours, which is the volume of the palette.
+        Share in [0, 1]. A picture data set with few colors makes this sharp: print beside it the
+        share of uniformly random colors, which is the volume of the palette.
 
     Raises:
-        ShapeError: If a set is not 8-bit colour pictures.
+        ShapeError: If a set is not 8-bit color pictures.
         ConfigError: If ``distance`` is out of 0..255.
     """
     if not 0 <= distance <= 255:
@@ -207,7 +207,7 @@ def palette_share(images: NDArray[np.uint8], real: NDArray[np.uint8], *, distanc
     for name, stack in (("generated", images), ("real", real)):
         check_images(stack, name=name)
         if stack.shape[3] != 3:
-            raise ShapeError(f"{name} images are {stack.shape}, expected (N, H, W, 3): colour pictures.")
+            raise ShapeError(f"{name} images are {stack.shape}, expected (N, H, W, 3): color pictures.")
     seen, near = np.zeros((2, 256, 256, 256), np.bool_)
     seen[tuple(np.moveaxis(real, -1, 0))] = True
     for red, green, blue in np.argwhere(seen):
@@ -217,9 +217,9 @@ def palette_share(images: NDArray[np.uint8], real: NDArray[np.uint8], *, distanc
 
 
 def _blur(cells: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spread colour cells by NOISE, as the labelled colours are: else a noisy pixel can only be theirs."""
-    centre = np.arange(_BINS) * _LEVELS
-    kernel = np.exp(((centre[:, None] - centre) / NOISE) ** 2 / -2)
+    """Spread color cells by NOISE, as the labeled colors are: else a noisy pixel can only be theirs."""
+    center = np.arange(_BINS) * _LEVELS
+    kernel = np.exp(((center[:, None] - center) / NOISE) ** 2 / -2)
     kernel /= kernel.sum(axis=0)  # columns sum to 1: no mass leaves at the edges
     for _ in range(3):  # one axis per round; the result's axes end up in their old order
         cells = np.tensordot(cells, kernel, axes=(0, 1))

@@ -30,14 +30,16 @@ class Score:
         sampler: What made the pictures.
         network_calls: Network evaluations for each picture.
         quality: Distances to held-out pictures, with floors.
-        labels: Share of pictures that show the label asked for; None where labels are no colours.
+        against: Data and rows that these are compared with, in words.
+        labels: Share of pictures that show the label asked for; None where labels are no colors.
         labels_real: The same reader on real pictures: the ceiling.
-        palette: Share of pixels near a palette colour; None for data without a palette.
+        palette: Share of pixels near a palette color; None for data without a palette.
     """
 
     sampler: str
     network_calls: int
     quality: Quality
+    against: str = ""
     labels: LabelAccuracy | None = None
     labels_real: float | None = None
     palette: float | None = None
@@ -99,10 +101,10 @@ def score(
         cache=cache,
         progress=progress,
     )
-    result = Score(sampler=samples.sampler, network_calls=samples.network_calls, quality=quality)
-    if not real.colours or real.other_labels is None or samples.class_labels is None:
+    result = Score(sampler=samples.sampler, network_calls=samples.network_calls, quality=quality, against=real.about)
+    if not real.colors or real.other_labels is None or samples.class_labels is None:
         return result
-    reader = fit_label_reader(real.other, real.other_labels, real.colours)
+    reader = fit_label_reader(real.other, real.other_labels, real.colors)
     ceiling: float | None = None
     if real.labels is not None and not isinstance(real.reference, FeatureStats):
         ceiling = label_accuracy(real.reference, real.labels, reader).accuracy

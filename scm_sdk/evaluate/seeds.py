@@ -2,11 +2,11 @@
 
 A graph that is judged on the samples that it was tuned on passes by its tuning. ``export.calibration`` measures ranges
 on ``CALIBRATION``, ``export.probe`` compares plans on ``SELECTION``, and the parity gate (``evaluate.gate``) judges on
-``JUDGEMENT``, from its first seed on or from any other (``validate --first-seed``).
+``JUDGMENT``, from its first seed on or from any other (``validate --first-seed``).
 """
 
 from __future__ import annotations
 
-JUDGEMENT = range(0, 1 << 40)
+JUDGMENT = range(0, 1 << 40)
 CALIBRATION = range(1 << 40, 1 << 41)
 SELECTION = range(1 << 41, 1 << 42)

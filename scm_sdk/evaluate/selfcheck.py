@@ -24,7 +24,7 @@ from ..spec import SamplerSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAME = {"fp32": 1e-3, "fp32-cpu": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5, "fp8": 1.0}
+SAME = {"fp32": 1e-3, "fp32-cpu": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5}
 """Largest difference of one sample in two batches, units of sigma_data. Other batch sizes may run other kernels, whose
 last bits differ; a low precision now and then rounds those to its next step (int8 of the shipped model: 0.07)."""
 TRAJECTORY_TIMES, TRAJECTORY_END = 16, 0.2
@@ -177,7 +177,7 @@ def _consistency(model: Any, z: Tensor, given: dict[str, Tensor], spec: SamplerS
     """Follow the model's own trajectory from noise and ask for its end at each time: it should stay the same.
 
     From (x_t, t) to the next time along the arc through the estimate f(x_t, t) and the noise that it implies. The gate
-    is loose, since an untrained network has no trajectories worth the name: neighbours must agree better than seeds do.
+    is loose, since an untrained network has no trajectories worth the name: neighbors must agree better than seeds do.
     """
     import torch
 
@@ -191,7 +191,7 @@ def _consistency(model: Any, z: Tensor, given: dict[str, Tensor], spec: SamplerS
     steps = torch.stack([(b - a).square().mean() for a, b in pairwise(ends)])
     apart = torch.stack([(end - end.roll(1, dims=0)).square().mean() for end in ends])
     text = (
-        f"change of f(x, t) between {TRAJECTORY_TIMES} neighbouring times of one trajectory, over the distance of seeds"
+        f"change of f(x, t) between {TRAJECTORY_TIMES} neighboring times of one trajectory, over the distance of seeds"
     )
     return _at_most("consistency", float((steps.mean() / apart.mean()).sqrt()), 1.0, text)
 

@@ -63,7 +63,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mid_time: Second time of the two-step sampler, radians; the one at which this model does best.
         guidance_range: Lowest and highest guidance scale that the model was trained with, if its network takes one.
         default_guidance: The scale where a caller gives none; 1 is the conditional model as it is.
-        provenance: Where the weights come from: data, licence, recipe; free form. A training run states its
+        provenance: Where the weights come from: data, license, recipe; free form. A training run states its
             ``objective`` (``diffusion`` is a teacher), the ``iteration`` reached and the ``num_iterations`` planned.
     """
 

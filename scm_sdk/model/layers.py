@@ -47,8 +47,8 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x.contiguous())
         groups = x.reshape(x.shape[0], self.num_groups, -1)
         mean = groups.mean(dim=2, keepdim=True)
-        centred = groups - mean
-        out = centred * torch.rsqrt(centred.square().mean(dim=2, keepdim=True) + self.eps)
+        centered = groups - mean
+        out = centered * torch.rsqrt(centered.square().mean(dim=2, keepdim=True) + self.eps)
         out = out.reshape(x.shape)
         if self.affine:
             shape = (1, -1, *([1] * (x.ndim - 2)))

@@ -1,4 +1,4 @@
-"""From an EDM-style pickle to a folder of safetensors that anybody may open, with its licence beside it."""
+"""From an EDM-style pickle to a folder of safetensors that anybody may open, with its license beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .edm2_layout import Shape, edm2_shapes
 from .network import PickledNetwork, read_network
 
 CLASS_NAME = "PickledNetwork"
-SOURCE_LICENCE = "CC-BY-NC-SA-4.0"
+SOURCE_LICENSE = "CC-BY-NC-SA-4.0"
 """What NVIDIA publishes the EDM and EDM2 weights under; the form of the file is that of their code."""
 
 
@@ -29,24 +29,24 @@ class Converted:
     Attributes:
         path: The folder.
         network: What was read.
-        licence: Licence of the weights, an SPDX id or the user's words.
-        stated: Whether the user gave the licence.
+        license: License of the weights, an SPDX id or the user's words.
+        stated: Whether the user gave the license.
         source_sha256: Digest of the pickle.
     """
 
     path: Path
     network: PickledNetwork
-    licence: str
+    license: str
     stated: bool
     source_sha256: str
 
     @property
-    def licence_line(self) -> str:
+    def license_line(self) -> str:
         """One sentence on what may be done with the weights."""
         if self.stated:
-            return f"Licence of the weights, as stated at import: {self.licence}."
+            return f"License of the weights, as stated at import: {self.license}."
         return (
-            f"Licence of the weights: {self.licence}, non-commercial, as NVIDIA publishes EDM and EDM2. "
+            f"License of the weights: {self.license}, non-commercial, as NVIDIA publishes EDM and EDM2. "
             "If these are others, name theirs with --license."
         )
 
@@ -56,7 +56,7 @@ def convert_pickle(
     out: str | os.PathLike[str],
     *,
     entry: str = "ema",
-    licence: str = "",
+    license: str = "",
     expected: Mapping[str, Shape] | None = None,
     overwrite: bool = False,
 ) -> Converted:
@@ -68,7 +68,7 @@ def convert_pickle(
         path: The pickle. Nothing in it is run.
         out: Folder of ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``README.md``.
         entry: Which of the file's networks.
-        licence: Licence of the weights; that of NVIDIA's published weights when empty.
+        license: License of the weights; that of NVIDIA's published weights when empty.
         expected: Name and shape of every tensor that must be there, and no other. When absent, an EDM2 network's
             are derived from its arguments; of other classes every parameter and buffer is taken as it is stored.
         overwrite: Replace a folder that an import wrote.
@@ -81,8 +81,8 @@ def convert_pickle(
     import numpy as np
     from safetensors.numpy import save_file
 
-    if not licence.isprintable():
-        raise ConfigError("the licence holds unprintable characters, expected an SPDX id such as MIT.")
+    if not license.isprintable():
+        raise ConfigError("the license holds unprintable characters, expected an SPDX id such as MIT.")
     network = read_network(path, entry=entry)
     check_tensors(network, _layout(network, os.fspath(path)) if expected is None else expected, where=os.fspath(path))
     arrays = {name: tensor.numpy() for name, tensor in network.tensors.items()}
@@ -92,8 +92,8 @@ def convert_pickle(
     converted = Converted(
         path=Path(out),
         network=network,
-        licence=licence or SOURCE_LICENCE,
-        stated=bool(licence),
+        license=license or SOURCE_LICENSE,
+        stated=bool(license),
         source_sha256=sha256_file(path),
     )
     with atomic_folder(out, overwrite=overwrite, marker=CONFIG_NAME, error=BundleError) as folder:
@@ -104,7 +104,7 @@ def convert_pickle(
 
 
 def is_converted(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, entry: str = "ema", licence: str = ""
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, entry: str = "ema", license: str = ""
 ) -> bool:
     """Return whether ``convert_pickle`` with these arguments would write to ``out`` what is there.
 
@@ -119,7 +119,7 @@ def is_converted(
     if found != sha256_file(path):
         return False
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temp:
-        made = convert_pickle(path, Path(temp) / "made", entry=entry, licence=licence).path
+        made = convert_pickle(path, Path(temp) / "made", entry=entry, license=license).path
         names = sorted(file.name for file in made.iterdir())
         there = sorted(file.name for file in folder.iterdir())
         return names == there and all(sha256_file(made / name) == sha256_file(folder / name) for name in names)
@@ -160,7 +160,7 @@ def _config(converted: Converted) -> dict[str, object]:
         "network_class": network.class_name,
         "arguments": network.arguments,
         "facts": network.facts,
-        "license": converted.licence,
+        "license": converted.license,
         "license_stated_at_import": converted.stated,
         "source_sha256": converted.source_sha256,
     }
@@ -170,15 +170,15 @@ def _card(converted: Converted, source: str) -> str:
     network = converted.network
     elements = sum(tensor.nbytes // tensor.storage.element_bytes for tensor in network.tensors.values())
     spdx = not converted.stated
-    head = f"license: {converted.licence.lower()}" if spdx else "license: other"
-    name = "" if spdx else f"\nlicense_name: {msgspec.json.encode(converted.licence).decode()}"
+    head = f"license: {converted.license.lower()}" if spdx else "license: other"
+    name = "" if spdx else f"\nlicense_name: {msgspec.json.encode(converted.license).decode()}"
     return f"""---
 library_name: scm-sdk
 {head}{name}
 ---
 # {network.class_name}
 
-{converted.licence_line}
+{converted.license_line}
 
 The network `{network.entry}` of `{_plain(source)}` (sha256 `{converted.source_sha256}`),
 {len(network.tensors)} tensors, {elements} elements, converted by scm-sdk. The names are those of the source's own

@@ -52,7 +52,7 @@ class StoredTensor:
         storage: Its elements and perhaps others.
         offset: Element at which it begins.
         shape: Its shape.
-        strides: Elements between neighbours of each axis.
+        strides: Elements between neighbors of each axis.
     """
 
     storage: Storage

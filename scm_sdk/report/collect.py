@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -27,12 +27,11 @@ from ..evaluate.reference import Side
 from ..evaluate.selfcheck import Check, selfcheck
 from ..generator import Generator
 from ..manifest import Manifest
+from ..progress import Progress
 from ..request import Request, make_request
 from ..scores import read_scores
 from ..spec import Precision, SamplerSpec
 from ..status import ModelStatus
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,8 @@ def collect(
     num_images: int = 32,
     batches: Sequence[int] = (1, 8, 32),
     rounds: int = 20,
-    progress: Say = lambda _: None,
+    checks: bool = True,
+    progress: Progress = lambda _: None,
 ) -> Report:
     """Run everything that can run here and gather what the bundle records.
 
@@ -149,6 +149,7 @@ def collect(
         num_images: Pictures of each artifact.
         batches: Batch sizes to time; those above the samplers' largest fall away.
         rounds: Interleaved rounds of each; 0 times nothing.
+        checks: Whether to run the self-checks of each backend.
         progress: Called with a few words for each stage.
 
     Raises:
@@ -171,13 +172,14 @@ def collect(
     pictures, left_out = [], []
     for sampler in manifest.samplers:
         steps = sampler.num_inference_steps
-        progress(f"{steps} steps")
+        progress(f"{num_images} images in {steps} step{'s' * (steps > 1)} by torch fp32")
         with Generator.from_pretrained(path, backend="torch", num_inference_steps=steps, verify="none") as gen:
             wanted = _draw(gen, make_request(sampler, num_images=num_images, seed=list(seeds), class_labels=labels))
             row = gen.opened().row
         pictures.append(Pictures(name="torch fp32", steps=steps, precision="fp32", artifact=row.artifact, images=wanted,
                                  difference=None))  # fmt: skip
         for backend, precision in _pairs(bundle, steps, backends):
+            progress(f"{num_images} images in {steps} step{'s' * (steps > 1)} by {backend} {precision}")
             try:
                 with _open(path, backend, precision, steps) as gen:
                     images = _draw(
@@ -213,7 +215,7 @@ def collect(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
         versions=_versions(pictures),
         card=_card(bundle),
-        checks=_checks(path, [p for p in pictures if p.steps == timed], progress),
+        checks=_checks(path, [p for p in pictures if p.steps == timed], progress) if checks else {},
         quality=read_scores(bundle.path, manifest),
     )
 
@@ -234,10 +236,10 @@ def _card(bundle: Bundle) -> str:
     return bundle.file(cards[0]).read_text(encoding="utf-8", errors="replace") if cards else ""
 
 
-def _checks(path: Path, pictures: list[Pictures], progress: Say) -> dict[str, tuple[Check, ...]]:
+def _checks(path: Path, pictures: list[Pictures], progress: Progress) -> dict[str, tuple[Check, ...]]:
     found = {}
     for each in pictures:
-        progress(f"self-check of {each.name}")
+        progress(f"self-checks of {each.name}")
         with _open(path, each.name.split()[0], each.precision, each.steps) as generator:
             found[each.name] = tuple(selfcheck(generator, num_samples=4))
     return found
@@ -263,7 +265,7 @@ def _open(path: Path, backend: str, precision: Precision, steps: int) -> Generat
 
 
 def _time(
-    path: Path, pictures: list[Pictures], batches: Sequence[int], rounds: int, progress: Say
+    path: Path, pictures: list[Pictures], batches: Sequence[int], rounds: int, progress: Progress
 ) -> tuple[Latency, ...]:
     with ExitStack() as stack:
         opened = {
@@ -273,7 +275,7 @@ def _time(
         most = min(generator.opened().spec.max_batch for generator in opened.values())
         results = []
         for batch in (b for b in batches if b <= most):
-            progress(f"time batch {batch}")
+            progress(f"time {len(opened)} backends, batch {batch}, {rounds} rounds")
             results.append(measure(opened, batch=batch, rounds=rounds))
         return tuple(results)
 

@@ -12,7 +12,7 @@ from .._lazy import require
 from ..manifest import Manifest
 from .collect import Report
 
-COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#65a30d", "#be185d")
+COLORS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#65a30d", "#be185d")
 _INK = "#475569"
 _ARROW = {"arrowstyle": "->", "color": "#94a3b8", "lw": 0.8}
 _LETTER, _GAP = 0.059, 0.6
@@ -26,7 +26,7 @@ def psnr_bars(report: Report) -> str:
     figure, axes = _figure(7, 0.8 + 0.34 * len(rows))
     shown = [min(value, 160.0) if np.isfinite(value) or value > 0 else 0.0 for _, value, _ in rows]
     order = {precision: i for i, precision in enumerate(dict.fromkeys(p for *_, p in rows))}
-    axes.barh(range(len(rows)), shown, color=[COLOURS[order[p] % len(COLOURS)] for *_, p in rows], height=0.62)
+    axes.barh(range(len(rows)), shown, color=[COLORS[order[p] % len(COLORS)] for *_, p in rows], height=0.62)
     for i, value in enumerate(shown):
         said = "NaN" if np.isnan(rows[i][1]) else f"{rows[i][1]:.1f} dB"
         axes.text(value + 1, i, said, va="center", fontsize=9, color=_INK)
@@ -44,12 +44,12 @@ def error_histogram(report: Report, steps: int) -> str:
     edges = np.logspace(-9, 1, 90)
     sigma = report.spec(steps).sigma_data
     shown = [p for p in report.pictures if p.steps == steps and p.difference is not None]
-    for colour, each in zip(cycle(COLOURS), shown, strict=False):
+    for color, each in zip(cycle(COLORS), shown, strict=False):
         errors = np.abs(each.images.astype(np.float64) - reference).ravel() / sigma
         errors = np.nan_to_num(errors, nan=edges[-1])  # what is no number, and what is off the axis: the last bin
         counts, _ = np.histogram(np.clip(errors, edges[0], edges[-1]), bins=edges)
-        axes.stairs(counts / errors.size, edges, fill=True, alpha=0.25, color=colour)
-        axes.stairs(counts / errors.size, edges, color=colour, label=each.name, linewidth=1.4)
+        axes.stairs(counts / errors.size, edges, fill=True, alpha=0.25, color=color)
+        axes.stairs(counts / errors.size, edges, color=color, label=each.name, linewidth=1.4)
     axes.set_xscale("log")
     axes.set_xlabel("absolute error of one value, units of sigma_data (left end: equal; right end: more, or NaN)")
     axes.set_ylabel("share of values")
@@ -63,8 +63,8 @@ def throughput(report: Report) -> str:
     figure, axes = _figure(7, 3.0)
     batches = [latency.batch for latency in report.latencies]
     names = [timing.name for timing in report.latencies[0]] if report.latencies else []
-    for colour, name in zip(cycle(COLOURS), names, strict=False):
-        axes.plot(batches, [latency[name].images_per_s for latency in report.latencies], "o-", color=colour, label=name)
+    for color, name in zip(cycle(COLORS), names, strict=False):
+        axes.plot(batches, [latency[name].images_per_s for latency in report.latencies], "o-", color=color, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(b) for b in batches])
     axes.set_ylim(bottom=0)
@@ -86,8 +86,8 @@ def latency_strips(report: Report) -> str:
     draw = np.random.default_rng(0)
     for i, timing in enumerate(latency):
         times = np.array(timing.samples_ms)
-        axes.plot(times, i + draw.uniform(-0.16, 0.16, len(times)), ".", color=COLOURS[i % len(COLOURS)], alpha=0.5)
-        axes.plot([timing.median_ms] * 2, [i - 0.32, i + 0.32], color=COLOURS[i % len(COLOURS)], linewidth=2)
+        axes.plot(times, i + draw.uniform(-0.16, 0.16, len(times)), ".", color=COLORS[i % len(COLORS)], alpha=0.5)
+        axes.plot([timing.median_ms] * 2, [i - 0.32, i + 0.32], color=COLORS[i % len(COLORS)], linewidth=2)
     axes.set_yticks(range(len(latency)), [timing.name for timing in latency])
     axes.set_xlim(left=0)
     axes.set_xlabel(f"ms for a batch of {latency.batch}, {report.timed_steps} steps; line: median")

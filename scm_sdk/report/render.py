@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from .._lazy import require
+from ..card import markdown_text
+from ..evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR
 from ..files import atomic_write_bytes
 from ..images import make_grid, to_uint8
 from ..manifest import Artifact, Manifest, ParityRecord
 from . import figures
 from .collect import Pictures, Report
 
-_COLUMNS = 16
+_COLUMNS = 8
 _AMPLIFY = 10.0
 _LARGEST_WIDTH = 1600
 GLOSSARY = {
@@ -27,7 +30,11 @@ GLOSSARY = {
     "step": "one network call; a consistency model makes an image in one or two",
     "PSNR": "peak signal-to-noise ratio of an image and its reference, dB; higher is closer",
     "sigma_data": "standard deviation of the training data; differences are given in this unit",
-    "noise floor": "largest difference between PyTorch and itself with other batches; no backend can be held to less",
+    "noise floor": "largest difference of the PyTorch checkpoint from itself on the samples that are compared: in "
+    "other batch splits, and in reruns on noise of which each value is moved by one unit in the last place",
+    "threshold": f"fp32 passes if its largest difference is at most {FLOOR_FACTOR:g} noise floors, or "
+    f"{ROUNDING_FLOOR:g} if that is more; a lower precision passes unless it is certain (95 % confidence) that fewer "
+    "than 95 % of the images reach its PSNR",
     "SSIM": "structural similarity of two images; 1 is equal",
     "seed": "number from which the noise of an image is made; the same on every backend",
     "FD, KID": "distances between the features of generated and of real pictures; lower is better",
@@ -36,6 +43,11 @@ GLOSSARY = {
     "kernels": "GPU programs that an engine runs; counted from the build log and compared with the graph",
 }
 """Words of the report and what they mean."""
+
+
+def paths_of(path: Path) -> tuple[Path, Path, Path]:
+    """Return the files of a report by the HTML file that was asked for: HTML, Markdown, JSON."""
+    return path.with_suffix(".html"), path.with_suffix(".md"), path.with_suffix(".json")
 
 
 def write_report(report: Report, path: Path) -> tuple[Path, Path, Path]:
@@ -50,14 +62,15 @@ def write_report(report: Report, path: Path) -> tuple[Path, Path, Path]:
         ScmError: If a file cannot be written.
     """
     context = _context(report)
-    forms = {
-        ".html": _template("report.html.j2", escape=True).render(**context, **_html_only(report)),
-        ".md": _template("report.md.j2", escape=False).render(**context),
-        ".json": json.dumps(report.to_dict(), indent=2) + "\n",
-    }
-    for suffix, text in forms.items():
-        atomic_write_bytes(path.with_suffix(suffix), text.encode())
-    return path.with_suffix(".html"), path.with_suffix(".md"), path.with_suffix(".json")
+    forms = (
+        _template("report.html.j2", escape=True).render(**context, **_html_only(report)),
+        _template("report.md.j2", escape=False).render(**context),
+        json.dumps(report.to_dict(), indent=2) + "\n",
+    )
+    paths = paths_of(path)
+    for file, text in zip(paths, forms, strict=True):
+        atomic_write_bytes(file, text.encode())
+    return paths
 
 
 def _template(name: str, *, escape: bool) -> Any:
@@ -66,6 +79,7 @@ def _template(name: str, *, escape: bool) -> Any:
     environment = jinja2.Environment(
         loader=loader,
         autoescape=escape,
+        finalize=None if escape else lambda value: markdown_text(value) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
@@ -94,6 +108,7 @@ def _context(report: Report) -> dict[str, Any]:
         "checks": _check_rows(report),
         "glossary": GLOSSARY,
         "quality": [_quality(score) for score in report.quality],
+        "next_steps": next_steps(report),
         "version": __version__,
     }
 
@@ -113,10 +128,42 @@ def verdict(manifest: Manifest) -> dict[str, str]:
     text = f"validated: {len(there) - len(missing)} of {len(there)} artifacts passed"
     if missing:
         engines = sum(artifact.engine is not None for artifact in missing)
-        text += f"; {len(missing)} never compared" + (f", {engines} of them engines that never ran" if engines else "")
+        text += f"; {len(missing)} never compared" + (f" ({engines} of them engines that never ran)" if engines else "")
     if loosened:
         text += f"; {loosened} by a gate that was loosened by hand"
     return {"kind": "none" if missing or loosened else "pass", "text": text}
+
+
+def next_steps(report: Report) -> list[dict[str, str]]:
+    """Return what is left to do with a bundle, most urgent first: ``text`` and, if there is one, a ``command``."""
+    manifest, path = report.manifest, shlex.quote(str(report.path))
+    steps = [{"text": text, "command": ""} for text in report.status.training_warnings]
+    found = verdict(manifest)["kind"]
+    if found == "fail":
+        steps.append({
+            "text": "Find the node at which a failed graph begins to differ.",
+            "command": f"scm-export validate {path} --bisect faults",
+        })  # fmt: skip
+    missing = unproved(manifest)
+    if any(artifact.engine is None for artifact in missing):
+        steps.append({"text": "Compare every graph with PyTorch.", "command": f"scm-export validate {path}"})
+    if any(artifact.engine is not None for artifact in missing):
+        steps.append({
+            "text": "Compare the engines with PyTorch on a machine with their GPU.",
+            "command": f"scm-export validate {path}",
+        })  # fmt: skip
+    if not report.status.quality_measured:
+        steps.append({
+            "text": "Measure quality against held-out pictures.", "command": f"scm-export evaluate {path} --keep",
+        })  # fmt: skip
+    if not manifest.budgets:
+        steps.append({
+            "text": "Set a latency budget, for example 25 ms; validate enforces it from then on.",
+            "command": f"scm-export bench {path} --budget p95=25ms@b1 --keep-budget",
+        })  # fmt: skip
+    if found == "pass":
+        steps.append({"text": "Pack the bundle into one file.", "command": f"scm-export bundle pack {path}"})
+    return steps
 
 
 def unproved(manifest: Manifest) -> list[Artifact]:
@@ -157,6 +204,7 @@ def _quality(score: dict[str, Any]) -> dict[str, Any]:
         "recall": number(quality.get("recall"), ".1%"),
         "labels": number(labels.get("accuracy"), ".1%"),
         "count": f"{quality['num_generated']} against {quality['num_reference'] or 'statistics'}",
+        "against": str(score.get("against") or "not on record"),
     }
 
 
@@ -189,11 +237,13 @@ def _cards(report: Report) -> list[dict[str, str]]:
     ]
     if report.latencies:
         fastest = min(report.latencies[0], key=lambda timing: timing.median_ms)
+        steady = report.latencies[0].stable
+        ratio = f"{fastest.speedup:.1f}× PyTorch, " if steady else ""  # of times that vary, a ratio says little
         cards.append(
             {
                 "value": f"{fastest.median_ms:.2f} ms",
-                "text": f"{fastest.name}, batch {report.latencies[0].batch}: {fastest.speedup:.1f}× PyTorch, median of "
-                f"{len(fastest.samples_ms)} rounds{'' if report.latencies[0].stable else ' on a machine not steady'}",
+                "text": f"{fastest.name}, batch {report.latencies[0].batch}: {ratio}median of "
+                f"{len(fastest.samples_ms)} rounds{'' if steady else '; the times were not stable'}",
             }
         )
     return cards

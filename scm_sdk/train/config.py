@@ -35,8 +35,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One training run.
 
     Attributes:
-        objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distils a teacher and
-            ``sct`` trains from data alone (Algorithm 1); ``cd`` distils a teacher in discrete time
+        objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distills a teacher and
+            ``sct`` trains from data alone (Algorithm 1); ``cd`` distills a teacher in discrete time
             (``discrete``) and ``trajectory`` onto the ends of its trajectories (``trajectory``); ``vsd`` is variational
             score distillation alone.
         data: The images.
@@ -90,7 +90,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         tangent_mode: How dF/dt is found (``tangent``): ``jvp2`` and ``jvp`` by forward differentiation apart from the
             pass that is trained or in it, ``fd`` by central differences.
         tangent_step: Step of the central differences, a share of cos(t) sin(t) dx/dt.
-        discrete_points: Times of a grid between whose neighbours the tangent is a difference quotient, as in the
+        discrete_points: Times of a grid between whose neighbors the tangent is a difference quotient, as in the
             paper's discrete-time ablation; 0 for continuous time.
         tangent_norm: Norm of the tangent over one sample; ``l2`` is the paper's, ``rms`` suits
             samples of few elements; ``clamp`` cuts each element to [-1, 1] instead.
@@ -178,7 +178,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more.")
         if self.objective != "vsd" and (self.objective in DISTILLING) != bool(self.teacher):
             raise ConfigError(
-                f"objective is {self.objective!r} and teacher {self.teacher!r}: {', '.join(DISTILLING)} distil a "
+                f"objective is {self.objective!r} and teacher {self.teacher!r}: {', '.join(DISTILLING)} distill a "
                 "teacher, a checkpoint folder; 'diffusion' and 'sct' have none."
             )
         if self.anchor_weight and self.objective != "cd":
@@ -187,7 +187,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "it goes with 'cd'."
             )
         if self.objective == "diffusion" and self.vsd_weight:
-            raise ConfigError(f"vsd_weight is {self.vsd_weight} for a diffusion model, expected 0: VSD distils one.")
+            raise ConfigError(f"vsd_weight is {self.vsd_weight} for a diffusion model, expected 0: VSD distills one.")
         if self.uses_vsd and bool(self.teacher) == self.stable_targets:
             raise ConfigError(
                 "VSD follows one score: expected a teacher, or stable_targets for the data's exact one, not both and "

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TrainError
+from ..errors import ConfigError, TrainError
 from .config import DataConfig
 from .pictures import SUFFIXES, decode_picture
 from .shard_index import MAX_CLASSES, check_class_names, holds_shards, index_shards
@@ -31,7 +31,7 @@ FASHION_FILES = {"fashion-mnist": "train", "fashion-mnist-t10k": "t10k"}
 HAIR_NAMES = (
     "blue", "black", "brown", "chestnut", "burgundy", "auburn", "light brown", "green", "dark blond", "red", "blond",
 )  # fmt: skip
-"""What people call the avatars' eleven hair colours, in the order of ``hairColor_names``."""
+"""What people call the avatars' eleven hair colors, in the order of ``hairColor_names``."""
 AVATARS = ("avatars", "pixel_art_16.npz")
 MAX_BYTES = 16 << 30
 
@@ -64,8 +64,8 @@ class ImageData:
         labels: (N,), int64, or None.
         class_names: Name of each label, or ().
         label_values: The names as the data has them, where people call them something else: the
-            avatars' exact colours.
-        license: SPDX identifier of the images' licence, or "" where it is not known.
+            avatars' exact colors.
+        license: SPDX identifier of the images' license, or "" where it is not known.
         ignored: Number of files of the source that are not trained on, by their ending.
     """
 
@@ -101,10 +101,12 @@ class ImageData:
             what: What the rows are, for the error.
 
         Raises:
-            TrainError: If there are no such rows.
+            ConfigError: If there are no such rows.
         """
         if not 0 <= first < last <= len(self):
-            raise TrainError(f"{what} are {first}..{last}, expected a range within the {len(self)} images of the data.")
+            raise ConfigError(
+                f"{what} are {first}..{last}, expected a range within the {len(self)} images of the data."
+            )
         labels = None if self.labels is None else self.labels[first:last]
         return replace(self, images=self.images[first:last], labels=labels)
 
@@ -120,8 +122,8 @@ def load_data(config: DataConfig) -> ImageData:
     """Load what a config names.
 
     Raises:
-        TrainError: If the source is absent or unreadable, holds images of unequal shape, a NaN, an
-            unknown label column, or fewer rows than asked for.
+        ConfigError: If there is no such source, label column or range of rows.
+        TrainError: If the source is unreadable, or holds images of unequal shape or a NaN.
     """
     if config.source == AVATARS[0]:
         data = _read_npz(Path(str(files("scm_sdk.assets") / AVATARS[1])), config.label)
@@ -147,6 +149,9 @@ def shortened(names: Sequence[str], most: int = 8) -> str:
 
 
 def _read_npz(path: Path, label: str) -> ImageData:
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"data source {path} {found}, expected an .npz file (--data).")
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
             columns = sorted(k for k in archive.files if k != "images" and not k.endswith("_names"))
@@ -156,9 +161,10 @@ def _read_npz(path: Path, label: str) -> ImageData:
             if not label:
                 return ImageData(images=images)
             if label not in columns:
-                raise TrainError(f"label {label!r} is no column of {path}, expected one of {columns} (--label).")
+                known = f"one of {', '.join(columns)}" if columns else "none: it has no other array"
+                raise ConfigError(f"label {label!r} is no column of {path}, expected {known} (--label).")
             given, names = archive[label], archive[f"{label}_names"] if f"{label}_names" in archive.files else None
-    except TrainError:
+    except (ConfigError, TrainError):
         raise
     except Exception as exc:  # NumPy, zipfile and zlib have a dozen kinds for damaged and foreign files
         raise TrainError(f"{path} cannot be read as an npz of arrays: {type(exc).__name__}: {exc}.") from exc
@@ -227,9 +233,12 @@ def _read_fashion_mnist(part: str, label: str) -> ImageData:
 
 def _read_folder(folder: Path, label: str) -> ImageData:
     if not folder.is_dir():
-        raise TrainError(f"data source {str(folder)!r} is no folder, .npz file, 'avatars' or 'fashion-mnist' (--data).")
+        raise ConfigError(
+            f"data source {str(folder)!r} does not exist, expected a folder, an .npz file, avatars or fashion-mnist "
+            "(--data)."
+        )
     if label not in ("", "folder"):
-        raise TrainError(f"label is {label!r}, expected 'folder' (classes are the sub-folders) or nothing (--label).")
+        raise ConfigError(f"label is {label!r}, expected 'folder' (classes are the sub-folders) or nothing (--label).")
     paths, ignored = _pictures_in(folder)
     if not paths:
         raise TrainError(f"{folder} holds no images, expected files ending in {', '.join(sorted(SUFFIXES))}.")

@@ -1,6 +1,6 @@
 """One decoder for every picture file that is trained on, in a folder or in a shard.
 
-Pictures become 8-bit grey or RGB. Those of 16 bits keep their range and lose their lower bits. The orientation that a
+Pictures become 8-bit gray or RGB. Those of 16 bits keep their range and lose their lower bits. The orientation that a
 camera noted is applied. Transparent pixels show white. What would be read in part (animations), or by a guess at its
 range (32-bit and floating pictures), is refused.
 """
@@ -26,7 +26,7 @@ _GREY = frozenset({"1", "L", "LA", "La", "I", "F"})
 
 
 def look_at(content: bytes, *, max_pixels: int) -> tuple[int, int, int]:
-    """Return height, width and channels of a picture: 1 channel for grey, 3 for the rest.
+    """Return height, width and channels of a picture: 1 channel for gray, 3 for the rest.
 
     Raises:
         ValueError: If it is no picture that is trained on, or has more pixels; says why.
@@ -42,7 +42,7 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
 
     Args:
         file: Its path, or its content.
-        shape: (H, W, C) that it must have, checked before it is decoded. With 3 channels a grey picture becomes RGB;
+        shape: (H, W, C) that it must have, checked before it is decoded. With 3 channels a gray picture becomes RGB;
             with 1 a colored one is refused. None takes any size, in RGB.
 
     Returns:
@@ -58,12 +58,12 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
         if shape is not None and (height, width) != shape[:2]:
             raise ValueError(f"it lies on its side as {height}x{width}, expected {shape[0]}x{shape[1]} like the first")
         if shape is not None and channels > shape[2]:
-            raise ValueError("it has colors, expected a grey picture like the first")
-        grey = shape is not None and shape[2] == 1
+            raise ValueError("it has colors, expected a gray picture like the first")
+        gray = shape is not None and shape[2] == 1
         from PIL import ImageOps
 
-        pixels = np.asarray(_flat(ImageOps.exif_transpose(image)).convert("L" if grey else "RGB"))
-        return pixels.reshape(height, width, 1 if grey else 3)
+        pixels = np.asarray(_flat(ImageOps.exif_transpose(image)).convert("L" if gray else "RGB"))
+        return pixels.reshape(height, width, 1 if gray else 3)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def profile(snapshot: Snapshot, edges: NDArray[np.int64]) -> NDArray[np.float64]
 def solve_weights(snapshots: Sequence[Snapshot], wanted: Snapshot) -> tuple[NDArray[np.float64], float]:
     """Return the factor of each snapshot, (K,), float64, which sum to 1, and the relative error of their profile."""
     times = [each.iteration for each in (*snapshots, wanted)]
-    # Every iteration by itself in a short run; in a long one neighbours share a bin, within which profiles are flat.
+    # Every iteration by itself in a short run; in a long one neighbors share a bin, within which profiles are flat.
     edges = np.unique([*times, *np.linspace(0, max(times), min(max(times), BINS) + 1).astype(np.int64)])
     width = np.sqrt(np.diff(edges))
     columns = np.stack([profile(each, edges) / width for each in snapshots], axis=1)

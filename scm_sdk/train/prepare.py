@@ -52,7 +52,8 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
         data: What ``load_data(config.data)`` returned, where the caller has it already.
 
     Raises:
-        TrainError: If data, network and models do not belong together.
+        ConfigError: If data, network and models do not belong together.
+        TrainError: If the data cannot be read.
     """
     data = load_data(config.data) if data is None else data
     initial = _load(config.first_weights, config) if config.first_weights else None
@@ -67,12 +68,12 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
     height, width, channels = data.images.shape[1:]
     theirs = f"Give the data and the label column that {config.first_weights} was trained on (--data, --label)."
     if (channels, height, width) != network.sample_shape:
-        raise TrainError(
+        raise ConfigError(
             f"the images are (C, H, W) = {(channels, height, width)}, the network takes {network.sample_shape}. "
             + (theirs if config.network is None else f"Choose a network of the data's size: {_presets_for(data)}.")
         )
     if network.num_classes != data.num_classes:
-        raise TrainError(
+        raise ConfigError(
             f"the data has {data.num_classes} classes, the network {network.num_classes}. "
             + (theirs if config.network is None else "Choose the label column the network was made for (--label).")
         )
@@ -89,6 +90,7 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
             "license": data.license or "other",
             "objective": config.objective + ("+vsd" if config.vsd_weight else ""),
             "software": f"scm-sdk {__version__}",
+            **({"discrete_points": str(config.discrete_points)} if config.discrete_points else {}),
             **_about_guidance(config),
         },
     )
@@ -117,10 +119,10 @@ def _presets_for(data: ImageData) -> str:
 
 
 def _check_classes(model: ConsistencyModel, folder: str, data: ImageData) -> None:
-    """Refuse to distil a model of other classes: label 3 of the one would be label 3 of the other."""
+    """Refuse to distill a model of other classes: label 3 of the one would be label 3 of the other."""
     theirs = model.config.class_names
     if theirs and data.class_names and theirs != data.class_names:
-        raise TrainError(
+        raise ConfigError(
             f"the classes of {folder} are {shortened(theirs)}, those of the data {shortened(data.class_names)}: "
             "expected the same in the same order. Give the data and the label column that it was trained on "
             "(--data, --label)."
@@ -138,11 +140,11 @@ def _check_alike(model: ConsistencyModel, folder: str, wanted: ModelConfig, *, w
     """Weights go into the same network; a teacher is only asked, and may be another one of the same samples."""
     more = model.config.guidance and not wanted.guidance
     if weights and (more or _shape(model.config.network) != _shape(wanted.network)):
-        raise TrainError(f"the network of {folder} differs from the run's; give models of one shape.")
+        raise ConfigError(f"the network of {folder} differs from the run's; give models of one shape.")
     names = ("sample_shape", "num_classes", "sigma_data")
     mine, its = ({name: getattr(config, name) for name in names} for config in (wanted, model.config))
     if mine != its:
-        raise TrainError(f"the model of {folder} has {its}, expected {mine} as the run has. Give models of one kind.")
+        raise ConfigError(f"the model of {folder} has {its}, expected {mine} as the run has. Give models of one kind.")
 
 
 def _shape(network: NetworkConfig) -> dict[str, object]:
@@ -155,18 +157,18 @@ def _with_guidance_input(network: NetworkConfig, config: TrainConfig) -> Network
     """Give a student that is to be told the guidance scale an input for it.
 
     Raises:
-        TrainError: If it has one and would not be told, or can have none.
+        ConfigError: If it has one and would not be told, or can have none.
     """
     has = getattr(network, "guidance", False)
     if has and not config.takes_guidance:
-        raise TrainError(
+        raise ConfigError(
             f"the network takes a guidance scale, but guidance is {config.guidance}: it would learn nothing of it. "
             "Give a range to draw from, for example 1 2."
         )
     if has or not config.takes_guidance:
         return network
     if "guidance" not in network.__struct_fields__ or isinstance(network, OwnConfig):
-        raise TrainError(
+        raise ConfigError(
             f"guidance is {config.guidance}, but this kind of network has no input for the scale. Give one scale "
             "alone, which is baked in."
         )
@@ -183,12 +185,12 @@ def _about_guidance(config: TrainConfig) -> dict[str, str]:
 def _check_labels(config: TrainConfig, network: NetworkConfig) -> None:
     """Refuse what the data cannot give: it has class labels, and a label for none only where the network knows one."""
     if asked := [tensor.name for tensor in getattr(network, "conditioning", ())]:
-        raise TrainError(
+        raise ConfigError(
             f"the network takes {', '.join(asked)}, but the data has class labels alone. Bind those inputs in Python "
             "and call train.objectives."
         )
     if config.label_dropout and not getattr(network, "has_null_label", True):
-        raise TrainError(
+        raise ConfigError(
             f"label_dropout is {config.label_dropout}, expected 0: the network has no label for none. Leave it out."
         )
 

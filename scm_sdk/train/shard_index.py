@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TrainError
+from ..errors import ConfigError, TrainError
 from . import shards
 from .pictures import SUFFIXES, look_at
 from .shards import ARRAYS, ShardImages, as_sample_shape, read_npy_header
@@ -77,6 +77,7 @@ def index_shards(folder: Path, label: str) -> Index:
         label: "" for none; ``cls`` for tar shards, a column for npz shards.
 
     Raises:
+        ConfigError: If there is no such label.
         TrainError: If a shard is damaged, a sample lacks its image or label, or something is larger than allowed.
     """
     paths, places, labels = _shards(folder), array("q"), array("q")
@@ -159,7 +160,7 @@ class _HeadersOnly(io.RawIOBase):
 
 def _index_tar(path: Path, label: str) -> _Shard | None:
     if label not in ("", LABEL):
-        raise ValueError(f"label is {label!r}, and tar shards have {LABEL!r}")
+        raise ConfigError(f"label is {label!r}, expected {LABEL!r} for tar shards, or nothing (--label).")
     places, labels, stored, ignored = array("q"), array("q"), "", Counter[str]()
     key, image, mark, dotted = "", (0, 0), -1, ""
 
@@ -238,6 +239,10 @@ def _index_npz(path: Path, label: str) -> _Shard | None:
         for row in range(shape[0]):
             places.extend((start + row * each, each))
         if label:
+            columns = sorted(name.removesuffix(".npy") for name in archive.namelist())
+            if label not in columns:
+                known = [name for name in columns if name != "images" and not name.endswith("_names")]
+                raise ConfigError(f"label {label!r} is no column of {path}, expected one of {known} (--label).")
             at, length, kind = _array_in(stream, archive, label)
             if length != shape[:1] or kind.kind not in "ui":
                 raise ValueError(f"label column {label!r} is {length} of {kind}, expected {shape[:1]} of integers")

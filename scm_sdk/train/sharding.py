@@ -78,7 +78,7 @@ def check_scale(config: TrainConfig, scale: Scale, world: World) -> None:
     if config.objective == "trajectory" and (world.size > 1 or sharded):
         raise ConfigError(
             "--trajectory-steps solves a block of trajectories at a time, which every process would do alike: it goes "
-            "with one process only. Leave out torchrun, or distil by --discrete-step or sCD."
+            "with one process only. Leave out torchrun, or distill by --discrete-step or sCD."
         )
     if config.compile and (world.size > 1 or sharded):
         raise ConfigError("--compile goes with one process only. Leave it out.")

@@ -34,17 +34,21 @@ def average_models(folders: Sequence[str | Path]) -> ConsistencyModel:
     first = ConsistencyModel.from_pretrained(folders[0])
     provenance = first.config.provenance
     mean = {name: value.double() for name, value in first.network.state_dict().items()}
+    lengths = [provenance.get("iteration", "")]
     for folder in folders[1:]:
         other = ConsistencyModel.from_pretrained(folder)
         _require_alike(first, other, str(folders[0]), str(folder))
         if _trained(other.config.provenance) < _trained(provenance):
             provenance = provenance | {key: other.config.provenance[key] for key in ("iteration", "num_iterations")}
+        lengths.append(other.config.provenance.get("iteration", ""))
         for name, value in other.network.state_dict().items():
             mean[name] += value.double()
     dtypes = {name: value.dtype for name, value in first.network.state_dict().items()}
     with torch.no_grad():
         first.network.load_state_dict({name: (value / len(folders)).to(dtypes[name]) for name, value in mean.items()})
     provenance = provenance | {"averaged": f"the weights of {len(folders)} runs"}
+    if all(lengths):
+        provenance["runs"] = f"mean of {len(lengths)} runs of {', '.join(lengths[:-1])} and {lengths[-1]} iterations"
     return ConsistencyModel(msgspec.structs.replace(first.config, provenance=provenance), first.network)
 
 

@@ -69,10 +69,10 @@ def scaled_difference(
 
 
 def grid_times(t: Tensor, count: int, *, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """Move times up to the grid of the discrete-time ablation and return them with their neighbours below, each (B,).
+    """Move times up to the grid of the discrete-time ablation and return them with their neighbors below, each (B,).
 
     The grid is EDM's, ``count`` noise levels and 0. A time of the grid is as likely as all those below it and above its
-    neighbour were.
+    neighbor were.
 
     Args:
         t: Times, (B,), radians; those above the grid go to its last.

@@ -1,1 +1,1 @@
-"""Models of other libraries seen as consistency models: their folders, their parametrisation, their parts."""
+"""Models of other libraries seen as consistency models: their folders, their parametrization, their parts."""

@@ -83,7 +83,7 @@ def load_diffusers(
 ) -> ConsistencyModel:
     """Load a denoiser that diffusers saved as a TrigFlow diffusion model, in evaluation mode.
 
-    Its ``network`` is F, exactly: a teacher to distil, or to sample with ``solvers.sample_ode``. What
+    Its ``network`` is F, exactly: a teacher to distill, or to sample with ``solvers.sample_ode``. What
     ``save_pretrained`` then writes is a checkpoint of this package.
 
     Args:

@@ -192,7 +192,7 @@ def _check_values(
     if not transformer.guidance_embeds:
         raise ConfigError(
             f"{folder / 'transformer'} has guidance_embeds false, expected true: it is a SANA diffusion model, not a "
-            "SANA-Sprint one. Distil it first."
+            "SANA-Sprint one. Distill it first."
         )
     if scheduler.prediction_type != "trigflow" or not 0 < scheduler.sigma_data < math.inf:
         raise ConfigError(

@@ -25,7 +25,7 @@ _LARGEST_SIDE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localised:
+class Localized:
     """Where a graph goes wrong.
 
     Attributes:
@@ -43,7 +43,7 @@ class Localised:
     picture: Path | None
 
 
-def localise(path: Path, parity: Parity, folder: Path) -> Localised:
+def localize(path: Path, parity: Parity, folder: Path) -> Localized:
     """Look into a graph that failed.
 
     Args:
@@ -70,7 +70,7 @@ def localise(path: Path, parity: Parity, folder: Path) -> Localised:
     found = None
     if full and full[0].path != artifact.path:
         found = bisect(graph, read_model(bundle.file(full[0].path)), spec, seed=parity.worst_seed)
-    return Localised(
+    return Localized(
         artifact=artifact.path,
         diagnosis=examine_graph(bundle, artifact),
         bisection=found,
@@ -98,7 +98,7 @@ def _picture(bundle: Bundle, parity: Parity, steps: int, folder: Path) -> Path |
 def side_by_side(
     reference: NDArray[np.float32], candidate: NDArray[np.float32], spec: SamplerSpec
 ) -> NDArray[np.uint8]:
-    """Return the reference, the candidate and their difference ten times amplified around grey, as one picture."""
+    """Return the reference, the candidate and their difference ten times amplified around gray, as one picture."""
     low, high = spec.value_range
     gap = np.clip((low + high) / 2 + _AMPLIFY * (candidate - reference), low, high)
     triple = np.nan_to_num(np.stack([reference, candidate, gap]), nan=low, posinf=high, neginf=low)
