@@ -15,6 +15,7 @@ runs one at a time in each of its streams, so there is a stream for every call t
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,6 @@ from .base import (
     check_inputs,
     check_num_threads,
     cuda_index,
-    first_line,
 )
 
 FIXED_SIZES = (16, 4, 1)
@@ -47,6 +47,8 @@ FIXED_BYTES = 64 * 2**20
 _LEAST_FILLED = 0.75
 """A size is used where so much of it is pictures that were asked for."""
 _TYPES = {"f32": "float32", "i64": "int64"}
+_PLACE = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?")
+_MOST_SAID = 400
 
 
 def open_backend(
@@ -103,7 +105,7 @@ class OpenVINOBackend:
             self._for_size(1 if self._fixed else 0)
         except RuntimeError as exc:
             raise BackendUnavailable(
-                f"openvino {openvino.__version__} cannot compile {artifact_path}: {first_line(exc)}. Expected a "
+                f"openvino {openvino.__version__} cannot compile {artifact_path}: {_said(exc)}. Expected a "
                 "precision that this CPU computes; fp32 runs everywhere."
             ) from exc
 
@@ -115,7 +117,7 @@ class OpenVINOBackend:
             images = self._run(feeds, batch) if self._fixed else self._for_size(0).run(feeds)
         except RuntimeError as exc:
             raise BackendFailure(
-                f"openvino failed on a batch of {batch} on cpu: {first_line(exc)}. "
+                f"openvino failed on a batch of {batch} on cpu: {_said(exc)}. "
                 "Expected images; try a smaller batch_size, and report it if that does not help."
             ) from exc
         return check_images(self.spec, images, batch, backend="openvino")
@@ -213,13 +215,23 @@ def _load(core: Any, path: Path) -> Any:
         return core.read_model(path)
     except RuntimeError as exc:
         raise IntegrityError(
-            f"openvino cannot load {path}: {first_line(exc)}. "
-            "Expected a sampler graph of scm-export with its external data beside it. Export it again."
+            f"openvino cannot load {path}: {_said(exc)}. "
+            "Expected a sampler graph of scm-export with its external data beside it, and memory for both. Export it "
+            "again."
         ) from exc
+
+
+def _said(exc: Exception) -> str:
+    """Return what OpenVINO found, without the places in its source, which come first, and without its full stop."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    found = " ".join(line for line in lines if not _PLACE.fullmatch(line)) or (lines or [type(exc).__name__])[-1]
+    return found[:_MOST_SAID].rstrip(". ")
 
 
 def _describe(port: Any) -> tuple[str, str, tuple[object, ...]]:
     kind = port.element_type.to_string()
+    if port.partial_shape.rank.is_dynamic:  # an input without a shape
+        return port.any_name, _TYPES.get(kind, kind), ("?",)
     shape = tuple(d.get_length() if d.is_static else "?" for d in list(port.partial_shape)[1:])
     return port.any_name, _TYPES.get(kind, kind), shape
 

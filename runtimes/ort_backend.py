@@ -14,6 +14,8 @@ session's worker threads do not spin while they wait: that costs a shared machin
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,9 @@ PRECISION_KEY = "scm_precision"
 """Key under which it writes the precision, if that is not fp32."""
 _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 _ERRORS_ONLY = 3
+_PREFIX = re.compile(
+    r"^\[ONNXRuntimeError\] : \d+ : |Load model from .*? failed: ?|/\S+\.(?:cc|h):\d+ \S.*\) (?=[A-Z])"
+)
 
 
 def open_backend(
@@ -109,7 +114,7 @@ class OrtBackend:
             (images,) = session.run([self.spec.output_name], feeds)
         except Exception as exc:  # onnxruntime's errors have no common base class
             raise BackendFailure(
-                f"onnxruntime failed on a batch of {len(noise[0])} on {self.device}: {first_line(exc)}. "
+                f"onnxruntime failed on a batch of {len(noise[0])} on {self.device}: {_said(exc)}. "
                 "Expected images; try a smaller batch_size, and report it if that does not help."
             ) from exc
         return check_images(self.spec, images, len(noise[0]), backend="onnxruntime")
@@ -120,10 +125,16 @@ class OrtBackend:
 
 
 def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
+    name = os.fsencode(path).decode(errors="backslashreplace")
+    if name != str(path):
+        raise BackendUnavailable(
+            f"{name} is no UTF-8, but onnxruntime opens no other paths. Rename the folder, or use backend='openvino' "
+            "or 'torch'."
+        )
     try:
-        return ort.InferenceSession(str(path), options, providers=settings)
+        return ort.InferenceSession(name, options, providers=settings)
     except Exception as exc:  # onnxruntime's errors have no common base class
-        text = first_line(exc)
+        text = _said(exc)
         if "NOT_IMPLEMENTED" in text:
             raise BackendUnavailable(
                 f"onnxruntime {ort.__version__} has no kernel for a node of {path}: {text}. Expected a precision "
@@ -136,8 +147,14 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
             ) from exc
         raise IntegrityError(
             f"onnxruntime {ort.__version__} cannot load {path}: {text}. "
-            "Expected a sampler graph of scm-export with its external data beside it. Export it again."
+            "Expected a sampler graph of scm-export with its external data beside it, and memory for both. Export it "
+            "again."
         ) from exc
+
+
+def _said(exc: Exception) -> str:
+    """Return what onnxruntime found, without its prefixes and the places in its source."""
+    return _PREFIX.sub("", first_line(exc))
 
 
 def _metadata(session: Any, key: str) -> str:

@@ -52,13 +52,18 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     try:
         with without_telemetry(module):
             return import_module(module)
-    except ImportError as exc:
+    except Exception as exc:  # whatever a library raises that is broken, or that a limit keeps from loading
         if not is_installed(module):
             found, command = "is not installed", install_command(extra)
         else:
-            reason = str(exc) or "no reason given, as when it was built for another NumPy"
+            reason = str(exc) or f"{type(exc).__name__} without a reason, as when it was built for another NumPy"
             found = f"is installed, but could not be imported ({reason})"
             command = install_command(extra, "--force-reinstall", "--no-cache-dir")
+            if (limit := address_space_limit()) is not None:
+                raise BackendUnavailable(
+                    f"{purpose} needs {module}, which {found}. This process may use {limit >> 20} MiB of address "
+                    f"space: raise the limit (ulimit -v). If that does not help, install it again: {command}"
+                ) from exc
         twins = " First uninstall both onnxruntime and onnxruntime-gpu: they share a folder." * (
             module == "onnxruntime" and is_installed(module)
         )
@@ -66,6 +71,16 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs {module}, which {found}.{twins} Install it with: {command}. See what runs here: "
             "scm-export doctor"
         ) from exc
+
+
+def address_space_limit() -> int | None:
+    """Return the bytes of address space that this process may use, None without a limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def install_command(extra: str, *options: str) -> str:

@@ -235,7 +235,13 @@ class Opener:
                 except BackendError as exc:
                     problems.append(exc)
                     if self._fallback == "error":
-                        raise
+                        others = list(dict.fromkeys(r.backend for r in plan.accepted if r.backend != row.backend))
+                        if not others:
+                            raise
+                        raise type(exc)(
+                            f"{exc}. Nothing else is taken unasked, but {', '.join(others)} can run it: name it with "
+                            "backend=, or pass fallback='warn'."
+                        ) from exc
             if self._fallback == "error":
                 break
         raise problems[0]
