@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +57,13 @@ class Build:
         self.seconds["parse"] = time.perf_counter() - start
         config = self._configure()
         start = time.perf_counter()
-        plan = self.builder.build_serialized_network(self.network, config)
+        with held_signals() as received:
+            self.monitor = config.progress_monitor = make_monitor(trt, self.progress or (lambda *_: None), received)
+            plan = self.builder.build_serialized_network(self.network, config)
+            if plan is None:
+                self._clear_target()
         self.seconds["build"] = time.perf_counter() - start
-        if plan is None:
-            self._clear_target()
-        if self.monitor is not None and self.monitor.stopped_by is not None:
+        if self.monitor.stopped_by is not None:
             raise self.monitor.stopped_by
         if plan is None:
             raise explain(self.log.errors(), doing=f"building {self.graph}")
@@ -92,9 +97,6 @@ class Build:
         for tensor in self.spec.inputs:
             profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in options.batch))
         config.add_optimization_profile(profile)
-        self.monitor = make_monitor(trt, self.progress) if self.progress is not None else None
-        if self.monitor is not None:
-            config.progress_monitor = self.monitor
         return config
 
     def _clear_target(self) -> None:
@@ -137,8 +139,39 @@ def give_timing_cache(config: Any, path: Path) -> None:
             continue
 
 
-def make_monitor(library: Any, progress: Progress) -> Any:
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Hold SIGINT and SIGTERM back, and deliver the first that came at the end.
+
+    The library swallows what a handler raises while it calls Python: its logger, its monitor. Signals that are ignored
+    stay so; in another thread than the main one nothing changes.
+
+    Yields:
+        Numbers of the signals that came so far.
+    """
+    received: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
+                before[number] = handler
+                signal.signal(number, lambda number, _frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
+
+
+def make_monitor(library: Any, progress: Progress, received: Sequence[int] = ()) -> Any:
     """Return the library's progress monitor, which reports to ``progress`` and stops when it says so.
+
+    Args:
+        library: TensorRT or TensorRT-RTX.
+        progress: Called with the phase, the steps done and the steps in all; returns False to stop.
+        received: Signals that were held back; the build stops when there is one.
 
     Returns:
         An object with ``stopped_by``: the exception to raise when the build was stopped, or None.
@@ -155,7 +188,7 @@ def make_monitor(library: Any, progress: Progress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
-                if progress(phase_name, step + 1, self.totals.get(phase_name, step + 1)) is False:
+                if received or progress(phase_name, step + 1, self.totals.get(phase_name, step + 1)) is False:
                     self.stopped_by = ExportError(
                         f"the build was canceled in {phase_name!r}, expected to go on. Nothing was written."
                     )

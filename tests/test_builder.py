@@ -1,8 +1,11 @@
 """The driver of NVIDIA's builder: its words, its progress, its timing cache and its log."""
 
 import importlib
+import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,7 @@ from scm_sdk.errors import (
     UnsupportedGraphError,
 )
 from scm_sdk.export.build_errors import explain
-from scm_sdk.export.builder import give_timing_cache
+from scm_sdk.export.builder import give_timing_cache, make_monitor
 from scm_sdk.export.engine import build_engine
 from scm_sdk.trt import make_logger
 
@@ -106,3 +109,35 @@ def test_progress_is_reported_and_stops_the_build(graphs: Path, tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(), progress=interrupt)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("progress", [None, lambda *_: None], ids=["silent", "told"])
+def test_a_signal_stops_the_build_wherever_it_comes(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, progress: Callable[..., None] | None
+) -> None:
+    """The library swallows what is raised in its other callbacks, as in the start of a phase."""
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    made: list[Any] = []
+
+    def signaled(library: Any, *arguments: Any) -> Any:
+        made.append(make_monitor(library, *arguments))
+        start = type(made[0]).phase_start
+        type(made[0]).phase_start = lambda self, *about: (signal.raise_signal(number), start(self, *about))[1]
+        return made[0]
+
+    monkeypatch.setattr("scm_sdk.export.builder.make_monitor", signaled)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stopped):
+            build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(), progress=progress)
+        assert signal.getsignal(number) is stop, "the handler is back"
+    finally:
+        signal.signal(number, before)
+    assert made[0].stopped_by is not None and not list(tmp_path.iterdir())

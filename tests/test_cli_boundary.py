@@ -256,7 +256,7 @@ def test_every_verb_without_a_library_is_done_or_exit_7(place: Path, tmp_path: P
             calls.pop(verb)
     done = subprocess.run(
         [sys.executable, "-c", BLOCK, json.dumps([[blocked], calls])],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True, text=True, timeout=900, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
