@@ -7,6 +7,7 @@ anything else simply is not found. The file may be deleted at any time.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import platform
@@ -46,6 +47,8 @@ def recall(
     for key, median in _read().items():
         backend, _, rest = key.partition("|")
         artifact, _, conditions = rest.partition("|")
+        if backend not in BACKENDS:
+            continue
         if backend not in here:
             here[backend] = _conditions(backend, build_id, num_inference_steps, device, num_threads)
         if conditions == here[backend]:
@@ -82,18 +85,23 @@ def remember(
 
 
 def _read() -> dict[str, Measured]:
-    """Return what is in the file; nothing if it is absent, no plain file, too large or malformed."""
+    """Return what is in the file; nothing if it is absent, or, with one warning, damaged or no plain file."""
     path = cache_path()
     if path is None:
         return {}
     try:
         with open_regular(path) as stream:
             data = stream.read(_MAX_BYTES + 1)
-        raw = json.loads(data) if len(data) <= _MAX_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return {}
+    except OSError as exc:
+        return _ignored(path, "it is no plain file") if exc.errno == errno.EINVAL else {}
+    if len(data) > _MAX_BYTES:
+        return _ignored(path, f"it has more than {_MAX_BYTES} bytes")
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        return _ignored(path, f"it is no JSON ({type(exc).__name__})")
     if not isinstance(raw, dict) or len(raw) > MAX_ENTRIES:
-        return {}
+        return _ignored(path, f"it is no object of at most {MAX_ENTRIES} times")
     found = {}
     for key, value in raw.items():
         try:
@@ -102,7 +110,14 @@ def _read() -> dict[str, Measured]:
             continue
         if math.isfinite(measured.ms) and measured.ms > 0 and measured.batch > 0:
             found[key] = measured
+        else:
+            _ignored(path, "it holds times that are not positive numbers", what="a part of ")
     return found
+
+
+def _ignored(path: Path, problem: str, *, what: str = "") -> dict[str, Measured]:
+    warn_once(f"{what}{path} is ignored: {problem}. Delete it and measure again: gen.benchmark()")
+    return {}
 
 
 def _conditions(backend: str, build_id: str, steps: int, device: str | None, num_threads: int | None) -> str:

@@ -204,6 +204,11 @@ def check_arguments(arguments: object, *, of: str) -> Mapping[str, Any]:
             f"{of} got a {type(arguments).__name__}, expected a mapping of arguments for each request, such as "
             "{'seed': 1}."
         )
+    for name in sorted({"batch_size", "progress"} & arguments.keys()):
+        raise UnknownArgument(
+            f"{of} got {name!r}, which only a single call takes: requests share batches, of max_batch images at most. "
+            "Leave it out, or open the generator with another max_batch."
+        )
     check_names(arguments, _ARGUMENTS, of=of)
     return arguments
 
@@ -326,7 +331,8 @@ def _label(spec: SamplerSpec, label: object) -> int:
     if isinstance(label, str):
         if label in spec.class_names:
             return spec.class_names.index(label)
-        if label.isascii() and label.isdecimal() and int(label) < spec.num_classes:
+        digits = label.isascii() and label.isdecimal() and len(label) <= len(str(spec.num_classes))
+        if digits and int(label) < spec.num_classes:
             return int(label)
         if not spec.class_names:
             raise ConfigError(f"class label is {label!r}, but the labels have no names. Use 0..{spec.num_classes - 1}.")
@@ -367,16 +373,16 @@ def _guidance(limits: tuple[float, float], scale: float | Sequence[float] | None
     if scale is None:
         raise ConfigError(f"guidance_scale is missing, expected a number in {limits[0]}..{limits[1]} for this model.")
     try:
-        if isinstance(scale, str | bytes):
+        array = np.asarray(scale)
+        if array.dtype.kind not in "iuf":  # no texts, also in a list, and no truth values
             raise TypeError
-        array = np.asarray(scale, np.float32)
     except (TypeError, ValueError):
         raise ConfigError(f"guidance_scale is {scale!r}, expected a number or one for each image.") from None
     if array.shape not in ((), (count,)):
         raise ConfigError(f"guidance_scale has shape {array.shape}, expected one number or num_images = {count}.")
     if not ((array >= limits[0]) & (array <= limits[1])).all():  # NaN is refused, too
         raise ConfigError(f"guidance_scale is {scale!r}, expected numbers in {limits[0]}..{limits[1]}.")
-    return np.broadcast_to(array, (count,)).copy()  # a view of one number may not be written to
+    return np.broadcast_to(array.astype(np.float32), (count,)).copy()  # a view of one number may not be written to
 
 
 def _conditioning(spec: SamplerSpec, given: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:

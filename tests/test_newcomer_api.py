@@ -95,7 +95,7 @@ def test_a_batcher_is_called_like_a_generator(gen: Generator) -> None:
 def test_a_text_is_a_name_first_and_then_a_number(gen: Generator) -> None:
     found = [gen(1, class_labels=label, seed=1).class_labels for label in ("red", "2", 2, "0")]
     assert found == [(0,), (1,), (2,), (0,)]
-    for wrong in ("3", "-1", "1.0", "\u0662"):
+    for wrong in ("3", "-1", "1.0", "\u0662", "9" * 5000, " 2", "", b"red"):
         with pytest.raises(ConfigError, match="class label is"):
             gen(1, class_labels=wrong)
 
@@ -104,6 +104,24 @@ def test_arrays_without_axes_are_numbers(gen: Generator) -> None:
     out = gen(2, seed=np.array(5), class_labels=np.array(1))
     assert out.seeds == (5, 6) and out.class_labels == (1, 1)
     assert gen(1, seed=np.array([5]), class_labels=np.array("blue")).class_labels == (2,)
+
+
+@pytest.mark.parametrize("wrong", ["4", ["4"], [1, "4"], b"4", True, [True], [[4]], [1, [2]], [], {}, 1e300, 2 + 0j])
+def test_a_guidance_scale_is_a_number(wrong) -> None:
+    spec = msgspec.structs.replace(SPEC, guidance_range=(1.0, 8.0))
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        make_request(spec, seed=1, guidance_scale=wrong)
+    for right in (4, np.array(4), np.float16(4), [4.0], np.array([4])):
+        scale = make_request(spec, seed=1, guidance_scale=right).conditioning["guidance_scale"]
+        assert scale.dtype == np.float32 and scale.tolist() == [4]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "progress"])
+def test_what_shared_batches_cannot_have_is_said(name: str, gen: Generator) -> None:
+    with gen.batcher() as batcher:
+        for call in (batcher, batcher.submit, lambda **options: next(gen.stream([options]))):
+            with pytest.raises(UnknownArgument, match=f"got '{name}', which only a single call takes.* max_batch"):
+                call(**{name: 2})
 
 
 def test_giant_requests_are_refused_before_anything_is_built(gen: Generator) -> None:
