@@ -252,6 +252,6 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Return a text that stays in its line and its cell, and is no HTML."""
+    """Return a text that stays in its line and its cell, and is no HTML, link or picture."""
     shown = "".join(c if c.isprintable() else " " for c in text)
-    return shown.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return shown.replace("|", "\\|").replace("[", "\\[").replace("<", "&lt;").replace("`", "'")

@@ -30,6 +30,7 @@ _NAME_BYTES = 255
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 """Name of what ``_sibling`` names."""
 _UNFINISHED = re.compile(r"(?<![^\\/\s'\"])\.([^\\/\n]+?)\.[0-9a-z_]{8}\.partial")
+_OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 """Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
 
@@ -206,6 +207,11 @@ def final_path(text: str) -> str:
     Progress and errors name files while these lie in ``.<name>.<hex>.partial``, a name that is gone when they are read.
     """
     return _UNFINISHED.sub(r"\1", text)
+
+
+def printable(text: str) -> str:
+    """Return a text of an untrusted file with what a terminal obeys escaped: control codes and changes of direction."""
+    return "".join(c if c in "\n\t" or not _OBEYED.match(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -197,7 +197,7 @@ def _from_cache(library: ModuleType, repo_id: str, revision: str | None, shown: 
         raise BundleError(
             f"{shown} is not in the hub's cache, and {why}. Check the name, go online, or unset HF_HUB_OFFLINE."
         ) from exc
-    folder = Path(path)
+    folder = _snapshot_of(library, repo_id, Path(path), shown)
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
     if MANIFEST_NAME in names:
         wanted = {MANIFEST_NAME, *(entry.path for entry in read_manifest(folder).files)}
@@ -215,9 +215,25 @@ def _from_cache(library: ModuleType, repo_id: str, revision: str | None, shown: 
 def _snapshot(library: ModuleType, repo_id: str, revision: str | None, names: Sequence[str], shown: str) -> Path:
     patterns = [glob.escape(name) for name in names]
     try:
-        return Path(library.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        path = Path(library.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as exc:  # as in fetch
         raise BundleError(f"{shown} could not be fetched: {_first_line(exc)}. Run it again to go on.") from exc
+    return _snapshot_of(library, repo_id, path, shown)
+
+
+def _snapshot_of(library: ModuleType, repo_id: str, folder: Path, shown: str) -> Path:
+    """Return the folder if it is one of the repository's snapshots: a ref is a text that names any folder.
+
+    Raises:
+        BundleError: If it is not.
+    """
+    snapshots = Path(library.constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots")
+    if folder.resolve().parent != snapshots.resolve():
+        raise BundleError(
+            f"{shown} leads to {folder.resolve()} in the hub's cache, expected a folder in {snapshots}. Delete "
+            f"{snapshots.parent} and fetch it again."
+        )
+    return folder
 
 
 def _check_there(folder: Path, names: Iterable[str], shown: str) -> None:

@@ -27,6 +27,8 @@ def locate(path: str | os.PathLike[str], *, revision: str | None = None, local_f
         ConfigError: If a revision is given for what is no hub id.
     """
     local, text = Path(path), os.fspath(path)
+    if not text:
+        raise BundleError(f"the path is empty, expected a folder, a {SUFFIX} file or {HUB_PREFIX}owner/name.")
     repo_id = text.removeprefix(HUB_PREFIX)
     if repo_id != text or (revision is not None and is_repo_id(text) and not local.exists()):
         return fetch(repo_id, revision=revision, local_files_only=local_files_only)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from .errors import ConfigError, SchemaError
+from .files import printable
 from .spec import Precision, SamplerSpec
 
 MANIFEST_NAME = "scm_manifest.json"
@@ -138,7 +139,7 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def finding(self) -> str:
         """What was found and what is allowed, in a few words."""
         if self.fault:
-            return self.fault
+            return printable(self.fault)
         if self.gate == "psnr_p05_db":
             reached = f"95 % of {self.num_samples} samples reach {self.psnr_p05_db:.1f} dB"
             return f"{reached} of at least {self.threshold:.0f} dB"

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, overload
 
+from .files import printable
+
 
 class Measured(NamedTuple):
     """A median latency remembered from this machine.
@@ -89,7 +91,7 @@ class Plan(Sequence[PlanRow]):
         for row in shown:
             mark, verdict = "*" if row.chosen else "", "accepted" if row.accepted else "rejected"
             steps = str(row.num_inference_steps or "any")
-            table.append((mark, row.backend, row.artifact, row.precision, steps, verdict, row.reason))
+            table.append((mark, row.backend, row.artifact, row.precision, steps, verdict, printable(row.reason)))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
         if hidden := len(self.rows) - len(shown):

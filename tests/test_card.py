@@ -74,6 +74,8 @@ def test_names_stay_in_their_place():
     assert head(card)["license"] == "mit"
     assert card.count("\n---\n") == 1 and "<script>" not in card and "<b>" not in card
     assert "\n| data \\| x | a --- license: mit \\| &lt;b> |\n" in card
+    card = model_card("![x](http://x) [x](http://x)\x1b[2J", SPECS, {})
+    assert "\n# !\\[x](http://x) \\[x](http://x) \\[2J\n" in card
 
 
 def test_a_card_tells_what_was_measured_since(bundle_copy):

@@ -50,6 +50,18 @@ def test_a_revision_in_the_cache(hub_cache, linear, offline):
         fetch("someone/linear", revision="v2")
 
 
+@pytest.mark.parametrize("target", ["../../../elsewhere", "{absolute}", "../refs", "link"])
+def test_a_ref_that_leads_out_of_the_snapshots(hub_cache, linear, offline, target):
+    snapshot = put_in_cache(hub_cache, "someone/linear", contents(linear))
+    (hub_cache / "elsewhere").symlink_to(linear)
+    (snapshot.parent / "link").symlink_to(linear)
+    (snapshot.parents[1] / "refs" / "main").write_text(target.format(absolute=linear))
+    with pytest.raises(
+        BundleError, match=r"leads to .* in the hub's cache, expected a folder in .*snapshots|is not in"
+    ):
+        fetch("someone/linear")
+
+
 def test_the_cache_alone_by_argument(hub_cache, linear, hub):
     put_in_cache(hub_cache, "someone/linear", contents(linear))
     open_it("hf:someone/linear", local_files_only=True).close()

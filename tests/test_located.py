@@ -117,6 +117,12 @@ def test_an_import_by_hub_id_records_the_commit(hub_cache: Path, sana_folder: Pa
     assert Bundle.open(tmp_path / "out").manifest.provenance["source"] == f"hf:someone/sana@{COMMIT}"
 
 
+def test_no_path_is_not_the_current_folder(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(linear)
+    with pytest.raises(BundleError, match="the path is empty, expected a folder"):
+        locate("")
+
+
 def test_a_mistyped_path_is_a_path(tmp_path: Path) -> None:
     done = run("inspect", "runs/avatars")
     assert done.exit_code == 6 and "runs/avatars does not exist" in done.output and "hf:runs/avatars" in done.output

@@ -152,6 +152,12 @@ def test_text_of_a_bundle_cannot_become_code(validated: Path, tmp_path: Path) ->
     html, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
     assert "<script>" not in markdown and "&lt;script>alert" in markdown
+    evil = "<img src=x> ![x](http://x) [x](http://x)\x1b[2J|\n# x"
+    record = msgspec.structs.replace(record, fault=evil)
+    write_report(with_manifest(report, name=evil, provenance={"data": evil}, parity=(record,)), tmp_path / "r.html")
+    text = (tmp_path / "r.md").read_text()
+    assert "<img" not in text and "![x](" not in text and " [x](" not in text and "\x1b" not in text
+    assert text.startswith("# &lt;img src=x> !\\[x](http://x)") and "\n# x" not in text
     assert "1 of 1 comparisons failed" in html and "set by hand" in html
 
 

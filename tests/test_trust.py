@@ -7,14 +7,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+from click.testing import CliRunner
 
 from scm_sdk import unpacked, user_cache
 from scm_sdk._bundle_checks import read_manifest
 from scm_sdk.archive import Archive, pack
+from scm_sdk.bundle import Bundle
 from scm_sdk.engine_fit import TRUST_VARIABLE, is_trusted, remember_built
 from scm_sdk.errors import ConfigError, IntegrityError
+from scm_sdk.export.cli import main
 from scm_sdk.generator import Generator
+from scm_sdk.manifest import ParityRecord
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.user_cache import CACHE_VARIABLE, cache_folder
 
@@ -205,3 +210,25 @@ def test_a_group_umask_makes_no_cache_that_is_ignored(two: list[Path], cache: Pa
             assert unpacked.unpacked(two[0]) == folder and folder.is_relative_to(cache)
     finally:
         os.umask(before)
+
+
+def test_a_bundle_cannot_command_a_terminal(linear_bundle: Callable[..., Path]) -> None:
+    """Escape codes and changes of direction in every text of a manifest are shown, not obeyed."""
+    evil = "\x1b[2J\x9b31m\u202e\r"
+    record = ParityRecord(
+        artifact="onnx/fp32/1step/model.onnx", reference=evil, backend="onnxruntime", threshold=1.0, noise_floor=0.0,
+        max_abs=0.0, num_samples=1, passed=False, reason=evil, fault=evil,
+    )  # fmt: skip
+    path = linear_bundle(SPEC, name="linear", parity=[record, msgspec.structs.replace(record, backend=evil)],
+                         provenance={evil: evil, "objective": evil}, versions={evil: evil})  # fmt: skip
+    with pytest.warns(RuntimeWarning) as said, Generator.from_pretrained(path, backend="onnxruntime") as gen:
+        texts = [str(gen.plan()), repr(gen)]
+    texts += [str(each.message) for each in said]
+    for command in ("inspect", "doctor"):
+        done = CliRunner().invoke(main, [command, str(path)])
+        assert done.exit_code == 0, done.stderr
+        texts.append(done.stdout + done.stderr)
+    texts.append((Bundle.open(path).with_card().path / "README.md").read_text())
+    for text in texts:
+        assert not set(text) & set(evil) - set("[2J31m"), text
+    assert "\\x1b[2J" in texts[0]

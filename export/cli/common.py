@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from scm_sdk.files import final_path
+from scm_sdk.files import final_path, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,11 +87,6 @@ def say(text: str) -> None:
     click.echo(final_path(printable(text)), err=True)
 
 
-def printable(text: str) -> str:
-    """Return text with its control characters escaped: untrusted files may hold terminal codes."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
-
-
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun: ``1 image``, ``2 images``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
@@ -128,10 +123,14 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def make_table(*headers: str, title: str = "") -> Table:
-    """Return an empty table whose cells are folded, never cut, where a terminal is narrow."""
+    """Return an empty table whose cells are printable and folded, never cut, where a terminal is narrow."""
     from rich.table import Table
 
-    table = Table(box=None, title=title or None, title_justify="left")
+    class Printable(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+    table = Printable(box=None, title=title or None, title_justify="left")
     for header in headers:
         table.add_column(header, overflow="fold")
     return table

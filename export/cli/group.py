@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import click
 
 from scm_sdk.errors import ScmError
-from scm_sdk.files import final_path
+from scm_sdk.files import final_path, printable
 
-from .common import printable, say, write_any_text
+from .common import say, write_any_text
 from .libraries import explain_import_error
 
 EXIT_CODES: Mapping[int, str] = {

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, make_console, make_table, plural, print_json, print_table, printable
+from scm_sdk.files import printable
+
+from .common import json_option, make_console, make_table, plural, print_json, print_table
 from .located import model_argument
 
 
