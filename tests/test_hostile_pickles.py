@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
 from scm_sdk.export.cli import main
-from scm_sdk.pickles import allowed
+from scm_sdk.pickles import allowed, tensors
 from scm_sdk.pickles.convert import convert_pickle
 from scm_sdk.pickles.network import read_network
 
@@ -201,6 +201,18 @@ def test_tensors_that_multiply_are_refused(edm_pickle, tmp_path):
     edm_pickle(tmp_path / "net.pkl", change=expand)
     with pytest.raises(BundleError, match=r"would unfold to 10737\d+ bytes of tensors"):
         read_network(tmp_path / "net.pkl")
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**40, 0), (0, *[2**47] * 15), (2**48, 0)])
+def test_no_tensor_has_sizes_that_no_array_has(shape):
+    """An empty one could; numpy and torch refuse it in words of their own when it is read."""
+    storage = tensors.Storage("float32", 4, memoryview(b""))
+    with pytest.raises(ValueError, match="a shape"):
+        tensors.rebuild_tensor(storage, 0, shape, (1,) * len(shape))
+    with pytest.raises(ValueError, match="a shape"):
+        array = tensors.StoredArray()
+        array.build((1, shape, tensors.StoredDtype("f4"), False, memoryview(b"")))
+    assert tensors.rebuild_tensor(storage, 0, (2**20, 0), (1, 1)).numpy().shape == (2**20, 0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def bundle() -> None:
 @model_argument("path")
 @json_option
 def verify(path: Path, as_json: bool) -> None:
-    """Compare every file of a bundle with its sha256; exit 6 if one differs."""
+    """Compare every file of a bundle with its sha256 and check every graph; exit 6 if one fails."""
     from scm_sdk.bundle import Bundle
 
     manifest = Bundle.open(path, verify="digest").manifest

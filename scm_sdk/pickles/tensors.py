@@ -27,6 +27,8 @@ STORAGE_DTYPES = {
     "ShortStorage": ("int16", 2), "CharStorage": ("int8", 1), "ByteStorage": ("uint8", 1), "BoolStorage": ("bool", 1),
 }  # fmt: skip
 """Name as safetensors has it, and bytes of one element, by torch's class."""
+_MAX_SIZE = 2**48
+"""Elements that no tensor has."""
 _STORAGES = {f"torch.{name}": Allowed() for name in STORAGE_DTYPES}
 
 
@@ -90,7 +92,7 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     """
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
-    shape, strides = _sizes(shape), _sizes(strides)
+    shape, strides = _shape(shape), _sizes(strides)
     if len(shape) != len(strides) or type(offset) is not int or offset < 0:
         raise ValueError("a tensor whose shape and strides do not fit")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -200,7 +202,7 @@ class StoredArray(Buildable):
         _, shape, dtype, is_fortran, data = state
         if not isinstance(dtype, StoredDtype) or not isinstance(data, memoryview):
             raise ValueError("an array of something other than numbers")
-        shape = _sizes(shape)
+        shape = _shape(shape)
         if math.prod(shape) * dtype.dtype.itemsize != len(data):
             raise ValueError(f"an array of {len(data)} bytes, expected {shape} of {dtype.dtype}")
         flat = np.frombuffer(data, dtype.dtype.newbyteorder("<"))
@@ -215,7 +217,17 @@ def read_scalar(dtype: Any, data: Any) -> float | int:
     return float(value) if isinstance(value, float) else int(value)
 
 
+def _shape(value: Any) -> tuple[int, ...]:
+    """Return a shape; also of no elements, its other sizes must be those of an array that could be."""
+    shape = _sizes(value)
+    if math.prod(size or 1 for size in shape) >= _MAX_SIZE:
+        raise ValueError(f"a shape of {shape}")
+    return shape
+
+
 def _sizes(value: Any) -> tuple[int, ...]:
-    if type(value) is not tuple or len(value) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**48 for n in value):
+    if type(value) is not tuple or len(value) > MAX_RANK:
+        raise ValueError("a shape that is none")
+    if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in value):
         raise ValueError("a shape that is none")
     return value
