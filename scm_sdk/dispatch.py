@@ -219,7 +219,7 @@ def make_plan(
                 (0, len(facts.compute_capabilities)) if (facts := kinds[row.artifact]) else (1, row.precision != "fp32")
             )
         )
-    plan = Plan(accepted + [row for row in rows if not row.accepted])
+    plan = Plan(accepted + [row for row in rows if not row.accepted], num_inference_steps=num_inference_steps)
     return plan.choose(accepted[0]) if accepted else plan
 
 

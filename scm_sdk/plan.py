@@ -49,11 +49,16 @@ class PlanRow:
 class Plan(Sequence[PlanRow]):
     """Every row, the accepted ones first and best first.
 
-    ``str()`` is a table of the rows with the number of steps of those that may run; the others are counted.
+    ``str()`` is a table of the rows with the number of steps that was asked for; the others are counted.
+
+    Args:
+        rows: The rows.
+        num_inference_steps: The number of steps that was asked for; 0 shows all rows.
     """
 
-    def __init__(self, rows: Sequence[PlanRow]) -> None:
+    def __init__(self, rows: Sequence[PlanRow], *, num_inference_steps: int = 0) -> None:
         self.rows = tuple(rows)
+        self.num_inference_steps = num_inference_steps
         self.accepted = tuple(row for row in self.rows if row.accepted)
         """The rows that may run, best first."""
         self.rejected = tuple(row for row in self.rows if not row.accepted)
@@ -69,7 +74,7 @@ class Plan(Sequence[PlanRow]):
         rows = [replace(row, chosen=False) for row in self.rows]
         at = self.rows.index(chosen)
         rows[at] = replace(rows[at], chosen=True)
-        return Plan(rows)
+        return Plan(rows, num_inference_steps=self.num_inference_steps)
 
     @overload
     def __getitem__(self, index: int) -> PlanRow: ...
@@ -86,8 +91,8 @@ class Plan(Sequence[PlanRow]):
 
     def __str__(self) -> str:
         table = [("", "backend", "artifact", "precision", "steps", "verdict", "reason")]
-        asked = {row.num_inference_steps for row in self.accepted} - {0}
-        shown = [row for row in self.rows if row.accepted or not asked or row.num_inference_steps in (0, *asked)]
+        asked = self.num_inference_steps
+        shown = [row for row in self.rows if not asked or row.num_inference_steps in (0, asked)]
         for row in shown:
             mark, verdict = "*" if row.chosen else "", "accepted" if row.accepted else "rejected"
             steps = str(row.num_inference_steps or "any")

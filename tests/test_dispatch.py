@@ -27,7 +27,7 @@ from scm_sdk.generator import Verify
 from scm_sdk.goldens import Golden, write_goldens
 from scm_sdk.manifest import Artifact, Manifest, ParityRecord
 from scm_sdk.measured import cache_path, recall
-from scm_sdk.plan import Measured
+from scm_sdk.plan import Measured, Plan, PlanRow
 from scm_sdk.spec import SamplerSpec
 
 GRAPH = "onnx/fp32/2step/model.onnx"
@@ -118,6 +118,14 @@ def test_the_plan_holds_every_pair_that_could_be_and_prints_as_a_table(ort: Gene
     assert json.loads(json.dumps(plan.to_dict()))[0]["chosen"] is True
     assert plan[0] is plan.chosen and plan[1:] == plan.rejected
     assert all(row.reason for row in plan)
+
+
+def test_a_plan_counts_the_rows_of_other_numbers_of_steps_also_where_no_graph_may_run() -> None:
+    common = {"backend": "onnxruntime", "precision": "fp32", "accepted": False, "reason": "no recorded parity"}
+    rows = [PlanRow(artifact=f"{n}step", num_inference_steps=n, **common) for n in (0, 1, 2, 4)]  # type: ignore[arg-type]
+    shown = str(Plan(rows, num_inference_steps=2)).splitlines()
+    assert len(shown) == 1 + 2 + 1 and shown[-1] == "not shown: 2 with artifacts of other numbers of steps"
+    assert len(str(Plan(rows)).splitlines()) == 1 + 4
 
 
 def test_openvino_leaves_what_is_for_engines_alone() -> None:
