@@ -250,7 +250,8 @@ def _validate(path: Path, artifact: Artifact, graph: ir.Model, options: Sequence
         copy = Path(shutil.copytree(path, Path(folder) / "bundle"))
         with extend_bundle(copy) as draft:
             write_model(graph, draft.path(artifact.path))
-            draft.add(artifact, draft.built_from.get(artifact.path, ()))
+            entry = next(e for e in draft.bundle.manifest.files if e.path == artifact.path)
+            draft.add(artifact, entry.built_from)
         arguments = ["validate", str(copy), "--precision", artifact.precision, "--json", *options]
         arguments += ["--steps", str(artifact.num_inference_steps), "--backend", "onnxruntime"]
         done = CliRunner().invoke(scm_export, arguments)

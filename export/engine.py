@@ -15,9 +15,10 @@ import msgspec
 
 from scm_sdk.build_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, EngineTensor
 from scm_sdk.errors import ConfigError, ExportError, IncompatibleEngineError
-from scm_sdk.files import atomic_folder, sha256_bytes, sha256_file
+from scm_sdk.files import sha256_bytes, sha256_file
 from scm_sdk.gpu import current_gpu
 from scm_sdk.manifest import EngineFacts
+from scm_sdk.publish import atomic_folder
 from scm_sdk.spec import Precision, SamplerSpec
 from scm_sdk.trt import load_flavour
 

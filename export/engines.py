@@ -13,7 +13,7 @@ from scm_sdk.build_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, Fl
 from scm_sdk.bundle import Bundle
 from scm_sdk.engine_fit import is_trusted
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, UnsupportedGraphError
-from scm_sdk.extend import extend_bundle, recipe_of
+from scm_sdk.extend import extend_bundle, open_to_extend, recipe_of
 from scm_sdk.gpu import current_gpu
 from scm_sdk.manifest import Artifact
 from scm_sdk.spec import CPU_PRECISIONS, Precision
@@ -91,7 +91,7 @@ def add_engines(
         ExportError: If an engine cannot be built, or is not what its graph asks for.
         BundleError: If the bundle is damaged or cannot be written.
     """
-    bundle = Bundle.open(path)
+    bundle = open_to_extend(path)
     library = load_flavour(flavour, purpose=f"building a {flavour} engine")
     targets = targets or _this_machine(flavour)
     _check_buildable(targets, flavour)
@@ -155,7 +155,7 @@ def _add(
         )
         assert entry.record is not None, "cached_engine hashed it against its record"
         record = entry.record
-        with extend_bundle(path) as draft:
+        with extend_bundle(bundle) as draft:
             entry.copy_to(draft.path(folder))
             draft.roles[record_path] = "engine"
             draft.add(

@@ -13,7 +13,7 @@ import msgspec
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError
 from scm_sdk.examples import Examples
-from scm_sdk.extend import Draft, extend_bundle
+from scm_sdk.extend import Draft, extend_bundle, open_to_extend
 from scm_sdk.files import atomic_write_bytes, sha256_bytes, sha256_file
 from scm_sdk.progress import Progress, Step
 
@@ -100,7 +100,7 @@ def add_int8(
         ParityError: If the target is out of reach.
     """
     options = options or QuantizeOptions()
-    bundle = Bundle.open(path)
+    bundle = open_to_extend(path)
     base_plan = None
     if options.precision == "int8" and options.base != "fp32":
         base_plan = _base_plan(bundle, options.base)
@@ -118,7 +118,7 @@ def add_int8(
         plan, made = _make_for_cpu(sources, probes, plan, options, examples, progress)
     else:
         plan, made = _make_for_engines(sources, probes, plan, base_plan, options, examples, progress)
-    with extend_bundle(path) as draft:
+    with extend_bundle(bundle) as draft:
         plan_path = f"precision/{options.precision}.json"
         atomic_write_bytes(draft.path(plan_path), plan.to_json())
         draft.roles[plan_path] = "plan"
@@ -146,13 +146,13 @@ def add_foreign_int8(path: str | os.PathLike[str], graph: Path, *, steps: int) -
         ShapeError: If its inputs and outputs are not the sampler's.
         BundleError: If the bundle is damaged or cannot be written.
     """
-    bundle = Bundle.open(path)
+    bundle = open_to_extend(path)
     (source,) = fp32_sources(bundle, [steps], {"foreign": sha256_file(graph) if graph.is_file() else ""})
     if unchanged := unchanged_variants(bundle, [source], "int8"):
         return unchanged[0]
     model = adopt_quantized(graph, source.spec)
     probe = Probe(source.graph, source.spec)
-    with extend_bundle(path) as draft:
+    with extend_bundle(bundle) as draft:
         return add_graph(draft, model, source, "int8", probe, built_from=[], notes=[f"adopted from {graph.name}"])
 
 

@@ -16,7 +16,7 @@ from scm_sdk._version import __version__
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import ConfigError, UnsupportedGraphError
 from scm_sdk.examples import Examples
-from scm_sdk.extend import Draft, extend_bundle, recipe_of
+from scm_sdk.extend import Draft, extend_bundle, open_to_extend, recipe_of
 from scm_sdk.files import atomic_write_bytes, sha256_bytes
 from scm_sdk.manifest import Artifact
 from scm_sdk.progress import Progress
@@ -92,7 +92,7 @@ def add_precision(
         ConfigError: If it has no such fp32 graph, or the plan does not fit the network.
         ParityError: If the target is out of reach.
     """
-    bundle = Bundle.open(path)
+    bundle = open_to_extend(path)
     options = {"plan": sha256_bytes(plan.to_json()), "target_db": target_db}
     if examples is not None and target_db is not None:  # they decide then what stays float32
         options["examples"] = examples.sha256
@@ -110,7 +110,7 @@ def add_precision(
             progress(f"search the blocks to keep in float32, {probe.spec.num_inference_steps}-step graph")
             plan = find_islands(model, plan, probe, target_db, progress=progress).plan
     plan_path = f"precision/{plan.precision}.json"
-    with extend_bundle(path) as draft:
+    with extend_bundle(bundle) as draft:
         atomic_write_bytes(draft.path(plan_path), plan.to_json())
         draft.roles[plan_path] = "plan"
         variants = []
@@ -143,12 +143,12 @@ def add_cpu_form(
         ConfigError: If it has no such fp32 graph.
         UnsupportedGraphError: If it has nothing that gains.
     """
-    bundle = Bundle.open(path)
+    bundle = open_to_extend(path)
     sources = fp32_sources(bundle, steps, {})
     if unchanged := unchanged_variants(bundle, sources, "fp32-cpu"):
         return unchanged
     made = [(source, *cpu_form(read_model(source.graph))) for source in sources]
-    with extend_bundle(path) as draft:
+    with extend_bundle(bundle) as draft:
         variants = []
         for source, model, notes in made:
             progress(f"write the {source.num_inference_steps}-step graph in fp32-cpu")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import BundleError, ConfigError, ExportError, UnsupportedGraphError
-from scm_sdk.files import sha256_file
+from scm_sdk.files import fsync_file, fsync_folder, real_path, sha256_file, staging
 from scm_sdk.graph_checks import check_graph_file
 
 if TYPE_CHECKING:
@@ -133,24 +131,20 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTER
         )
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     external = sum(tensor.nbytes for tensor in weights) > external_data_above
-    target = Path(os.path.realpath(path))  # through a link, as files.atomic_write_bytes does
-    staging: Path | None = None
+    target = real_path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        staged = staging / target.name
-        _save(model, staged, external=external)
-        _check(staged)
-        report = _report(model, staged).moved(path)
-        _publish(staging, target)
+        with staging(target.parent) as folder:
+            staged = folder / target.name
+            _save(model, staged, external=external)
+            _check(staged)
+            report = _report(model, staged).moved(path)
+            _publish(folder, target)
     except OSError as exc:
         raise ExportError(
             f"{path} cannot be written: {exc.strerror or exc}. Expected a folder that may be written to, "
             "with room for the weights. Nothing was changed; choose another place or free some space."
         ) from exc
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return report
 
 
@@ -211,31 +205,21 @@ def _check(path: Path) -> None:
         ) from exc
 
 
-def _publish(staging: Path, path: Path) -> None:
+def _publish(folder: Path, path: Path) -> None:
     """Move the staged graph and its data file, if any, to ``path``; restore the old data on failure."""
-    data_path, new_data, old_data = data_path_of(path), data_path_of(staging / path.name), staging / "old"
-    for file in (staging / path.name, new_data):
+    data_path, new_data, old_data = data_path_of(path), data_path_of(folder / path.name), folder / "old"
+    for file in (folder / path.name, new_data):
         if file.exists():
-            _fsync(file)
+            fsync_file(file)
     if data_path.exists():
         os.replace(data_path, old_data)
     try:
         if new_data.exists():
             os.replace(new_data, data_path)
-        os.replace(staging / path.name, path)
+        os.replace(folder / path.name, path)
     except BaseException:  # Ctrl-C too
         data_path.unlink(missing_ok=True)
         if old_data.exists():
             os.replace(old_data, data_path)
         raise
-    if os.name != "nt":  # a folder cannot be opened there
-        _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    # Windows flushes only a handle opened for writing; POSIX takes any.
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_folder(path.parent)

@@ -21,14 +21,15 @@ from .errors import BundleError, IntegrityError, SchemaError
 from .files import (
     DISK_ERRORS,
     atomic_file,
-    atomic_folder,
     check_relative,
     open_regular,
+    remove_leftovers,
     safe_join,
     sha256_stream,
     unreadable,
 )
 from .manifest import MANIFEST_NAME, Manifest
+from .publish import atomic_folder, undisturbed
 
 SUFFIX = ".scmz"
 MAX_MEMBERS = 4096
@@ -53,20 +54,24 @@ def pack(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
         BundleError: If the bundle is damaged or ``out`` cannot be written.
     """
     folder, out = Path(folder), Path(out)
-    manifest = read_manifest(folder)
+    name = read_manifest(folder).name
     if out.is_dir():
-        raise BundleError(f"{out} is a folder, expected a file such as {manifest.name}{SUFFIX}.")
-    if len(manifest.files) >= MAX_MEMBERS:
-        raise BundleError(f"{folder} holds {len(manifest.files)} files, expected fewer than {MAX_MEMBERS} in one file.")
-    for entry in manifest.files:
-        check_content(folder, entry)
-    with atomic_file(out, error=BundleError) as temp, zipfile.ZipFile(temp, "x") as archive:
-        for name in (MANIFEST_NAME, *sorted(entry.path for entry in manifest.files)):
-            member = zipfile.ZipInfo(name, _EPOCH)
-            member.create_system, member.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-            member.file_size = (folder / name).stat().st_size
-            with safe_join(folder, name).open("rb") as source, archive.open(member, "w") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+        raise BundleError(f"{out} is a folder, expected a file such as {name}{SUFFIX}.")
+    remove_leftovers(out.parent, beside=out.name)
+    with undisturbed(folder, shared=True, purpose=f"pack {folder}"):
+        manifest = read_manifest(folder)
+        count = len(manifest.files)
+        if count >= MAX_MEMBERS:
+            raise BundleError(f"{folder} holds {count} files, expected fewer than {MAX_MEMBERS} in one file.")
+        for entry in manifest.files:
+            check_content(folder, entry)
+        with atomic_file(out, error=BundleError) as temp, zipfile.ZipFile(temp, "x") as archive:
+            for name in (MANIFEST_NAME, *sorted(entry.path for entry in manifest.files)):
+                member = zipfile.ZipInfo(name, _EPOCH)
+                member.create_system, member.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+                member.file_size = (folder / name).stat().st_size
+                with safe_join(folder, name).open("rb") as source, archive.open(member, "w") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
     return out
 
 

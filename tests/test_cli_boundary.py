@@ -414,7 +414,7 @@ import sys, time
 from scm_sdk.export.cli import main
 from scm_sdk.export import pipeline
 def export(*args, **options):
-    from scm_sdk.files import atomic_folder
+    from scm_sdk.publish import atomic_folder
     with atomic_folder(args[1], overwrite=True) as folder:
         print("ready", file=sys.stderr, flush=True)
         if {swallow}:

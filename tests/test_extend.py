@@ -7,11 +7,12 @@ import pytest
 
 from scm_sdk.bundle import Bundle
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError
-from scm_sdk.extend import extend_bundle, recipe_of
+from scm_sdk.extend import extend_bundle, open_to_extend, recipe_of
 from scm_sdk.manifest import Artifact, ParityRecord
 from toy_bundles import ToyBundle, write_linear_graph
 
 FP16 = "onnx/fp16/1step/model.onnx"
+BF16 = "onnx/bf16/1step/model.onnx"
 FP32 = "onnx/fp32/1step/model.onnx"
 
 
@@ -87,13 +88,66 @@ def test_a_forgotten_file_a_damaged_bundle_and_a_path_out_of_it_are_refused(bund
         pass
 
 
-def test_a_second_writer_is_noticed(bundle_copy):
-    with pytest.raises(BundleError, match="replaced while it was being extended"), extend_bundle(bundle_copy) as draft:
+def add(draft, path: str, precision, gain: float = 0.25) -> None:
+    write_linear_graph(draft.path(path), ToyBundle.specs[0], gain=gain)
+    draft.add(Artifact(path=path, format="onnx", precision=precision, num_inference_steps=1), [FP32])
+
+
+def test_what_others_published_meanwhile_is_kept(bundle_copy):
+    before = open_to_extend(bundle_copy)
+    with extend_bundle(before) as draft:
+        add(draft, BF16, "bf16")
         add_fp16(bundle_copy)
-        theirs = (bundle_copy / FP16).read_bytes()
-        write_linear_graph(draft.path(FP16), ToyBundle.specs[0], gain=0.25)
-        draft.add(artifact(), [FP32])
-    assert Bundle.open(bundle_copy).file(FP16).read_bytes() == theirs
+        Bundle.open(bundle_copy).with_parity(record(FP32), record(FP16)).with_budgets("median=5ms@b1")
+    after = Bundle.open(bundle_copy)
+    assert {a.path for a in after.artifacts(format="onnx")} >= {FP32, FP16, BF16}
+    assert {r.artifact for r in after.manifest.parity} == {FP32, FP16}
+    assert after.manifest.budgets == ("median=5ms@b1",)
+
+
+def test_of_two_that_add_the_same_the_later_stays(bundle_copy):
+    with extend_bundle(bundle_copy) as draft:
+        add_fp16(bundle_copy)
+        Bundle.open(bundle_copy).with_parity(record(FP16))
+        add(draft, FP16, "fp16")
+        mine = draft.path(FP16).read_bytes()
+    after = Bundle.open(bundle_copy)
+    assert after.file(FP16).read_bytes() == mine and not after.manifest.parity
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+def test_what_was_made_from_another_file_is_not_published(how, bundle_copy):
+    with (
+        pytest.raises(BundleError, match=rf"{FP32} of .* was replaced by another command.*run the command again"),
+        extend_bundle(bundle_copy) as draft,
+    ):
+        add(draft, FP16, "fp16")
+        with extend_bundle(bundle_copy) as other:
+            if how == "removed":
+                other.remove(FP32)
+            else:
+                add(other, FP32, "fp32", gain=0.125)
+    after = Bundle.open(bundle_copy)
+    assert not after.artifacts(precision="fp16")
+    assert [a.path for a in after.artifacts(precision="fp32", format="onnx") if a.path == FP32] == (
+        [] if how == "removed" else [FP32]
+    )
+
+
+def test_files_that_the_bundle_does_not_list_stay(bundle_copy):
+    (bundle_copy / ".git").mkdir()
+    (bundle_copy / ".git/config").write_bytes(b"mine")
+    add_fp16(bundle_copy)
+    assert Bundle.open(bundle_copy).artifacts(precision="fp16")
+    assert (bundle_copy / ".git/config").read_bytes() == b"mine"
+
+
+def test_a_file_that_was_altered_is_not_made_right_by_an_extension(bundle_copy):
+    with extend_bundle(bundle_copy) as draft:
+        add(draft, FP16, "fp16")
+        (bundle_copy / FP32).write_bytes(b"x" * (bundle_copy / FP32).stat().st_size)
+    with pytest.raises(IntegrityError, match="altered or damaged"):
+        Bundle.open(bundle_copy)
 
 
 def test_without_hard_links_files_are_copied(bundle_copy, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scm_sdk.errors import BundleError, IntegrityError, ScmError, TrainError
-from scm_sdk.files import atomic_folder, atomic_write_bytes, check_relative, safe_join, sha256_file
+from scm_sdk.files import atomic_write_bytes, check_relative, safe_join, sha256_file
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -32,13 +32,6 @@ def fail_on_call(number: int, real: Callable[..., Any], code: int = errno.ENOSPC
     return wrapper
 
 
-def fill(path: Path, content: bytes, **options: Any) -> None:
-    with atomic_folder(path, **options) as folder:
-        (folder / "deep" / "er").mkdir(parents=True)
-        (folder / "deep" / "er" / "a.bin").write_bytes(content)
-        (folder / "mark.json").write_bytes(b"{}")
-
-
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
     target = tmp_path / "new" / "folder" / "x.bin"
     for content in (b"one", memoryview(b"two, longer"), b""):
@@ -49,10 +42,7 @@ def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
 def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     atomic_write_bytes(tmp_path / "ours", b"")
-    fill(tmp_path / "folder", b"")
-    (tmp_path / "plain_folder").mkdir()
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain_folder").stat().st_mode
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
@@ -107,103 +97,7 @@ def test_a_path_below_a_file_or_onto_a_folder(tmp_path: Path) -> None:
         atomic_write_bytes(tmp_path / "file" / "x", b"")
     with pytest.raises(ScmError, match="cannot be written: Is a directory"):
         atomic_write_bytes(tmp_path / "folder", b"")
-    with pytest.raises(BundleError, match=r"cannot be written: (Not a directory|File exists)"):
-        fill(tmp_path / "file" / "x", b"")
     assert tree(tmp_path) == {"file": b"kept"}
-
-
-def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
-    target = tmp_path / "out" / "bundle"
-    with atomic_folder(target) as folder:
-        assert folder.parent == target.parent.resolve()
-        (folder / "a").write_bytes(b"1")
-        assert not target.exists()
-    assert tree(tmp_path) == {"out/bundle/a": b"1"}
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, FileNotFoundError, BundleError])
-def test_an_error_in_the_block_removes_the_folder_and_is_kept(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error, match=r"^mine$"), atomic_folder(tmp_path / "b") as folder:
-        (folder / "a").write_bytes(b"1")
-        raise error("mine")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_in_the_block_is_translated(tmp_path: Path) -> None:
-    with (
-        pytest.raises(BundleError, match=r"b cannot be written: No space left on device"),
-        atomic_folder(tmp_path / "b"),
-    ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("call", ["replace", "fsync"])
-@pytest.mark.parametrize("number", range(6))
-@pytest.mark.parametrize("old", [None, b"old"], ids=["new", "old"])
-def test_a_full_disk_leaves_the_old_folder(
-    call: str, number: int, old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whichever call fails, what is there afterwards is all of the old or all of the new."""
-    target = tmp_path / "b"
-    if old is not None:
-        fill(target, old)
-    before = tree(tmp_path)
-    monkeypatch.setattr(os, call, fail_on_call(number, getattr(os, call)))
-    try:
-        fill(target, b"new", overwrite=True)
-    except BundleError as exc:
-        assert "b cannot be written: No space left on device" in str(exc)
-        assert tree(tmp_path) == before
-    else:
-        # Renames: one for a new folder, two for an old one. Fsyncs: two files, three folders, the parent.
-        assert call == "replace"
-        assert number >= (1 if old is None else 2)
-        assert tree(tmp_path) == {"b/deep/er/a.bin": b"new", "b/mark.json": b"{}"}
-
-
-def test_an_old_folder_is_replaced_only_when_allowed(tmp_path: Path) -> None:
-    target = tmp_path / "b"
-    fill(target, b"old")
-    with pytest.raises(BundleError, match=r"exists and is not empty, expected a new.*overwrite"):
-        fill(target, b"new")
-    assert tree(target)["deep/er/a.bin"] == b"old"
-    fill(target, b"new", overwrite=True)
-    assert tree(tmp_path) == {"b/deep/er/a.bin": b"new", "b/mark.json": b"{}"}
-
-
-def test_a_folder_without_the_marker_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "last.txt").write_bytes(b"years")
-    with pytest.raises(BundleError, match=r"holds no mark.json, so it is not replaced"):
-        fill(tmp_path / "thesis", b"new", overwrite=True, marker="mark.json")
-    assert tree(tmp_path) == {"thesis/last.txt": b"years"}
-
-
-def test_an_empty_folder_may_wait_and_a_file_may_not(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    fill(tmp_path / "empty", b"new")
-    assert (tmp_path / "empty" / "mark.json").is_file()
-    (tmp_path / "file").write_bytes(b"kept")
-    with pytest.raises(BundleError, match="file is a file, expected a folder"):
-        fill(tmp_path / "file", b"new", overwrite=True)
-    assert (tmp_path / "file").read_bytes() == b"kept"
-
-
-def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="exists and is not empty"), atomic_folder(tmp_path / "b") as folder:
-        (folder / "a").write_bytes(b"mine")
-        fill(tmp_path / "b", b"theirs")
-    assert tree(tmp_path)["b/deep/er/a.bin"] == b"theirs"
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-
-def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
-    fill(tmp_path / "real", b"old")
-    (tmp_path / "link").symlink_to("real")
-    fill(tmp_path / "link", b"new", overwrite=True)
-    assert (tmp_path / "link").is_symlink()
-    assert tree(tmp_path / "real")["deep/er/a.bin"] == b"new"
 
 
 @given(st.binary(max_size=100), st.integers(0, 3))

@@ -23,10 +23,10 @@ PACKAGES = {
 # Lowest first. Units of one line never import each other. Then: what the line may import at module level.
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({"errors", "_names", "_version", "assets", "processor", "progress"}, set()),
-    ({"switches", "forked"}, set()),
+    ({"switches", "forked", "locks"}, set()),
     ({"telemetry"}, set()),
     ({"_lazy", "spec", "targets", "files", "gpu"}, {"msgspec"}),
-    ({"noise", "images", "manifest", "goldens", "status", "user_cache"}, {"msgspec", "numpy"}),
+    ({"noise", "images", "manifest", "goldens", "status", "user_cache", "publish"}, {"msgspec", "numpy"}),
     ({"graph_checks", "scores"}, set()),
     ({"_bundle_checks", "_roles", "build_record", "card", "scheduler", "subset"}, {"msgspec"}),
     ({"archive", "hub"}, set()),
@@ -36,7 +36,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"trt"}, set()),
     ({"engine_fit", "plan"}, set()),
     ({"bundle"}, {"msgspec"}),
-    ({"extend"}, set()),
+    ({"extend"}, {"msgspec"}),
     ({"model"}, {"msgspec", "numpy", "torch", "safetensors"}),
     ({"train"}, {"filelock", "msgspec", "numpy", "torch", "safetensors"}),
     ({"prompting"}, {"numpy"}),

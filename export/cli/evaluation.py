@@ -12,6 +12,7 @@ from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, OutputPath
 
 if TYPE_CHECKING:
+    from scm_sdk.bundle import Bundle
     from scm_sdk.evaluate.held_out import HeldOut
     from scm_sdk.evaluate.nets import FeatureNet
     from scm_sdk.evaluate.sampling import Samples
@@ -84,7 +85,7 @@ def evaluate(
     from scm_sdk.evaluate.nets import open_net
     from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
     from scm_sdk.evaluate.scoring import score
-    from scm_sdk.extend import check_extendable
+    from scm_sdk.extend import open_to_extend
     from scm_sdk.files import check_writable
     from scm_sdk.sources import open_source
     from scm_sdk.user_cache import temporary_folder, writable_folder
@@ -105,8 +106,7 @@ def evaluate(
     source = open_source(model)
     if keep and source.bundle is None:
         raise click.UsageError(f"{model} is no bundle, expected one to --keep the scores in. Use --out FILE.")
-    if keep:
-        check_extendable(source.path)
+    bundle = open_to_extend(model) if keep else None
     for file in filter(None, (out, save_ref)):
         check_writable(file)
     counts = (1,) if teacher_steps else steps
@@ -153,8 +153,8 @@ def evaluate(
         print_json([each.to_dict() for each in scores])
     else:
         _print(scores)
-    if keep:
-        _keep(model, scores)
+    if bundle is not None:
+        _keep(bundle, scores)
     if max_kid_delta is not None:
         for each in scores:
             each.raise_if_worse(max_kid_delta)
@@ -190,13 +190,14 @@ def _write(path: Path, scores: list[Score]) -> None:
     atomic_write_bytes(path, json.dumps([each.to_dict() for each in scores], indent=2).encode() + b"\n")
 
 
-def _keep(model: Path, scores: list[Score]) -> None:
+def _keep(bundle: Bundle, scores: list[Score]) -> None:
     from scm_sdk.extend import extend_bundle
     from scm_sdk.scores import SCORES_PATH
 
-    with extend_bundle(model) as draft:
+    with extend_bundle(bundle) as draft:
+        draft.sources |= {artifact.path for artifact in bundle.artifacts()}
         _write(draft.path(SCORES_PATH), scores)
-    say(f"kept in {model}/{SCORES_PATH}")
+    say(f"kept in {bundle.path}/{SCORES_PATH}")
 
 
 def _print(scores: list[Score]) -> None:

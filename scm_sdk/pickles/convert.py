@@ -12,7 +12,8 @@ import msgspec
 
 from .._names import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..files import atomic_folder, atomic_write_bytes, sha256_file
+from ..files import atomic_write_bytes, sha256_file
+from ..publish import atomic_folder
 from .edm2_layout import CLASS_NAME as EDM2_CLASS
 from .edm2_layout import Shape, edm2_shapes
 from .network import PickledNetwork, read_network

@@ -216,7 +216,7 @@ def claimed_folder(config: TrainConfig, out: Path) -> Iterator[None]:
     except OSError as exc:
         raise TrainError(f"{out} cannot be written: {exc.strerror}. Choose a folder that you may write to.") from exc
     try:
-        remove_leftovers(out)
+        remove_leftovers(out, below=True)
         _claim(config, out)
         yield
     finally:

@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 
 from ..errors import TrainError
-from ..files import atomic_folder, atomic_write_bytes, sha256_file
+from ..files import atomic_write_bytes, sha256_file
+from ..publish import atomic_folder
 from .distributed import World
 from .state import STATE_FILE, UNREADABLE, Counters, RunState, load_state, not_resumable, read_counters, save_state
 

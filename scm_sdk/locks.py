@@ -1,0 +1,116 @@
+"""Locks on folders, held through the folder's own file descriptor: no lock file is made, and none is left behind.
+
+They are advisory, end with the process that holds them, and hold between threads as between processes. Where a file
+system has no such locks (some network disks, Windows) work goes on without them, after one warning from whoever writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LOG = logging.getLogger(__name__)
+_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_QUIET_S = 1.0
+"""Seconds after which a wait is logged: most end sooner, since a writer holds the lock while it publishes alone."""
+_warned: set[int] = set()
+
+
+class FolderLock:
+    """A lock on a folder that this process holds until ``release``.
+
+    Attributes:
+        is_real: Whether it keeps others out; False where the file system has no locks.
+    """
+
+    def __init__(self, handle: int | None) -> None:
+        self._handle = handle
+        self.is_real = handle is not None
+
+    def release(self) -> None:
+        """Give the lock back; more than once does nothing."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def try_lock(folder: Path, *, shared: bool = False) -> FolderLock | None:
+    """Lock a folder; return None if somebody else holds it.
+
+    Args:
+        folder: An existing folder, no link.
+        shared: Share it with others that do; False is for this holder alone.
+
+    Raises:
+        OSError: If there is no such folder, it is a link, or it may not be read.
+    """
+    return _lock(folder, shared=shared, wait=False)
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool = False, purpose: str = "") -> Iterator[FolderLock]:
+    """Hold the lock of a folder while the block runs; wait for whoever holds it.
+
+    Args:
+        folder: An existing folder, no link.
+        shared: Share it with others that do.
+        purpose: What waits, for the line that is logged while it does.
+
+    Raises:
+        OSError: As ``try_lock``.
+    """
+    patience = monotonic() + _QUIET_S
+    while (lock := _lock(folder, shared=shared, wait=False)) is None and monotonic() < patience:
+        sleep(_QUIET_S / 100)
+    if lock is None:
+        _LOG.warning("%s: waiting for another command that holds %s", purpose or "scm-sdk", folder)
+        lock = _lock(folder, shared=shared, wait=True)
+    assert lock is not None, "it was waited for"
+    if not lock.is_real and not shared:
+        _warn_unlocked(folder)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _lock(folder: Path, *, shared: bool, wait: bool) -> FolderLock | None:
+    if fcntl is None:
+        os.stat(folder)
+        return FolderLock(None)
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    while True:
+        handle = os.open(folder, _FLAGS)
+        try:
+            fcntl.flock(handle, kind)
+            there = os.stat(folder, follow_symlinks=False)
+            if os.path.samestat(os.fstat(handle), there):
+                taken, handle = FolderLock(handle), -1
+                return taken
+            # Another folder took its place while this one was waited for: that one is to be locked.
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            if exc.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF):
+                raise
+            return FolderLock(None)
+        finally:
+            if handle >= 0:
+                os.close(handle)
+
+
+def _warn_unlocked(folder: Path) -> None:
+    device = os.stat(folder).st_dev
+    if device not in _warned:
+        _warned.add(device)
+        _LOG.warning("%s lies on a disk without locks: let one command at a time write to it", folder)
