@@ -28,6 +28,7 @@ from .output import GenerationInfo, GeneratorOutput, Progress, make_output, repo
 from .packing import Job, run_in_order
 from .plan import Measured
 from .prompting import EMBEDS, MASK, Prompts
+from .publish import undisturbed
 from .request import (
     Labels,
     OutputType,
@@ -167,11 +168,12 @@ class Generator:
         try:
             opened = opener.get(steps)
         except IntegrityError:  # damaged, or another process published a change since the manifest was read
-            again = find()
-            if again.bundle == source.bundle:
-                raise
-            source, opener = again, opener_of(again)
-            opened = opener.get(steps)
+            with undisturbed(source.path, shared=True, purpose=f"open {source.path}"):
+                again = find()
+                if again.bundle == source.bundle:
+                    raise
+                source, opener = again, opener_of(again)
+                opened = opener.get(steps)
         if max_batch is not None:
             check_count("max_batch", max_batch, most=opened.spec.max_batch)
         if verify in ("smoke", "full"):

@@ -155,9 +155,9 @@ def paths_in(value: Any, key: str = "") -> Iterator[str]:
 
 
 def test_temporary_names_are_shown_as_final_ones() -> None:
-    text = "check and write /a/.b.7739e7d3.partial/onnx/1step, 'x/.my model.0123abcd.partial'"
+    text = "check and write /a/.scm-7739e7d3.partial/b/onnx/1step, 'x/.scm-0123abcd.partial/my model'"
     assert final_path(text) == "check and write /a/b/onnx/1step, 'x/my model'"
-    assert final_path("a/.hidden/.cache/x.partial") == "a/.hidden/.cache/x.partial"
+    assert final_path("a/.hidden/.cache/x.partial/b") == "a/.hidden/.cache/x.partial/b"
 
 
 def named_options() -> list[Any]:
