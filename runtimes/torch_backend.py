@@ -19,13 +19,14 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from scm_sdk._bundle_checks import stamp
 from scm_sdk._lazy import require
 from scm_sdk._names import INDEX_NAME
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
 from scm_sdk.processor import limited_threads
 from scm_sdk.spec import SamplerSpec
 
-from .base import check_artifact, check_images, check_inputs, check_num_threads
+from .base import check_artifact, check_images, check_inputs, check_num_threads, first_line
 
 if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
@@ -74,9 +75,9 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
     torch = require("torch", extra="torch", purpose="backend 'torch'")
     check_artifact(folder, is_folder=True)
     target = _device(torch, device)
-    # The files' times and sizes are part of the key: a checkpoint written anew is loaded anew.
+    # The files' stamps are part of the key: a checkpoint written anew is loaded anew.
     files = folder.rglob("*") if (folder / INDEX_NAME).is_file() else folder.iterdir()
-    stamps = tuple(sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()))
+    stamps = tuple(sorted((str(file), stamp(file)) for file in files if file.is_file()))
     key = (str(folder.resolve()), stamps, str(target))
     with _LOADING:
         model = _MODELS.get(key)
@@ -127,7 +128,7 @@ class TorchBackend:
             raise
         except Exception as exc:
             raise BackendFailure(
-                f"torch failed on a batch of {len(noise[0])} on {self.device}: {exc}. "
+                f"torch failed on a batch of {len(noise[0])} on {self.device}: {first_line(exc)}. "
                 "Expected images; try a smaller batch_size or device='cpu'."
             ) from exc
         return check_images(self.spec, images, len(noise[0]), backend="torch")

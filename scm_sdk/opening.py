@@ -239,8 +239,8 @@ class Opener:
                         if not others:
                             raise
                         raise type(exc)(
-                            f"{exc}. Nothing else is taken unasked, but {', '.join(others)} can run it: name it with "
-                            "backend=, or pass fallback='warn'."
+                            f"{str(exc).rstrip('.')}. Nothing else is taken unasked, but {', '.join(others)} can run "
+                            "it: name it with backend=, or pass fallback='warn'."
                         ) from exc
             if self._fallback == "error":
                 break

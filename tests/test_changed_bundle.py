@@ -164,3 +164,19 @@ def test_weights_that_training_replaces_are_not_run_as_those_before(unet_checkpo
         for later in (lambda: gen(seed=1, num_inference_steps=1), gen.reopen):
             with pytest.raises(ScmError, match="was changed since it was opened; open it again"):
                 later()
+
+
+def test_weights_edited_in_place_are_loaded_anew_by_who_opens_them_anew(unet_checkpoint: Path, tmp_path: Path) -> None:
+    """Another generator in the process still holds the old ones; size and time of the file are the same."""
+    from safetensors.torch import load_file, save
+
+    path = Path(shutil.copytree(unet_checkpoint, tmp_path / "checkpoint"))
+    weights = path / "diffusion_pytorch_model.safetensors"
+    with Generator.from_pretrained(path) as gen:
+        before, state = gen(seed=1, output_type="raw"), weights.stat()
+        weights.write_bytes(save({name: tensor * 0.5 for name, tensor in load_file(weights).items()}, {"format": "pt"}))
+        os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert weights.stat().st_size == state.st_size
+        with Generator.from_pretrained(path) as new:
+            after = new(seed=1, output_type="raw")
+            assert after.info.build_id != before.info.build_id and not np.array_equal(after.images, before.images)
