@@ -16,7 +16,7 @@ NEWEST ?= python3
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 READY  := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: demo test test-slow test-matrix test-lowest test-latest gpu lint lock clean
+.PHONY: demo test test-slow test-hostile test-matrix test-lowest test-latest gpu lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -29,6 +29,11 @@ test: $(READY)
 # and the README as written.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Thousands of damaged and forged files, commands killed at any moment, threads, odd machines: one table of counts.
+# SCM_HOSTILE_DAMAGES, _KILLS and _CALLS make it shorter or longer, _SEED chooses other cases.
+test-hostile: $(READY)
+	$(BIN)/python -m pytest -m hostile -s tests/hostile --hostile-json benchmarks/results/hostile.json
 
 # The two ends of what pyproject.toml allows, each in an environment of its own: the oldest release of every direct
 # dependency on the oldest Python, and the newest of everything on the newest Python that is installed.

@@ -27,11 +27,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST = 4000
+"""Characters of a message. A value of an untrusted file may be megabytes long, and a message repeats it."""
+
 
 class ScmError(Exception):
     """Base class: catch this to catch everything raised on purpose."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """Return the message, without the middle of one that is longer than a page."""
+        text = super().__str__()
+        half = _LONGEST // 2
+        return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 class ConfigError(ScmError):

@@ -2,15 +2,14 @@
 
 A script, ``killed_worker.py JOB.json``; the job is ``{"before": [ARGUMENTS], "command": ARGUMENTS, "folder": FOLDER,
 "stride": N}``. It prints as JSON what the folder holds after an undisturbed run, and after a kill at every N-th write
-and another run. One process that has imported everything forks the commands, so that each of them really dies.
+and another run.
 """
 
 import hashlib
 import json
-import os
 import shutil
+import signal
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,37 +20,19 @@ import torch._dynamo
 
 import scm_sdk.train.loop
 import scm_sdk.train.samples
-from scm_sdk.export.cli import main
-
-KILLED = 77
+from killing import RENAMES_AND_FSYNCS, command, fork
 
 
 def run(arguments: list[str], *, die_at: int = 0) -> int:
-    """Run a command in a process that ends without ceremony just before its ``die_at``-th rename or fsync."""
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    left = die_at
+    """Run a command in a process that is killed just before its ``die_at``-th rename or fsync."""
 
-    def deadly(call):
-        def counted(*told, **named):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os._exit(KILLED)
-            return call(*told, **named)
-
-        return counted
-
-    os.replace, os.fsync = deadly(os.replace), deadly(os.fsync)
-    code = 1
-    try:
+    def train() -> None:
         scm_sdk.train.loop.time = SimpleNamespace(monotonic=lambda: 0.0)  # the only thing that differs from run to run
-        main(arguments, standalone_mode=False)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        command(arguments)()
+
+    child = fork(train, die_at=die_at, events=RENAMES_AND_FSYNCS)
+    child.events()
+    return child.wait()
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -69,7 +50,7 @@ def survey(job: dict) -> dict:
         shutil.rmtree(folder)
         if (code := run(job["command"], die_at=event)) == 0:
             return {"whole": whole, "after": after}
-        assert code == KILLED, code
+        assert code == -signal.SIGKILL, code
         assert run(job["command"]) == 0, f"the run after event {event} failed"
         after[event] = content(folder)
     raise AssertionError("the command never ends")
