@@ -14,7 +14,8 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -22,9 +23,10 @@ import msgspec
 from scm_sdk._lazy import require
 from scm_sdk.build_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord
 from scm_sdk.engine_fit import remember_built, was_built_here
-from scm_sdk.errors import ScmError
+from scm_sdk.errors import ExportError, ScmError
 from scm_sdk.files import sha256_bytes, sha256_file
 from scm_sdk.gpu import current_gpu
+from scm_sdk.locks import FolderLock, try_lock, wait_for_lock
 from scm_sdk.trt import load_flavour
 from scm_sdk.user_cache import cache_folder, temporary_folder, why_insecure, withdraw_write, writable_folder
 
@@ -47,6 +49,7 @@ class Entry:
         record: What it is; None if that cannot be read.
         bytes: Its size.
         used: When it was last made or served, seconds since the epoch.
+        lease: Keeps it from being removed while it is copied.
     """
 
     key: str
@@ -54,6 +57,7 @@ class Entry:
     record: BuildRecord | None
     bytes: int
     used: float
+    lease: FolderLock | None = None
 
     @property
     def mismatches(self) -> list[str]:
@@ -95,17 +99,20 @@ def cached_engine(
         progress: See ``build_engine``.
 
     Returns:
-        The entry, hashed just now, and whether it was there.
+        The entry, hashed just now, and whether it was there. It stays until it is forgotten.
 
     Raises:
-        ScmError: As ``build_engine`` does.
+        ScmError: As ``build_engine`` does; also if the lock of the entry is a link.
     """
     filelock = require("filelock", extra="export", purpose="the engine cache")
     key = engine_key(graph, options)
     folder = writable_folder(_ENGINES, purpose="engines are built again each time") or temporary_folder() / _ENGINES
     folder.mkdir(exist_ok=True)
     entry_folder = folder / key
-    with filelock.FileLock(entry_folder.with_suffix(".lock")):
+    lock = entry_folder.with_suffix(".lock")
+    if lock.is_symlink():
+        raise ExportError(f"{lock} is a link, expected a plain file or none. Delete it, and look at who made it.")
+    with filelock.FileLock(lock):
         entry = _read(entry_folder)
         hit = entry is not None and not entry.problem() and (allow_mismatch or not entry.mismatches)
         if not hit:
@@ -124,7 +131,7 @@ def cached_engine(
         assert entry is not None and entry.record is not None, "it was built or found"
         if not hit:
             remember_built(entry.record.engine_sha256)
-    return entry, hit
+        return replace(entry, lease=wait_for_lock(entry_folder, shared=True, purpose="the engine cache")), hit
 
 
 def engine_key(graph: Path, options: EngineOptions) -> str:
@@ -177,15 +184,30 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
     removed = []
     for entry in doomed:
         # The lock itself stays: were it deleted, one who waits for it and one who comes later would not see each other.
-        try:
-            with filelock.FileLock(entry.folder.with_suffix(".lock"), blocking=False):
-                now = _read(entry.folder)
-                if now is not None and now.used == entry.used:  # else it was served, or made anew, meanwhile
-                    _remove(entry.folder)
-                    removed.append(entry)
-        except filelock.Timeout:  # somebody is building it
+        lock = entry.folder.with_suffix(".lock")
+        if lock.is_symlink():
             continue
+        with suppress(filelock.Timeout), filelock.FileLock(lock, blocking=False):  # else somebody is building it
+            now = _read(entry.folder)
+            if now is not None and now.used == entry.used and _remove_unused(entry.folder):
+                removed.append(entry)
     return removed
+
+
+def _remove_unused(folder: Path) -> bool:
+    """Remove an entry that nobody copies; return whether it was removed."""
+    if folder.is_symlink():
+        _remove(folder)
+        return True
+    try:
+        lock = try_lock(folder)
+    except OSError:
+        return False
+    if lock is None:
+        return False
+    _remove(folder)
+    lock.release()
+    return not folder.exists()
 
 
 def _doomed(max_bytes: int | None, max_age_days: float | None) -> Iterator[Entry]:
@@ -207,7 +229,10 @@ def _doomed(max_bytes: int | None, max_age_days: float | None) -> Iterator[Entry
 def _read(folder: Path) -> Entry | None:
     if not folder.is_dir():
         return None
-    files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    try:
+        files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    except FileNotFoundError:  # removed just now
+        return None
     try:
         record = BuildRecord.from_json((folder / BUILD_RECORD_NAME).read_bytes())
     except (OSError, ScmError):

@@ -426,6 +426,7 @@ class Generator:
     def close(self) -> None:
         """Give all memory back; may be called twice. A later call raises ``BackendFailure``."""
         self._opener.close()
+        self.source.release()
 
     def __repr__(self) -> str:
         opened = [

@@ -8,7 +8,8 @@ from pathlib import Path
 from .archive import SUFFIX
 from .errors import BundleError, ConfigError
 from .hub import HUB_PREFIX, fetch, is_repo_id
-from .unpacked import unpacked
+from .locks import FolderLock
+from .unpacked import hold, unpacked
 
 
 def locate(path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -46,3 +47,20 @@ def locate(path: str | os.PathLike[str], *, revision: str | None = None, local_f
             f"path.{hub}"
         )
     return local
+
+
+def find_and_hold(
+    path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> tuple[Path, FolderLock | None]:
+    """Return the local folder of a model, and the lock that keeps it in the cache if a ``.scmz`` file was unpacked.
+
+    Raises:
+        BundleError: As ``locate``.
+        ConfigError: As ``locate``.
+    """
+    while True:
+        folder = locate(path, revision=revision, local_files_only=local_files_only)
+        try:
+            return folder, hold(folder)
+        except FileNotFoundError:  # removed from the cache since it was found
+            continue

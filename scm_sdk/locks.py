@@ -39,9 +39,13 @@ class FolderLock:
 
     def release(self) -> None:
         """Give the lock back; more than once does nothing."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+    def __del__(self) -> None:
+        """Give back what was forgotten."""
+        self.release()
 
 
 def try_lock(folder: Path, *, shared: bool = False) -> FolderLock | None:
@@ -59,7 +63,16 @@ def try_lock(folder: Path, *, shared: bool = False) -> FolderLock | None:
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False, purpose: str = "") -> Iterator[FolderLock]:
-    """Hold the lock of a folder while the block runs; wait for whoever holds it.
+    """Hold the lock of a folder while the block runs; see ``wait_for_lock``."""
+    lock = wait_for_lock(folder, shared=shared, purpose=purpose)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def wait_for_lock(folder: Path, *, shared: bool = False, purpose: str = "") -> FolderLock:
+    """Lock a folder; wait for whoever holds it.
 
     Args:
         folder: An existing folder, no link.
@@ -78,10 +91,7 @@ def locked(folder: Path, *, shared: bool = False, purpose: str = "") -> Iterator
     assert lock is not None, "it was waited for"
     if not lock.is_real and not shared:
         _warn_unlocked(folder)
-    try:
-        yield lock
-    finally:
-        lock.release()
+    return lock
 
 
 def _lock(folder: Path, *, shared: bool, wait: bool) -> FolderLock | None:

@@ -18,7 +18,8 @@ from ._names import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .bundle import Bundle
 from .errors import BundleError, ConfigError, IntegrityError
 from .files import sha256_bytes, sha256_file
-from .locate import locate
+from .locate import find_and_hold
+from .locks import FolderLock
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
 from .scores import SCORES_PATH
 from .spec import SamplerSpec
@@ -57,11 +58,18 @@ class Source:
     text_encoder: Path | None = None
     verify: Literal["none", "digest"] = "digest"
     _weights: tuple[Path, ...] = ()
+    _lease: FolderLock | None = None
+    """Keeps an unpacked bundle in the cache."""
 
     @property
     def cut_note(self) -> str:
         """See ``Manifest.cut_note``."""
         return self.bundle.manifest.cut_note if self.bundle else ""
+
+    def release(self) -> None:
+        """Let an unpacked bundle be removed from the cache from now on."""
+        if self._lease is not None:
+            self._lease.release()
 
     @property
     def default_steps(self) -> int:
@@ -170,9 +178,9 @@ def open_source(
     Raises:
         BundleError: If there is no such folder, or it is neither of the two, or a file is damaged.
     """
-    folder = locate(path, revision=revision, local_files_only=local_files_only)
+    folder, lease = find_and_hold(path, revision=revision, local_files_only=local_files_only)
     if (folder / MANIFEST_NAME).exists():
-        return _from_bundle(Bundle.open(folder, verify="none"), verify)
+        return _from_bundle(Bundle.open(folder, verify="none"), verify, lease)
     if (folder / CONFIG_NAME).exists():
         return _from_checkpoint(folder, verify)
     if (folder / INDEX_NAME).exists():
@@ -183,7 +191,7 @@ def open_source(
     )
 
 
-def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"]) -> Source:
+def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"], lease: FolderLock | None) -> Source:
     manifest = bundle.manifest
     if os.path.lexists(bundle.path / SCORES_PATH):
         bundle.check_file(SCORES_PATH, verify=verify)  # which the status is read from
@@ -199,6 +207,7 @@ def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"]) -> Source:
         _spec=bundle.spec,
         text_encoder=_text_encoder(bundle),
         verify=verify,
+        _lease=lease,
     )
 
 

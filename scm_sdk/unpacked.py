@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import time
 from contextlib import suppress
@@ -11,11 +12,13 @@ from pathlib import Path
 
 from ._bundle_checks import check_content, read_manifest
 from .archive import open_archive
-from .errors import ScmError
+from .errors import BundleError, ConfigError, ScmError
+from .locks import FolderLock, try_lock, wait_for_lock
 from .manifest import MANIFEST_NAME
 from .user_cache import (
     UNPACKED,
     cache_folder,
+    is_cached,
     temporary_folder,
     trusted_folder,
     why_insecure,
@@ -24,7 +27,7 @@ from .user_cache import (
 )
 
 _ABANDONED_DAYS = 1.0
-"""A folder that is still being filled after this long was left by a process that was killed."""
+"""Where a disk has no locks: a folder that is still being filled after this long was left by a killed process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ def unpacked_folder() -> Path | None:
 def unpacked(path: str | os.PathLike[str]) -> Path:
     """Return the folder of a ``.scmz`` file's bundle in the user's cache; it is unpacked once.
 
-    Where the cache cannot be used, the folder is one of this process and goes when it ends.
+    Where the cache cannot be used, the folder is one of this process and goes when it ends. ``hold`` keeps it there.
 
     Raises:
         BundleError: As ``archive.unpack``; also if there is no disk to unpack to.
@@ -70,13 +73,31 @@ def unpacked(path: str | os.PathLike[str]) -> Path:
                 root = temporary_folder() / UNPACKED
             kept = root / key
             if not _holds(kept, manifest):
-                if not (kept / MANIFEST_NAME).is_file():  # what is left of one that was half removed
-                    shutil.rmtree(kept, ignore_errors=True)
-                archive.unpack(kept, overwrite=True, sha256=sha256)
-                withdraw_write(kept)
+                _move_away(kept)  # altered, or half removed
+                try:
+                    archive.unpack(kept, sha256=sha256)
+                except BundleError:
+                    if not _holds(kept, manifest):
+                        raise  # else another process was first
+                with suppress(FileNotFoundError):  # collect_garbage was here already
+                    withdraw_write(kept)
     with suppress(OSError):  # somebody else's, or a read-only disk
         os.utime(kept, ns=(time.time_ns(),) * 2)  # finer than the file system's own clock
     return kept
+
+
+def hold(folder: Path) -> FolderLock | None:
+    """Keep ``collect_garbage`` from removing an unpacked bundle until the lock is released; None elsewhere.
+
+    Raises:
+        FileNotFoundError: If it was removed just now.
+    """
+    try:
+        if not is_cached(folder):
+            return None
+        return wait_for_lock(folder.resolve(), shared=True, purpose=f"open {folder}")
+    except (ConfigError, PermissionError):  # no cache can be meant; or it may be opened by name, but not listed
+        return None
 
 
 def entries() -> list[Entry]:
@@ -91,7 +112,7 @@ def entries() -> list[Entry]:
 def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
     """Remove the damaged, those unused for long, and then the longest unused until the rest is small enough.
 
-    Every file is hashed again.
+    Every file is hashed again. What a process has open (``hold``) stays.
 
     Args:
         max_bytes: What may stay in all; None is no limit.
@@ -104,21 +125,48 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
     removed: list[Entry] = []
     for entry in entries():
         days = (time.time() - entry.used) / 86400
-        limit = _ABANDONED_DAYS if entry.key.startswith(".") else max_age_days if _is_whole(entry.folder) else 0.0
-        (removed if limit is not None and days >= limit else kept).append(entry)
+        limit = 0.0 if entry.key.startswith(".") or not _is_whole(entry.folder) else max_age_days
+        gone = limit is not None and days >= limit and _remove(entry, days)
+        (removed if gone else kept).append(entry)
     total = sum(entry.bytes for entry in kept)
     for entry in kept:
-        if max_bytes is not None and total > max_bytes and not entry.key.startswith("."):
+        days = (time.time() - entry.used) / 86400
+        if max_bytes is not None and total > max_bytes and not entry.key.startswith(".") and _remove(entry, days):
             removed.append(entry)
             total -= entry.bytes
-    for entry in removed:
-        away = entry.folder.with_name(f".{entry.key.strip('.')}.removed")
-        try:
-            os.replace(entry.folder, away)  # first out of sight: nobody opens half a bundle
-        except OSError:
-            away = entry.folder
-        shutil.rmtree(away, ignore_errors=True)
     return removed
+
+
+def _remove(entry: Entry, days: float) -> bool:
+    """Remove an entry that nobody has open; return whether it was removed."""
+    try:
+        lock = try_lock(entry.folder)
+    except OSError:  # removed by another process, or a link
+        lock = None
+    if lock is None:
+        return False
+    try:
+        if not lock.is_real and entry.key.startswith(".") and days < _ABANDONED_DAYS:
+            return False
+        now = _read(entry.folder)
+        if now is None or now.used != entry.used:  # opened, or made anew, meanwhile
+            return False
+        _move_away(entry.folder)
+    finally:
+        lock.release()
+    return not os.path.lexists(entry.folder)
+
+
+def _move_away(folder: Path) -> None:
+    """Delete a folder, first out of sight: nobody opens half a bundle."""
+    away = folder.with_name(f".{folder.name.strip('.')}.{secrets.token_hex(4)}.removed")
+    try:
+        os.replace(folder, away)
+    except FileNotFoundError:
+        return
+    except OSError:
+        away = folder
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def _holds(folder: Path, manifest: bytes) -> bool:
@@ -143,7 +191,7 @@ def _read(folder: Path) -> Entry | None:
     try:
         sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
         used = folder.stat().st_mtime
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         name = "" if folder.name.startswith(".") else read_manifest(folder).name

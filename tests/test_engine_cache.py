@@ -110,8 +110,7 @@ def test_the_second_builder_waits_and_finds_it_made(graphs: Path) -> None:
 
 def test_what_is_being_built_is_no_garbage_and_its_lock_stays(graphs: Path) -> None:
     filelock = pytest.importorskip("filelock")
-    entry, _ = engine_cache.cached_engine(graph(graphs, "fp16"), options())
-    lock = entry.folder.with_suffix(".lock")
+    lock = engine_cache.cached_engine(graph(graphs, "fp16"), options())[0].folder.with_suffix(".lock")
     code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code, str(lock)], **pipes) as builder:
@@ -123,6 +122,25 @@ def test_what_is_being_built_is_no_garbage_and_its_lock_stays(graphs: Path) -> N
     assert lock.stat().st_ino == before, "one who waits for it and one who comes later must meet"
     with filelock.FileLock(lock, blocking=False):
         pass
+
+
+def test_what_is_being_copied_is_no_garbage(graphs: Path) -> None:
+    entry, _ = engine_cache.cached_engine(graph(graphs, "fp16"), options())
+    assert engine_cache.collect_garbage(max_bytes=0) == []
+    del entry
+    assert len(engine_cache.collect_garbage(max_bytes=0)) == 1
+
+
+def test_a_lock_that_is_a_link_is_refused(graphs: Path, tmp_path: Path) -> None:
+    entry, _ = engine_cache.cached_engine(graph(graphs, "fp16"), options())
+    lock = entry.folder.with_suffix(".lock")
+    lock.unlink()
+    (tmp_path / "mine").write_text("kept")
+    lock.symlink_to(tmp_path / "mine")
+    with pytest.raises(ExportError, match=r"\.lock is a link, expected a plain file"):
+        engine_cache.cached_engine(graph(graphs, "fp16"), options())
+    del entry
+    assert engine_cache.collect_garbage(max_bytes=0) == [] and (tmp_path / "mine").read_text() == "kept"
 
 
 def test_a_mismatch_is_let_pass_only_as_long_as_it_is_asked_for(graphs: Path, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from scm_sdk import unpacked
 from scm_sdk.archive import pack
 from scm_sdk.errors import IntegrityError
 from scm_sdk.export.cli import main
+from scm_sdk.files import staging
 from scm_sdk.generator import Generator
 from scm_sdk.spec import SamplerSpec
 
@@ -77,13 +80,58 @@ def test_a_damaged_one_is_found_and_removed(archives: list[Path]) -> None:
     Generator.from_pretrained(archives[1], backend="onnxruntime").close()
 
 
-def test_what_a_killed_process_left_goes_after_a_day(archives: list[Path]) -> None:
-    left = unpacked.unpacked_folder() / ".abc.123.partial"
+def test_what_a_killed_process_left_goes_and_what_is_being_filled_stays(archives: list[Path]) -> None:
+    folder = unpacked.unpacked_folder()
+    left = folder / ".scm-01234567.partial"
     left.mkdir()
     (left / "half").write_bytes(b"x" * 1000)
-    assert "removed 0 bundles" in gc() and left.exists(), "it may still be being filled"
-    os.utime(left, (time.time() - 2 * 86400,) * 2)
-    assert "removed 1 bundle," in gc() and not left.exists()
+    with staging(folder) as alive:
+        (alive / "half").write_bytes(b"x" * 1000)
+        assert "removed 1 bundle," in gc() and not left.exists() and (alive / "half").exists()
+    assert names() == ["old", "new"]
+
+
+def test_what_is_open_stays_until_it_is_closed(archives: list[Path]) -> None:
+    with Generator.from_pretrained(archives[0], backend="onnxruntime"):
+        assert "removed 1 bundle," in gc("--max-size", 0) and names() == ["old"]
+    assert "removed 1 bundle," in gc("--max-size", 0) and names() == []
+
+
+def test_a_link_in_the_cache_is_left_alone(archives: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (unpacked.unpacked_folder() / "link").symlink_to(tmp_path / "outside")
+    assert "removed 2 bundles," in gc("--max-size", 0) and (tmp_path / "outside").exists()
+
+
+def test_cleaning_runs_beside_opening(archives: list[Path]) -> None:
+    """Neither meets what the other is removing or making."""
+    code = (
+        "import sys; from scm_sdk import unpacked\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(10**6):\n"
+        "    unpacked.collect_garbage(max_bytes=0)\n"
+        "    unpacked.entries()\n"
+    )
+    cleaners = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for cleaner in cleaners:
+            assert cleaner.stdout is not None and cleaner.stdout.readline() == "ready\n"
+        for number in range(60):
+            Generator.from_pretrained(archives[number % 2], backend="onnxruntime").close()
+        assert [cleaner.poll() for cleaner in cleaners] == [None, None]
+    finally:
+        for cleaner in cleaners:
+            cleaner.kill()
+            cleaner.communicate()
+
+
+def test_several_processes_unpack_one_file(archives: list[Path]) -> None:
+    gc("--max-size", 0)
+    code = "import sys; from scm_sdk.generator import Generator\n"
+    code += "Generator.from_pretrained(sys.argv[1], backend='onnxruntime').close()"
+    several = [subprocess.Popen([sys.executable, "-c", code, str(archives[0])]) for _ in range(3)]
+    assert [process.wait(120) for process in several] == [0, 0, 0]
+    assert names() == ["old"] and len(list(unpacked.unpacked_folder().iterdir())) == 1
 
 
 def test_a_manifest_that_cannot_be_read(archives: list[Path]) -> None:

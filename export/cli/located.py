@@ -54,9 +54,11 @@ def local_folder(path: Path, revision: str | None) -> Path:
         BundleError: If there is none.
         ConfigError: If a revision is given for what is no hub id.
     """
-    from scm_sdk.locate import locate
+    from scm_sdk.locate import find_and_hold
 
-    folder = locate(path, revision=revision)
+    folder, lease = find_and_hold(path, revision=revision)
+    if lease is not None:
+        click.get_current_context().call_on_close(lease.release)
     if folder != path:
         say(f"  {path}{f'@{revision}' if revision else ''} is {folder}")
     return folder

@@ -207,6 +207,8 @@ def claimed_folder(config: TrainConfig, out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if (out / LOCK_FILE).is_symlink():
+            raise TrainError(f"{out / LOCK_FILE} is a link, expected a plain file or none. Delete it.")
         lock = FileLock(out / LOCK_FILE, timeout=0)
         lock.acquire()
     except Timeout as exc:
