@@ -140,6 +140,13 @@ def test_errors_of_generate_name_the_options(unet_bundle: Path, tmp_path: Path) 
     assert plan
 
 
+@pytest.mark.parametrize("verb", ["bench", "selfcheck"])
+def test_errors_of_other_verbs_name_the_options(unet_bundle: Path, verb: str) -> None:
+    done = run(verb, unet_bundle, "--backend", "onnxruntime", "--steps", 7)
+    assert done.exit_code == 2 and "num_inference_steps" not in done.stderr, done.stderr
+    assert "--steps is 7" in done.stderr or "7 steps" in done.stderr
+
+
 def test_a_search_says_how_far_it_is_and_how_long_it_takes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

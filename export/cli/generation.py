@@ -9,7 +9,7 @@ import click
 
 from .common import json_option, plural, print_json, progress_bar, say
 from .located import model_argument
-from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath, arguments_as_options
+from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath
 
 
 @click.command()
@@ -57,12 +57,9 @@ def generate(
     wanted = _split_labels(class_labels, num_images)
     if len(prompts) not in (0, 1, num_images):
         raise click.BadParameter(_count_problem(len(prompts), "prompt", num_images), param_hint="--prompt")
-    with (
-        arguments_as_options(),
-        Generator.from_pretrained(
-            bundle, backend=backend, precision=precision, device=device, num_threads=threads, num_inference_steps=steps
-        ) as gen,
-    ):
+    with Generator.from_pretrained(
+        bundle, backend=backend, precision=precision, device=device, num_threads=threads, num_inference_steps=steps
+    ) as gen:
         if plan:
             rows = gen.plan()
             print_json(rows.to_dict()) if as_json else click.echo(str(rows))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from .common import say
+from .names import arguments_as_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,11 +29,12 @@ def model_argument(name: str, *, required: bool = True) -> Callable[[Command], C
         @functools.wraps(command)
         def located(*args: Any, revision: str | None, **options: Any) -> Any:
             given: Path | None = options[name]
-            if given is not None:
-                options[name] = local_folder(given, revision)
-            elif revision is not None:
-                raise click.UsageError(f"--revision is given without {name.upper()}, expected a hub id for it.")
-            return command(*args, **options)
+            with arguments_as_options():
+                if given is not None:
+                    options[name] = local_folder(given, revision)
+                elif revision is not None:
+                    raise click.UsageError(f"--revision is given without {name.upper()}, expected a hub id for it.")
+                return command(*args, **options)
 
         argument = click.argument(name, required=required, type=click.Path(path_type=Path))
         return argument(revision_option(located))  # type: ignore[return-value]

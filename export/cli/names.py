@@ -141,11 +141,12 @@ def arguments_as_options() -> Iterator[None]:
 
     params = click.get_current_context().command.params
     options = {p.name: max(p.opts, key=len) for p in params if isinstance(p, click.Option)}
-    options |= {"num_inference_steps": "--steps", "num_threads": "--threads"}
+    for argument, option in (("num_inference_steps", "steps"), ("num_threads", "threads")):
+        options |= {argument: options[option]} if option in options else {}
     try:
         yield
     except ConfigError as exc:
-        text = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda found: options.get(found[0], found[0]), str(exc))
+        text = re.sub(r"(?<![\w/.-])[a-z]+_[a-z_]+(?!\w|[/.]\w)", lambda found: options.get(found[0], found[0]), str(exc))
         raise ConfigError(text) from exc
 
 
