@@ -146,8 +146,8 @@ def arguments_as_options() -> Iterator[None]:
     try:
         yield
     except ConfigError as exc:
-        text = re.sub(r"(?<![\w/.-])[a-z]+_[a-z_]+(?!\w|[/.]\w)", lambda found: options.get(found[0], found[0]), str(exc))
-        raise ConfigError(text) from exc
+        name = r"(?<![\w/.-])[a-z]+_[a-z_]+(?!\w|[/.]\w)"
+        raise ConfigError(re.sub(name, lambda found: options.get(found[0], found[0]), str(exc))) from exc
 
 
 def one_of(kind: str, *names: str) -> Name:
