@@ -18,7 +18,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scm_sdk.errors import ExportError, ScmError, ShapeError
+from scm_sdk._lazy import install_command, outdated
+from scm_sdk.errors import BackendUnavailable, ExportError, ScmError, ShapeError
 
 from .partial import BATCH_DIM
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor, nn
     from torch.export import ExportedProgram
+    from torch.fx import Node
 
 OPSET = 20
 """Read by TensorRT 10, TensorRT-RTX and ONNX Runtime 1.18 and later; opset 23 brings an Attention
@@ -40,8 +42,6 @@ _CHATTY = (
     "torch.fx.experimental.symbolic_shapes",  # repeats the exception
 )
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
-_FAILED_NODE = re.compile(r"translating node %(\w+)")
-_FAILED_OPERATOR = re.compile(r"call_function\[target=(?:torch\.ops\.)?([\w.]+)\]")
 
 
 def require_exportable(network: nn.Module) -> None:
@@ -152,10 +152,16 @@ def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> i
 
     Raises:
         ExportError: If an operator has no translation, or comes out in another opset.
+        BackendUnavailable: If one of the libraries is too old; those give graphs that are wrong or fail elsewhere.
     """
     import torch
 
-    with _quiet(), _translated("a traced network cannot be translated", program):
+    if old := outdated("torch", "onnx", "onnx_ir", "onnxscript"):
+        raise BackendUnavailable(
+            f"exporting a network needs other versions: found {'; '.join(map(' '.join, old.items()))}. Install them "
+            f"with: {install_command('export', '--upgrade')}"
+        )
+    with _quiet(), _translated("a traced network cannot be translated"):
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -216,43 +222,73 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _translated(subject: str, program: ExportedProgram | None = None) -> Iterator[None]:
+def _translated(subject: str) -> Iterator[None]:
     """Turn whatever torch raises into an ExportError that names the operator and the user's line."""
     try:
         yield
     except ScmError:
         raise
     except Exception as exc:  # torch and the network may raise anything
-        text = str(exc)
-        operator = _FAILED_OPERATOR.search(text)
-        if operator is not None:
-            found = f"operator {operator[1]} has no translation to ONNX opset {OPSET}"
+        node = _failed_node(exc)
+        if node is None:
+            found = _first_line(exc)
+        elif "DispatchError" in _kinds(exc):
+            found = f"operator {node.target} has no translation to ONNX opset {OPSET}"
         else:
-            found = text.strip().split("\n\n")[0].split("\n")[0] or type(exc).__name__
-        raise ExportError(f"{subject}{_user_line(exc, program)}: {found}. {_remedy(exc, operator)}") from exc
+            *_, first = _chain(exc)
+            found = f"operator {node.target} cannot be translated ({_first_line(first)})"
+        raise ExportError(f"{subject}{_user_line(exc, node)}: {found}. {_remedy(exc, node)}") from exc
 
 
-def _remedy(exc: Exception, operator: re.Match[str] | None) -> str:
-    if operator is not None:
+def _first_line(exc: BaseException) -> str:
+    return str(exc).strip().split("\n")[0] or type(exc).__name__
+
+
+def _failed_node(exc: BaseException) -> Node | None:
+    """Return the operator that torch was translating when it gave up: the innermost that a frame of it holds."""
+    from torch.fx import Node
+
+    found = None
+    for error in _chain(exc):
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for value in frame.f_locals.values():
+                if isinstance(value, Node) and value.op == "call_function":
+                    found = value
+    return found
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, then what it was raised from, down to the first."""
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__ or exc.__context__
+
+
+def _kinds(exc: BaseException) -> set[str]:
+    """Return the names of the classes of an exception and of all that it was raised from."""
+    return {type(error).__name__ for error in _chain(exc)}
+
+
+def _remedy(exc: Exception, node: Node | None) -> str:
+    kinds = _kinds(exc)
+    if node is not None:
         return "Expected operators that ONNX has; write that line with others."
-    if type(exc).__name__ == "GuardOnDataDependentSymNode":
+    if "GuardOnDataDependentSymNode" in kinds:
         return (
             "Expected a network that runs the same operators whatever its inputs hold; it decides by the "
             "value of a tensor. Choose between results with torch.where, not with if, and avoid .item()."
         )
-    if "onstraints violated" in str(exc) or "specialized" in str(exc):
+    if "ConstraintViolationError" in kinds:
         return "Expected a network for any batch size; take the batch from x.shape[0], never a fixed number."
     return "Expected network(x, t, class_labels) to return F; run it by hand on such inputs to see more."
 
 
-def _user_line(exc: Exception, program: ExportedProgram | None) -> str:
+def _user_line(exc: Exception, node: Node | None) -> str:
     """Return `` at file:line`` of the innermost line outside of torch and this file, or nothing."""
     import torch
 
-    name = _FAILED_NODE.search(str(exc))
-    if program is not None and name is not None:
-        stacks = [n.meta.get("stack_trace") or "" for n in program.graph.nodes if n.name == name[1]]
-        places = [(path, int(line)) for stack in stacks for path, line in _STACK_LINE.findall(stack)]
+    if node is not None:
+        places = [(path, int(line)) for path, line in _STACK_LINE.findall(node.meta.get("stack_trace") or "")]
     else:
         places = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(exc.__traceback__)]
     library = str(Path(torch.__file__).parent)

@@ -37,6 +37,31 @@ def installed_version(module: str) -> str:
         return "unknown"
 
 
+def outdated(*modules: str) -> dict[str, str]:
+    """Return which modules are installed in versions that this package's metadata rules out.
+
+    Returns:
+        What was found and expected, by module: ``{"onnxscript": "0.5.0, expected >=0.7.2"}``.
+    """
+    from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        asked = [Requirement(line) for line in requires(_DISTRIBUTION) or ()]
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return {}
+    distributions, broken = packages_distributions(), dict[str, str]()
+    for module in modules:
+        name, found = canonicalize_name(distributions.get(module, [module])[0]), installed_version(module)
+        for each in asked:
+            known = canonicalize_name(each.name) == name and found != "unknown"
+            if known and not each.specifier.contains(found, prereleases=True):
+                broken[module] = f"{found}, expected {each.specifier}"
+    return broken
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import ``module`` or raise with the command that installs it.
 

@@ -41,6 +41,10 @@ def _exotic(x: Tensor, t: Tensor) -> Tensor:
     return torch.linalg.matrix_exp(x)
 
 
+def _composite(x: Tensor, t: Tensor) -> Tensor:
+    return torch.linalg.svd(x)[0] @ x
+
+
 def _fails(x: Tensor, t: Tensor) -> Tensor:
     raise RuntimeError("out of ideas")  # MARK fails
 
@@ -54,7 +58,13 @@ def _fails(x: Tensor, t: Tensor) -> Tensor:
             ExportError,
             rf"{_at('# MARK forward')}: operator aten\.linalg_matrix_exp.* has no translation",
         ),
+        (
+            _composite,
+            ExportError,
+            rf"at \S*{_at('# MARK forward')}: operator aten\._linalg_svd.* has no translation.*with others",
+        ),
         (_fails, ExportError, rf"{_at('# MARK fails')}: out of ideas"),
+        (lambda x, t: x if x.shape[0] % 2 == 0 else -x, ExportError, "any batch size"),
         (lambda x, t: x.reshape(2, 3, 8, 8).clone(), ExportError, "any batch size"),
         (
             lambda x, t: x[:, :1],
@@ -66,7 +76,7 @@ def _fails(x: Tensor, t: Tensor) -> Tensor:
         (lambda x, t: x + x[x > 0].sum(), UnsupportedGraphError, r"\(NonZero\) has an output whose size"),
         (lambda x, t: x + torch.randn_like(x), UnsupportedGraphError, "draws random numbers"),
     ],
-    ids=["branch", "operator", "raises", "batch", "shape", "dtype", "tuple", "size", "random"],
+    ids=["branch", "operator", "composite", "raises", "batch", "parity", "shape", "dtype", "tuple", "size", "random"],
 )
 def test_networks_that_cannot_be_exported(fault, error, message, capfd):
     model = ConsistencyModel(ModelConfig(network=UNetConfig(image_size=8)), Bad(fault)).eval()

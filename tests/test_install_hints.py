@@ -2,15 +2,19 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from scm_sdk import _lazy
 from scm_sdk.card import model_card
 from scm_sdk.errors import BackendUnavailable
+from scm_sdk.export.cli import main
 from scm_sdk.spec import SamplerSpec
 from test_floors import MODULES
 
@@ -44,6 +48,34 @@ def test_an_error_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_lazy, "_DISTRIBUTION", "not-installed-anywhere")
     with pytest.raises(BackendUnavailable, match=r"pip install --editable '\.\[openvino\]', in the checkout"):
         _lazy.require("nowhere", extra="openvino", purpose="a test")
+
+
+@pytest.fixture
+def old_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the metadata of an old onnxscript be found before those of the one that is installed."""
+    about = tmp_path / "onnxscript-0.5.0.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text("Metadata-Version: 2.1\nName: onnxscript\nVersion: 0.5.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("old_onnxscript")
+def test_a_library_that_is_too_old_is_named() -> None:
+    pytest.importorskip("onnxscript")
+    assert list(_lazy.outdated("numpy", "onnxscript", "nowhere", "PIL")) == ["onnxscript"]
+    assert re.fullmatch(r"0\.5\.0, expected >=[\d.]+", _lazy.outdated("onnxscript")["onnxscript"])
+    with pytest.raises(
+        BackendUnavailable, match=r"onnxscript 0\.5\.0, expected >=.*pip install --upgrade .*'onnxscript"
+    ):
+        from scm_sdk.export.trace import translate
+
+        translate(None, [], "F")  # type: ignore[arg-type]  # before it is looked at
+    done = CliRunner().invoke(main, ["doctor", "--json"])
+    assert json.loads(done.stdout)["outdated"].keys() == {"onnxscript"}
+
+
+def test_nothing_here_is_too_old() -> None:
+    assert _lazy.outdated("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "cuda.bindings", "click") == {}
 
 
 def test_no_other_text_hints_at_the_index() -> None:

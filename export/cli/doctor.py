@@ -37,13 +37,14 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from scm_sdk._lazy import install_command, installed_version, is_installed
+    from scm_sdk._lazy import install_command, installed_version, is_installed, outdated
     from scm_sdk._version import __version__
     from scm_sdk.dispatch import BACKENDS
     from scm_sdk.gpu import gpus
     from scm_sdk.processor import cpu_name, usable_cores
 
     found = {name: installed_version(name) if is_installed(name) else None for name in LIBRARIES}
+    wrong = outdated(*(name for name in LIBRARIES if found[name]))
     with ThreadPoolExecutor() as threads:
         trials = {name: threads.submit(_try, name) for name, info in BACKENDS.items() if is_installed(info.library)}
     states = {
@@ -58,6 +59,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         "cores": usable_cores(),
         "gpu": ", ".join(f"{gpu.name} (sm {gpu.compute_capability}, driver for CUDA {gpu.driver})" for gpu in gpus()),
         "libraries": found,
+        "outdated": wrong,
         "backends": states,
     }
     plans = {} if bundle is None else _plans(bundle)
@@ -69,7 +71,10 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         console.print(f"{key:<8} {report[key] or 'none found'}")
     table = make_table("library", "version", "for", "get it with")
     for name, (extra, purpose) in LIBRARIES.items():
-        table.add_row(name, found[name] or "-", purpose, "" if found[name] else install_command(extra))
+        get_it = name in wrong or not found[name]
+        options = ["--upgrade"] if name in wrong else []
+        version = wrong.get(name) or found[name] or "-"
+        table.add_row(name, version, purpose, install_command(extra, *options) if get_it else "")
     print_table(table)
     for name, state in states.items():
         console.print(f"backend {name}: {state}")
