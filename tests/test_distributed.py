@@ -1,6 +1,7 @@
 """Several processes, or a batch in parts, give the weights of one process that sees the whole batch at once."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
 from scm_sdk.model.edm2 import EDM2Config
 from scm_sdk.model.presets import tiny
-from scm_sdk.train.distributed import Scale, World
+from scm_sdk.train.distributed import Scale, World, joined
 from scm_sdk.train.loop import Hooks, train
 from scm_sdk.train.sharding import blocks_of, check_scale
 
@@ -87,6 +88,22 @@ def test_restarts_that_would_not_find_each_other_are_refused(room, tmp_path, mon
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"--max-restarts 3, .* Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         train(config(room, "diffusion"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("words", ["", "gloo: connection closed by NCCL"])
+def test_a_failure_of_ones_own_is_not_about_the_others(monkeypatch, words):
+    """Whatever it says: the place where it was raised decides."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RuntimeError) as caught, joined(Scale(device="cpu")):
+        if words:
+            raise RuntimeError(words)
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert type(caught.value) is RuntimeError
 
 
 def test_impossible_scales():

@@ -69,6 +69,16 @@ def test_a_process_that_hangs_is_told(room, tmp_path):
     assert (tmp_path / "run" / "state.safetensors").exists()
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_process_is_told(room, tmp_path, parallel):
+    run = config(room, "diffusion", num_iterations=6)
+    kill = {"kill_at": 3, "killed": str(tmp_path / "killed")}
+    waiting, killed = start([job(run, tmp_path / "run", Scale(parallel=parallel, timeout=60), **kill)], tmp_path)
+    (out, err), _ = ends_of([waiting, killed])
+    assert (waiting.returncode, killed.returncode) == (1, -9)
+    assert "TrainError: process 0 of 2 lost the others" in err, out + err
+
+
 def test_a_disk_that_is_full_for_one_process_costs_no_checkpoint(room, tmp_path):
     run = config(room, "diffusion", num_iterations=6)
     processes = start([job(run, tmp_path / "run", Scale(parallel="fsdp"), full_at=3)], tmp_path)

@@ -7,9 +7,11 @@ many processes there were, up to the order of summation. Process 0 alone writes 
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ from ..errors import ConfigError, ScmError, TrainError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process through its environment."""
+_EXCHANGING = ("torch.distributed.", "torch.nn.parallel.distributed", "torch.autograd.graph")
+"""Modules of torch that run while tensors go from process to process."""
 Value = TypeVar("Value")
 
 
@@ -203,9 +207,15 @@ def _check_restarts() -> None:
 
 
 def _is_about_the_others(exc: RuntimeError) -> bool:
-    """Whether an error of torch is about communication. Gloo's errors have no class of their own."""
-    text = str(exc).lower()
-    return isinstance(exc, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection closed"))
+    """Whether torch raised an error where processes exchange tensors. Gloo's errors have no class of their own.
+
+    That is in ``torch.distributed``, and in the backward pass, from which DDP sends gradients round.
+    """
+    if isinstance(exc, dist.DistError | torch.OutOfMemoryError):
+        return isinstance(exc, dist.DistError)
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    inside = itertools.takewhile(lambda name: name.partition(".")[0] == "torch", reversed(modules))
+    return any(name.startswith(_EXCHANGING) for name in inside)
 
 
 @contextmanager
