@@ -75,7 +75,9 @@ def choose_factors(
         model: The float32 sampler graph; it is not changed.
         nodes: Names of the layers that will be quantized.
         spec: The sampler.
-        num_samples: Pictures to measure channels on, those of ``calibrate``.
+        num_samples: Pictures to measure channels on, those of ``calibrate``. Other ones for the ranges were tried:
+            the shipped model loses 1.7 to 4 dB (mean PSNR of 512 fresh seeds; 128 and 128 others, three draws), and
+            more where 128 are halved.
         seed: Which ones.
         batch_size: Pictures at once; bounds memory.
         examples: What the model is told; None draws it.
