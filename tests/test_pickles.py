@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from scm_sdk._names import WEIGHTS_NAME
 from scm_sdk.errors import ConfigError, IntegrityError
 from scm_sdk.export.cli import main
+from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.pickles.convert import convert_pickle
 from scm_sdk.pickles.edm2_layout import edm2_shapes
 from scm_sdk.pickles.network import read_network
@@ -121,7 +122,7 @@ def test_a_tensor_that_no_state_dict_holds_is_not_lost_silently(edm_pickle, tmp_
         read_network(tmp_path / "net.pkl")
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_older_protocols_are_read(edm_pickle, tmp_path, protocol):
     expected = edm_pickle(tmp_path / "net.pkl", protocol=protocol)
     found = read_network(tmp_path / "net.pkl").tensors
@@ -135,6 +136,13 @@ def test_attention_is_where_a_head_fits(changes):
     arguments = {"img_resolution": 16, "img_channels": 3, "label_dim": 0, "model_channels": 64} | changes
     names = [name for name in edm2_shapes(arguments | {"channel_mult": [1, 2]}) if "attn" in name]
     assert sorted({name.split(".")[2] for name in names}) == ([] if "channels_per_head" in changes else ["8x8_in0"])
+
+
+def test_what_was_imported_is_no_model_and_says_what_it_is(edm_pickle, tmp_path):
+    edm_pickle(tmp_path / "net.pkl")
+    convert_pickle(tmp_path / "net.pkl", tmp_path / "net")
+    with pytest.raises(ConfigError, match=r"an imported EDM or EDM2 network.*ModuleDenoiser"):
+        ConsistencyModel.from_pretrained(tmp_path / "net")
 
 
 def test_a_network_of_countless_blocks_is_refused_at_once():

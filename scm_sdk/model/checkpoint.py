@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._names import CONFIG_NAME, WEIGHTS_NAME
+from .._names import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..files import atomic_file, atomic_write_bytes
+from ..files import atomic_file, atomic_write_bytes, open_regular, read_regular
 from .conditioning import PositionalEmbedding
 from .consistency import ConsistencyModel, ModelConfig
 from .foreign.sana_folder import is_pipeline
@@ -39,17 +40,23 @@ def read_config(path: Path) -> ModelConfig:
 
     Raises:
         BundleError: If the file is absent.
-        ConfigError: If it is malformed or of another kind of model.
+        ConfigError: If it is malformed or of another kind of model, no plain file or too large.
     """
     try:
-        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+        raw = msgspec.json.decode(read_regular(path, most=CONFIG_MAX_BYTES), type=dict[str, msgspec.Raw])
     except FileNotFoundError as exc:
         raise BundleError(
             f"no {CONFIG_NAME} in {path.parent}, expected a checkpoint folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
         ) from exc
     except (OSError, msgspec.MsgspecError, RecursionError) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}. Save the checkpoint again.") from exc
-    kind = bytes(raw.pop("_class_name", msgspec.Raw(b'""'))).decode()
+    kind = bytes(raw.pop("_class_name", msgspec.Raw(b'""'))).decode(errors="replace")
+    if kind == f'"{IMPORTED_CLASS}"':
+        raise ConfigError(
+            f"{path} describes an imported EDM or EDM2 network, weights without code, expected a {CLASS_NAME!r}. Put "
+            "them into the network's own class and wrap it as a teacher in Python (ModuleDenoiser, EDM_DENOISER): "
+            "docs/sharing.md, Pickles of EDM and EDM2."
+        )
     if kind != f'"{CLASS_NAME}"':
         raise ConfigError(f"{path} describes a {kind}, expected a {CLASS_NAME!r} written by save_pretrained.")
     try:
@@ -62,7 +69,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load a safetensors file.
 
     Raises:
-        BundleError: If the file is absent.
+        BundleError: If the file is absent, or memory does not hold it.
         IntegrityError: If it is truncated or no safetensors file.
     """
     tensors: dict[str, Tensor] = {}
@@ -88,10 +95,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise IntegrityError(
             f"{path} is truncated or no safetensors file ({exc}). Copy or train the checkpoint again."
         ) from exc
+    except MemoryError as exc:
+        raise BundleError(
+            f"{path} has {path.stat().st_size} bytes, more than this process may map into memory. Raise the limit "
+            "(ulimit -v), or load it on a machine with more."
+        ) from exc
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
+    with open_regular(path) as stream:  # the library would wait for a pipe
+        found = os.fstat(stream.fileno())
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import msgspec
 
-from .._names import CONFIG_NAME, WEIGHTS_NAME
+from .._names import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..files import atomic_write_bytes, sha256_file
+from ..files import atomic_write_bytes, read_regular, sha256_file
 from ..publish import atomic_folder
 from .edm2_layout import CLASS_NAME as EDM2_CLASS
 from .edm2_layout import Shape, edm2_shapes
 from .network import PickledNetwork, read_network
 
-CLASS_NAME = "PickledNetwork"
 SOURCE_LICENSE = "CC-BY-NC-SA-4.0"
 """What NVIDIA publishes the EDM and EDM2 weights under; the form of the file is that of their code."""
 
@@ -114,7 +113,7 @@ def is_converted(
     """
     folder = Path(out)
     try:
-        found = msgspec.json.decode((folder / CONFIG_NAME).read_bytes())["source_sha256"]
+        found = msgspec.json.decode(read_regular(folder / CONFIG_NAME, most=CONFIG_MAX_BYTES))["source_sha256"]
     except (OSError, msgspec.DecodeError, KeyError, TypeError):
         return False
     if found != sha256_file(path):
@@ -157,7 +156,7 @@ def _layout(network: PickledNetwork, where: str) -> Mapping[str, Shape]:
 def _config(converted: Converted) -> dict[str, object]:
     network = converted.network
     return {
-        "_class_name": CLASS_NAME,
+        "_class_name": IMPORTED_CLASS,
         "network_class": network.class_name,
         "arguments": network.arguments,
         "facts": network.facts,

@@ -259,6 +259,7 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     ord("C"): _bytes("<B"),
     ord("B"): _bytes("<I"),
     0x8E: _bytes("<Q"),
+    0x96: _bytes("<Q"),
     ord(")"): _constant(tuple),
     ord("t"): _marked_tuple,
     0x85: lambda m: m._tuple(1),

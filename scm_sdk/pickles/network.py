@@ -21,6 +21,7 @@ from .tensors import (
     StoredArray,
     StoredDtype,
     StoredTensor,
+    array_of_buffer,
     read_scalar,
     rebuild_parameter,
     rebuild_tensor,
@@ -159,6 +160,8 @@ def _table(where: str, budget: Budget) -> Mapping[str, Allowed]:
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table[f"{module}._reconstruct"] = Allowed(call=StoredArray)
         table[f"{module}.scalar"] = Allowed(call=read_scalar)
+    for module in ("numpy.core.numeric", "numpy._core.numeric"):
+        table[f"{module}._frombuffer"] = Allowed(call=array_of_buffer)
     return table
 
 

@@ -209,6 +209,16 @@ class StoredArray(Buildable):
         self.array = flat.reshape(shape, order="F") if is_fortran is True else flat.reshape(shape)
 
 
+def array_of_buffer(*arguments: Any) -> StoredArray:
+    """Stand in for numpy's ``_frombuffer(bytes, dtype, shape, order)``, which protocol 5 names."""
+    if len(arguments) != 4 or arguments[3] not in ("C", "F"):
+        raise ValueError("an array of an unknown form")
+    data, dtype, shape, order = arguments
+    array = StoredArray()
+    array.build((1, shape, dtype, order == "F", data))
+    return array
+
+
 def read_scalar(dtype: Any, data: Any) -> float | int:
     """Stand in for ``numpy.core.multiarray.scalar``: a Python number."""
     if not isinstance(dtype, StoredDtype) or not isinstance(data, memoryview) or len(data) != dtype.dtype.itemsize:
