@@ -225,6 +225,19 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
+def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
+    """Return the content of a plain file.
+
+    Raises:
+        OSError: If it cannot be opened, is no plain file, or has more than ``most`` bytes.
+    """
+    with open_regular(path) as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EINVAL, f"More than {most} bytes", os.fspath(path))
+    return data
+
+
 def unreadable(path: str | os.PathLike[str], exc: OSError) -> IntegrityError:
     """Return the error for a file that cannot be read: its mode, or its content, is at fault."""
     found = f"{os.fspath(path)} cannot be read: {exc.strerror or exc}"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, ConfigError, IntegrityError
-from .files import atomic_write_bytes
+from .files import atomic_write_bytes, open_regular
 from .spec import SamplerSpec
 
 GOLDEN_PATH = "golden/golden.safetensors"
@@ -88,8 +88,9 @@ def read_goldens(path: Path, samplers: Iterable[SamplerSpec]) -> dict[int, Golde
     from safetensors.numpy import load_file
 
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as exc:
+        with open_regular(path):  # the library would wait for a pipe
+            tensors = load_file(path)
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as exc:  # as float8 does
         raise IntegrityError(f"{path} cannot be read: {exc}. {_REPAIR}") from exc
     specs = {spec.num_inference_steps: spec for spec in samplers}
     goldens = {}
@@ -116,7 +117,7 @@ def check_safetensors(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):
+        with open_regular(path), safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as exc:
         raise IntegrityError(f"{path} is no valid safetensors file: {exc}. {_REPAIR}") from exc

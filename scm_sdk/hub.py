@@ -16,7 +16,7 @@ from typing import Any
 
 from ._bundle_checks import MANIFEST_MAX_BYTES, read_manifest
 from ._lazy import require
-from ._names import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from ._names import CONFIG_MAX_BYTES, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .errors import BundleError, ConfigError, IntegrityError
 from .files import check_relative, safe_join
 from .manifest import MANIFEST_NAME
@@ -24,7 +24,6 @@ from .manifest import MANIFEST_NAME
 MAX_BYTES = 64 << 30
 """Most that one repository may bring."""
 MAX_FILES = 4096
-_CONFIG_MAX_BYTES = 8 << 20
 _CHECKPOINT = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
 _PIPELINE_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".md"}
 _MARKERS = (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME)
@@ -160,7 +159,7 @@ def _download(library: ModuleType, repo_id: str, revision: str | None, shown: st
     marker = next((name for name in _MARKERS if name in sizes), None)
     if marker is None:
         raise BundleError(_no_model(shown, sizes))
-    if (sizes[marker] or 0) > (MANIFEST_MAX_BYTES if marker == MANIFEST_NAME else _CONFIG_MAX_BYTES):
+    if (sizes[marker] or 0) > (MANIFEST_MAX_BYTES if marker == MANIFEST_NAME else CONFIG_MAX_BYTES):
         raise BundleError(f"{shown}: {marker} has {sizes[marker]} bytes, more than any model needs. It is refused.")
     if marker == MANIFEST_NAME:
         first = _snapshot(library, repo_id, info.sha, [MANIFEST_NAME], shown)
@@ -241,7 +240,7 @@ def _check_there(folder: Path, names: Iterable[str], shown: str) -> None:
         path = safe_join(folder, name)
         if not path.is_file():
             raise IntegrityError(f"{shown}: {name} is missing, expected a file.")
-        if PurePosixPath(name).suffix not in _HEAVY and path.stat().st_size > _CONFIG_MAX_BYTES * 4:
+        if PurePosixPath(name).suffix not in _HEAVY and path.stat().st_size > CONFIG_MAX_BYTES * 4:
             raise BundleError(f"{shown}: {name} has {path.stat().st_size} bytes, more than any model needs.")
 
 

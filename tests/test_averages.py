@@ -146,6 +146,15 @@ def test_snapshots_that_do_not_reach_damaged_ones_and_none(run, tmp_path):
     save_file({"other": torch.zeros(2)}, folder / name, metadata=about)
     with pytest.raises(IntegrityError, match="does not belong to the run's network"):
         reconstruct(tmp_path, 0.05)
+    weights = load_file(source / "ema" / name)
+    first = min(weights)
+    for change in (lambda t: t[:1], lambda t: t.int(), lambda t: t * float("nan")):
+        save_file(weights | {first: change(weights[first]).contiguous()}, folder / name, metadata=about)
+        with pytest.raises(IntegrityError, match=rf"does not belong to the run's network: .*{first}"):
+            reconstruct(tmp_path, 0.05)
+    save_file(weights, folder / name, metadata={"scm_ema": json.dumps({"sigma_rel": 0.05, "iteration": 10**30})})
+    with pytest.raises(IntegrityError, match=r"is no snapshot of an average .*iteration"):
+        reconstruct(tmp_path, 0.05)
 
 
 def test_edm2s_learning_rate():

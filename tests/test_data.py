@@ -1,5 +1,7 @@
 """Images from everywhere people keep them, and one clear line for what is wrong with them."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,47 @@ def test_pickled_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "evil.npz", images=np.array([{"a": 1}], dtype=object))
     with pytest.raises(TrainError, match="cannot be read as an npz"):
         load_data(DataConfig(source=str(tmp_path / "evil.npz")))
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.NPZ"])
+@pytest.mark.parametrize("place", ["file", "shard"])
+def test_the_ending_may_be_in_capitals(tmp_path, name, place):
+    with open(tmp_path / name, "wb") as stream:
+        np.savez(stream, images=np.zeros((4, 8, 8, 3), np.uint8))
+    assert len(load_data(DataConfig(source=str(tmp_path / name if place == "file" else tmp_path)))) == 4
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.NPY"])
+def test_data_from_npy(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    with open(tmp_path / name, "wb") as stream:
+        np.save(stream, pixels)
+    source = str(tmp_path / name)
+    data = load_data(DataConfig(source=source))
+    np.testing.assert_array_equal(data.images, pixels)
+    assert data.labels is None
+    with pytest.raises(ConfigError, match=rf"label is 'kind', and .*{name} is one array without labels.*npz"):
+        load_data(DataConfig(source=source, label="kind"))
+
+
+def test_arrays_that_are_none(tmp_path, monkeypatch):
+    for name in ("x.npy", "x.npz"):
+        (tmp_path / name).write_bytes(b"no array")
+        with pytest.raises(TrainError, match=rf"{name} cannot be read as an np. "):
+            load_data(DataConfig(source=str(tmp_path / name)))
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npz").read_bytes())
+    with pytest.raises(TrainError, match=r"x\.npy cannot be read as an npy array: .*npz"):
+        load_data(DataConfig(source=str(tmp_path / "x.npy")))
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive:
+        archive.writestr("kind.npy", b"0123")
+    with pytest.raises(TrainError, match=r"x\.npz cannot be read .*'kind' is no array"):
+        load_data(DataConfig(source=str(tmp_path / "x.npz"), label="kind"))
+    monkeypatch.setattr("scm_sdk.train.data.MAX_BYTES", 500)
+    np.save(tmp_path / "x.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    for name in ("x.npy", "x.npz"):
+        with pytest.raises(TrainError, match=rf"{name} holds \d+ bytes in one array, expected at most"):
+            load_data(DataConfig(source=str(tmp_path / name)))
 
 
 def test_unknown_label_lists_the_columns(npz):

@@ -144,6 +144,7 @@ def test_one_bit_anywhere_in_a_state_is_found(npz, tmp_path):
         ({"network.conv_in.weight": lambda t: t * float("nan")}, "network.conv_in.weight holds a NaN"),
         ({"optimizer.0.exp_avg_sq": lambda t: t + float("inf")}, "optimizer.0.exp_avg_sq holds a NaN or an infinity"),
         ({"optimizer.0.exp_avg": lambda t: t[:1]}, "optimizer.0.exp_avg is"),
+        ({"optimizer.0.step": lambda t: -t}, "optimizer.0.step is -2.0, expected 1 or more"),
         ({"network.conv_in.weight": None}, "conv_in.weight"),
     ],
 )
@@ -168,7 +169,19 @@ def test_a_state_that_is_whole_but_no_state_of_the_run_is_refused(npz, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "rest", [b"", b"\n", b"\0" * 40, b'{"iteration": 3, "los', b"{}\n", b"[1]\n", b"\xff\n", b"[" * 9999 + b"\n"]
+    "rest",
+    [
+        b"",
+        b"\n",
+        b"\0" * 40,
+        b'{"iteration": 3, "los',
+        b"{}\n",
+        b"[1]\n",
+        b"\xff\n",
+        b"[" * 9999 + b"\n",
+        b'{"a":' * 9999 + b"\n",
+        b"x" * 300_000,
+    ],
 )
 def test_a_log_with_a_broken_line_stops_no_run(npz, tmp_path, rest):
     train(config(npz), tmp_path / "whole", Hooks(log_every=1))

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -136,6 +137,27 @@ def test_archives_that_lie_take_no_memory(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", {"1.npy": header.getvalue()})
     with pytest.raises(TrainError, match=r"it is .*expected \(height, width, channels\)"):
         load_data(DataConfig(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize("shape", [(2**40, 0, 8, 3), (0, 2**40, 2**40, 3), (2**40, 2**40, 0, 0)])
+def test_arrays_without_an_element_are_no_images(tmp_path, shape):
+    """They have no byte, so nothing in the file holds against what they say."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        archive.writestr("images.npy", stream.getvalue())
+    with pytest.raises(TrainError, match=r"a\.npz cannot be used as a shard"):
+        load_data(DataConfig(source=str(tmp_path)))
+
+
+def test_names_that_claim_more_than_memory_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=PIXELS, kind=KINDS)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<U8", "fortran_order": False, "shape": (2**55,)})
+        archive.writestr("kind_names.npy", stream.getvalue())
+    with pytest.raises(TrainError, match=r"a\.npz cannot be used as a shard"):
+        load_data(DataConfig(source=str(tmp_path), label="kind"))
 
 
 def test_links_and_paths_lead_nowhere(tmp_path):

@@ -20,7 +20,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes:
         source: ``avatars`` (shipped), ``fashion-mnist`` or its held-out ``fashion-mnist-t10k``, a folder of images, an
-            ``.npz`` file, or a folder of tar or npz shards (``shards``), which are read where they lie.
+            ``.npz`` or ``.npy`` file, or a folder of tar or npz shards (``shards``), which are read where they lie.
         label: Column of labels to condition on, or "" for none. For a folder: ``folder`` names the
             classes after its sub-folders, in which all pictures then lie.
         rows: First and last-plus-one row that are trained on; the others are held out. (0, 0): all.

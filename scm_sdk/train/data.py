@@ -1,4 +1,4 @@
-"""Images to train on, from what people have: the shipped avatars, Fashion-MNIST, a folder, an npz, shards.
+"""Images to train on, from what people have: the shipped avatars, Fashion-MNIST, a folder, an npz or npy, shards.
 
 They are held in memory as uint8 and normalized batch by batch; those in ``shards`` stay on disk.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, TrainError
+from ..files import open_regular
 from .config import DataConfig
 from .pictures import SUFFIXES, decode_picture
 from .shard_index import MAX_CLASSES, check_class_names, holds_shards, index_shards
@@ -132,8 +133,9 @@ def load_data(config: DataConfig) -> ImageData:
             data = replace(data, class_names=HAIR_NAMES, label_values=data.class_names)
     elif config.source in FASHION_FILES:
         data = replace(_read_fashion_mnist(FASHION_FILES[config.source], config.label), license="mit")
-    elif config.source.endswith(".npz"):
-        data = _read_npz(Path(config.source), config.label)
+    elif config.source.lower().endswith((".npz", ".npy")):
+        read = _read_npz if config.source.lower().endswith(".npz") else _read_npy
+        data = read(Path(config.source), config.label)
     elif holds_shards(Path(config.source)):
         index = index_shards(Path(config.source), config.label)
         data = ImageData(images=index.images, labels=index.labels, class_names=index.class_names, ignored=index.ignored)
@@ -148,15 +150,50 @@ def shortened(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _read_npz(path: Path, label: str) -> ImageData:
-    if not path.is_file():
+def _check_source(path: Path) -> None:
+    if path.is_dir() or not path.exists():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"data source {path} {found}, expected an .npz file (--data).")
+        raise ConfigError(f"data source {path} {found}, expected an {path.suffix.lower()} file (--data).")
+
+
+def _read_npy(path: Path, label: str) -> ImageData:
+    _check_source(path)
+    if label:
+        raise ConfigError(
+            f"label is {label!r}, and {path} is one array without labels. Put both into an npz: "
+            "numpy.savez(FILE, images=..., LABEL=...)."
+        )
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
+        with open_regular(path) as stream:
+            _check_bytes(path, os.fstat(stream.fileno()).st_size)
+            images: Any = np.load(stream, allow_pickle=False)
+        if not isinstance(images, np.ndarray):
+            raise ValueError("it is an npz")
+    except TrainError:
+        raise
+    except Exception as exc:  # as of an npz
+        raise TrainError(f"{path} cannot be read as an npy array: {type(exc).__name__}: {exc}.") from exc
+    return ImageData(images=_checked(images, str(path)))
+
+
+def _check_bytes(path: Path, size: int) -> None:
+    """Refuse an array that would not fit into memory."""
+    if size > MAX_BYTES:
+        raise TrainError(
+            f"{path} holds {size} bytes in one array, expected at most {MAX_BYTES >> 30} GiB. Split it into several "
+            "npz files in a folder: those stay on disk."
+        )
+
+
+def _read_npz(path: Path, label: str) -> ImageData:
+    _check_source(path)
+    try:
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as archive:
             columns = sorted(k for k in archive.files if k != "images" and not k.endswith("_names"))
             if "images" not in archive.files:
                 raise TrainError(f"{path} holds {archive.files}, expected an array called 'images' (N, H, W, C).")
+            for about in archive.zip.infolist():
+                _check_bytes(path, about.file_size)
             images = _checked(archive["images"], str(path))
             if not label:
                 return ImageData(images=images)
@@ -164,6 +201,8 @@ def _read_npz(path: Path, label: str) -> ImageData:
                 known = f"one of {', '.join(columns)}" if columns else "none: it has no other array"
                 raise ConfigError(f"label {label!r} is no column of {path}, expected {known} (--label).")
             given, names = archive[label], archive[f"{label}_names"] if f"{label}_names" in archive.files else None
+            if not isinstance(given, np.ndarray) or not isinstance(names, np.ndarray | None):
+                raise ValueError(f"{label!r} is no array")
     except (ConfigError, TrainError):
         raise
     except Exception as exc:  # NumPy, zipfile and zlib have a dozen kinds for damaged and foreign files
@@ -234,8 +273,8 @@ def _read_fashion_mnist(part: str, label: str) -> ImageData:
 def _read_folder(folder: Path, label: str) -> ImageData:
     if not folder.is_dir():
         raise ConfigError(
-            f"data source {str(folder)!r} does not exist, expected a folder, an .npz file, avatars or fashion-mnist "
-            "(--data)."
+            f"data source {str(folder)!r} does not exist, expected a folder, an .npz or .npy file, avatars or "
+            "fashion-mnist (--data)."
         )
     if label not in ("", "folder"):
         raise ConfigError(f"label is {label!r}, expected 'folder' (classes are the sub-folders) or nothing (--label).")

@@ -27,7 +27,7 @@ import torch
 
 from .._names import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import BundleError, ScmError, TrainError
-from ..files import atomic_write_bytes
+from ..files import atomic_write_bytes, open_regular
 from ..model.checkpoint import read_config, read_tensors
 from ..model.consistency import ConsistencyModel
 from .batches import Feed, seed_dropout, split
@@ -43,6 +43,7 @@ from .sharding import check_scale, clip_gradients, reducing
 from .state import not_resumable
 
 LOG_FILE = "log.jsonl"
+_MAX_LINE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,18 +321,23 @@ class _Log:
 
     def _trim(self) -> None:
         """Drop what was logged after the last checkpoint, which is run again, and what a power cut left in pieces."""
-        if self._path.exists():
-            lines = self._path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if 0 < _iteration_of(line) <= self._run.state.iteration]
-            if kept != lines:
-                atomic_write_bytes(self._path, b"".join(kept), error=TrainError)
+        if not self._path.exists():
+            return
+        try:
+            with open_regular(self._path) as stream:
+                lines = iter(lambda: stream.readline(_MAX_LINE_BYTES), b"")
+                kept = [line for line in lines if 0 < _iteration_of(line) <= self._run.state.iteration]
+        except OSError as exc:
+            raise TrainError(f"{self._path} cannot be read: {exc.strerror}. It is only a log: move it away.") from exc
+        if sum(map(len, kept)) < self._path.stat().st_size:
+            atomic_write_bytes(self._path, b"".join(kept), error=TrainError)
 
 
 def _iteration_of(line: bytes) -> int:
     """Return the iteration of a line of the log; 0 for what is none."""
     try:
         return msgspec.json.decode(line, type=_Logged).iteration if line.endswith(b"\n") else 0
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return 0
 
 

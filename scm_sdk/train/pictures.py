@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import open_regular
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -31,7 +33,7 @@ def look_at(content: bytes, *, max_pixels: int) -> tuple[int, int, int]:
     Raises:
         ValueError: If it is no picture that is trained on, or has more pixels; says why.
     """
-    with _opened(io.BytesIO(content)) as image:
+    with _opened(content) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"it is {image.height}x{image.width}, expected at most {max_pixels} pixels")
         return _shape(image)
@@ -51,7 +53,7 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
     Raises:
         ValueError: If it cannot be read, or has another shape; says why.
     """
-    with _opened(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    with _opened(file) as image:
         if shape is not None and sorted(image.size) != sorted(shape[:2]):
             raise ValueError(f"it is {image.height}x{image.width}, expected {shape[0]}x{shape[1]} like the first")
         height, width, channels = _shape(image)
@@ -67,12 +69,12 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
 
 
 @contextmanager
-def _opened(file: io.BytesIO | Path) -> Iterator[Image]:
+def _opened(file: Path | bytes) -> Iterator[Image]:
     """Open a picture; whatever Pillow raises over it becomes a ``ValueError``."""
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream, Image.open(stream) as image:
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"it holds {frames} pictures, an animation or pages; expected one")
             if image.mode == "F":

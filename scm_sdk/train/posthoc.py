@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -27,10 +27,12 @@ from torch import Tensor
 
 from .._names import CONFIG_NAME
 from ..errors import ConfigError, IntegrityError, TrainError
+from ..files import open_regular
 from ..model.checkpoint import read_config
 from ..model.consistency import ConsistencyModel
 from .ema import SNAPSHOT_FOLDER, SNAPSHOT_METADATA
 from .schedules import power_exponent
+from .state import UNREADABLE, check_tensor
 
 MAX_ERROR = 0.1
 """Largest distance between the wanted profile and the one that is made, relative to the wanted one's size."""
@@ -45,7 +47,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A stored average: its width and the iterations it looks back on."""
 
     sigma_rel: float
-    iteration: int
+    iteration: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +148,11 @@ def reconstruct(out: str | Path, sigma_rel: float, *, iteration: int | None = No
 
 def _open(path: Path, stack: ExitStack) -> tuple[Snapshot, Any]:
     try:
+        stack.enter_context(open_regular(path))
         archive = stack.enter_context(safe_open(path, framework="pt"))
         snapshot = msgspec.json.decode(archive.metadata()[SNAPSHOT_METADATA], type=Snapshot)
         power_exponent(snapshot.sigma_rel)
-        if snapshot.iteration < 1:
-            raise ValueError(f"iteration {snapshot.iteration}")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, ConfigError) as exc:
+    except (*UNREADABLE, ConfigError) as exc:
         raise IntegrityError(f"{path} is no snapshot of an average ({exc}). Delete it or copy it again.") from exc
     return snapshot, archive
 
@@ -165,8 +166,10 @@ def _sum(
         total = torch.zeros(expected.shape, dtype=torch.float64)
         for archive, factor in zip(archives, factors, strict=True):
             try:
-                total += factor * archive.get_tensor(name)
-            except (SafetensorError, RuntimeError) as exc:
+                tensor = archive.get_tensor(name)
+                check_tensor(name, tensor, expected.shape, expected.dtype)
+                total += factor * tensor
+            except (SafetensorError, ValueError) as exc:
                 raise IntegrityError(
                     f"a snapshot in {paths[0].parent} does not belong to the run's network: {name!r}, {exc}. "
                     "Delete those of another run."

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import msgspec
 
+from .._names import CONFIG_MAX_BYTES
 from ..errors import ConfigError, TrainError
+from ..files import read_regular
 from .config import DataConfig, TrainConfig
 
 CONFIG_FILE = "train.json"
@@ -32,7 +34,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
 def recorded(folder: Path) -> Recorded | None:
     """Return what the run in a folder was; None where there is none, or none that can be read."""
     try:
-        return msgspec.json.decode((folder / CONFIG_FILE).read_bytes(), type=Recorded)
+        return msgspec.json.decode(read_regular(folder / CONFIG_FILE, most=CONFIG_MAX_BYTES), type=Recorded)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -47,7 +49,7 @@ def read_run(folder: Path) -> TrainConfig | None:
     if not path.exists():
         return None
     try:
-        return TrainConfig.from_json(path.read_bytes())
+        return TrainConfig.from_json(read_regular(path, most=CONFIG_MAX_BYTES))
     except (OSError, ConfigError) as exc:
         raise TrainError(
             f"{path} cannot be read: {exc} It says which run lies in {folder}. Copy it again, or use another folder."

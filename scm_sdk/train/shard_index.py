@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 import zipfile
 from array import array
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, TrainError
+from ..files import open_regular, read_regular
 from . import shards
 from .pictures import SUFFIXES, look_at
 from .shards import ARRAYS, ShardImages, as_sample_shape, read_npy_header
@@ -52,8 +54,12 @@ def holds_shards(folder: Path) -> bool:
 
 
 def _shards(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("*.tar")) if folder.is_dir() else []
-    return paths or (sorted(folder.glob("*.npz")) if folder.is_dir() else [])
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as exc:
+        raise TrainError(f"{folder} cannot be read: {exc.strerror}. Make it readable.") from exc
+    by_kind = ([path for path in paths if path.suffix.lower() == kind] for kind in (".tar", ".npz"))
+    return next(filter(None, by_kind), [])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,9 +91,10 @@ def index_shards(folder: Path, label: str) -> Index:
     first: _Shard | None = None
     for number, path in enumerate(paths):
         try:
-            shard = _index_tar(path, label) if path.suffix == ".tar" else _index_npz(path, label)
+            shard = _index_tar(path, label) if path.suffix.lower() == ".tar" else _index_npz(path, label)
         except (
-            OSError, ValueError, EOFError, SyntaxError, TypeError, RuntimeError, tarfile.TarError, zipfile.BadZipFile,
+            OSError, ValueError, EOFError, SyntaxError, TypeError, RuntimeError, MemoryError, tarfile.TarError,
+            zipfile.BadZipFile,
         ) as exc:  # fmt: skip
             raise TrainError(f"{path} cannot be used as a shard: {exc}. Copy or make it again.") from exc
         if shard is None:
@@ -176,7 +183,7 @@ def _index_tar(path: Path, label: str) -> _Shard | None:
             places.extend(image)
             labels.append(mark)
 
-    with open(path, "rb") as stream, tarfile.open(fileobj=_HeadersOnly(stream), mode="r:") as archive:
+    with open_regular(path) as stream, tarfile.open(fileobj=_HeadersOnly(stream), mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # or all of them would stay in memory
             folder, _, base = member.name.rpartition("/")
@@ -229,11 +236,12 @@ def _read_label(stream: IO[bytes], member: tarfile.TarInfo) -> int:
 
 
 def _index_npz(path: Path, label: str) -> _Shard | None:
-    with open(path, "rb") as stream, zipfile.ZipFile(stream) as archive:
+    with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
         start, shape, dtype = _array_in(stream, archive, "images")
         if len(shape) not in (3, 4) or (dtype != np.uint8 and dtype.kind != "f"):
             raise ValueError(f"'images' is {shape} of {dtype}, expected (N, H, W, C) of uint8 or floats")
-        each = int(np.prod(shape[1:])) * dtype.itemsize
+        sample = as_sample_shape(shape[1:])
+        each = math.prod(sample) * dtype.itemsize
         places, labels = array("q"), array("q")
         names: tuple[str, ...] = ()
         for row in range(shape[0]):
@@ -255,7 +263,7 @@ def _index_npz(path: Path, label: str) -> _Shard | None:
     if not places:
         return None
     return _Shard(
-        stored=dtype, sample_shape=as_sample_shape(shape[1:]), dtype=dtype, places=places, labels=labels,
+        stored=dtype, sample_shape=sample, dtype=dtype, places=places, labels=labels,
         class_names=names,
     )  # fmt: skip
 
@@ -297,7 +305,7 @@ def _class_names(folder: Path, stored: tuple[str, ...], last: int) -> tuple[str,
     if path.exists():
         source = path
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            text = read_regular(path, most=MAX_NAMES_BYTES).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as exc:
             raise TrainError(f"{path} cannot be read: {exc}. Write the names as UTF-8, one a line.") from exc
         names = tuple(line.strip() for line in text.rstrip().split("\n"))

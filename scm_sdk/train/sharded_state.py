@@ -21,12 +21,13 @@ import torch
 from safetensors import safe_open
 
 from ..errors import TrainError
-from ..files import atomic_write_bytes, sha256_file
+from ..files import atomic_write_bytes, open_regular, read_regular, sha256_file
 from ..publish import atomic_folder
 from .distributed import World
 from .state import STATE_FILE, UNREADABLE, Counters, RunState, load_state, not_resumable, read_counters, save_state
 
 COUNTERS_FILE = "counters.json"
+_MAX_COUNTERS_BYTES = 1 << 27
 FOLDER = re.compile(r"state-(\d{8,})")
 
 
@@ -70,7 +71,7 @@ def load_run(out: Path, state: RunState, world: World) -> None:
         IntegrityError: If it is damaged or belongs to another network.
     """
     newest = world.on_main(lambda: _newest(out))
-    if newest is not None and newest.is_dir():
+    if newest is not None and newest.name != STATE_FILE:
         _read_shares(newest, state, world)
     else:
         world.together(lambda: load_state(out, state))
@@ -112,7 +113,7 @@ def _read_shares(folder: Path, state: RunState, world: World) -> None:
 
     def begin() -> tuple[Counters, dict[str, Any]]:
         try:
-            shares = msgspec.json.decode((folder / COUNTERS_FILE).read_bytes(), type=_Shares)
+            shares = msgspec.json.decode(read_regular(folder / COUNTERS_FILE, most=_MAX_COUNTERS_BYTES), type=_Shares)
             if {path.name for path in folder.glob("*.safetensors")} != shares.sha256.keys():
                 raise ValueError(f"its shares are not the {len(shares.sha256)} of {COUNTERS_FILE}")
             for name, found in _sums(folder, world).items():
@@ -158,7 +159,7 @@ def _newest(out: Path) -> Path | None:
     file = out / STATE_FILE
     if file.exists():
         try:
-            with safe_open(file, framework="pt") as archive:
+            with open_regular(file), safe_open(file, framework="pt") as archive:
                 found.append((read_counters(archive.metadata()).iteration, file))
         except UNREADABLE:
             return file

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TrainError
+from ..files import open_regular
 from .pictures import decode_picture
 
 ARRAYS = "npy"
@@ -76,7 +77,7 @@ class ShardImages:
     def _read(self, place: NDArray[np.int64]) -> NDArray[Any]:
         path, offset, length = self.paths[int(place[0])], int(place[1]), int(place[2])
         try:
-            with open(path, "rb") as stream:
+            with open_regular(path) as stream:
                 stream.seek(offset)
                 content = stream.read(length)
             if len(content) != length:

@@ -20,11 +20,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import IntegrityError, TrainError
-from ..files import atomic_write_bytes
+from ..files import atomic_write_bytes, open_regular
 
 STATE_FILE = "state.safetensors"
 UNREADABLE = (
     SafetensorError, msgspec.MsgspecError, OSError, LookupError, TypeError, ValueError, RuntimeError, RecursionError,
+    MemoryError,
 )  # fmt: skip
 """What a damaged or foreign state raises while it is read."""
 MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
@@ -119,7 +120,7 @@ class RunState:
         for prefix, module in self.parts().items():
             own, found = module.state_dict(), _below(tensors, prefix)
             for name in own.keys() & found.keys():
-                _check(f"{prefix}.{name}", found[name], own[name].shape, own[name].dtype)
+                check_tensor(f"{prefix}.{name}", found[name], own[name].shape, own[name].dtype)
             module.load_state_dict({name: _split_like(t, own.get(name)) for name, t in found.items()})
         for prefix, optimizer in self.optimizers.items():
             parameters, moments = _parameters(optimizer), dict[int, dict[str, Tensor]]()
@@ -127,7 +128,9 @@ class RunState:
                 index, _, key = name.partition(".")
                 parameter = parameters[int(index)]
                 shape = torch.Size() if key == "step" else parameter.shape
-                _check(f"{prefix}.{name}", tensor, shape, torch.float32 if key == "step" else parameter.dtype)
+                check_tensor(f"{prefix}.{name}", tensor, shape, torch.float32 if key == "step" else parameter.dtype)
+                if key == "step" and tensor < 1:
+                    raise ValueError(f"{prefix}.{name} is {float(tensor)}, expected 1 or more")
                 moments.setdefault(int(index), {})[key] = _split_like(tensor, parameter)
             if any(found.keys() != MOMENTS for found in moments.values()):
                 raise KeyError(f"moments of {prefix} are not {', '.join(sorted(MOMENTS))}")
@@ -159,7 +162,7 @@ def load_state(out: Path, state: RunState) -> None:
     if not path.exists():
         return
     try:
-        with safe_open(path, framework="pt") as archive:
+        with open_regular(path), safe_open(path, framework="pt") as archive:
             about = archive.metadata()
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         if about != sealed(tensors, about["counters"].partition(" ")[2]):
@@ -191,7 +194,12 @@ def sealed(tensors: Mapping[str, Tensor], counters: str) -> dict[str, str]:
     return {"counters": f"{found.hexdigest()} {counters}"}
 
 
-def _check(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Refuse a stored tensor that is not of the run's shape and dtype, or not finite.
+
+    Raises:
+        ValueError: If it is so; says why.
+    """
     if (tensor.shape, tensor.dtype) != (shape, dtype):
         raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the run's is {tuple(shape)} {dtype}")
     share = tensor.to_local() if hasattr(tensor, "to_local") else tensor

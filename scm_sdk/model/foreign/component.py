@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..._names import WEIGHTS_NAME
+from ..._names import CONFIG_MAX_BYTES, WEIGHTS_NAME
 from ...errors import BundleError, ConfigError
-from ...files import safe_join
+from ...files import read_regular, safe_join
 
 REMEDY = "Give the folder that save_pretrained wrote, whole."
-_JSON_MAX_BYTES = 8 << 20
 
 
 def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
@@ -27,13 +26,11 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
         remedy: What to do about a bad one, for the message.
 
     Raises:
-        BundleError: If it cannot be read or is too large.
+        BundleError: If it is no plain file, cannot be read or is too large.
         ConfigError: If it is no JSON object.
     """
     try:
-        if path.stat().st_size > _JSON_MAX_BYTES:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_JSON_MAX_BYTES}. {remedy}")
-        read = json.loads(path.read_bytes())
+        read = json.loads(read_regular(path, most=CONFIG_MAX_BYTES))
     except OSError as exc:
         raise BundleError(f"{path} cannot be read: {exc.strerror}. {remedy}") from exc
     except (ValueError, RecursionError) as exc:

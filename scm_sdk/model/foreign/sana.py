@@ -21,8 +21,6 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..._lazy import require
@@ -30,11 +28,11 @@ from ..._names import INDEX_NAME
 from ...errors import BundleError, IntegrityError
 from ...files import atomic_write_bytes
 from ...spec import SamplerSpec
-from ..checkpoint import check_fits
+from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, LatentScale
 from ..own import OwnConfig
-from .component import weight_files
+from .component import read_json, weight_files
 from .linear_attention import guard_autoencoder, guard_transformer
 from .sana_config import Settings
 from .sana_folder import SETTINGS_NAME, SanaFolder, read_sana_folder
@@ -176,7 +174,7 @@ def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = T
     Raises:
         BundleError: If the disk refuses.
     """
-    index = msgspec.json.decode((source.path / INDEX_NAME).read_bytes())
+    index = read_json(source.path / INDEX_NAME)
     wanted = [*weight_files(source.path / "transformer"), *weight_files(source.path / "vae")]
     text_encoder = text_encoder and source.has_text_encoder
     if text_encoder:
@@ -222,10 +220,7 @@ def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str = "") ->
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as exc:
-            raise IntegrityError(f"{file} is truncated or no safetensors file ({exc}). Copy it again.") from exc
+        tensors |= read_tensors(file)
     return tensors
 
 
