@@ -66,10 +66,11 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmErro
         The path to write to, of the same name; nothing is there yet.
 
     Raises:
-        ScmError: As ``atomic_write_bytes``.
+        ScmError: As ``atomic_write_bytes``; also if ``path`` is a pipe or a device, which a rename would remove.
     """
     target = real_path(path)
     try:
+        _require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging(target.parent) as folder:
             temp = folder / target.name
@@ -125,8 +126,7 @@ def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmE
     """
     target = real_path(path)
     try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _require_replaceable(target)
         folder = target.parent
         while not folder.exists():
             folder = folder.parent
@@ -135,6 +135,14 @@ def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmE
         new_file_mode(folder)
     except OSError as exc:
         raise error(cannot_write(path, exc)) from exc
+
+
+def _require_replaceable(target: Path) -> None:
+    """Raise OSError unless a file may be renamed to ``target``: as root, that would remove a device as /dev/null is."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, expected a file")
 
 
 def remove_leftovers(folder: Path, *, beside: str = "", below: bool = False) -> None:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scm_sdk.errors import BundleError, IntegrityError, ScmError, TrainError
-from scm_sdk.files import atomic_write_bytes, check_relative, safe_join, sha256_file
+from scm_sdk.files import atomic_write_bytes, check_relative, check_writable, safe_join, sha256_file
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -98,6 +99,16 @@ def test_a_path_below_a_file_or_onto_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ScmError, match="cannot be written: Is a directory"):
         atomic_write_bytes(tmp_path / "folder", b"")
     assert tree(tmp_path) == {"file": b"kept"}
+
+
+@pytest.mark.parametrize("check", [lambda path: atomic_write_bytes(path, b"x"), check_writable])
+def test_a_pipe_or_a_device_is_not_replaced(check: Callable[[Path], None], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ScmError, match=r"pipe cannot be written: it is a pipe or a device, expected a file"):
+        check(pipe)
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 @given(st.binary(max_size=100), st.integers(0, 3))
