@@ -77,7 +77,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.ready*
 	$(BIN)/python -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_OPTIONS) setuptools
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_OPTIONS) 'setuptools>=77'
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_OPTIONS) --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
