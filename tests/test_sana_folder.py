@@ -143,6 +143,23 @@ def test_weights_of_another_size_are_refused(sana_copy: Path) -> None:
         load_sana(sana_copy)
 
 
+@pytest.mark.parametrize(
+    ("component", "field", "value"),
+    [
+        ("transformer", "num_layers", 2**40),
+        ("transformer", "attention_head_dim", 0),
+        ("transformer", "mlp_ratio", 1e300),
+        ("vae", "encoder_layers_per_block", [2**40, 1, 1]),
+        ("vae", "decoder_block_out_channels", [2**40, 8, 8]),
+        ("vae", "in_channels", -1),
+    ],
+)
+def test_sizes_that_no_pipeline_has_are_refused(sana_copy: Path, component: str, field: str, value: object) -> None:
+    change(sana_copy / component / "config.json", {field: value})
+    with pytest.raises(ConfigError, match=field):
+        load_sana(sana_copy)
+
+
 def test_a_failed_import_leaves_nothing(sana_copy: Path, tmp_path: Path) -> None:
     (sana_copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
     done = CliRunner().invoke(main, ["import", str(sana_copy), "-o", str(tmp_path / "out")])

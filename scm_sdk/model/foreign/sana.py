@@ -28,6 +28,7 @@ from ..._names import INDEX_NAME
 from ...errors import BundleError, IntegrityError
 from ...files import atomic_write_bytes
 from ...spec import SamplerSpec
+from ..bounds import check_bound, check_num_parameters
 from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, LatentScale
@@ -201,10 +202,14 @@ def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = T
 
 def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str = "") -> nn.Module:
     """Make a module of diffusers and put the weights of a component into it, only those that start with ``keep``."""
+    for name, value in config.items():
+        if value is not None:
+            check_bound(name, tuple(value) if isinstance(value, list) else value)
     try:
+        check_num_parameters(lambda: kind.from_config(config))
         with torch.device("meta"):  # a wrong file costs no memory, and no time is spent on random weights
             module: nn.Module = kind.from_config(config)
-    except (TypeError, ValueError, KeyError) as exc:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError) as exc:
         raise IntegrityError(
             f"{folder} has a config that {kind.__name__} refuses: {exc}. Copy the folder again."
         ) from exc
