@@ -21,7 +21,7 @@ import msgspec
 from .errors import BundleError, IntegrityError, SchemaError
 from .files import check_relative, safe_join, sha256_file, unreadable
 from .goldens import check_safetensors
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Role
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, SIGNATURE_NAME, FileEntry, Manifest, Role
 from .user_cache import is_cached
 
 MANIFEST_MAX_BYTES = 8 << 20
@@ -109,8 +109,10 @@ def check_manifest(manifest: Manifest) -> None:
             raise SchemaError(f"{entry.path} is built from {_some(unknown)}, expected listed files. {REPAIR}")
     # Compared without case, because two such files are one file on some disks.
     known = {path.casefold() for path in files}
-    if len(known) != len(manifest.files) or MANIFEST_NAME.casefold() in known:
-        raise SchemaError(f"{MANIFEST_NAME} lists a path twice, or itself; expected each file once. {REPAIR}")
+    if len(known) != len(manifest.files) or known & {MANIFEST_NAME.casefold(), SIGNATURE_NAME.casefold()}:
+        raise SchemaError(
+            f"{MANIFEST_NAME} lists a path twice, or itself or the signature; expected each file once. {REPAIR}"
+        )
     if both := known & {path.casefold() for path in folders}:
         raise SchemaError(f"{MANIFEST_NAME} lists {_some(both)} as a file and as a folder, expected one. {REPAIR}")
     for artifact in manifest.artifacts:

@@ -1,7 +1,8 @@
 """``.scmz``: a bundle as one file, to be sent or kept.
 
 A zip file without compression, whose bytes follow from the bundle's alone. Reading one trusts nothing: each member
-must be a plain stored file that the manifest inside lists, so an archive never unfolds to more than its own size.
+must be a plain stored file that the manifest inside lists, or the signature, so an archive never unfolds to more than
+its own size.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import shutil
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ._bundle_checks import MANIFEST_MAX_BYTES, check_content, check_manifest, read_manifest
+from ._bundle_checks import MANIFEST_MAX_BYTES, check_content, read_manifest
 from .errors import BundleError, IntegrityError, SchemaError
 from .files import (
     DISK_ERRORS,
@@ -28,8 +29,9 @@ from .files import (
     sha256_stream,
     unreadable,
 )
-from .manifest import MANIFEST_NAME, Manifest
+from .manifest import MANIFEST_NAME, SIGNATURE_NAME
 from .publish import atomic_folder, undisturbed
+from .signing import check_current
 
 SUFFIX = ".scmz"
 MAX_MEMBERS = 4096
@@ -66,7 +68,8 @@ def pack(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
         for entry in manifest.files:
             check_content(folder, entry)
         with atomic_file(out, error=BundleError) as temp, zipfile.ZipFile(temp, "x") as archive:
-            for name in (MANIFEST_NAME, *sorted(entry.path for entry in manifest.files)):
+            signature = [SIGNATURE_NAME] if check_current(folder) else []
+            for name in (MANIFEST_NAME, *signature, *sorted(entry.path for entry in manifest.files)):
                 member = zipfile.ZipInfo(name, _EPOCH)
                 member.create_system, member.external_attr = 3, (stat.S_IFREG | 0o644) << 16
                 member.file_size = (folder / name).stat().st_size
@@ -122,7 +125,7 @@ class Archive:
         return sha256_stream(self._stream)
 
     def manifest_text(self) -> bytes:
-        """Return the text of the manifest, which lists exactly what is in the file.
+        """Return the text of the manifest.
 
         Raises:
             BundleError: As ``unpack``.
@@ -130,24 +133,40 @@ class Archive:
         with self._opened() as archive:
             return archive.read(_members(self._path, archive)[0])
 
-    def unpack(self, out: Path, *, overwrite: bool = False, sha256: str | None = None) -> None:
+    def unpack(
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        sha256: str | None = None,
+        check: Callable[[Path], object] = lambda folder: None,
+    ) -> None:
         """Write the bundle to a folder, as ``unpack``.
 
         Args:
             out: The folder.
             overwrite: Replace the bundle that is there.
             sha256: The digest that the file must still have when it was read.
+            check: Called with the unfinished folder before the manifest is parsed.
         """
         with atomic_folder(out, overwrite=overwrite, marker=MANIFEST_NAME, error=BundleError) as folder:
             with self._opened() as archive:
-                for member in _members(self._path, archive):
+                members = _members(self._path, archive)
+                for member in members:
                     target = safe_join(folder, member.filename)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(member) as source, target.open("xb") as stream:
                         shutil.copyfileobj(source, stream, 1 << 20)
             if sha256 is not None and self.sha256() != sha256:
                 raise IntegrityError(f"{self._path} was written to while it was opened. Open it again.")
-            for entry in read_manifest(folder).files:
+            check(folder)
+            manifest = read_manifest(folder)
+            found = {member.filename for member in members} - {SIGNATURE_NAME}
+            if odd := found ^ {MANIFEST_NAME, *(entry.path for entry in manifest.files)}:
+                raise IntegrityError(
+                    f"{self._path} does not hold exactly what its manifest lists, first {min(odd)!r}. {_REPAIR}"
+                )
+            for entry in manifest.files:
                 check_content(folder, entry)
 
     @contextmanager
@@ -184,7 +203,7 @@ class _Capped(io.BufferedReader):
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the members, the manifest first, if each is what it lists."""
+    """Return the members, the manifest first, if each is a plain file of an allowed name."""
     assert archive.fp is not None, "it is open"
     size = archive.fp.seek(0, os.SEEK_END)
     members = archive.infolist()
@@ -202,22 +221,12 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     if sum(member.file_size for member in members) > size:
         raise BundleError(f"{path} would unfold to more bytes than it has. It is refused.")
     found = {member.filename: member for member in members}
-    listed = {MANIFEST_NAME, *(entry.path for entry in _manifest(path, archive, found).files)}
-    if len(found) != len(members) or set(found) != listed:
-        odd = sorted(set(found) ^ listed) or sorted(found)
-        raise IntegrityError(f"{path} does not hold exactly what its manifest lists, first {odd[0]!r}. {_REPAIR}")
-    return [found.pop(MANIFEST_NAME), *found.values()]
-
-
-def _manifest(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipInfo]) -> Manifest:
-    manifest = Manifest.from_json(archive.read(_manifest_member(path, found)))
-    check_manifest(manifest)
-    return manifest
-
-
-def _manifest_member(path: Path, found: dict[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
+    if len(found) != len(members):
+        raise IntegrityError(f"{path} holds a file twice, expected each once. {_REPAIR}")
+    if both := found.keys() & {str(parent) for name in found for parent in PurePosixPath(name).parents}:
+        raise BundleError(f"{path} holds {min(both)!r} as a file and as a folder, expected one. {_REPAIR}")
     if MANIFEST_NAME not in found:
         raise BundleError(f"{path} holds no {MANIFEST_NAME}, expected a packed bundle. {_REPAIR}")
     if found[MANIFEST_NAME].file_size > MANIFEST_MAX_BYTES:
         raise SchemaError(f"{path}: its manifest is larger than {MANIFEST_MAX_BYTES} bytes. It is refused.")
-    return found[MANIFEST_NAME]
+    return [found.pop(MANIFEST_NAME), *found.values()]

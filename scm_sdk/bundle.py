@@ -39,9 +39,10 @@ from .files import atomic_write_bytes, remove_leftovers, safe_join, sha256_bytes
 from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
-from .manifest import MANIFEST_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role, files_of
+from .manifest import MANIFEST_NAME, SIGNATURE_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role, files_of
 from .publish import Staged, finish_interrupted, has_journal, staged_folder, undisturbed
 from .scores import SCORES_PATH, read_scores
+from .signing import check_current, warn_if_signed
 from .spec import Precision, SamplerSpec
 from .status import ModelStatus
 from .subset import cut
@@ -297,7 +298,7 @@ class Bundle:
         return self._with(lambda manifest: manifest, where=where)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bundle:
-        """Copy the bundle: every listed file, checked, and nothing that lies beside them.
+        """Copy the bundle: every listed file, checked, its signature, and nothing that lies beside them.
 
         Raises:
             BundleError: If this one is damaged, or ``path`` may not be replaced or cannot be written.
@@ -316,7 +317,7 @@ class Bundle:
         """Write a bundle that holds only some artifacts, with the records and samples that are about them.
 
         It is a bundle like any other, without the checkpoint and the text encoder unless they are named. Its manifest
-        says which build it was cut from.
+        says which build it was cut from. A signature of the whole bundle is not copied.
 
         Args:
             path: The folder to write.
@@ -365,8 +366,8 @@ class Bundle:
     ) -> str:  # fmt: skip
         """Upload every listed file, checked, to the Hugging Face hub; see ``hub.push``.
 
-        The uploaded card is up to date and names the hub id, unless a person wrote it. The bundle on disk stays as it
-        is.
+        The uploaded card is up to date and names the hub id, unless a person wrote it or the bundle is signed: then
+        everything is uploaded as it was signed, with the signature. The bundle on disk stays as it is.
 
         Returns:
             The commit's address.
@@ -376,12 +377,14 @@ class Bundle:
             BackendUnavailable: If huggingface_hub is not installed.
         """
         self.verify()
-        card = _fresh_card(
-            self.manifest,
-            old=_card_in(self.path),
-            quality=_scores(self.path, self.manifest),
-            where=f"{HUB_PREFIX}{repo_id}",
-        )
+        card = None
+        if not check_current(self.path):
+            card = _fresh_card(
+                self.manifest,
+                old=_card_in(self.path),
+                quality=_scores(self.path, self.manifest),
+                where=f"{HUB_PREFIX}{repo_id}",
+            )
         contents = {}
         if card is not None:
             contents = {CARD_PATH: card, MANIFEST_NAME: _encode(_with_card(self.manifest, card))}
@@ -431,7 +434,9 @@ class Bundle:
 
     @property
     def _names(self) -> list[str]:
-        return [MANIFEST_NAME, *(entry.path for entry in self.manifest.files)]
+        """What is passed on: the signature as well, if it fits."""
+        signature = [SIGNATURE_NAME] if check_current(self.path) else []
+        return [MANIFEST_NAME, *signature, *(entry.path for entry in self.manifest.files)]
 
     def _with(self, change: Callable[[Manifest], Manifest], *, where: str | None = None) -> Bundle:
         require_own(self.path)
@@ -470,7 +475,8 @@ def staged_bundle(path: str | os.PathLike[str], *, overwrite: bool) -> AbstractC
 def _listed(folder: Path) -> set[str]:
     """Return what belongs to a bundle; of one whose manifest cannot be read, everything."""
     try:
-        return {MANIFEST_NAME, *(entry.path for entry in read_manifest(folder).files)}
+        signature = {SIGNATURE_NAME} if os.path.lexists(folder / SIGNATURE_NAME) else set()
+        return {MANIFEST_NAME, *signature, *(entry.path for entry in read_manifest(folder).files)}
     except BundleError:
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
@@ -544,7 +550,7 @@ def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[s
         relative = path.relative_to(folder).as_posix()
         if path.is_symlink():
             raise BundleError(f"{path} is a link, expected a file. Copy what it points at into the bundle.")
-        if path.is_dir() or relative == MANIFEST_NAME:
+        if path.is_dir() or relative in (MANIFEST_NAME, SIGNATURE_NAME):
             continue
         entries.append(
             FileEntry(
@@ -570,6 +576,7 @@ def write_changes(folder: Path, manifest: Manifest, *, over: Path) -> None:
         ConfigError: If the parts of the manifest do not fit together.
         BundleError: If a file cannot be written.
     """
+    warn_if_signed(over)
     if not (folder / CARD_PATH).exists():
         scores = folder if (folder / SCORES_PATH).exists() else over
         card = _fresh_card(manifest, old=_card_in(over), quality=_scores(scores, manifest), where=None)
@@ -597,6 +604,7 @@ def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None
         ConfigError: If the parts of the manifest do not fit together.
         BundleError: If a file cannot be written.
     """
+    warn_if_signed(folder)
     quality = _scores(folder, manifest)
     card = _fresh_card(manifest, old=_card_in(folder), quality=quality, where=where, replace=where is not None)
     data = _encode(manifest if card is None else _with_card(manifest, card))

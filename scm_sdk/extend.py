@@ -20,7 +20,7 @@ from ._bundle_checks import check_present, read_manifest, require_own
 from .bundle import Bundle, list_files, staged_bundle, write_changes
 from .errors import BundleError
 from .files import safe_join
-from .manifest import Artifact, FileEntry, Manifest, Role
+from .manifest import SIGNATURE_NAME, Artifact, FileEntry, Manifest, Role
 
 
 @dataclass
@@ -103,7 +103,9 @@ class Draft:
             versions=current.versions | self.versions,
         )
         write_changes(self.folder, manifest, over=self.bundle.path)
-        return [path for path in kept if not (self.folder / path).exists()]
+        # A signature no longer fits, which whoever checks it is to be told.
+        signature = [SIGNATURE_NAME] if (self.bundle.path / SIGNATURE_NAME).is_file() else []
+        return [path for path in (*kept, *signature) if not (self.folder / path).exists()]
 
     def _drops(self, path: str) -> bool:
         return any(path == dropped or path.startswith(f"{dropped}/") for dropped in self._dropped)

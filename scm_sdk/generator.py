@@ -41,6 +41,7 @@ from .request import (
     make_request,
     named,
 )
+from .signing import Signer
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class OpenOptions(TypedDict, total=False):
     max_batch: int | None
     num_inference_steps: int | None
     trust_engines: bool
+    require_signature: Signer | None
 
 
 class Generator:
@@ -108,6 +110,7 @@ class Generator:
         trust_engines: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
+        require_signature: Signer | None = None,
     ) -> Generator:
         """Open a model and load it for its default number of steps; other numbers load on first use.
 
@@ -133,8 +136,11 @@ class Generator:
                 with True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
             revision: Branch, tag or commit of a hub id; only a commit names the same files for ever.
             local_files_only: Take a hub id from the cache alone, as ``HF_HUB_OFFLINE=1`` does for all.
+            require_signature: Open nothing but what this signer signed and nobody changed since:
+                ``signing.PublicKey("key.pub")`` or ``signing.Identity(...)``. All files are hashed.
 
         Raises:
+            IntegrityError: If a signature is required and the model is not as it was signed.
             BundleError: If ``path`` is neither of the two, or a file is missing or damaged.
             BackendUnavailable: If nothing that may run is installed here.
             ConfigError: If an argument is not one of those above.
@@ -145,7 +151,7 @@ class Generator:
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}.")
         find = partial(
             open_source, path, verify="none" if verify == "none" else "digest", revision=revision,
-            local_files_only=local_files_only,
+            local_files_only=local_files_only, require_signature=require_signature,
         )  # fmt: skip
         source = find()
         steps = source.default_steps if num_inference_steps is None else num_inference_steps
@@ -159,6 +165,7 @@ class Generator:
             "max_batch": max_batch,
             "num_inference_steps": check_count("num_inference_steps", steps),
             "trust_engines": trust_engines,
+            "require_signature": require_signature,
         }
         opener_of = partial(
             Opener, backend=backend, precision=precision, device=device, fallback=fallback, num_threads=num_threads,

@@ -1,8 +1,8 @@
 """Repositories of the Hugging Face hub: fetch one into huggingface_hub's own cache, or fill one.
 
-What a repository may bring is settled before anything large is fetched: a bundle the files that its manifest lists,
-with their sizes; any other model its JSON, text and safetensors. Pickles, Python and whatever else lies beside them are
-never fetched, and what is fetched is checked like any other folder from a stranger.
+What a repository may bring is settled before anything large is fetched: a bundle its signature and the files that its
+manifest lists, with their sizes; any other model its JSON, text and safetensors. Pickles, Python and whatever else lies
+beside them are never fetched, and what is fetched is checked like any other folder from a stranger.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._lazy import require
 from ._names import CONFIG_MAX_BYTES, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .errors import BundleError, ConfigError, IntegrityError
 from .files import check_relative, safe_join
-from .manifest import MANIFEST_NAME
+from .manifest import MANIFEST_NAME, SIGNATURE_NAME
 
 MAX_BYTES = 64 << 30
 """Most that one repository may bring."""
@@ -168,7 +168,7 @@ def _download(library: ModuleType, repo_id: str, revision: str | None, shown: st
             if sizes.get(name, -1) not in (size, None):
                 found = f"has {sizes[name]} bytes" if name in sizes else "is not there"
                 raise IntegrityError(f"{shown}: {name} {found}, its manifest lists {size} bytes. Ask who published it.")
-        wanted = {MANIFEST_NAME: sizes[MANIFEST_NAME], **listed}
+        wanted = {name: sizes[name] for name in (MANIFEST_NAME, SIGNATURE_NAME) if name in sizes} | listed
     else:
         wanted = {name: size for name, size in sizes.items() if name in _of_model(sizes)}
     for name in wanted:
@@ -199,7 +199,7 @@ def _from_cache(library: ModuleType, repo_id: str, revision: str | None, shown: 
     folder = _snapshot_of(library, repo_id, Path(path), shown)
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
     if MANIFEST_NAME in names:
-        wanted = {MANIFEST_NAME, *(entry.path for entry in read_manifest(folder).files)}
+        wanted = {MANIFEST_NAME, *(entry.path for entry in read_manifest(folder).files)} | ({SIGNATURE_NAME} & names)
     else:
         wanted = _of_model(names)
         if not wanted:

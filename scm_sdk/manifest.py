@@ -15,6 +15,8 @@ from .files import printable
 from .spec import Precision, SamplerSpec
 
 MANIFEST_NAME = "scm_manifest.json"
+SIGNATURE_NAME = "scm_signature.json"
+"""The signature of all other files, which the manifest, being one of them, does not list; see ``signing``."""
 SCHEMA_VERSION = 2
 """Manifests of version 1 have no ``digests``; they are read, and written again as the current version."""
 

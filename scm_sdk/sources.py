@@ -22,6 +22,7 @@ from .locate import find_and_hold
 from .locks import FolderLock
 from .manifest import MANIFEST_NAME, Artifact, ParityRecord
 from .scores import SCORES_PATH
+from .signing import Signer, check_signature
 from .spec import SamplerSpec
 from .status import ModelStatus
 
@@ -164,6 +165,7 @@ def open_source(
     verify: Literal["none", "digest"] = "digest",
     revision: str | None = None,
     local_files_only: bool = False,
+    require_signature: Signer | None = None,
 ) -> Source:
     """Open a bundle or a checkpoint folder.
 
@@ -174,11 +176,18 @@ def open_source(
         verify: ``digest`` compares the sha256 of what is opened; ``none`` its size.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Read the hub's cache alone.
+        require_signature: Whose signature the folder must have; None asks for none.
 
     Raises:
         BundleError: If there is no such folder, or it is neither of the two, or a file is damaged.
+        IntegrityError: If a signature is required and the folder is not as it was signed.
     """
-    folder, lease = find_and_hold(path, revision=revision, local_files_only=local_files_only)
+
+    def check(folder: Path) -> None:
+        if require_signature is not None:
+            check_signature(folder, require_signature)
+
+    folder, lease = find_and_hold(path, revision=revision, local_files_only=local_files_only, check=check)
     if (folder / MANIFEST_NAME).exists():
         return _from_bundle(Bundle.open(folder, verify="none"), verify, lease)
     if (folder / CONFIG_NAME).exists():

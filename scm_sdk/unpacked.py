@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,14 @@ def unpacked_folder() -> Path | None:
     return None if root is None else root / UNPACKED
 
 
-def unpacked(path: str | os.PathLike[str]) -> Path:
+def unpacked(path: str | os.PathLike[str], *, check: Callable[[Path], object] = lambda folder: None) -> Path:
     """Return the folder of a ``.scmz`` file's bundle in the user's cache; it is unpacked once.
 
     Where the cache cannot be used, the folder is one of this process and goes when it ends. ``hold`` keeps it there.
+
+    Args:
+        path: The file.
+        check: Called with the folder before its manifest is parsed, for example to check its signature.
 
     Raises:
         BundleError: As ``archive.unpack``; also if there is no disk to unpack to.
@@ -67,18 +72,23 @@ def unpacked(path: str | os.PathLike[str]) -> Path:
         sha256, manifest = archive.sha256(), archive.manifest_text()
         key = sha256[:32]
         kept = trusted_folder(f"{UNPACKED}/{key}")
-        if kept is None or not _holds(kept, manifest):
+        if kept is not None and _holds(kept, manifest):
+            check(kept)
+        else:
             root = writable_folder(UNPACKED, purpose=f"{os.fspath(path)} is unpacked to a temporary folder")
             if root is None or (os.path.lexists(root / key) and why_insecure(root / key)):
                 root = temporary_folder() / UNPACKED
             kept = root / key
-            if not _holds(kept, manifest):
+            if _holds(kept, manifest):
+                check(kept)
+            else:
                 _move_away(kept)  # altered, or half removed
                 try:
-                    archive.unpack(kept, sha256=sha256)
+                    archive.unpack(kept, sha256=sha256, check=check)
                 except BundleError:
                     if not _holds(kept, manifest):
-                        raise  # else another process was first
+                        raise
+                    check(kept)  # another process was first
                 with suppress(FileNotFoundError):  # collect_garbage was here already
                     withdraw_write(kept)
     with suppress(OSError):  # somebody else's, or a read-only disk

@@ -29,6 +29,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"noise", "images", "manifest", "goldens", "status", "user_cache", "publish"}, {"msgspec", "numpy"}),
     ({"graph_checks", "scores"}, set()),
     ({"_bundle_checks", "_roles", "build_record", "card", "scheduler", "subset"}, {"msgspec"}),
+    ({"signing"}, set()),
     ({"archive", "hub"}, set()),
     ({"unpacked"}, set()),
     ({"locate"}, set()),

@@ -3,34 +3,146 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, say
-from .located import local_folder, model_argument, revision_option
+from .common import Command, json_option, print_json, say
+from .located import local_folder, revision_option
+
+if TYPE_CHECKING:
+    from scm_sdk.signing import Signer
+
+
+def trust_config_option(command: Command) -> Command:
+    """Add ``--trust-config``."""
+    return click.option(
+        "--trust-config", type=click.Path(path_type=Path), metavar="FILE",
+        help="Certificates of a Sigstore instance (ClientTrustConfig, JSON); the public instance's when absent.",
+    )(command)  # fmt: skip
 
 
 @click.group()
 def bundle() -> None:
-    """Check a bundle, pack it into one file, or upload it to a hub."""
+    """Check, sign or pack a bundle, or upload it to a hub."""
 
 
 @bundle.command()
-@model_argument("path")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Public key (PEM) of who must have signed the bundle.",
+)
+@click.option("--identity", help="Identity that must have signed the bundle through Sigstore; needs a network.")
+@click.option("--identity-provider", metavar="URL", help="OpenID Connect provider of --identity.")
+@trust_config_option
+@revision_option
 @json_option
-def verify(path: Path, as_json: bool) -> None:
-    """Compare every file of a bundle with its sha256 and check every graph; exit 6 if one fails."""
-    from scm_sdk.bundle import Bundle
+def verify(
+    path: Path, public_key: Path | None, identity: str | None, identity_provider: str | None,
+    trust_config: Path | None, revision: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare every file of a bundle with its sha256 and check every graph; exit 6 if one fails.
 
-    manifest = Bundle.open(path, verify="digest").manifest
+    When a signer is given (--public-key, or --identity), the signature is checked before.
+    """
+    from scm_sdk.bundle import Bundle
+    from scm_sdk.manifest import SIGNATURE_NAME
+    from scm_sdk.signing import check_signature
+
+    signer = _signer(public_key, identity, identity_provider, trust_config)
+
+    def check(found: Path) -> None:
+        if signer is not None:
+            check_signature(found, signer)
+
+    folder = local_folder(path, revision, check=check)
+    manifest = Bundle.open(folder, verify="digest").manifest
     size = sum(entry.size for entry in manifest.files)
+    is_signed = (folder / SIGNATURE_NAME).exists()
     if as_json:
-        print_json({"path": str(path), "build_id": manifest.build_id, "files": len(manifest.files), "bytes": size})
+        print_json(
+            {"path": str(folder), "build_id": manifest.build_id, "files": len(manifest.files), "bytes": size,
+             "signed": is_signed, "signed_by": str(signer) if signer else None}
+        )  # fmt: skip
+        return
+    checked = f" Signed by {signer}." if signer else " It is signed; the signature was not checked." * is_signed
+    say(
+        f"{path}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all as recorded. "
+        f"Build {manifest.build_id[:12]}.{checked}"
+    )
+
+
+def _signer(
+    public_key: Path | None, identity: str | None, provider: str | None, trust_config: Path | None
+) -> Signer | None:
+    from scm_sdk.signing import Identity, PublicKey
+
+    if public_key is not None and (identity, provider, trust_config) == (None, None, None):
+        return PublicKey(public_key)
+    if identity is not None and provider is not None and public_key is None:
+        return Identity(identity=identity, provider=provider, trust_config=trust_config)
+    if (public_key, identity, provider, trust_config) != (None, None, None, None):
+        raise click.UsageError("expected --public-key alone, or --identity with --identity-provider.")
+    return None
+
+
+@bundle.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--private-key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Private key (PEM) of an elliptic curve P-256, P-384 or P-521.",
+)
+@click.option(
+    "--password-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File with the password of an encrypted key.",
+)
+@click.option(
+    "--sigstore",
+    is_flag=True,
+    help="Sign without a key, by a login in the browser at Sigstore's provider; needs a network.",
+)
+@click.option("--ambient", is_flag=True, help="With --sigstore: the identity of this CI job instead of a login.")
+@trust_config_option
+@json_option
+def sign(
+    path: Path, private_key: Path | None, password_file: Path | None, sigstore: bool, ambient: bool,
+    trust_config: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Sign every file of a bundle, by the OpenSSF model-signing library.
+
+    The signature is scm_signature.json in the bundle. Changing the bundle afterwards makes it invalid: sign last.
+    """
+    from scm_sdk.signing import PrivateKey, Sigstore
+    from scm_sdk.signing import sign as sign_bundle
+
+    by: PrivateKey | Sigstore
+    if sigstore and private_key is None and password_file is None:
+        by = Sigstore(ambient=ambient, trust_config=trust_config)
+    elif private_key is not None and not (sigstore or ambient or trust_config):
+        by = PrivateKey(private_key, None if password_file is None else _password(password_file))
     else:
-        say(
-            f"{path}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all as recorded. "
-            f"Build {manifest.build_id[:12]}."
-        )
+        raise click.UsageError("expected --private-key, with --password-file if it is encrypted, or --sigstore.")
+    written = sign_bundle(path, by)
+    if as_json:
+        print_json({"path": str(written)})
+    else:
+        say(f"{written}: signed. Check it: scm-export bundle verify BUNDLE --public-key FILE, or --identity")
+
+
+def _password(path: Path) -> str:
+    from scm_sdk.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, UnicodeDecodeError, IndexError) as exc:
+        raise ConfigError(f"{path} cannot be read: {exc}. Expected a password in its first line.") from exc
 
 
 @bundle.command()

@@ -49,8 +49,8 @@ def revision_option(command: Command) -> Command:
     )(command)
 
 
-def local_folder(path: Path, revision: str | None) -> Path:
-    """Return the local folder of a model; what had to be fetched or unpacked is named.
+def local_folder(path: Path, revision: str | None, *, check: Callable[[Path], object] = lambda folder: None) -> Path:
+    """Return the local folder of a model, as ``locate`` does; what had to be fetched or unpacked is named.
 
     Raises:
         BundleError: If there is none.
@@ -58,7 +58,7 @@ def local_folder(path: Path, revision: str | None) -> Path:
     """
     from scm_sdk.locate import find_and_hold
 
-    folder, lease = find_and_hold(path, revision=revision)
+    folder, lease = find_and_hold(path, revision=revision, check=check)
     if lease is not None:
         click.get_current_context().call_on_close(lease.release)
     if folder != path:
