@@ -604,10 +604,11 @@ def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None
         ConfigError: If the parts of the manifest do not fit together.
         BundleError: If a file cannot be written.
     """
-    warn_if_signed(folder)
     quality = _scores(folder, manifest)
     card = _fresh_card(manifest, old=_card_in(folder), quality=quality, where=where, replace=where is not None)
     data = _encode(manifest if card is None else _with_card(manifest, card))
+    if not (folder / MANIFEST_NAME).is_file() or (folder / MANIFEST_NAME).read_bytes() != data:
+        warn_if_signed(folder)
     if card is not None and card != _card_in(folder):
         if (folder / MANIFEST_NAME).exists():
             files = tuple(entry for entry in manifest.files if entry.path != CARD_PATH)
