@@ -22,6 +22,7 @@ from .errors import BundleError, IntegrityError, SchemaError
 from .files import check_relative, safe_join, sha256_file, unreadable
 from .goldens import check_safetensors
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, SIGNATURE_NAME, FileEntry, Manifest, Role
+from .publish import finish_interrupted, has_journal
 from .user_cache import is_cached
 
 MANIFEST_MAX_BYTES = 8 << 20
@@ -49,6 +50,17 @@ def require_own(folder: Path) -> None:
             f"{folder} lies in a cache, expected a bundle of your own to write to. Copy it first: scm-export bundle "
             "unpack MODEL -o FOLDER"
         )
+
+
+def finish_change(folder: Path) -> None:
+    """Finish what a killed command began to change in a bundle; see ``publish.finish_interrupted``.
+
+    Raises:
+        BundleError: If it cannot be finished, or the bundle lies in a cache.
+    """
+    if has_journal(folder):
+        require_own(folder)
+    finish_interrupted(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

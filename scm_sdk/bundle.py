@@ -24,6 +24,7 @@ from ._bundle_checks import (
     check_content,
     check_manifest,
     check_present,
+    finish_change,
     is_settled,
     read_manifest,
     require_own,
@@ -40,7 +41,7 @@ from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
 from .manifest import MANIFEST_NAME, SIGNATURE_NAME, Artifact, FileEntry, Format, Manifest, ParityRecord, Role, files_of
-from .publish import Staged, finish_interrupted, has_journal, staged_folder, undisturbed
+from .publish import Staged, staged_folder, undisturbed
 from .scores import SCORES_PATH, read_scores
 from .signing import check_current, warn_if_signed
 from .spec import Precision, SamplerSpec
@@ -84,9 +85,7 @@ class Bundle:
         if verify not in get_args(Verify):
             raise ConfigError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}.")
         folder = Path(path)
-        if has_journal(folder):
-            require_own(folder)
-        finish_interrupted(folder)
+        finish_change(folder)
         try:
             return cls._read(folder, verify)
         except IntegrityError:  # damaged, or another process published a change while it was read

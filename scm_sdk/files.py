@@ -36,6 +36,8 @@ _EARLIER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|old)")
 """What versions before 0.1.0 made beside a file or a folder of the name in the middle."""
 _UNFINISHED = re.compile(rf"{STAGING.pattern}[\\/]")
 _OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_cleaned: set[Path] = set()
+"""Folders that this process has written to: one look for leftovers in each, since a folder may hold many files."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 """Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
 
@@ -72,6 +74,9 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmErro
     try:
         _require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.parent not in _cleaned:
+            _cleaned.add(target.parent)
+            remove_leftovers(target.parent)
         with staging(target.parent) as folder:
             temp = folder / target.name
             yield temp
@@ -160,17 +165,17 @@ def remove_leftovers(folder: Path, *, beside: str = "", below: bool = False) -> 
         for path in list(folder.rglob(".*") if below else folder.glob(".*.*")):
             earlier = _EARLIER.fullmatch(path.name)
             if STAGING.fullmatch(path.name) or (earlier and (below or earlier[1] == beside)):
-                _remove_dead(path)
+                _remove_dead(path, alone=below)
     except OSError:  # it may not be read, or is gone
         return
 
 
-def _remove_dead(path: Path) -> None:
+def _remove_dead(path: Path, *, alone: bool) -> None:
     with suppress(OSError):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
         elif (lock := try_lock(path)) is not None:
-            if lock.is_real and not os.path.lexists(path.parent / JOURNAL_NAME):
+            if (lock.is_real or alone) and not os.path.lexists(path.parent / JOURNAL_NAME):
                 shutil.rmtree(path, ignore_errors=True)
             lock.release()
 

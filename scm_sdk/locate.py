@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ._bundle_checks import finish_change
 from .archive import SUFFIX
 from .errors import BundleError, ConfigError
 from .hub import HUB_PREFIX, fetch, is_repo_id
@@ -49,6 +50,7 @@ def locate(
         )
     if local.is_file() and local.suffix == SUFFIX:
         return unpacked(local, check=check)
+    finish_change(local)
     if not local.is_dir():
         found = "is a file" if local.exists() else "does not exist"
         hub = f" If it is a repository of the Hugging Face hub, write {HUB_PREFIX}{text}." if is_repo_id(text) else ""

@@ -178,6 +178,11 @@ class Staged:
                         return
                 self._publish_in_place(kept)
         except OSError as exc:
+            if has_journal(self.target):  # a file that another disk holds, for example
+                raise self.error(
+                    f"{os.fspath(self.path)} was changed in part, then refused more: {exc.strerror or exc}. Remove the "
+                    f"cause, then finish the change: scm-export bundle verify {os.fspath(self.path)}"
+                ) from exc
             raise self.error(cannot_write(self.path, exc)) from exc
 
     def _is_vacant(self) -> bool:
@@ -463,7 +468,11 @@ def _write_journal(target: Path, source: Path, journal: _Journal) -> None:
     temp.write_bytes(msgspec.json.encode(journal))
     fsync_file(temp)
     os.replace(temp, target / JOURNAL_NAME)
-    fsync_folder(target)
+    try:
+        fsync_folder(target)
+    except OSError:
+        (target / JOURNAL_NAME).unlink()
+        raise
 
 
 def _read_journal(target: Path) -> _Journal | None:

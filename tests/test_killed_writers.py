@@ -34,7 +34,7 @@ def carded(made_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["extend", "extend in place", "record", "copy", "pack"])
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_call_leaves_a_bundle_that_opens(verb: str, stride: int, carded: Path, tmp_path: Path) -> None:
     done = run(WORKER, tmp_path / "work", carded, verb, stride)
     assert done.returncode == 0, done.stderr
