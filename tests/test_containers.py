@@ -56,7 +56,7 @@ def test_the_umask_decides_who_may_read_what_is_written(
     from scm_sdk.pickles import convert
     from scm_sdk.train.distributed import World
     from scm_sdk.train.sharded_state import save_run
-    from test_run_state import fresh
+    from small_runs import fresh
 
     run = fresh(npz, tmp_path)
     with umask(mask):

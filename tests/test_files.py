@@ -6,31 +6,14 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disk_faults import fail_on_call, tree
 from scm_sdk.errors import BundleError, IntegrityError, ScmError, TrainError
 from scm_sdk.files import atomic_write_bytes, check_relative, check_writable, safe_join, sha256_file
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too, with its content."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def fail_on_call(number: int, real: Callable[..., Any], code: int = errno.ENOSPC) -> Callable[..., Any]:
-    """Return ``real`` with its call ``number`` (from 0) replaced by an error of the disk."""
-    calls = iter(range(10**6))
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == number:
-            raise OSError(code, os.strerror(code))
-        return real(*args, **kwargs)
-
-    return wrapper
 
 
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_onnxruntimes_threads_do_not_spin(linear_bundle: Callable[..., Path]) ->
 @pytest.mark.parametrize("limit", [1e-3, 0.0])
 def test_training_scales_a_large_gradient_down_to_its_limit(limit: float, npz: Path, tmp_path: Path) -> None:
     from scm_sdk.train.loop import Feed, _step
-    from test_run_state import fresh
+    from small_runs import fresh
 
     run = fresh(npz, tmp_path, grad_clip=limit)
     with Feed(run.config, run.data, run.rows) as feed:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from disk_faults import fail_on_call, tree
 from scm_sdk import publish
 from scm_sdk.errors import BundleError, ScmError
 from scm_sdk.files import staging
 from scm_sdk.locks import locked, try_lock
 from scm_sdk.publish import JOURNAL_NAME, atomic_folder, finish_interrupted, staged_folder
-from test_files import fail_on_call, tree
 
 
 def fill(path: Path, content: bytes, **options: Any) -> None:

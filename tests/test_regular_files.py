@@ -23,7 +23,7 @@ from scm_sdk.train.data import load_data
 from scm_sdk.train.loop import train
 from scm_sdk.train.posthoc import reconstruct
 from scm_sdk.train.record import read_run, recorded
-from test_run_state import config
+from small_runs import config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
 KINDS = ("pipe", "folder", "device")

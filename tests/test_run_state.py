@@ -15,28 +15,13 @@ from safetensors.torch import save_file
 
 from scm_sdk.errors import IntegrityError, TrainError
 from scm_sdk.model.presets import tiny
-from scm_sdk.train.build import Run, build
-from scm_sdk.train.config import DataConfig, TrainConfig
-from scm_sdk.train.distributed import Scale, World
+from scm_sdk.train.build import Run
+from scm_sdk.train.config import TrainConfig
+from scm_sdk.train.distributed import World
 from scm_sdk.train.loop import Hooks, train
-from scm_sdk.train.prepare import resolve
 from scm_sdk.train.sharded_state import load_run, save_run
 from scm_sdk.train.state import STATE_FILE, sealed
-
-
-def config(npz, **changes) -> TrainConfig:
-    base = {"data": DataConfig(source=str(npz), label="kind"), "network": tiny(num_classes=3), "batch_size": 4}
-    return TrainConfig(**{"objective": "diffusion", **base, "num_iterations": 4, "warmup_iterations": 0, **changes})
-
-
-def fresh(npz, out, seed=0, **changes) -> Run:
-    """A run whose optimizer has taken a step and whose weights are random."""
-    run = build(resolve(config(npz, seed=seed, **changes)), out, Scale(), World())
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in run.parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=draw)
-    run.move()
-    return run
+from small_runs import config, fresh
 
 
 @contextmanager
