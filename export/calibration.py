@@ -8,9 +8,7 @@ memory does not grow with the number of samples or layers.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import msgspec
@@ -20,6 +18,7 @@ from scm_sdk._lazy import require
 from scm_sdk.errors import ConfigError, ExportError, SchemaError
 from scm_sdk.evaluate.seeds import CALIBRATION
 from scm_sdk.examples import Examples
+from scm_sdk.files import scratch_folder
 from scm_sdk.spec import SamplerSpec
 
 from .constants import stored
@@ -250,8 +249,8 @@ class Runner:
         names = [value.name or "" for value in outputs]
         there = set(model.graph.outputs)
         model.graph.outputs.extend([value for value in outputs if value not in there])
-        with tempfile.TemporaryDirectory() as folder:
-            session = open_session(model, Path(folder))
+        with scratch_folder() as folder:
+            session = open_session(model, folder)
             for i, seeds in enumerate(self.seeds):
                 yield session.run(names, feeds_of(self.spec, seeds, self.examples))
                 self.progress(i + 1, len(self.seeds))

@@ -14,7 +14,7 @@ from scm_sdk._version import __version__
 from scm_sdk.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.card import CARD_PATH, model_card
 from scm_sdk.errors import ConfigError, ScmError
-from scm_sdk.files import atomic_write_bytes, sha256_file
+from scm_sdk.files import atomic_write_bytes, remove_leftovers, sha256_file
 from scm_sdk.goldens import Golden, write_goldens
 from scm_sdk.manifest import MANIFEST_NAME, Artifact
 from scm_sdk.request import make_example
@@ -159,6 +159,8 @@ def is_current(
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
 
+    What killed commands left beside a bundle that stays is removed here: nothing else is written then.
+
     Args:
         checkpoint: Folder of a checkpoint or a SANA-Sprint pipeline.
         out: The bundle's folder; it need not be there.
@@ -168,6 +170,7 @@ def is_current(
     """
     if not (Path(out) / MANIFEST_NAME).is_file():
         return False
+    remove_leftovers(Path(out).resolve().parent, beside=Path(out).name)
     try:
         manifest = Bundle.open(out).manifest
     except ScmError:  # damaged: exporting again repairs it

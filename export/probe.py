@@ -6,7 +6,6 @@ the backends that users run (``scm-export validate``), and only what passes ther
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.difference import Difference, difference
 from scm_sdk.evaluate.seeds import SELECTION
 from scm_sdk.examples import Examples
+from scm_sdk.files import scratch_folder
 from scm_sdk.spec import SamplerSpec
 
 from .feeds import feeds_of
@@ -101,8 +101,8 @@ class Probe:
         return self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches])
 
     def _run(self, model: ir.Model | Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-        with tempfile.TemporaryDirectory() as folder:
-            session = open_session(model, Path(folder), num_threads=self._threads)
+        with scratch_folder() as folder:
+            session = open_session(model, folder, num_threads=self._threads)
             return np.concatenate([session.run([self.spec.output_name], dict(feeds))[0] for feeds in inputs])
 
     def _compare(self, images: np.ndarray, first: int = 0) -> Difference:

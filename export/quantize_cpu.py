@@ -9,10 +9,8 @@ quantized, which engines do not need. So the two never share a file.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import numpy as np
 from scm_sdk._lazy import require
 from scm_sdk.errors import ConfigError
 from scm_sdk.examples import Examples
+from scm_sdk.files import scratch_folder
 from scm_sdk.spec import SamplerSpec
 
 from .calibration import calibration_seeds
@@ -70,8 +69,8 @@ def quantize_for_cpu(
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.feeds, None)
 
-    with tempfile.TemporaryDirectory() as folder, _without_advice():
-        source, target = Path(folder) / "source.onnx", Path(folder) / "model.onnx"
+    with scratch_folder() as folder, _without_advice():
+        source, target = folder / "source.onnx", folder / "model.onnx"
         write_model(model, source)
         kinds: Any = quantization.QuantType
         quantization.quantize_static(

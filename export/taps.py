@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scm_sdk.errors import ExportError
+from scm_sdk.files import scratch_folder
 
 from .sessions import open_session
 
@@ -48,8 +47,8 @@ def read_values(model: ir.Model, names: Iterable[str], feeds: Mapping[str, np.nd
     inner = [name for name in wanted if name not in found]
     for part in _parts(model, inner, batch=max((len(array) for array in feeds.values()), default=1)):
         tapped = _with_outputs(model, part)
-        with tempfile.TemporaryDirectory() as folder:
-            session = open_session(tapped, Path(folder), node_by_node=True)
+        with scratch_folder() as folder:
+            session = open_session(tapped, folder, node_by_node=True)
             arrays = session.run(part, dict(feeds))
         found |= {name: np.asarray(array, np.float32) for name, array in zip(part, arrays, strict=True)}
     return found

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -36,7 +35,7 @@ from .archive import SUFFIX
 from .archive import pack as pack_folder
 from .card import CARD_PATH, bundle_card, generated_for
 from .errors import BundleError, ConfigError, IntegrityError, SchemaError
-from .files import atomic_write_bytes, remove_leftovers, safe_join, sha256_bytes, sha256_file
+from .files import atomic_write_bytes, remove_leftovers, safe_join, scratch_folder, sha256_bytes, sha256_file
 from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
@@ -356,8 +355,8 @@ class Bundle:
             return self.save_pretrained(out, overwrite=overwrite).path
         if not only:
             return pack_folder(self.path, out)
-        with TemporaryDirectory(prefix="scm-pack-") as name:
-            return pack_folder(self.subset(Path(name) / "bundle", only).path, out)
+        with scratch_folder() as folder:
+            return pack_folder(self.subset(folder / "bundle", only).path, out)
 
     def push_to_hub(
         self, repo_id: str, *,

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from ._lazy import wheel_command
+from .errors import printable
 from .manifest import Artifact, Format, Manifest, ParityRecord
 from .spec import SamplerSpec
 from .status import Kind, ModelStatus
@@ -90,7 +91,7 @@ def model_card(
         f"# {markdown_text(name)}",
         markdown_text(status.describe(_steps(specs))),
         "\n".join(f"> **Warning:** {markdown_text(text)}" for text in status.training_warnings),
-        f"> Some artifacts of build `{cut_from}`; the comparisons below were made there." if cut_from else "",
+        f"> Some artifacts of build {markdown_text(cut_from)}; comparisons below were made there." if cut_from else "",
         _usage(specs[0], where or "path/to/this/folder", artifacts),
         _table({"": ""} | _facts(specs, status)),
         _runs(artifacts, parity),
@@ -142,7 +143,7 @@ def _head(
         ]
         head["model-index"] = [{"name": name, "results": results}]
     # JSON is YAML, so that no name can leave its place.
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+    lines = [f"{key}: {printable(json.dumps(value, ensure_ascii=False))}" for key, value in head.items()]
     return "\n".join(["---", *lines, "---"])
 
 

@@ -25,10 +25,17 @@ Anything that is not a ``ScmError`` is a bug in this package: please report it.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 _LONGEST = 4000
 """Characters of a message. A value of an untrusted file may be megabytes long, and a message repeats it."""
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Return a text of an untrusted file with what a terminal obeys escaped: control codes and changes of direction."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class ScmError(Exception):
@@ -37,10 +44,10 @@ class ScmError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __str__(self) -> str:
-        """Return the message, without the middle of one that is longer than a page."""
+        """Return the message, printable, and without the middle of one that is longer than a page."""
         text = super().__str__()
         half = _LONGEST // 2
-        return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
+        return printable(text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}")
 
 
 class ConfigError(ScmError):

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import IO, BinaryIO
 
 from .errors import BundleError, IntegrityError, ScmError
@@ -35,7 +36,6 @@ STAGING = re.compile(r"\.scm-[0-9a-f]{8}\.partial")
 _EARLIER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|old)")
 """What versions before 0.1.0 made beside a file or a folder of the name in the middle."""
 _UNFINISHED = re.compile(rf"{STAGING.pattern}[\\/]")
-_OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _cleaned: set[Path] = set()
 """Folders that this process has written to: one look for leftovers in each, since a folder may hold many files."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
@@ -117,6 +117,28 @@ def staging(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Make a folder for what is on a disk only while it is worked with, in the system's temporary folder (``TMPDIR``).
+
+    Raises:
+        ScmError: If there is no place for it, or its disk is full.
+    """
+    try:
+        made = TemporaryDirectory(prefix="scm-")
+    except OSError as exc:
+        raise ScmError(
+            f"no temporary folder can be made: {exc.strerror or exc}. Set TMPDIR to a folder that you may write to."
+        ) from exc
+    with made as name:
+        try:
+            yield Path(name)
+        except OSError as exc:
+            if exc.errno in DISK_ERRORS:
+                raise ScmError(f"{cannot_write(name, exc)} TMPDIR names another one.") from exc
+            raise
+
+
 def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmError) -> None:
     """Find out before the work whether its result can be written.
 
@@ -196,11 +218,6 @@ def final_path(text: str) -> str:
     Progress and errors name files while these lie in ``.scm-<hex>.partial``, a folder that is gone when they are read.
     """
     return _UNFINISHED.sub("", text)
-
-
-def printable(text: str) -> str:
-    """Return a text of an untrusted file with what a terminal obeys escaped: control codes and changes of direction."""
-    return "".join(c if c in "\n\t" or not _OBEYED.match(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from .errors import ConfigError, SchemaError
-from .files import printable
+from .errors import ConfigError, SchemaError, printable
 from .spec import Precision, SamplerSpec
 
 MANIFEST_NAME = "scm_manifest.json"

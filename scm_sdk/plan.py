@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, overload
 
-from .files import printable
+from .errors import printable
 
 
 class Measured(NamedTuple):

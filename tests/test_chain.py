@@ -14,7 +14,7 @@ from scm_sdk.evaluate.parity import MIN_PSNR_DB
 from scm_sdk.export.chain import build_all
 from scm_sdk.export.cli import main
 from scm_sdk.export.graph import export_samplers
-from scm_sdk.export.pipeline import export_bundle
+from scm_sdk.export.pipeline import current_export, export_bundle
 from scm_sdk.export.quantized_variants import QuantizeOptions
 from scm_sdk.export.write import write_model
 from scm_sdk.model.consistency import ConsistencyModel
@@ -65,6 +65,16 @@ def test_a_models_own_second_time_is_current(unet_checkpoint: Path, tmp_path: Pa
     assert made.spec(2).times[1] == 0.6 and "exported already" in stages[-1]
 
 
+def test_what_a_killed_export_left_beside_a_whole_bundle_is_removed(unet_checkpoint: Path, tmp_path: Path) -> None:
+    """Killed after the new bundle had its name, the export has nothing more to do than to clean up."""
+    out, left = tmp_path / "b", tmp_path / ".scm-0123abcd.partial"
+    export_bundle(unet_checkpoint, out, steps=[1], max_batch=2)
+    left.mkdir()
+    (left / "old.onnx").write_bytes(b"old")
+    assert current_export(unet_checkpoint, out, steps=[1], max_batch=2) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
 def test_an_interruption_keeps_what_was_done(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "bundle"
 
@@ -104,7 +114,9 @@ def test_the_verb_builds_and_proves(unet_checkpoint: Path, tmp_path: Path) -> No
     arguments += ["--max-batch", "2"]
     run = CliRunner().invoke(main, arguments)
     assert run.exit_code == 0, run.output
-    passed = [line for line in run.stderr.splitlines() if line.startswith("pass  onnx/") and "on onnxruntime" in line]
+    passed = [
+        line for line in run.stderr.splitlines() if line.startswith("pass  onnx/") and " on onnxruntime: " in line
+    ]
     assert len(passed) == 2
     again = CliRunner().invoke(main, [*arguments, "--no-validate"])
     assert again.exit_code == 0 and "exported already" in again.stderr and "pass" not in again.stderr

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from disk_faults import fail_on_call, tree
 from scm_sdk.errors import BundleError, IntegrityError, ScmError, TrainError
-from scm_sdk.files import atomic_write_bytes, check_relative, check_writable, safe_join, sha256_file
+from scm_sdk.files import atomic_write_bytes, check_relative, check_writable, safe_join, scratch_folder, sha256_file
 
 
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
@@ -147,3 +147,15 @@ def test_a_link_may_point_inside_and_not_outside(tmp_path: Path) -> None:
         assert safe_join(root, "loop") == root / "loop"
     except BundleError as exc:
         assert "cannot be resolved" in str(exc)
+
+
+def test_a_temporary_folder_that_is_full_or_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ScmError, match=r"scm-.* cannot be written: .*TMPDIR names another") as caught, scratch_folder():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.__cause__ is not None
+    with pytest.raises(ZeroDivisionError), scratch_folder() as folder:
+        raise ZeroDivisionError
+    assert not folder.exists()
+    monkeypatch.setattr("tempfile.tempdir", "/proc")
+    with pytest.raises(ScmError, match=r"no temporary folder can be made: .*Set TMPDIR"), scratch_folder():
+        pass

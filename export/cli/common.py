@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from scm_sdk.files import final_path, printable
+from scm_sdk.errors import printable
+from scm_sdk.files import final_path
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from scm_sdk.errors import ScmError
-from scm_sdk.files import final_path, printable
+from scm_sdk.files import final_path
 
 from .common import say, write_any_text
 from .libraries import explain_import_error
@@ -42,7 +42,7 @@ class _Failure(click.ClickException):
     """A ``ScmError`` as click shows it: one line, and the error's own exit code."""
 
     def __init__(self, error: ScmError) -> None:
-        super().__init__(final_path(printable(str(error))))
+        super().__init__(final_path(str(error)))
         self.exit_code = error.exit_code  # type: ignore[misc]
 
 

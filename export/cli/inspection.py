@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from scm_sdk.files import printable
+from scm_sdk.errors import printable
 
 from .common import json_option, make_console, make_table, plural, print_json, print_table
 from .located import model_argument

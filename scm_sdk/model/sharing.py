@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from .._names import CONFIG_NAME, WEIGHTS_NAME
 from ..bundle import Bundle
 from ..card import model_card
 from ..errors import BundleError
+from ..files import scratch_folder
 from ..hub import HUB_PREFIX, push
 from ..locate import locate
 from ..manifest import MANIFEST_NAME
@@ -44,8 +44,7 @@ def push_model(
     """Upload config, weights and a card; see ``ConsistencyModel.push_to_hub``."""
     specs = tuple(model.spec(steps) for steps in (1, 2))
     card = model_card(repo_id.partition("/")[2], specs, model.config.provenance, where=f"{HUB_PREFIX}{repo_id}")
-    with TemporaryDirectory(prefix="scm-push-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         save_checkpoint(model, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         return push(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import msgspec
 
 from .._names import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..files import atomic_write_bytes, read_regular, sha256_file
+from ..files import atomic_write_bytes, read_regular, remove_leftovers, sha256_file, staging
 from ..publish import atomic_folder
 from .edm2_layout import CLASS_NAME as EDM2_CLASS
 from .edm2_layout import Shape, edm2_shapes
@@ -118,8 +117,9 @@ def is_converted(
         return False
     if found != sha256_file(path):
         return False
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temp:
-        made = convert_pickle(path, Path(temp) / "made", entry=entry, license=license).path
+    remove_leftovers(folder.parent)
+    with staging(folder.parent) as temp:
+        made = convert_pickle(path, temp / "made", entry=entry, license=license).path
         names = sorted(file.name for file in made.iterdir())
         there = sorted(file.name for file in folder.iterdir())
         return names == there and all(sha256_file(made / name) == sha256_file(folder / name) for name in names)

@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,7 +43,10 @@ SEED = int(os.environ.get("SCM_HOSTILE_SEED", "0"))
 """Of the random cases, so that a run can be repeated and another one can look elsewhere."""
 FAULTS = ("silent", "foreign", "crashed", "hung", "left")
 """Outcomes that fail a class."""
-ACCEPTED: Mapping[str, str] = {}
+ACCEPTED: Mapping[str, str] = {
+    "environments: ['8 open files', 'precision']": "no file is left to open to walk a hidden folder; the next command "
+    "removes it",
+}
 """Cases that may end in a fault, as ``CLASS: CASE``, each with the reason; SECURITY.md lists them, too."""
 _MEMORY = "/dev/shm"
 """A file system in memory: thousands of cases write and flush megabytes."""
@@ -323,11 +327,18 @@ def judge(attempt: Callable[[Any], object], case: Any) -> tuple[str, str]:
     return "right", ""
 
 
+def commands(text: str) -> list[str]:
+    """Return the characters of a text that control a terminal or change the direction of what follows."""
+    direction = {"ALM", "LRM", "RLM", "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+    control = {c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"}
+    return sorted(control | {c for c in text if unicodedata.bidirectional(c) in direction})
+
+
 def check_message(text: str) -> tuple[str, str]:
     """Return the outcome of a refusal: a message may not be a page long or control a terminal."""
     if len(text) > 20_000:
         return "silent", f"the refusal has {len(text)} characters: {text[:200]}"
-    if odd := sorted({c for c in text if c != "\n" and not c.isprintable()}):
+    if odd := commands(text):
         return "silent", f"the refusal holds {odd[:5]}: {text[:200]!r}"
     return "refused", text[:300]
 

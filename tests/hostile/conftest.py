@@ -98,24 +98,19 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     kept = os.environ.get("SCM_HOSTILE_MATERIAL")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("material")
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _make_material(folder)
-        (folder / "done").touch()
+    if not any(folder.glob("*")):
+        made = folder.with_name(f".{folder.name}.{os.getpid()}")
+        made.mkdir(parents=True)
+        _make_material(made)
+        os.replace(made, folder)
     return folder
 
 
 def run_verb(folder: Path, *arguments: str) -> None:
     """Run a verb of ``scm-export`` in a folder."""
-    subprocess.run(
-        [sys.executable, "-m", "scm_sdk.export.cli", *arguments],
-        cwd=folder,
-        env=worker_environment(folder),
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
+    command = [sys.executable, "-m", "scm_sdk.export.cli", *arguments]
+    done = subprocess.run(command, cwd=folder, env=worker_environment(folder), capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments}: {done.stderr}"
 
 
 def _make_material(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hostile.campaign import Silent
+from hostile.campaign import Silent, commands
 
 ESCAPES = "\x1b[2J\x07\u202e<script>alert(1)</script>"
 """Text that would clear a terminal, ring, reverse what follows and run in a browser."""
@@ -34,7 +34,7 @@ def run_cli(*arguments: str) -> str:
 
 def require_printable(text: str) -> None:
     """Refuse text that controls a terminal."""
-    if odd := sorted({c for c in text if c not in "\n\t" and not c.isprintable()}):
+    if odd := commands(text):
         raise Silent(f"{odd[:5]} reach the terminal: {text[:200]!r}")
 
 
