@@ -162,6 +162,9 @@ def _leave_half_a_run(folder: Path) -> None:
             if event != "os.kill" and state.exists():
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        import torch
+
+        torch.set_num_threads(1)  # as the others: another number rounds otherwise
         sys.addaudithook(end)
         os.chdir(folder)
         command(["train", "-o", "half-run", *TRAIN])()

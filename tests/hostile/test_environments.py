@@ -148,7 +148,6 @@ _ALL_ACTIONS_IN = (
 )  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="a bundle that is a mount cannot be changed")
 def test_environments(material: Path, record: Any) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this machine makes no user namespaces")

@@ -45,7 +45,6 @@ def forgery(*, must: bool = False) -> Callable[[Callable[..., Any]], Callable[..
     return put
 
 
-@pytest.mark.xfail(strict=True, reason="names that are no UTF-8 or no text reach the libraries")
 def test_graphs(tmp_path: Path, record: Any) -> None:
     write_base(tmp_path / "base")
     cases = [[name, backend] for name in GRAPHS for backend in ("onnxruntime", "openvino", "precision")]
