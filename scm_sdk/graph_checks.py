@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from .errors import BundleError, IntegrityError
+from .errors import BundleError, IntegrityError, printable
 from .files import check_relative, open_regular, unreadable
 from .spec import SamplerSpec, TensorSpec
 
 MAX_NODES = 2**18
 """Most nodes of a graph, and most stored tensors. A U-Net has some hundreds for each step, SANA-Sprint thousands."""
+MAX_OPSET = 64
+"""Highest version of an operator set. ``export`` writes 20; the newest of ONNX are below 30."""
 MAX_FIELDS = 2**22
 """Most fields that are read of a graph. A node has about 20."""
 SIZE_BY_VALUE = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression"})
@@ -68,9 +70,13 @@ def check_graph_file(path: Path, listed: Mapping[str, int], spec: SamplerSpec | 
 # A field's number and its wire type, as one byte holds them. A field of another wire type is not that field.
 _NUMBER, _BYTES = 0, 2
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTION = 7 << 3 | _BYTES, 20 << 3 | _BYTES, 25 << 3 | _BYTES
+_MODEL_OPSET, _MODEL_METADATA = 8 << 3 | _BYTES, 14 << 3 | _BYTES
+_OPSET_DOMAIN, _OPSET_VERSION = 1 << 3 | _BYTES, 2 << 3 | _NUMBER
 _GRAPH_NODE, _GRAPH_TENSOR, _GRAPH_SPARSE = 1 << 3 | _BYTES, 5 << 3 | _BYTES, 15 << 3 | _BYTES
 _GRAPH_INPUT, _GRAPH_OUTPUT = 11 << 3 | _BYTES, 12 << 3 | _BYTES
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME = 1 << 3 | _BYTES, 2 << 3 | _BYTES, 3 << 3 | _BYTES
 _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4 << 3 | _BYTES, 5 << 3 | _BYTES, 7 << 3 | _BYTES
+_ATTRIBUTE_NAME, _TENSOR_NAME = 1 << 3 | _BYTES, 8 << 3 | _BYTES
 _ATTRIBUTE_TENSORS = {5 << 3 | _BYTES, 10 << 3 | _BYTES}
 _ATTRIBUTE_GRAPHS = {6 << 3 | _BYTES, 11 << 3 | _BYTES}
 _ATTRIBUTE_SPARSE = {22 << 3 | _BYTES, 23 << 3 | _BYTES}
@@ -90,10 +96,11 @@ class _Reader:
         self._path, self._stream, self._listed = path, stream, listed
         self._fields_left = MAX_FIELDS
         self._nodes = self._tensors = 0
+        self._made: set[str] = set()
 
     def read(self) -> list[str]:
         """Return name, dtype and shape of each input, then of each output."""
-        graphs = 0
+        graphs = opsets = 0
         inputs: list[str] = []
         outputs: list[str] = []
         for tag, end in self._fields(os.fstat(self._stream.fileno()).st_size):
@@ -102,11 +109,27 @@ class _Reader:
                 self._read_graph(end, inputs, outputs)
             elif tag in (_MODEL_FUNCTION, _MODEL_TRAINING):
                 self._refuse("functions" if tag == _MODEL_FUNCTION else "a training graph")
-        if graphs != 1:
-            raise self._malformed(f"it holds {graphs} graphs")
+            elif tag == _MODEL_OPSET:
+                opsets += self._read_opset(end)
+            elif tag == _MODEL_METADATA:
+                for _, stop in self._fields(end):
+                    self._text(stop)
+        if graphs != 1 or opsets != 1:
+            raise self._malformed(f"it holds {graphs} graphs and {opsets} versions of ONNX's operators")
         return inputs + outputs
 
+    def _read_opset(self, end: int) -> bool:
+        """Check the version of an operator set; return whether it is ONNX's own."""
+        domain, version = "", 0
+        for tag, stop in self._fields(end):
+            domain = self._text(stop) if tag == _OPSET_DOMAIN else domain
+            version = stop if tag == _OPSET_VERSION else version
+        if not 1 <= version <= MAX_OPSET:
+            self._refuse(f"version {version} of the operators {domain or 'ai.onnx'!r}")
+        return domain in ("", "ai.onnx")
+
     def _read_graph(self, end: int, inputs: list[str], outputs: list[str]) -> None:
+        self._made.clear()
         for tag, stop in self._fields(end):
             if tag == _GRAPH_NODE:
                 self._nodes += 1
@@ -129,8 +152,17 @@ class _Reader:
                 operator = self._text(stop)
             elif tag == _NODE_DOMAIN:
                 domain = self._text(stop)
+            elif tag in (_NODE_INPUT, _NODE_NAME):
+                self._text(stop)
+            elif tag == _NODE_OUTPUT:
+                name = self._text(stop)
+                if name and name in self._made:
+                    self._refuse(f"two operators that make {name[:60]!r}")
+                self._made.add(name)
             elif tag == _NODE_ATTRIBUTE:
                 for part, part_end in self._fields(stop):
+                    if part == _ATTRIBUTE_NAME:
+                        self._text(part_end)
                     subgraph = subgraph or part in _ATTRIBUTE_GRAPHS
                     if part in _ATTRIBUTE_TENSORS:
                         self._read_tensor(part_end, inline=True)
@@ -146,7 +178,9 @@ class _Reader:
         external = False
         pairs: dict[bytes, bytes] = {}
         for tag, stop in self._fields(end):
-            if tag == _TENSOR_LOCATION:
+            if tag == _TENSOR_NAME:
+                self._text(stop)
+            elif tag == _TENSOR_LOCATION:
                 external = external or stop != 0
             elif tag == _TENSOR_EXTERNAL:
                 external = True
@@ -201,7 +235,9 @@ class _Reader:
                 axis: int | str = "?"
                 for part, value in self._fields(stop):
                     axis = value if part == _AXIS_SIZE else axis
-                    axis = "?" if part == _AXIS_NAME else axis
+                    if part == _AXIS_NAME:
+                        self._text(value)
+                        axis = "?"
                 axes.append(axis if axes or axis != "?" else "batch")
         return axes
 
@@ -245,7 +281,15 @@ class _Reader:
         return self._stream.read(end - self._stream.tell())
 
     def _text(self, end: int) -> str:
-        return self._bytes(end).decode("utf-8", "replace")
+        """Read a name, which libraries repeat in what they say."""
+        data = self._bytes(end)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            raise self._malformed(f"the name {data[:60]!r} is no UTF-8") from None
+        if text != printable(text):
+            raise self._malformed(f"the name {text[:60]!r} holds what commands a terminal")
+        return text
 
     def _refuse(self, what: str) -> NoReturn:
         raise BundleError(

@@ -1,6 +1,6 @@
 """Graphs of untrusted bundles: control flow, and files that nobody hashed, are refused before a library sees them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from scm_sdk import graph_checks
 from scm_sdk._bundle_checks import seal
-from scm_sdk.errors import BundleError, IntegrityError
+from scm_sdk.errors import BundleError, IntegrityError, printable
 from scm_sdk.export.cli import main
 from scm_sdk.files import sha256_file
 from scm_sdk.generator import Generator
@@ -198,12 +198,44 @@ def test_other_bytes_are_refused(
         check_graph_file(tmp_path, {})
 
 
+def opset(version: int, domain: str = "") -> Change:
+    return lambda model: model.opset_import.append(helper.make_opsetid(domain, version))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda model: model.graph.node[0].input.append("\x1b[2J"),
+            r"the name '\\x1b\[2J' holds what commands a terminal",
+        ),
+        (lambda model: model.metadata_props.add(key="a", value="\u202e"), "holds what commands a terminal"),
+        (lambda model: model.graph.node.append(model.graph.node[0]), "two operators that make 'sum'"),
+        (lambda model: model.opset_import.pop(), "1 graphs and 0 versions"),
+        (opset(1), "1 graphs and 2 versions"),
+        (opset(2**62, "x"), f"version {2**62} of the operators 'x'"),
+    ],
+)
+def test_names_are_text_and_versions_known(change: Change, match: str, model: onnx.ModelProto, tmp_path: Path) -> None:
+    change(model)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=match):
+        check_graph_file(tmp_path / "model.onnx", {})
+
+
+def test_names_that_are_no_utf8_reach_no_library(model: onnx.ModelProto, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString().replace(b"scaled", b"scal\xff\xfe"))
+    with pytest.raises(IntegrityError, match=r"the name b'scal\\xff\\xfe' is no UTF-8"):
+        check_graph_file(tmp_path / "model.onnx", {})
+
+
 def test_sizes_have_limits(model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     monkeypatch.setattr(graph_checks, "MAX_NODES", 4)
     check_graph_file(path, {})  # 3 nodes, 4 stored tensors
-    model.graph.node.extend(model.graph.node[:2])
+    for more in "de":
+        model.graph.node.append(helper.make_node("Neg", ["sum"], [more]))
     path.write_bytes(model.SerializeToString())
     with pytest.raises(BundleError, match="more than 4 nodes or stored tensors"):
         check_graph_file(path, {})
@@ -234,8 +266,14 @@ def is_allowed(model: onnx.ModelProto, listed: dict[str, int]) -> bool:
                 return False
             places.append((found.get("location"), sum(map(int, numbers))))
     borders = [*graph.input, *graph.output]
+    versions = [each.version for each in model.opset_import]
+    made = [name for each in graph.node for name in each.output if name]
     return (
-        not model.functions
+        sum(each.domain in ("", "ai.onnx") for each in model.opset_import) == 1
+        and all(1 <= version <= graph_checks.MAX_OPSET for version in versions)
+        and len(set(made)) == len(made)
+        and all(name == printable(name) for name in names_of(model))
+        and not model.functions
         and not model.training_info
         and not graph.sparse_initializer
         and all(each.domain in ("", "ai.onnx") for each in graph.node)
@@ -246,6 +284,24 @@ def is_allowed(model: onnx.ModelProto, listed: dict[str, int]) -> bool:
         and all(b.type.HasField("tensor_type") and b.type.tensor_type.elem_type in (1, 7) for b in borders)
         and all(b.type.tensor_type.HasField("shape") for b in borders)
     )
+
+
+def names_of(model: onnx.ModelProto) -> Iterator[str]:
+    """Yield every name that a library may repeat."""
+    for each in model.opset_import:
+        yield each.domain
+    for pair in model.metadata_props:
+        yield from (pair.key, pair.value)
+    for tensor in model.graph.initializer:
+        yield tensor.name
+    for each in model.graph.node:
+        yield from (each.name, each.op_type, each.domain, *each.input, *each.output)
+        for attribute in each.attribute:
+            yield attribute.name
+            yield from (tensor.name for tensor in (attribute.t, *attribute.tensors))
+    for border in (*model.graph.input, *model.graph.output):
+        yield border.name
+        yield from (axis.dim_param for axis in border.type.tensor_type.shape.dim)
 
 
 NAMES = st.sampled_from(["Add", "Relu", "Loop", "NonZero", "Constant", "Reshape"])
@@ -272,7 +328,12 @@ def models(draw: st.DrawFn) -> onnx.ModelProto:
 
     nodes = []
     for _ in range(draw(st.integers(0, 4))):
-        made = helper.make_node(draw(NAMES), ["a"], ["b"], domain=draw(st.sampled_from(["", "", "ai.onnx", "x"])))
+        made = helper.make_node(
+            draw(NAMES),
+            ["a"],
+            [draw(st.sampled_from("bcdefghijk"))],
+            domain=draw(st.sampled_from(["", "", "ai.onnx", "x"])),
+        )
         if draw(st.booleans()):
             values: list[Any] = [1, 0.5, "text", [1, 2], tensor(), [tensor(), tensor()], body()]
             made.attribute.append(helper.make_attribute("value", draw(st.sampled_from(values))))
