@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from scm_sdk._lazy import require
 from scm_sdk.errors import UnsupportedGraphError
@@ -15,9 +18,27 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+class Session:
+    """An ONNX Runtime session whose failures are this package's errors."""
+
+    def __init__(self, session: Any, precision: str) -> None:
+        self._session, self._precision = session, precision
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the values of these names; None is the graph's outputs.
+
+        Raises:
+            UnsupportedGraphError: If ONNX Runtime fails.
+        """
+        try:
+            return list(self._session.run(names, dict(feeds)))
+        except Exception as exc:  # its exceptions share no base class
+            raise _cannot_run(self._precision, exc) from exc
+
+
 def open_session(
     model: ir.Model | Path, folder: Path, *, num_threads: int | None = None, node_by_node: bool = False
-) -> Any:
+) -> Session:
     """Open a graph with ONNX Runtime.
 
     Args:
@@ -46,9 +67,14 @@ def open_session(
     if node_by_node or precision == "int8":
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # its exceptions share no base class
-        raise UnsupportedGraphError(
-            f"ONNX Runtime cannot run this {precision} graph on a CPU: {str(exc).strip()}. Expected one that it "
-            "has kernels for; measure it where it will run (scm-export validate)."
-        ) from exc
+        raise _cannot_run(precision, exc) from exc
+    return Session(session, precision)
+
+
+def _cannot_run(precision: str, exc: Exception) -> UnsupportedGraphError:
+    return UnsupportedGraphError(
+        f"ONNX Runtime cannot run this {precision} graph on a CPU: {str(exc).strip()}. Expected one that it "
+        "has kernels for, and memory for its values; measure it where it will run (scm-export validate)."
+    )

@@ -235,6 +235,8 @@ def test_a_split_into_many_parts_runs_with_its_weights_apart(tmp_path):
     report = write_model(model, tmp_path / "model.onnx", external_data_above=0)
     for session in (open_session(report.path, tmp_path), open_session(model, tmp_path)):
         np.testing.assert_array_equal(session.run(None, feeds)[0], feeds["x"][:, -1:])
+        with pytest.raises(UnsupportedGraphError, match="cannot run this fp32 graph"):
+            session.run(None, {"x": feeds["x"][:, 1:]})
 
 
 @pytest.mark.parametrize("failing_rename", [1, 2, 3])

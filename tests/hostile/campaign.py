@@ -44,6 +44,8 @@ SEED = int(os.environ.get("SCM_HOSTILE_SEED", "0"))
 FAULTS = ("silent", "foreign", "crashed", "hung", "left")
 """Outcomes that fail a class."""
 ACCEPTED: Mapping[str, str] = {
+    "forged graphs: ['pads_of_2_40', 'openvino']": "OpenVINO 2026.4 crashes when it computes a pad by 2^40 values",
+    "forged graphs: ['nodes_20000', 'openvino']": "OpenVINO 2026.4 takes minutes for 20,000 operators in a row",
     "environments: ['8 open files', 'precision']": "no file is left to open to walk a hidden folder; the next command "
     "removes it",
 }

@@ -340,7 +340,7 @@ def _write_on(arguments: Sequence[str]) -> None:
         text = log.read_text(errors="replace")
         if child.wait() < 0 or "Traceback" in text or "damaged" in text:
             raise RuntimeError(f"a writer ended with {child.wait()}: {text[-800:]}")
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _read_on(reading: Callable[[Path], bytes], path: Path, right: bytes) -> None:
@@ -354,7 +354,7 @@ def _read_on(reading: Callable[[Path], bytes], path: Path, right: bytes) -> None
         except IntegrityError as exc:
             if "Open it again" not in str(exc):
                 raise
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def _raise_reported(reports: Path, codes: list[int]) -> None:
