@@ -96,13 +96,14 @@ class Tally:
     counts: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def add(self, outcome: str, case: object = "", detail: str = "") -> None:
-        """Count an outcome; describe it if it is a fault."""
+    def add(self, outcome: str, case: object = "", detail: str = "") -> str:
+        """Count an outcome and describe it if it is a fault; return it, or ``accepted``."""
         if outcome in FAULTS and f"{self.name}: {case}" in ACCEPTED:
             outcome = "accepted"
         self.counts[outcome] = self.counts.get(outcome, 0) + 1
         if outcome in FAULTS and len(self.faults) < _EXAMPLES:
             self.faults.append(f"{outcome}: {case}: {detail}")
+        return outcome
 
     @property
     def tried(self) -> int:
@@ -158,8 +159,7 @@ def run_campaign(
                     worker = Worker(entry, setup or {}, limits or Limits())
                 outcome, detail = worker.judge(case)
                 with lock:
-                    tally.add(outcome, case, detail)
-                    tell(tally, outcome, f"{case}: {detail}")
+                    tell(tally, tally.add(outcome, case, detail), f"{case}: {detail}")
                 if outcome in ("crashed", "hung"):
                     worker.close()
                     worker = None
