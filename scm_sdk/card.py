@@ -142,9 +142,11 @@ def _head(
             for score in scores
         ]
         head["model-index"] = [{"name": name, "results": results}]
-    # JSON is YAML, so that no name can leave its place.
-    lines = [f"{key}: {printable(json.dumps(value, ensure_ascii=False))}" for key, value in head.items()]
-    return "\n".join(["---", *lines, "---"])
+    # JSON is YAML, so that no name can leave its place, or is HTML where a reader takes the head for text.
+    texts = {
+        key: printable(json.dumps(value, ensure_ascii=False)).replace("<", "\\u003c") for key, value in head.items()
+    }
+    return "\n".join(["---", *(f"{key}: {text}" for key, text in texts.items()), "---"])
 
 
 def _usage(spec: SamplerSpec, where: str, artifacts: Sequence[Artifact]) -> str:

@@ -46,6 +46,7 @@ def head(card):
         ("CC0-1.0", {"license": "cc0-1.0"}),
         ("CC-BY-NC-SA-4.0", {"license": "cc-by-nc-sa-4.0"}),
         ("my own\nlicense: mit", {"license": "other", "license_name": "my own\nlicense: mit"}),
+        ("a\u202e<script>", {"license": "other", "license_name": "a\u202e<script>"}),
         ("", {"license": "other"}),
         ("other", {"license": "other"}),
     ],
@@ -56,6 +57,7 @@ def test_the_license(license, expected):
     assert {key: value for key, value in found.items() if key.startswith("license")} == expected
     assert ("Non-commercial" in card) == ("NC" in license)
     assert ("None is on record" in card) == (license in ("", "other"))
+    assert "\u202e" not in card and "<script>" not in card
 
 
 def test_usage_fits_the_sampler():
