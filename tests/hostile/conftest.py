@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         row = _row(tally)
         cells = [f"{row[name]:>{max(9, len(name))}}" for name in columns]
         terminalreporter.write_line(" ".join([f"{tally.name:<{width}}", *cells]))
-    if path := config.getoption("--hostile-json"):
+    if path := config.getoption("--hostile-json", default=None):
         Path(path).write_text(json.dumps(_report(tallies), indent=2) + "\n", encoding="utf-8")
 
 
