@@ -39,6 +39,7 @@ class Verb:
         writers: Two commands that run beside it, again and again.
         readers: What two readers do with ``target``: ``bundle``, ``archive``, ``run`` or ``file``.
         same: Files of the target that are the same after every run, as a pattern.
+        opened: Archives that are opened before, so that the cache holds them.
         every: Which of its kills are tried: each, or each second one of a command that takes long.
     """
 
@@ -51,6 +52,7 @@ class Verb:
     )
     readers: str = "bundle"
     same: str = r"denoiser/|onnx/fp32/|golden/|scheduler/"
+    opened: tuple[str, ...] = ()
     every: int = 1
 
 
@@ -163,6 +165,7 @@ VERBS: dict[str, Verb] = {
         arguments=("cache", "gc", "--max-size", "0"),
         start={"out.scmz": "plain.scmz", "bundle.scmz": "bundle.scmz"},
         target="out.scmz",
+        opened=("out.scmz", "bundle.scmz"),
         writers=_twice("cache", "gc", "--max-size", "0"),
         readers="archive",
         same="",
@@ -201,6 +204,10 @@ def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], None]
             path = Path(setup["material"]) / source
             shutil.copytree(path, place / name) if path.is_dir() else shutil.copyfile(path, place / name)
         (place / ".reports").mkdir()
+        for name in verb.opened:
+            opening = fork(partial(_read_bundle, place / name), output=place / ".reports/opening")
+            opening.events()
+            assert opening.wait() == 0, (place / ".reports/opening").read_text()
 
     def run(die_at: int = 0) -> Child:
         return fork(command([*verb.arguments]), die_at=die_at, output=place / ".reports/victim")

@@ -25,8 +25,9 @@ _SLACK_BYTES = 48 << 20
 def test_every_call_gives_what_a_single_one_gives(backend: str, material: Path, record: Any) -> None:
     setup = {"bundle": str(material / "plain"), "backend": backend}
     limits = Limits(cpu_seconds=7200, wall_seconds=7200, memory_bytes=16 << 30, open_files=1024)
-    whole = run_campaign("", "hostile.test_threads:prepare", [CALLS], setup=setup, limits=limits, workers=1)
-    tally = Tally(name=f"{THREADS} threads, {backend}", counts=whole.counts, faults=whole.faults)
+    name = f"{THREADS} threads, {backend}"
+    whole = run_campaign(name, "hostile.test_threads:prepare", [CALLS], setup=setup, limits=limits, workers=1)
+    tally = Tally(name=name, counts=whole.counts, faults=whole.faults)
     if not tally.failed:
         tally.counts = {"right": THREADS * CALLS}
     record(tally)
