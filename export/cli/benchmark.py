@@ -107,7 +107,6 @@ def bench(
             "load ms",
             "first ms",
             "median ms",
-            "p90 ms",
             "p95 ms",
             "images/s",
             "speed-up (95 %)",
@@ -118,7 +117,7 @@ def bench(
                 load = "-" if timing.load_ms is None else f"{timing.load_ms:.0f}"
                 table.add_row(
                     str(latency.batch), timing.name, load, f"{timing.first_call_ms:.1f}", f"{timing.median_ms:.2f}",
-                    f"{timing.p90_ms:.2f}", f"{timing.p95_ms:.2f}", f"{timing.images_per_s:.0f}",
+                    f"{timing.p95_ms:.2f}", f"{timing.images_per_s:.0f}",
                     f"{timing.speedup:.2f}x ({low:.2f}..{high:.2f})",
                 )  # fmt: skip
         print_table(table)
