@@ -376,8 +376,9 @@ def test_a_callback_on_its_own_thread_may_end_it(gen: Generator) -> None:
 
 def test_who_waits_for_a_cancelled_future_is_woken(gen: Generator, gate: Gate) -> None:
     with gen.batcher(max_running=1) as batcher:
-        futures = [batcher.submit(seed=n) for n in range(3)]
+        futures = [batcher.submit(seed=0)]
         assert gate.entered.acquire(timeout=20)
+        futures += [batcher.submit(seed=n) for n in (1, 2)]  # these wait for the first
         assert futures[2].cancel()
         gate.open.set()
         assert not wait(futures, timeout=20).not_done
