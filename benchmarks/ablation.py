@@ -26,14 +26,14 @@ import torch
 from ablation_runs import AblationRun, Budget
 from ablation_table import show, write_markdown, write_pictures
 
-from scm_sdk.evaluate.cached import cached
-from scm_sdk.evaluate.distances import feature_stats, frechet_distance, kernel_distance
-from scm_sdk.evaluate.features import content_key, extract_features
+from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.evaluate.nets import effnet_lite0
-from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
-from scm_sdk.files import atomic_write_bytes
-from scm_sdk.train.data import load_data
+from scm_sdk.evaluate.quality.cached import cached
+from scm_sdk.evaluate.quality.distances import feature_stats, frechet_distance, kernel_distance
+from scm_sdk.evaluate.quality.features import content_key, extract_features
+from scm_sdk.evaluate.quality.nets import effnet_lite0
+from scm_sdk.evaluate.quality.sampling import sample_diffusion, sample_student
+from scm_sdk.train.data.images import load_data
 from scm_sdk.train.loop import LOG_FILE, Hooks, train
 
 STEPS = (1, 2, 4)

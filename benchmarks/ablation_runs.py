@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from scm_sdk.files import atomic_write_bytes
-from scm_sdk.model.transformer import TransformerConfig
+from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk.model.networks.transformer import TransformerConfig
 from scm_sdk.train.config import DataConfig, TrainConfig
-from scm_sdk.train.data import load_data
-from scm_sdk.train.trajectory import BLOCK_ITERATIONS
+from scm_sdk.train.data.images import load_data
+from scm_sdk.train.objectives.trajectory import BLOCK_ITERATIONS
 
 DATASETS = ("avatars", "fashion")
 SIZES = {"S": 64, "XS": 32}

@@ -10,8 +10,8 @@ import numpy as np
 from ablation_runs import TEACHER, AblationRun, held_out
 from PIL import Image, ImageDraw
 
-from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
-from scm_sdk.files import atomic_write_bytes
+from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk.evaluate.quality.sampling import sample_diffusion, sample_student
 from scm_sdk.images import make_grid, save_png
 
 TITLES = (

@@ -21,8 +21,8 @@ from typing import Any
 
 import click
 
+from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.files import atomic_write_bytes
 
 IMAGE = """
 import sys

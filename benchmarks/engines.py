@@ -17,13 +17,13 @@ from typing import Any
 
 import click
 
+from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk.engines.targets import resolve_targets
 from scm_sdk.evaluate.machine import describe_machine, peak_rss_mib
-from scm_sdk.export.chain import build_all
-from scm_sdk.export.engines import EngineVariant
-from scm_sdk.export.variants import Variant
-from scm_sdk.files import atomic_write_bytes
+from scm_sdk.export.build_all import build_all
+from scm_sdk.export.engines.add import EngineVariant
+from scm_sdk.export.precision.variants import Variant
 from scm_sdk.spec import Precision
-from scm_sdk.targets import resolve_targets
 
 
 @click.command()
@@ -98,7 +98,7 @@ def _random(folder: Path, millions: int) -> Path:
     import torch
 
     from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
-    from scm_sdk.model.unet import UNet, UNetConfig
+    from scm_sdk.model.networks.unet import UNet, UNetConfig
 
     def config(channels: int) -> UNetConfig:
         return UNetConfig(

@@ -20,20 +20,20 @@ from typing import Any
 
 import click
 
-from scm_sdk._lazy import is_installed
-from scm_sdk.build_record import Flavour
-from scm_sdk.bundle import Bundle
+from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.gpu import current_gpu
+from scm_sdk._util.lazy import is_installed
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.engine_record import Flavour
+from scm_sdk.engines.targets import Target, resolve_target
 from scm_sdk.errors import BackendError
-from scm_sdk.evaluate.gate import validate_bundle
-from scm_sdk.evaluate.latency import Latency, measure
+from scm_sdk.evaluate.latency.measure import Latency, measure
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.export.chain import build_all
-from scm_sdk.export.engines import EngineVariant, add_engines
-from scm_sdk.files import atomic_write_bytes
-from scm_sdk.generator import Generator
-from scm_sdk.gpu import current_gpu
+from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.export.build_all import build_all
+from scm_sdk.export.engines.add import EngineVariant, add_engines
+from scm_sdk.inference.generator import Generator
 from scm_sdk.spec import Precision
-from scm_sdk.targets import Target, resolve_target
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 

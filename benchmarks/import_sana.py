@@ -70,7 +70,7 @@ def weights(layout: str, steps: int, folder: Path) -> dict[str, Any]:
 
 def import_(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     """Make the bundle."""
-    from scm_sdk.export.import_sana import import_sana
+    from scm_sdk.export.sana import import_sana
 
     report = import_sana(
         folder / "pipeline", folder / "bundle", steps=(steps,), max_batch=1, overwrite=True, progress=say
@@ -88,7 +88,7 @@ def run(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     """Draw the recorded picture with ONNX Runtime and hold it to PyTorch's."""
     import onnxruntime
 
-    from scm_sdk.export.feeds import feeds_of
+    from scm_sdk.export.precision.probe import feeds_of
 
     golden, spec = _golden(folder, steps)
     options = onnxruntime.SessionOptions()
@@ -107,7 +107,7 @@ def diffusers(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     from diffusers import SanaSprintPipeline
     from diffusers.schedulers import scheduling_scm
 
-    from scm_sdk.request import make_example
+    from scm_sdk.inference.request import make_example
 
     golden, spec = _golden(folder, steps)
     noise, given = make_example(spec, golden.seeds.tolist()).inputs(0, len(golden.seeds))
@@ -193,7 +193,7 @@ def _keep(name: str, folder: Path, out: Path) -> None:
 
 
 def _golden(folder: Path, steps: int) -> tuple[Any, Any]:
-    from scm_sdk.bundle import Bundle
+    from scm_sdk.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder / "bundle", verify="none")
     return bundle.goldens()[steps], bundle.spec(steps)

@@ -25,16 +25,16 @@ from click.testing import CliRunner
 from rich.console import Console
 from rich.table import Table
 
-from scm_sdk.bundle import Bundle
+from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.edit import extend_bundle
+from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.export.bisect import bisect
 from scm_sdk.export.cli import main as scm_export
-from scm_sdk.export.compose import compose_sampler
-from scm_sdk.export.graph import NetworkGraph, export_network
-from scm_sdk.export.write import read_model, write_model
-from scm_sdk.extend import extend_bundle
-from scm_sdk.files import atomic_write_bytes
-from scm_sdk.manifest import Artifact
+from scm_sdk.export.diagnose.bisect import bisect
+from scm_sdk.export.graph.compose import compose_sampler
+from scm_sdk.export.graph.io import read_model, write_model
+from scm_sdk.export.graph.network import NetworkGraph, export_network
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.spec import SamplerSpec
 

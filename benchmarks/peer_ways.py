@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from scm_sdk import Generator, Sampler
-from scm_sdk.scheduler import diffusers_scheduler
+from scm_sdk.bundle.scheduler import diffusers_scheduler
 from scm_sdk.spec import SamplerSpec
 
 PEERS = ("onnxruntime", "eager", "channels_last", "compile", "ort_loop", "diffusers", "openvino")
@@ -53,7 +53,7 @@ def ort_loop(gen: Generator, spec: SamplerSpec, work: Path, threads: int | None)
     import onnx_ir as ir
     import onnxruntime as ort
 
-    from scm_sdk.export.graph import export_network
+    from scm_sdk.export.graph.network import export_network
 
     path = work / f"network-{gen.source.build_id[:12]}.onnx"
     if not path.is_file():

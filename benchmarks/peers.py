@@ -34,11 +34,11 @@ import numpy as np
 from peer_ways import PEERS, Inputs, Peer, generator, model_of, open_peers
 
 from scm_sdk import Generator, Sampler
-from scm_sdk.bundle import Bundle
+from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.processor import usable_cores
+from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.files import atomic_write_bytes
 from scm_sdk.noise import draw_noise
-from scm_sdk.processor import usable_cores
 from scm_sdk.spec import SamplerSpec
 
 TOLERANCE = 1e-4

@@ -16,8 +16,8 @@ from scm_sdk.images import make_grid, save_png, to_uint8
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.noise import draw_noise
 from scm_sdk.train.config import DataConfig
-from scm_sdk.train.data import load_data
-from scm_sdk.train.samples import sample_teacher
+from scm_sdk.train.data.images import load_data
+from scm_sdk.train.data.samples import sample_teacher
 
 COLUMNS = 6
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import click
 from stages import add_engine, add_fp16, run_stage, say
 
-from scm_sdk.files import atomic_write_bytes
+from scm_sdk._util.files import atomic_write_bytes
 
 STEPS = (2,)
 PROVENANCE = {"data": "none: random weights", "license": "Apache-2.0"}
@@ -36,8 +36,8 @@ def weights(preset: str, folder: Path) -> dict[str, Any]:
     import torch
 
     from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
-    from scm_sdk.model.edm2 import EDM2Config
-    from scm_sdk.model.presets import PRESETS
+    from scm_sdk.model.networks.edm2 import EDM2Config
+    from scm_sdk.model.networks.presets import PRESETS
 
     wide = EDM2Config(
         image_size=8, in_channels=4, channels=3456, channel_mult=(1,), num_blocks=1, attention_resolutions=()
@@ -57,7 +57,7 @@ def weights(preset: str, folder: Path) -> dict[str, Any]:
 
 def export(preset: str, folder: Path) -> dict[str, Any]:
     """Make the bundle: one float32 graph of 2 steps."""
-    from scm_sdk.export.pipeline import export_bundle
+    from scm_sdk.export.bundle_export import export_bundle
 
     report = export_bundle(
         folder / "checkpoint", folder / "bundle", steps=STEPS, max_batch=1, overwrite=True, progress=say
@@ -84,8 +84,8 @@ def run(preset: str, folder: Path) -> dict[str, Any]:
     """Draw the recorded picture again with ONNX Runtime, float32, and hold it to PyTorch's."""
     import numpy as np
 
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.generator import Generator
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.inference.generator import Generator
 
     golden = Bundle.open(folder / "bundle", verify="none").goldens()[STEPS[0]]
     with Generator.from_pretrained(folder / "bundle", backend="onnxruntime", precision="fp32", verify="none") as gen:

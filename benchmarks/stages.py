@@ -36,8 +36,8 @@ def run_stage(command: list[str], partial: Path) -> dict[str, Any]:
 
 def add_fp16(bundle: Path) -> dict[str, Any]:
     """Add the FP16 graph; its pictures are not looked at."""
-    from scm_sdk.export.precision import default_plan
-    from scm_sdk.export.variants import add_precision
+    from scm_sdk.export.precision.half import default_plan
+    from scm_sdk.export.precision.variants import add_precision
 
     (variant,) = add_precision(bundle, default_plan("fp16"), num_samples=0, progress=say)
     if variant.graph is None:
@@ -47,8 +47,8 @@ def add_fp16(bundle: Path) -> dict[str, Any]:
 
 def add_engine(bundle: Path) -> dict[str, Any]:
     """Add an engine for the A100 from the FP16 graph."""
-    from scm_sdk.export.engines import add_engines
-    from scm_sdk.targets import resolve_targets
+    from scm_sdk.engines.targets import resolve_targets
+    from scm_sdk.export.engines.add import add_engines
 
     (built,) = add_engines(
         bundle, resolve_targets(["a100"]), precisions=["fp16"], on_build=lambda path: say(f"build {path}")

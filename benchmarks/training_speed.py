@@ -24,17 +24,17 @@ from typing import Any
 import click
 import torch
 
+from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.files import atomic_write_bytes
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.train.batches import Feed
 from scm_sdk.train.build import Run, build
 from scm_sdk.train.config import DataConfig, TrainConfig
-from scm_sdk.train.data import load_data
-from scm_sdk.train.distributed import Scale, joined
-from scm_sdk.train.objectives import Batch
+from scm_sdk.train.data.images import load_data
+from scm_sdk.train.objectives.base import Batch
+from scm_sdk.train.parallel.distributed import Scale, joined
+from scm_sdk.train.parallel.sharding import clip_gradients
 from scm_sdk.train.prepare import resolve
-from scm_sdk.train.sharding import clip_gradients
 
 PLAIN = "sCD, plain transcription"
 WAYS: dict[str, dict[str, Any]] = {

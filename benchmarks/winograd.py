@@ -4,7 +4,7 @@
 
 Chains of four convolutions, each with filters of its own, as they are and as ``scm-export precision --to fp32-cpu``
 rewrites them, with one thread of ONNX Runtime and of OpenVINO. Times are of the processor; the ratio is the median over
-rounds, above 1 where the products are faster. ``export/winograd.py`` rewrites what this shows to gain.
+rounds, above 1 where the products are faster. ``export/precision/winograd.py`` rewrites what this shows to gain.
 """
 
 import json
@@ -21,9 +21,9 @@ import click
 import numpy as np
 import onnx_ir as ir
 
+from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.export import winograd
-from scm_sdk.files import atomic_write_bytes
+from scm_sdk.export.precision import winograd
 
 LAYERS = 4
 SIZES = [  # channels, side, batch

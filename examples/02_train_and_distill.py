@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scm_sdk.model.presets import tiny
+from scm_sdk.model.networks.presets import tiny
 from scm_sdk.train.config import DataConfig, TrainConfig
 from scm_sdk.train.loop import Hooks, train
 

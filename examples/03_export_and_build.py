@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 
 from scm_sdk import Generator
-from scm_sdk.archive import pack
+from scm_sdk.bundle.archive import pack
+from scm_sdk.engines.targets import resolve_target
 from scm_sdk.errors import BackendUnavailable
-from scm_sdk.export.chain import build_all
-from scm_sdk.export.engines import add_engines
-from scm_sdk.export.prove import prove
-from scm_sdk.targets import resolve_target
+from scm_sdk.export.build_all import build_all
+from scm_sdk.export.diagnose.validate import prove
+from scm_sdk.export.engines.add import add_engines
 
 
 def main(checkpoint: Path, bundle: Path) -> None:

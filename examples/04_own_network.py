@@ -1,6 +1,6 @@
 """Your own network, of any rank, from training to an engine: sound (1-D) and video (3-D).
 
-python examples/04_own_network.py runs/own sound    # what a network must be: scm_sdk/model/own.py
+python examples/04_own_network.py runs/own sound    # what a network must be: scm_sdk/model/networks/custom.py
 """
 
 import argparse
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from scm_sdk import Generator
+from scm_sdk.engines.targets import resolve_target
 from scm_sdk.errors import BackendUnavailable
-from scm_sdk.evaluate.gate import validate_bundle
+from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.export.bundle_export import export_bundle
 from scm_sdk.export.check import check_model
-from scm_sdk.export.engines import add_engines
-from scm_sdk.export.pipeline import export_bundle
-from scm_sdk.model.conditioning import PositionalEmbedding
+from scm_sdk.export.engines.add import add_engines
 from scm_sdk.model.consistency import ConsistencyModel
-from scm_sdk.model.own import register_network
-from scm_sdk.targets import resolve_target
+from scm_sdk.model.networks.conditioning import PositionalEmbedding
+from scm_sdk.model.networks.custom import register_network
 from scm_sdk.train.config import TrainConfig
-from scm_sdk.train.objectives import Batch, consistency_loss, sample_times
+from scm_sdk.train.objectives.base import Batch, consistency_loss, sample_times
 
 SHAPES = {"sound": (1, 64), "video": (2, 4, 8, 8)}  # (C, samples) and (C, frames, height, width)
 

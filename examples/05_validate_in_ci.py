@@ -10,11 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from scm_sdk.bundle import Bundle
+from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ScmError
-from scm_sdk.evaluate.latency import measure
-from scm_sdk.export.prove import prove
-from scm_sdk.generator import Generator
+from scm_sdk.evaluate.latency.measure import measure
+from scm_sdk.export.diagnose.validate import prove
+from scm_sdk.inference.generator import Generator
 
 BUDGET = "onnxruntime:p90=2s@b1"  # of a CI machine, generous: it catches a graph that fell off its fast path
 

@@ -20,8 +20,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from scm_sdk import Generator
-from scm_sdk.batcher import Batcher
 from scm_sdk.errors import ConfigError, QueueFull, ScmError
+from scm_sdk.inference.batcher import Batcher
 
 
 class Handler(BaseHTTPRequestHandler):

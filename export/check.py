@@ -1,10 +1,10 @@
-"""Can a network of your own go all the way? What ``model.check`` asks, and then what a graph asks."""
+"""Check whether a network of your own can be trained and exported."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .graph import compose_sampler, export_network
+from .graph.network import compose_sampler, export_network
 
 if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
@@ -26,7 +26,7 @@ def check_model(model: ConsistencyModel, *, training: bool = True) -> None:
             message names the operator and the line of the network.
         UnsupportedGraphError: If the graph holds what no engine runs, or trigonometry of what is not the time.
     """
-    from scm_sdk.model.check import check_network
+    from scm_sdk.model.networks.check import check_network
 
     check_network(model, training=training)
     compose_sampler(export_network(model), model.spec(1))

@@ -1,1 +1,1 @@
-"""Backends, one file and one library each; ``scm_sdk.dispatch`` finds them by name."""
+"""Backends, one module and one library each; ``scm_sdk.inference.backends`` finds them by name."""

@@ -1,8 +1,8 @@
-"""What every backend is, and the checks that stand between a caller and its library.
+"""The base of all backends, and the checks between a caller and a library.
 
-``Backend`` itself is defined in ``scm_sdk.dispatch``, below the wall, because ``Generator`` speaks
+``Backend`` itself is defined in ``scm_sdk.inference.backends``, below the wall, because ``Generator`` speaks
 it too; a backend's author needs only this file. A new backend is one file with an ``open_backend``
-and one line in ``scm_sdk.dispatch.BACKENDS``.
+and one line in ``scm_sdk.inference.backends.BACKENDS``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from scm_sdk.dispatch import Backend
+from scm_sdk._util.files import unreadable
 from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError, ShapeError
-from scm_sdk.files import unreadable
+from scm_sdk.inference.backends import Backend
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
 __all__ = [

@@ -6,7 +6,7 @@ a batch is run in parts of these sizes, and a part that lacks a few pictures rep
 compiled once for all sizes, since each would hold the weights again.
 
 It computes in float32, but for the layers that a graph of precision ``int8-cpu`` quantizes. Which precisions it is not
-given, and why, stands in ``scm_sdk.dispatch.BACKENDS``.
+given, and why, stands in ``scm_sdk.inference.backends.BACKENDS``.
 
 Threads: ``sample`` may be called from many; each call takes an idle request of the library or makes one. The library
 runs one at a time in each of its streams, so there is a stream for every call that the cores hold.
@@ -25,20 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from scm_sdk._lazy import require
+from scm_sdk._util.lazy import require
+from scm_sdk._util.processor import calls_side_by_side, limited_threads
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
-from scm_sdk.processor import calls_side_by_side, limited_threads
 from scm_sdk.spec import SamplerSpec
 
-from .base import (
-    SPEC_KEY,
-    check_artifact,
-    check_graph,
-    check_images,
-    check_inputs,
-    check_num_threads,
-    cuda_index,
-)
+from .base import SPEC_KEY, check_artifact, check_graph, check_images, check_inputs, check_num_threads, cuda_index
 
 FIXED_SIZES = (16, 4, 1)
 """Batch sizes that a small graph is compiled for."""

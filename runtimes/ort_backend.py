@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from scm_sdk._lazy import install_command, require
+from scm_sdk._util.lazy import install_command, require
+from scm_sdk._util.processor import limited_threads
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
-from scm_sdk.processor import limited_threads
 from scm_sdk.spec import SamplerSpec
 
 from .base import (

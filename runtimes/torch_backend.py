@@ -1,4 +1,4 @@
-"""Run the sampler with PyTorch: the reference that every other backend is held against.
+"""Run the sampler with PyTorch, the reference of every other backend.
 
 Opens a checkpoint folder (``config.json`` + safetensors) and unrolls it over ``spec.times``, so any
 number of steps runs. fp32 means fp32: TF32 is switched off while it runs, for convolutions and matrix products.
@@ -19,11 +19,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from scm_sdk._bundle_checks import stamp
-from scm_sdk._lazy import require
-from scm_sdk._names import INDEX_NAME
+from scm_sdk._util.lazy import require
+from scm_sdk._util.processor import limited_threads
+from scm_sdk.bundle.layout import INDEX_NAME
+from scm_sdk.bundle.verify import stamp
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
-from scm_sdk.processor import limited_threads
 from scm_sdk.spec import SamplerSpec
 
 from .base import check_artifact, check_images, check_inputs, check_num_threads, first_line
@@ -83,7 +83,7 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
         model = _MODELS.get(key)
         if model is None:
             from scm_sdk.model.consistency import ConsistencyModel
-            from scm_sdk.model.magnitude import bake_weights_
+            from scm_sdk.model.networks.magnitude import bake_weights_
 
             model = ConsistencyModel.from_pretrained(folder).eval().requires_grad_(False).to(target)
             bake_weights_(model.network)

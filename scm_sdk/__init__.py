@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
-    from .generator import Generator
+    from .bundle.bundle import Bundle
+    from .inference.generator import Generator
     from .model.consistency import ConsistencyModel
     from .model.sampler import Sampler
     from .spec import SamplerSpec
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Bundle", "ConsistencyModel", "Generator", "Sampler", "SamplerSpec", "__version__"]
 
 _HOME = {
-    "Bundle": ".bundle",
+    "Bundle": ".bundle.bundle",
     "ConsistencyModel": ".model.consistency",
-    "Generator": ".generator",
+    "Generator": ".inference.generator",
     "Sampler": ".model.sampler",
     "SamplerSpec": ".spec",
 }

@@ -1,4 +1,4 @@
-"""From a sampler's output to pictures: 8-bit arrays, PIL images, contact sheets, PNG files.
+"""Convert a sampler's output to images: 8-bit arrays, PIL images, contact sheets, files.
 
 Arrays of a sampler are (B, C, H, W) float32 in data units; pictures are (H, W, C) uint8. C is 1 for
 gray and 3 for RGB. Callers: ``generator``, ``evaluate``, ``train``, the commands.
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._util.files import atomic_write_bytes
 from .errors import ConfigError, ShapeError
-from .files import atomic_write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,4 +1,4 @@
-"""The noise contract ``scm-noise-v1``: how a seed becomes the noise of an image, for ever.
+"""The noise contract ``scm-noise-v1``: how a seed becomes the noise of an image.
 
 Noise is a pure function of (seed, step, element). Nothing else enters: not the batch, not the
 position in it, no backend, no device, no state. Another language can repeat it from this page:

@@ -1,4 +1,4 @@
-"""What a sampler is: its times, its tensors, its batch range. Both sides of the wall know only this.
+"""``SamplerSpec``: times, tensors and batch range of a sampler; the contract shared by exporters and runtimes.
 
 ``export/`` writes a ``SamplerSpec`` into every graph and manifest; ``runtimes/`` and ``Generator``
 read it back. It is plain data: frozen, JSON both ways, unknown keys refused.

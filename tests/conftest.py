@@ -16,11 +16,11 @@ import pytest
 from hypothesis import settings
 from safetensors.numpy import save
 
-from scm_sdk.bundle import publish_bundle, write_bundle
-from scm_sdk.generator import Generator
-from scm_sdk.manifest import Artifact
+from helpers.toy_bundles import ToyBundle, write_linear_graph
+from scm_sdk.bundle.bundle import publish_bundle, write_bundle
+from scm_sdk.bundle.manifest import Artifact
+from scm_sdk.inference.generator import Generator
 from scm_sdk.spec import SamplerSpec
-from toy_bundles import ToyBundle, write_linear_graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         def shifted(seed: Any) -> Any:
-            asked_by_a_test = Path(sys._getframe(2).f_code.co_filename).parent == Path(__file__).parent
+            asked_by_a_test = Path(sys._getframe(2).f_code.co_filename).is_relative_to(Path(__file__).parent)
             return seed + offset if asked_by_a_test and isinstance(seed, int) else seed
 
         manual_seed, default_rng, generator = torch.manual_seed, np.random.default_rng, torch.Generator
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         np.random.default_rng = lambda seed=None: default_rng(shifted(seed))
 
 
-pytest_plugins = ["distributed_fixtures", "hub_fixtures", "sana_fixtures"]
+pytest_plugins = ["helpers.distributed_fixtures", "helpers.hub_fixtures", "helpers.sana_fixtures"]
 
 # No deadline: on a busy machine the clock of one example says nothing about the code.
 # In CI the examples are the same every time, so that its verdict is the change's; a person's runs look for new ones.
@@ -119,12 +119,12 @@ def exports() -> Callable[[], AbstractContextManager[None]]:
 
     The exporter takes ten seconds for the smallest network; ``test_export_graph.py`` is about it, other tests are not.
     """
-    from scm_sdk.export import graph
+    from scm_sdk.export.graph import network
     from scm_sdk.model.consistency import ConsistencyModel
 
-    real, made = graph.export_network, {}
+    real, made = network.export_network, {}
 
-    def export_network(model: ConsistencyModel, **options: Any) -> graph.NetworkGraph:
+    def export_network(model: ConsistencyModel, **options: Any) -> network.NetworkGraph:
         weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
         key = type(model.network), repr(model.config.network), hashlib.sha256(save(weights)).digest()
         if key not in made:
@@ -134,7 +134,7 @@ def exports() -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
     def shared() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graph, "export_network", export_network)
+            patch.setattr(network, "export_network", export_network)
             yield
 
     return shared
@@ -153,7 +153,7 @@ def unet_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
-    from scm_sdk.model.unet import UNetConfig
+    from scm_sdk.model.networks.unet import UNetConfig
 
     shape = UNetConfig(
         image_size=8, channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(8,), num_classes=4
@@ -173,7 +173,7 @@ def unet_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def unet_bundle(unet_checkpoint: Path, exports: Callable[[], AbstractContextManager[None]]) -> Path:
     """Return the bundle of ``unet_checkpoint`` with its 1- and 2-step graphs, largest batch 5; read only."""
-    from scm_sdk.export.pipeline import export_bundle
+    from scm_sdk.export.bundle_export import export_bundle
 
     path = unet_checkpoint.parent / "bundle"
     with exports():
@@ -188,7 +188,7 @@ def avatars_bundle(
     """Return the bundle of the shipped model with its 2-step graph, largest batch 32; read only."""
     from importlib.resources import as_file, files
 
-    from scm_sdk.export.pipeline import export_bundle
+    from scm_sdk.export.bundle_export import export_bundle
 
     path = tmp_path_factory.mktemp("avatars") / "bundle"
     with exports(), as_file(files("scm_sdk.assets") / "avatars") as checkpoint:
@@ -199,7 +199,7 @@ def avatars_bundle(
 @pytest.fixture(scope="module")
 def fp32(unet_bundle: Path) -> "ir.Model":
     """Return the U-Net's 2-step graph."""
-    from scm_sdk.export.write import read_model
+    from scm_sdk.export.graph.io import read_model
 
     return read_model(unet_bundle / "onnx/fp32/2step/model.onnx")
 
@@ -213,9 +213,9 @@ def spec(fp32: "ir.Model") -> SamplerSpec:
 @pytest.fixture(scope="session")
 def graphs(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bundle with the U-Net's 1-step graph in all precisions; read only."""
-    from scm_sdk.export.precision import default_plan
-    from scm_sdk.export.quantized_variants import QuantizeOptions, add_int8
-    from scm_sdk.export.variants import add_precision
+    from scm_sdk.export.precision.half import default_plan
+    from scm_sdk.export.precision.int8_variants import QuantizeOptions, add_int8
+    from scm_sdk.export.precision.variants import add_precision
 
     path = Path(shutil.copytree(unet_bundle, tmp_path_factory.mktemp("graphs") / "bundle"))
     add_precision(path, default_plan("fp16"), steps=[1], num_samples=1)
@@ -227,8 +227,8 @@ def graphs(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine_bundle(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bundle with the U-Net's 1-step fp16 graph as a TensorRT-RTX engine for an L4; read only."""
-    from scm_sdk.export.engines import add_engines
-    from scm_sdk.targets import resolve_targets
+    from scm_sdk.engines.targets import resolve_targets
+    from scm_sdk.export.engines.add import add_engines
 
     path = Path(shutil.copytree(graphs, tmp_path_factory.mktemp("engine") / "bundle"))
     add_engines(path, resolve_targets(["l4"]), precisions=["fp16"])
@@ -245,7 +245,7 @@ def engine(engine_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def played(engine: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a maker of TensorRT backends whose GPU is played, and the recorder of what it was told."""
-    from played_gpu import play
+    from helpers.played_gpu import play
 
     return play(engine, monkeypatch)
 
@@ -264,7 +264,7 @@ def newcomer(session_cache_home: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small convolutions become Winograd's products as large ones do."""
-    from scm_sdk.export import winograd
+    from scm_sdk.export.precision import winograd
 
     for name in ("LEAST_CHANNELS", "LEAST_TILES", "LEAST_PRODUCT", "CHANNELS_PER_SIDE"):
         monkeypatch.setattr(winograd, name, 0)
@@ -328,7 +328,7 @@ def npz(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def edm_pickle() -> Callable[..., dict[str, Any]]:
     """Return a writer of pickles of EDM2's form around a small torch network; it returns the network's state dict."""
-    from edm_pickles import write_edm_pickle
+    from helpers.edm_pickles import write_edm_pickle
 
     return write_edm_pickle
 

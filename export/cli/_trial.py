@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scm_sdk.dispatch import BACKENDS, Backend, open_backend
 from scm_sdk.errors import ScmError
+from scm_sdk.inference.backends import BACKENDS, Backend, open_backend
 from scm_sdk.spec import SamplerSpec, default_times
 
 from .doctor import RUNS
 
 if TYPE_CHECKING:
-    from scm_sdk.build_record import Flavour
+    from scm_sdk.bundle.engine_record import Flavour
 
 SPEC = SamplerSpec(times=default_times(1), sample_shape=(1, 2, 2), max_batch=2)
 """Sampler of ``assets/trial.onnx``, whose image is ``GAIN`` times the noise."""
@@ -51,8 +51,8 @@ def _run(backend: Backend) -> str:
 
 
 def _try_engine(name: str, graph: Path, folder: Path) -> str:
-    from scm_sdk.gpu import current_gpu
-    from scm_sdk.trt import load_flavour, make_logger
+    from scm_sdk._util.gpu import current_gpu
+    from scm_sdk.engines.tensorrt import load_flavour, make_logger
 
     flavour: Flavour = "tensorrt" if name == "tensorrt" else "tensorrt_rtx"
     library = load_flavour(flavour, purpose=f"backend {name!r}")
@@ -62,10 +62,10 @@ def _try_engine(name: str, graph: Path, folder: Path) -> str:
             return "builds and runs engines only on a GPU, and there is none here"
         library.Builder(make_logger(library))
         return "builds engines here, runs none: no GPU"
-    from scm_sdk.build_record import ENGINE_NAME
+    from scm_sdk.bundle.engine_record import ENGINE_NAME
 
-    from ..engine import build_engine
-    from ..engine_options import EngineOptions
+    from ..engines.engine import build_engine
+    from ..engines.options import EngineOptions
 
     options = EngineOptions(flavour=flavour, compute_capabilities=(gpu.compute_capability,), batch=(1, 2, 2))
     build_engine(graph, folder / "engine", options)
@@ -73,11 +73,11 @@ def _try_engine(name: str, graph: Path, folder: Path) -> str:
 
 
 def _try_torch() -> str:
-    from scm_sdk._lazy import require
+    from scm_sdk._util.lazy import require
 
     torch = require("torch", extra="torch", purpose="backend 'torch'")
     from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
-    from scm_sdk.model.presets import PRESETS
+    from scm_sdk.model.networks.presets import PRESETS
     from scm_sdk.model.sampler import Sampler
 
     model = ConsistencyModel(ModelConfig(network=PRESETS["tiny"](num_classes=0, in_channels=1))).eval()

@@ -16,11 +16,11 @@ from .names import STEPS, OutputPath, TargetName, one_of
 from .precision import summary as variant_summary
 
 if TYPE_CHECKING:
-    from scm_sdk.build_record import Flavour
+    from scm_sdk.bundle.engine_record import Flavour
     from scm_sdk.spec import Precision
 
-    from ..engines import EngineVariant
-    from ..variants import Variant
+    from ..engines.add import EngineVariant
+    from ..precision.variants import Variant
 
 
 @click.command(name="all")
@@ -64,12 +64,12 @@ def build(
     scm-export all runs/avatars -o avatars --target l4 --target t4
     scm-export all sana -o sana --target l4 --prompts prompts.txt
     """
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.targets import resolve_targets
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.engines.targets import resolve_targets
 
-    from ..chain import build_all
-    from ..feeds import bundle_examples
-    from ..prove import prove
+    from ..build_all import build_all
+    from ..diagnose.validate import prove
+    from ..precision.probe import bundle_examples
 
     variants: list[Variant] = []
     engines: list[EngineVariant] = []

@@ -29,7 +29,7 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
     scm-export train -o runs/teacher --ema-profile 0.05 --ema-profile 0.1
     scm-export ema runs/teacher --sigma-rel 0.03 -o runs/teacher-0.03
     """
-    from scm_sdk.train.posthoc import reconstruct
+    from scm_sdk.train.averages.posthoc import reconstruct
 
     _require_no_run(out)
     made = reconstruct(run, sigma_rel, iteration=iteration)
@@ -63,7 +63,7 @@ def average(models: tuple[Path, ...], out: Path, as_json: bool) -> None:
     \b
     scm-export average runs/one runs/other -o runs/avatars
     """
-    from scm_sdk.train.soup import average_models
+    from scm_sdk.train.averages.average import average_models
 
     _require_no_run(out)
     average_models(models).save_pretrained(out)

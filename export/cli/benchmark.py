@@ -12,7 +12,7 @@ from .located import model_argument
 from .names import BackendAndPrecision
 
 if TYPE_CHECKING:
-    from scm_sdk.evaluate.latency import Latency
+    from scm_sdk.evaluate.latency.measure import Latency
 
 
 @click.command()
@@ -61,13 +61,13 @@ def bench(
             "--keep-budget stores what --budget names, and none is given. Expected both; --budget '' removes what "
             "is stored."
         )
-    from scm_sdk._bundle_checks import require_own
+    from scm_sdk._util.files import check_writable
+    from scm_sdk.bundle.manifest import MANIFEST_NAME
+    from scm_sdk.bundle.verify import require_own
     from scm_sdk.errors import BundleError
-    from scm_sdk.evaluate.contract import keep_budgets
-    from scm_sdk.evaluate.latency import measure
-    from scm_sdk.files import check_writable
-    from scm_sdk.generator import Generator
-    from scm_sdk.manifest import MANIFEST_NAME
+    from scm_sdk.evaluate.latency.contract import keep_budgets
+    from scm_sdk.evaluate.latency.measure import measure
+    from scm_sdk.inference.generator import Generator
 
     if keep_budget:
         require_own(bundle)
@@ -134,7 +134,7 @@ def bench(
 
 def _verdicts(latency: Latency, budget: str | None) -> list[str]:
     """Return a line for each limit of a budget and each backend that it binds."""
-    from scm_sdk.evaluate.budget import parse_budgets
+    from scm_sdk.evaluate.latency.budget import parse_budgets
 
     names = tuple(timing.name for timing in latency)
     lines = []
@@ -152,10 +152,10 @@ def _verdicts(latency: Latency, budget: str | None) -> list[str]:
 
 def _usual(bundle: Path, steps: int | None) -> tuple[str, ...]:
     """Return every backend that can run here, PyTorch first, and each with the precisions that were made for CPUs."""
-    from scm_sdk._lazy import is_installed
-    from scm_sdk.dispatch import BACKENDS
-    from scm_sdk.opening import auto_plan
-    from scm_sdk.sources import open_source
+    from scm_sdk._util.lazy import is_installed
+    from scm_sdk.inference.backends import BACKENDS
+    from scm_sdk.inference.session import auto_plan
+    from scm_sdk.inference.sources import open_source
     from scm_sdk.spec import CPU_PRECISIONS
 
     source = open_source(bundle, verify="none")
@@ -186,7 +186,7 @@ def _labels(bundle: Path, others: tuple[Path, ...]) -> dict[Path, str]:
 def _by_batch(budget: str | None, batches: tuple[int, ...]) -> dict[int, str]:
     """Sort the parts of a budget by the batch they are about."""
     from scm_sdk.errors import ConfigError
-    from scm_sdk.evaluate.budget import Budget
+    from scm_sdk.evaluate.latency.budget import Budget
 
     parts: dict[int, list[str]] = {}
     for part in (budget or "").split(","):

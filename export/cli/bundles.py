@@ -11,7 +11,7 @@ from .common import Command, json_option, print_json, say
 from .located import local_folder, revision_option
 
 if TYPE_CHECKING:
-    from scm_sdk.signing import Signer
+    from scm_sdk.bundle.signing import Signer
 
 
 def trust_config_option(command: Command) -> Command:
@@ -48,9 +48,9 @@ def verify(
 
     When a signer is given (--public-key, or --identity), the signature is checked before.
     """
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.manifest import SIGNATURE_NAME
-    from scm_sdk.signing import check_signature
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.bundle.manifest import SIGNATURE_NAME
+    from scm_sdk.bundle.signing import check_signature
 
     signer = _signer(public_key, identity, identity_provider, trust_config)
 
@@ -78,7 +78,7 @@ def verify(
 def _signer(
     public_key: Path | None, identity: str | None, provider: str | None, trust_config: Path | None
 ) -> Signer | None:
-    from scm_sdk.signing import Identity, PublicKey
+    from scm_sdk.bundle.signing import Identity, PublicKey
 
     if public_key is not None and (identity, provider, trust_config) == (None, None, None):
         return PublicKey(public_key)
@@ -119,8 +119,8 @@ def sign(
 
     The signature is scm_signature.json in the bundle. Changing the bundle afterwards makes it invalid: sign last.
     """
-    from scm_sdk.signing import PrivateKey, Sigstore
-    from scm_sdk.signing import sign as sign_bundle
+    from scm_sdk.bundle.signing import PrivateKey, Sigstore
+    from scm_sdk.bundle.signing import sign as sign_bundle
 
     by: PrivateKey | Sigstore
     if sigstore and private_key is None and password_file is None:
@@ -167,8 +167,8 @@ def pack(
 
     The same bundle gives the same bytes.
     """
-    from scm_sdk.archive import SUFFIX
-    from scm_sdk.bundle import Bundle
+    from scm_sdk.bundle.archive import SUFFIX
+    from scm_sdk.bundle.bundle import Bundle
 
     folder = local_folder(path, revision)
     if out is None and (only or folder != path):
@@ -191,9 +191,9 @@ def pack(
 @json_option
 def unpack(archive: Path, out: Path, overwrite: bool, revision: str | None, as_json: bool) -> None:
     """Write the bundle of a .scmz file or a hub id to a folder, after every file was checked."""
-    from scm_sdk.archive import SUFFIX
-    from scm_sdk.archive import unpack as unpack_bundle
-    from scm_sdk.bundle import Bundle
+    from scm_sdk.bundle.archive import SUFFIX
+    from scm_sdk.bundle.archive import unpack as unpack_bundle
+    from scm_sdk.bundle.bundle import Bundle
 
     if archive.suffix == SUFFIX and revision is None:
         unpack_bundle(archive, out, overwrite=overwrite)
@@ -215,9 +215,9 @@ def card(path: Path, hub_id: str, as_json: bool) -> None:
 
     Commands that change a bundle keep a generated card up to date and leave an edited one alone.
     """
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.card import CARD_PATH
-    from scm_sdk.hub import HUB_PREFIX
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.bundle.card import CARD_PATH
+    from scm_sdk.bundle.hub import HUB_PREFIX
 
     Bundle.open(path).with_card(where=f"{HUB_PREFIX}{hub_id}" if hub_id else "")
     if as_json:
@@ -238,8 +238,8 @@ def push(
     path: Path, repo_id: str, revision: str | None, private: bool, create_pr: bool, message: str, as_json: bool
 ) -> None:
     """Upload a bundle with an up-to-date card to the Hugging Face hub; nothing on disk changes."""
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.hub import is_repo_id
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.bundle.hub import is_repo_id
 
     if not is_repo_id(repo_id):
         raise click.UsageError(f"{repo_id!r} is no hub id, expected OWNER/NAME.")

@@ -29,7 +29,7 @@ def selfcheck(model: Path, backend: str, precision: str, steps: int | None, num_
     """
     from scm_sdk.errors import ParityError
     from scm_sdk.evaluate.selfcheck import selfcheck as run
-    from scm_sdk.generator import Generator
+    from scm_sdk.inference.generator import Generator
 
     with Generator.from_pretrained(
         model, backend=backend, precision=precision, num_inference_steps=steps, verify="none"

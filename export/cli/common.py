@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
+from scm_sdk._util.files import final_path
 from scm_sdk.errors import printable
-from scm_sdk.files import final_path
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from scm_sdk.status import ModelStatus
+    from scm_sdk.bundle.status import ModelStatus
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -236,7 +236,7 @@ def stage_lines(indent: str = "  ") -> Iterator[Callable[[str], None]]:
     Yields:
         What is called with each line; a ``Step`` moves the bar, or is a plain line now and then.
     """
-    from scm_sdk.progress import Step
+    from scm_sdk._util.progress import Step
 
     bar, update, stage = ExitStack(), None, "search"
 

@@ -25,17 +25,17 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     from importlib.resources import as_file, files
     from time import perf_counter
 
-    from scm_sdk._lazy import install_command, is_installed
-    from scm_sdk.evaluate.latency import measure
-    from scm_sdk.generator import Generator
+    from scm_sdk._util.lazy import install_command, is_installed
+    from scm_sdk.engines.targets import resolve_target
+    from scm_sdk.evaluate.latency.measure import measure
     from scm_sdk.images import make_grid, save_png
-    from scm_sdk.targets import resolve_target
+    from scm_sdk.inference.generator import Generator
 
-    from ..engines import add_engines
-    from ..pipeline import export_bundle
-    from ..precision import default_plan
-    from ..prove import prove
-    from ..variants import add_precision
+    from ..bundle_export import export_bundle
+    from ..diagnose.validate import prove
+    from ..engines.add import add_engines
+    from ..precision.half import default_plan
+    from ..precision.variants import add_precision
     from .engines import summary as engine_summary
     from .precision import summary as variant_summary
 

@@ -15,7 +15,7 @@ from .libraries import LIBRARIES
 from .located import model_argument
 
 if TYPE_CHECKING:
-    from scm_sdk.plan import Plan
+    from scm_sdk.inference.selection import Plan
 
 RUNS = "runs here"
 _TRIAL_SECONDS = 120
@@ -37,11 +37,11 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from scm_sdk._lazy import install_command, installed_version, is_installed, outdated
+    from scm_sdk._util.gpu import gpus
+    from scm_sdk._util.lazy import install_command, installed_version, is_installed, outdated
+    from scm_sdk._util.processor import cpu_name, usable_cores
     from scm_sdk._version import __version__
-    from scm_sdk.dispatch import BACKENDS
-    from scm_sdk.gpu import gpus
-    from scm_sdk.processor import cpu_name, usable_cores
+    from scm_sdk.inference.backends import BACKENDS
 
     found = {name: installed_version(name) if is_installed(name) else None for name in LIBRARIES}
     wrong = outdated(*(name for name in LIBRARIES if found[name]))
@@ -84,9 +84,9 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 
 def _plans(bundle: Path) -> dict[int, Plan]:
     """Return every artifact compared with every backend, for each number of steps that the model was made for."""
-    from scm_sdk.opening import auto_plan
-    from scm_sdk.plan import Plan
-    from scm_sdk.sources import open_source
+    from scm_sdk.inference.selection import Plan
+    from scm_sdk.inference.session import auto_plan
+    from scm_sdk.inference.sources import open_source
 
     source = open_source(bundle)
     # This opens nothing: a plan is wanted most where nothing can run.

@@ -12,11 +12,11 @@ from .common import json_option, make_table, plural, print_json, print_table, pr
 from .names import PRECISION, STEPS, TargetName, one_of
 
 if TYPE_CHECKING:
-    from scm_sdk.build_record import Flavour
+    from scm_sdk.bundle.engine_record import Flavour
     from scm_sdk.spec import Precision
 
-    from ..builder import Progress
-    from ..engines import EngineVariant
+    from ..engines.add import EngineVariant
+    from ..engines.builder import Progress
 
 
 @click.command()
@@ -57,11 +57,11 @@ def engine(
     scm-export engine avatars --target l4 --target rtx4090
     scm-export engine avatars --target t4 --precision fp16 --steps 2
     """
+    from scm_sdk._util.gpu import current_gpu
+    from scm_sdk.engines.targets import resolve_target, resolve_targets
     from scm_sdk.errors import IncompatibleEngineError
-    from scm_sdk.gpu import current_gpu
-    from scm_sdk.targets import resolve_target, resolve_targets
 
-    from ..engines import add_engines
+    from ..engines.add import add_engines
 
     targets = resolve_targets(names) if names else ()
     gpu = None if names else current_gpu()
@@ -112,9 +112,9 @@ class BuildBars:
 
 def summary(variant: EngineVariant) -> str:
     """Return an engine as one line."""
-    from scm_sdk.manifest import EngineFacts
+    from scm_sdk.bundle.manifest import EngineFacts
 
-    from ..census import Census
+    from ..engines.census import Census
 
     record = variant.record
     facts: EngineFacts = record.facts
@@ -135,7 +135,7 @@ def summary(variant: EngineVariant) -> str:
 @json_option
 def targets(as_json: bool) -> None:
     """List the GPUs that engines can be built for."""
-    from scm_sdk.targets import TARGETS
+    from scm_sdk.engines.targets import TARGETS
 
     if as_json:
         print_json(
@@ -172,11 +172,11 @@ def cache() -> None:
 @json_option
 def cache_ls(as_json: bool) -> None:
     """List cached engines and bundles, the longest unused first."""
-    from scm_sdk import unpacked
+    from scm_sdk.bundle import archive_cache
 
-    from ..engine_cache import engines_folder, entries
+    from ..engines.cache import engines_folder, entries
 
-    found, bundles = entries(), unpacked.entries()
+    found, bundles = entries(), archive_cache.entries()
     if as_json:
         kinds = [("engine", entry) for entry in found] + [("bundle", entry) for entry in bundles]
         print_json([
@@ -187,7 +187,8 @@ def cache_ls(as_json: bool) -> None:
         say(f"  {entry.key[:12]}  {entry.bytes / 1e6:8.1f} MB  {_what(entry.record)}")
     for bundle in bundles:
         say(f"  {bundle.key[:12]}  {bundle.bytes / 1e6:8.1f} MB  bundle {bundle.name or '(unfinished)'}")
-    for noun, some, folder in (("engine", found, engines_folder()), ("bundle", bundles, unpacked.unpacked_folder())):
+    unpacked = archive_cache.unpacked_folder()
+    for noun, some, folder in (("engine", found, engines_folder()), ("bundle", bundles, unpacked)):
         say(f"{plural(len(some), noun)}, {sum(entry.bytes for entry in some) / 1e6:.1f} MB in {folder}")
 
 
@@ -200,7 +201,7 @@ def cache_verify(as_json: bool) -> None:
     """
     from scm_sdk.errors import IntegrityError
 
-    from ..engine_cache import entries
+    from ..engines.cache import entries
 
     found = entries()
     problems = {entry.key: problem for entry in found if (problem := entry.problem())}
@@ -227,13 +228,13 @@ def cache_gc(max_size: float | None, max_age: float | None, as_json: bool) -> No
 
     Where it must become smaller, bundles go before engines: unpacking takes seconds, building minutes.
     """
-    from scm_sdk import unpacked
+    from scm_sdk.bundle import archive_cache
 
-    from ..engine_cache import collect_garbage, entries
+    from ..engines.cache import collect_garbage, entries
 
     limit = None if max_size is None else int(max_size * 1e6)
     room = None if limit is None else max(0, limit - sum(entry.bytes for entry in entries()))
-    bundles = unpacked.collect_garbage(max_bytes=room, max_age_days=max_age)
+    bundles = archive_cache.collect_garbage(max_bytes=room, max_age_days=max_age)
     removed = collect_garbage(max_bytes=limit, max_age_days=max_age)
     if as_json:
         kinds = [("engine", entry.key, entry.bytes) for entry in removed]
@@ -244,7 +245,7 @@ def cache_gc(max_size: float | None, max_age: float | None, as_json: bool) -> No
 
 
 def _what(record: object) -> str:
-    from scm_sdk.build_record import BuildRecord
+    from scm_sdk.bundle.engine_record import BuildRecord
 
     if not isinstance(record, BuildRecord):
         return "unreadable"

@@ -12,11 +12,11 @@ from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, OutputPath
 
 if TYPE_CHECKING:
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.evaluate.held_out import HeldOut
-    from scm_sdk.evaluate.nets import FeatureNet
-    from scm_sdk.evaluate.sampling import Samples
-    from scm_sdk.evaluate.scoring import Score
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.evaluate.quality.held_out import HeldOut
+    from scm_sdk.evaluate.quality.nets import FeatureNet
+    from scm_sdk.evaluate.quality.sampling import Samples
+    from scm_sdk.evaluate.quality.scoring import Score
 
 
 @click.command()
@@ -81,14 +81,14 @@ def evaluate(
     scm-export evaluate runs/teacher --teacher-steps 18
     scm-export evaluate cifar10 --feature-net inception-ts:inception-2015-12-05.pt --ref cifar10-32x32.npz
     """
-    from scm_sdk.evaluate.held_out import load_held_out
-    from scm_sdk.evaluate.nets import open_net
-    from scm_sdk.evaluate.sampling import sample_diffusion, sample_student
-    from scm_sdk.evaluate.scoring import score
-    from scm_sdk.extend import open_to_extend
-    from scm_sdk.files import check_writable
-    from scm_sdk.sources import open_source
-    from scm_sdk.user_cache import temporary_folder, writable_folder
+    from scm_sdk._util.cache_dir import temporary_folder, writable_folder
+    from scm_sdk._util.files import check_writable
+    from scm_sdk.bundle.edit import open_to_extend
+    from scm_sdk.evaluate.quality.held_out import load_held_out
+    from scm_sdk.evaluate.quality.nets import open_net
+    from scm_sdk.evaluate.quality.sampling import sample_diffusion, sample_student
+    from scm_sdk.evaluate.quality.scoring import score
+    from scm_sdk.inference.sources import open_source
 
     if max_kid_delta is not None and len(precisions) < 2:
         raise click.UsageError(
@@ -162,7 +162,7 @@ def evaluate(
 
 def _open_each(model: Path, counts: tuple[int, ...], backend: str, precisions: tuple[str, ...]) -> None:
     """Open everything once: what cannot run is told before hours of sampling, not after."""
-    from scm_sdk.generator import Generator
+    from scm_sdk.inference.generator import Generator
 
     for count in counts:
         for precision in precisions:
@@ -172,9 +172,9 @@ def _open_each(model: Path, counts: tuple[int, ...], backend: str, precisions: t
 
 
 def _save_reference(path: Path, real: HeldOut, net: FeatureNet, cache: Path) -> None:
-    from scm_sdk.evaluate.distances import FeatureStats, feature_stats
-    from scm_sdk.evaluate.features import cached_features
-    from scm_sdk.evaluate.statistics import write_stats
+    from scm_sdk.evaluate.quality.distances import FeatureStats, feature_stats
+    from scm_sdk.evaluate.quality.features import cached_features
+    from scm_sdk.evaluate.quality.reference_stats import write_stats
 
     assert not isinstance(real.reference, FeatureStats), "refused beside --ref"
     features = cached_features(real.reference, cache, net=net)
@@ -185,14 +185,14 @@ def _save_reference(path: Path, real: HeldOut, net: FeatureNet, cache: Path) -> 
 def _write(path: Path, scores: list[Score]) -> None:
     import json
 
-    from scm_sdk.files import atomic_write_bytes
+    from scm_sdk._util.files import atomic_write_bytes
 
     atomic_write_bytes(path, json.dumps([each.to_dict() for each in scores], indent=2).encode() + b"\n")
 
 
 def _keep(bundle: Bundle, scores: list[Score]) -> None:
-    from scm_sdk.extend import extend_bundle
-    from scm_sdk.scores import SCORES_PATH
+    from scm_sdk.bundle.edit import extend_bundle
+    from scm_sdk.bundle.scores import SCORES_PATH
 
     with extend_bundle(bundle) as draft:
         draft.sources |= {artifact.path for artifact in bundle.artifacts()}

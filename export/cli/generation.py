@@ -48,9 +48,9 @@ def generate(
     """
     import numpy as np
 
-    from scm_sdk.files import check_writable
-    from scm_sdk.generator import Generator
+    from scm_sdk._util.files import check_writable
     from scm_sdk.images import make_grid, save_picture
+    from scm_sdk.inference.generator import Generator
 
     in_one_file = _is_file(out)
     check_writable(out if in_one_file else out / "0.png")

@@ -35,7 +35,7 @@ def onnx(
     \b
     scm-export onnx runs/avatars -o avatars
     """
-    from ..pipeline import current_export, export_bundle, plan_samplers
+    from ..bundle_export import current_export, export_bundle, plan_samplers
 
     if dry_run:
         import msgspec

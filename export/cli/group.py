@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import click
 
+from scm_sdk._util.files import final_path
 from scm_sdk.errors import ScmError
-from scm_sdk.files import final_path
 
 from .common import say, write_any_text
 from .libraries import explain_import_error

@@ -36,7 +36,7 @@ def handover(
     cd handover && polygraphy run model.onnx --trt --trt-min-shapes ... (the whole command is printed)
     scm-export handover avatars --check handover/outputs.json --precision fp16
     """
-    from ..handover import check_outputs, write_handover
+    from ..polygraphy import check_outputs, write_handover
 
     if outputs is not None:
         found = check_outputs(bundle, outputs, steps=steps, precision=precision)

@@ -53,7 +53,7 @@ def import_(
     """
     if not source.is_file() and source.suffix != ".pkl":
         require_all(*EXPORT)
-        from ..import_sana import current_import, import_sana, parse_size
+        from ..sana import current_import, import_sana, parse_size
 
         folder = local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched

@@ -19,8 +19,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds: samplers, files, parity, provenance."""
     import msgspec
 
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.subset import artifact_name
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.bundle.subset import artifact_name
 
     opened = Bundle.open(bundle, verify="none")
     manifest, status = opened.manifest, opened.status

@@ -60,7 +60,7 @@ def require_all(*modules: str) -> None:
     Raises:
         BackendUnavailable: Names all that are absent, with the extras that bring them.
     """
-    from scm_sdk._lazy import is_installed
+    from scm_sdk._util.lazy import is_installed
 
     if missing := [module for module in modules if not is_installed(module)]:
         raise _unavailable(missing, "not installed")
@@ -74,7 +74,7 @@ def explain_import_error(error: ImportError) -> Exception:
 
 
 def _unavailable(modules: list[str], found: str) -> Exception:
-    from scm_sdk._lazy import install_command
+    from scm_sdk._util.lazy import install_command
     from scm_sdk.errors import BackendUnavailable
 
     extras = sorted({LIBRARIES[module][0] for module in modules})

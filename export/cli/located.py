@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def model_argument(name: str, *, required: bool = True) -> Callable[[Command], Command]:
     """Add an argument that takes what ``from_pretrained`` takes, and ``--revision`` for hub ids.
 
-    The command's parameter of that name is the local folder; ``scm_sdk.locate.locate`` says what is refused.
+    The command's parameter of that name is the local folder; ``scm_sdk.bundle.resolve.locate`` says what is refused.
 
     Args:
         name: Of the argument.
@@ -56,7 +56,7 @@ def local_folder(path: Path, revision: str | None, *, check: Callable[[Path], ob
         BundleError: If there is none.
         ConfigError: If a revision is given for what is no hub id.
     """
-    from scm_sdk.locate import find_and_hold
+    from scm_sdk.bundle.resolve import find_and_hold
 
     folder, lease = find_and_hold(path, revision=revision, check=check)
     if lease is not None:

@@ -62,9 +62,9 @@ class BackendName(Name):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name, fail with the known ones, or raise ``BackendUnavailable``: exit code 7."""
-        from scm_sdk._lazy import install_command, is_installed
-        from scm_sdk.dispatch import BACKENDS
+        from scm_sdk._util.lazy import install_command, is_installed
         from scm_sdk.errors import BackendUnavailable
+        from scm_sdk.inference.backends import BACKENDS
 
         name = super().convert(value, param, ctx)
         info = BACKENDS.get(name)
@@ -107,7 +107,7 @@ class OutputPath(_Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path, or fail if a bundle holds it."""
-        from scm_sdk.manifest import MANIFEST_NAME
+        from scm_sdk.bundle.manifest import MANIFEST_NAME
 
         path = super().convert(value, param, ctx)
         whole = Path(os.path.abspath(path))
@@ -124,8 +124,8 @@ class TargetName(_ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name, or fail with close ones."""
+        from scm_sdk.engines.targets import resolve_target
         from scm_sdk.errors import ConfigError
-        from scm_sdk.targets import resolve_target
 
         try:
             resolve_target(str(value))
@@ -156,7 +156,7 @@ def one_of(kind: str, *names: str) -> Name:
 
 
 def _backends() -> tuple[str, ...]:
-    from scm_sdk.dispatch import BACKENDS
+    from scm_sdk.inference.backends import BACKENDS
 
     return tuple(BACKENDS)
 

@@ -12,8 +12,8 @@ from .libraries import requires
 from .names import STEPS, one_of
 
 if TYPE_CHECKING:
-    from ..precision import LowPrecision
-    from ..variants import Variant
+    from ..precision.half import LowPrecision
+    from ..precision.variants import Variant
 
 
 @click.command()
@@ -48,9 +48,9 @@ def precision(
     scm-export precision avatars
     scm-export precision avatars --to fp16 --to bf16
     """
-    from ..feeds import bundle_examples
-    from ..precision import PrecisionPlan, default_plan
-    from ..variants import add_cpu_form, add_precision
+    from ..precision.half import PrecisionPlan, default_plan
+    from ..precision.probe import bundle_examples
+    from ..precision.variants import add_cpu_form, add_precision
 
     if "fp32-cpu" in precisions and (plan_file is not None or target_psnr is not None):
         raise click.UsageError("fp32-cpu is float32 throughout: --plan and --target-psnr are for fp16 and bf16.")
@@ -72,7 +72,7 @@ def precision(
 
 def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
     """Print what was added to a bundle, and of what is below its gate what to do."""
-    from scm_sdk.evaluate.parity import MIN_PSNR_DB
+    from scm_sdk.evaluate.parity.compare import MIN_PSNR_DB
 
     if as_json:
         print_json([variant.to_dict() for variant in variants])
@@ -90,9 +90,9 @@ def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
 
 
 def _remedy(precision: str, bundle: Path) -> str:
-    from scm_sdk.evaluate.parity import MIN_PSNR_DB
+    from scm_sdk.evaluate.parity.compare import MIN_PSNR_DB
 
-    from ..chain import MARGIN_DB
+    from ..build_all import MARGIN_DB
 
     if precision not in ("fp16", "int8", "int8-cpu"):
         return "Use fp16 or fp32."

@@ -13,8 +13,8 @@ from .names import STEPS, one_of
 from .precision import report
 
 if TYPE_CHECKING:
-    from ..calibration import Method
-    from ..quantized_variants import Base, Int8
+    from ..precision.calibration import Method
+    from ..precision.int8_variants import Base, Int8
 
 
 @click.command()
@@ -66,10 +66,10 @@ def quantize(
     scm-export quantize avatars --target-psnr 37
     scm-export quantize avatars --from modelopt.onnx --steps 2
     """
-    from ..feeds import bundle_examples
-    from ..quantize import Exclusion, QuantizePlan, default_quantize_plan
-    from ..quantized_variants import QuantizeOptions, add_foreign_int8, add_int8
-    from ..variants import first_graph
+    from ..precision.int8 import Exclusion, QuantizePlan, default_quantize_plan
+    from ..precision.int8_variants import QuantizeOptions, add_foreign_int8, add_int8
+    from ..precision.probe import bundle_examples
+    from ..precision.variants import first_graph
 
     if foreign is not None:
         if len(steps) != 1:

@@ -40,7 +40,7 @@ def report(
     \b
     scm-export report avatars -o avatars.html
     """
-    from scm_sdk.files import check_writable
+    from scm_sdk._util.files import check_writable
     from scm_sdk.report.collect import collect
     from scm_sdk.report.render import paths_of, write_report
 

@@ -15,7 +15,7 @@ from .training_options import distill_options, run_options, stable_targets_optio
 
 if TYPE_CHECKING:
     from scm_sdk.train.config import DataConfig, TrainConfig
-    from scm_sdk.train.data import ImageData
+    from scm_sdk.train.data.images import ImageData
 
 
 PRESET_NAMES = "avatars16, pixels16, pixels32, tiny, cifar10, imagenet64_s to _xl or imagenet512_s to _xxl"
@@ -47,9 +47,9 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
     import msgspec
 
     from scm_sdk.errors import ConfigError
-    from scm_sdk.model.presets import PRESETS
+    from scm_sdk.model.networks.presets import PRESETS
     from scm_sdk.train.config import DataConfig
-    from scm_sdk.train.data import load_data
+    from scm_sdk.train.data.images import load_data
 
     _require_folders(options)
     if options["recipe"]:
@@ -155,7 +155,7 @@ def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
     from scm_sdk.errors import BundleError, ConfigError
     from scm_sdk.model.checkpoint import read_config
     from scm_sdk.train.config import DataConfig
-    from scm_sdk.train.distributed import is_main_process
+    from scm_sdk.train.parallel.distributed import is_main_process
     from scm_sdk.train.record import describe_data, recorded_data
 
     folder = Path(options["teacher"] or options["init_from"])
@@ -225,11 +225,11 @@ def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
 def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = None) -> None:
     import torch
 
-    from scm_sdk.train.distributed import Scale, ToldByProcessZero, is_main_process
+    from scm_sdk.train.data.samples import write_samples
     from scm_sdk.train.loop import Hooks, StepLog, train
+    from scm_sdk.train.parallel.distributed import Scale, ToldByProcessZero, is_main_process
     from scm_sdk.train.prepare import resolve
     from scm_sdk.train.record import describe_data
-    from scm_sdk.train.samples import write_samples
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])

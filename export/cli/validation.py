@@ -12,7 +12,7 @@ from .located import model_argument
 from .names import BACKEND, PRECISION, STEPS, OutputPath
 
 if TYPE_CHECKING:
-    from scm_sdk.evaluate.parity import Parity
+    from scm_sdk.evaluate.parity.compare import Parity
     from scm_sdk.spec import Precision
 
 
@@ -68,10 +68,10 @@ def validate(
     checkpoint. A comparison on fewer seeds or batches than the one on record does not replace that one. Budgets in the
     bundle (bench --keep-budget) are measured and enforced, exit 4.
     """
-    from scm_sdk.evaluate.contract import check_budgets
+    from scm_sdk.evaluate.latency.contract import check_budgets
 
-    from ..feeds import bundle_examples
-    from ..prove import prove
+    from ..diagnose.validate import prove
+    from ..precision.probe import bundle_examples
 
     results = prove(
         bundle, backends=backends, precisions=precisions, steps=steps, num_seeds=num_seeds,
@@ -103,7 +103,7 @@ def validate(
 def _localize(bundle: Path, parity: Parity, folder: Path) -> None:
     from scm_sdk.errors import ExportError
 
-    from ..localize import localize
+    from ..diagnose.localize import localize
 
     if not parity.candidate.endswith(".onnx"):
         say(f"{parity.candidate} cannot be looked into: it is no graph")

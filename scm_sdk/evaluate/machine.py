@@ -1,4 +1,4 @@
-"""What a reader must know about the machine before believing a number measured on it."""
+"""Describe the machine that a number was measured on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import platform
 import sys
 
-from ..gpu import gpus
-from ..processor import cpu_name
+from .._util.gpu import gpus
+from .._util.processor import cpu_name
 
 
 def peak_rss_mib() -> float | None:

@@ -1,4 +1,4 @@
-"""What must hold of any consistency model and any backend, without data and without a reference.
+"""Self-checks: properties of any consistency model and backend, without data and without a reference.
 
 Each check is a property that follows from the mathematics or from what the SDK promises; a number is held against what
 is allowed, and both are told. They do not say that pictures are good: an untrained network passes.
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dispatch import Backend
-from ..generator import Generator
+from ..inference.backends import Backend
+from ..inference.generator import Generator
+from ..inference.request import Request, make_example
 from ..noise import draw_noise
-from ..request import Request, make_example
 from ..spec import SamplerSpec
 
 if TYPE_CHECKING:

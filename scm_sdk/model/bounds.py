@@ -1,4 +1,4 @@
-"""What the numbers of a config may be: a malformed file ends in an error, not in a hang or without memory."""
+"""Bounds of config fields, so that a malformed file ends in an error."""
 
 from __future__ import annotations
 

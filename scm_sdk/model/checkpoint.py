@@ -13,17 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._names import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
+from .._util.files import atomic_file, atomic_write_bytes, open_regular, read_regular
+from ..bundle.layout import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..files import atomic_file, atomic_write_bytes, open_regular, read_regular
-from .conditioning import PositionalEmbedding
 from .consistency import ConsistencyModel, ModelConfig
 from .foreign.sana_folder import is_pipeline
-from .magnitude import require_unbaked
-from .own import unwrapped, wrapped_module
-from .paper_unet import PaperUNetConfig
-from .transformer import TransformerConfig
-from .unet import UNetConfig
+from .networks.conditioning import PositionalEmbedding
+from .networks.custom import unwrapped, wrapped_module
+from .networks.magnitude import require_unbaked
+from .networks.paper_unet import PaperUNetConfig
+from .networks.transformer import TransformerConfig
+from .networks.unet import UNetConfig
 
 BUILT_IN = (UNetConfig, TransformerConfig, PaperUNetConfig)
 """Configs of the networks of this package."""

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..spec import DEFAULT_MID_TIME, SamplerSpec, TensorSpec, default_times
 from .bounds import check_bounds, check_num_parameters
-from .ddpmpp import DDPMpp, DDPMppConfig
 from .decoder import Decoder
-from .edm2 import EDM2, EDM2Config
 from .foreign.diffusers_models import DiffusersConfig, make_diffusers_network
-from .own import OwnConfig, make_own_network, own_config
-from .transformer import Transformer, TransformerConfig
+from .networks.custom import OwnConfig, make_own_network, own_config
+from .networks.ddpmpp import DDPMpp, DDPMppConfig
+from .networks.edm2 import EDM2, EDM2Config
+from .networks.transformer import Transformer, TransformerConfig
+from .networks.unet import UNet, UNetConfig
 from .trigflow import predict_data
-from .unet import UNet, UNetConfig
 
 NetworkConfig = UNetConfig | TransformerConfig | DDPMppConfig | EDM2Config | OwnConfig | DiffusersConfig
 
@@ -241,7 +241,7 @@ class ConsistencyModel(nn.Module):
         message: str = "",
         create_pr: bool = False,
     ) -> str:
-        """Upload config, weights and a model card to the Hugging Face hub; see ``scm_sdk.hub.push``.
+        """Upload config, weights and a model card to the Hugging Face hub; see ``scm_sdk.bundle.hub.push``.
 
         Returns:
             The commit's address.

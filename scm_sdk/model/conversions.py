@@ -1,4 +1,4 @@
-"""Other diffusion parametrizations seen from TrigFlow, exactly: EDM, flow matching, SANA, VP.
+"""Exact conversions of other diffusion parametrizations to TrigFlow: EDM, flow matching, SANA, VP.
 
 Every source model was trained on states ``x' = a x_0 + b eps``, eps ~ N(0, I), with its own (a, b),
 its own time and its own target. At equal signal-to-noise ratio its state is a rescaled TrigFlow

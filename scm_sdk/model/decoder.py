@@ -1,4 +1,4 @@
-"""The last stage of a latent model: from the sampler's x_0 to pixels, inside its graph or apart.
+"""The decoder of a latent model: from x_0 to pixels, inside the sampler graph or separate.
 
 A latent model denoises latents that were normalized to standard deviation ``sigma_data``, channel by channel. Its
 decoder first undoes that, with numbers from a config, and then runs any module that turns latents into pixels.

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a diffusion model: away from what it makes without a label, towards its label's.
+"""Classifier-free guidance of a diffusion model.
 
     F = F_uncond + s (F_cond - F_uncond)
 

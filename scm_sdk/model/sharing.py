@@ -1,18 +1,18 @@
-"""Models by more than a folder: from a bundle, a ``.scmz`` file or the hub, and to the hub with a card."""
+"""Load models from a bundle, a ``.scmz`` file or the hub; upload them with a model card."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from .._names import CONFIG_NAME, WEIGHTS_NAME
-from ..bundle import Bundle
-from ..card import model_card
+from .._util.files import scratch_folder
+from ..bundle.bundle import Bundle
+from ..bundle.card import model_card
+from ..bundle.hub import HUB_PREFIX, push
+from ..bundle.layout import CONFIG_NAME, WEIGHTS_NAME
+from ..bundle.manifest import MANIFEST_NAME
+from ..bundle.resolve import locate
 from ..errors import BundleError
-from ..files import scratch_folder
-from ..hub import HUB_PREFIX, push
-from ..locate import locate
-from ..manifest import MANIFEST_NAME
 from .checkpoint import save_checkpoint
 from .consistency import ConsistencyModel
 

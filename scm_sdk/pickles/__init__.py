@@ -1,1 +1,1 @@
-"""Weights out of pickles that nobody has to trust: the pickle is read as data, and nothing in it is run."""
+"""Read weights from untrusted pickles: the pickle is parsed as data, and none of its code runs."""

@@ -1,4 +1,4 @@
-"""What a pickle may name, and what stands in for it."""
+"""The names that a pickle may contain, and the stand-ins for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an EDM-style pickle to a folder of safetensors that anybody may open, with its license beside it."""
+"""Convert an EDM-style pickle to a folder of safetensors with its license."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from .._names import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
+from .._util.files import atomic_write_bytes, read_regular, remove_leftovers, sha256_file, staging
+from .._util.publish import atomic_folder
+from ..bundle.layout import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..files import atomic_write_bytes, read_regular, remove_leftovers, sha256_file, staging
-from ..publish import atomic_folder
 from .edm2_layout import CLASS_NAME as EDM2_CLASS
 from .edm2_layout import Shape, edm2_shapes
 from .network import PickledNetwork, read_network

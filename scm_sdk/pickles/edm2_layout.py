@@ -1,4 +1,4 @@
-"""Which tensors an EDM2 network of given arguments has: names and shapes, for a strict check of a file.
+"""Names and shapes of the tensors of an EDM2 network, for a strict check of a file.
 
 Derived from the architecture and held, in the tests, to the published numbers of parameters of all sizes.
 Source: Karras et al. 2024, arXiv 2312.02696, appendix B and table 6.

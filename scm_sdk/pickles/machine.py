@@ -1,4 +1,4 @@
-"""Reads a pickle op by op, and calls nothing but what a short list names.
+"""A pickle interpreter that calls only functions of an allow list.
 
 Python's own unpickler is a machine that imports and calls whatever the file says. This one knows the same
 instructions, but a global is only a key into an ``Allowed`` table of inert stand-ins; one that is not there ends

@@ -1,4 +1,4 @@
-"""The networks in an EDM- or EDM2-style ``.pkl``: class name, arguments and tensors, without the code beside them.
+"""Read the networks of an EDM- or EDM2-style ``.pkl``: class name, arguments and tensors.
 
 Such a file is a dict (``ema``, ``encoder``, ``loss_fn``, ``dataset_kwargs``) of objects that carry the whole source of
 their class, which Python's unpickler would execute. Here the source is skipped.

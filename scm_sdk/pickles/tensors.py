@@ -1,4 +1,4 @@
-"""Tensors and arrays in a pickle: bytes of the file with a shape, read without torch.
+"""Read tensors and arrays from a pickle without torch.
 
 torch pickles a tensor as a view of a storage, and a storage as a file inside the file: five small pickles (magic
 number, version, byte order, the storage's type, its key), then for the key its number of elements and its bytes.

@@ -1,1 +1,1 @@
-"""Everything that is known about a bundle, on one page: HTML for people, Markdown for reviews, JSON for machines."""
+"""The report of a bundle as HTML, Markdown and JSON."""

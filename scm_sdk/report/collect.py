@@ -1,4 +1,4 @@
-"""Gather what a report shows: what the bundle records, and what is made, compared and timed here and now."""
+"""Collect the content of a report: the bundle's records, and what is compared and timed now."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .._lazy import installed_version
+from .._util.lazy import installed_version
+from .._util.progress import Progress
 from .._version import __version__
-from ..build_record import BUILD_RECORD_NAME, BuildRecord
-from ..bundle import Bundle
-from ..dispatch import BACKENDS, backend_info
+from ..bundle.bundle import Bundle
+from ..bundle.engine_record import BUILD_RECORD_NAME, BuildRecord
+from ..bundle.manifest import Manifest
+from ..bundle.scores import read_scores
+from ..bundle.status import ModelStatus
 from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
-from ..evaluate.difference import Difference, difference
-from ..evaluate.latency import Latency, measure
+from ..evaluate.latency.measure import Latency, measure
 from ..evaluate.machine import describe_machine
-from ..evaluate.reference import Side
+from ..evaluate.parity.difference import Difference, difference
+from ..evaluate.parity.reference import Side
 from ..evaluate.selfcheck import Check, selfcheck
-from ..generator import Generator
-from ..manifest import Manifest
-from ..progress import Progress
-from ..request import Request, make_request
-from ..scores import read_scores
+from ..inference.backends import BACKENDS, backend_info
+from ..inference.generator import Generator
+from ..inference.request import Request, make_request
 from ..spec import Precision, SamplerSpec
-from ..status import ModelStatus
 
 
 @dataclass(frozen=True, kw_only=True)

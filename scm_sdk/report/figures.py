@@ -1,4 +1,4 @@
-"""The report's figures, as SVG text: difference, error histograms, speed, where each file comes from."""
+"""The figures of a report as SVG: differences, error histograms, latency, provenance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .._lazy import require
-from ..manifest import Manifest
+from .._util.lazy import require
+from ..bundle.manifest import Manifest
 from .collect import Report
 
 COLORS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#65a30d", "#be185d")

@@ -1,4 +1,4 @@
-"""Turn what was collected into pages: one HTML file that loads nothing, Markdown, JSON."""
+"""Render a report: one self-contained HTML file, Markdown, JSON."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from .._lazy import require
-from ..card import markdown_text
-from ..evaluate.parity import FLOOR_FACTOR, ROUNDING_FLOOR
-from ..files import atomic_write_bytes
+from .._util.files import atomic_write_bytes
+from .._util.lazy import require
+from ..bundle.card import markdown_text
+from ..bundle.manifest import Artifact, Manifest, ParityRecord
+from ..evaluate.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR
 from ..images import make_grid, to_uint8
-from ..manifest import Artifact, Manifest, ParityRecord
 from . import figures
 from .collect import Pictures, Report
 

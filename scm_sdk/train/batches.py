@@ -1,4 +1,4 @@
-"""What an iteration sees: a pure function of the run's seed, the data and the iteration.
+"""The batch of an iteration: a pure function of the run's seed, the data and the iteration.
 
 The random numbers are always drawn for the whole batch; a process keeps the rows that are its own. Hence batches are
 the same whatever the number of processes and of parts that a batch is split into.
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import TrainConfig
-from .data import ImageData
-from .guidance import sample_guidance
-from .objectives import Batch, mixed_seed, sample_times
+from .data.images import ImageData
+from .objectives.base import Batch, mixed_seed, sample_times
+from .objectives.guidance import sample_guidance
 
 Drawn = TypeVar("Drawn")
 

@@ -1,4 +1,4 @@
-"""A run made ready to iterate: its networks, losses and optimizer, arranged for its processes."""
+"""Build a run: its networks, losses and optimizer, arranged for its processes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from ..model.consistency import ConsistencyModel
-from ..model.magnitude import normalize_weights_
+from ..model.networks.magnitude import normalize_weights_
+from .averages.ema import Profiles, update_ema
 from .config import TrainConfig
-from .data import ImageData
-from .discrete import Anchor
-from .distributed import Scale, World
-from .ema import Profiles, update_ema
-from .guidance import start_from
-from .losses import loss_function, make_vsd
-from .objectives import LogVariance
+from .data.images import ImageData
+from .objectives.base import LogVariance
+from .objectives.discrete import Anchor
+from .objectives.guidance import start_from
+from .objectives.select import loss_function, make_vsd
+from .objectives.stable_target import StableTarget
+from .parallel.distributed import Scale, World
+from .parallel.sharding import LossModule, gathered_state, recompute_activations, shard, wrap
+from .parallel.state import RunState
 from .prepare import Prepared
-from .sharding import LossModule, gathered_state, recompute_activations, shard, wrap
-from .stable_target import StableTarget
-from .state import RunState
 
 
 @dataclass(kw_only=True)

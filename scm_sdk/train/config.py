@@ -1,4 +1,4 @@
-"""What a training run is: everything that determines its result, as one frozen, JSON-able value."""
+"""``TrainConfig``: everything that determines the result of a run, as one frozen, JSON-serializable value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from ..errors import ConfigError
 from ..model.consistency import NetworkConfig
 from ..spec import DEFAULT_MID_TIME
-from .schedules import inverse_sqrt_decay, linear_decay, power_decay, power_exponent
+from .averages.schedules import inverse_sqrt_decay, linear_decay, power_decay, power_exponent
 
 Objective = Literal["diffusion", "sct", "scd", "cd", "trajectory", "vsd"]
 DISTILLING = ("scd", "cd", "trajectory")

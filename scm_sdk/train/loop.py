@@ -1,4 +1,4 @@
-"""The training loop: draw a batch, step, average, log, checkpoint; run it again to go on.
+"""The training loop: draw a batch, step, average, log, checkpoint; running it again resumes.
 
 A run lives in one folder: ``train.json`` (what it is), ``state.safetensors`` or ``state-ITERATION/`` (where it stands),
 ``config.json`` + ``diffusion_pytorch_model.safetensors`` (the averaged model, loadable at any time),
@@ -25,22 +25,22 @@ from typing import TextIO
 import msgspec
 import torch
 
-from .._names import CONFIG_NAME, WEIGHTS_NAME
+from .._util.files import atomic_write_bytes, open_regular
+from ..bundle.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import BundleError, ScmError, TrainError
-from ..files import atomic_write_bytes, open_regular
 from ..model.checkpoint import read_config, read_tensors
 from ..model.consistency import ConsistencyModel
 from .batches import Feed, seed_dropout, split
 from .build import Run, build
 from .config import TrainConfig
-from .data import ImageData
-from .distributed import Scale, World, joined, stop_signals
-from .mixed import loss_scale, unscale
-from .objectives import Batch
+from .data.images import ImageData
+from .objectives.base import Batch
+from .parallel.distributed import Scale, World, joined, stop_signals
+from .parallel.mixed import loss_scale, unscale
+from .parallel.sharded_state import load_run, save_run
+from .parallel.sharding import check_scale, clip_gradients, reducing
+from .parallel.state import not_resumable
 from .prepare import Prepared, claimed_folder, resolve
-from .sharded_state import load_run, save_run
-from .sharding import check_scale, clip_gradients, reducing
-from .state import not_resumable
 
 LOG_FILE = "log.jsonl"
 _MAX_LINE_BYTES = 1 << 16

@@ -1,4 +1,4 @@
-"""Before the first iteration: load what a run's config names, complete it, and claim the run's folder."""
+"""Prepare a run: load what its config names, complete the config, and claim the run's folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
+from .._util.files import atomic_write_bytes, remove_leftovers
 from .._version import __version__
 from ..errors import ConfigError, TrainError
-from ..files import atomic_write_bytes, remove_leftovers
 from ..model.consistency import ConsistencyModel, ModelConfig, NetworkConfig
 from ..model.foreign.diffusers_folder import is_diffusers_folder, load_diffusers
-from ..model.own import OwnConfig
-from ..model.presets import PRESETS
+from ..model.networks.custom import OwnConfig
+from ..model.networks.presets import PRESETS
 from .config import TrainConfig
-from .data import ImageData, load_data, shortened
-from .guidance import LABEL_DROPOUT, require_guidable
+from .data.images import ImageData, load_data, shortened
+from .objectives.guidance import LABEL_DROPOUT, require_guidable
 from .record import CONFIG_FILE, describe_data, read_run
 
 LOCK_FILE = ".lock"

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..errors import ConfigError
-from ..model.presets import PRESETS
+from ..model.networks.presets import PRESETS
 from .config import DataConfig, TrainConfig
 
 FINE = 16

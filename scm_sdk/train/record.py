@@ -1,4 +1,4 @@
-"""What a run's folder and a model record of the data they were trained on, written and read again."""
+"""The record of training data in a run's folder and in a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from .._names import CONFIG_MAX_BYTES
+from .._util.files import read_regular
+from ..bundle.layout import CONFIG_MAX_BYTES
 from ..errors import ConfigError, TrainError
-from ..files import read_regular
 from .config import DataConfig, TrainConfig
 
 CONFIG_FILE = "train.json"

@@ -114,7 +114,7 @@ def run_verb(folder: Path, *arguments: str) -> None:
 
 
 def _make_material(folder: Path) -> None:
-    from edm_pickles import write_edm_pickle
+    from helpers.edm_pickles import write_edm_pickle
 
     rng = np.random.default_rng(0)
     kind = np.arange(256) % 3
@@ -153,7 +153,7 @@ def _perturb(source: Path, target: Path) -> None:
 
 def _leave_half_a_run(folder: Path) -> None:
     """Train until the state of iteration 2 of 3 is on disk."""
-    from killing import command, fork
+    from helpers.killing import command, fork
 
     state = folder / "half-run/state.safetensors"
 

@@ -40,12 +40,12 @@ def require_printable(text: str) -> None:
 
 def write_base(folder: Path) -> None:
     """Write a bundle with every part of a manifest: a ten-line graph, goldens, a card, an engine, records."""
-    from scm_sdk.bundle import write_bundle
-    from scm_sdk.generator import Generator
-    from scm_sdk.goldens import Golden, write_goldens
-    from scm_sdk.manifest import Artifact, EngineFacts, ParityRecord
+    from helpers.toy_bundles import write_linear_graph
+    from scm_sdk.bundle.bundle import write_bundle
+    from scm_sdk.bundle.goldens import Golden, write_goldens
+    from scm_sdk.bundle.manifest import Artifact, EngineFacts, ParityRecord
+    from scm_sdk.inference.generator import Generator
     from scm_sdk.spec import SamplerSpec
-    from toy_bundles import write_linear_graph
 
     spec = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4), num_classes=2, class_names=("a", "b"))
     graph, engine = "onnx/fp32/1step/model.onnx", "engines/rtx/model.engine"
@@ -94,9 +94,9 @@ def reseal(folder: Path, text: str | None = None) -> None:
     """
     import msgspec
 
-    from scm_sdk._bundle_checks import seal
-    from scm_sdk.files import sha256_file
-    from scm_sdk.manifest import Manifest
+    from scm_sdk._util.files import sha256_file
+    from scm_sdk.bundle.manifest import Manifest
+    from scm_sdk.bundle.verify import seal
 
     path = folder / "scm_manifest.json"
     if text is None:

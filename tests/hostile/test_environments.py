@@ -210,7 +210,7 @@ def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[list[str]], None]
             open=shlex.quote(_OPEN) + ' "$OUT"', archive=shlex.quote(_OPEN) + ' "$MATERIAL/plain.scmz"'
         )
         user = "unshare --user --map-user=54321 --map-group=54321 " if where.unprivileged else ""
-        verify = "import sys; from scm_sdk.bundle import Bundle; Bundle.open(sys.argv[1])"
+        verify = "import sys; from scm_sdk.bundle.bundle import Bundle; Bundle.open(sys.argv[1])"
         script = f"""
             set -e
             {where.before}

@@ -62,7 +62,7 @@ def archive_forgeries(folder: Path, out: Path) -> dict[str, Callable[[], object]
 
         def make() -> None:
             value = read_json(folder / "scm_manifest.json")
-            from scm_sdk.files import sha256_bytes
+            from scm_sdk._util.files import sha256_bytes
 
             value["files"].append({"path": name, "size": len(data), "sha256": sha256_bytes(data), "role": "report"})
             kept = (folder / "scm_manifest.json").read_bytes()
@@ -272,9 +272,9 @@ def _instead(out: Path, members: dict[str, bytes], name: str, data: bytes) -> No
 def prepare_archives(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], None]:
     import warnings
 
-    from scm_sdk.archive import unpack
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.generator import Generator
+    from scm_sdk.bundle.archive import unpack
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.inference.generator import Generator
 
     folder = scratch / "bundle"
     shutil.copytree(setup["base"], folder)

@@ -48,8 +48,8 @@ def test_manifests(material: Path, tmp_path: Path, record: Any) -> None:
 
 
 def prepare_manifests(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], None]:
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.generator import Generator
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.inference.generator import Generator
 
     base, folder = Path(setup["base"]), scratch / "bundle"
     shutil.copytree(base, folder)
@@ -173,8 +173,8 @@ def _retyped(build: Callable[..., bytes], header: dict[str, Any], body: bytes, d
 def prepare_tensors(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], None]:
     import torch
 
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.generator import Generator
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.inference.generator import Generator
 
     torch.set_num_threads(1)
     shutil.copytree(setup["model"], scratch / "model")
@@ -356,7 +356,7 @@ def test_configs(material: Path, record: Any) -> None:
 def prepare_configs(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], None]:
     import torch
 
-    from scm_sdk.generator import Generator
+    from scm_sdk.inference.generator import Generator
 
     torch.set_num_threads(1)
     folder = scratch / "model"
@@ -419,7 +419,7 @@ def prepare_runs(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], 
     import torch
 
     from hostile.conftest import TRAIN
-    from scm_sdk.files import sha256_file
+    from scm_sdk._util.files import sha256_file
 
     torch.set_num_threads(1)
     source, run = Path(setup["run"]), scratch / "run"

@@ -59,7 +59,7 @@ def prepare_graphs(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]]
     import openvino  # noqa: F401, before memory is limited
 
     import scm_sdk.export.cli  # noqa: F401
-    from scm_sdk.generator import Generator
+    from scm_sdk.inference.generator import Generator
 
     base = Path(setup["base"])
     (scratch / "outside.bin").write_bytes(bytes(4096))

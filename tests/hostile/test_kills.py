@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.killing import Child, command, fork
 from hostile.campaign import SEED, Left, Limits, Silent, run_campaign
-from killing import Child, command, fork
 
 pytestmark = pytest.mark.hostile
 COUNT = int(os.environ.get("SCM_HOSTILE_KILLS", "220"))
@@ -298,7 +298,7 @@ def _import_everything() -> None:
 
 def _content(target: Path, same: str) -> dict[str, str]:
     """Return the hashes of the files that are the same after every run."""
-    from scm_sdk.files import sha256_file
+    from scm_sdk._util.files import sha256_file
 
     if target.is_file():
         return {"": sha256_file(target)}
@@ -315,7 +315,7 @@ def _names(place: Path, scratch: Path) -> set[str]:
 
 
 def _read_bundle(path: Path) -> bytes:
-    from scm_sdk.generator import Generator
+    from scm_sdk.inference.generator import Generator
 
     with Generator.from_pretrained(
         path, backend="onnxruntime", precision="fp32", num_inference_steps=1, num_threads=1

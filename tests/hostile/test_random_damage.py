@@ -28,9 +28,9 @@ def test_damage_is_refused_or_changes_nothing(subject: str, share: float, materi
 
 def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[int], None]:
     """Return what judges one damage, named by its number."""
-    from scm_sdk.bundle import Bundle
-    from scm_sdk.files import sha256_file
-    from scm_sdk.generator import Generator
+    from scm_sdk._util.files import sha256_file
+    from scm_sdk.bundle.bundle import Bundle
+    from scm_sdk.inference.generator import Generator
 
     source = Path(setup["subject"])
     subject = scratch / source.name
@@ -87,7 +87,7 @@ def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[int], None]:
     def verify(graph: tuple[str, int]) -> tuple[Any, Any]:
         folder = subject
         if subject.is_file():
-            from scm_sdk.archive import unpack
+            from scm_sdk.bundle.archive import unpack
 
             folder = scratch / "unpacked"
             try:

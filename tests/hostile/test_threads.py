@@ -36,7 +36,7 @@ def test_every_call_gives_what_a_single_one_gives(backend: str, material: Path, 
 def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[int], None]:
     import torch
 
-    from scm_sdk.generator import Generator
+    from scm_sdk.inference.generator import Generator
 
     torch.set_num_threads(1)
     options = {"backend": setup["backend"], "num_inference_steps": 1, "num_threads": 1, "precision": "fp32"}

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..._names import CONFIG_MAX_BYTES, WEIGHTS_NAME
+from ..._util.files import read_regular, safe_join
+from ...bundle.layout import CONFIG_MAX_BYTES, WEIGHTS_NAME
 from ...errors import BundleError, ConfigError
-from ...files import read_regular, safe_join
 
 REMEDY = "Give the folder that save_pretrained wrote, whole."
 

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import ShapeError
 from ..conversions import Convention
-from ..layers import GroupNorm
+from ..networks.layers import GroupNorm
 from ..trigflow import expand_time
 
 

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import msgspec
 from torch import Tensor, nn
 
-from ..._names import CONFIG_NAME, INDEX_NAME
+from ...bundle.layout import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
 from ..checkpoint import check_fits, read_tensors, without_wrappers
 from ..consistency import ConsistencyModel, ModelConfig

@@ -23,7 +23,7 @@ import msgspec
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..._lazy import require
+from ..._util.lazy import require
 from ...errors import ConfigError
 from ...spec import TensorSpec
 from ..bounds import check_bound, check_bounds, check_num_parameters

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._lazy import require
+from ..._util.lazy import require
 from ...errors import ConfigError, IntegrityError
 from .sana_folder import read_sana_folder
 

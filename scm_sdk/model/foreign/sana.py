@@ -23,16 +23,16 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..._lazy import require
-from ..._names import INDEX_NAME
+from ..._util.files import atomic_write_bytes
+from ..._util.lazy import require
+from ...bundle.layout import INDEX_NAME
 from ...errors import BundleError, IntegrityError
-from ...files import atomic_write_bytes
 from ...spec import SamplerSpec
 from ..bounds import check_bound, check_num_parameters
 from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, LatentScale
-from ..own import OwnConfig
+from ..networks.custom import OwnConfig
 from .component import read_json, weight_files
 from .linear_attention import guard_autoencoder, guard_transformer
 from .sana_config import Settings

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..._names import CONFIG_NAME, INDEX_NAME
+from ...bundle.layout import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
 from ...spec import SamplerSpec, TensorSpec, default_times
 from .component import read_json, weight_files

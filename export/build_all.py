@@ -1,0 +1,120 @@
+"""Run the whole export: checkpoint, bundle, precisions, engines, validation; running it again resumes.
+
+Each part adds what is missing or would come out differently and leaves the rest, so an interruption costs
+at most the part that it hit, and a second run with the same arguments does nothing but prove.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from scm_sdk._util.progress import Progress
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.engine_record import Flavour
+from scm_sdk.bundle.manifest import MANIFEST_NAME
+from scm_sdk.engines.targets import Target
+from scm_sdk.errors import ConfigError
+from scm_sdk.evaluate.parity.validate import MIN_PSNR_DB
+from scm_sdk.model.foreign.sana_folder import is_pipeline
+from scm_sdk.spec import CPU_PRECISIONS, Precision
+
+from .bundle_export import export_bundle, is_current
+from .engines.add import EngineVariant, add_engines, check_targets
+from .precision.half import LowPrecision, default_plan
+from .precision.int8_variants import Int8, QuantizeOptions, add_int8
+from .precision.probe import bundle_examples
+from .precision.variants import Variant, add_cpu_form, add_precision
+from .sana import MAX_BATCH as PIPELINE_BATCH
+
+MARGIN_DB = 2.0
+"""Decibels by which int8 is to be above its gate on the images that it is chosen on: those it is judged on vary so."""
+
+
+def build_all(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precisions: Sequence[Precision] = ("fp16", "int8"),
+    targets: Sequence[Target] = (),
+    flavour: Flavour = "tensorrt_rtx",
+    steps: Sequence[int] = (),
+    max_batch: int | None = None,
+    target_db: float | None = None,
+    prompts: Path | None = None,
+    on_stage: Progress = lambda _: None,
+    on_variant: Callable[[Variant], object] = lambda _: None,
+    on_engine: Callable[[EngineVariant], object] = lambda _: None,
+    **engine_options: Any,
+) -> Bundle:
+    """Make or complete a bundle.
+
+    Args:
+        checkpoint: Folder with ``config.json`` and safetensors, a SANA-Sprint pipeline, or a bundle, ``out`` itself or
+            another, whose checkpoint is taken.
+        out: The bundle. One that was exported from other weights or for other samplers is exported anew.
+        precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
+        targets: GPUs to build engines for; () builds none.
+        flavour: Which library builds them.
+        steps: Numbers of steps; () is those that ``out`` was exported for, else 1 and 2.
+        max_batch: Largest batch; None is that of ``out``, else 32, or 8 of a pipeline.
+        target_db: PSNR that 95 % of the images are to reach in int8, dB, for which the fewest layers are left out; None
+            is ``MARGIN_DB`` above the gate's.
+        prompts: What the model is told while precisions are made; see ``examples.read_examples``. None draws it.
+        on_stage: Called with a few words for each stage; the steps of a search are a ``progress.Step``.
+        on_variant: Called with each graph of lower precision.
+        on_engine: Called with each engine.
+        engine_options: More arguments of ``add_engines``.
+
+    Returns:
+        The bundle. Proof is another call: ``scm_sdk.evaluate.parity.validate.validate_bundle``.
+
+    Raises:
+        ConfigError: If a precision is unknown or cannot be made, or a target cannot be built for.
+        ScmError: As the parts do.
+    """
+    unknown = set(precisions) - {"fp32", "fp32-cpu", *get_args(LowPrecision), *get_args(Int8)}
+    if unknown:
+        raise ConfigError(
+            f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp32-cpu, fp16, bf16, int8 or int8-cpu."
+        )
+    wanted = [p for p in precisions if p not in CPU_PRECISIONS]
+    if targets and wanted:
+        check_targets(targets, flavour)
+    folder = Path(checkpoint)
+    if (folder / MANIFEST_NAME).is_file():
+        from scm_sdk.model.sharing import find_checkpoint
+
+        folder = find_checkpoint(folder)
+    if is_current(folder, Path(out), steps=steps, max_batch=max_batch):
+        on_stage(f"{os.fspath(out)}: exported already")
+    else:
+        on_stage(f"export {os.fspath(checkpoint)}")
+        largest = max_batch or (PIPELINE_BATCH if is_pipeline(folder) else 32)
+        export_bundle(folder, Path(out), steps=steps or (1, 2), max_batch=largest, overwrite=True, progress=on_stage)
+    examples = None if prompts is None else bundle_examples(out, prompts)
+    if "fp32-cpu" in precisions:
+        _tell(add_cpu_form(out, examples=examples, progress=on_stage), on_variant)
+    for precision in get_args(LowPrecision):
+        if precision in precisions:
+            _tell(add_precision(out, default_plan(precision), examples=examples, progress=on_stage), on_variant)
+    for kind in get_args(Int8):
+        if kind in precisions:
+            cpu = kind == "int8-cpu"
+            options = QuantizeOptions(
+                precision=kind,
+                base="fp32" if cpu else "fp16",
+                target_db=None if cpu else target_db or MIN_PSNR_DB[kind] + MARGIN_DB,
+            )
+            _tell(add_int8(out, options, examples=examples, progress=on_stage), on_variant)
+    if targets and wanted:
+        add_engines(out, targets, flavour=flavour, precisions=wanted, on_engine=on_engine,
+                    on_skip=lambda line: on_stage(f"skip {line}"), **engine_options)  # fmt: skip
+    return Bundle.open(out, verify="none")
+
+
+def _tell(variants: Sequence[Variant], on_variant: Callable[[Variant], object]) -> None:
+    for variant in variants:
+        on_variant(variant)

@@ -1,0 +1,250 @@
+"""Export a checkpoint to a bundle: weights, graphs, goldens, card and manifest."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk._util.files import atomic_write_bytes, remove_leftovers, sha256_file
+from scm_sdk._version import __version__
+from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
+from scm_sdk.bundle.card import CARD_PATH, model_card
+from scm_sdk.bundle.goldens import Golden, write_goldens
+from scm_sdk.bundle.layout import CONFIG_NAME
+from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact
+from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
+from scm_sdk.bundle.status import ModelStatus
+from scm_sdk.errors import ConfigError, ScmError
+from scm_sdk.inference.request import make_example
+from scm_sdk.spec import SamplerSpec
+
+from .graph.io import GraphReport, read_report
+from .graph.network import export_samplers
+
+if TYPE_CHECKING:
+    from scm_sdk.model.consistency import ConsistencyModel
+
+DENOISER = "denoiser"
+NUM_GOLDENS = 4
+LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleReport:
+    """What was made.
+
+    Attributes:
+        path: The bundle.
+        build_id: Its identity.
+        graphs: One report for each graph, with paths inside the bundle.
+        bytes: Size of all files together.
+        status: What the model is: its kind, how far it was trained, whether its quality was measured.
+    """
+
+    path: Path
+    build_id: str
+    graphs: tuple[GraphReport, ...]
+    bytes: int
+    status: ModelStatus
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        graphs = [graph.to_dict() for graph in self.graphs]
+        return {
+            "path": str(self.path), "build_id": self.build_id, "bytes": self.bytes, "status": self.status.to_dict(),
+            "graphs": graphs,
+        }  # fmt: skip
+
+
+def plan_samplers(
+    model: ConsistencyModel, steps: Sequence[int], *, times: Sequence[float] = (), max_batch: int = 32
+) -> tuple[SamplerSpec, ...]:
+    """Return one spec for each number of steps, or the one with the given times.
+
+    Raises:
+        ConfigError: If a number of steps is out of range or there twice.
+    """
+    if times:
+        return (model.spec(len(times), times=tuple(times), max_batch=max_batch),)
+    if len(set(steps)) != len(steps) or not steps:
+        raise ConfigError(f"steps are {list(steps)}, expected different numbers, for example 1 and 2.")
+    return tuple(model.spec(n, max_batch=max_batch) for n in steps)
+
+
+def export_bundle(
+    checkpoint: str | Path | ConsistencyModel,
+    out: str | Path,
+    *,
+    steps: Sequence[int] = (1, 2),
+    times: Sequence[float] = (),
+    max_batch: int = 32,
+    name: str = "",
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> BundleReport:
+    """Turn a checkpoint into a bundle with one fp32 sampler graph for each number of steps.
+
+    Nothing is left behind when a stage fails; an older bundle at ``out`` stays until the new one is whole.
+
+    Args:
+        checkpoint: Folder with ``config.json`` and safetensors, as a training run is one, or a SANA-Sprint pipeline
+            that diffusers saved; or a model, in evaluation mode.
+        out: The bundle's folder.
+        steps: Numbers of steps.
+        times: Times of one sampler, radians, instead of ``steps``.
+        max_batch: Largest batch.
+        name: Human name; the folder's when empty.
+        overwrite: Replace a bundle that is there.
+        provenance: Where the weights come from; the checkpoint's own when absent.
+        progress: Called with the name of each stage as it begins.
+
+    Raises:
+        BundleError: If ``out`` may not be replaced or cannot be written.
+        ExportError: If the network cannot be exported.
+    """
+    from scm_sdk.model.consistency import ConsistencyModel
+    from scm_sdk.model.networks.magnitude import bake_weights_
+
+    report = progress or (lambda _: None)
+    given = isinstance(checkpoint, ConsistencyModel)
+    model = checkpoint if isinstance(checkpoint, ConsistencyModel) else ConsistencyModel.from_pretrained(checkpoint)
+    specs = plan_samplers(model, steps, times=times, max_batch=max_batch)
+    out, provenance = Path(out), provenance or dict(model.config.provenance)
+    name = name or out.name
+    with publish_bundle(out, overwrite=overwrite) as folder:
+        model.save_pretrained(folder / DENOISER)
+        if not given:
+            bake_weights_(model.network)  # the model is ours alone, and needs its memory once
+        graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
+        report("record reference samples")
+        write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
+        atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
+        relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
+        artifacts = [
+            Artifact(path=DENOISER, format="safetensors"),
+            *(
+                Artifact(path=path, format="onnx", num_inference_steps=spec.num_inference_steps)
+                for path, spec in zip(relative, specs, strict=True)
+            ),
+        ]
+        card = model_card(name, specs, provenance, artifacts=artifacts)
+        atomic_write_bytes(folder / CARD_PATH, card.encode())
+        report("hash the files and write the manifest")
+        parts = [
+            path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
+        ]
+        weights = [path for path in parts if path.endswith((".safetensors", CONFIG_NAME))]
+        made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
+        write_bundle(
+            folder,
+            name=name,
+            samplers=specs,
+            artifacts=artifacts,
+            roles={path: "config" for path in parts if not path.endswith(".safetensors")},
+            built_from={path: weights for path in made},
+            provenance=provenance,
+            versions=library_versions(),
+        )
+    return report_bundle(out, graphs=[g.moved(out / path) for g, path in zip(graphs, relative, strict=True)])
+
+
+def is_current(
+    checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (), times: Sequence[float] = (),
+    max_batch: int | None = None,
+) -> bool:  # fmt: skip
+    """Return whether the bundle in ``out`` was exported from these weights for these samplers.
+
+    What killed commands left beside a bundle that stays is removed here: nothing else is written then.
+
+    Args:
+        checkpoint: Folder of a checkpoint or a SANA-Sprint pipeline.
+        out: The bundle's folder; it need not be there.
+        steps: Numbers of steps; () is any.
+        times: Times of one sampler, radians, instead of ``steps``.
+        max_batch: Largest batch; None is any.
+    """
+    if not (Path(out) / MANIFEST_NAME).is_file():
+        return False
+    remove_leftovers(Path(out).resolve().parent, beside=Path(out).name)
+    try:
+        manifest = Bundle.open(out).manifest
+    except ScmError:  # damaged: exporting again repairs it
+        return False
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    kept = (path.removeprefix(f"{DENOISER}/") for path in digests if path.startswith(f"{DENOISER}/"))
+    decisive = [name for name in kept if name.endswith((".safetensors", CONFIG_NAME))]  # a pipeline's lie in folders
+    same_weights = bool(decisive) and all(
+        (Path(checkpoint) / name).is_file() and digests[f"{DENOISER}/{name}"] == sha256_file(Path(checkpoint) / name)
+        for name in decisive
+    )
+    one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
+    wanted = {tuple(times)} if times else {one.with_steps(n).times for n in steps}
+    same_times = not wanted or wanted == {spec.times for spec in manifest.samplers}
+    return same_weights and same_times and all(max_batch in (None, spec.max_batch) for spec in manifest.samplers)
+
+
+def current_export(
+    checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (1, 2), times: Sequence[float] = (),
+    max_batch: int = 32, name: str = "",
+) -> BundleReport | None:  # fmt: skip
+    """Return the report of a bundle that ``export_bundle`` with these arguments would make again; None if it differs.
+
+    Args are those of ``export_bundle``.
+    """
+    if not is_current(checkpoint, out, steps=steps, times=times, max_batch=max_batch):
+        return None
+    return report_bundle(out) if Bundle.open(out, verify="none").manifest.name == (name or Path(out).name) else None
+
+
+def report_bundle(path: str | Path, graphs: Sequence[GraphReport] | None = None) -> BundleReport:
+    """Return the report of a bundle.
+
+    Args:
+        path: The bundle.
+        graphs: Reports of its graphs; None reads its fp32 graphs.
+    """
+    bundle = Bundle.open(path, verify="none")
+    if graphs is None:
+        exported = sorted(bundle.artifacts(format="onnx", precision="fp32"), key=lambda a: a.num_inference_steps)
+        graphs = [read_report(bundle.path / artifact.path) for artifact in exported]
+    return BundleReport(
+        path=Path(path),
+        build_id=bundle.manifest.build_id,
+        graphs=tuple(graphs),
+        bytes=sum(entry.size for entry in bundle.manifest.files),
+        status=bundle.status,
+    )
+
+
+def draw_golden(model: ConsistencyModel, spec: SamplerSpec) -> Golden:
+    """Sample a few images with the torch ``Sampler``, the definition that backends are held to."""
+    import numpy as np
+    import torch
+
+    from scm_sdk.model.sampler import Sampler
+
+    count = min(NUM_GOLDENS, spec.max_batch)
+    seeds = np.arange(count, dtype=np.int64)
+    labels = seeds % spec.num_classes if spec.num_classes else None
+    request = make_example(spec, seeds.tolist(), class_labels=labels)
+    noise, conditioning = request.inputs(0, count)
+    inputs = [*noise, *(conditioning[tensor.name] for tensor in spec.conditioning_inputs)]
+    with torch.inference_mode():
+        images = Sampler(model, spec).eval()(*map(torch.from_numpy, inputs)).numpy()
+    return Golden(images=images, seeds=seeds, class_labels=labels)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what builds a bundle; absent libraries are left out."""
+    found = {"scm-sdk": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

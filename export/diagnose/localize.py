@@ -1,0 +1,106 @@
+"""Explain a failed gate: the fault, the first differing value, and images of the difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.errors import ConfigError
+from scm_sdk.evaluate.parity.compare import Parity
+from scm_sdk.evaluate.parity.validate import open_candidate
+from scm_sdk.images import make_grid, save_png, to_uint8
+from scm_sdk.spec import Precision, SamplerSpec
+
+from ..graph.io import read_model
+from .bisect import Bisection, bisect
+from .diagnose import Diagnosis
+from .validate import examine_graph
+
+_AMPLIFY = 10.0
+_LARGEST_SIDE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Localized:
+    """Where a graph goes wrong.
+
+    Attributes:
+        artifact: The graph.
+        diagnosis: What is wrong with it, and what was looked at.
+        bisection: Where it parts from the bundle's fp32 graph; None for the fp32 graph itself, which is
+            compared with the checkpoint by ``diagnose``.
+        picture: The worst seed: the reference, the candidate, their difference ten times amplified; None
+            for what is no picture.
+    """
+
+    artifact: str
+    diagnosis: Diagnosis
+    bisection: Bisection | None
+    picture: Path | None
+
+
+def localize(path: Path, parity: Parity, folder: Path) -> Localized:
+    """Look into a graph that failed.
+
+    Args:
+        path: The bundle.
+        parity: Its failed comparison; only graphs can be looked into.
+        folder: Where the picture goes.
+
+    Raises:
+        ConfigError: If the candidate is no graph.
+        ExportError: If it lacks the names that scm-export gives.
+        UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
+    """
+    bundle = Bundle.open(path)
+    artifact = next((a for a in bundle.artifacts(format="onnx") if a.path == parity.candidate), None)
+    if artifact is None:
+        raise ConfigError(
+            f"{parity.candidate} is no graph of {path}, expected one: engines cannot be looked into. Validate the "
+            "graph that it was built from."
+        )
+    steps = artifact.num_inference_steps
+    spec = bundle.spec(steps)
+    graph = read_model(bundle.file(artifact.path))
+    full = [a for a in bundle.artifacts(format="onnx", precision="fp32") if a.num_inference_steps == steps]
+    found = None
+    if full and full[0].path != artifact.path:
+        found = bisect(graph, read_model(bundle.file(full[0].path)), spec, seed=parity.worst_seed)
+    return Localized(
+        artifact=artifact.path,
+        diagnosis=examine_graph(bundle, artifact),
+        bisection=found,
+        picture=_picture(bundle, parity, steps, folder),
+    )
+
+
+def _picture(bundle: Bundle, parity: Parity, steps: int, folder: Path) -> Path | None:
+    spec = bundle.spec(steps)
+    if spec.output != "pixels" or len(spec.image_shape) != 3 or spec.image_shape[0] not in (1, 3):
+        return None
+    precision = next(a.precision for a in bundle.manifest.artifacts if a.path == parity.candidate)
+    images = []
+    sides: tuple[tuple[str, Precision], ...]
+    sides = ((parity.reference_backend, "fp32"), (parity.candidate_backend, precision))
+    for backend, wanted in sides:
+        with open_candidate(bundle.path, backend, wanted, steps) as gen:
+            images.append(gen(1, seed=parity.worst_seed, output_type="raw").images[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{parity.candidate.replace('/', '-').removesuffix('.onnx')}-seed{parity.worst_seed}.png"
+    save_png(side_by_side(images[0], images[1], spec), folder / name)
+    return folder / name
+
+
+def side_by_side(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32], spec: SamplerSpec
+) -> NDArray[np.uint8]:
+    """Return the reference, the candidate and their difference ten times amplified around gray, as one picture."""
+    low, high = spec.value_range
+    gap = np.clip((low + high) / 2 + _AMPLIFY * (candidate - reference), low, high)
+    triple = np.nan_to_num(np.stack([reference, candidate, gap]), nan=low, posinf=high, neginf=low)
+    scale = max(1, _LARGEST_SIDE // max(spec.image_shape[1:]))
+    return make_grid(to_uint8(triple.astype(np.float32), spec.value_range), 3, scale, padding=8)

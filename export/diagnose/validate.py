@@ -1,0 +1,83 @@
+"""Validate a bundle: the numbers by ``evaluate.parity``, the structure of its graphs by ``diagnose``.
+
+The gate compares pictures, and a low precision is allowed to change them: what a small fault does hides in that. The
+structure has no such allowance, so both must pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.manifest import Artifact
+from scm_sdk.errors import ExportError, UnsupportedGraphError
+from scm_sdk.evaluate.parity.compare import Parity
+from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.inference.conditioning import Examples
+
+from ..graph.io import read_model
+from .diagnose import Diagnosis, diagnose
+
+if TYPE_CHECKING:
+    from scm_sdk.model.consistency import ConsistencyModel
+
+
+def prove(
+    path: Path,
+    *,
+    examples: Examples | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
+    **options: Any,
+) -> list[Parity]:
+    """Compare everything that can run here with the checkpoint, look into each graph, and record both.
+
+    Args:
+        path: The bundle.
+        examples: What the model is told, for example prompts; None draws it.
+        on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked;
+            and for each result that was not recorded.
+        **options: Those of ``validate_bundle``, without ``examine``.
+
+    Raises:
+        ScmError: What ``validate_bundle`` raises.
+    """
+    bundle = Bundle.open(path, verify="none")
+
+    def examine(artifact: Artifact) -> tuple[str, tuple[float, ...]]:
+        if artifact.format != "onnx":
+            return "", ()
+        try:
+            found = examine_graph(bundle, artifact, examples)
+        except (ExportError, UnsupportedGraphError) as exc:
+            on_note(f"{artifact.path} was not looked into: {exc}")
+            return "", ()
+        if not found.findings:
+            on_note(f"{artifact.path} {found}")
+        return found.fault, found.psnr_by_step
+
+    return validate_bundle(path, examine=examine, examples=examples, on_note=on_note, **options)
+
+
+def examine_graph(bundle: Bundle, artifact: Artifact, examples: Examples | None = None) -> Diagnosis:
+    """Look into one graph of a bundle.
+
+    Raises:
+        ExportError: If it lacks the names that scm-export gives, as a graph of another tool does.
+        UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
+    """
+    from scm_sdk.model.consistency import ConsistencyModel
+
+    (checkpoint, *_) = bundle.artifacts(format="safetensors")
+    model: ConsistencyModel = ConsistencyModel.from_pretrained(bundle.file(checkpoint.path)).eval()
+    steps = artifact.num_inference_steps
+    graphs = bundle.artifacts(format="onnx", precision="fp32")
+    exact = next((a for a in graphs if a.num_inference_steps == steps and a.path != artifact.path), None)
+    return diagnose(
+        read_model(bundle.file(artifact.path)),
+        model,
+        bundle.spec(steps),
+        exact=None if exact is None else read_model(bundle.file(exact.path)),
+        examples=examples,
+    )

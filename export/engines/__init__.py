@@ -1,0 +1,1 @@
+"""Build TensorRT engines, cache them, verify what was built, and add them to a bundle."""

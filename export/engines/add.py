@@ -1,0 +1,252 @@
+"""Add engines to a bundle: one for each target, precision and number of steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from scm_sdk._util.gpu import current_gpu
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.edit import extend_bundle, open_to_extend, recipe_of
+from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, Flavour
+from scm_sdk.bundle.manifest import Artifact
+from scm_sdk.engines.compatibility import is_trusted
+from scm_sdk.engines.targets import Target, resolve_target
+from scm_sdk.engines.tensorrt import load_flavour
+from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, UnsupportedGraphError
+from scm_sdk.spec import CPU_PRECISIONS, Precision
+
+from ..precision.variants import sha256_of
+from .builder import Progress
+from .cache import cached_engine
+from .options import EngineOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineVariant:
+    """One engine of a bundle.
+
+    Attributes:
+        path: Its path inside the bundle.
+        precision: Precision of its graph.
+        num_inference_steps: Its steps.
+        unchanged: Whether it was there already and would come out the same.
+        cached: Whether it came from the cache.
+        record: What it is.
+    """
+
+    path: str
+    precision: Precision
+    num_inference_steps: int
+    unchanged: bool
+    cached: bool
+    record: BuildRecord
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**vars(self), "record": msgspec.to_builtins(self.record)}
+
+
+def add_engines(
+    path: str | os.PathLike[str],
+    targets: Sequence[Target],
+    *,
+    flavour: Flavour = "tensorrt_rtx",
+    precisions: Sequence[Precision] = (),
+    steps: Sequence[int] = (),
+    one_for_all: bool = False,
+    batch: tuple[int, int, int] | None = None,
+    allow_mismatch: bool = False,
+    on_engine: Callable[[EngineVariant], object] = lambda _: None,
+    on_build: Callable[[str], Progress | None] = lambda _: None,
+    on_skip: Callable[[str], object] | None = None,
+    **options: Any,
+) -> list[EngineVariant]:
+    """Build engines from a bundle's graphs into the bundle.
+
+    Each engine is added as soon as it is built: what was done before an interruption stays.
+
+    Args:
+        path: The bundle.
+        targets: GPUs; () with TensorRT is the GPU of this machine.
+        flavour: Which library.
+        precisions: Graphs to build from; () is all but those for CPUs.
+        steps: Only these numbers of steps; () is all.
+        one_for_all: One engine that holds all targets, instead of one each; TensorRT-RTX alone.
+        batch: Smallest, best and largest; None is 1, 8 at most, and the sampler's largest.
+        allow_mismatch: See ``build_engine``.
+        on_engine: Called with each engine.
+        on_build: Called with an engine's path before it is built; returns its progress callback.
+        on_skip: Called with a line for each engine that no such GPU could run, or that only another GPU can build,
+            and the others are built; None raises instead.
+        options: More of ``EngineOptions``.
+
+    Raises:
+        ConfigError: If the bundle has no such graph, or a target is not the flavour's to build.
+        UnsupportedGraphError: If a target cannot compute a precision.
+        ExportError: If an engine cannot be built, or is not what its graph asks for.
+        BundleError: If the bundle is damaged or cannot be written.
+    """
+    bundle = open_to_extend(path)
+    library = load_flavour(flavour, purpose=f"building a {flavour} engine")
+    targets = targets or _this_machine(flavour)
+    _check_buildable(targets, flavour)
+    groups = _groups(targets, one_for_all)
+    if on_skip is not None:
+        groups = [group for group in groups if not _is_elsewhere(group, flavour, on_skip)]
+    jobs = []  # every refusal comes before the first build
+    for graph in _graphs(bundle, precisions, steps):
+        for group in groups:
+            lacking = [lack for target in group if (lack := target.lacks(graph.precision, flavour))]
+            if lacking and not allow_mismatch:
+                if on_skip is None:
+                    raise UnsupportedGraphError(f"{lacking[0]}. Choose another --precision, or leave this target out.")
+                on_skip(f"{graph.precision}, {graph.num_inference_steps} steps: {lacking[0]}")
+                continue
+            largest = bundle.spec(graph.num_inference_steps).max_batch
+            chosen = EngineOptions(
+                flavour=flavour,
+                compute_capabilities=tuple(target.compute_capability for target in group),
+                batch=batch or (1, min(8, largest), largest),
+                **options,
+            )
+            jobs.append((graph, engine_path(flavour, group, graph), chosen))
+    made = []
+    for graph, engine, chosen in jobs:
+        made.append(_add(path, graph, engine, chosen, library.__version__, allow_mismatch, on_build))
+        on_engine(made[-1])
+    return made
+
+
+def engine_path(flavour: Flavour, group: Sequence[Target], graph: Artifact) -> str:
+    """Return where an engine lies in a bundle."""
+    sm = "-".join(target.sm for target in group)
+    return f"engines/{flavour}-{sm}-{graph.precision}-{graph.num_inference_steps}step/{ENGINE_NAME}"
+
+
+def _add(
+    path: str | os.PathLike[str],
+    graph: Artifact,
+    engine: str,
+    options: EngineOptions,
+    version: str,
+    allow_mismatch: bool,
+    on_build: Callable[[str], Progress | None],
+) -> EngineVariant:
+    bundle = Bundle.open(path, verify="none")
+    folder = engine.rpartition("/")[0]
+    record_path = f"{folder}/{BUILD_RECORD_NAME}"
+    recipe = {
+        "options": msgspec.to_builtins(options), "source": sha256_of(bundle, graph.path), "library_version": version,
+    }  # fmt: skip
+    found = None
+    if recipe_of(bundle, engine) == msgspec.json.decode(msgspec.json.encode(recipe)):
+        found = _acceptable(bundle.file(record_path).read_bytes(), allow_mismatch)
+    if found is not None:
+        record, cached = found, False
+    else:
+        # Built before the bundle is touched: a build that is killed leaves nothing behind.
+        entry, cached = cached_engine(
+            bundle.file(graph.path), options, allow_mismatch=allow_mismatch, progress=on_build(engine)
+        )
+        assert entry.record is not None, "cached_engine hashed it against its record"
+        record = entry.record
+        with extend_bundle(bundle) as draft:
+            entry.copy_to(draft.path(folder))
+            draft.roles[record_path] = "engine"
+            draft.add(
+                Artifact(
+                    path=engine,
+                    format=options.flavour,
+                    precision=graph.precision,
+                    num_inference_steps=graph.num_inference_steps,
+                    engine=record.facts,
+                    recipe=recipe,
+                ),
+                [graph.path],
+                files=[record_path],
+            )
+            draft.versions[options.flavour] = version
+    return EngineVariant(
+        path=engine,
+        precision=graph.precision,
+        num_inference_steps=graph.num_inference_steps,
+        unchanged=found is not None,
+        cached=cached,
+        record=record,
+    )
+
+
+def _acceptable(data: bytes, allow_mismatch: bool) -> BuildRecord | None:
+    """Return the record of an engine that may stay: built here, and what its graph asks for unless that is waived."""
+    record = BuildRecord.from_json(data)
+    fits = allow_mismatch or not record.census.get("mismatches")
+    return record if fits and is_trusted(record.engine_sha256) else None
+
+
+def check_targets(targets: Sequence[Target], flavour: Flavour) -> None:
+    """Refuse what cannot be built before anything long begins.
+
+    Raises:
+        ConfigError: If a flavour does not build for a target.
+        BackendUnavailable: If its library is not here, or it needs a GPU and there is none.
+    """
+    _check_buildable(targets, flavour)
+    load_flavour(flavour, purpose=f"building {flavour} engines")
+    if flavour == "tensorrt" and targets and current_gpu() is None:
+        raise BackendUnavailable(
+            f"engines for {targets[0].name} were asked of TensorRT, expected its GPU: it builds where the engine runs, "
+            "and no GPU is here. Build there, or use --flavor tensorrt_rtx."
+        )
+
+
+def _check_buildable(targets: Sequence[Target], flavour: Flavour) -> None:
+    for target in targets:
+        if reason := target.unbuildable(flavour):
+            raise ConfigError(f"{reason}. Build with --flavor tensorrt on such a GPU, or leave this target out.")
+
+
+def _is_elsewhere(group: Sequence[Target], flavour: Flavour, on_skip: Callable[[str], object]) -> bool:
+    """Return, and say, whether TensorRT would have to build on another GPU than this machine's."""
+    gpu = current_gpu()
+    if flavour != "tensorrt" or gpu is None or any(t.compute_capability == gpu.compute_capability for t in group):
+        return False
+    names = ", ".join(f"{target.name} ({target.compute_capability})" for target in group)
+    on_skip(f"{names}: TensorRT builds on the GPU that runs the engine, this {gpu.name} is {gpu.compute_capability}")
+    return True
+
+
+def _graphs(bundle: Bundle, precisions: Sequence[Precision], steps: Sequence[int]) -> list[Artifact]:
+    graphs = [a for a in bundle.artifacts(format="onnx") if a.precision not in CPU_PRECISIONS]
+    found = [
+        a
+        for a in graphs
+        if (not precisions or a.precision in precisions) and (not steps or a.num_inference_steps in steps)
+    ]
+    missing = set(precisions) - {a.precision for a in found}
+    if missing or not found:
+        there = ", ".join(sorted({f"{a.precision} with {a.num_inference_steps} steps" for a in graphs})) or "none"
+        wanted = ", ".join(sorted(missing)) or f"{list(steps)} steps"
+        raise ConfigError(
+            f"{bundle.path} has these graphs: {there}; expected {wanted}. Make them first: scm-export precision, "
+            f"scm-export quantize.{bundle.manifest.cut_note}"
+        )
+    return found
+
+
+def _groups(targets: Sequence[Target], one_for_all: bool) -> list[tuple[Target, ...]]:
+    return [tuple(targets)] if one_for_all else [(target,) for target in targets]
+
+
+def _this_machine(flavour: Flavour) -> tuple[Target, ...]:
+    gpu = current_gpu()
+    if gpu is None:
+        raise IncompatibleEngineError(
+            f"no target was given and this machine has no GPU, expected one of them for {flavour}. Name targets, for "
+            "example --target l4; see: scm-export targets"
+        )
+    return (resolve_target(gpu.compute_capability),)

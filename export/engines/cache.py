@@ -1,0 +1,259 @@
+"""The cache of built engines, keyed by their inputs; hashed again before use.
+
+An engine is code: one is served only if this user built it here, from a folder that the user alone can write.
+
+An entry's key is the sha256 of everything that decides an engine: the graph's bytes with its weights, the options,
+the library's version, the system, and for TensorRT the GPU and its driver. One builder at a time makes an entry;
+a second one waits and finds it made.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from scm_sdk._util.cache_dir import cache_folder, temporary_folder, why_insecure, withdraw_write, writable_folder
+from scm_sdk._util.files import sha256_bytes, sha256_file
+from scm_sdk._util.gpu import current_gpu
+from scm_sdk._util.lazy import require
+from scm_sdk._util.locks import FolderLock, try_lock, wait_for_lock
+from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord
+from scm_sdk.engines.compatibility import remember_built, was_built_here
+from scm_sdk.engines.tensorrt import load_flavour
+from scm_sdk.errors import ExportError, ScmError
+
+from .builder import Progress
+from .engine import build_engine, graph_digest
+from .options import EngineOptions
+
+_ENGINES = "engines"
+_USED = "used"
+"""Touched when an entry is served, so that the longest unused goes first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One engine of the cache.
+
+    Attributes:
+        key: Its key.
+        folder: Where it lies.
+        record: What it is; None if that cannot be read.
+        bytes: Its size.
+        used: When it was last made or served, seconds since the epoch.
+        lease: Keeps it from being removed while it is copied.
+    """
+
+    key: str
+    folder: Path
+    record: BuildRecord | None
+    bytes: int
+    used: float
+    lease: FolderLock | None = None
+
+    @property
+    def mismatches(self) -> list[str]:
+        """How its kernels are not what the graph asks for."""
+        return list(self.record.census.get("mismatches", [])) if self.record is not None else []
+
+    def copy_to(self, folder: Path) -> None:
+        """Put the engine and its record into a folder, which is made; as links where the disk has them."""
+        folder.mkdir(parents=True)
+        for name in (ENGINE_NAME, BUILD_RECORD_NAME):
+            try:
+                os.link(self.folder / name, folder / name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def problem(self) -> str:
+        """Return what is wrong with it, after hashing it; "" if nothing is."""
+        if self.record is None:
+            return f"{BUILD_RECORD_NAME} cannot be read"
+        engine = self.folder / ENGINE_NAME
+        if not engine.is_file():
+            return f"{ENGINE_NAME} is missing"
+        if sha256_file(engine) != self.record.engine_sha256:
+            return f"{ENGINE_NAME} was altered or cut short"
+        if insecure := why_insecure(self.folder):
+            return insecure
+        return "" if was_built_here(self.record.engine_sha256) else "this user did not build it here"
+
+
+def cached_engine(
+    graph: Path, options: EngineOptions, *, allow_mismatch: bool = False, progress: Progress | None = None
+) -> tuple[Entry, bool]:
+    """Return the engine of a graph, built now if it was not built before.
+
+    Args:
+        graph: The sampler graph.
+        options: How it is built.
+        allow_mismatch: See ``build_engine``.
+        progress: See ``build_engine``.
+
+    Returns:
+        The entry, hashed just now, and whether it was there. It stays until it is forgotten.
+
+    Raises:
+        ScmError: As ``build_engine`` does; also if the lock of the entry is a link.
+    """
+    filelock = require("filelock", extra="export", purpose="the engine cache")
+    key = engine_key(graph, options)
+    folder = writable_folder(_ENGINES, purpose="engines are built again each time") or temporary_folder() / _ENGINES
+    folder.mkdir(exist_ok=True)
+    entry_folder = folder / key
+    lock = entry_folder.with_suffix(".lock")
+    if lock.is_symlink():
+        raise ExportError(f"{lock} is a link, expected a plain file or none. Delete it, and look at who made it.")
+    with filelock.FileLock(lock):
+        entry = _read(entry_folder)
+        hit = entry is not None and not entry.problem() and (allow_mismatch or not entry.mismatches)
+        if not hit:
+            _remove(entry_folder)  # damaged, or somebody else's: it is never served
+            build_engine(
+                graph,
+                entry_folder,
+                options,
+                timing_cache=_timing_cache(options),
+                allow_mismatch=allow_mismatch,
+                progress=progress,
+            )
+            withdraw_write(entry_folder)
+            entry = _read(entry_folder)
+        (entry_folder / _USED).touch()
+        assert entry is not None and entry.record is not None, "it was built or found"
+        if not hit:
+            remember_built(entry.record.engine_sha256)
+        return replace(entry, lease=wait_for_lock(entry_folder, shared=True, purpose="the engine cache")), hit
+
+
+def engine_key(graph: Path, options: EngineOptions) -> str:
+    """Return the key of an engine.
+
+    Raises:
+        BackendUnavailable: If the library that would build it is absent.
+    """
+    library = load_flavour(options.flavour, purpose=f"building a {options.flavour} engine")
+    gpu = current_gpu() if options.flavour == "tensorrt" else None
+    facts = {
+        "graph": graph_digest(graph),
+        "options": msgspec.to_builtins(options),
+        "library": library.__version__,
+        "platform": f"{platform.system()}-{platform.machine()}",
+        "gpu": (gpu.name, gpu.driver) if gpu is not None else None,
+    }
+    return sha256_bytes(msgspec.json.encode(facts, order="deterministic"))
+
+
+def engines_folder() -> Path | None:
+    """Return where the entries lie; None where there is no cache."""
+    root = cache_folder()
+    return None if root is None else root / _ENGINES
+
+
+def entries() -> list[Entry]:
+    """Return what the cache holds, the longest unused first."""
+    folder = engines_folder()
+    if folder is None or not folder.is_dir():
+        return []
+    found = (_read(path) for path in sorted(folder.iterdir()) if path.is_dir() and len(path.name) == 64)
+    return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
+
+
+def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
+    """Remove damaged entries, those unused for long, and then the longest unused until the rest is small enough.
+
+    Args:
+        max_bytes: What may stay in all; None is no limit.
+        max_age_days: Days since an entry was made or served; None is no limit.
+
+    Returns:
+        What was removed. What is being built or served stays.
+    """
+    doomed = list(_doomed(max_bytes, max_age_days))
+    if not doomed:  # on a machine that builds no engines the library that locks them may be absent
+        return []
+    filelock = require("filelock", extra="export", purpose="the engine cache")
+    removed = []
+    for entry in doomed:
+        # The lock itself stays: were it deleted, one who waits for it and one who comes later would not see each other.
+        lock = entry.folder.with_suffix(".lock")
+        if lock.is_symlink():
+            continue
+        with suppress(filelock.Timeout), filelock.FileLock(lock, blocking=False):  # else somebody is building it
+            now = _read(entry.folder)
+            if now is not None and now.used == entry.used and _remove_unused(entry.folder):
+                removed.append(entry)
+    return removed
+
+
+def _remove_unused(folder: Path) -> bool:
+    """Remove an entry that nobody copies; return whether it was removed."""
+    if folder.is_symlink():
+        _remove(folder)
+        return True
+    try:
+        lock = try_lock(folder)
+    except OSError:
+        return False
+    if lock is None:
+        return False
+    _remove(folder)
+    lock.release()
+    return not folder.exists()
+
+
+def _doomed(max_bytes: int | None, max_age_days: float | None) -> Iterator[Entry]:
+    kept = []
+    for entry in entries():
+        old = max_age_days is not None and time.time() - entry.used > max_age_days * 86400
+        if old or entry.problem():
+            yield entry
+        else:
+            kept.append(entry)
+    total = sum(entry.bytes for entry in kept)
+    for entry in kept:
+        if max_bytes is None or total <= max_bytes:
+            return
+        total -= entry.bytes
+        yield entry
+
+
+def _read(folder: Path) -> Entry | None:
+    if not folder.is_dir():
+        return None
+    try:
+        files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    except FileNotFoundError:  # removed just now
+        return None
+    try:
+        record = BuildRecord.from_json((folder / BUILD_RECORD_NAME).read_bytes())
+    except (OSError, ScmError):
+        record = None
+    size, used = sum(stat.st_size for stat in files), max((stat.st_mtime for stat in files), default=0.0)
+    return Entry(key=folder.name, folder=folder, record=record, bytes=size, used=used)
+
+
+def _remove(folder: Path) -> None:
+    """Remove an entry; of one that is a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _timing_cache(options: EngineOptions) -> Path | None:
+    """Return where TensorRT keeps kernel times for this version and GPU; its header refuses any other."""
+    gpu = current_gpu()
+    if options.flavour != "tensorrt" or gpu is None:
+        return None
+    version = load_flavour(options.flavour, purpose="the timing cache").__version__
+    folder = writable_folder("timing", purpose="TensorRT measures its kernels again for each engine")
+    return folder and folder / f"{version}-{gpu.name.replace(' ', '_')}.cache"

@@ -1,0 +1,1 @@
+"""The sampler as an ONNX graph: network export, cleanup, composition, writing."""

@@ -1,0 +1,312 @@
+"""Graph passes that simplify the exporter's graph.
+
+Each works in place, returns its argument so that calls chain, and says what it requires and
+ensures. ``clean`` runs them, and those of ``naming`` and ``pixel_norm``, in the one order
+that meets every requirement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING, Protocol
+
+from scm_sdk.bundle.graph_checks import SIZE_BY_VALUE
+from scm_sdk.errors import UnsupportedGraphError
+
+from .naming import name_by_module, source_line
+from .partial_eval import BATCH_DIM, Depends, classify, evaluate, needed
+from .pixel_norm import lengths_for_pixel_norms
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+
+SMALL_TENSOR = 1024
+"""Bytes. Shapes and axes are not larger."""
+
+
+def name_batch(model: ir.Model) -> ir.Model:
+    """Call the symbolic dimension of the inputs ``batch``.
+
+    Ensures: every other dimension of an input is a number. Shapes in between are left to
+    ``infer_shapes``.
+
+    Raises:
+        UnsupportedGraphError: If there is no symbolic dimension, or more than one.
+    """
+    import onnx_ir as ir
+
+    inputs = [(value, list(value.shape or ())) for value in model.graph.inputs]
+    symbols = {str(d) for _, dims in inputs for d in dims if not isinstance(d, int)}
+    if len(symbols) != 1:
+        raise UnsupportedGraphError(
+            f"the network's inputs have {len(symbols)} symbolic dimensions {sorted(symbols)}, expected one, "
+            "the batch. A network that fixes the batch size cannot be exported."
+        )
+    for value, dims in inputs:
+        value.shape = ir.Shape(d if isinstance(d, int) else BATCH_DIM for d in dims)
+    return model
+
+
+def infer_shapes(model: ir.Model) -> ir.Model:
+    """Find the type and shape of every value, the batch its only symbol.
+
+    ONNX's own inference runs for two batch sizes and the results are compared. That finds more than
+    one run with a symbol, which loses it at a Reshape.
+
+    Requires: ``name_batch``.
+    Ensures: each dimension is a number, ``"batch"`` or, for example, ``"4*batch"``.
+
+    Raises:
+        UnsupportedGraphError: If a shape cannot be inferred, or is not proportional to the batch.
+    """
+    import onnx_ir as ir
+
+    few, many = (_inferred(model.graph, batch) for batch in (3, 5))
+    for node in model.graph:
+        for value in node.outputs:
+            dims: list[int | str] = []
+            at_3, at_5 = few.get(value.name or ""), many.get(value.name or "")
+            if at_3 is None or at_5 is None or len(at_3[1]) != len(at_5[1]):
+                raise _not_inferred(node, value)
+            for size_3, size_5 in zip(at_3[1], at_5[1], strict=True):
+                if size_3 == size_5 and size_3 is not None:
+                    dims.append(size_3)
+                elif size_3 and size_5 and size_3 * 5 == size_5 * 3:
+                    dims.append(BATCH_DIM if size_3 == 3 else f"{size_3 // 3}*{BATCH_DIM}")
+                else:
+                    raise _not_inferred(node, value)
+            value.type = ir.TensorType(ir.DataType(at_3[0]))
+            value.shape = ir.Shape(dims)
+    return model
+
+
+def _inferred(graph: ir.Graph, batch: int) -> dict[str, tuple[int, list[int | None]]]:
+    """Return type and shape of what ONNX's inference finds for one batch size, by name."""
+    import onnx
+    import onnx_ir as ir
+
+    def declare(value: ir.Value) -> onnx.ValueInfoProto:
+        assert value.dtype is not None, "inputs, outputs and weights have a type"
+        dims = None if value.shape is None else [batch if d == BATCH_DIM else int(str(d)) for d in value.shape]
+        return onnx.helper.make_tensor_value_info(value.name or "", int(value.dtype), dims)
+
+    inputs, initializers = [declare(value) for value in graph.inputs], []
+    for value in graph.initializers.values():
+        # Inference reads small tensors (shapes, axes); of weights it needs the shape alone.
+        if value.const_value is not None and value.const_value.nbytes <= SMALL_TENSOR:
+            initializers.append(onnx.numpy_helper.from_array(value.const_value.numpy(), value.name))
+        else:
+            inputs.append(declare(value))
+    outputs = [onnx.helper.make_tensor_value_info(v.name or "", int(v.dtype or 1), None) for v in graph.outputs]
+    nodes = [ir.to_proto(node) for node in graph]
+    skeleton = onnx.helper.make_graph(nodes, "skeleton", inputs, outputs, initializers)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
+    proto = onnx.helper.make_model(skeleton, opset_imports=opsets)
+    try:
+        found = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as exc:
+        raise UnsupportedGraphError(
+            f"shape inference failed: {str(exc).strip()}. Expected a graph whose shapes fit each other; "
+            "this is a bug of the exporter or of scm-sdk, please report it."
+        ) from exc
+    return {
+        v.name: (
+            v.type.tensor_type.elem_type,
+            [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim],
+        )
+        for v in (*found.value_info, *found.output)
+        if v.type.tensor_type.HasField("shape")
+    }
+
+
+def _not_inferred(node: ir.Node, value: ir.Value) -> UnsupportedGraphError:
+    return UnsupportedGraphError(
+        f"the shape of {value.name!r} ({node.op_type}) could not be inferred, expected sizes that are fixed "
+        "or proportional to the batch. Avoid operators whose output size depends on "
+        f"values.{source_line(node)}"
+    )
+
+
+SMALL_CONSTANT = 1 << 20
+"""Bytes. A folded constant up to this size may be stored beside the weight that it was made from."""
+GUIDANCE_INPUT = "guidance_scale"
+_TIME_FUNCTIONS = {"Sin", "Cos"}
+
+
+class _Documented(Protocol):
+    doc_string: str | None
+
+    @property
+    def metadata_props(self) -> MutableMapping[str, str]: ...
+
+
+def clean(model: ir.Model, *, root: str = "") -> ir.Model:
+    """Run every pass of this file on a network as torch's exporter wrote it.
+
+    Args:
+        model: The network.
+        root: Name of the attribute of the traced module that holds the network; it is cut off
+            the front of all names, so that weights are called as in the checkpoint.
+
+    Raises:
+        UnsupportedGraphError: If the graph holds subgraphs, foreign operators or random numbers.
+    """
+    for step in (require_plain, name_batch, infer_shapes, fold_constants, static_reshapes, drop_unused):
+        step(model)
+    return drop_unused(lengths_for_pixel_norms(strip_metadata(name_by_module(model, root=root))))
+
+
+def require_plain(model: ir.Model) -> ir.Model:
+    """Check that the graph is one flat list of standard operators.
+
+    Ensures: no functions, no subgraphs (If, Loop, Scan), only operators of the ONNX domain.
+
+    Raises:
+        UnsupportedGraphError: Otherwise; it names the node.
+    """
+    for node in model.graph:
+        if any(attr.type.name in ("GRAPH", "GRAPHS") for attr in node.attributes.values()):
+            raise UnsupportedGraphError(
+                f"node {node.name!r} ({node.op_type}) holds a subgraph. A sampler graph must be free of "
+                f"control flow: replace torch.cond and loops over tensors by torch.where.{source_line(node)}"
+            )
+        if node.op_type in SIZE_BY_VALUE:
+            raise UnsupportedGraphError(
+                f"node {node.name!r} ({node.op_type}) has an output whose size depends on values, "
+                "expected sizes that depend on the batch alone. Use torch.where instead of masks as "
+                f"indices.{source_line(node)}"
+            )
+        if node.domain:
+            raise UnsupportedGraphError(
+                f"node {node.name!r} is {node.domain}::{node.op_type}, expected standard ONNX operators "
+                f"only. Write that part of the network with plain torch operators.{source_line(node)}"
+            )
+    return model
+
+
+def fold_constants(model: ir.Model) -> ir.Model:
+    """Compute what depends on weights alone, such as normalized weights, and store the result.
+
+    Ensures: no large weight is stored twice: a result above ``SMALL_CONSTANT`` bytes is kept as
+    nodes if one of the weights it is made from is needed elsewhere too.
+    """
+    graph = model.graph
+    classes = classify(graph)
+    targets = [
+        v
+        for node in graph
+        if classes[node.outputs[0]] == Depends.CONSTANT
+        for v in node.outputs
+        if v.is_graph_output() or any(classes[n.outputs[0]] != Depends.CONSTANT for n in v.consumers())
+    ]
+    for value, array in zip(targets, evaluate(graph, targets), strict=True):
+        if array.nbytes <= SMALL_CONSTANT or not any(
+            classes[n.outputs[0]] != Depends.CONSTANT for weight in _weights_of(value) for n in weight.consumers()
+        ):
+            _replace_by_constant(graph, value, array)
+    return drop_unused(model)
+
+
+def static_reshapes(model: ir.Model) -> ir.Model:
+    """Give every Reshape a constant target shape, -1 standing for the axis that holds the batch.
+
+    The exporter computes targets from the shapes of other tensors; engines and quantizers see
+    more with constants.
+
+    Requires: ``infer_shapes``.
+    """
+    graph = model.graph
+    classes = classify(graph)
+    reshapes = [
+        node
+        for node in graph
+        if node.op_type == "Reshape" and (target := node.inputs[1]) is not None and classes[target] == Depends.BATCH
+    ]
+    targets = [node.inputs[1] for node in reshapes if node.inputs[1] is not None]
+    constants: dict[bytes, ir.Value] = {}
+    few, many = (evaluate(graph, targets, batch=batch) for batch in (3, 5))
+    for node, at_3, at_5 in zip(reshapes, few, many, strict=True):
+        varying = at_3 != at_5
+        if varying.sum() > 1:
+            continue
+        at_3[varying] = -1
+        if (key := at_3.tobytes()) not in constants:
+            constants[key] = _add_constant(graph, at_3)
+        node.replace_input_with(1, constants[key])
+    return model
+
+
+def drop_unused(model: ir.Model) -> ir.Model:
+    """Remove nodes and initializers that no output needs."""
+    graph = model.graph
+    for node in reversed(list(graph)):
+        if not any(v.is_graph_output() or v.uses() for v in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+    return model
+
+
+def strip_metadata(model: ir.Model) -> ir.Model:
+    """Remove all metadata and doc strings; the exporter's hold source paths of the machine.
+
+    Ensures: empty ``metadata_props`` and no ``doc_string`` on the model, graph, nodes and values.
+    """
+    import onnx_ir as ir
+
+    parts: list[_Documented] = [model, model.graph, *model.graph, *_values(model.graph)]
+    for part in parts:
+        part.metadata_props.clear()
+        part.doc_string = None
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and (tensor.doc_string or tensor.metadata_props):
+            value.const_value = ir.tensor(tensor.numpy(), name=value.name)
+    return model
+
+
+def check_time_folded(model: ir.Model) -> ir.Model:
+    """Check that no trigonometry is left but the guidance scale's: the rest is of the time, and times are constants.
+
+    Raises:
+        UnsupportedGraphError: If another Sin or Cos node is left; it names the node.
+    """
+    foreign = {value for value in model.graph.inputs if value.name != GUIDANCE_INPUT}
+    for node in model.graph:
+        if foreign.intersection(value for value in node.inputs if value is not None):
+            foreign.update(node.outputs)
+    for node in model.graph:
+        if node.op_type in _TIME_FUNCTIONS and foreign.intersection(node.outputs):
+            raise UnsupportedGraphError(
+                f"node {node.name!r} ({node.op_type}) is left, expected the time branch to be constant. "
+                "It depends on the samples or the labels; embed the time on its own and combine afterwards."
+            )
+    return model
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _weights_of(value: ir.Value) -> set[ir.Value]:
+    return {v for n in needed([value], stop={}) for v in n.inputs if v is not None and v.is_initializer()}
+
+
+def _add_constant(graph: ir.Graph, array: np.ndarray, name: str | None = None) -> ir.Value:
+    import onnx_ir as ir
+
+    name = name or f"constant_{len(graph.initializers)}"
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def _replace_by_constant(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    constant = _add_constant(graph, array, f"{value.name}.folded")
+    value.replace_all_uses_with(constant)

@@ -1,0 +1,225 @@
+"""Check a graph and write it to disk atomically."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk._util.files import fsync_file, fsync_folder, real_path, sha256_file, staging
+from scm_sdk._util.lazy import require
+from scm_sdk.bundle.graph_checks import check_graph_file
+from scm_sdk.errors import BundleError, ConfigError, ExportError, UnsupportedGraphError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EXTERNAL_DATA_ABOVE = 100 * 2**20
+"""Default of ``external_data_above``, bytes. Protobuf ends at 2 GiB, but a graph with its weights
+inside is copied several times while it is parsed; weights in a file of their own are memory-mapped.
+100 MiB is also the largest file that common Git hosts take."""
+_LARGEST_GRAPH = 2**31 - 2**26
+"""Protobuf's limit of 2 GiB, less room for the nodes."""
+_INLINE_BYTES = 1024
+"""Tensors up to this size stay in the graph whatever they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphReport:
+    """What was written.
+
+    Attributes:
+        path: The graph.
+        bytes: Its size.
+        sha256: Digest of the graph file.
+        data_path: The weights' own file, or None if they are in the graph.
+        data_bytes: Size of that file; 0 if there is none.
+        data_sha256: Its digest; empty if there is none.
+        opset: ONNX opset.
+        num_nodes: Nodes of the graph.
+        num_initializers: Stored tensors.
+        num_parameters: Elements of all stored tensors.
+        seconds: Wall time of each stage that led here.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    data_path: Path | None
+    data_bytes: int
+    data_sha256: str
+    opset: int
+    num_nodes: int
+    num_initializers: int
+    num_parameters: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def moved(self, path: Path) -> GraphReport:
+        """Return the report of the same files under their final name."""
+        return replace(self, path=path, data_path=None if self.data_path is None else data_path_of(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; paths as text."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def data_path_of(path: Path) -> Path:
+    """Return where the weights of the graph at ``path`` lie when they are not inside: ``<path>_data``."""
+    return path.with_name(path.name + "_data")
+
+
+def save_apart(model: ir.Model, path: Path) -> None:
+    """Write a graph with its weights in ``data_path_of(path)``, unchecked.
+
+    Shapes, axes and the sizes of a Split are read before the data file is: every int64 tensor stays in the graph.
+    """
+    import onnx_ir as ir
+
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    whole = (t.nbytes for t in tensors if t is not None and t.dtype == ir.DataType.INT64)
+    inline = max([_INLINE_BYTES, *whole])
+    ir.save(model, path, external_data=data_path_of(path).name, size_threshold_bytes=inline)
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read a graph; its weights stay on disk until they are used.
+
+    Args:
+        path: A graph that ``write_model`` wrote, or any other ONNX file; weights in files of their own
+            must lie beside it.
+
+    Raises:
+        BackendUnavailable: If onnx_ir is not installed.
+        ExportError: If the file is missing or is no ONNX graph.
+    """
+    require("onnx_ir", extra="export", purpose="reading ONNX graphs")
+    import onnx_ir as ir
+
+    try:
+        return ir.load(path)
+    except OSError as exc:
+        raise ExportError(f"{path} cannot be read: {exc.strerror or exc}. Expected an ONNX graph.") from exc
+    except Exception as exc:  # protobuf's and onnx_ir's own, which share no base class
+        raise ExportError(
+            f"{path} is no ONNX graph: {exc}. Expected what scm-export onnx writes; export it again."
+        ) from exc
+
+
+def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> GraphReport:
+    """Check a model and write it, with its weights in ``<path>_data`` if they are large.
+
+    Both files are written and checked under temporary names before the first replaces an old one,
+    and an old pair is restored if the second cannot follow. Only a power cut between the two
+    renames can leave a new data file beside an old graph; their sha256 tell.
+
+    Args:
+        model: It is not changed. The same model gives the same bytes.
+        path: The file, for example ``model.onnx``; missing folders are made.
+        external_data_above: Weights of more bytes than this in all get a file of their own.
+
+    Raises:
+        ConfigError: If ``external_data_above`` is more than a graph file can hold.
+        UnsupportedGraphError: If ``onnx.checker`` finds the model at fault, or no reader would open it.
+        ExportError: If the files cannot be written. Nothing is left behind.
+    """
+    if external_data_above > _LARGEST_GRAPH:
+        raise ConfigError(
+            f"external_data_above is {external_data_above}, expected at most {_LARGEST_GRAPH}: a graph file "
+            "cannot hold more, larger weights need a file of their own."
+        )
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    external = sum(tensor.nbytes for tensor in weights) > external_data_above
+    target = real_path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staging(target.parent) as folder:
+            staged = folder / target.name
+            _save(model, staged, external=external)
+            _check(staged)
+            report = _report(model, staged).moved(path)
+            _publish(folder, target)
+    except OSError as exc:
+        raise ExportError(
+            f"{path} cannot be written: {exc.strerror or exc}. Expected a folder that may be written to, "
+            "with room for the weights. Nothing was changed; choose another place or free some space."
+        ) from exc
+    return report
+
+
+def read_report(path: Path) -> GraphReport:
+    """Return the report of a graph that ``write_model`` wrote; without the time that it took.
+
+    Raises:
+        ExportError: If the file is missing or is no ONNX graph.
+    """
+    return _report(read_model(path), path)
+
+
+def _report(model: ir.Model, path: Path) -> GraphReport:
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    data = data_path_of(path)
+    external = data.is_file()
+    return GraphReport(
+        path=path,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+        data_path=data if external else None,
+        data_bytes=data.stat().st_size if external else 0,
+        data_sha256=sha256_file(data) if external else "",
+        opset=model.opset_imports[""],
+        num_nodes=model.graph.num_nodes(),
+        num_initializers=len(weights),
+        num_parameters=sum(tensor.size for tensor in weights),
+    )
+
+
+def _save(model: ir.Model, path: Path, *, external: bool) -> None:
+    import onnx_ir as ir
+
+    if external:
+        save_apart(model, path)
+    else:
+        # Weights that were read from another graph's file still point there; here they go into the graph.
+        ir.external_data.load_to_model(model)
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _check(path: Path) -> None:
+    """Run the checker of onnx, shape inference included, and what opening will check, on a file and its weights."""
+    import onnx
+
+    data = data_path_of(path)
+    try:
+        check_graph_file(path, {data.name: data.stat().st_size} if data.is_file() else {})
+    except BundleError as exc:
+        raise UnsupportedGraphError(str(exc)) from exc
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        raise UnsupportedGraphError(
+            f"onnx.checker refused the graph: {str(exc).strip()}. Expected a valid model; this is a bug of "
+            "the exporter or of scm-sdk, please report it."
+        ) from exc
+
+
+def _publish(folder: Path, path: Path) -> None:
+    """Move the staged graph and its data file, if any, to ``path``; restore the old data on failure."""
+    data_path, new_data, old_data = data_path_of(path), data_path_of(folder / path.name), folder / "old"
+    for file in (folder / path.name, new_data):
+        if file.exists():
+            fsync_file(file)
+    if data_path.exists():
+        os.replace(data_path, old_data)
+    try:
+        if new_data.exists():
+            os.replace(new_data, data_path)
+        os.replace(folder / path.name, path)
+    except BaseException:  # Ctrl-C too
+        data_path.unlink(missing_ok=True)
+        if old_data.exists():
+            os.replace(old_data, data_path)
+        raise
+    fsync_folder(path.parent)

@@ -1,0 +1,212 @@
+"""Export the network once, compose samplers around it, and write them as ONNX files.
+
+The exporter is the slow part, so it runs once for any number of samplers::
+
+    network = export_network(model)
+    for steps in (1, 2):
+        write_model(compose_sampler(network, model.spec(steps)), folder / f"{steps}step" / "model.onnx")
+
+``export_onnx`` does this for one sampler, ``export_samplers`` for several.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scm_sdk import __version__
+from scm_sdk._util.lazy import require
+from scm_sdk.errors import ConfigError
+from scm_sdk.spec import SamplerSpec
+
+from ..precision.fp16_unsafe import ISLANDS_KEY
+from .cleanup import clean
+from .compose import compose_sampler
+from .decoder import export_decoder
+from .io import EXTERNAL_DATA_ABOVE, GraphReport, write_model
+from .partial_eval import TIME_INPUT
+from .trace import EXAMPLE_BATCH, ROOT, require_exportable, trace_network, translate
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from scm_sdk.model.consistency import ConsistencyModel
+
+__all__ = [
+    "GraphReport",
+    "NetworkGraph",
+    "compose_sampler",
+    "export_network",
+    "export_onnx",
+    "export_samplers",
+    "write_model",
+]
+
+Progress = Callable[[str], object]
+"""Called with a few words for each stage as it begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkGraph:
+    """A network ``F(x, t, conditioning)`` as a clean ONNX graph, from which samplers are composed.
+
+    Attributes:
+        model: Inputs ``x`` (batch, *sample_shape), ``t`` (1,) and the conditioning, output ``F``.
+            It shares the weights' memory with the torch model: write before training goes on.
+        spec: A sampler of the model; samplers composed from this must agree with it.
+        versions: What goes into the file's metadata beside the spec.
+        num_nodes_exported: Nodes before cleaning.
+        decoder: The last stage of samplers that return pixels of a latent model; see ``decode.export_decoder``.
+        seconds: Wall time of the stages ``trace``, ``translate``, ``clean`` and ``decoder``.
+    """
+
+    model: ir.Model
+    spec: SamplerSpec
+    versions: Mapping[str, str]
+    num_nodes_exported: int
+    decoder: ir.Model | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes after cleaning."""
+        return self.model.graph.num_nodes()
+
+
+def export_network(model: ConsistencyModel, *, progress: Progress | None = None) -> NetworkGraph:
+    """Export the network of a model, float32, opset 20, any batch size.
+
+    Takes seconds for a small U-Net, a minute or more for a large one.
+
+    Args:
+        model: In evaluation mode, float32. Weights that are normalized when they are used are stored as they come out;
+            ``bake_weights_`` of ``model.networks.magnitude`` beforehand spares the memory of a copy.
+        progress: Called with a few words for each stage as it begins.
+
+    Raises:
+        ExportError: If the model is in training mode or not float32, or if the network cannot be
+            exported; the message names the operator and the line of the network where known.
+        ShapeError: If the network's output does not look like its input.
+        UnsupportedGraphError: If the graph holds control flow, random numbers or foreign operators.
+        BackendUnavailable: If torch, onnx, onnx_ir or onnxscript is not installed.
+    """
+    for library in ("torch", "onnx", "onnx_ir", "onnxscript"):
+        require(library, extra="export", purpose="exporting to ONNX")
+    import torch
+
+    from scm_sdk.model.networks.magnitude import baked
+
+    spec = model.spec(1)
+    require_exportable(model)
+    module = baked(model.network)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn((EXAMPLE_BATCH, *spec.sample_shape), generator=generator, device=device)
+    dtypes = {"float32": torch.float32, "int64": torch.int64}
+    conditioning = {
+        i.name: torch.zeros((EXAMPLE_BATCH, *i.shape), dtype=dtypes[i.dtype], device=device)
+        for i in spec.conditioning_inputs
+    }
+    seconds: dict[str, float] = {}
+    with _stage("trace", "trace the network", seconds, progress):
+        program = trace_network(module, x, conditioning)
+    with _stage("translate", "translate to ONNX", seconds, progress):
+        graph = translate(program, ("x", TIME_INPUT, *conditioning), "F")
+    num_nodes_exported = graph.graph.num_nodes()
+    with _stage("clean", "simplify the graph", seconds, progress):
+        clean(graph, root=ROOT)
+    decoder = None
+    if model.decoder is not None:
+        with _stage("decoder", "export the decoder", seconds, progress):
+            decoder = export_decoder(model.decoder, spec.sample_shape)
+    return NetworkGraph(
+        model=graph,
+        decoder=decoder,
+        spec=spec,
+        versions={
+            "scm_sdk_version": __version__,
+            "scm_exporter": f"torch {torch.__version__}",
+            **({ISLANDS_KEY: " ".join(model.islands)} if model.islands else {}),
+        },
+        num_nodes_exported=num_nodes_exported,
+        seconds=seconds,
+    )
+
+
+def export_onnx(
+    model: ConsistencyModel,
+    spec: SamplerSpec,
+    path: Path,
+    *,
+    external_data_above: int = EXTERNAL_DATA_ABOVE,
+    progress: Progress | None = None,
+) -> GraphReport:
+    """Write one sampler of a model as an ONNX file; see ``export_samplers`` for several.
+
+    Raises:
+        ScmError: As ``export_network``, ``compose_sampler`` and ``write_model`` do.
+    """
+    (report,) = _export(model, {path: spec}, external_data_above, progress)
+    return report
+
+
+def export_samplers(
+    model: ConsistencyModel,
+    specs: Sequence[SamplerSpec],
+    folder: Path,
+    *,
+    external_data_above: int = EXTERNAL_DATA_ABOVE,
+    progress: Progress | None = None,
+) -> tuple[GraphReport, ...]:
+    """Write samplers of one model as ``folder/<n>step/model.onnx`` for the price of one export.
+
+    Args:
+        model: In evaluation mode, float32.
+        specs: One for each number of steps.
+        folder: In a bundle ``onnx/fp32``; made when absent.
+        external_data_above: See ``write_model``.
+        progress: Called with a few words for each stage as it begins.
+
+    Returns:
+        One report for each spec, in the same order.
+
+    Raises:
+        ConfigError: If two specs have the same number of steps.
+        ScmError: As ``export_network``, ``compose_sampler`` and ``write_model`` do.
+    """
+    targets = {folder / f"{spec.num_inference_steps}step" / "model.onnx": spec for spec in specs}
+    if len(targets) != len(specs):
+        steps = [spec.num_inference_steps for spec in specs]
+        raise ConfigError(f"specs have {steps} steps, expected different numbers: each has its own folder.")
+    return _export(model, targets, external_data_above, progress)
+
+
+def _export(
+    model: ConsistencyModel,
+    targets: Mapping[Path, SamplerSpec],
+    external_data_above: int,
+    progress: Progress | None,
+) -> tuple[GraphReport, ...]:
+    network = export_network(model, progress=progress)
+    reports = []
+    for path, spec in targets.items():
+        seconds = dict(network.seconds)
+        with _stage("compose", f"build the {spec.num_inference_steps}-step graph", seconds, progress):
+            sampler = compose_sampler(network, spec)
+        with _stage("write", f"write {path}", seconds, progress):
+            report = write_model(sampler, path, external_data_above=external_data_above)
+        reports.append(replace(report, seconds=seconds))
+    return tuple(reports)
+
+
+@contextmanager
+def _stage(key: str, title: str, seconds: dict[str, float], progress: Progress | None) -> Iterator[None]:
+    if progress is not None:
+        progress(title)
+    start = time.perf_counter()
+    yield
+    seconds[key] = round(time.perf_counter() - start, 3)

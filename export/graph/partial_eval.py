@@ -1,0 +1,223 @@
+"""Partial evaluation of a network's graph: constants, batch size, time.
+
+Every value of a graph falls in one of four classes, each holding what depends on nothing more than
+
+* ``CONSTANT``  weights and literals,
+* ``BATCH``     also the batch size, read off the shape of a tensor,
+* ``TIME``      also the time ``t``, one number for the whole batch,
+* ``DATA``      anything else: the samples, the labels.
+
+Nothing above ``DATA`` has to be computed when the graph runs. ``graph.cleanup`` and
+``graph.compose`` ask here what a value is and what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from scm_sdk.errors import UnsupportedGraphError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+BATCH_DIM = "batch"
+"""Name of the one symbolic dimension, axis 0 of every input."""
+TIME_INPUT = "t"
+"""Name of the network's time input, (1,)."""
+
+
+ROUNDING = 1e-5
+"""Share of a value's largest element by which a matrix product may differ between two batch sizes."""
+
+
+class Depends(IntEnum):
+    """What a value depends on; a larger member includes the smaller ones."""
+
+    CONSTANT = 0
+    BATCH = 1
+    TIME = 2
+    DATA = 3
+
+
+def classify(graph: ir.Graph) -> dict[ir.Value, Depends]:
+    """Return the class of every value of ``graph``.
+
+    Requires: nodes in topological order, no subgraphs, the batch dimension called ``"batch"``.
+
+    Raises:
+        UnsupportedGraphError: If a node draws random numbers: its output would be no constant.
+    """
+    classes: dict[ir.Value, Depends] = dict.fromkeys(graph.initializers.values(), Depends.CONSTANT)
+    for value in graph.inputs:
+        classes[value] = Depends.TIME if value.name == TIME_INPUT else Depends.DATA
+    for node in graph:
+        if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
+            raise UnsupportedGraphError(
+                f"node {node.name!r} ({node.op_type}) draws random numbers inside the network. All noise "
+                "must enter as graph inputs, so that backends can be compared; draw it outside."
+            )
+        if _known_shape(node) is not None:
+            found = Depends.BATCH
+        else:
+            found = max((classes[v] for v in node.inputs if v is not None), default=Depends.CONSTANT)
+        classes.update(dict.fromkeys(node.outputs, found))
+    return classes
+
+
+def needed(values: Iterable[ir.Value], *, stop: Mapping[ir.Value, Any]) -> list[ir.Node]:
+    """Return the nodes that ``values`` need, in graph order, not looking behind those in ``stop``."""
+    wanted: set[ir.Node] = set()
+    todo = [v for v in values if v not in stop]
+    while todo:
+        node = todo.pop().producer()
+        if node is not None and node not in wanted:
+            wanted.add(node)
+            todo.extend(v for v in node.inputs if v is not None and v not in stop)
+    if not wanted:
+        return []
+    graph = next(iter(wanted)).graph
+    assert graph is not None, "a network's nodes belong to its graph"
+    return [node for node in graph if node in wanted]
+
+
+def evaluate(
+    graph: ir.Graph,
+    values: list[ir.Value],
+    *,
+    batch: int = 1,
+    t: float | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """Compute ``values``, none of which depends on more ``DATA`` than is given, with numpy.
+
+    Args:
+        graph: Where they are.
+        values: What to compute.
+        batch: The batch size that shapes report.
+        t: The time, radians; None if no value is ``TIME``.
+        given: Inputs of the graph by name, axis 0 as long as ``batch``.
+
+    Returns:
+        One array for each value.
+
+    Raises:
+        UnsupportedGraphError: If onnx has no numpy version of an operator on the way.
+    """
+    import numpy as np
+    import onnx
+    import onnx_ir as ir
+    from onnx.reference import ReferenceEvaluator
+
+    shapes = {node.outputs[0]: shape for node in graph if (shape := _known_shape(node)) is not None}
+    nodes = needed(values, stop=shapes)
+    feeds: dict[ir.Value, np.ndarray] = {}
+    for value in (*values, *_inputs_of(nodes)):
+        if value.is_initializer() and value.const_value is not None:
+            feeds[value] = value.const_value.numpy()
+        elif value.name == TIME_INPUT:
+            feeds[value] = np.array([t], dtype=np.float32)
+        elif (array := (given or {}).get(value.name or "")) is not None:
+            feeds[value] = array
+        elif value in shapes:
+            dims = [batch if d == BATCH_DIM else d for d in shapes[value]]
+            feeds[value] = np.array(dims, dtype=np.int64)
+    proto = onnx.helper.make_graph(
+        [ir.to_proto(node) for node in nodes],
+        "partial",
+        [onnx.helper.make_empty_tensor_value_info(v.name or "") for v in feeds],
+        [onnx.helper.make_empty_tensor_value_info(v.name or "") for v in dict.fromkeys(values) if v not in feeds],
+    )
+    try:
+        # Weights go in as feeds, not as initializers: that copies none of them.
+        runner = ReferenceEvaluator(proto, opsets=dict(graph.opset_imports))
+        arrays = runner.run(None, {v.name or "": array for v, array in feeds.items()})
+    except Exception as exc:  # onnx.reference raises many unrelated types
+        raise UnsupportedGraphError(
+            f"the constant part of the graph could not be computed: {str(exc)[:200]}. Expected operators "
+            f"that onnx.reference knows; this part holds {sorted({n.op_type for n in nodes})}."
+        ) from exc
+    computed = dict(zip(runner.output_names, arrays, strict=True))
+    return [np.asarray(feeds[v] if v in feeds else computed[v.name]) for v in values]
+
+
+def _inputs_of(nodes: list[ir.Node]) -> Iterator[ir.Value]:
+    for node in nodes:
+        yield from (v for v in node.inputs if v is not None)
+
+
+def _known_shape(node: ir.Node) -> list[int | str] | None:
+    """Return what a Shape node yields, ``"batch"`` standing for the batch size; None if it is unknown."""
+    if node.op_type != "Shape" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    start = node.attributes.get("start")
+    end = node.attributes.get("end")
+    dims: list[int | str] = []
+    for dim in node.inputs[0].shape[slice(start and start.as_int(), end and end.as_int())]:
+        if isinstance(dim, int):
+            dims.append(dim)
+        elif dim.value == BATCH_DIM:
+            dims.append(BATCH_DIM)
+        else:
+            return None
+    return dims
+
+
+class TimeConstant(NamedTuple):
+    """One value of the time branch at a fixed time.
+
+    Attributes:
+        array: What it holds; with ``per_sample``, for one sample: axis 0 is 1.
+        per_sample: Whether the value has one such row for each sample.
+    """
+
+    array: np.ndarray
+    per_sample: bool
+
+
+def read_outside(values: Iterable[ir.Value], inside: Container[ir.Value]) -> list[ir.Value]:
+    """Return those of ``values`` that are inside, and that a node outside, or the caller of the graph, reads."""
+    return [
+        value
+        for value in values
+        if value in inside
+        and (value.is_graph_output() or any(node.outputs[0] not in inside for node in value.consumers()))
+    ]
+
+
+def time_border(graph: ir.Graph, classes: Mapping[ir.Value, Depends]) -> list[ir.Value]:
+    """Return the values of the time branch that the rest of the graph, or the caller, reads."""
+    branch = {value for value, found in classes.items() if found == Depends.TIME}
+    return read_outside((*graph.inputs, *(value for node in graph for value in node.outputs)), branch)
+
+
+def time_constants(graph: ir.Graph, border: list[ir.Value], t: float) -> list[TimeConstant]:
+    """Compute the border of the time branch at one time.
+
+    It is computed for one sample and for three: the time is the same for all samples, so a value
+    must either not depend on the batch size or have equal rows.
+
+    Raises:
+        UnsupportedGraphError: If one does neither; it names the value.
+    """
+    import numpy as np
+
+    constants = []
+    for value, one, three in zip(
+        border, evaluate(graph, border, batch=1, t=t), evaluate(graph, border, batch=3, t=t), strict=True
+    ):
+        if three.shape[:1] == (3,) and one.shape == (1, *three.shape[1:]):
+            rows = np.broadcast_to(one, three.shape)
+        else:
+            rows = one
+        scale = float(np.abs(one).max(initial=0.0)) or 1.0
+        if rows.shape != three.shape or not np.allclose(rows, three, rtol=0, atol=ROUNDING * scale):
+            raise UnsupportedGraphError(
+                f"{value.name!r} depends on the time and the batch size alone, but is {one.shape} for "
+                f"one sample and {three.shape} for three, with other content. Expected the same for every "
+                "sample: the network must not mix the times of different samples."
+            )
+        constants.append(TimeConstant(one, rows is not one))
+    return constants

@@ -1,0 +1,296 @@
+"""Trace a torch network to an ONNX model; the only module that calls torch's exporter.
+
+``torch.export`` traces the network, then ``torch.onnx`` translates the trace. Calling them one
+after the other, and not through their common front, means one way of tracing, no silent second
+attempts, and errors that can be told apart.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk._util.lazy import install_command, outdated
+from scm_sdk.errors import BackendUnavailable, ExportError, ScmError, ShapeError
+
+from .partial_eval import BATCH_DIM
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+    from torch.fx import Node
+
+OPSET = 20
+"""Read by TensorRT 10, TensorRT-RTX and ONNX Runtime 1.18 and later; opset 23 brings an Attention
+operator that engines cannot build in float32."""
+ROOT = "network"
+"""Attribute of the traced module that holds the network; the front of all exported names."""
+EXAMPLE_BATCH = 2
+"""Torch takes the sizes 0 and 1 for constants, so the example has two samples."""
+
+_CHATTY = (
+    "torch.onnx._internal.exporter._registration",  # "torchvision is not installed. Skipping ..."
+    "torch.fx.experimental.symbolic_shapes",  # repeats the exception
+)
+_STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def require_exportable(network: nn.Module) -> None:
+    """Check mode and types of a network before anything slow begins.
+
+    Raises:
+        ExportError: If a module is in training mode or a weight is not float32.
+    """
+    import torch
+
+    for name, module in network.named_modules():
+        if module.training:
+            raise ExportError(
+                f"module {name or type(module).__name__!r} is in training mode, expected evaluation mode: "
+                "dropout would be exported as noise. Call model.eval() before exporting."
+            )
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ExportError(
+                f"weight {name!r} is {tensor.dtype}, expected torch.float32. Call model.float() first; "
+                "smaller precisions are made from the float32 graph."
+            )
+
+
+def trace_network(network: nn.Module, x: Tensor, conditioning: Mapping[str, Tensor]) -> ExportedProgram:
+    """Trace ``network(x, t, **conditioning)`` for one time and any batch size.
+
+    The traced module takes ``t`` as (1,) and hands it to the network once for each sample, as the
+    network protocol wants it. So one time serves the whole batch whatever the network does with it.
+
+    Args:
+        network: In evaluation mode, float32.
+        x: Example samples, (B, *sample_shape) with B = ``EXAMPLE_BATCH``.
+        conditioning: Example conditioning by argument name, axis 0 the batch.
+
+    Raises:
+        ShapeError: If the network's output has not the shape and type of ``x``.
+        ExportError: If the network fails, fixes the batch size, or decides by the value of a tensor.
+    """
+    import torch
+
+    class AtOneTime(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+            out: Tensor = self.network(x, t.expand(x.shape[0]), **conditioning)
+            return out
+
+    module = AtOneTime().eval()
+    args = (x, torch.ones(1, device=x.device), dict(conditioning))
+    with torch.no_grad(), _translated(f"{type(network).__name__} fails on an example of two samples"):
+        out = _example(module, args)
+    if not isinstance(out, torch.Tensor) or out.shape != x.shape or out.dtype != x.dtype:
+        is_tensor = isinstance(out, torch.Tensor)
+        found = f"{tuple(out.shape)} {out.dtype}" if is_tensor else type(out).__name__
+        raise ShapeError(
+            f"{type(network).__name__} returned {found} for x of {tuple(x.shape)} {x.dtype}, expected F to "
+            "be like x. A network that also returns a weighting must leave it out of forward()."
+        )
+    batch = {0: torch.export.Dim(BATCH_DIM)}
+    shapes = {"x": batch, "t": None, "conditioning": {name: batch for name in conditioning}}
+    with torch.no_grad(), _quiet(), _translated(f"{type(network).__name__} cannot be traced"):
+        return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+
+
+def trace_decoder(decoder: nn.Module, latents: Tensor) -> ExportedProgram:
+    """Trace ``decoder(latents)`` for any batch size.
+
+    Args:
+        decoder: In evaluation mode, float32.
+        latents: Example, (B, *sample_shape) with B = ``EXAMPLE_BATCH``.
+
+    Raises:
+        ShapeError: If it returns another shape than it says.
+        ExportError: If it fails, fixes the batch size, or decides by the value of a tensor.
+    """
+    import torch
+
+    class Decoding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, latents: Tensor) -> Tensor:
+            out: Tensor = self.decoder(latents)
+            return out
+
+    module, name = Decoding().eval(), type(getattr(decoder, "module", decoder)).__name__
+    with torch.no_grad(), _translated(f"{name} fails on an example of two samples"):
+        _example(module, (latents,))
+    with torch.no_grad(), _quiet(), _translated(f"{name} cannot be traced"):
+        shapes = {"latents": {0: torch.export.Dim(BATCH_DIM)}}
+        return torch.export.export(module, (latents,), dynamic_shapes=shapes, strict=False)
+
+
+def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> ir.Model:
+    """Translate a trace to ONNX.
+
+    Args:
+        program: What ``trace_network`` or ``trace_decoder`` returned.
+        inputs: Names of its inputs in order.
+        output: Name of its output.
+
+    Returns:
+        A model of opset 20. It shares the weights' memory with the network and holds the exporter's metadata.
+
+    Raises:
+        ExportError: If an operator has no translation, or comes out in another opset.
+        BackendUnavailable: If one of the libraries is too old; those give graphs that are wrong or fail elsewhere.
+    """
+    import torch
+
+    if old := outdated("torch", "onnx", "onnx_ir", "onnxscript"):
+        raise BackendUnavailable(
+            f"exporting a network needs other versions: found {'; '.join(map(' '.join, old.items()))}. Install them "
+            f"with: {install_command('export', '--upgrade')}"
+        )
+    with _quiet(), _translated("a traced network cannot be translated"):
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=[output],
+            external_data=False,
+            verbose=False,
+        )
+    assert exported is not None, "torch.onnx.export returns a program when dynamo=True"
+    model = exported.model
+    if (opset := model.opset_imports.get("")) != OPSET:
+        raise ExportError(
+            f"torch {torch.__version__} exported opset {opset}, expected {OPSET}: the network holds an "
+            "operator that cannot be converted. Update torch and onnxscript."
+        )
+    return model
+
+
+def _example(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Run a module on examples of its inputs for the shape and type of what comes out.
+
+    Without memory and arithmetic where the module allows it, which for a large network or a decoder of megapixels are
+    gigabytes and minutes; else for real, which also finds what is wrong with it.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    def to_meta(tree: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tree)
+
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    try:
+        return torch.func.functional_call(module, to_meta(tensors), to_meta(args))
+    except Exception:  # whatever it is, the real run decides
+        return module(*args)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what torch's exporter says about itself; users can do nothing about it."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    said = io.StringIO()
+    with warnings.catch_warnings():
+        # torch.export uses its own deprecated tree types (torch 2.9 to 2.13).
+        warnings.filterwarnings("ignore", r".*treespec, LeafSpec.* is deprecated", FutureWarning)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            # On failure torch prints the whole graph; the exception says what matters of it.
+            with redirect_stderr(said):
+                yield
+            sys.stderr.write(said.getvalue())
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _translated(subject: str) -> Iterator[None]:
+    """Turn whatever torch raises into an ExportError that names the operator and the user's line."""
+    try:
+        yield
+    except ScmError:
+        raise
+    except Exception as exc:  # torch and the network may raise anything
+        node = _failed_node(exc)
+        if node is None:
+            found = _first_line(exc)
+        elif "DispatchError" in _kinds(exc):
+            found = f"operator {node.target} has no translation to ONNX opset {OPSET}"
+        else:
+            *_, first = _chain(exc)
+            found = f"operator {node.target} cannot be translated ({_first_line(first)})"
+        raise ExportError(f"{subject}{_user_line(exc, node)}: {found}. {_remedy(exc, node)}") from exc
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).strip().split("\n")[0] or type(exc).__name__
+
+
+def _failed_node(exc: BaseException) -> Node | None:
+    """Return the operator that torch was translating when it gave up: the innermost that a frame of it holds."""
+    from torch.fx import Node
+
+    found = None
+    for error in _chain(exc):
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for value in frame.f_locals.values():
+                if isinstance(value, Node) and value.op == "call_function":
+                    found = value
+    return found
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, then what it was raised from, down to the first."""
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__ or exc.__context__
+
+
+def _kinds(exc: BaseException) -> set[str]:
+    """Return the names of the classes of an exception and of all that it was raised from."""
+    return {type(error).__name__ for error in _chain(exc)}
+
+
+def _remedy(exc: Exception, node: Node | None) -> str:
+    kinds = _kinds(exc)
+    if node is not None:
+        return "Expected operators that ONNX has; write that line with others."
+    if "GuardOnDataDependentSymNode" in kinds:
+        return (
+            "Expected a network that runs the same operators whatever its inputs hold; it decides by the "
+            "value of a tensor. Choose between results with torch.where, not with if, and avoid .item()."
+        )
+    if "ConstraintViolationError" in kinds:
+        return "Expected a network for any batch size; take the batch from x.shape[0], never a fixed number."
+    return "Expected network(x, t, class_labels) to return F; run it by hand on such inputs to see more."
+
+
+def _user_line(exc: Exception, node: Node | None) -> str:
+    """Return `` at file:line`` of the innermost line outside of torch and this file, or nothing."""
+    import torch
+
+    if node is not None:
+        places = [(path, int(line)) for path, line in _STACK_LINE.findall(node.meta.get("stack_trace") or "")]
+    else:
+        places = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(exc.__traceback__)]
+    library = str(Path(torch.__file__).parent)
+    user = [p for p in places if not p[0].startswith((library, __file__, "<")) and Path(p[0]).is_file()]
+    return f" at {user[-1][0]}:{user[-1][1]}" if user else ""

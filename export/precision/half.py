@@ -1,0 +1,329 @@
+"""FP16 and BF16 as a graph transform: a plan states the precision of every node.
+
+A plan names the *islands*: the nodes that stay float32. Everything else computes and stores in the
+low precision, weights included. Casts stand only where an island ends, one for each value; inputs
+and outputs stay float32, so a low graph is fed like the others. Strongly typed engines, the only
+kind that TensorRT 11 knows, take the precision from here and choose none themselves.
+
+By default float32 stay the sampler's own algebra and what does not depend on the noise, the label's and
+the time's branch, matrix products apart: a small part of the work whose rounding would shift every pixel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from scm_sdk.errors import ConfigError, ExportError
+
+from .fp16_unsafe import DELICATE, delicate_nodes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import onnx_ir as ir
+
+
+@cache
+def types_of(
+    op_type: str, domain: str, opset: int, num_inputs: int, num_outputs: int
+) -> tuple[tuple[bool, ...], tuple[bool, ...], frozenset[str]]:
+    """Return which inputs and outputs of an operator may change their float type, and what it may become.
+
+    Returns:
+        For each input and each output whether its type is free, and the low types that all free ones
+        take, out of ``FLOAT16`` and ``BFLOAT16``.
+    """
+    import onnx
+
+    schema = onnx.defs.get_schema(op_type, opset, domain)
+    allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
+
+    def formal(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], count: int) -> Iterator[str]:
+        for i in range(count):  # the last one may be variadic
+            yield parameters[min(i, len(parameters) - 1)].type_str
+
+    inputs, outputs = list(formal(schema.inputs, num_inputs)), list(formal(schema.outputs, num_outputs))
+    names = {"FLOAT16": "tensor(float16)", "BFLOAT16": "tensor(bfloat16)"}
+    floats = [types for name in {*inputs, *outputs} if "tensor(float)" in (types := allowed.get(name, set()))]
+    able = frozenset(name for name, text in names.items() if all(text in types for types in floats))
+    free = {name for name, types in allowed.items() if "tensor(float)" in types}
+    return tuple(t in free for t in inputs), tuple(t in free for t in outputs), able
+
+
+LowPrecision = Literal["fp16", "bf16"]
+CONDITIONING = "@conditioning"
+"""Pattern of the nodes that do not depend on the noise, matrix products apart: their names differ from
+network to network. The products lose nothing in low precision, and TensorRT-RTX has no float32
+product for Turing GPUs."""
+NORMS = "@norms"
+"""Pattern of the nodes that add up squares over channels, which overflow float16 long before their root does."""
+SUMS_OF_SQUARES = frozenset({"ReduceL2", "ReduceSumSquare"})
+PRODUCTS = frozenset({"Gemm", "MatMul"})
+PRECISION_KEY = "scm_precision"
+"""Key of the graph's metadata under which its precision lies; fp32 graphs have none."""
+
+BF16_OPSET = 22
+"""The first in which convolutions and normalizations take bfloat16."""
+
+MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "DepthToSpace", "SpaceToDepth"})
+"""Operators that move numbers and compute none: they take the type they are given, so that an island
+reaches through them to whatever computes next."""
+
+
+class Island(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nodes that stay float32.
+
+    Attributes:
+        pattern: Which: a shell pattern over node names, such as ``step*/up.0.*``, ``@conditioning`` or
+            ``@norms``.
+        reason: Why; kept for whoever reads the plan next year.
+    """
+
+    pattern: str
+    reason: str
+
+
+class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which nodes of a sampler graph compute in which precision; a bundle keeps it as ``precision/<p>.json``.
+
+    Attributes:
+        precision: What the nodes outside the islands compute in.
+        islands: What stays float32.
+    """
+
+    precision: LowPrecision
+    islands: tuple[Island, ...] = ()
+
+    def with_islands(self, *islands: Island) -> PrecisionPlan:
+        """Return this plan with more islands."""
+        return msgspec.structs.replace(self, islands=self.islands + islands)
+
+    def to_json(self) -> bytes:
+        """Return indented JSON, one line for each fact, that ``from_json`` reads back to an equal plan."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> PrecisionPlan:
+        """Parse a plan.
+
+        Raises:
+            ConfigError: If it is no JSON or breaks the schema.
+        """
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise ConfigError(
+                f"precision plan cannot be read: {exc}. Expected the JSON that scm-export precision writes."
+            ) from exc
+
+
+def default_plan(precision: LowPrecision) -> PrecisionPlan:
+    """Return the plan that suits every network of this package."""
+    return PrecisionPlan(
+        precision=precision,
+        islands=(
+            Island(pattern="step*/sampler/*", reason="time, trigonometry and the final combination stay float32"),
+            Island(pattern=CONDITIONING, reason="small, and its rounding would shift every pixel alike"),
+            Island(pattern=NORMS, reason="sums of squares over many channels do not fit float16"),
+        ),
+    )
+
+
+def apply_precision(model: ir.Model, plan: PrecisionPlan) -> ir.Model:
+    """Return a float32 sampler graph in another precision.
+
+    Args:
+        model: What ``compose_sampler`` made or ``read_model`` read, float32; it is not changed.
+        plan: Which nodes stay float32. Nodes whose operator knows no such type stay too.
+
+    Returns:
+        A new graph with the same node names; a value computed in low precision keeps its name.
+        A weight that only low nodes read is stored in low precision under its own name.
+
+    Raises:
+        ConfigError: If the graph is not float32, or a pattern of the plan matches no node.
+        ExportError: If a weight does not fit the low precision: it would become infinite, or zero
+            where it stands for a whole tensor.
+    """
+    found = model.metadata_props.get(PRECISION_KEY, "fp32")
+    if found != "fp32":
+        raise ConfigError(f"the graph is {found} already, expected a float32 graph. Start from onnx/fp32.")
+    copy = model.clone()
+    if plan.precision == "bf16":
+        _raise_opset(copy, BF16_OPSET)
+    _Lowering(copy, plan).run()
+    copy.metadata_props[PRECISION_KEY] = plan.precision
+    return copy
+
+
+def island_nodes(graph: ir.Graph, plan: PrecisionPlan) -> dict[ir.Node, str]:
+    """Return the nodes that a plan keeps in float32, each with the reason.
+
+    Raises:
+        ConfigError: If a pattern matches no node: a plan for another network, or a typing error.
+    """
+    free = conditioning_nodes(graph)
+    delicate = delicate_nodes(graph) if any(i.pattern == DELICATE for i in plan.islands) else set()
+    kept: dict[ir.Node, str] = {}
+    for island in plan.islands:
+        if island.pattern == CONDITIONING:
+            matched = [node for node in free if node.op_type not in PRODUCTS]
+        elif island.pattern == NORMS:
+            matched = [node for node in graph if node.op_type in SUMS_OF_SQUARES]
+        elif island.pattern == DELICATE:
+            matched = [node for node in graph if node in delicate]
+        else:
+            matched = [node for node in graph if fnmatchcase(node.name or "", island.pattern)]
+            if not matched:
+                some = ", ".join(sorted({(node.name or "").rpartition("/")[0] for node in graph})[:5])
+                raise ConfigError(
+                    f"island {island.pattern!r} matches no node, expected a shell pattern over node names "
+                    f"such as {some}. Correct the plan, or drop the island."
+                )
+        for node in matched:
+            kept.setdefault(node, island.reason)
+    return kept
+
+
+def conditioning_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """Return the nodes that do not depend on the noise, except through the size of the batch."""
+    noisy = {value for value in graph.inputs if (value.name or "").startswith("noise_")}
+    free: set[ir.Node] = set()
+    for node in graph:
+        if node.op_type not in ("Shape", "Size") and any(value in noisy for value in node.inputs):
+            noisy.update(node.outputs)
+        else:
+            free.add(node)
+    return free
+
+
+def count_precisions(model: ir.Model) -> Counter[str]:
+    """Return how many nodes compute in which type, by the type of their first output; casts left out."""
+    return Counter(
+        node.outputs[0].dtype.name.lower()
+        for node in model.graph
+        if node.op_type != "Cast" and node.outputs[0].dtype is not None
+    )
+
+
+def _raise_opset(model: ir.Model, opset: int) -> None:
+    from onnxscript import version_converter
+
+    try:
+        version_converter.convert_version(model, opset)
+    except (RuntimeError, ValueError) as exc:
+        raise ExportError(
+            f"the graph cannot be raised to opset {opset}, which bf16 needs: {exc}. Use fp16, or report the operator."
+        ) from exc
+    if model.opset_imports[""] < opset:
+        raise ExportError(
+            f"the graph stays at opset {model.opset_imports['']}, expected {opset} for bf16: an operator in it has no "
+            "such version. Use fp16, or report it."
+        )
+
+
+class _Lowering:
+    """Walks a graph once, in order, and gives each node the types that its plan asks for."""
+
+    def __init__(self, model: ir.Model, plan: PrecisionPlan) -> None:
+        import onnx_ir as ir
+
+        self.graph = model.graph
+        self.opset = model.opset_imports[""]
+        self.name = plan.precision
+        self.full = ir.DataType.FLOAT
+        self.low = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[plan.precision]
+        self.kept = island_nodes(self.graph, plan)
+        self.copies: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        """Change the graph."""
+        for node in list(self.graph):
+            self._retype(node)
+        for value in list(self.graph.outputs):
+            self._restore_output(value)
+        self._name_weights()
+
+    def _retype(self, node: ir.Node) -> None:
+        import onnx_ir as ir
+
+        inputs, outputs, able = types_of(node.op_type, node.domain, self.opset, len(node.inputs), len(node.outputs))
+        moved = node.op_type in MOVES and node.inputs[0] is not None and node.inputs[0].dtype == self.full
+        stays = node in self.kept or moved or self.low.name not in able
+        wanted = self.full if stays else self.low
+        for i, value in enumerate(list(node.inputs)):
+            if value is None or value.dtype not in (self.full, self.low):
+                continue
+            node.replace_input_with(i, self._as(value, wanted if inputs[i] else self.full, node))
+        for i, value in enumerate(node.outputs):
+            if value.dtype == self.full and outputs[i]:
+                value.type = ir.TensorType(wanted)
+        if node.op_type == "Cast" and node.outputs[0].dtype == self.low:
+            node.attributes["to"] = ir.AttrInt64("to", self.low.value)
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
+        """Return a value in a type: itself, a weight stored so, or the one cast that all its readers share."""
+        import onnx_ir as ir
+
+        if value.dtype == dtype:
+            return value
+        key = (value, dtype)
+        if key not in self.copies:
+            suffix = "fp32" if dtype == self.full else self.name
+            name = f"{value.name}.{suffix}"
+            if value.is_initializer() and value.const_value is not None:
+                array = self._round(value.const_value.numpy(), value.name or "")
+                copy = ir.val(name, const_value=ir.tensor(array, dtype=dtype, name=name))
+                self.graph.register_initializer(copy)
+            else:
+                copy = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+                to = [ir.AttrInt64("to", dtype.value)]
+                cast = ir.Node("", "Cast", [value], to, outputs=[copy], name=f"{value.name}/to_{suffix}")
+                self.graph.insert_before(reader, cast)
+            self.copies[key] = copy
+        return self.copies[key]
+
+    def _round(self, array: np.ndarray, name: str) -> np.ndarray:
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            rounded: np.ndarray = array.astype(self.low.numpy())
+        lost = np.isinf(rounded.astype(np.float32)) & np.isfinite(array)
+        gone = array.size == 1 and bool(np.any((array != 0) & (rounded == 0)))
+        if lost.any() or gone:
+            becomes = "infinite" if lost.any() else "0"
+            remedy = ", or use bf16" if self.name == "fp16" else ""
+            raise ExportError(
+                f"{name!r} holds {float(np.abs(array).max()):.3g}, which {self.name} cannot (it becomes {becomes}). "
+                f"Keep its reader in float32 with an island in the plan{remedy}."
+            )
+        return rounded
+
+    def _restore_output(self, value: ir.Value) -> None:
+        """Give an output that became low its float32 back, under its own name."""
+        import onnx_ir as ir
+
+        if value.dtype != self.low:
+            return
+        name = value.name or ""
+        value.name = f"{name}.{self.name}"
+        out = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self.full))
+        to = [ir.AttrInt64("to", self.full.value)]
+        self.graph.append(ir.Node("", "Cast", [value], to, outputs=[out], name=f"{name}/to_fp32"))
+        self.graph.outputs[self.graph.outputs.index(value)] = out
+
+    def _name_weights(self) -> None:
+        """Drop float32 weights that nothing reads any more; what took their place takes their name."""
+        for (value, dtype), copy in self.copies.items():
+            if value.is_initializer() and dtype == self.low and not value.uses() and not value.is_graph_output():
+                name = value.name or ""
+                del self.graph.initializers[name]
+                copy.name = name
+                if copy.const_value is not None:
+                    copy.const_value.name = name

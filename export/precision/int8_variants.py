@@ -1,0 +1,284 @@
+"""Add INT8 to a bundle: calibrate and quantize, or add a graph that another tool quantized."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from scm_sdk._util.files import atomic_write_bytes, sha256_bytes, sha256_file
+from scm_sdk._util.progress import Progress, Step
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.edit import Draft, extend_bundle, open_to_extend
+from scm_sdk.errors import ConfigError
+from scm_sdk.inference.conditioning import Examples
+
+from ..graph.io import read_model
+from .calibration import Calibration, Method, calibrate, describe_conditioning
+from .external_qdq import adopt_quantized
+from .half import LowPrecision, PrecisionPlan, apply_precision, default_plan
+from .int8 import FREE, QuantizePlan, choose_layers, default_quantize_plan, quantize, step_of
+from .int8_ort import quantize_for_cpu
+from .layer_search import Quantizer, exclude_to_target
+from .probe import NUM_SAMPLES, Probe
+from .smoothquant import choose_factors, equalize
+from .variants import Source, Variant, add_graph, first_graph, fp32_sources, own_islands, unchanged_variants
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+Int8 = Literal["int8", "int8-cpu"]
+Base = Literal["fp16", "bf16", "fp32"]
+
+
+class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How INT8 is made.
+
+    Attributes:
+        precision: ``int8`` for engines, ``int8-cpu`` for ONNX Runtime and OpenVINO on CPUs.
+        base: What the rest of the graph computes in; ``int8-cpu`` takes fp32 alone.
+        plan: Which layers are not quantized; None is ``default_quantize_plan``.
+        method: How ranges are chosen; ``int8-cpu`` takes ``minmax`` alone.
+        percentile: For ``percentile``, percent.
+        num_samples: Images to calibrate on, and others to compare for a target; without one at most 32 are compared.
+        seed: Which ones are calibrated on: see ``calibrate``.
+        target_db: PSNR that 95 % of the compared images are to reach, dB: layers are excluded until they do.
+        equalize: Whether channels are made equally large first (``smoothquant``); ``int8`` alone.
+    """
+
+    precision: Int8 = "int8"
+    base: Base = "fp16"
+    plan: QuantizePlan | None = None
+    method: Method = "minmax"
+    percentile: float = 99.99
+    num_samples: int = 128
+    seed: int = 0
+    target_db: float | None = None
+    equalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision == "int8-cpu" and self.method != "minmax":
+            raise ConfigError(
+                f"int8-cpu was asked for with method {self.method}, expected minmax: ONNX Runtime's own quantizer "
+                "makes it."
+            )
+
+
+def add_int8(
+    path: str | os.PathLike[str],
+    options: QuantizeOptions | None = None,
+    *,
+    steps: Sequence[int] = (),
+    examples: Examples | None = None,
+    progress: Progress = lambda _: None,
+) -> list[Variant]:
+    """Add the INT8 form of a bundle's graphs, calibrated on the sampler's own states.
+
+    Args:
+        path: The bundle.
+        options: How; the defaults when absent.
+        steps: Only graphs with these numbers of steps; () is all.
+        examples: What the model is told while it is measured, for example prompts; None draws it.
+        progress: Called with a few words for each stage.
+
+    Raises:
+        BundleError: If the bundle is damaged or cannot be written.
+        ConfigError: If it has no such graph, or a plan does not fit the network.
+        ParityError: If the target is out of reach.
+    """
+    options = options or QuantizeOptions()
+    bundle = open_to_extend(path)
+    base_plan = None
+    if options.precision == "int8" and options.base != "fp32":
+        base_plan = _base_plan(bundle, options.base)
+    recipe = msgspec.to_builtins(options) | {"base_plan": sha256_bytes(base_plan.to_json()) if base_plan else ""}
+    if examples is not None:
+        recipe["examples"] = examples.sha256
+    sources = fp32_sources(bundle, steps, recipe)
+    if unchanged := unchanged_variants(bundle, sources, options.precision):
+        return unchanged
+    plan = options.plan or default_quantize_plan(read_model(sources[-1].graph))
+    _check_steps(bundle, plan)
+    looked_at = options.num_samples if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
+    probes = [Probe(s.graph, s.spec, num_samples=looked_at, examples=examples) for s in sources]
+    if options.precision == "int8-cpu":
+        plan, made = _make_for_cpu(sources, probes, plan, options, examples, progress)
+    else:
+        plan, made = _make_for_engines(sources, probes, plan, base_plan, options, examples, progress)
+    with extend_bundle(bundle) as draft:
+        plan_path = f"precision/{options.precision}.json"
+        atomic_write_bytes(draft.path(plan_path), plan.to_json())
+        draft.roles[plan_path] = "plan"
+        variants = []
+        for source, probe, (model, measured) in zip(sources, probes, made, strict=True):
+            files = [plan_path, *_write_calibration(draft, source, measured)]
+            layers = choose_layers(read_model(source.graph), plan)
+            notes = [f"{layers.share()} in int8", *(f"not {name}: {why}" for name, why in _left_out(layers.left))]
+            if (told := describe_conditioning(source.spec, examples)) and examples is None:
+                notes.append(f"calibrated on {told}: give --prompts for ranges of real ones")
+            variants.append(add_graph(draft, model, source, options.precision, probe, built_from=files, notes=notes))
+    return variants
+
+
+def add_foreign_int8(path: str | os.PathLike[str], graph: Path, *, steps: int) -> Variant:
+    """Add a sampler graph that another tool, such as ModelOpt, quantized with QuantizeLinear nodes.
+
+    Args:
+        path: The bundle.
+        graph: The ONNX file.
+        steps: Its number of steps.
+
+    Raises:
+        UnsupportedGraphError: If no engine can take it; the message says why.
+        ShapeError: If its inputs and outputs are not the sampler's.
+        BundleError: If the bundle is damaged or cannot be written.
+    """
+    bundle = open_to_extend(path)
+    (source,) = fp32_sources(bundle, [steps], {"foreign": sha256_file(graph) if graph.is_file() else ""})
+    if unchanged := unchanged_variants(bundle, [source], "int8"):
+        return unchanged[0]
+    model = adopt_quantized(graph, source.spec)
+    probe = Probe(source.graph, source.spec)
+    with extend_bundle(bundle) as draft:
+        return add_graph(draft, model, source, "int8", probe, built_from=[], notes=[f"adopted from {graph.name}"])
+
+
+_Made = tuple[QuantizePlan, "list[tuple[ir.Model, Calibration | None]]"]
+
+
+def _make_for_cpu(
+    sources: Sequence[Source],
+    probes: Sequence[Probe],
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    examples: Examples | None,
+    progress: Progress,
+) -> _Made:
+    """Return the plan, with what the target leaves out, and the graph of each source."""
+
+    def quantizer(source: Source) -> Quantizer:
+        return lambda plan: quantize_for_cpu(
+            read_model(source.graph), source.spec, plan, num_samples=options.num_samples, seed=options.seed,
+            examples=examples,
+        )  # fmt: skip
+
+    for source, probe in zip(sources, probes, strict=True):
+        progress(f"quantize the {source.num_inference_steps}-step graph for CPUs")
+        if options.target_db is not None:  # one plan for all: each goes on from the last
+            full = read_model(source.graph)
+            plan = exclude_to_target(full, quantizer(source), plan, probe, options.target_db, progress=progress)
+    return plan, [(quantizer(source)(plan), None) for source in sources]
+
+
+def _make_for_engines(
+    sources: Sequence[Source],
+    probes: Sequence[Probe],
+    plan: QuantizePlan,
+    base_plan: PrecisionPlan | None,
+    options: QuantizeOptions,
+    examples: Examples | None,
+    progress: Progress,
+) -> _Made:
+    """Return the plan, with what the target leaves out, and the graph and ranges of each source."""
+    measured = []
+    for source, probe in zip(sources, probes, strict=True):
+        full = read_model(source.graph)
+        base = full if base_plan is None else apply_precision(full, base_plan)
+        progress(f"calibrate the {source.num_inference_steps}-step graph on {options.num_samples} images")
+        factors = _factors(full, source, plan, options, examples)
+        equal = equalize(full, choose_layers(full, plan).quantized, factors)
+        calibration = _calibrate(equal, source, plan, options, examples, progress)
+        quantizer = partial(_equalize_and_quantize, base, factors, calibration)
+        if options.target_db is not None:  # one plan for all: each goes on from the last
+            plan = exclude_to_target(base, quantizer, plan, probe, options.target_db, progress=progress)
+        measured.append((quantizer, calibration))
+    return plan, [(quantizer(plan), calibration) for quantizer, calibration in measured]
+
+
+def _equalize_and_quantize(
+    base: ir.Model, factors: dict[str, np.ndarray], calibration: Calibration, plan: QuantizePlan
+) -> ir.Model:
+    return quantize(equalize(base, choose_layers(base, plan).quantized, factors), calibration, plan)
+
+
+def _check_steps(bundle: Bundle, plan: QuantizePlan) -> None:
+    """Refuse an exclusion of a step that no graph of the bundle has: it would be nothing to each of them."""
+    most = max(a.num_inference_steps for a in bundle.artifacts(format="onnx", precision="fp32"))
+    known = {"", *(f"step{k}/" for k in range(most))}
+    for exclusion in plan.exclusions:
+        if step_of(exclusion.pattern) not in known:
+            raise ConfigError(
+                f"exclusion {exclusion.pattern!r} names a step that no graph of {bundle.path} has, expected step0/ to "
+                f"step{most - 1}/, or step*/ for all."
+            )
+
+
+def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
+    """Return the plan that the bundle's own graph of the base was made by, or the default one."""
+    path = f"precision/{base}.json"
+    if any(entry.path == path for entry in bundle.manifest.files):
+        return PrecisionPlan.from_json(bundle.file(path).read_bytes())
+    model = first_graph(bundle.path)
+    return default_plan("bf16" if base == "bf16" else "fp16").with_islands(*own_islands(model))
+
+
+def _factors(
+    model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions, examples: Examples | None
+) -> dict[str, np.ndarray]:
+    if not options.equalize:
+        return {}
+    layers = choose_layers(model, plan).quantized
+    return choose_factors(
+        model, layers, source.spec, num_samples=options.num_samples, seed=options.seed, examples=examples
+    )
+
+
+def _calibrate(
+    model: ir.Model,
+    source: Source,
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    examples: Examples | None,
+    progress: Progress,
+) -> Calibration:
+    return calibrate(
+        model,
+        choose_layers(model, plan).quantized,
+        source.spec,
+        graph_sha256=str(source.recipe["source"]),
+        method=options.method,
+        num_samples=options.num_samples,
+        seed=options.seed,
+        percentile=options.percentile,
+        progress=lambda done, total: progress(Step("batches of images", done, total)),
+        examples=examples,
+    )
+
+
+def _write_calibration(draft: Draft, source: Source, calibration: Calibration | None) -> list[str]:
+    if calibration is None:
+        return []
+    path = f"calibration/int8-{source.num_inference_steps}step.json"
+    atomic_write_bytes(draft.path(path), calibration.to_json())
+    draft.roles[path] = "calibration"
+    draft.built_from[path] = (source.artifact.path,)
+    return [path]
+
+
+def _left_out(left: dict[str, str]) -> list[tuple[str, str]]:
+    """Return the layers that a person chose or the plan named, once where no step has them; the rest is the rule."""
+    steps = {step_of(name) for name in left}
+    named: dict[tuple[str, str], list[str]] = {}
+    for name, why in left.items():
+        if why != FREE:
+            named.setdefault((name.removeprefix(step_of(name)), why), []).append(name)
+    return [
+        (name, why)
+        for (layer, why), names in named.items()
+        for name in ([layer] if len(names) == len(steps) else names)
+    ]

@@ -1,0 +1,135 @@
+"""Compare the images of candidate graphs with those of their float32 sampler while a precision is chosen.
+
+Runs on this machine's CPU and on seeds of its own (``evaluate.seeds.SELECTION``). The gate judges on others, through
+the backends that users run (``scm-export validate``), and only what passes there is dispatched to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scm_sdk._util.files import scratch_folder
+from scm_sdk.errors import ConfigError
+from scm_sdk.evaluate.parity.difference import Difference, difference
+from scm_sdk.evaluate.parity.seeds import SELECTION
+from scm_sdk.inference.conditioning import Examples, read_examples
+from scm_sdk.inference.request import make_example
+from scm_sdk.inference.sources import open_source
+from scm_sdk.spec import SamplerSpec
+
+from .session import open_session
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def feeds_of(spec: SamplerSpec, seeds: Sequence[int], examples: Examples | None = None) -> dict[str, np.ndarray]:
+    """Return the graph's inputs for some seeds, the very ones that ``Generator`` would feed it.
+
+    What no seed gives, such as a prompt's embedding, is a row of ``examples``, or drawn: see ``make_example``.
+    """
+    noise, conditioning = make_example(spec, seeds, examples=examples).inputs(0, len(seeds))
+    names = (tensor.name for tensor in spec.noise_inputs)
+    return {**dict(zip(names, noise, strict=True)), **conditioning}
+
+
+def bundle_examples(path: str | os.PathLike[str], prompts: Path) -> Examples:
+    """Read a user's prompts for a bundle, with its own text encoder where they are text.
+
+    Raises:
+        ScmError: As ``Bundle.open`` and ``read_examples`` do.
+    """
+    source = open_source(path, verify="none")
+    return read_examples(prompts, source.spec(source.default_steps, unrolled=False), source.text_encoder)
+
+
+NUM_SAMPLES = 32
+
+
+class Probe:
+    """Holds the pictures of a float32 sampler and compares other graphs of the same sampler with them.
+
+    Args:
+        reference: Its float32 graph.
+        spec: The sampler.
+        num_samples: Seeds that are compared, from ``SELECTION.start`` on; labels are drawn from them. The more there
+            are, the less a plan is fitted to these.
+        batch_size: How many run at once; bounds memory.
+        num_threads: Threads of ONNX Runtime; None leaves it the choice.
+        examples: What the model is told; None draws it.
+
+    Raises:
+        BackendUnavailable: If onnxruntime or onnx_ir is not installed.
+        ConfigError: If ``num_samples`` is less than 1, or the sampler has inputs that no seed gives.
+    """
+
+    def __init__(
+        self,
+        reference: ir.Model | Path,
+        spec: SamplerSpec,
+        *,
+        num_samples: int = NUM_SAMPLES,
+        batch_size: int = 8,
+        num_threads: int | None = None,
+        examples: Examples | None = None,
+    ) -> None:
+        if num_samples < 1:
+            raise ConfigError(f"num_samples is {num_samples}, expected 1 or more.")
+        self.spec = spec
+        self._threads, self._examples = num_threads, examples
+        self._reference = reference
+        batch = min(batch_size, spec.max_batch)
+        seeds = SELECTION[:num_samples]
+        self._batches = [seeds[at : at + batch] for at in range(0, num_samples, batch)]
+        self.images = self.run(reference)
+
+    def gate_db(self, model: ir.Model | Path) -> float:
+        """Return the PSNR that 95 % of a graph's images reach, dB; 0 for NaN, infinite if equal.
+
+        Raises:
+            UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+        """
+        return self._compare(self.run(model)).psnr_p05_db
+
+    def rank_db(self, model: ir.Model | Path) -> float:
+        """Return the mean over the first batch of each picture's own PSNR, dB, to rank many graphs.
+
+        One picture that turns into another moves it little, where the PSNR of all would be that picture's.
+
+        Raises:
+            UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+        """
+        images = self._run(model, [feeds_of(self.spec, self._batches[0], self._examples)])
+        return float(np.mean([self._compare(images[i : i + 1], i).psnr_db for i in range(len(images))]))
+
+    def noise_rounding_db(self) -> float:
+        """Return the PSNR that 95 % of the images reach when nothing but the noise is rounded to float16, dB.
+
+        It tells how much the network magnifies: an FP16 graph that rounds everything else too rarely does better.
+        """
+        inputs = [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches]
+        for feeds in inputs:
+            for tensor in self.spec.noise_inputs:
+                feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
+        return self._compare(self._run(self._reference, inputs)).psnr_p05_db
+
+    def run(self, model: ir.Model | Path) -> np.ndarray:
+        """Return a graph's pictures for the probe's seeds, (N, *image_shape) float32."""
+        return self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches])
+
+    def _run(self, model: ir.Model | Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+        with scratch_folder() as folder:
+            session = open_session(model, folder, num_threads=self._threads)
+            return np.concatenate([session.run([self.spec.output_name], dict(feeds))[0] for feeds in inputs])
+
+    def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
+        """Compare images from the probe's ``first`` on; what is not finite has 0 dB."""
+        seeds = SELECTION[first : first + len(images)]
+        found = difference(images, self.images[first : first + len(images)], seeds, self.spec)
+        return found if found.finite else replace(found, psnr_db=0.0, psnr_p05_db=0.0)

@@ -1,0 +1,80 @@
+"""Run a graph with ONNX Runtime on the CPU for measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scm_sdk._util.lazy import require
+from scm_sdk.errors import UnsupportedGraphError
+
+from ..graph.io import save_apart
+from .half import PRECISION_KEY
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+class Session:
+    """An ONNX Runtime session whose failures are this package's errors."""
+
+    def __init__(self, session: Any, precision: str) -> None:
+        self._session, self._precision = session, precision
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the values of these names; None is the graph's outputs.
+
+        Raises:
+            UnsupportedGraphError: If ONNX Runtime fails.
+        """
+        try:
+            return list(self._session.run(names, dict(feeds)))
+        except Exception as exc:  # its exceptions share no base class
+            raise _cannot_run(self._precision, exc) from exc
+
+
+def open_session(
+    model: ir.Model | Path, folder: Path, *, num_threads: int | None = None, node_by_node: bool = False
+) -> Session:
+    """Open a graph with ONNX Runtime.
+
+    Args:
+        model: The graph; one in memory is written into ``folder`` first.
+        folder: A folder of the caller's that outlives the session.
+        num_threads: Threads; None leaves the choice.
+        node_by_node: Fuse nothing. Graphs in int8 always run so: that is the arithmetic of a GPU, which
+            fused CPU kernels differ from.
+
+    Raises:
+        BackendUnavailable: If onnxruntime or onnx_ir is not installed.
+        UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+    """
+    onnxruntime = require("onnxruntime", extra="onnxruntime", purpose="running a graph to measure it")
+    require("onnx_ir", extra="export", purpose="reading ONNX graphs")
+    import onnx_ir as ir
+
+    if isinstance(model, Path):
+        path, precision = model, ir.load(model).metadata_props.get(PRECISION_KEY, "fp32")
+    else:
+        path, precision = folder / "model.onnx", model.metadata_props.get(PRECISION_KEY, "fp32")
+        save_apart(model, path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = num_threads or 0
+    if node_by_node or precision == "int8":
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # its exceptions share no base class
+        raise _cannot_run(precision, exc) from exc
+    return Session(session, precision)
+
+
+def _cannot_run(precision: str, exc: Exception) -> UnsupportedGraphError:
+    return UnsupportedGraphError(
+        f"ONNX Runtime cannot run this {precision} graph on a CPU: {str(exc).strip()}. Expected one that it "
+        "has kernels for, and memory for its values; measure it where it will run (scm-export validate)."
+    )

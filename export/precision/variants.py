@@ -1,0 +1,284 @@
+"""Add other precisions to a bundle: a graph for each number of steps, and its plan.
+
+What is there already and would come out the same is left alone, so a command that was cut short may
+simply run again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scm_sdk._util.files import atomic_write_bytes, sha256_bytes
+from scm_sdk._util.progress import Progress
+from scm_sdk._version import __version__
+from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.edit import Draft, extend_bundle, open_to_extend, recipe_of
+from scm_sdk.bundle.manifest import Artifact
+from scm_sdk.errors import ConfigError, UnsupportedGraphError
+from scm_sdk.inference.conditioning import Examples
+from scm_sdk.spec import Precision, SamplerSpec
+
+from ..graph.io import GraphReport, data_path_of, read_model, write_model
+from .cpu import cpu_form
+from .fp16_unsafe import ISLANDS_KEY
+from .half import Island, PrecisionPlan, apply_precision, count_precisions
+from .island_search import find_islands
+from .probe import NUM_SAMPLES, Probe
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One graph of a bundle in one precision.
+
+    Attributes:
+        path: Its path inside the bundle.
+        precision: Its precision.
+        num_inference_steps: Its steps.
+        unchanged: Whether it was there already and would come out the same.
+        graph: What was written; None if unchanged.
+        nodes: How many nodes compute in which type; empty if unchanged.
+        psnr_db: PSNR that 95 % of the probe's images reach, compared with fp32, dB; None where no CPU can run it.
+        notes: What else a person should know.
+    """
+
+    path: str
+    precision: Precision
+    num_inference_steps: int
+    unchanged: bool = False
+    graph: GraphReport | None = None
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    psnr_db: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**vars(self), "graph": self.graph.to_dict() if self.graph else None}
+
+
+def add_precision(
+    path: str | os.PathLike[str],
+    plan: PrecisionPlan,
+    *,
+    target_db: float | None = None,
+    steps: Sequence[int] = (),
+    num_samples: int = NUM_SAMPLES,
+    examples: Examples | None = None,
+    progress: Progress = lambda _: None,
+) -> list[Variant]:
+    """Add the FP16 or BF16 form of a bundle's fp32 graphs.
+
+    Args:
+        path: The bundle.
+        plan: What stays float32.
+        target_db: PSNR that 95 % of the compared images are to reach, dB: blocks become islands until they do. Only
+            fp16, which a CPU can run.
+        steps: Only graphs with these numbers of steps; () is all.
+        num_samples: Pictures for the quick look and the search; 0 looks at none, for graphs that run for minutes.
+        examples: What the model is told in those pictures; None draws it.
+        progress: Called with a few words for each stage.
+
+    Returns:
+        One variant for each number of steps.
+
+    Raises:
+        BundleError: If the bundle is damaged or cannot be written.
+        ConfigError: If it has no such fp32 graph, or the plan does not fit the network.
+        ParityError: If the target is out of reach.
+    """
+    bundle = open_to_extend(path)
+    options = {"plan": sha256_bytes(plan.to_json()), "target_db": target_db}
+    if examples is not None and target_db is not None:  # they decide then what stays float32
+        options["examples"] = examples.sha256
+    sources = fp32_sources(bundle, steps, options)
+    if unchanged := unchanged_variants(bundle, sources, plan.precision):
+        return unchanged
+    if target_db is not None and not num_samples:
+        raise ConfigError("num_samples is 0, expected 1 or more with target_db: islands are found by their pictures.")
+    models = [read_model(source.graph) for source in sources]
+    plan = plan.with_islands(*(island for island in own_islands(models[0]) if island not in plan.islands))
+    probes = [source.probe(num_samples, examples) for source in sources]
+    if target_db is not None:
+        for model, probe in zip(models, probes, strict=True):  # one plan for all: each goes on from the last
+            assert probe is not None
+            progress(f"search the blocks to keep in float32, {probe.spec.num_inference_steps}-step graph")
+            plan = find_islands(model, plan, probe, target_db, progress=progress).plan
+    plan_path = f"precision/{plan.precision}.json"
+    with extend_bundle(bundle) as draft:
+        atomic_write_bytes(draft.path(plan_path), plan.to_json())
+        draft.roles[plan_path] = "plan"
+        variants = []
+        for source, model, probe in zip(sources, models, probes, strict=True):
+            progress(f"write the {source.num_inference_steps}-step graph in {plan.precision}")
+            low = apply_precision(model, plan)
+            variants.append(add_graph(draft, low, source, plan.precision, probe, built_from=[plan_path]))
+    return variants
+
+
+def add_cpu_form(
+    path: str | os.PathLike[str],
+    *,
+    steps: Sequence[int] = (),
+    num_samples: int = NUM_SAMPLES,
+    examples: Examples | None = None,
+    progress: Progress = lambda _: None,
+) -> list[Variant]:
+    """Add the ``fp32-cpu`` form of a bundle's graphs: float32 in the operators that CPUs are fastest with.
+
+    Args:
+        path: The bundle.
+        steps: Only graphs with these numbers of steps; () is all.
+        num_samples: Pictures for the quick look; 0 looks at none.
+        examples: What the model is told in those pictures; None draws it.
+        progress: Called with a few words for each stage.
+
+    Raises:
+        BundleError: If the bundle is damaged or cannot be written.
+        ConfigError: If it has no such fp32 graph.
+        UnsupportedGraphError: If it has nothing that gains.
+    """
+    bundle = open_to_extend(path)
+    sources = fp32_sources(bundle, steps, {})
+    if unchanged := unchanged_variants(bundle, sources, "fp32-cpu"):
+        return unchanged
+    made = [(source, *cpu_form(read_model(source.graph))) for source in sources]
+    with extend_bundle(bundle) as draft:
+        variants = []
+        for source, model, notes in made:
+            progress(f"write the {source.num_inference_steps}-step graph in fp32-cpu")
+            probe = source.probe(num_samples, examples)
+            variants.append(add_graph(draft, model, source, "fp32-cpu", probe, built_from=[], notes=notes))
+    return variants
+
+
+def own_islands(model: ir.Model) -> tuple[Island, ...]:
+    """Return what must stay float32 of a network by its own word, beyond what every network needs."""
+    patterns = model.metadata_props.get(ISLANDS_KEY, "").split()
+    return tuple(Island(pattern=pattern, reason="said to be needed by the network itself") for pattern in patterns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One fp32 graph of a bundle, from which others are made.
+
+    Attributes:
+        artifact: Its entry.
+        graph: The file.
+        spec: Its sampler.
+        recipe: What a variant of it is made with: the options, the graph's digest, the version.
+    """
+
+    artifact: Artifact
+    graph: Path
+    spec: SamplerSpec
+    recipe: dict[str, Any]
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Its number of steps."""
+        return self.artifact.num_inference_steps
+
+    def probe(self, num_samples: int, examples: Examples | None) -> Probe | None:
+        """Return what looks at the pictures of its variants; None where there is to be no picture."""
+        return Probe(self.graph, self.spec, num_samples=num_samples, examples=examples) if num_samples else None
+
+
+def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any]) -> list[Source]:
+    """Return the float32 graphs of a bundle, fewest steps first.
+
+    Raises:
+        ConfigError: If there is none, or none for one of ``steps``.
+    """
+    found = sorted(bundle.artifacts(format="onnx", precision="fp32"), key=lambda a: a.num_inference_steps)
+    there = [a.num_inference_steps for a in found]
+    if not found or not set(steps) <= set(there):
+        raise ConfigError(
+            f"{bundle.path} has fp32 graphs for {there or 'no'} steps, expected {list(steps) or 'at least one'}."
+            f"{bundle.manifest.cut_note or ' Export them first: scm-export onnx'}"
+        )
+    return [
+        Source(
+            artifact=a,
+            graph=bundle.file(a.path),
+            spec=bundle.spec(a.num_inference_steps),
+            recipe={**options, "source": sha256_of(bundle, a.path), "scm_sdk": __version__},
+        )
+        for a in found
+        if not steps or a.num_inference_steps in steps
+    ]
+
+
+def first_graph(path: str | os.PathLike[str], steps: Sequence[int] = ()) -> ir.Model:
+    """Return the float32 graph with the fewest steps, for looking at its layers."""
+    return read_model(fp32_sources(Bundle.open(path, verify="none"), steps, {})[0].graph)
+
+
+def unchanged_variants(bundle: Bundle, sources: Sequence[Source], precision: Precision) -> list[Variant]:
+    """Return the variants of all sources if each is there and would come out the same; else nothing."""
+    paths = {source.num_inference_steps: variant_path(precision, source.num_inference_steps) for source in sources}
+    if any(recipe_of(bundle, paths[source.num_inference_steps]) != source.recipe for source in sources):
+        return []
+    return [Variant(path=p, precision=precision, num_inference_steps=n, unchanged=True) for n, p in paths.items()]
+
+
+def add_graph(
+    draft: Draft,
+    model: ir.Model,
+    source: Source,
+    precision: Precision,
+    probe: Probe | None,
+    *,
+    built_from: Sequence[str],
+    notes: Sequence[str] = (),
+) -> Variant:
+    """Write a graph into a bundle's draft as the lower precision of a source, and look at its pictures.
+
+    Args:
+        draft: Where it goes.
+        model: The graph.
+        source: What it was made from.
+        precision: Its precision.
+        probe: Made from the source; None looks at no picture.
+        built_from: Further files of the bundle that it was made from.
+        notes: What else a person should know.
+    """
+    steps, path = source.num_inference_steps, variant_path(precision, source.num_inference_steps)
+    data = data_path_of(Path(path)).as_posix()
+    draft.path(data)  # weights that an older graph had beside it
+    report = write_model(model, draft.path(path))
+    draft.add(
+        Artifact(path=path, format="onnx", precision=precision, num_inference_steps=steps, recipe=source.recipe),
+        [source.artifact.path, *built_from],
+        files=[data] if report.data_path else [],
+    )
+    try:
+        psnr_db = probe.gate_db(report.path) if probe is not None else None
+    except UnsupportedGraphError:  # no CPU kernels, as for bf16
+        psnr_db = None
+    return Variant(
+        path=path,
+        precision=precision,
+        num_inference_steps=steps,
+        graph=report.moved(draft.bundle.path / path),
+        nodes=dict(count_precisions(model)),
+        psnr_db=psnr_db,
+        notes=tuple(notes),
+    )
+
+
+def variant_path(precision: str, num_inference_steps: int) -> str:
+    """Return where a graph lies in a bundle."""
+    return f"onnx/{precision}/{num_inference_steps}step/model.onnx"
+
+
+def sha256_of(bundle: Bundle, path: str) -> str:
+    """Return the digest of a graph of a bundle together with its weights, as the manifest has them."""
+    entries = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    data = f"{path}_data"
+    return entries[path] if data not in entries else sha256_bytes(f"{entries[path]}{entries[data]}".encode())

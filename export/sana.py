@@ -1,0 +1,109 @@
+"""Import a SANA-Sprint pipeline of diffusers as a bundle: its weights, and one graph for each number of steps.
+
+Each graph holds the transformer once for each step and the autoencoder's decoder behind the last; its inputs are the
+noise, the guidance scale, and a prompt's embeddings and mask. The text encoder goes into the bundle as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scm_sdk.errors import ConfigError
+
+from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
+
+MAX_BATCH = 8
+"""Default of the largest batch: these are pictures of a megapixel."""
+
+
+def import_sana(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    steps: Sequence[int] = (1, 2, 4),
+    size: tuple[int, int] | None = None,
+    max_sequence_length: int = 300,
+    max_batch: int = MAX_BATCH,
+    text_encoder: bool = True,
+    name: str = "",
+    origin: str = "",
+    overwrite: bool = False,
+    progress: Callable[[str], object] | None = None,
+) -> BundleReport:
+    """Import a ``SanaSprintPipeline`` that diffusers saved.
+
+    Args:
+        source: Its folder.
+        out: The bundle's folder; nothing is left behind when a stage fails.
+        steps: Numbers of steps, each a graph.
+        size: Height and width of the images, pixels; None is the model's own size.
+        max_sequence_length: Tokens of a prompt.
+        max_batch: Largest batch.
+        text_encoder: Whether the bundle gets the text encoder. Without it it takes embeddings only.
+        name: Human name; the folder's when empty.
+        origin: Where the folder comes from, kept with the bundle; its name when empty.
+        overwrite: Replace a bundle that is there.
+        progress: Called with the name of each stage as it begins.
+
+    Raises:
+        BackendUnavailable: If diffusers is not installed.
+        ConfigError: If the folder is another pipeline, or says what this package does not know.
+        BundleError: If a component is missing, or ``out`` cannot be written.
+        ExportError: If the network cannot be exported.
+    """
+    from scm_sdk.model.foreign.sana import load_sana
+    from scm_sdk.model.foreign.sana_config import Settings
+    from scm_sdk.model.foreign.sana_folder import OBJECTIVE
+
+    height, width = size or (0, 0)
+    model = load_sana(Path(source), Settings(height=height, width=width, max_sequence_length=max_sequence_length))
+    model.keep_text_encoder = text_encoder
+    provenance = {
+        "source": origin or Path(source).name,
+        "pipeline": "SanaSprintPipeline",
+        "objective": OBJECTIVE,
+        "license": "see the source's card",
+    }
+    return export_bundle(
+        model, Path(out), steps=steps, max_batch=max_batch, name=name, overwrite=overwrite, provenance=provenance,
+        progress=progress,
+    )  # fmt: skip
+
+
+def current_import(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    steps: Sequence[int] = (1, 2, 4),
+    size: tuple[int, int] | None = None,
+    max_sequence_length: int = 300,
+    max_batch: int = MAX_BATCH,
+    text_encoder: bool = True,
+) -> BundleReport | None:
+    """Return the report of a bundle that ``import_sana`` with these arguments would make again; None if it differs."""
+    from scm_sdk.model.foreign.sana_config import Settings
+    from scm_sdk.model.foreign.sana_folder import read_sana_folder
+
+    if not is_current(Path(source), Path(out), steps=steps, max_batch=max_batch):
+        return None
+    height, width = size or (0, 0)
+    wanted = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
+    there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(Path(source))
+    same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)
+    return report_bundle(Path(out)) if same else None
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """Read ``1024`` or ``768x1344``, height first; "" is None.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if not text:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"size is {text!r}, expected pixels such as 1024, or HEIGHTxWIDTH such as 768x1344.")
+    return int(parts[0]), int(parts[-1])

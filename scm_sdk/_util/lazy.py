@@ -1,0 +1,148 @@
+"""Import an optional library on first use, without its telemetry, or say how to install it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from .._version import __version__
+from ..errors import BackendUnavailable
+from .telemetry import without_telemetry
+
+_DISTRIBUTION = "scm-sdk"
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it.
+
+    A bare folder of that name, as some stub packages leave one, is not the module.
+    """
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # the package around it is absent
+        return False
+    return spec is not None and spec.loader is not None and spec.origin is not None
+
+
+def installed_version(module: str) -> str:
+    """Return the version of the distribution that brings a module, or "unknown"."""
+    from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
+    try:
+        return version(packages_distributions().get(module, [module.replace(".", "-")])[0])
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def outdated(*modules: str) -> dict[str, str]:
+    """Return which modules are installed in versions that this package's metadata rules out.
+
+    Returns:
+        What was found and expected, by module: ``{"onnxscript": "0.5.0, expected >=0.7.2"}``.
+    """
+    from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        asked = [Requirement(line) for line in requires(_DISTRIBUTION) or ()]
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return {}
+    distributions, broken = packages_distributions(), dict[str, str]()
+    for module in modules:
+        name, found = canonicalize_name(distributions.get(module, [module])[0]), installed_version(module)
+        for each in asked:
+            known = canonicalize_name(each.name) == name and found != "unknown"
+            if known and not each.specifier.contains(found, prereleases=True):
+                broken[module] = f"{found}, expected {each.specifier}"
+    return broken
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import ``module`` or raise with the command that installs it.
+
+    Args:
+        module: Import name, for example ``"onnxruntime"``.
+        extra: The extra of this package that brings it.
+        purpose: What it is needed for; the subject of the message, for example
+            ``"backend 'onnxruntime'"``.
+
+    Raises:
+        BackendUnavailable: If the module is absent or fails to import.
+    """
+    try:
+        with without_telemetry(module):
+            return import_module(module)
+    except Exception as exc:  # whatever a library raises that is broken, or that a limit keeps from loading
+        if not is_installed(module):
+            found, command = "is not installed", install_command(extra)
+        else:
+            reason = str(exc) or f"{type(exc).__name__} without a reason, as when it was built for another NumPy"
+            found = f"is installed, but could not be imported ({reason})"
+            command = install_command(extra, "--force-reinstall", "--no-cache-dir")
+            if (limit := address_space_limit()) is not None:
+                raise BackendUnavailable(
+                    f"{purpose} needs {module}, which {found}. This process may use {limit >> 20} MiB of address "
+                    f"space: raise the limit (ulimit -v). If that does not help, install it again: {command}"
+                ) from exc
+        twins = " First uninstall both onnxruntime and onnxruntime-gpu: they share a folder." * (
+            module == "onnxruntime" and is_installed(module)
+        )
+        raise BackendUnavailable(
+            f"{purpose} needs {module}, which {found}.{twins} Install it with: {command}. See what runs here: "
+            "scm-export doctor"
+        ) from exc
+
+
+def address_space_limit() -> int | None:
+    """Return the bytes of address space that this process may use, None without a limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def install_command(extra: str, *options: str) -> str:
+    """Return the pip command that installs what an extra of this package brings on this machine.
+
+    It names the extra's requirements themselves: ``scm-sdk`` is installed from a checkout or a wheel and is on no
+    package index.
+
+    Args:
+        extra: Name of the extra.
+        *options: Options of ``pip install``.
+    """
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        found = list(dict.fromkeys(_requirements(extra)))
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return f"pip install --editable '.[{extra}]', in the checkout"
+    return shlex.join(["pip", "install", *options, *found]) if found else f"no package of {extra!r} is for this machine"
+
+
+def wheel_command(*extras: str) -> str:
+    """Return the pip command that installs this package with extras from a wheel that ``pip wheel`` built."""
+    return f"pip install 'dist/{_DISTRIBUTION.replace('-', '_')}-{__version__}-py3-none-any.whl[{','.join(extras)}]'"
+
+
+def _requirements(extra: str) -> Iterator[str]:
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    for line in requires(_DISTRIBUTION) or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name == _DISTRIBUTION:
+            for part in sorted(requirement.extras):
+                yield from _requirements(part)
+        else:
+            yield f"{requirement.name}{requirement.specifier}"

@@ -1,0 +1,24 @@
+"""Boolean environment variables."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ConfigError
+
+_YES = ("1", "true", "yes", "on")
+_NO = ("", "0", "false", "no", "off")
+
+
+def is_on(variable: str) -> bool:
+    """Return whether an environment variable says yes; absent or empty it says no.
+
+    Raises:
+        ConfigError: If it says neither.
+    """
+    value = os.environ.get(variable, "")
+    if value.lower() not in _YES + _NO:
+        raise ConfigError(
+            f"{variable} is {value!r}, expected {', '.join(_YES)}, or {', '.join(_NO[1:])} or nothing. Set it anew."
+        )
+    return value.lower() in _YES

@@ -1,0 +1,690 @@
+"""A bundle: one folder with a model in every format that it runs in, and a manifest with the hash of each file.
+
+``export`` fills a folder and calls ``write_bundle``; ``Generator`` calls ``Bundle.open``. Opening trusts
+nothing: path and size limits, then the schema, then every file's size and sha256, and only then may
+a file be handed to a library. Files that the manifest does not list are never touched. No pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from .._util.files import atomic_write_bytes, remove_leftovers, safe_join, scratch_folder, sha256_bytes, sha256_file
+from .._util.publish import Staged, staged_folder, undisturbed
+from ..errors import BundleError, ConfigError, IntegrityError, SchemaError
+from ..spec import Precision, SamplerSpec
+from .archive import SUFFIX
+from .archive import pack as pack_folder
+from .card import CARD_PATH, bundle_card, generated_for
+from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
+from .graph_checks import check_graph_file
+from .hub import HUB_PREFIX, push
+from .manifest import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    Artifact,
+    FileEntry,
+    Format,
+    Manifest,
+    ParityRecord,
+    Role,
+    files_of,
+    role_of,
+)
+from .scores import SCORES_PATH, read_scores
+from .signing import check_current, warn_if_signed
+from .status import ModelStatus
+from .subset import cut
+from .verify import (
+    BUILD_ROLES,
+    Stamp,
+    check_content,
+    check_manifest,
+    check_present,
+    finish_change,
+    is_settled,
+    read_manifest,
+    require_own,
+    seal,
+    stamp,
+)
+
+Verify = Literal["none", "digest"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk that passed its checks. Make one with ``Bundle.open``.
+
+    Attributes:
+        path: The folder.
+        manifest: What it holds.
+    """
+
+    path: Path
+    manifest: Manifest
+    _seen: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The files as they were when the bundle was opened."""
+    _hashed: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: Verify = "digest") -> Bundle:
+        """Open and check a bundle.
+
+        Args:
+            path: The folder.
+            verify: ``digest`` compares every file with its sha256; ``none`` compares only the sizes of
+                the files that are there, for callers that check what they open (``check_unchanged``) and for a folder
+                that was checked before.
+
+        Raises:
+            BundleError: If the folder is no bundle, or a path in it leads out of it.
+            SchemaError: If the manifest is malformed or from a newer version.
+            IntegrityError: If a file is missing, altered or truncated.
+            ConfigError: If ``verify`` is neither of the two.
+        """
+        if verify not in get_args(Verify):
+            raise ConfigError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}.")
+        folder = Path(path)
+        finish_change(folder)
+        try:
+            return cls._read(folder, verify)
+        except IntegrityError:  # damaged, or another process published a change while it was read
+            with undisturbed(folder, shared=True, purpose=f"open {folder}"):
+                return cls._read(folder, verify)
+
+    @classmethod
+    def _read(cls, folder: Path, verify: Verify) -> Bundle:
+        bundle = cls(folder, read_manifest(folder))
+        bundle._check(verify)
+        return bundle
+
+    def _check(self, verify: Verify) -> None:
+        for entry in self.manifest.files:
+            self._seen[entry.path] = stamp(self.path / entry.path)
+            if verify == "digest" or os.path.lexists(self.path / entry.path):
+                check_present(self.path, entry)
+        if verify == "digest":
+            self.verify()
+
+    @property
+    def status(self) -> ModelStatus:
+        """What the model is: its kind, how far it was trained, whether its quality was measured."""
+        measured = bool(_scores(self.path, self.manifest))
+        return ModelStatus.of(self.manifest.provenance, quality_measured=measured)
+
+    def verify(self) -> None:
+        """Compare every file with its recorded size and sha256; check the headers of tensor files, and every graph.
+
+        Raises:
+            BundleError: If a graph holds what is not allowed, or names a file that is not listed.
+            IntegrityError: If a file differs; the message names it.
+        """
+        for entry in self.manifest.files:
+            self._check_content(entry)
+        for path in self._graphs:
+            self.check_graph(path)
+
+    def check_graph(self, path: str) -> None:
+        """Check a listed ONNX graph before a library reads it; see ``graph_checks``.
+
+        Raises:
+            BundleError: If the graph holds what is not allowed, or names a file that is not listed.
+            IntegrityError: If it is no graph, or not one of the sampler of its artifact.
+        """
+        steps = next((a.num_inference_steps for a in self.manifest.artifacts if a.path == path), 0)
+        # Weights may lie only where they are hashed with the artifact, and beside it.
+        hashed = {entry.path.rpartition("/"): entry.size for entry in files_of(self.manifest, path)}
+        beside = {name: size for (folder, _, name), size in hashed.items() if folder == path.rpartition("/")[0]}
+        check_graph_file(self.file(path), beside, self.spec(steps) if steps else None)
+
+    def check_unchanged(self, artifact: str, *, verify: Verify = "digest") -> tuple[Stamp, ...]:
+        """Hold the files of an artifact, as they are on disk now, against the manifest that was opened.
+
+        A file whose inode, size and times are those at which it was hashed is not hashed again.
+
+        Args:
+            artifact: Its path, or that of another listed file.
+            verify: ``digest`` compares sha256; ``none`` the sizes and what the manifest on disk lists now.
+
+        Returns:
+            The stamp of each file. Where ``stamps`` returns others later, what was read between is unknown.
+
+        Raises:
+            IntegrityError: If a file is missing or damaged, or the bundle was replaced or edited since it was opened.
+        """
+        return tuple(self._check_unchanged(entry, verify) for entry in self._files(artifact))
+
+    def check_file(self, relpath: str, *, verify: Verify = "digest") -> None:
+        """Hold one file, if it is listed, against the manifest that was opened, as ``check_unchanged`` does.
+
+        Raises:
+            IntegrityError: As ``check_unchanged``.
+        """
+        for entry in self.manifest.files:
+            if entry.path == relpath:
+                self._check_unchanged(entry, verify)
+
+    def check_text_encoder(self, artifact: str, *, verify: Verify = "digest") -> None:
+        """Hold what encodes a pipeline's prompts against the manifest that was opened, as ``check_unchanged`` does.
+
+        Args:
+            artifact: The checkpoint that the text encoder lies in.
+            verify: As in ``check_unchanged``.
+
+        Raises:
+            IntegrityError: As ``check_unchanged``.
+        """
+        for entry in files_of(self.manifest, artifact):
+            if _encodes_prompts(entry, artifact) or entry.role != "weights":
+                self._check_unchanged(entry, verify)
+
+    def stamps(self, artifact: str) -> tuple[Stamp, ...]:
+        """Return the stamp of each file of an artifact."""
+        return tuple(stamp(self.path / entry.path) for entry in self._files(artifact))
+
+    @property
+    def build_files(self) -> frozenset[tuple[str, str]]:
+        """Path and sha256 of each file that decides what is computed."""
+        return frozenset((entry.path, entry.sha256) for entry in self.manifest.files if entry.role in BUILD_ROLES)
+
+    def file(self, relpath: str) -> Path:
+        """Return the path of a listed file, or of a folder that holds listed files.
+
+        Raises:
+            BundleError: If the manifest lists no such file.
+        """
+        if not any(e.path == relpath or e.path.startswith(f"{relpath}/") for e in self.manifest.files):
+            raise BundleError(
+                f"{self.path} lists no {relpath!r}, expected one of: "
+                f"{', '.join(e.path for e in self.manifest.files)}. Export the bundle again with that part."
+            )
+        return safe_join(self.path, relpath)
+
+    def artifacts(
+        self,
+        *,
+        format: Format | None = None,
+        precision: Precision | None = None,
+        num_inference_steps: int | None = None,
+    ) -> tuple[Artifact, ...]:
+        """Return what can be run, in the manifest's order, narrowed by each argument that is given.
+
+        A checkpoint, which is unrolled on demand, matches any ``num_inference_steps``.
+        """
+        return tuple(
+            a
+            for a in self.manifest.artifacts
+            if (format is None or a.format == format)
+            and (precision is None or a.precision == precision)
+            and (num_inference_steps is None or a.num_inference_steps in (0, num_inference_steps))
+        )
+
+    def spec(self, num_inference_steps: int) -> SamplerSpec:
+        """Return the sampler with this number of steps.
+
+        A number that was not exported is derived from the first sampler, if the bundle holds a
+        checkpoint, which runs any number.
+
+        Raises:
+            ConfigError: If the bundle cannot run this number of steps.
+        """
+        samplers = self.manifest.samplers
+        for spec in samplers:
+            if spec.num_inference_steps == num_inference_steps:
+                return spec
+        if any(a.num_inference_steps == 0 for a in self.manifest.artifacts):
+            return samplers[0].with_steps(num_inference_steps)
+        raise ConfigError(
+            f"num_inference_steps is {num_inference_steps}, expected one of "
+            f"{', '.join(str(s.num_inference_steps) for s in samplers)}, which {self.path} was exported with."
+            f"{self.manifest.cut_note}"
+        )
+
+    def goldens(self) -> dict[int, Golden]:
+        """Return the recorded samples by number of steps; empty if the bundle has none.
+
+        Raises:
+            IntegrityError: If the file does not fit the samplers.
+        """
+        if not any(entry.path == GOLDEN_PATH for entry in self.manifest.files):
+            return {}
+        return read_goldens(self.file(GOLDEN_PATH), self.manifest.samplers)
+
+    def with_parity(self, *records: ParityRecord) -> Bundle:
+        """Record measured comparisons in the manifest on disk; each replaces an older one of its pair.
+
+        What other processes wrote into the bundle since it was opened is kept.
+
+        Returns:
+            The bundle with the new manifest.
+
+        Raises:
+            ConfigError: If a record holds a number that JSON cannot hold.
+            BundleError: If the manifest cannot be written, or an artifact of a record was replaced meanwhile.
+        """
+
+        def change(manifest: Manifest) -> Manifest:
+            for path in {path for record in records for path in (record.artifact, record.reference)}:
+                if set(files_of(manifest, path)) != set(files_of(self.manifest, path)):
+                    raise BundleError(
+                        f"{path} of {self.path} was replaced while it was being compared, expected the file that was "
+                        "compared. Nothing was recorded; run the command again."
+                    )
+            kept = {(r.artifact, r.reference, r.backend): r for r in (*manifest.parity, *records)}
+            return msgspec.structs.replace(manifest, parity=tuple(kept.values()))
+
+        return self._with(change)
+
+    def with_budgets(self, *budgets: str) -> Bundle:
+        """Replace the latencies that the bundle must keep; see ``evaluate.latency.contract``.
+
+        Raises:
+            BundleError: If the manifest cannot be written.
+        """
+        return self._with(lambda manifest: msgspec.structs.replace(manifest, budgets=budgets))
+
+    def with_card(self, *, where: str = "") -> Bundle:
+        """Generate the card, also in place of one that a person wrote or edited.
+
+        Every change of a bundle regenerates a generated card; call this to return to one.
+
+        Args:
+            where: What its usage lines open, for example ``hf:owner/name``; "" is a path to be filled in.
+
+        Raises:
+            BundleError: If the bundle cannot be written.
+        """
+        return self._with(lambda manifest: manifest, where=where)
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bundle:
+        """Copy the bundle: every listed file, checked, its signature, and nothing that lies beside them.
+
+        Raises:
+            BundleError: If this one is damaged, or ``path`` may not be replaced or cannot be written.
+        """
+        with (
+            publish_bundle(path, overwrite=overwrite) as folder,
+            undisturbed(self.path, shared=True, purpose=f"copy {self.path}"),
+        ):
+            self.verify()
+            for name in self._names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(safe_join(self.path, name), folder / name)
+        return Bundle.open(path)
+
+    def subset(self, path: str | os.PathLike[str], only: Sequence[str], *, overwrite: bool = False) -> Bundle:
+        """Write a bundle that holds only some artifacts, with the records and samples that are about them.
+
+        It is a bundle like any other, without the checkpoint and the text encoder unless they are named. Its manifest
+        says which build it was cut from. A signature of the whole bundle is not copied.
+
+        Args:
+            path: The folder to write.
+            only: Names of the artifacts: folders such as ``onnx/fp16/2step``, or ``onnx/fp16`` for several.
+            overwrite: Replace the bundle that is there.
+
+        Raises:
+            ConfigError: If an artifact is not there.
+            BundleError: If a file of it is damaged, or ``path`` may not be replaced or cannot be written.
+        """
+        manifest = cut(self.manifest, only)
+        with publish_bundle(path, overwrite=overwrite) as folder:
+            for entry in manifest.files:
+                (folder / entry.path).parent.mkdir(parents=True, exist_ok=True)
+                check_present(self.path, entry)
+                shutil.copyfile(safe_join(self.path, entry.path), folder / entry.path)
+                check_content(folder, entry)
+            write_manifest(folder, _with_goldens_cut(folder, manifest, self.manifest.samplers))
+        return Bundle.open(path)
+
+    def pack(self, out: str | os.PathLike[str], *, only: Sequence[str] = (), overwrite: bool = False) -> Path:
+        """Write the bundle, or a ``subset`` of it, as one ``.scmz`` file or as a folder.
+
+        Args:
+            out: A file whose name ends in ``.scmz``, which is replaced when it is there, or a folder.
+            only: Names of the artifacts to keep, as for ``subset``; () is all, and everything else.
+            overwrite: Replace the bundle in the folder ``out``.
+
+        Raises:
+            ConfigError: If an artifact is not there.
+            BundleError: If the bundle is damaged, or ``out`` may not be replaced or cannot be written.
+        """
+        out = Path(out)
+        if out.suffix != SUFFIX:
+            if only:
+                return self.subset(out, only, overwrite=overwrite).path
+            return self.save_pretrained(out, overwrite=overwrite).path
+        if not only:
+            return pack_folder(self.path, out)
+        with scratch_folder() as folder:
+            return pack_folder(self.subset(folder / "bundle", only).path, out)
+
+    def push_to_hub(
+        self, repo_id: str, *,
+        revision: str | None = None, private: bool | None = None, message: str = "", create_pr: bool = False,
+    ) -> str:  # fmt: skip
+        """Upload every listed file, checked, to the Hugging Face hub; see ``hub.push``.
+
+        The uploaded card is up to date and names the hub id, unless a person wrote it or the bundle is signed: then
+        everything is uploaded as it was signed, with the signature. The bundle on disk stays as it is.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            BundleError: If the bundle is damaged, or the hub refuses or cannot be reached.
+            BackendUnavailable: If huggingface_hub is not installed.
+        """
+        self.verify()
+        card = None
+        if not check_current(self.path):
+            card = _fresh_card(
+                self.manifest,
+                old=_card_in(self.path),
+                quality=_scores(self.path, self.manifest),
+                where=f"{HUB_PREFIX}{repo_id}",
+            )
+        contents = {}
+        if card is not None:
+            contents = {CARD_PATH: card, MANIFEST_NAME: _encode(_with_card(self.manifest, card))}
+        names = list(dict.fromkeys([*self._names, *contents]))
+        return push(
+            self.path, names, repo_id, contents=contents, revision=revision, private=private, message=message,
+            create_pr=create_pr,
+        )  # fmt: skip
+
+    def _check_unchanged(self, entry: FileEntry, verify: Verify) -> Stamp:
+        found = stamp(self.path / entry.path)
+        try:
+            if verify == "none":
+                same = entry in read_manifest(self.path).files and bool(check_present(self.path, entry))
+            else:
+                same = self._hashed.get(entry.path) == found or self._check_content(entry)
+        except BundleError as exc:
+            if self._seen.get(entry.path) == found or isinstance(exc.__cause__, PermissionError):
+                raise  # damaged, or missing, since before it was opened
+            raise self._changed(entry) from exc
+        if not same:
+            raise self._changed(entry)
+        return found
+
+    def _check_content(self, entry: FileEntry) -> bool:
+        found = stamp(self.path / entry.path)  # before it is read
+        check_content(self.path, entry)
+        if is_settled(found):
+            self._hashed[entry.path] = found
+        return True
+
+    def _files(self, artifact: str) -> list[FileEntry]:
+        """Return what is loaded with an artifact, in order; a text encoder is loaded when the first prompt comes."""
+        found = (entry for entry in files_of(self.manifest, artifact) if not _encodes_prompts(entry, artifact))
+        return sorted(found, key=lambda entry: entry.path)
+
+    def _changed(self, entry: FileEntry) -> IntegrityError:
+        return IntegrityError(
+            f"the bundle at {self.path} was changed since it was opened; open it again. {entry.path} is not the file "
+            f"that was listed then, expected {entry.size} bytes of sha256 {entry.sha256[:12]}.."
+        )
+
+    @property
+    def _graphs(self) -> list[str]:
+        named = {artifact.path for artifact in self.manifest.artifacts if artifact.format == "onnx"}
+        return sorted(named | {entry.path for entry in self.manifest.files if entry.path.endswith(".onnx")})
+
+    @property
+    def _names(self) -> list[str]:
+        """What is passed on: the signature as well, if it fits."""
+        signature = [SIGNATURE_NAME] if check_current(self.path) else []
+        return [MANIFEST_NAME, *signature, *(entry.path for entry in self.manifest.files)]
+
+    def _with(self, change: Callable[[Manifest], Manifest], *, where: str | None = None) -> Bundle:
+        require_own(self.path)
+        with undisturbed(self.path, purpose=f"write to {self.path}"):
+            remove_leftovers(self.path)
+            manifest = change(read_manifest(self.path))
+            return Bundle(self.path, write_manifest(self.path, manifest, where=where))
+
+
+@contextmanager
+def publish_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a folder that becomes the bundle at ``path`` when the ``with`` block ends well.
+
+    Call ``write_bundle`` as the last thing in the block. With ``overwrite`` an older bundle is replaced,
+    and stays whole when anything fails; a folder that is no bundle is never replaced. Files that the older bundle does
+    not list stay where they are.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        BundleError: If ``path`` may not be replaced or cannot be written.
+    """
+    with staged_bundle(path, overwrite=overwrite) as staged:
+        yield staged.folder
+        if not (staged.folder / MANIFEST_NAME).is_file():
+            raise BundleError(f"no {MANIFEST_NAME} was written for {os.fspath(path)}. Call write_bundle last.")
+        staged.publish()
+
+
+def staged_bundle(path: str | os.PathLike[str], *, overwrite: bool) -> AbstractContextManager[Staged]:
+    """Fill a folder that becomes the bundle at ``path`` when it is published; see ``publish.staged_folder``."""
+    return staged_folder(path, overwrite=overwrite, marker=MANIFEST_NAME, owned=_listed, error=BundleError)
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return what belongs to a bundle; of one whose manifest cannot be read, everything."""
+    try:
+        signature = {SIGNATURE_NAME} if os.path.lexists(folder / SIGNATURE_NAME) else set()
+        return {MANIFEST_NAME, *signature, *(entry.path for entry in read_manifest(folder).files)}
+    except BundleError:
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    name: str,
+    samplers: Sequence[SamplerSpec],
+    artifacts: Sequence[Artifact],
+    roles: Mapping[str, Role] | None = None,
+    built_from: Mapping[str, Sequence[str]] | None = None,
+    parity: Sequence[ParityRecord] = (),
+    budgets: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+    cut_from: str = "",
+) -> Manifest:
+    """Write the manifest of a folder that already holds everything else.
+
+    Args:
+        folder: The folder, normally the one that ``publish_bundle`` or ``atomic_folder`` gave.
+        name: Human name of the model.
+        samplers: One spec for each number of steps, at least one.
+        artifacts: What can be run, by relative path.
+        roles: Role by relative path, for files whose name does not tell it.
+        built_from: For a file, the files it was made from; relative paths.
+        parity: Measured comparisons.
+        budgets: Latencies that it must keep.
+        provenance: Where weights and data come from; JSON values.
+        versions: Versions of the libraries that built it.
+        cut_from: Build id of the whole bundle, where this one is a subset.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ConfigError: If a role cannot be told, or the parts do not fit together.
+        BundleError: If the folder holds a link or cannot be read or written.
+    """
+    entries = list_files(folder, roles=roles or {}, built_from=built_from or {})
+    manifest = Manifest(
+        build_id="",
+        name=name,
+        samplers=tuple(samplers),
+        artifacts=tuple(artifacts),
+        files=tuple(entries),
+        parity=tuple(parity),
+        budgets=tuple(budgets),
+        provenance=dict(provenance or {}),
+        versions=dict(versions or {}),
+        cut_from=cut_from,
+    )
+    return write_manifest(folder, manifest)
+
+
+def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[str, Sequence[str]]) -> list[FileEntry]:
+    """Return an entry for each file in a folder but the manifest, hashed now.
+
+    Args:
+        folder: The folder.
+        roles: As ``write_bundle``.
+        built_from: As ``write_bundle``.
+
+    Raises:
+        ConfigError: If a role cannot be told.
+        BundleError: If the folder holds a link or cannot be read.
+    """
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise BundleError(f"{path} is a link, expected a file. Copy what it points at into the bundle.")
+        if path.is_dir() or relative in (MANIFEST_NAME, SIGNATURE_NAME):
+            continue
+        entries.append(
+            FileEntry(
+                path=relative,
+                size=path.stat().st_size,
+                sha256=sha256_file(path),
+                role=roles.get(relative) or role_of(relative),
+                built_from=tuple(built_from.get(relative, ())),
+            )
+        )
+    return entries
+
+
+def write_changes(folder: Path, manifest: Manifest, *, over: Path) -> None:
+    """Write the manifest, and a card that fits it, of a folder that holds only what changes in a bundle.
+
+    Args:
+        folder: The new files.
+        manifest: What the bundle will hold.
+        over: The bundle as it is.
+
+    Raises:
+        ConfigError: If the parts of the manifest do not fit together.
+        BundleError: If a file cannot be written.
+    """
+    warn_if_signed(over)
+    if not (folder / CARD_PATH).exists():
+        scores = folder if (folder / SCORES_PATH).exists() else over
+        card = _fresh_card(manifest, old=_card_in(over), quality=_scores(scores, manifest), where=None)
+        if card is not None and (fresh := _with_card(manifest, card)) != manifest:
+            atomic_write_bytes(folder / CARD_PATH, card, error=BundleError)
+            manifest = fresh
+    atomic_write_bytes(folder / MANIFEST_NAME, _encode(manifest), error=BundleError)
+
+
+def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None) -> Manifest:
+    """Write a manifest with a card that fits it.
+
+    A generated card is generated again; one that a person wrote or edited is kept. The bundle is whole at any time,
+    also after a kill: the card is not listed while it changes.
+
+    Args:
+        folder: The bundle's folder.
+        manifest: What it holds now.
+        where: Generate a card that names this place, whatever card is there; None keeps the place and a person's card.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ConfigError: If the parts of the manifest do not fit together.
+        BundleError: If a file cannot be written.
+    """
+    quality = _scores(folder, manifest)
+    card = _fresh_card(manifest, old=_card_in(folder), quality=quality, where=where, replace=where is not None)
+    data = _encode(manifest if card is None else _with_card(manifest, card))
+    if not (folder / MANIFEST_NAME).is_file() or (folder / MANIFEST_NAME).read_bytes() != data:
+        warn_if_signed(folder)
+    if card is not None and card != _card_in(folder):
+        if (folder / MANIFEST_NAME).exists():
+            files = tuple(entry for entry in manifest.files if entry.path != CARD_PATH)
+            unlisted = _encode(msgspec.structs.replace(manifest, files=files))
+            atomic_write_bytes(folder / MANIFEST_NAME, unlisted, error=BundleError)
+        atomic_write_bytes(folder / CARD_PATH, card, error=BundleError)
+    atomic_write_bytes(folder / MANIFEST_NAME, data, error=BundleError)
+    return Manifest.from_json(data)
+
+
+def _fresh_card(
+    manifest: Manifest, *, old: bytes | None, quality: list[dict[str, Any]], where: str | None, replace: bool = False
+) -> bytes | None:
+    """Return the generated card of a bundle; None if there is none to be, or the old one, a person's, is to stay."""
+    kept_place = None if old is None else generated_for(old)
+    if not replace and kept_place is None and (old is not None or where is None):
+        return None
+    place = where if where is not None else kept_place
+    return bundle_card(manifest, quality=quality, where=place or "").encode()
+
+
+def _scores(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return a bundle's scores; those that cannot be read count as absent."""
+    try:
+        return read_scores(folder, manifest)
+    except SchemaError:
+        return []
+
+
+def _card_in(folder: Path) -> bytes | None:
+    """Return the card in a folder, also one that a kill left unlisted; None if there is none."""
+    path = safe_join(folder, CARD_PATH)
+    return path.read_bytes() if path.is_file() else None
+
+
+def _with_card(manifest: Manifest, card: bytes) -> Manifest:
+    entry = FileEntry(path=CARD_PATH, size=len(card), sha256=sha256_bytes(card), role="card")
+    files = [each for each in manifest.files if each.path != CARD_PATH]
+    return msgspec.structs.replace(manifest, files=tuple(sorted([*files, entry], key=lambda each: each.path)))
+
+
+def _with_goldens_cut(folder: Path, manifest: Manifest, samplers: Sequence[SamplerSpec]) -> Manifest:
+    """Drop the recorded samples of numbers of steps that a bundle that is being cut no longer has."""
+    entry = next((entry for entry in manifest.files if entry.path == GOLDEN_PATH), None)
+    if entry is None:
+        return manifest
+    goldens = read_goldens(folder / GOLDEN_PATH, samplers)
+    kept = {steps: goldens[steps] for steps in goldens if steps in {s.num_inference_steps for s in manifest.samplers}}
+    files = {each.path: each for each in manifest.files}
+    if not kept:
+        (folder / files.pop(GOLDEN_PATH).path).unlink()
+    elif kept.keys() != goldens.keys():
+        path = write_goldens(folder, kept)
+        files[GOLDEN_PATH] = msgspec.structs.replace(entry, size=path.stat().st_size, sha256=sha256_file(path))
+    return msgspec.structs.replace(manifest, files=tuple(files.values()))
+
+
+def _encodes_prompts(entry: FileEntry, artifact: str) -> bool:
+    """Return whether a file of a pipeline is of its text encoder or its tokenizer."""
+    return entry.path.startswith((f"{artifact}/text_encoder/", f"{artifact}/tokenizer/"))
+
+
+def _encode(manifest: Manifest) -> bytes:
+    """Return the text of a manifest, sealed, after reading it back as a reader will."""
+    try:
+        read = Manifest.from_json(manifest.to_json())  # a NaN or a forgotten file is met here, not by the reader
+        check_manifest(read)
+        data = seal(read).to_json()
+    except (BundleError, TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise ConfigError(f"the parts of bundle {manifest.name!r} do not fit together: {exc}") from exc
+    return data

@@ -1,0 +1,99 @@
+"""``build.json``: the record of an engine, written by its builder and read before the engine is loaded.
+
+An engine is executable code that its library trusts blindly, so everything that can be checked
+before it is deserialized stands here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from ..errors import SchemaError
+from ..spec import Precision, SamplerSpec
+from .manifest import EngineFacts
+
+BUILD_RECORD_NAME = "build.json"
+ENGINE_NAME = "model.engine"
+SCHEMA_VERSION = 1
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+
+
+class EngineTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One input or output of an engine.
+
+    Attributes:
+        name: Its name.
+        dtype: ``float32`` or ``int64``.
+        shape: Its shape, axis 0 the batch, -1.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an engine came to be and what it is.
+
+    Attributes:
+        schema_version: Version of this schema.
+        flavour: The library that built it and must run it.
+        facts: Where it runs.
+        engine_sha256: Digest of the engine file.
+        engine_bytes: Its size.
+        onnx_sha256: Digest of the graph it was built from, external data included.
+        spec: The sampler.
+        precision: Precision of the graph.
+        inputs: Its inputs in the graph's order.
+        outputs: Its outputs.
+        options: What the builder was told, JSON values.
+        census: Fused kernels by kind and type, as the build log names them, with what was expected, what is not so
+            (``mismatches``) and what the log does not show (``doubts``).
+        seconds: Wall time of each stage.
+        peak_memory_bytes: Largest resident memory of the process while it parsed and built this engine, with all that
+            it held already; 0 where the system does not tell.
+        warnings: What the builder warned of, each text once.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    flavour: Flavour
+    facts: EngineFacts
+    engine_sha256: str
+    engine_bytes: int
+    onnx_sha256: str
+    spec: SamplerSpec
+    precision: Precision
+    inputs: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
+    options: dict[str, Any] = {}
+    census: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    peak_memory_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> bytes:
+        """Return indented JSON that ``from_json`` reads back to an equal record."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> BuildRecord:
+        """Parse a record.
+
+        Raises:
+            SchemaError: If it cannot be read or is of a newer schema.
+        """
+        try:
+            record = msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as exc:
+            raise SchemaError(
+                f"{BUILD_RECORD_NAME} cannot be read: {exc}. Build the engine again: scm-export engine"
+            ) from exc
+        if record.schema_version != SCHEMA_VERSION:
+            raise SchemaError(
+                f"{BUILD_RECORD_NAME} has schema version {record.schema_version}, this scm-sdk reads "
+                f"{SCHEMA_VERSION}. Build the engine again: scm-export engine"
+            )
+        return record

@@ -1,0 +1,282 @@
+"""The manifest of a bundle: one JSON file that is the only authority on what the bundle holds.
+
+Plain data and no file access; ``scm_sdk.bundle.bundle`` reads, writes and enforces it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from ..errors import ConfigError, SchemaError, printable
+from ..spec import Precision, SamplerSpec
+
+MANIFEST_NAME = "scm_manifest.json"
+SIGNATURE_NAME = "scm_signature.json"
+"""The signature of all other files, which the manifest, being one of them, does not list; see ``signing``."""
+SCHEMA_VERSION = 2
+"""Manifests of version 1 have no ``digests``; they are read, and written again as the current version."""
+
+Role = Literal["weights", "config", "graph", "graph-data", "engine", "golden", "report", "card", "plan", "calibration"]
+Format = Literal["safetensors", "onnx", "tensorrt", "tensorrt_rtx"]
+
+PSNR_CAP = 999.0
+"""dB. JSON has no infinity; no two different float32 images come near this."""
+
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What msgspec and json raise for hostile text: bad JSON or schema, no UTF-8, a name twice, deep nesting."""
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file of the bundle.
+
+    Attributes:
+        path: Relative POSIX path inside the bundle.
+        size: Bytes.
+        sha256: Hex digest of the content.
+        role: What the file is for.
+        built_from: Paths of the files it was made from.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    role: Role
+    built_from: tuple[str, ...] = ()
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where an engine runs: what must hold before it is handed to its library.
+
+    Attributes:
+        library_version: Version of the library that built it, all four numbers.
+        compute_capabilities: GPUs it was built for, for example ``("8.0", "8.6")``.
+        platform: ``<system>-<machine>`` it was built for, for example ``linux-x86_64``.
+        batch: Smallest, best and largest batch of its profile.
+        hardware_compatibility: ``none``, ``same_compute_capability`` or ``ampere_plus``.
+        version_compatible: Whether newer versions of the library may load it.
+        gpu: Name of the GPU it was built on; "" when built ahead of time.
+    """
+
+    library_version: str
+    compute_capabilities: tuple[str, ...]
+    platform: str
+    batch: tuple[int, int, int]
+    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
+    version_compatible: bool = False
+    gpu: str = ""
+
+
+class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something a backend can run: a torch checkpoint, a graph or an engine.
+
+    Attributes:
+        path: The file (or, for ``safetensors``, the folder) a backend opens.
+        format: Which kind of backend opens it.
+        precision: The precision that lies in the artifact.
+        num_inference_steps: Its number of steps; 0 means any (a checkpoint is unrolled on demand).
+        engine: Where it runs, if it is an engine.
+        recipe: The options it was made with, JSON values; with ``built_from`` they say whether it is
+            still what a command would make.
+    """
+
+    path: str
+    format: Format
+    precision: Precision = "fp32"
+    num_inference_steps: int = 0
+    engine: EngineFacts | None = None
+    recipe: dict[str, Any] = {}
+
+
+class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A measured comparison of one artifact with its reference; differences in units of ``sigma_data``.
+
+    Attributes:
+        artifact: Path of the candidate.
+        reference: Path of the reference.
+        backend: Which backend ran the candidate.
+        gate: What decides: ``max_abs`` for the reference's own precision, ``psnr_p05_db`` for a lower one. Records of
+            before have ``psnr_db``: the mean over all samples reached the threshold, and each sample 12 dB less.
+        threshold: Largest ``max_abs`` that passes, derived from ``noise_floor``; or the PSNR to reach, dB. The gate
+            ``psnr_p05_db`` fails where the whole of ``psnr_p05_interval_db`` lies below it.
+        noise_floor: Largest difference between the reference and itself run another way.
+        max_abs: Largest absolute difference seen.
+        psnr_db: Peak signal to noise ratio over all samples, dB; at most ``PSNR_CAP``, where the two are equal.
+        num_samples: Samples compared, in each batch split.
+        first_seed: Seed of the first of them.
+        batches: Batch splits that were compared; () in records of before.
+        passed: Whether the gate was met.
+        reason: Why the threshold is not the derived one, if it was set by hand.
+        psnr_p05_db: PSNR that 95 % of the samples reach, dB.
+        psnr_p05_interval_db: Between what the 5th percentile of all samples lies, dB, each end with 95 % confidence;
+            0 below where ``num_samples`` are too few to tell.
+        worst_psnr_db: PSNR of the worst single sample, dB.
+        psnr_by_step: PSNR of the estimate after each step, dB; () where it was not looked at.
+        fault: What is wrong with the artifact's structure, whatever its numbers say; "" where nothing was found.
+    """
+
+    artifact: str
+    reference: str
+    backend: str
+    gate: Literal["max_abs", "psnr_p05_db", "psnr_db"] = "max_abs"
+    threshold: float
+    noise_floor: float
+    max_abs: float
+    psnr_db: float = 0.0
+    num_samples: int
+    passed: bool
+    reason: str = ""
+    worst_psnr_db: float = 0.0
+    psnr_by_step: tuple[float, ...] = ()
+    fault: str = ""
+    psnr_p05_db: float = 0.0
+    psnr_p05_interval_db: tuple[float, float] = (0.0, 0.0)
+    first_seed: int = 0
+    batches: tuple[int, ...] = ()
+
+    @property
+    def finding(self) -> str:
+        """What was found and what is allowed, in a few words."""
+        if self.fault:
+            return printable(self.fault)
+        if self.gate == "psnr_p05_db":
+            reached = f"95 % of {self.num_samples} samples reach {self.psnr_p05_db:.1f} dB"
+            return f"{reached} of at least {self.threshold:.0f} dB"
+        if self.gate == "psnr_db":
+            return f"{self.psnr_db:.1f} dB of at least {self.threshold:.0f} dB"
+        return f"{self.max_abs:.1e} of {self.threshold:.1e} allowed"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a bundle holds.
+
+    Attributes:
+        schema_version: Version of this schema; a newer one is refused.
+        build_id: sha256 over what determines the artifacts: graph bytes, options, library versions.
+        name: Human name of the model.
+        samplers: One spec for each number of steps the bundle has graphs for.
+        artifacts: What can be run.
+        files: Every file except the manifest itself.
+        parity: Recorded comparisons.
+        budgets: Latencies that ``scm-export validate`` enforces, as ``evaluate.latency.budget`` writes them.
+        provenance: Where the weights and the data come from, licenses, recipe; free form.
+        versions: Versions of the libraries that built it.
+        cut_from: Build id of the whole bundle, where this one holds only some of its artifacts; see ``subset``.
+        digests: The sha256 of each part above, by its name; see ``_bundle_checks.seal``.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    build_id: str
+    name: str
+    samplers: tuple[SamplerSpec, ...]
+    artifacts: tuple[Artifact, ...]
+    files: tuple[FileEntry, ...]
+    parity: tuple[ParityRecord, ...] = ()
+    budgets: tuple[str, ...] = ()
+    provenance: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    cut_from: str = ""
+    digests: dict[str, str] = {}
+
+    @property
+    def cut_note(self) -> str:
+        """A sentence, after a space, for who misses something in a bundle that was cut; "" for a whole bundle."""
+        if not self.cut_from:
+            return ""
+        return (
+            f" This bundle was cut from build {self.cut_from[:12]} and holds only some of its artifacts: use that "
+            "bundle, which is whole."
+        )
+
+    def to_json(self) -> bytes:
+        """Return indented JSON that ``from_json`` reads back to an equal manifest."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            SchemaError: If it is no JSON, names a key twice, is of a newer schema, or breaks the schema.
+        """
+        try:
+            version = msgspec.json.decode(data, type=_VersionOnly).schema_version
+        except _UNREADABLE as exc:
+            raise SchemaError(f"{MANIFEST_NAME} cannot be read: {exc}. Export the bundle again.") from exc
+        if version < 1:
+            raise SchemaError(
+                f"{MANIFEST_NAME} has schema version {version}, expected 1 or more. Export the bundle again."
+            )
+        if version > SCHEMA_VERSION:
+            raise SchemaError(
+                f"{MANIFEST_NAME} has schema version {version}, this scm-sdk reads up to {SCHEMA_VERSION}. "
+                "Install a newer version of scm-sdk."
+            )
+        try:
+            json.loads(data, object_pairs_hook=_refuse_duplicates)
+            return msgspec.json.decode(data, type=cls)
+        except (*_UNREADABLE, ConfigError) as exc:  # ConfigError: a sampler breaks its own contract
+            raise SchemaError(
+                f"{MANIFEST_NAME} breaks schema version {version}: {exc}. Export the bundle again."
+            ) from exc
+
+
+def files_of(manifest: Manifest, artifact: str) -> tuple[FileEntry, ...]:
+    """Return the files of an artifact: those of its folder, which is the artifact itself where that is a folder.
+
+    A graph's external data and an engine's build record lie beside it.
+    """
+    folder = artifact.rpartition("/")[0] if any(e.path == artifact for e in manifest.files) else artifact
+    # Beside the manifest: its data have its name.
+    start = f"{folder}/" if folder else artifact
+    return tuple(entry for entry in manifest.files if entry.path.startswith(start))
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object that names a key twice: readers differ in which value counts."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
+
+
+class _VersionOnly(msgspec.Struct):
+    schema_version: int
+
+
+_OF_NAME: dict[str, Role] = {
+    "README.md": "card",
+    "config.json": "config",
+    "scheduler_config.json": "config",
+    "build.json": "config",
+    ".safetensors": "weights",
+    ".onnx": "graph",
+    ".onnx_data": "graph-data",
+    ".engine": "engine",
+}
+_OF_FOLDER: dict[str, Role] = {
+    "golden": "golden",
+    "reports": "report",
+    "precision": "plan",
+    "calibration": "calibration",
+}
+
+
+def role_of(relative: str) -> Role:
+    """Return the role of a file.
+
+    Raises:
+        ConfigError: If its name does not tell it.
+    """
+    path = PurePosixPath(relative)
+    role = _OF_FOLDER.get(path.parts[0]) if len(path.parts) > 1 else None
+    role = role or _OF_NAME.get(path.name) or _OF_NAME.get(path.suffix)
+    if role is None:
+        raise ConfigError(
+            f"the role of {relative} cannot be told from its name, expected one of "
+            f"{', '.join(get_args(Role))}. Give it in roles, or leave the file out."
+        )
+    return role

@@ -1,0 +1,62 @@
+"""A sampler's times and sigma_data as an ``SCMScheduler`` of diffusers.
+
+    scheduler = diffusers_scheduler(Bundle.open("avatars").spec(2))
+    sample = math.sin(times[0]) * sigma_data * noise_0              # times = scheduler.timesteps[:-1], radians
+    for t in times:
+        F = network(sample / sigma_data, t, labels)
+        sample, x_0 = scheduler.step(sigma_data * F, t, sample, generator, return_dict=False)
+
+``x_0`` of the last step is what ``Sampler`` returns for the same noise. diffusers draws noise in every step, also the
+last one, where its weight is 0. A bundle holds ``scheduler/scheduler_config.json``, so that
+``SCMScheduler.from_pretrained(bundle, subfolder="scheduler")`` works too; diffusers has no place for times in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from .._util.lazy import require
+from ..spec import SamplerSpec
+
+SCHEDULER_PATH = "scheduler/scheduler_config.json"
+SCHEDULER_CLASS = "SCMScheduler"
+
+
+def scheduler_config(spec: SamplerSpec) -> dict[str, Any]:
+    """Return what ``SCMScheduler.from_config`` takes."""
+    return {
+        "_class_name": SCHEDULER_CLASS,
+        "num_train_timesteps": 1000,
+        "prediction_type": "trigflow",
+        "sigma_data": spec.sigma_data,
+    }
+
+
+def scheduler_json(spec: SamplerSpec) -> bytes:
+    """Return the text of ``scheduler_config.json``."""
+    return msgspec.json.format(msgspec.json.encode(scheduler_config(spec)), indent=2) + b"\n"
+
+
+def diffusers_scheduler(spec: SamplerSpec, *, device: Any = None) -> Any:
+    """Return a ``diffusers.SCMScheduler`` that is set to a sampler's times and ready for its first step.
+
+    Args:
+        spec: The sampler.
+        device: Where its times lie; None is the CPU.
+
+    Raises:
+        BackendUnavailable: If diffusers is not installed.
+    """
+    diffusers = require("diffusers", extra="diffusers", purpose="an SCMScheduler")
+    scheduler = diffusers.SCMScheduler.from_config(scheduler_config(spec))
+    scheduler.set_timesteps(
+        spec.num_inference_steps,
+        timesteps=[*spec.times, 0.0],
+        device=device,
+        max_timesteps=None,
+        intermediate_timesteps=None,
+    )
+    scheduler.set_begin_index(0)
+    return scheduler

@@ -1,0 +1,140 @@
+"""The state of a model: consistency model or teacher, length of training, whether its quality was measured.
+
+Cards, reports, commands and ``GenerationInfo`` all take these facts from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+Kind = Literal["consistency model", "diffusion model", "unknown"]
+
+_PAPER = "(sCM, [arXiv 2410.11081](https://arxiv.org/abs/2410.11081))"
+_OBJECTIVES = {
+    "diffusion": "A TrigFlow diffusion model, such as a teacher for distillation; **not a consistency model**",
+    "scd": f"A continuous-time consistency model {_PAPER}, distilled from a diffusion model",
+    "sct": f"A continuous-time consistency model {_PAPER}, trained without a teacher",
+    "cd": "A consistency model, distilled from a diffusion model in discrete time",
+    "trajectory": "A consistency model, distilled onto the ends of a diffusion model's trajectories",
+    "vsd": "A few-step generator, distilled from a diffusion model by variational score distillation (VSD) alone",
+    "sCM and LADD (SANA-Sprint)": f"A continuous-time consistency model {_PAPER}, distilled with an adversarial loss "
+    "(LADD) as SANA-Sprint",
+}
+"""What a model is, by the objective that its provenance names before a ``+``."""
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model's provenance and scores say about it.
+
+    Attributes:
+        kind: By the training objective; a diffusion model is a teacher, whose samples take tens of network calls.
+        objective: The training objective on record; "" if there is none.
+        iteration: Training iterations done; None if not on record.
+        num_iterations: Training iterations planned; None if not on record.
+        runs: The runs that made it, in words, where it was more than one; "" if not on record.
+        discrete_points: Times of the grid in place of continuous time; None for none.
+        quality_measured: Whether the bundle holds scores of ``scm-export evaluate --keep``.
+    """
+
+    kind: Kind
+    objective: str = ""
+    iteration: int | None = None
+    num_iterations: int | None = None
+    runs: str = ""
+    discrete_points: int | None = None
+    quality_measured: bool = False
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any], *, quality_measured: bool = False) -> ModelStatus:
+        """Read the status from a model's provenance; entries that are malformed count as absent."""
+        objective = str(provenance.get("objective") or "")
+        kind: Kind = "consistency model" if objective else "unknown"
+        return cls(
+            kind="diffusion model" if objective.partition("+")[0].strip() == "diffusion" else kind,
+            objective=objective,
+            iteration=_count(provenance.get("iteration")),
+            num_iterations=_count(provenance.get("num_iterations")),
+            runs=str(provenance.get("runs") or ""),
+            discrete_points=_count(provenance.get("discrete_points")),
+            quality_measured=quality_measured,
+        )
+
+    @property
+    def is_scm(self) -> bool:
+        """Whether it was made by the paper's objectives, sCD, sCT or SANA-Sprint's."""
+        return self.objective.partition("+")[0].strip().lower().startswith(("scd", "sct", "scm"))
+
+    @property
+    def finished(self) -> bool | None:
+        """Whether training reached its last iteration; None if not on record."""
+        if self.iteration is None or self.num_iterations is None:
+            return None
+        return self.iteration >= self.num_iterations
+
+    @property
+    def training(self) -> str:
+        """The length of training, in a few words."""
+        if self.runs:
+            return self.runs
+        return "length not on record" if self.iteration is None else self._iterations
+
+    @property
+    def _iterations(self) -> str:
+        planned = "" if self.num_iterations is None else f" of {self.num_iterations}"
+        return f"{self.iteration}{planned} iterations"
+
+    @property
+    def quality(self) -> str:
+        """Whether quality was measured, in a few words."""
+        return "measured" if self.quality_measured else "not measured"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What forbids to take the model for a finished product, one sentence each; () if nothing does."""
+        return (*self.training_warnings, *(() if self.quality_measured else (QUALITY_WARNING,)))
+
+    @property
+    def training_warnings(self) -> tuple[str, ...]:
+        """Those of ``warnings`` that training decides."""
+        found = []
+        if self.kind == "diffusion model":
+            found.append(
+                "this is a diffusion model (a teacher), not a consistency model: 1 or 2 network calls are too few for "
+                "it. Distill it first: scm-export distill --teacher RUN"
+            )
+        if self.finished is False:
+            found.append(f"training is unfinished: {self._iterations}. Run the training command again to continue.")
+        return tuple(found)
+
+    def describe(self, calls: str) -> str:
+        """Return one sentence for a model card.
+
+        Args:
+            calls: The numbers of network calls of its samplers, for example ``"1 or 2"``.
+        """
+        main, _, more = self.objective.partition("+")
+        name = _OBJECTIVES.get(main.strip(), f"A consistency model, objective {main!r}")
+        if not self.objective:
+            name = "A TrigFlow model whose training objective is not on record"
+        if self.discrete_points:
+            name = name.replace("continuous-time", "discrete-time")
+        if more.strip() == "vsd":
+            name += ", with variational score distillation (VSD)"
+        if self.kind == "diffusion model":
+            return f"{name}. Its samplers here take {calls} network calls; a diffusion model needs tens of them."
+        return f"{name}: noise becomes a sample in {calls} network calls."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON: the fields, ``finished`` and ``warnings``."""
+        return {**msgspec.to_builtins(self), "finished": self.finished, "warnings": list(self.warnings)}
+
+
+QUALITY_WARNING = "quality: not measured. Measure it: scm-export evaluate BUNDLE --keep"
+
+
+def _count(value: object) -> int | None:
+    text = str(value)
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None

@@ -1,0 +1,283 @@
+"""Validation of untrusted bundles, in the order in which ``Bundle.open`` applies it.
+
+Each check is cheap for hostile input: sizes are compared before anything is read, and no file is
+opened that is not a plain file inside the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from .._util.cache_dir import is_cached
+from .._util.files import check_relative, safe_join, sha256_file, unreadable
+from .._util.publish import finish_interrupted, has_journal
+from ..errors import BundleError, IntegrityError, SchemaError
+from .goldens import check_safetensors
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, SIGNATURE_NAME, FileEntry, Manifest, Role
+
+MANIFEST_MAX_BYTES = 8 << 20
+REPAIR = "Copy the bundle again, or export it again."
+
+BUILD_ROLES: frozenset[Role] = frozenset({"weights", "config", "graph", "graph-data", "engine", "plan"})
+"""Roles of the files that decide what is computed; cards, goldens and reports only describe it."""
+
+
+def is_borrowed(folder: Path) -> bool:
+    """Return whether a bundle lies in a cache, the hub's or this package's: nothing may be written into it."""
+    if (folder / MANIFEST_NAME).is_symlink():  # as huggingface_hub lays snapshots out
+        return True
+    return is_cached(folder)
+
+
+def require_own(folder: Path) -> None:
+    """Refuse to write into a bundle that lies in a cache.
+
+    Raises:
+        BundleError: If it does.
+    """
+    if is_borrowed(folder):
+        raise BundleError(
+            f"{folder} lies in a cache, expected a bundle of your own to write to. Copy it first: scm-export bundle "
+            "unpack MODEL -o FOLDER"
+        )
+
+
+def finish_change(folder: Path) -> None:
+    """Finish what a killed command began to change in a bundle; see ``publish.finish_interrupted``.
+
+    Raises:
+        BundleError: If it cannot be finished, or the bundle lies in a cache.
+    """
+    if has_journal(folder):
+        require_own(folder)
+    finish_interrupted(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a folder.
+
+    Raises:
+        BundleError: If there is no manifest, or a path in it is not allowed.
+        SchemaError: If it is too large, malformed, contradicts itself or is from a newer version.
+        IntegrityError: If it was altered after it was written.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        state = path.stat()
+    except (OSError, ValueError) as exc:
+        state = None
+        cause: Exception | None = exc
+    else:
+        cause = None
+    if state is None or not stat.S_ISREG(state.st_mode):
+        found = f"holds no file {MANIFEST_NAME}" if folder.is_dir() else "is not a folder"
+        raise BundleError(
+            f"{folder} {found}, expected a bundle. Give the folder that scm-export wrote; scm-export -h lists how."
+        ) from cause
+    if state.st_size > MANIFEST_MAX_BYTES:
+        raise SchemaError(
+            f"{path} has {state.st_size} bytes, expected at most {MANIFEST_MAX_BYTES}. "
+            "Do not use this folder unless you trust who made it."
+        )
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MANIFEST_MAX_BYTES)
+    except OSError as exc:
+        raise BundleError(f"{path} cannot be read: {exc.strerror}. Check its permissions.") from exc
+    manifest = Manifest.from_json(data)
+    _check_digests(path, manifest)
+    check_manifest(manifest)
+    return manifest
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Refuse a manifest that contradicts itself. Reads no file.
+
+    Raises:
+        BundleError: If a path is not allowed.
+        SchemaError: If the parts do not fit together.
+    """
+    for entry in manifest.files:
+        check_relative(entry.path)  # first: what follows relies on short paths
+    files = {entry.path for entry in manifest.files}
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+    for entry in manifest.files:
+        if entry.size < 0 or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+            raise SchemaError(
+                f"{MANIFEST_NAME} gives {entry.path} size {entry.size} and sha256 {entry.sha256!r}, expected "
+                f"bytes and 64 hex digits. {REPAIR}"
+            )
+        if unknown := set(entry.built_from) - files:
+            raise SchemaError(f"{entry.path} is built from {_some(unknown)}, expected listed files. {REPAIR}")
+    # Compared without case, because two such files are one file on some disks.
+    known = {path.casefold() for path in files}
+    if len(known) != len(manifest.files) or known & {MANIFEST_NAME.casefold(), SIGNATURE_NAME.casefold()}:
+        raise SchemaError(
+            f"{MANIFEST_NAME} lists a path twice, or itself or the signature; expected each file once. {REPAIR}"
+        )
+    if both := known & {path.casefold() for path in folders}:
+        raise SchemaError(f"{MANIFEST_NAME} lists {_some(both)} as a file and as a folder, expected one. {REPAIR}")
+    for artifact in manifest.artifacts:
+        where = folders if artifact.format == "safetensors" else files
+        if artifact.path not in where:
+            raise SchemaError(
+                f"artifact {artifact.path!r} ({artifact.format}) is none of the listed files or folders: "
+                f"{_some(where)}. {REPAIR}"
+            )
+        if artifact.format == "onnx" and not artifact.path.endswith(".onnx"):
+            # The libraries go by the name: .ort and .xml are other formats to them, with other ways to name files.
+            raise SchemaError(f"artifact {artifact.path!r} is said to be an ONNX graph, expected NAME.onnx. {REPAIR}")
+    steps = [spec.num_inference_steps for spec in manifest.samplers]
+    if not steps or len(set(steps)) != len(steps):
+        raise SchemaError(
+            f"{MANIFEST_NAME} holds samplers of {steps} steps, expected at least one, each number once. {REPAIR}"
+        )
+    if orphans := {a.num_inference_steps for a in manifest.artifacts} - {0, *steps}:
+        raise SchemaError(f"artifacts of {sorted(orphans)} steps have no sampler; samplers have {steps}. {REPAIR}")
+
+
+def check_present(folder: Path, entry: FileEntry) -> Path:
+    """Return the path of a listed file that is there, inside the folder, with its recorded size.
+
+    Raises:
+        BundleError: If a link leads out of the folder.
+        IntegrityError: If it is missing, no plain file or of another size.
+    """
+    path = safe_join(folder, entry.path)
+    try:
+        state = path.stat()
+    except OSError as exc:
+        if isinstance(exc, PermissionError):
+            raise unreadable(path, exc) from exc
+        raise IntegrityError(f"{path} is missing ({exc.strerror}), expected {entry.size} bytes. {REPAIR}") from exc
+    if not stat.S_ISREG(state.st_mode):
+        raise IntegrityError(f"{path} is not a plain file, expected one of {entry.size} bytes. {REPAIR}")
+    if state.st_size != entry.size:
+        raise IntegrityError(f"{path} has {state.st_size} bytes, expected {entry.size}. {REPAIR}")
+    return path
+
+
+def check_content(folder: Path, entry: FileEntry) -> None:
+    """Compare a file with its recorded sha256; of a tensor file, also check the header.
+
+    Raises:
+        BundleError: If a link leads out of the folder.
+        IntegrityError: If the file is missing, altered, truncated or no tensor file.
+    """
+    path = check_present(folder, entry)
+    found = sha256_file(path)
+    if found != entry.sha256:
+        raise IntegrityError(
+            f"{path} has sha256 {found[:12]}.., expected {entry.sha256[:12]}..: it was altered or damaged. {REPAIR}"
+        )
+    if entry.path.endswith(".safetensors"):
+        check_safetensors(path)
+
+
+Stamp = tuple[int, ...]
+"""Device, inode, size and times of a file: another whenever it is replaced or written."""
+_SETTLED_NS = 2 * 10**9
+"""A file that was changed so recently may change again at what its clock, which is coarse, calls the same time."""
+
+
+def stamp(path: str | os.PathLike[str]) -> Stamp:
+    """Return the stamp of a file; () if it cannot be read."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return ()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def is_settled(stamp: Stamp) -> bool:
+    """Return whether any later change of the file will show in its stamp."""
+    return bool(stamp) and time.time_ns() - stamp[-1] > _SETTLED_NS
+
+
+def make_build_id(manifest: Manifest) -> str:
+    """Return the sha256 over what decides the artifacts: their files, samplers and library versions.
+
+    Fields at their defaults do not count, so that one which a later schema adds leaves the ids of older bundles.
+    """
+    parts = {
+        "files": sorted([e.path, e.sha256] for e in manifest.files if e.role in BUILD_ROLES),
+        "samplers": [_chosen(sampler) for sampler in manifest.samplers],
+        "artifacts": [_chosen(artifact) for artifact in manifest.artifacts],
+        "versions": manifest.versions,
+        **({"cut_from": manifest.cut_from} if manifest.cut_from else {}),
+    }
+    return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """Return a manifest of the current schema whose build id and digests fit its content.
+
+    The digests show damage, not who wrote a manifest: whoever alters one can seal it again.
+    """
+    whole = msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION, build_id=make_build_id(manifest))
+    return msgspec.structs.replace(whole, digests=_make_digests(whole))
+
+
+def _make_digests(manifest: Manifest) -> dict[str, str]:
+    parts = {name: getattr(manifest, name) for name in _defaults(Manifest) if name != "digests"}
+    encoded = {name: msgspec.json.encode(_chosen(part), order="deterministic") for name, part in parts.items()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in encoded.items()}
+
+
+def _check_digests(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that is not as it was sealed.
+
+    Raises:
+        IntegrityError: If it is not; the message names the parts.
+    """
+    found = _make_digests(manifest)
+    recorded = manifest.digests
+    if manifest.schema_version > 1 or recorded:
+        # A part that a later version added, and that is not used, need not be on record.
+        unused = {name for name, default in _defaults(Manifest).items() if getattr(manifest, name) == default}
+        known = {name: digest for name, digest in found.items() if name in recorded or name not in unused}
+        altered = [name for name in {**known, **recorded} if known.get(name) != recorded.get(name)]
+        if altered:
+            raise IntegrityError(
+                f"{path} was altered or damaged: the sha256 in digests is not that of its {_some(altered)}. {REPAIR}"
+            )
+    if manifest.build_id != make_build_id(manifest):
+        raise IntegrityError(f"{path} was altered: its build_id does not fit its content. {REPAIR}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first few of many names, for a message."""
+    shown = sorted(names)
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return (", ".join(map(repr, shown[:5])) or "none") + more
+
+
+def _chosen(value: Any) -> Any:
+    """Return a struct as a dict of the fields that are not at their defaults, and whatever it holds likewise."""
+    if isinstance(value, tuple):
+        return [_chosen(item) for item in value]
+    if not isinstance(value, msgspec.Struct):
+        return value
+    found = {}
+    for name, default in _defaults(type(value)).items():
+        here = getattr(value, name)
+        if here != default:
+            found[name] = _chosen(here)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _defaults(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the default of each field of a struct, which msgspec looks up slowly."""
+    fields = msgspec.structs.fields(struct)
+    return {f.name: f.default if f.default_factory is msgspec.NODEFAULT else f.default_factory() for f in fields}

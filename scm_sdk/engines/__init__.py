@@ -1,0 +1,1 @@
+"""What describes a TensorRT engine: GPU targets, the two NVIDIA libraries, compatibility with this machine."""

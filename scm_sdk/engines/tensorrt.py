@@ -1,0 +1,96 @@
+"""Load TensorRT or TensorRT-RTX, and translate their log messages.
+
+They share one Python interface. ``tensorrt`` builds on the GPU that will run the engine; ``tensorrt_rtx``
+builds ahead of time on any machine and finishes when the engine is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from .._util.lazy import require
+from ..errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from ..bundle.engine_record import Flavour
+
+MIN_TENSORRT = (10, 12)
+"""The first whose strong typing is complete and lasts: weak typing is gone in 11."""
+_KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING")
+_KEPT_MESSAGES = 500
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+
+
+def load_flavour(flavour: Flavour, *, purpose: str) -> Any:
+    """Import one of the two libraries.
+
+    Args:
+        flavour: Which.
+        purpose: What it is needed for; the subject of the message.
+
+    Raises:
+        BackendUnavailable: If it is absent or too old.
+    """
+    if flavour == "tensorrt_rtx":
+        try:  # the bindings' wheel alone, without the package that renames it
+            return importlib.import_module("tensorrt_rtx")
+        except ImportError:
+            try:
+                return importlib.import_module("tensorrt_rtx_bindings")
+            except ImportError:
+                return require("tensorrt_rtx", extra=EXTRAS[flavour], purpose=purpose)
+    library: Any = require("tensorrt", extra=EXTRAS[flavour], purpose=purpose)
+    if version_tuple(library.__version__)[:2] < MIN_TENSORRT:
+        least = ".".join(map(str, MIN_TENSORRT))
+        raise BackendUnavailable(
+            f"{purpose} found TensorRT {library.__version__}, expected {least} or later: older ones cannot take the "
+            "precision from the graph. Install it with: pip install -U tensorrt"
+        )
+    return library
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, for example ``(1, 7, 1, 116)``."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
+
+
+def make_logger(library: Any, *, kernels: bool = False) -> Any:
+    """Return a logger for one of the libraries that keeps the last warnings and errors that it hears.
+
+    The libraries do not hold it: whoever made it keeps it as long as what it was given to.
+
+    Args:
+        library: The library.
+        kernels: Keep what names kernels too, all of it: for a build, which ends.
+
+    Returns:
+        An object with ``errors()``, ``warnings()`` and ``kernels``, the texts that name kernels.
+    """
+
+    class Collector(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            # Bounded: an engine may run, and be warned about, for months.
+            self.messages: deque[tuple[str, str]] = deque(maxlen=_KEPT_MESSAGES)
+            self.kernels: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            name = str(severity).rpartition(".")[2]
+            if name in _KEPT_SEVERITIES:
+                self.messages.append((name, message))
+            elif kernels and "LayerType: " in message:
+                self.kernels.append(message)
+
+        def errors(self) -> list[str]:
+            return self._of("ERROR", "INTERNAL_ERROR")
+
+        def warnings(self) -> list[str]:
+            return self._of("WARNING")
+
+        def _of(self, *severities: str) -> list[str]:
+            return list(dict.fromkeys(text for severity, text in list(self.messages) if severity in severities))
+
+    return Collector()

@@ -1,0 +1,1 @@
+"""Measure latency, and hold it to a budget."""

@@ -1,0 +1,321 @@
+"""Measure the latency of one batch, interleaved between candidates.
+
+Candidates run interleaved, one call each per round, starting with another one each round, so that
+whatever disturbs the machine disturbs all of them alike; ratios come from the same rounds. First calls
+are kept apart, warm-up lasts until the times are stable, and every raw sample is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ConfigError, LatencyError
+from ...inference.backends import Backend
+from ...inference.generator import Generator
+from ...inference.request import check_count, make_example
+from ..machine import describe_machine, peak_rss_mib
+from .budget import P99_ROUNDS, Budget, parse_budgets
+
+_RESAMPLES = 2000
+_RESAMPLES_AT_ONCE = 200
+
+
+def bootstrap_median(samples: NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile-bootstrap interval of the median, from 2,000 resamples.
+
+    It takes the samples as independent; on a machine whose load drifts they are not, and the interval
+    is then too narrow. The interleaved ratios suffer less from that than the medians.
+    """
+    draw = np.random.default_rng(seed)
+    parts = [
+        np.median(draw.choice(samples, (_RESAMPLES_AT_ONCE, len(samples))), axis=1)
+        for _ in range(_RESAMPLES // _RESAMPLES_AT_ONCE)
+    ]
+    low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
+    return float(low), float(high)
+
+
+WARMUP_WINDOW = 5
+WARMUP_LIMIT = 50
+STABLE_WITHIN = 0.05
+"""Warm-up ends when the medians of two successive windows of every candidate differ by less than this."""
+LEAST_ROUNDS = 5
+"""However slow the candidates are, so many rounds are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The latency of one candidate. Intervals are 95 % bootstrap intervals.
+
+    Attributes:
+        name: Its name.
+        batch: Images in a call.
+        load_ms: How long it took to open; None where that is not known.
+        first_call_ms: The first call, which allocates and tunes.
+        samples_ms: Every measured call in order.
+        median_ms: Their median.
+        median_interval_ms: Interval of the median.
+        p90_ms: 90th percentile.
+        p95_ms: 95th percentile.
+        p99_ms: 99th percentile; None with fewer than 100 samples, which hold no such thing.
+        images_per_s: ``batch`` over the median.
+        speedup: Median over rounds of (time of the first candidate / time of this one).
+        speedup_interval: Interval of that.
+    """
+
+    name: str
+    batch: int
+    load_ms: float | None
+    first_call_ms: float
+    samples_ms: tuple[float, ...]
+    median_ms: float
+    median_interval_ms: tuple[float, float]
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float | None
+    images_per_s: float
+    speedup: float
+    speedup_interval: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Measured latencies. True if every budget was kept; iterates over its timings.
+
+    Attributes:
+        timings: One for each candidate, in the order given.
+        batch: Images in a call.
+        rounds: Measured calls of each candidate.
+        warmup_rounds: Calls thrown away after the first one.
+        stable: Whether the times were stable when measuring began.
+        peak_rss_mib: Largest memory of the whole process so far, MiB; None where the system does not say.
+        over_budget: One line for each budget that was exceeded.
+        exceeded: Names of the candidates that these lines are about.
+        machine: What it ran on.
+    """
+
+    timings: tuple[Timing, ...]
+    batch: int
+    rounds: int
+    warmup_rounds: int
+    stable: bool
+    peak_rss_mib: float | None
+    over_budget: tuple[str, ...]
+    exceeded: tuple[str, ...]
+    machine: dict[str, str]
+
+    def __bool__(self) -> bool:
+        return not self.over_budget
+
+    def __iter__(self) -> Iterator[Timing]:
+        return iter(self.timings)
+
+    def __len__(self) -> int:
+        return len(self.timings)
+
+    def __getitem__(self, name: str) -> Timing:
+        return next(timing for timing in self.timings if timing.name == name)
+
+    def __str__(self) -> str:
+        table = [("candidate", "median ms", "95 % interval", "p95 ms", "images/s", "speedup")]
+        for t in self.timings:
+            low, high = t.median_interval_ms
+            numbers = f"{t.median_ms:.2f}", f"{low:.2f}..{high:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_s:.1f}"
+            table.append((t.name, *numbers, f"{t.speedup:.2f}x"))
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        steady = "" if self.stable else "; the times had not become stable"
+        return "\n".join([*lines, f"batch {self.batch}, {self.rounds} rounds{steady}", *self.over_budget])
+
+    def raise_if_over(self) -> None:
+        """Raise ``LatencyError`` unless every budget was kept."""
+        if self.over_budget:
+            raise LatencyError(
+                f"{'; '.join(self.over_budget)}. Measure again on an idle machine, take fewer steps "
+                "or a faster backend, or widen the budget."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, raw samples included."""
+        return {**asdict(self), "passed": bool(self)}
+
+
+def measure(
+    candidates: Mapping[str, Generator | Backend | Callable[[], object]],
+    *,
+    batch: int = 1,
+    rounds: int = 100,
+    warmup: int | None = None,
+    max_seconds: float | None = None,
+    budget: str | None = None,
+    num_inference_steps: int | None = None,
+    end_to_end: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> Latency:
+    """Measure candidates against each other, interleaved in this process.
+
+    Args:
+        candidates: By name. A backend, and a generator, is timed from noise arrays to image arrays; a
+            function is called as it is and stands for ``batch`` images. The first is what the
+            others' ``speedup`` refers to.
+        batch: Images in a call.
+        rounds: Measured calls of each, 2 or more; p99 needs 100.
+        warmup: Rounds thrown away after the first call; None goes on until stable, at most 50.
+        max_seconds: Of slow candidates fewer rounds, 5 at least: those that begin within this time, and as long for
+            the warm-up. None measures all. Not beside a budget, which all rounds decide.
+        budget: For example ``"p95=25ms@b1"``, or ``"onnxruntime:p95=25ms@b1"`` for one candidate only;
+            several with commas. Without a name it binds every candidate.
+        num_inference_steps: Which sampler of a generator; None is its default.
+        end_to_end: Time generators from a seed to 8-bit images instead.
+        progress: Called as f(rounds_done, rounds).
+
+    Raises:
+        ConfigError: If there is no candidate, a number is out of range, or the budget cannot be read
+            or is about another batch or candidate.
+        BackendError: If a candidate cannot run.
+    """
+    if not candidates:
+        raise ConfigError("candidates is empty, expected at least one generator, backend or function.")
+    check_count("batch", batch)
+    if check_count("rounds", rounds) < 2:
+        raise ConfigError("rounds is 1, expected 2 or more: one sample has no spread.")
+    if max_seconds is not None and budget is not None:
+        raise ConfigError("max_seconds is given beside a budget, expected one of them: all rounds decide a budget.")
+    budgets = parse_budgets(budget, batch=batch, rounds=rounds, names=tuple(candidates))
+    calls = {name: _call(each, batch, num_inference_steps, end_to_end) for name, each in candidates.items()}
+    first = {name: _time_ms(call) for name, call in calls.items()}
+    warmup_rounds, stable = _warm_up(calls, warmup, _timer(max_seconds))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    is_over = _timer(max_seconds)
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and is_over():
+            rounds = number
+            break
+        _round(calls, samples, number)
+        if progress is not None:
+            progress(number + 1, rounds)
+    base = np.array(next(iter(samples.values())))
+    timings = tuple(
+        _timing(name, batch, _load_ms(candidates[name], num_inference_steps), first[name], np.array(times), base)
+        for name, times in samples.items()
+    )
+    over = list(_over(budgets, timings))
+    return Latency(
+        timings=timings,
+        batch=batch,
+        rounds=rounds,
+        warmup_rounds=warmup_rounds,
+        stable=stable,
+        peak_rss_mib=peak_rss_mib(),
+        over_budget=tuple(line for _, line in over),
+        exceeded=tuple(dict.fromkeys(name for name, _ in over)),
+        machine=describe_machine(),
+    )
+
+
+def _call(
+    candidate: Generator | Backend | Callable[[], object], batch: int, steps: int | None, end_to_end: bool
+) -> Callable[[], object]:
+    """Return the function to time; everything that is not to be timed is done here."""
+    if isinstance(candidate, Generator) and end_to_end:
+        return lambda: candidate(batch, num_inference_steps=steps, seed=0, output_type="uint8", batch_size=batch)
+    backend = candidate.opened(steps).backend if isinstance(candidate, Generator) else candidate
+    if isinstance(backend, Backend):
+        if batch > backend.spec.max_batch:
+            raise ConfigError(f"batch is {batch}, expected 1..{backend.spec.max_batch}, the sampler's largest.")
+        request = make_example(backend.spec, range(batch))
+        noise, conditioning = request.inputs(0, batch)
+        return lambda: backend.sample(noise, conditioning)
+    if not callable(backend):
+        raise ConfigError(f"a candidate is {type(backend).__name__}, expected a Generator, a backend or a function.")
+    return backend
+
+
+def _load_ms(candidate: object, steps: int | None) -> float | None:
+    return candidate.opened(steps).load_ms if isinstance(candidate, Generator) else None
+
+
+def _time_ms(call: Callable[[], object]) -> float:
+    start = perf_counter_ns()
+    call()
+    return (perf_counter_ns() - start) / 1e6
+
+
+def _round(calls: Mapping[str, Callable[[], object]], samples: Mapping[str, list[float]], number: int) -> None:
+    names = list(calls)
+    shift = number % len(names)  # so that each comes first equally often
+    for name in names[shift:] + names[:shift]:
+        samples[name].append(_time_ms(calls[name]))
+
+
+def _timer(seconds: float | None) -> Callable[[], bool]:
+    """Return what says whether so many seconds are over; None never are."""
+    began = perf_counter_ns()
+    return lambda: seconds is not None and perf_counter_ns() - began >= seconds * 1e9
+
+
+def _warm_up(
+    calls: Mapping[str, Callable[[], object]], rounds: int | None, is_over: Callable[[], bool]
+) -> tuple[int, bool]:
+    """Run until stable or over, or for exactly ``rounds``; return the rounds and whether it was stable at the end."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    number = stable = 0
+    while number < (WARMUP_LIMIT if rounds is None else rounds) and not (rounds is None and (stable or is_over())):
+        _round(calls, samples, number)
+        number += 1
+        stable = all(_is_stable(times) for times in samples.values())
+    return number, bool(stable)
+
+
+def _is_stable(times: list[float]) -> bool:
+    if len(times) < 2 * WARMUP_WINDOW:
+        return False
+    before, now = median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW]), median(times[-WARMUP_WINDOW:])
+    return abs(now - before) <= STABLE_WITHIN * before
+
+
+def _timing(
+    name: str,
+    batch: int,
+    load_ms: float | None,
+    first_call_ms: float,
+    samples: NDArray[np.float64],
+    base: NDArray[np.float64],
+) -> Timing:
+    middle = float(np.median(samples))
+    ratios = base / samples
+    p90, p95, p99 = (float(p) for p in np.percentile(samples, (90, 95, 99)))
+    return Timing(
+        name=name,
+        batch=batch,
+        load_ms=load_ms,
+        first_call_ms=first_call_ms,
+        samples_ms=tuple(samples.tolist()),
+        median_ms=middle,
+        median_interval_ms=bootstrap_median(samples),
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99 if len(samples) >= P99_ROUNDS else None,
+        images_per_s=1e3 * batch / middle,
+        speedup=float(np.median(ratios)),
+        speedup_interval=bootstrap_median(ratios),
+    )
+
+
+def _over(budgets: tuple[Budget, ...], timings: tuple[Timing, ...]) -> Iterator[tuple[str, str]]:
+    for budget in budgets:
+        for timing in timings:
+            found = getattr(timing, f"{budget.statistic}_ms")
+            if budget.name in (None, timing.name) and not found <= budget.limit_ms:
+                yield (
+                    timing.name,
+                    f"{timing.name} has {budget.statistic} {found:.3g} ms at batch {timing.batch}, "
+                    f"expected at most {budget.limit_ms:.3g} ms",
+                )

@@ -1,0 +1,214 @@
+"""Differences of two sets of samples as numbers: pure functions of arrays, in float64.
+
+Absolute differences are in units of ``sigma_data``, the data's standard deviation, so that a number
+means the same for every model. PSNR and SSIM use the declared value range, not what an image happens
+to span. Nothing is clipped except for the 8-bit comparison, which is that of the final pictures.
+
+A reduced precision is judged by ``psnr_p05_db``, the PSNR that 95 % of the samples reach. Of a few-step sampler a few
+samples in a hundred turn into another picture when they are rounded. They decide the mean over all samples and its
+worst, so that both depend on which samples, and the worst on how many; a quantile does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ShapeError
+from ...images import to_uint8
+from ...spec import SamplerSpec
+
+_WINDOW, _SIGMA = 11, 1.5
+_K1, _K2 = 0.01, 0.03
+PERCENT_BELOW = 5
+"""Percent of the samples that may lie below ``psnr_p05_db``."""
+DOUBT = 0.05
+"""Probability with which each end of ``psnr_p05_interval_db`` may be on the wrong side of the true percentile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far candidate samples are from reference samples.
+
+    Attributes:
+        max_abs: Largest absolute difference, units of sigma_data; NaN if not finite.
+        mean_abs: Mean absolute difference, units of sigma_data.
+        relative_l2: Norm of the difference over the norm of the reference.
+        psnr_db: Peak signal to noise ratio, peak = the value range's width; infinite when equal.
+        worst_psnr_db: The same of the sample for which it is lowest; it falls as the number of samples grows.
+        psnr_p05_db: The PSNR that 95 % of the samples reach: at most 5 % have less. A seed that occurs several times,
+            in several batch splits, counts once, by its lowest.
+        psnr_p05_interval_db: Between what the 5th percentile of all samples lies, each end with 95 % confidence;
+            ``-inf`` below where there are too few samples (58 or fewer) to tell. See ``percentile_interval``.
+        ssim: Mean structural similarity of the pictures; None for what is no picture.
+        uint8_mismatch: Share of 8-bit values that differ; None for what is no picture.
+        uint8_max_step: Largest difference in 8-bit levels; None for what is no picture.
+        finite: Whether neither side holds NaN or infinity.
+        worst_seed: Seed of the sample that holds ``max_abs``, or of the first that is not finite.
+    """
+
+    max_abs: float
+    mean_abs: float
+    relative_l2: float
+    psnr_db: float
+    worst_psnr_db: float
+    psnr_p05_db: float
+    psnr_p05_interval_db: tuple[float, float]
+    ssim: float | None
+    uint8_mismatch: float | None
+    uint8_max_step: int | None
+    finite: bool
+    worst_seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; a number that is NaN or infinite becomes None."""
+        plain = {k: _finite(v) for k, v in asdict(self).items()}
+        return plain | {"psnr_p05_interval_db": [_finite(end) for end in self.psnr_p05_interval_db]}
+
+
+def difference(
+    candidate: NDArray[np.float32], reference: NDArray[np.float32], seeds: Sequence[int], spec: SamplerSpec
+) -> Difference:
+    """Measure the difference of samples that were made from the same noise.
+
+    Args:
+        candidate: (N, *spec.image_shape), float32, data units, not clipped.
+        reference: The same of the reference.
+        seeds: Seed of each sample.
+        spec: Scale and value range.
+
+    Raises:
+        ShapeError: If the shapes differ or there is no sample.
+    """
+    expected = (len(seeds), *spec.image_shape)
+    if not len(seeds) or candidate.shape != expected or reference.shape != expected:
+        raise ShapeError(
+            f"candidate is {candidate.shape}, reference {reference.shape}, expected both {expected}, "
+            "at least one sample. Make both from the same seeds."
+        )
+    a, b = candidate.astype(np.float64), reference.astype(np.float64)
+    good = (np.isfinite(a) & np.isfinite(b)).reshape(len(a), -1).all(axis=1)
+    if not good.all():
+        nan = float("nan")
+        return Difference(
+            max_abs=nan,
+            mean_abs=nan,
+            relative_l2=nan,
+            psnr_db=nan,
+            worst_psnr_db=nan,
+            psnr_p05_db=nan,
+            psnr_p05_interval_db=(nan, nan),
+            ssim=None,
+            uint8_mismatch=None,
+            uint8_max_step=None,
+            finite=False,
+            worst_seed=int(seeds[int(np.flatnonzero(~good)[0])]),
+        )
+    width = spec.value_range[1] - spec.value_range[0]
+    delta = np.abs(a - b)
+    by_sample = np.mean(np.square(delta).reshape(len(a), -1), axis=1)
+    squares = float(by_sample.mean())
+    low, *interval = percentile_interval([_psnr_db(square, width) for square in _by_seed(by_sample, seeds)])
+    norm = math.sqrt(float(np.mean(b**2)))
+    picture = spec.output == "pixels" and len(spec.image_shape) == 3
+    mismatch = step = None
+    if picture and spec.image_shape[0] in (1, 3):
+        levels = np.abs(to_uint8(candidate, spec.value_range).astype(np.int16) - to_uint8(reference, spec.value_range))
+        mismatch, step = float(np.mean(levels != 0)), int(levels.max())
+    return Difference(
+        max_abs=float(delta.max()) / spec.sigma_data,
+        mean_abs=float(delta.mean()) / spec.sigma_data,
+        relative_l2=math.sqrt(squares) / norm if norm else (math.inf if squares else 0.0),
+        psnr_db=_psnr_db(squares, width),
+        worst_psnr_db=_psnr_db(float(by_sample.max()), width),
+        psnr_p05_db=low,
+        psnr_p05_interval_db=(interval[0], interval[1]),
+        ssim=ssim(a, b, width) if picture else None,
+        uint8_mismatch=mismatch,
+        uint8_max_step=step,
+        finite=True,
+        worst_seed=int(seeds[int(delta.reshape(len(a), -1).max(axis=1).argmax())]),
+    )
+
+
+def percentile_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Estimate the 5th percentile of a distribution from a sample, whatever the distribution.
+
+    Of N independent values, the number below the true percentile is binomial, B(N, 0.05). So the value at rank k lies
+    above the percentile with the probability that fewer than k are below it, and both ends are ranks with at most
+    ``DOUBT`` of being on its wrong side. The upper end is at most the median: few values show little, but more than
+    half of them below is never chance.
+
+    Args:
+        values: At least one.
+
+    Returns:
+        The largest value that at most 5 % of the values are below, the lower end, -inf if there are too few values, and
+        the upper end.
+
+    Source: David & Nagaraja, "Order Statistics", section 7.1, distribution-free confidence intervals for quantiles.
+    """
+    ordered, count = sorted(values), len(values)
+    share, k = PERCENT_BELOW / 100, np.arange(1, count + 1)
+    steps = np.concatenate([[0.0], np.log((count - k + 1) / k)])
+    log_pmf = np.cumsum(steps) + np.arange(count + 1) * math.log(share / (1 - share)) + count * math.log(1 - share)
+    cdf = np.cumsum(np.exp(log_pmf))
+    low = int(np.searchsorted(cdf, DOUBT, side="right"))  # ranks, from 1: as many may be at or below the percentile
+    high = min(int(np.searchsorted(cdf, 1 - DOUBT - 1e-9)), (count - 1) // 2) + 1
+    rank = count * PERCENT_BELOW // 100 + 1
+    return ordered[rank - 1], ordered[low - 1] if low else -math.inf, ordered[high - 1]
+
+
+def _by_seed(by_sample: NDArray[np.float64], seeds: Sequence[int]) -> list[float]:
+    """Return the largest value of each seed."""
+    largest: dict[int, float] = {}
+    for seed, value in zip(seeds, by_sample, strict=True):
+        largest[int(seed)] = max(float(value), largest.get(int(seed), 0.0))
+    return list(largest.values())
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _psnr_db(mean_square: float, width: float) -> float:
+    return 10 * math.log10(width**2 / mean_square) if mean_square else math.inf
+
+
+def ssim(a: NDArray[np.float64], b: NDArray[np.float64], value_width: float) -> float:
+    """Mean structural similarity of pictures, 1 when they are equal.
+
+    Gaussian window of 11 pixels, sigma 1.5, only where it lies wholly inside; a picture smaller than
+    that gets the largest odd window it holds. Channels count alike.
+
+    Args:
+        a: (N, C, H, W), float64.
+        b: The same.
+        value_width: Distance of the lowest and the highest possible value.
+
+    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
+    """
+    side = min(_WINDOW, *a.shape[-2:])
+    side -= 1 - side % 2
+    offset = np.arange(side) - side // 2
+    window = np.exp(-(offset**2) / (2 * _SIGMA**2))
+    window /= window.sum()
+
+    def blur(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        rows, columns = x.shape[-2] - side + 1, x.shape[-1] - side + 1
+        x = sum((window[k] * x[..., k : k + rows, :] for k in range(side)), np.zeros(()))
+        return sum((window[k] * x[..., :, k : k + columns] for k in range(side)), np.zeros(()))
+
+    mean_a, mean_b = blur(a), blur(b)
+    # Population moments, as in the paper: E[x^2] - E[x]^2 under the window.
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    cov = blur(a * b) - mean_a * mean_b
+    c1, c2 = (_K1 * value_width) ** 2, (_K2 * value_width) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * cov + c2) / (var_a + var_b + c2)
+    return float(np.mean(luminance * structure))

@@ -1,0 +1,190 @@
+"""The reference run of a comparison: its images on given noise, and its noise floor.
+
+The noise floor is how far a right program may be from the reference. Rounding is chaotic: a network magnifies it by a
+factor that differs from sample to sample by two orders of magnitude, so it must be measured on the samples that are
+compared. Each rerun of the reference moves every value of the noise by one unit in the last place, up or down at
+random. Nobody can say which of the two runs is right, and every rounding that follows is drawn anew. This holds for any
+backend, device, batch size and number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ConfigError
+from ...inference.backends import Backend
+from ...inference.conditioning import Examples
+from ...inference.generator import Generator
+from ...inference.request import Request, make_example
+from ...spec import SamplerSpec
+
+NUM_SEEDS = 32
+NUM_RERUNS = 8
+"""Reruns of the reference. One sample alone is compared with the largest of eight: with four, 5 of 1,024 right samples
+of the shipped model differed from ONNX Runtime by more than ``FLOOR_FACTOR`` times that, with eight none did."""
+LEAST_RERUNS, RERUN_SECONDS = 2, 60.0
+"""After ``LEAST_RERUNS``, no rerun starts later than this many seconds after the first."""
+SPLITS: tuple[int | None, ...] = (1, 3, None)
+"""Batch splits that are compared where none are named; those larger than the largest batch fall away."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a generator's open backend, or a backend that was given as it is.
+
+    The precision of the latter is not known: "".
+    """
+
+    backend: Backend
+    spec: SamplerSpec
+    name: str
+    artifact: str
+    precision: str = ""
+
+    @classmethod
+    def of(cls, given: Generator | Backend, steps: int | None) -> Side:
+        """Take a generator's backend for a number of steps, or a backend as it is."""
+        if isinstance(given, Generator):
+            opened = given.opened(steps)
+            row = opened.row
+            return cls(opened.backend, opened.spec, row.backend, row.artifact, row.precision)
+        kind = type(given).__name__
+        if not isinstance(given, Backend):
+            raise ConfigError(f"{kind} cannot be compared, expected a Generator or an object with spec and sample.")
+        return cls(given, given.spec, str(getattr(given, "name", kind)), kind)
+
+    def run(
+        self,
+        request: Request,
+        batch_size: int,
+        *,
+        move: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda x: x,
+    ) -> NDArray[np.float32]:
+        """Run a request in batches of one size, with its noise changed by ``move``.
+
+        Returns:
+            The images, (N, *image_shape), float32.
+        """
+        parts = []
+        for at in range(0, len(request), batch_size):
+            noise, conditioning = request.inputs(at, min(at + batch_size, len(request)))
+            parts.append(self.backend.sample([move(array) for array in noise], conditioning))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """What a reference computes for a request, batch split by batch split, and how far it is from itself.
+
+    Made once by ``run_reference`` for any number of candidates.
+    """
+
+    spec: SamplerSpec
+    name: str
+    artifact: str
+    precision: str
+    request: Request
+    images: dict[int, NDArray[np.float32]]
+    noise_floor: float
+
+
+def run_reference(
+    reference: Generator | Backend,
+    *,
+    seeds: Sequence[int] | None = None,
+    batches: Sequence[int | None] | None = None,
+    num_inference_steps: int | None = None,
+    most: int | None = None,
+    examples: Examples | None = None,
+) -> ReferenceRun:
+    """Run a reference on what candidates will be compared on.
+
+    Args:
+        reference: What they should compute.
+        seeds: The samples; None is 0..31, or as many as the largest batch. Labels are drawn from the seeds.
+        batches: Batch splits to run, None among them is the largest; None is 1, 3 and the largest.
+        num_inference_steps: Which sampler of a generator; None is its default.
+        examples: What the model is told; None draws it.
+        most: Largest batch, if the candidates allow less than the reference.
+
+    Raises:
+        ConfigError: If a batch is out of range.
+        BackendError: If it cannot run.
+    """
+    side = Side.of(reference, num_inference_steps)
+    sizes, request = _request(
+        side.spec, seeds, batches, min(side.spec.max_batch, most or side.spec.max_batch), examples
+    )
+    images = {size: side.run(request, size) for size in sizes}
+    return ReferenceRun(
+        side.spec, side.name, side.artifact, side.precision, request, images, _floor(images, side, request)
+    )
+
+
+def noise_floor(
+    reference: Generator | Backend,
+    *,
+    seeds: Sequence[int] | None = None,
+    batches: Sequence[int | None] | None = None,
+    num_inference_steps: int | None = None,
+) -> float:
+    """Measure how far a reference is from itself: run in other batch splits, and on noise moved by rounding.
+
+    Arguments as for ``run_reference``.
+
+    Returns:
+        The largest absolute difference, units of sigma_data.
+
+    Raises:
+        ConfigError: If a batch is out of range.
+        BackendError: If it cannot run.
+    """
+    run = run_reference(reference, seeds=seeds, batches=batches, num_inference_steps=num_inference_steps)
+    return run.noise_floor
+
+
+def _floor(images: dict[int, NDArray[np.float32]], side: Side, request: Request) -> float:
+    """Return the largest difference of the images from those of another split or a rerun, units of sigma_data."""
+    if not all(np.isfinite(image).all() for image in images.values()):
+        return 0.0  # compare() fails on its finite check
+    largest = max(images)
+    others = [image for size, image in images.items() if size != largest]
+    start = perf_counter()
+    for rerun in range(NUM_RERUNS):
+        if rerun >= LEAST_RERUNS and perf_counter() - start > RERUN_SECONDS:
+            break
+        rng = np.random.default_rng(rerun)
+        others.append(side.run(request, largest, move=partial(_move_by_rounding, rng)))
+    with np.errstate(invalid="ignore"):
+        worst = max(float(np.abs(images[largest] - other).max()) for other in others)
+    return worst / side.spec.sigma_data if np.isfinite(worst) else 0.0
+
+
+def _move_by_rounding(rng: np.random.Generator, array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return float32 values moved by one unit in the last place each, up or down at random."""
+    to = np.where(rng.random(array.shape, np.float32) < 0.5, np.float32(-np.inf), np.float32(np.inf))
+    return np.nextafter(array, to)
+
+
+def _request(
+    spec: SamplerSpec,
+    seeds: Sequence[int] | None,
+    batches: Sequence[int | None] | None,
+    most: int,
+    examples: Examples | None,
+) -> tuple[list[int], Request]:
+    if batches is None:
+        batches = [size for size in SPLITS if size is None or size <= most]
+    sizes = list(dict.fromkeys(most if size is None else size for size in batches))
+    if not sizes or not all(1 <= size <= most for size in sizes):
+        raise ConfigError(f"batches are {list(batches)}, expected sizes in 1..{most}, at least one.")
+    chosen = list(range(max(NUM_SEEDS, *sizes, 1))) if seeds is None else list(seeds)
+    if len(chosen) < max(sizes):
+        raise ConfigError(f"seeds holds {len(chosen)}, expected at least {max(sizes)}, the largest batch.")
+    return sizes, make_example(spec, chosen, examples=examples)

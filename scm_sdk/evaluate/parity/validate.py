@@ -1,0 +1,204 @@
+"""The parity gate of a bundle: compares every graph and engine with the checkpoint it was made from and records it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import get_args
+
+from ...bundle.bundle import Bundle
+from ...bundle.manifest import Artifact, ParityRecord
+from ...bundle.verify import is_borrowed
+from ...errors import BackendUnavailable, BundleError, ConfigError, IncompatibleEngineError
+from ...inference.backends import BACKENDS
+from ...inference.conditioning import Examples
+from ...inference.generator import Generator
+from ...inference.selection import describe_precisions
+from ...spec import Precision
+from .compare import MIN_PSNR_DB as MIN_PSNR_DB
+from .compare import Parity, compare
+from .reference import NUM_SEEDS, SPLITS, run_reference
+from .seeds import JUDGMENT
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+Examine = Callable[[Artifact], tuple[str, tuple[float, ...]]]
+"""What looks into an artifact: its structural fault, "" if none, and the PSNR after each step, () if unknown."""
+
+
+def validate_bundle(
+    path: str | os.PathLike[str],
+    *,
+    backends: Sequence[str] = (),
+    precisions: Sequence[Precision] = (),
+    steps: Sequence[int] = (),
+    num_seeds: int = NUM_SEEDS,
+    first_seed: int = JUDGMENT.start,
+    batches: Sequence[int | None] | None = None,
+    threshold: float | None = None,
+    min_psnr_db: float | None = None,
+    reason: str = "",
+    examples: Examples | None = None,
+    examine: Examine = lambda _: ("", ()),
+    on_result: Callable[[Parity], object] = lambda _: None,
+    on_skip: Callable[[str], object] = lambda _: None,
+    on_note: Callable[[str], object] = lambda _: None,
+    record: bool = True,
+) -> list[Parity]:
+    """Compare each backend's artifacts with the torch checkpoint and write the results into the manifest.
+
+    A failure is recorded like a success, so that ``backend="auto"`` never takes what failed. A comparison on fewer
+    seeds or batch splits than the one on record, or by a stricter gate than the precision's own, does not replace it,
+    unless the structure of the graph has a fault. Nothing is recorded in a bundle in a cache, that of the hub or of
+    ``.scmz`` files, nor in one that cannot be written.
+
+    Args:
+        path: The bundle.
+        backends: Candidates; () is every backend that can run here. One that is named must run.
+        precisions: Only these; () is all.
+        steps: Only graphs and engines with these numbers of steps; () is all.
+        num_seeds: Samples for each batch split; more where the largest batch needs more.
+        first_seed: Seed of the first sample; the others follow. All lie in ``seeds.JUDGMENT``.
+        batches: Batch splits, None among them is the largest; None is 1, 3 and the largest.
+        threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
+        min_psnr_db: PSNR that 95 % of the samples of lower precisions must reach, dB; None is ``MIN_PSNR_DB``.
+        reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate's own.
+        examples: What the model is told, for example prompts; None draws it.
+        examine: Looks into each artifact that ran; a fault that it finds fails the comparison, whatever its numbers.
+        on_result: Called with each comparison.
+        on_skip: Called with a line for each artifact that cannot run here.
+        on_note: Called with a line for each result that was not recorded, with the reason.
+        record: Whether to write the results into the manifest.
+
+    Returns:
+        One comparison for each number of steps, backend and precision.
+
+    Raises:
+        ConfigError: If the bundle has nothing to compare, a seed is out of range, or a looser gate comes without a
+            reason.
+        BackendError: If a backend that was named cannot run here, or nothing can.
+    """
+    bundle = Bundle.open(path)
+    candidates = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
+    candidates = [
+        a
+        for a in candidates
+        if (not precisions or a.precision in precisions) and (not steps or a.num_inference_steps in steps)
+    ]
+    if not candidates and (precisions or steps):
+        there = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
+        asked = [*precisions, *(f"{count} steps" for count in steps)]
+        raise ConfigError(
+            f"{bundle.path} has no graph or engine of {', '.join(asked)}, expected some of "
+            f"{describe_precisions(there) or 'none: it has only a checkpoint'}. Choose one of them, or add it: "
+            "scm-export precision, or scm-export quantize for int8"
+        )
+    if not candidates or not bundle.artifacts(format="safetensors"):
+        missing = "checkpoint to compare with" if candidates else "graph to validate"
+        note = bundle.manifest.cut_note or " Make it from a checkpoint: scm-export onnx"
+        raise ConfigError(f"{bundle.path} holds no {missing}.{note}")
+    results: list[Parity] = []
+    skipped: list[str] = []
+    by_path = {artifact.path: artifact for artifact in candidates}
+    for count in sorted({artifact.num_inference_steps for artifact in candidates}):
+        pairs = sorted(
+            {
+                (name, a.precision)
+                for a in candidates
+                for name, info in BACKENDS.items()
+                if a.num_inference_steps == count
+                if (name in backends and a.format in info.opens if backends else info.takes(a))
+            },
+            key=_rung,
+        )
+        below: Parity | None = None
+        with Generator.from_pretrained(path, backend="torch", num_inference_steps=count, verify="none") as reference:
+            most = reference.opened().spec.max_batch
+            sizes = SPLITS if batches is None else batches
+            seeds = _seeds(first_seed, max([num_seeds, *(most if size is None else size for size in sizes)]))
+            run = run_reference(reference, seeds=seeds, batches=batches, examples=examples)
+        for backend, precision in pairs:
+            try:
+                candidate = open_candidate(path, backend, precision, count)
+            except (BackendUnavailable, IncompatibleEngineError) as exc:
+                if backends:
+                    raise
+                skipped.append(str(exc))
+                on_skip(skipped[-1])
+                continue
+            with candidate:
+                exact = precision == "fp32"
+                below = compare(
+                    candidate, run, threshold=threshold if exact else None, min_psnr_db=None if exact else min_psnr_db,
+                    reason=reason, below=below,
+                )  # fmt: skip
+            fault, by_step = examine(by_path[below.candidate])
+            below = replace(below, fault=fault, psnr_by_step=by_step)
+            results.append(below)
+            on_result(below)
+    if not results:
+        raise BackendUnavailable(f"nothing of {bundle.path} can run here, expected one backend: {'; '.join(skipped)}")
+    if record:
+        _record(bundle, results, on_note)
+    return results
+
+
+def _seeds(first: int, count: int) -> range:
+    if first not in JUDGMENT or first + count > JUDGMENT.stop:
+        raise ConfigError(
+            f"seeds are {first} to {first + count - 1}, expected seeds below {JUDGMENT.stop}: those from there on are "
+            "the ones that reduced precisions are calibrated and chosen on. Take a smaller first seed."
+        )
+    return range(first, first + count)
+
+
+def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], object]) -> None:
+    if is_borrowed(bundle.path):
+        on_note(f"nothing was recorded: {bundle.path} is in a cache")
+        return
+    before = {(r.artifact, r.reference, r.backend): r for r in bundle.manifest.parity}
+    records = []
+    for parity in results:
+        new = parity.record()
+        old = before.get((new.artifact, new.reference, new.backend))
+        lesser = _lesser(parity, new, old) if old is not None else ""
+        if lesser:
+            on_note(f"{new.artifact} on {new.backend}: not recorded, {lesser}")
+        else:
+            records.append(new)
+    try:
+        if records:
+            bundle.with_parity(*records)
+    except BundleError as exc:
+        if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno not in _READ_ONLY:
+            raise
+        on_note(f"nothing was recorded: {bundle.path} cannot be written ({exc.__cause__.strerror})")
+
+
+def _lesser(parity: Parity, new: ParityRecord, old: ParityRecord) -> str:
+    """Return why a result does not replace the one on record; "" if it does."""
+    if parity.fault:
+        return ""
+    if new.num_samples < old.num_samples or not set(old.batches) <= set(new.batches):
+        batches = f" and batches {', '.join(map(str, old.batches))}" if old.batches else ""
+        return f"the record of {old.num_samples} seeds{batches} is kept"
+    if parity.is_stricter and new.threshold != old.threshold:
+        return "the record of the precision's own gate is kept"
+    return ""
+
+
+def _rung(pair: tuple[str, Precision]) -> tuple[bool, int, str]:
+    """Order the ladder: graphs before engines, each from the highest precision down."""
+    backend, precision = pair
+    return BACKENDS[backend].runs_engines, get_args(Precision).index(precision), backend
+
+
+def open_candidate(path: str | os.PathLike[str], backend: str, precision: Precision, steps: int) -> Generator:
+    """Open a candidate without the warning that it failed last time: this is the next time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*recorded parity failed", category=RuntimeWarning)
+        return Generator.from_pretrained(
+            path, backend=backend, precision=precision, num_inference_steps=steps, verify="none"
+        )

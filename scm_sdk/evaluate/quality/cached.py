@@ -1,0 +1,64 @@
+"""A folder cache of arrays that are slow to compute, keyed by their inputs."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..._util.files import atomic_write_bytes
+from ...errors import IntegrityError
+
+
+def cached(
+    folder: Path | None,
+    kind: str,
+    key: str,
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    make: Callable[[], NDArray[Any]],
+) -> NDArray[Any]:
+    """Read an array, or make it and keep it. A file is whole or absent: an interrupted run leaves no half.
+
+    Args:
+        folder: Where ``<kind>-<key>.npz`` lies, made when absent; None keeps nothing.
+        kind: What it holds, ``features`` or ``pictures``.
+        key: sha256 of everything that decides the array.
+        shape: Its shape.
+        dtype: Its type.
+        make: Makes it.
+
+    Raises:
+        IntegrityError: If the file is damaged or of something else.
+    """
+    if folder is None:
+        return make()
+    path = folder / f"{kind}-{key[:32]}.npz"
+    if path.exists():
+        return _read(path, kind, key, shape, dtype)
+    array = make()
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {kind: array, "key": np.array(key)}
+    np.savez(buffer, **arrays)
+    atomic_write_bytes(path, buffer.getvalue())
+    return array
+
+
+def _read(path: Path, kind: str, key: str, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    try:
+        # From memory: np.load leaves the file open when it is not an archive.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            array, found = archive[kind], str(archive["key"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
+        raise IntegrityError(f"{path} is not a readable cache of {kind} ({exc}). Delete it and run again.") from exc
+    if found != key or array.shape != shape or array.dtype != dtype:
+        raise IntegrityError(
+            f"{path} holds {array.dtype} {kind} {array.shape} of other images, expected "
+            f"{np.dtype(dtype)} {shape}. Delete it and run again."
+        )
+    return np.asarray(array)

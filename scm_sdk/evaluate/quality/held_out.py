@@ -1,0 +1,166 @@
+"""Load and check the real images that generated ones are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ConfigError
+from ...inference.request import check_output_type
+from ...spec import SamplerSpec
+from .distances import FeatureStats
+from .nets import FeatureNet
+from .quality import MIN_IMAGES
+from .reference_stats import read_stats
+
+if TYPE_CHECKING:
+    from ...train.config import DataConfig
+    from ...train.data.images import ImageData
+
+_DEFAULT_LABEL = {"avatars": "hairColor"}
+MAX_ROWS = 10_000
+"""Rows on either side where none are named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Real pictures, uint8 (N, H, W, C), and their labels in the model's own order.
+
+    Attributes:
+        reference: Held-out pictures, or their statistics.
+        labels: Labels of the held-out pictures, (N,) int64; None where labels are not judged.
+        other: Other real pictures, for the floor and to learn how labels look.
+        other_labels: Labels of these.
+        colors: Each label's exact color by the model's number of it; () where labels are no colors.
+        about: Which data and rows these are, for people.
+    """
+
+    reference: NDArray[np.uint8] | FeatureStats
+    labels: NDArray[np.int64] | None
+    other: NDArray[np.uint8]
+    other_labels: NDArray[np.int64] | None
+    colors: tuple[str, ...]
+    about: str
+
+
+def load_held_out(
+    spec: SamplerSpec,
+    net: FeatureNet,
+    *,
+    source: str | None = None,
+    label: str | None = None,
+    reference_rows: tuple[int, int] | None = None,
+    real_rows: tuple[int, int] | None = None,
+    stats: Path | None = None,
+    trained_on: DataConfig | None = None,
+) -> HeldOut:
+    """Load what a model's pictures are compared with, and refuse what would fail after the sampling.
+
+    What is None is taken from ``trained_on``: its source and label, its rows as the real ones, and the rows after them
+    as the held-out ones, at most 10,000 each. Where no rows were held out, halves of the data are compared.
+
+    Args:
+        spec: The model's sampler: size, channels and labels of its pictures.
+        net: The network that statistics must be of.
+        source: Data source, as ``train`` takes it.
+        label: Label column, "" for none; where nothing is known, None takes the shipped data's if the model has labels.
+        reference_rows: Held-out rows.
+        real_rows: Other real rows.
+        stats: File of statistics in place of the held-out rows.
+        trained_on: What the model was trained on, from ``recorded_data``.
+
+    Raises:
+        ConfigError: If the model makes no such pictures, its labels are not the data's, the rows overlap or are few, or
+            neither a source is given nor the model's known.
+        TrainError: If the data cannot be read.
+        IntegrityError: If the statistics cannot be read.
+    """
+    from ...train.config import DataConfig
+    from ...train.data.images import load_data
+
+    check_output_type(spec, "uint8")
+    same = trained_on is not None and source in (None, trained_on.source)
+    if source is None:
+        if trained_on is None:
+            raise ConfigError("the model does not say which data it was trained on. Give it: --data and --label.")
+        source = trained_on.source
+    if not spec.num_classes:
+        if label:
+            raise ConfigError(f"label is {label!r}, but this model has no labels, expected none. Leave --label out.")
+        label = ""
+    elif label is None:
+        label = trained_on.label if trained_on is not None else _DEFAULT_LABEL.get(source, "")
+    data = load_data(DataConfig(source=source, label=label))
+    trained = trained_on.rows if same and trained_on is not None else (0, 0)
+    default = _default_rows(len(data), trained)
+    real_rows, reference_rows = real_rows or default[0], reference_rows or default[1]
+    if stats is None and _overlap(reference_rows, real_rows):
+        raise ConfigError(
+            f"held-out rows {reference_rows} (--rows) and real rows {real_rows} (--real-rows) overlap, expected "
+            "disjoint ones."
+        )
+    wanted = (*spec.image_shape[1:], spec.image_shape[0])
+    if not isinstance(data.images, np.ndarray) or data.images.dtype != np.uint8:
+        raise ConfigError(f"data {source!r} is shards or floats, expected 8-bit pictures to compare with.")
+    if data.images.shape[1:] != wanted:
+        raise ConfigError(
+            f"data {source!r} has pictures {data.images.shape[1:]}, expected {wanted}, those of the model. "
+            "Resize the data yourself: how it is done is part of the result."
+        )
+    real = data.part(*real_rows, what="real rows (--real-rows)")
+    held = real if stats is not None else data.part(*reference_rows, what="held-out rows (--rows)")
+    for name, part in (("real rows (--real-rows)", real), ("held-out rows (--rows)", held)):
+        if len(part) < MIN_IMAGES:
+            raise ConfigError(f"{name} are {len(part)}, expected at least {MIN_IMAGES}. Give more.")
+    order = _order(spec, data.class_names) if label else None
+    return HeldOut(
+        reference=read_stats(stats, net, wanted) if stats is not None else _pictures(held),
+        labels=None if order is None or stats is not None or held.labels is None else order[held.labels],
+        other=_pictures(real),
+        other_labels=None if order is None or real.labels is None else order[real.labels],
+        colors=() if order is None or not data.label_values
+        else tuple(data.label_values[i] for i in np.argsort(order)),
+        about=f"{Path(source).name}, label {label or 'none'}: real rows {_rows(real_rows)}, "
+        + (f"statistics of {stats}" if stats is not None else f"held-out rows {_rows(reference_rows)}")
+        + (", which the model was trained on" if same and stats is None
+           and (trained == (0, 0) or _overlap(reference_rows, trained)) else ""),
+    )  # fmt: skip
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return max(a[0], b[0]) < min(a[1], b[1])
+
+
+def _default_rows(count: int, trained: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return real and held-out rows for a model that was trained on some rows of the data, (0, 0) for all."""
+    first, last = trained
+    if trained == (0, 0) or last >= count:
+        first, last = 0, count // 2
+    return (first, min(last, first + MAX_ROWS)), (last, min(count, last + MAX_ROWS))
+
+
+def _pictures(data: ImageData) -> NDArray[np.uint8]:
+    pictures: NDArray[np.uint8] = data.images[:]
+    return pictures
+
+
+def _rows(rows: tuple[int, int]) -> str:
+    return f"{rows[0]}..{rows[1] - 1}"
+
+
+def _order(spec: SamplerSpec, names: tuple[str, ...]) -> NDArray[np.int64]:
+    """Return the model's number of each of the data's labels, matched by name."""
+    own = spec.class_names
+    if not own and spec.num_classes == len(names):
+        return np.arange(len(names), dtype=np.int64)
+    if set(own) != set(names):
+        missing = sorted(set(names) ^ set(own))
+        raise ConfigError(
+            f"the data's labels are {', '.join(names)}, the model's {', '.join(own) or spec.num_classes}: expected the "
+            f"same ({', '.join(missing[:3])} is in one alone). Choose the column it was trained on with --label."
+        )
+    return np.array([own.index(name) for name in names], np.int64)

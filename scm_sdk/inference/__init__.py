@@ -1,0 +1,1 @@
+"""Generate images from a bundle or a checkpoint: backend selection, sessions, requests, batching."""

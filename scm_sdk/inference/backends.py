@@ -1,0 +1,146 @@
+"""The backends: the protocol that each implements, the table of their names, and opening one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from .._util.forked import survive_fork
+from ..bundle.manifest import Artifact
+from ..errors import ConfigError
+from ..spec import SamplerSpec
+
+__all__ = ["BACKENDS", "Backend", "BackendInfo", "backend_info", "open_backend"]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Something that turns noise into images. Three members, nothing else.
+
+    A protocol, not a base class: a test double or a customer's own runtime fits without importing
+    us. Opening loads the artifact and takes memory; ``close`` gives it back and may be called twice.
+    ``sample`` may be called from many threads at once; a backend whose library does not allow that
+    takes its own lock. ``name`` and ``device`` are used in reports when they are there.
+    """
+
+    spec: SamplerSpec
+
+    def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run the whole sampler once.
+
+        Args:
+            noise: Standard normal, one (B, *sample_shape) float32 array per step.
+            conditioning: The tensors of ``spec.conditioning_inputs`` by name, (B, *shape).
+
+        Returns:
+            (B, *image_shape) float32, data units, not clipped; owned by the caller.
+
+        Raises:
+            ShapeError: If an input does not fit ``spec``.
+            BackendFailure: If the library raised, or the backend is closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendInfo:
+    """One line of ``BACKENDS``: where a backend lies and what it needs.
+
+    Attributes:
+        module: The module with ``open_backend(artifact_path, spec, *, device, num_threads)``.
+        library: Import name of what it runs on.
+        extra: The extra of this package that brings the library.
+        opens: The artifact formats it can open.
+        unfit: The precisions among them that it must not run, each with the reason.
+        one_at_a_time: Whether calls from several threads wait for one another.
+    """
+
+    module: str
+    library: str
+    extra: str
+    opens: tuple[str, ...]
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    one_at_a_time: bool = False
+
+    def takes(self, artifact: Artifact) -> bool:
+        """Whether it can open an artifact, and may."""
+        return artifact.format in self.opens and artifact.precision not in self.unfit
+
+    @property
+    def runs_engines(self) -> bool:
+        """Whether it opens engines, which are code and fit some machines only."""
+        return self.module == _TENSORRT
+
+
+_TENSORRT = "scm_sdk.runtimes.tensorrt.backend"
+BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was measured
+    "tensorrt": BackendInfo(module=_TENSORRT, library="tensorrt", extra="tensorrt", opens=("tensorrt",)),
+    "tensorrt_rtx": BackendInfo(
+        module=_TENSORRT, library="tensorrt_rtx", extra="tensorrt-rtx", opens=("tensorrt_rtx",)
+    ),
+    "onnxruntime": BackendInfo(
+        module="scm_sdk.runtimes.ort_backend", library="onnxruntime", extra="onnxruntime", opens=("onnx",)
+    ),
+    "openvino": BackendInfo(
+        module="scm_sdk.runtimes.openvino_backend",
+        library="openvino",
+        extra="openvino",
+        opens=("onnx",),
+        unfit={
+            # It would fuse them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
+            "int8": "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu",
+            # In float32 all the same, and in 2026.4 a float16 product cast before it is added may come out wrong.
+            **dict.fromkeys(("fp16", "bf16"), "half precision is for GPUs; OpenVINO computes in float32: take fp32"),
+        },
+    ),
+    "torch": BackendInfo(
+        module="scm_sdk.runtimes.torch_backend",
+        library="torch",
+        extra="torch",
+        opens=("safetensors",),
+        one_at_a_time=True,
+    ),
+}
+
+
+def open_backend(
+    name: str,
+    artifact_path: Path,
+    spec: SamplerSpec,
+    *,
+    device: str | None = None,
+    num_threads: int | None = None,
+    trust_engines: bool = False,
+) -> Backend:
+    """Open one artifact with one backend, without a bundle or a plan.
+
+    ``trust_engines`` lets an engine run code on the host; see ``Generator.from_pretrained``.
+
+    Raises:
+        ConfigError: If no backend has this name.
+        BackendUnavailable: If its library or the device is not here.
+        BundleError: If the artifact is missing, damaged or not what ``spec`` says.
+    """
+    info = backend_info(name)
+    options: dict[str, Any] = {"device": device, "num_threads": num_threads}
+    if info.runs_engines:
+        options["trust_engines"] = trust_engines
+    backend: Backend = import_module(info.module).open_backend(artifact_path, spec, **options)
+    survive_fork(backend)
+    return backend
+
+
+def backend_info(name: str) -> BackendInfo:
+    """Look up a backend, or raise ``ConfigError`` with the names there are."""
+    if name not in BACKENDS:
+        raise ConfigError(f"backend is {name!r}, expected 'auto' or one of {', '.join(sorted(BACKENDS))}.")
+    return BACKENDS[name]

@@ -1,0 +1,343 @@
+"""``Batcher``: requests of many callers, run by one generator in full batches.
+
+    with gen.batcher() as batcher:                # share it between threads
+        out = batcher(seed=7, class_labels="red")  # like gen(...), for a thread that waits
+        future = batcher.submit(seed=8)            # or a concurrent.futures.Future
+
+While a batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill: a caller
+who finds nothing waiting and room for a batch runs its own, without the millisecond of a hand-over between threads.
+Noise is drawn by the callers' threads, and pictures are made while the next batch runs. Between two batches of a long
+request, one batch of what waits is run.
+
+On a CPU a small picture gains little from a second core. Where a call was given some of the cores only
+(``from_pretrained(..., num_threads=1)``), as many batches run side by side as fit beside one another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .._util.forked import check_process
+from .._util.processor import calls_side_by_side
+from ..errors import BackendFailure, ConfigError, QueueFull
+from .backends import BACKENDS
+from .batching import Job, Ran, finish, first_batch, run_jobs
+from .output import GeneratorOutput
+from .request import RequestOptions, check_arguments, check_count
+from .session import Opened
+from .sources import Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+LONGEST_BATCHES = 16
+"""Batches that one request may fill, where it has more images than may wait."""
+_THREAD = "scm-batcher"
+_LOG = logging.getLogger(__name__)
+
+
+def side_by_side(opened: Opened, num_threads: int | None) -> int:
+    """Return how many batches fit beside one another, each on ``num_threads`` cores; a call on a GPU takes it all."""
+    info = BACKENDS.get(opened.row.backend)
+    alone = opened.device != "cpu" or (info is not None and info.one_at_a_time)
+    return 1 if alone else calls_side_by_side(num_threads)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ticket:
+    job: Job
+    future: Future[GeneratorOutput]
+
+
+class Batcher:
+    """Runs what many threads ask for in shared batches. Make one with ``Generator.batcher``.
+
+    Every image equals that of its own call. Requests are taken in the order in which they were accepted; one whose
+    number of steps differs from the first one's waits for the next batch. An error reaches the caller of its request.
+    One that nobody holds any more finishes what waits and ends its threads.
+
+    Args:
+        prepare: Checks the arguments of a call.
+        source: The model on disk.
+        max_waiting: Images that may wait; a longer request is accepted when nothing else waits.
+        max_running: Batches that may run side by side.
+    """
+
+    def __init__(
+        self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int, max_running: int
+    ) -> None:
+        self._max_waiting = check_count("max_waiting", max_waiting)
+        check_count("max_running", max_running)
+        self._prepare = prepare
+        self._queue = _Queue(source, max_waiting=max_waiting, max_running=max_running)
+        weakref.finalize(self, self._queue.stop).atexit = False  # the threads hold the queue, not the batcher
+
+    def submit(
+        self, num_images: int = 1, *, timeout: float | None = None, **arguments: Unpack[RequestOptions]
+    ) -> Future[GeneratorOutput]:
+        """Queue a request and return at once, or when there is room.
+
+        Args:
+            num_images: How many; no more than ``max_waiting`` or 16 of the model's largest batches, whichever is more.
+            timeout: Seconds to wait for room in the queue; 0 refuses at once, None waits without a limit.
+            **arguments: The others of ``Generator.__call__``, without ``progress`` and ``batch_size``.
+
+        Returns:
+            A future. ``cancel()`` works until its batch starts; the images are then never computed. What
+            ``add_done_callback`` is given runs on the batcher's thread: keep it short.
+
+        Raises:
+            QueueFull: If there was no room in time.
+            BackendFailure: If the batcher is closed.
+            ScmError: If the arguments are wrong.
+        """
+        return self._queue.put(self._make_job("submit", num_images, arguments), timeout)
+
+    def __call__(
+        self, num_images: int = 1, *, timeout: float | None = None, **arguments: Unpack[RequestOptions]
+    ) -> GeneratorOutput:
+        """Run a request at once where nothing waits before it, else queue it and wait; return its output.
+
+        Arguments and errors are those of ``submit`` and of its run.
+        """
+        job = self._make_job("batcher", num_images, arguments)
+        if (result := self._queue.run_now(job)) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            return result
+        future = self._queue.put(job, timeout)
+        try:
+            return future.result()
+        except CancelledError:  # nobody else holds the future
+            raise BackendFailure(
+                "this batcher was closed with cancel_waiting before the request ran, expected an open one. Make "
+                "another: gen.batcher()"
+            ) from None
+        except BaseException:  # an interrupted caller no longer wants it
+            future.cancel()
+            raise
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for their batch."""
+        return self._queue.waiting
+
+    def close(self, *, cancel_waiting: bool = False) -> None:
+        """Take no more requests, finish those that wait, and return when all is done.
+
+        May be called twice, and from a ``with`` statement; the generator stays open. A process that inherited the
+        batcher has nothing to wait for.
+
+        Args:
+            cancel_waiting: Cancel those that wait instead, and end a request of many batches after the batch that runs.
+        """
+        self._queue.close(cancel_waiting=cancel_waiting)
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cancel_waiting=kind is not None)
+
+    def _make_job(self, of: str, num_images: int, options: RequestOptions) -> Job:
+        check_process(self._queue.pid, "batcher")  # before the lock, which a thread of the other process may hold
+        job = self._prepare(check_arguments({"num_images": num_images, **options}, of=of))
+        if len(job) > (most := max(self._max_waiting, LONGEST_BATCHES * job.batch_size)):
+            raise ConfigError(
+                f"num_images is {len(job)}, expected at most {most} in one request: others would wait for it. Split it."
+            )
+        return job.with_noise()
+
+
+class _Queue:
+    """What waits, and the threads that run it. They end when it is closed and empty.
+
+    Attributes:
+        pid: The process that made it.
+    """
+
+    def __init__(self, source: Source, *, max_waiting: int, max_running: int) -> None:
+        self.pid = os.getpid()
+        self._source, self._max_waiting = source, max_waiting
+        self._free = self._max_running = max_running
+        self._waiting: deque[_Ticket] = deque()
+        self._closed = self._canceling = False
+        self._changed = threading.Condition()
+        # One more than may run: it makes the pictures of the batch before. Daemons: a batcher that is never closed must
+        # not keep the program from ending.
+        self._workers = [threading.Thread(target=self._work, name=_THREAD, daemon=True) for _ in range(max_running + 1)]
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait."""
+        with self._changed:
+            self._forget_cancelled()
+            return sum(len(ticket.job) for ticket in self._waiting)
+
+    def put(self, job: Job, timeout: float | None) -> Future[GeneratorOutput]:
+        """Queue a job; see ``Batcher.submit``."""
+        ticket = _Ticket(job, _Future())
+        until = None if timeout is None else monotonic() + timeout
+        with self._changed:
+            while not self._has_room(len(job)):
+                left = None if until is None else until - monotonic()
+                if left is not None and left <= 0:
+                    raise QueueFull(
+                        f"{self.waiting} images wait, expected room for {len(job)} within {timeout} s and "
+                        f"max_waiting = {self._max_waiting}. Try again later, or wait longer."
+                    )
+                self._changed.wait(left)
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket.future
+
+    def run_now(self, job: Job) -> GeneratorOutput | BaseException | None:
+        """Run a job of one batch on the caller's thread; None if it must wait."""
+        if len(job) > job.batch_size or not self._enter():
+            return None
+        try:
+            (ran,) = self._run([job])
+        finally:
+            self._leave()
+        return _finish(job, ran)
+
+    def close(self, *, cancel_waiting: bool) -> None:
+        """See ``Batcher.close``."""
+        if os.getpid() != self.pid:
+            return
+        self.stop(cancel_waiting=cancel_waiting)
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join()
+        with self._changed:  # callers that run their own
+            self._changed.wait_for(lambda: self._free == self._max_running)
+
+    def stop(self, *, cancel_waiting: bool = False) -> None:
+        """Take no more jobs. Waits for nothing: the garbage collector calls it, on any thread and in any process."""
+        if os.getpid() != self.pid:
+            return
+        with self._changed:
+            self._closed = True
+            self._canceling |= cancel_waiting
+            left: deque[_Ticket] = deque()
+            if cancel_waiting:
+                left, self._waiting = self._waiting, left
+            self._changed.notify_all()
+        for ticket in left:  # without the lock: what the futures call back is not ours
+            ticket.future.cancel()
+            ticket.future.set_running_or_notify_cancel()
+
+    def _has_room(self, images: int) -> bool:
+        if self._closed:
+            raise BackendFailure("this batcher was closed, expected an open one. Make another: gen.batcher()")
+        waiting = self.waiting
+        return not waiting or waiting + images <= self._max_waiting
+
+    def _forget_cancelled(self) -> None:
+        for ticket in [ticket for ticket in self._waiting if ticket.future.cancelled()]:
+            self._waiting.remove(ticket)
+            ticket.future.set_running_or_notify_cancel()  # wakes concurrent.futures.wait
+
+    def _enter(self) -> bool:
+        """Take room for a batch if nothing waits; whoever got it must ``_leave``."""
+        with self._changed:
+            self._forget_cancelled()
+            if self._closed or self._waiting or not self._free:
+                return False
+            self._free -= 1
+            return True
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._free += 1
+            if self._waiting or self._closed:  # else nobody can go on: waking them would only slow the caller
+                self._changed.notify_all()
+
+    def _wait(self) -> list[_Ticket] | None:
+        """Wait for requests and room; return those of the next batch, None when the queue is closed and empty."""
+        with self._changed:
+            while True:
+                self._forget_cancelled()
+                if self._closed and not self._waiting:
+                    return None
+                if self._waiting and self._free:
+                    break
+                self._changed.wait()
+            self._free -= 1
+            return self._take(self._waiting)
+
+    def _take(self, waiting: Iterable[_Ticket]) -> list[_Ticket]:
+        """Remove and return those of the next batch that was not canceled at the last moment."""
+        waiting = list(waiting)
+        tickets = [waiting[i] for i in first_batch(ticket.job for ticket in waiting)]
+        taken = set(tickets)
+        self._waiting = deque(ticket for ticket in self._waiting if ticket not in taken)
+        self._changed.notify_all()
+        return [ticket for ticket in tickets if ticket.future.set_running_or_notify_cancel()]
+
+    def _work(self) -> None:
+        while (tickets := self._wait()) is not None:
+            results = self._run([ticket.job for ticket in tickets]) if tickets else []
+            self._leave()
+            _answer(tickets, results)
+
+    def _run(self, jobs: list[Job]) -> list[Ran | BaseException]:
+        try:
+            return list(run_jobs(jobs, self._source, between=self._between))
+        except BaseException as exc:  # the thread must live, and nobody may wait for ever
+            return [exc] * len(jobs)
+
+    def _between(self) -> None:
+        """Between two batches of a long job: end it where waiting jobs are canceled, or run one batch of them."""
+        with self._changed:
+            if self._canceling:
+                raise BackendFailure(
+                    "this batcher was closed with cancel_waiting while a request of several batches ran, expected an "
+                    "open one. Make another: gen.batcher()"
+                )
+            self._forget_cancelled()
+            tickets = self._take(ticket for ticket in self._waiting if len(ticket.job) <= ticket.job.batch_size)
+        if tickets:
+            _answer(tickets, self._run([ticket.job for ticket in tickets]))
+
+
+class _Future(Future[GeneratorOutput]):
+    """A future whose callbacks cannot end the batcher's thread, nor keep one another from being called."""
+
+    def add_done_callback(self, fn: Callable[[Future[GeneratorOutput]], object]) -> None:
+        """See ``Future.add_done_callback``."""
+
+        def call(future: Future[GeneratorOutput]) -> None:
+            try:
+                fn(future)
+            except BaseException as exc:
+                if isinstance(exc, Exception) or threading.current_thread().name != _THREAD:
+                    raise  # concurrent.futures logs the one; the other ends the thread of whoever called
+                _LOG.exception("a done-callback of a batcher's future raised %s", type(exc).__name__)
+
+        super().add_done_callback(call)
+
+
+def _answer(tickets: list[_Ticket], results: list[Ran | BaseException]) -> None:
+    for ticket, ran in zip(tickets, results, strict=True):
+        result = _finish(ticket.job, ran)
+        if isinstance(result, BaseException):
+            ticket.future.set_exception(result)
+        else:
+            ticket.future.set_result(result)
+
+
+def _finish(job: Job, ran: Ran | BaseException) -> GeneratorOutput | BaseException:
+    return finish(job, ran) if isinstance(ran, Ran | Exception) else ran

@@ -1,0 +1,494 @@
+"""``Generator``: generate images from a bundle or a checkpoint with any backend.
+
+    with Generator.from_pretrained("runs/avatars") as gen:
+        out = gen(num_images=4, class_labels="robot", seed=1234)
+        out.images[0].save("robot.png")
+
+Threads: one generator may be called from many threads. Opening is done once under a lock; running is as parallel as the
+backend allows (ONNX Runtime: fully, torch: one call at a time). ``batcher`` runs what they ask for in shared batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
+
+import numpy as np
+
+from .._util.publish import undisturbed
+from ..bundle.signing import Signer
+from ..errors import BundleError, ConfigError, IntegrityError, UnknownArgument
+from .backends import Backend
+from .batching import Job, run_in_order
+from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
+from .prompts import EMBEDS, MASK, Prompts
+from .request import (
+    Labels,
+    OutputType,
+    Request,
+    Seeds,
+    check_count,
+    check_names,
+    check_num_images,
+    check_output_type,
+    make_request,
+    named,
+)
+from .selection import Measured, Plan
+from .session import Fallback, Opened, Opener
+from .sources import Source, open_source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .batcher import Batcher
+
+Verify = Literal["none", "digest", "smoke", "full"]
+
+
+class OpenOptions(TypedDict, total=False):
+    """What ``Generator.reopen`` may change; ``Generator.from_pretrained`` says what each means."""
+
+    backend: str
+    precision: str
+    device: str | None
+    fallback: Fallback
+    verify: Verify
+    num_threads: int | None
+    max_batch: int | None
+    num_inference_steps: int | None
+    trust_engines: bool
+    require_signature: Signer | None
+
+
+class Generator:
+    """Generates images from a bundle or a checkpoint. Make one with ``from_pretrained``.
+
+    Attributes:
+        source: The model on disk.
+    """
+
+    def __init__(self, source: Source, opener: Opener, arguments: Mapping[str, Any]) -> None:
+        self.source = source
+        self._opener = opener
+        self._arguments = dict(arguments)
+        self._prompts = Prompts(
+            source.text_encoder, arguments["device"], check=source.check_text_encoder, note=source.cut_note
+        )
+        self._max_batch: int | None = arguments["max_batch"]
+        self._default_steps: int = arguments["num_inference_steps"]
+
+    def __new__(cls, *made: object, **parts: object) -> Generator:
+        """Refuse what was meant for ``from_pretrained``."""
+        if len(made) + len(parts) != 3 or isinstance(made[0] if made else None, str | os.PathLike):
+            raise UnknownArgument(
+                "Generator(...) opens no model, expected Generator.from_pretrained(path), where path is a bundle, a "
+                "checkpoint, a .scmz file or hf:owner/name."
+            )
+        return super().__new__(cls)
+
+    @classmethod
+    @named("from_pretrained")
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        precision: str = "auto",
+        device: str | None = None,
+        fallback: Fallback = "error",
+        verify: Verify = "digest",
+        num_threads: int | None = None,
+        max_batch: int | None = None,
+        num_inference_steps: int | None = None,
+        trust_engines: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        require_signature: Signer | None = None,
+    ) -> Generator:
+        """Open a model and load it for its default number of steps; other numbers load on first use.
+
+        Args:
+            path: Folder of a bundle or a checkpoint (torch only), a ``.scmz`` file, or ``hf:owner/name`` on the
+                Hugging Face hub.
+            backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` takes the
+                fastest, as measured here by ``benchmark``, of what is the fp32 reference or has a
+                recorded parity that passed; unmeasured, ONNX Runtime comes before torch. A name also
+                takes what was never compared, and, with a warning, what failed.
+            precision: ``"auto"`` or the only precision to take.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None is ``"cpu"``, and the first GPU for engines.
+            fallback: What happens when the backend, the precision or the library asked for is not
+                there: ``"error"`` raises; ``"warn"`` takes what else can run and warns; ``"allow"``
+                takes it without a warning. Both record it in ``out.info.fallback``.
+            verify: ``"digest"`` checks the sha256 of each file before it is opened, ``"none"`` its size; ``"smoke"``
+                also runs the recorded sample of the default number of steps, ``"full"`` of each. Files that are not
+                opened may be missing, so a product may leave the PyTorch checkpoint out.
+            num_threads: CPU threads of one call; None leaves the library's choice.
+            max_batch: Largest batch to run at once, 1..the spec's; None is the spec's.
+            num_inference_steps: The default of calls; None is 2 where there are two steps.
+            trust_engines: A TensorRT engine is executable code. Those built on this machine run; others only
+                with True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
+            revision: Branch, tag or commit of a hub id; only a commit names the same files for ever.
+            local_files_only: Take a hub id from the cache alone, as ``HF_HUB_OFFLINE=1`` does for all.
+            require_signature: Open nothing but what this signer signed and nobody changed since:
+                ``signing.PublicKey("key.pub")`` or ``signing.Identity(...)``. All files are hashed.
+
+        Raises:
+            IntegrityError: If a signature is required and the model is not as it was signed.
+            BundleError: If ``path`` is neither of the two, or a file is missing or damaged.
+            BackendUnavailable: If nothing that may run is installed here.
+            ConfigError: If an argument is not one of those above.
+            BackendFailure: If a recorded sample comes out differently.
+        """
+        for name, value, known in (("verify", verify, Verify), ("fallback", fallback, Fallback)):
+            if value not in get_args(known):
+                raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}.")
+        find = partial(
+            open_source, path, verify="none" if verify == "none" else "digest", revision=revision,
+            local_files_only=local_files_only, require_signature=require_signature,
+        )  # fmt: skip
+        source = find()
+        steps = source.default_steps if num_inference_steps is None else num_inference_steps
+        arguments = {
+            "backend": backend,
+            "precision": precision,
+            "device": device,
+            "fallback": fallback,
+            "verify": verify,
+            "num_threads": num_threads,
+            "max_batch": max_batch,
+            "num_inference_steps": check_count("num_inference_steps", steps),
+            "trust_engines": trust_engines,
+            "require_signature": require_signature,
+        }
+        opener_of = partial(
+            Opener, backend=backend, precision=precision, device=device, fallback=fallback, num_threads=num_threads,
+            trust_engines=trust_engines,
+        )  # fmt: skip
+        opener = opener_of(source)
+        try:
+            opened = opener.get(steps)
+        except IntegrityError:  # damaged, or another process published a change since the manifest was read
+            with undisturbed(source.path, shared=True, purpose=f"open {source.path}"):
+                again = find()
+                if again.bundle == source.bundle:
+                    raise
+                source, opener = again, opener_of(again)
+                opened = opener.get(steps)
+        if max_batch is not None:
+            check_count("max_batch", max_batch, most=opened.spec.max_batch)
+        if verify in ("smoke", "full"):
+            opener.run_goldens(source.steps if verify == "full" else (steps,))
+        return cls(source, opener, arguments)
+
+    @named("the generator")
+    def __call__(
+        self,
+        num_images: int = 1,
+        class_labels: Labels | None = None,
+        num_inference_steps: int | None = None,
+        seed: Seeds | None = None,
+        noise: Sequence[np.ndarray] | np.ndarray | None = None,
+        output_type: OutputType = "pil",
+        progress: Progress = False,
+        batch_size: int | None = None,
+        *,
+        guidance_scale: float | Sequence[float] | None = None,
+        conditioning: Mapping[str, np.ndarray] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        prompt_embeds: np.ndarray | None = None,
+        prompt_attention_mask: np.ndarray | None = None,
+    ) -> GeneratorOutput:
+        """Generate images.
+
+        Args:
+            num_images: How many, 1 to 2^20 and no more than 4 GiB of samples; run in batches.
+            class_labels: One label for all, or one for each image, by name or number; a text that is no name and
+                a decimal number, as from an address, is the number. None lets each
+                seed draw its own label, always the same one (``request.draw_label``).
+            num_inference_steps: Network calls; None is the generator's default.
+            seed: ``s`` gives the images the seeds s, s+1, ...; a list gives each its own. None draws
+                a fresh s and reports it. A seed names its noise to the bit and its image as far as the backend
+                repeats itself, whatever the batch and the position; ``docs/gates.md`` states it for each backend.
+            noise: Instead of seeds: one (num_images, *sample_shape) float32 array per step.
+            output_type: ``"pil"`` list of PIL images; ``"np"`` (N, H, W, C) float32 in [0, 1];
+                ``"pt"`` torch tensor (N, C, H, W) float32 in [0, 1]; ``"uint8"`` (N, H, W, C) uint8;
+                ``"raw"`` (N, *image_shape) float32 in data units, not clipped.
+            progress: True shows a bar on stderr; a function is called as f(images_done, num_images).
+            batch_size: Images run at once, at most ``max_batch``; None is ``max_batch``.
+            guidance_scale: For models that have this input: one number, or one for each image.
+            conditioning: For models with further inputs: (num_images, ...) arrays by name.
+            prompt: For models of text: one for all images, or one for each; see ``inference.prompts``.
+            prompt_embeds: Instead of a prompt, its embeddings: (num_images, L, D) float32, or (1, L, D) for all.
+            prompt_attention_mask: Their mask, (num_images, L) or (1, L) int64; None keeps every token.
+
+        Raises:
+            ConfigError: If an argument is out of its range.
+            ShapeError: If ``noise`` or ``conditioning`` has the wrong shape or dtype.
+            BackendFailure: If the backend's library raised, or images hold NaN.
+        """
+        start = perf_counter()
+        opened, request = self._prepare(
+            output_type,
+            num_inference_steps,
+            num_images=num_images,
+            class_labels=class_labels,
+            seed=seed,
+            noise=noise,
+            guidance_scale=guidance_scale,
+            conditioning=conditioning,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+        )
+        raw, info = self._run(opened, request, self._batch_size(opened, batch_size), progress)
+        return make_output(request, raw, output_type, info.with_total((perf_counter() - start) * 1e3))
+
+    @overload
+    def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[GeneratorOutput]: ...
+    @overload
+    def stream(
+        self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool
+    ) -> Iterator[GeneratorOutput | Exception]: ...
+    @named("stream")
+    def stream(
+        self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool = False
+    ) -> Iterator[GeneratorOutput | Exception]:
+        """Run many calls and give back their outputs in order, sharing batches between small ones.
+
+        Requests of the same number of steps are gathered until they fill a batch, then run together; each image
+        equals that of its own call. So a few batches of requests are read ahead. For many threads: ``batcher``.
+
+        Args:
+            requests: Keyword arguments of ``__call__``, without ``progress`` and ``batch_size``.
+            return_exceptions: Give back what a request raised in the place of its output, and go on.
+
+        Yields:
+            One output for each request; ``info.batches`` and ``info.timings`` are the shared run's.
+
+        Raises:
+            ScmError: What ``__call__`` raises, after the outputs of the requests before it.
+        """
+        for result in run_in_order(requests, self._job, self.source):
+            if isinstance(result, Exception) and not return_exceptions:
+                raise result
+            yield result
+
+    @named("batcher")
+    def batcher(self, *, max_waiting: int = 256, max_running: int | None = None) -> Batcher:
+        """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``.
+
+        Args:
+            max_waiting: Images that may wait.
+            max_running: Batches that may run side by side; None is as many as the cores hold calls of
+                ``num_threads``, and one where a call takes all cores, a GPU, or the backend runs one at a time.
+        """
+        from .batcher import Batcher, side_by_side  # here, as its futures are slow to import
+
+        beside = side_by_side(self.opened(), self.num_threads) if max_running is None else max_running
+        return Batcher(self._job, self.source, max_waiting=max_waiting, max_running=beside)
+
+    @named("plan")
+    def plan(self, num_inference_steps: int | None = None) -> Plan:
+        """Return what could run and what runs, each with the reason; ``str()`` is a table.
+
+        Raises:
+            ConfigError: If the number of steps is not there.
+        """
+        return self._opener.plan(self._steps(num_inference_steps))
+
+    @named("opened")
+    def opened(self, num_inference_steps: int | None = None) -> Opened:
+        """Return what is open: the backend (noise in, images out), its artifact, spec and load time."""
+        return self._opener.get(self._steps(num_inference_steps))
+
+    @property
+    def num_threads(self) -> int | None:
+        """CPU threads of one call; None is the library's choice."""
+        threads: int | None = self._arguments["num_threads"]
+        return threads
+
+    @named("warmup")
+    def warmup(self, num_images: int = 1, num_inference_steps: int | None = None) -> float:
+        """Run once and throw the images away, so that the next call is not the first. Returns its ms."""
+        start = perf_counter()
+        self(num_images, num_inference_steps=num_inference_steps, seed=0, output_type="raw")
+        return (perf_counter() - start) * 1e3
+
+    def reopen(self, **changes: Unpack[OpenOptions]) -> Generator:
+        """Open the same model again with other arguments of ``from_pretrained``; this one stays open.
+
+        A bundle may have got further artifacts meanwhile.
+
+        Raises:
+            UnknownArgument: If there is no such argument.
+            IntegrityError: If another model is there now. Else as ``from_pretrained``.
+        """
+        check_names(changes, tuple(self._arguments), of="reopen")
+        gen = type(self).from_pretrained(self.source.path, **{**self._arguments, **changes})
+        try:
+            self.source.check_same_model(gen.source)
+        except BundleError:
+            gen.close()
+            raise
+        return gen
+
+    @named("compare")
+    def compare(
+        self,
+        reference: Generator | Backend,
+        *,
+        seeds: Sequence[int] | None = None,
+        batches: Sequence[int | None] | None = None,
+        num_inference_steps: int | None = None,
+        threshold: float | None = None,
+        min_psnr_db: float | None = None,
+        reason: str = "",
+    ) -> Any:
+        """Compare with a reference on the same noise.
+
+        The gate is that of the lower precision of the two, the same as ``scm-export validate`` applies.
+
+        Args:
+            reference: What this one should compute: a generator or an open backend.
+            seeds: One for each sample; None is the seeds of ``scm-export validate``.
+            batches: Batch sizes to run, None among them is the largest; None is 1, 3 and the largest.
+            num_inference_steps: Which sampler; None is the generator's default.
+            threshold: Largest difference that passes, units of sigma_data.
+            min_psnr_db: PSNR that 95 % of the samples must reach, dB.
+            reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate; every report prints it.
+
+        Returns:
+            ``scm_sdk.evaluate.parity.compare.Parity``; see ``scm_sdk.evaluate.parity.compare.compare``.
+
+        Raises:
+            ConfigError: If the two are different samplers, or a looser gate comes without a reason.
+            BackendError: If one of them cannot run.
+        """
+        return import_module("scm_sdk.evaluate.parity.compare").compare(
+            self, reference, seeds=seeds, batches=batches, num_inference_steps=num_inference_steps, threshold=threshold,
+            min_psnr_db=min_psnr_db, reason=reason,
+        )  # fmt: skip
+
+    @named("benchmark")
+    def benchmark(
+        self,
+        *,
+        batch: int = 1,
+        rounds: int = 100,
+        warmup: int | None = None,
+        max_seconds: float | None = None,
+        budget: str | None = None,
+        num_inference_steps: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Any:
+        """Measure everything the plan accepts, interleaved, and go by it where this generator's backend is ``"auto"``.
+
+        The times are kept for generators that are opened later on this machine; one warning says where they cannot be.
+
+        Args:
+            batch: Images in a call; measure what you will run.
+            rounds: Measured calls of each.
+            warmup: Rounds thrown away after the first call; None goes on until stable.
+            max_seconds: Time after which slow candidates are measured no more; None is 60, or no limit with a budget.
+            budget: Latencies to keep; see ``scm_sdk.evaluate.latency.measure.measure``.
+            num_inference_steps: Which sampler; None is the generator's default.
+            progress: Called as f(rounds_done, rounds).
+
+        Returns:
+            ``scm_sdk.evaluate.latency.measure.Latency``: one entry ``backend:artifact`` for each; ``str()`` is a table.
+
+        Raises:
+            ConfigError: If an argument is unknown (``UnknownArgument``) or out of its range.
+            BackendError: If a candidate cannot run.
+        """
+        steps = self._steps(num_inference_steps)
+        candidates = self._opener.open_accepted(steps)
+        try:
+            latency = import_module("scm_sdk.evaluate.latency.measure").measure(
+                {f"{o.row.backend}:{o.row.artifact}": o.backend for o in candidates},
+                batch=batch,
+                rounds=rounds,
+                warmup=warmup,
+                max_seconds=60.0 if max_seconds is None and budget is None else max_seconds,
+                budget=budget,
+                progress=progress,
+            )
+        finally:
+            for opened in candidates:
+                opened.backend.close()
+        medians = {
+            (o.row.backend, o.row.artifact): Measured(r.median_ms, latency.batch)
+            for o, r in zip(candidates, latency, strict=True)
+        }
+        self._opener.remember(medians, steps)
+        return latency
+
+    def close(self) -> None:
+        """Give all memory back; may be called twice. A later call raises ``BackendFailure``."""
+        self._opener.close()
+        self.source.release()
+
+    def __repr__(self) -> str:
+        opened = [
+            f"{o.row.backend} {o.row.precision} of {o.spec.num_inference_steps} steps on {o.device}"
+            for o in self._opener.opened
+        ]
+        return f"<Generator of {self.source.path}: {', '.join(opened) or 'not open here'}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle, and copy, as what opens the same model again: a library's objects belong to one process."""
+        return _open_again, (type(self), self.source.path, self._arguments, self.source.build_id)
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _steps(self, asked: int | None) -> int:
+        return self._default_steps if asked is None else check_count("num_inference_steps", asked)
+
+    def _batch_size(self, opened: Opened, asked: int | None) -> int:
+        most = self._max_batch or opened.spec.max_batch
+        return most if asked is None else check_count("batch_size", asked, most=most)
+
+    def _prepare(self, output_type: str, steps: int | None, **arguments: Any) -> tuple[Opened, Request]:
+        opened = self._opener.get(self._steps(steps))
+        check_output_type(opened.spec, output_type)
+        words = {name: arguments.pop(name, None) for name in ("conditioning", "prompt", EMBEDS, MASK)}
+        count = check_num_images(arguments.get("num_images", 1), opened.spec)
+        made = self._prompts.conditioning(opened.spec, count, **words)
+        return opened, make_request(opened.spec, conditioning=made, **arguments)
+
+    def _job(self, arguments: Mapping[str, Any]) -> Job:
+        options = dict(arguments)
+        output_type = options.pop("output_type", "pil")
+        opened, request = self._prepare(output_type, options.pop("num_inference_steps", None), **options)
+        size = self._batch_size(opened, None)
+        return Job(opened=opened, request=request, output_type=output_type, batch_size=size)
+
+    def _run(
+        self, opened: Opened, request: Request, batch_size: int, progress: Progress
+    ) -> tuple[np.ndarray, GenerationInfo]:
+        with report_progress(progress, len(request)) as report:
+            raw, batches, timings = opened.run(request, batch_size, report)
+        return raw, opened.info(self.source, batches=batches, timings=timings)
+
+
+def _open_again(kind: type[Generator], path: Path, arguments: Mapping[str, Any], build_id: str) -> Generator:
+    """Open a pickled generator.
+
+    Raises:
+        BundleError: If another model is there now.
+    """
+    gen = kind.from_pretrained(path, **arguments)
+    if gen.source.build_id != build_id:
+        gen.close()
+        raise BundleError(f"{path} holds another model than when its generator was pickled. Pickle a new one.")
+    return gen

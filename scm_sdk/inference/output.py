@@ -1,0 +1,155 @@
+"""Convert raw backend output to ``output_type``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .._util.lazy import require
+from ..bundle.status import ModelStatus
+from ..errors import BackendFailure
+from ..images import to_pil, to_uint8
+from .request import OutputType, Request
+from .selection import PlanRow
+
+_SHOWN = 8
+Progress = bool | Callable[[int, int], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationInfo:
+    """What ran, and why that.
+
+    Attributes:
+        backend: Name of the backend.
+        device: Where it ran.
+        precision: Precision that lies in the artifact.
+        artifact: Path of the artifact inside the bundle.
+        sha256: Digest of the artifact's main file; "" for a checkpoint opened with ``verify="none"``.
+        build_id: Digest of everything that decides the images.
+        model: What the model is: its kind, how far it was trained, whether its quality was measured.
+        num_inference_steps: Network calls for each image.
+        batches: Size of each batch that was run.
+        timings: Milliseconds: ``load_ms`` (when it was opened), ``noise_ms``, ``sample_ms``, ``total_ms``.
+        rejected: What was not taken, with the reasons.
+        fallback: What was asked for and could not run, if something else ran instead.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    artifact: str
+    sha256: str
+    build_id: str
+    model: ModelStatus
+    num_inference_steps: int
+    batches: tuple[int, ...]
+    timings: dict[str, float]
+    rejected: tuple[PlanRow, ...]
+    fallback: str | None = None
+
+    def with_total(self, total_ms: float) -> GenerationInfo:
+        """Return this info with the whole call's time."""
+        return replace(self, timings={**self.timings, "total_ms": total_ms})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**asdict(self), "model": self.model.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorOutput:
+    """Images and where they come from.
+
+    Attributes:
+        images: As ``output_type`` said.
+        seeds: The seed of each image; () when the noise was given.
+        class_labels: The label of each image; None for an unconditional model.
+        info: What ran.
+    """
+
+    images: Any
+    seeds: tuple[int, ...]
+    class_labels: tuple[int, ...] | None
+    info: GenerationInfo
+
+    def __str__(self) -> str:
+        info = self.info
+        lines = [
+            f"{_count(len(self.images), 'image')} by {info.backend} {info.precision} on {info.device}, "
+            f"{_count(info.num_inference_steps, 'step')}, {info.timings.get('total_ms', 0.0):.1f} ms"
+        ]
+        lines += [f"seeds {_shown(self.seeds)}"] if self.seeds else []
+        lines += [f"class labels {_shown(self.class_labels)}"] if self.class_labels else []
+        return "\n".join(lines + ([f"instead of what was asked for: {info.fallback}"] if info.fallback else []))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _shown(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:_SHOWN])) + (f", ... ({len(numbers)})" if len(numbers) > _SHOWN else "")
+
+
+def make_output(request: Request, raw: np.ndarray, output_type: OutputType, info: GenerationInfo) -> GeneratorOutput:
+    """Dress up what a backend returned for a request, (N, *image_shape) float32 in data units.
+
+    Raises:
+        BackendFailure: If it is not finite and ``output_type`` is not ``"raw"``.
+        BackendUnavailable: If ``"pt"`` is asked for and torch is not here.
+    """
+    finite = np.isfinite(raw).reshape(len(raw), -1).all(axis=1)
+    if output_type != "raw" and not finite.all():
+        bad = int(np.flatnonzero(~finite)[0])
+        which = f"seed {request.seeds[bad]}" if request.seeds else f"image {bad}"
+        raise BackendFailure(
+            f"{info.backend} ({info.artifact}) returned NaN or infinity for {which}, expected finite "
+            "images. Compare it with the reference: scm-export validate"
+        )
+    images = convert(raw, request.spec.value_range, output_type)
+    return GeneratorOutput(images=images, seeds=request.seeds, class_labels=request.class_labels, info=info)
+
+
+def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: OutputType) -> Any:
+    """Turn (N, C, ...) float32 in data units into what ``output_type`` names.
+
+    Samples may have any rank where that is ``raw``, ``np`` (channels last) or ``pt``.
+
+    Raises:
+        BackendUnavailable: If ``"pt"`` is asked for and torch is not here.
+    """
+    if output_type == "raw":
+        return raw
+    if output_type == "pil":
+        return to_pil(raw, value_range)
+    if output_type == "uint8":
+        return to_uint8(raw, value_range)
+    low, high = value_range
+    unit = np.clip((raw - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
+    if output_type == "np":
+        return np.ascontiguousarray(np.moveaxis(unit, 1, -1))
+    return require("torch", extra="torch", purpose="output_type 'pt'").from_numpy(unit)
+
+
+@contextmanager
+def report_progress(progress: Progress, total: int) -> Iterator[Callable[[int], object]]:
+    """Give a function to call with the number of images done: a bar on stderr, the caller's, or none."""
+    if not progress:
+        yield lambda done: None
+    elif callable(progress):
+        call = progress
+        yield lambda done: call(done, total)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("generating", total=total)
+            yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,322 @@
+"""Backend selection: which backend runs which artifact, and why, as rows that can be printed.
+
+``make_plan`` compares every artifact with every backend that opens its format. ``nothing_accepted`` turns a plan
+without an accepted row into one error that names each reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, overload
+
+from .._util.gpu import current_gpu
+from .._util.lazy import install_command, is_installed
+from ..bundle.manifest import Artifact, ParityRecord
+from ..engines.compatibility import TRUST_VARIABLE, EngineHost, why_not
+from ..errors import BackendError, BackendUnavailable, ConfigError, IncompatibleEngineError, printable
+from .backends import BACKENDS, backend_info
+from .sources import Source
+
+
+class Measured(NamedTuple):
+    """A median latency remembered from this machine.
+
+    Attributes:
+        ms: Of one call.
+        batch: Its images.
+    """
+
+    ms: float
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One artifact held against one backend.
+
+    Attributes:
+        backend: Name in ``BACKENDS``.
+        artifact: Path inside the bundle.
+        precision: The precision that lies in the artifact.
+        num_inference_steps: Its steps; 0 means any.
+        accepted: Whether it may run.
+        reason: Why, or why not.
+        measured: Median latency remembered from this machine, if there is one.
+        chosen: Whether it is the one that runs.
+    """
+
+    backend: str
+    artifact: str
+    precision: str
+    num_inference_steps: int
+    accepted: bool
+    reason: str
+    measured: Measured | None = None
+    chosen: bool = False
+
+
+class Plan(Sequence[PlanRow]):
+    """Every row, the accepted ones first and best first.
+
+    ``str()`` is a table of the rows with the number of steps that was asked for; the others are counted.
+
+    Args:
+        rows: The rows.
+        num_inference_steps: The number of steps that was asked for; 0 shows all rows.
+    """
+
+    def __init__(self, rows: Sequence[PlanRow], *, num_inference_steps: int = 0) -> None:
+        self.rows = tuple(rows)
+        self.num_inference_steps = num_inference_steps
+        self.accepted = tuple(row for row in self.rows if row.accepted)
+        """The rows that may run, best first."""
+        self.rejected = tuple(row for row in self.rows if not row.accepted)
+        """The rows that may not, with their reasons."""
+
+    @property
+    def chosen(self) -> PlanRow | None:
+        """The row that runs, or None when nothing can."""
+        return next((row for row in self.rows if row.chosen), None)
+
+    def choose(self, chosen: PlanRow) -> Plan:
+        """Return this plan with another row as the chosen one."""
+        rows = [replace(row, chosen=False) for row in self.rows]
+        at = self.rows.index(chosen)
+        rows[at] = replace(rows[at], chosen=True)
+        return Plan(rows, num_inference_steps=self.num_inference_steps)
+
+    @overload
+    def __getitem__(self, index: int) -> PlanRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[PlanRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> PlanRow | tuple[PlanRow, ...]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        table = [("", "backend", "artifact", "precision", "steps", "verdict", "reason")]
+        asked = self.num_inference_steps
+        shown = [row for row in self.rows if not asked or row.num_inference_steps in (0, asked)]
+        for row in shown:
+            mark, verdict = "*" if row.chosen else "", "accepted" if row.accepted else "rejected"
+            steps = str(row.num_inference_steps or "any")
+            table.append((mark, row.backend, row.artifact, row.precision, steps, verdict, printable(row.reason)))
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        if hidden := len(self.rows) - len(shown):
+            lines.append(f"not shown: {hidden} with artifacts of other numbers of steps")
+        return "\n".join(lines)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the rows as plain data for JSON."""
+        return [
+            asdict(row) | {"measured": None if row.measured is None else row.measured._asdict()} for row in self.rows
+        ]
+
+
+def make_plan(
+    artifacts: Sequence[Artifact],
+    *,
+    num_inference_steps: int,
+    backend: str = "auto",
+    precision: str = "auto",
+    parity: Sequence[ParityRecord] = (),
+    measured: Mapping[tuple[str, str], Measured] | None = None,
+    device: str | None = None,
+    host: EngineHost | None = None,
+    sha256: Callable[[str], str] = lambda path: "",
+) -> Plan:
+    """Hold every artifact against every backend that opens its kind.
+
+    Args:
+        artifacts: What can be run.
+        num_inference_steps: The steps that are asked for.
+        backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes only what is the fp32
+            reference or has a recorded parity that passed; a name also takes what was never compared or
+            failed, and the reason says so.
+        precision: ``"auto"`` or the only precision that is taken.
+        parity: The recorded comparisons.
+        measured: Medians remembered from this machine by (backend, artifact path).
+        device: The device that was asked for; engines run on GPUs alone.
+        host: This machine, for engines; None looks at it where there are engines.
+        sha256: Digest of an artifact's file, which says whether an engine is trusted.
+
+    Returns:
+        The plan, with the best accepted row chosen.
+
+    Raises:
+        ConfigError: If no backend has this name.
+    """
+    if backend != "auto":
+        backend_info(backend)
+    if host is None and any(artifact.engine is not None for artifact in artifacts):
+        host = EngineHost.here(device=device)
+
+    def engine_doubt(artifact: Artifact) -> str | None:
+        return _engine_doubt(artifact, device, host, sha256(artifact.path))
+
+    rows = [
+        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured or {}, engine_doubt)
+        for name, info in BACKENDS.items()
+        for artifact in artifacts
+        if artifact.format in info.opens
+    ]
+    accepted = [row for row in rows if row.accepted]
+    # Half a measurement decides nothing: a row without a time could be faster or slower than all, and times of two
+    # batches cannot be compared.
+    times = [row.measured for row in accepted if row.measured is not None]
+    if len(times) == len(accepted) and len({time.batch for time in times}) == 1:
+        accepted.sort(key=lambda row: row.measured or times[0])
+    else:
+        # Engines that fit and passed first: whoever built them wants them; those for one kind of GPU before those
+        # for several. Then fp32; within that the order of BACKENDS.
+        kinds = {a.path: a.engine for a in artifacts}
+        accepted.sort(
+            key=lambda row: (
+                (0, len(facts.compute_capabilities)) if (facts := kinds[row.artifact]) else (1, row.precision != "fp32")
+            )
+        )
+    plan = Plan(accepted + [row for row in rows if not row.accepted], num_inference_steps=num_inference_steps)
+    return plan.choose(accepted[0]) if accepted else plan
+
+
+def _judge(
+    name: str,
+    artifact: Artifact,
+    steps: int,
+    wanted: str,
+    precision: str,
+    parity: Sequence[ParityRecord],
+    measured: Mapping[tuple[str, str], Measured],
+    engine_doubt: Callable[[Artifact], str | None],
+) -> PlanRow:
+    """One row: the first thing that speaks against the pair, or what speaks for it."""
+    info = BACKENDS[name]
+    records = [r for r in parity if r.artifact == artifact.path and r.backend == name]
+    failed = [r for r in records if not r.passed]
+    against = None
+    if wanted not in ("auto", name):
+        against = f"backend={wanted!r} was asked for"
+    elif precision not in ("auto", artifact.precision):
+        against = f"precision={precision!r} was asked for"
+    elif artifact.num_inference_steps not in (0, steps):
+        against = f"is a {artifact.num_inference_steps}-step graph, {steps} asked for"
+    elif artifact.precision in info.unfit:
+        against = info.unfit[artifact.precision]
+    elif not is_installed(info.library):
+        against = f"{info.library} is not installed: {install_command(info.extra)}"
+    elif info.runs_engines and (unfit := engine_doubt(artifact)) is not None:
+        against = unfit
+    elif failed and wanted == "auto":
+        against = _failure(failed[0])
+    elif not records and not _is_reference(artifact) and wanted == "auto":
+        against = "no recorded parity; compare it (scm-export validate) or ask for the backend by name"
+    if against is None:
+        reason = _why(artifact, records, measured.get((name, artifact.path)))
+    return PlanRow(
+        backend=name,
+        artifact=artifact.path,
+        precision=artifact.precision,
+        num_inference_steps=artifact.num_inference_steps,
+        accepted=against is None,
+        reason=reason if against is None else against,
+        measured=measured.get((name, artifact.path)),
+    )
+
+
+def _engine_doubt(artifact: Artifact, device: str | None, host: EngineHost | None, sha256: str) -> str | None:
+    """Return what speaks against running an engine here, or None."""
+    if artifact.engine is None or host is None:
+        return "the manifest does not say where this engine runs; build it again: scm-export engine"
+    if device is not None and device.partition(":")[0] != "cuda":
+        return f"device={device!r} was asked for, engines run on GPUs"
+    unfit = why_not("tensorrt" if artifact.format == "tensorrt" else "tensorrt_rtx", artifact.engine, host)
+    if unfit is None and not host.trusts(sha256):
+        return (
+            "an engine is executable code and this one was not built here; if you trust where it comes from: "
+            f"trust_engines=True or {TRUST_VARIABLE}=1"
+        )
+    return unfit
+
+
+def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: Measured | None) -> str:
+    if _is_reference(artifact):
+        reason = "the fp32 reference"
+    elif failed := [record for record in records if not record.passed]:
+        reason = f"asked for by name, although {_failure(failed[0])}"
+    elif records:
+        worst = max(records, key=lambda record: record.max_abs)
+        reason = f"parity passed: {worst.finding}"
+    else:
+        reason = "asked for by name; no recorded parity"
+    return reason if measured is None else f"{reason}; measured here: {measured.ms:.2f} ms at batch {measured.batch}"
+
+
+def _failure(record: ParityRecord) -> str:
+    return f"recorded parity failed: {record.finding}"
+
+
+def _is_reference(artifact: Artifact) -> bool:
+    return artifact.format == "safetensors" and artifact.precision == "fp32"
+
+
+def nothing_accepted(
+    source: Source, plan: Plan, steps: int, backend: str, precision: str
+) -> BackendError | ConfigError:
+    """Return the error that says why a plan accepts nothing.
+
+    Args:
+        source: The model on disk.
+        plan: The plan.
+        steps: The number of steps that was asked for.
+        backend: The backend that was asked for, or ``"auto"``.
+        precision: The precision that was asked for, or ``"auto"``.
+    """
+    info = BACKENDS.get(backend)
+    if info is not None and not is_installed(info.library):
+        return BackendUnavailable(
+            f"backend {backend!r} needs {info.library}, which is not installed. "
+            f"Install it with: {install_command(info.extra)}. See what runs here: scm-export doctor"
+        )
+    formats = {artifact.format for artifact in source.artifacts}
+    rows = [row for row in plan if backend in ("auto", row.backend)]
+    fitting = [row for row in rows if row.num_inference_steps in (0, steps) and precision in ("auto", row.precision)]
+    by_reason: dict[str, list[str]] = {}
+    for row in fitting or rows:  # what was not asked for says nothing, unless there is nothing else
+        by_reason.setdefault(row.reason, []).append(f"{row.backend} on {row.artifact}")
+    reasons = "; ".join(f"{', '.join(what)}: {reason}" for reason, what in by_reason.items())
+    asked = f"backend={backend!r}, precision={precision!r}"
+    found = f"{source.path} has nothing that runs {steps} step{'' if steps == 1 else 's'} with {asked}"
+    if info is not None and not formats & set(info.opens):
+        return ConfigError(
+            f"{found}: it holds {', '.join(sorted(formats))}, {backend} opens {', '.join(info.opens)}."
+            + (source.cut_note or f" Make it first: scm-export {'engine' if info.runs_engines else 'onnx'}")
+        )
+    if precision not in ("auto", *(artifact.precision for artifact in source.artifacts)):
+        return ConfigError(
+            f"precision {precision!r} is not in {source.path}, expected {describe_precisions(source.artifacts)}. "
+            "Choose one of them, or add it: scm-export precision, or scm-export quantize for int8." + source.cut_note
+        )
+    error: type[BackendError | ConfigError] = ConfigError
+    if (backend, precision) == ("auto", "auto"):
+        error = BackendUnavailable
+    elif info is not None and info.runs_engines and any(row.num_inference_steps == steps for row in rows):
+        error = BackendUnavailable if current_gpu() is None else IncompatibleEngineError
+    return error(f"{found}: {reasons}. Choose one of what is there: scm-export inspect {source.path}.{source.cut_note}")
+
+
+def describe_precisions(artifacts: Iterable[Artifact]) -> str:
+    """Return the precisions of artifacts with their numbers of steps: ``fp32 (any steps), fp16 (1, 2 steps)``."""
+    steps: dict[str, set[int]] = {}
+    for artifact in artifacts:
+        steps.setdefault(artifact.precision, set()).add(artifact.num_inference_steps)
+    return ", ".join(
+        f"{precision} ({'any number of' if 0 in counts else ', '.join(map(str, sorted(counts)))} steps)"
+        for precision, counts in steps.items()
+    )

@@ -1,0 +1,392 @@
+"""Open and cache the selected backends, and run requests on them.
+
+``Opener`` opens what the plan selected and applies the fallback policy if it cannot be loaded; ``Opened`` is one open
+backend.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Literal, get_args
+
+import numpy as np
+
+from .._util.forked import check_process
+from ..bundle.goldens import GOLDEN_PATH
+from ..bundle.manifest import ParityRecord
+from ..engines.compatibility import EngineHost
+from ..errors import BackendError, BackendFailure, BundleError, ConfigError, IntegrityError
+from ..spec import Precision, SamplerSpec
+from .backends import BACKENDS, Backend, backend_info, open_backend
+from .latency_cache import recall, remember
+from .output import GenerationInfo
+from .request import Request, make_example
+from .selection import Measured, Plan, PlanRow, make_plan, nothing_accepted
+from .sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """One backend that is open.
+
+    Attributes:
+        backend: It.
+        row: The row of the plan that it came from.
+        plan: The whole plan.
+        spec: The sampler it runs.
+        load_ms: How long opening took.
+        fallback: What could not run in its place, if anything.
+    """
+
+    backend: Backend
+    row: PlanRow
+    plan: Plan
+    spec: SamplerSpec
+    load_ms: float
+    fallback: str | None = None
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as the backend says."""
+        return str(getattr(self.backend, "device", "cpu"))
+
+    def run(
+        self, request: Request, batch_size: int, report: Callable[[int], object] = lambda done: None
+    ) -> tuple[np.ndarray, tuple[int, ...], dict[str, float]]:
+        """Run a request batch by batch; the noise of a batch is drawn while the one before it runs.
+
+        Returns:
+            The images (N, *image_shape) float32 in data units, the size of each batch, and ``timings``: of the noise,
+            what was waited for.
+        """
+        count = len(request)
+        parts = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        raw: np.ndarray | None = None
+        noise_s = sample_s = 0.0
+        began = perf_counter()
+        for (start, stop), (noise, conditioning) in zip(parts, _inputs(request, parts), strict=True):
+            drawn = perf_counter()
+            images = self.backend.sample(noise, conditioning)
+            if len(parts) == 1:
+                raw = images
+            else:
+                raw = np.empty((count, *images.shape[1:]), np.float32) if raw is None else raw
+                raw[start:stop] = images
+            noise_s += drawn - began
+            began = perf_counter()
+            sample_s += began - drawn
+            report(stop)
+        assert raw is not None, "a request holds at least one image"
+        timings = {"load_ms": self.load_ms, "noise_ms": noise_s * 1e3, "sample_ms": sample_s * 1e3}
+        return raw, tuple(stop - start for start, stop in parts), timings
+
+    def info(self, source: Source, *, batches: tuple[int, ...], timings: dict[str, float]) -> GenerationInfo:
+        """Describe a run of this backend."""
+        return GenerationInfo(
+            backend=self.row.backend,
+            device=self.device,
+            precision=self.row.precision,
+            artifact=self.row.artifact,
+            sha256=source.sha256(self.row.artifact),
+            build_id=source.build_id,
+            model=source.status,
+            num_inference_steps=self.spec.num_inference_steps,
+            batches=batches,
+            timings=timings,
+            rejected=self.plan.rejected,
+            fallback=self.fallback,
+        )
+
+
+def _inputs(
+    request: Request, parts: Sequence[tuple[int, int]]
+) -> Iterator[tuple[list[np.ndarray], dict[str, np.ndarray]]]:
+    """Give noise and conditioning of each part, always one part ahead of who takes them."""
+    if len(parts) == 1 or request.noise is not None:
+        yield from (request.inputs(*part) for part in parts)
+        return
+    from concurrent.futures import ThreadPoolExecutor  # not needed for one picture, and slow to import
+
+    with ThreadPoolExecutor(1, "scm-noise") as thread:
+        ahead = thread.submit(request.inputs, *parts[0])
+        for part in parts[1:]:
+            ready, ahead = ahead, thread.submit(request.inputs, *part)
+            yield ready.result()
+        yield ahead.result()
+
+
+Fallback = Literal["error", "warn", "allow"]
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference to a recorded sample, in units of sigma_data, where no parity record allows more.
+Wide enough for another processor's fp32 rounding, two powers of ten below what an eye could see."""
+GOLDEN_FACTOR = 2.0
+"""A lower precision may differ by this many times what it did when it was compared."""
+_LOADS = 3
+"""A file that is touched while it is loaded is loaded again, this many times in all."""
+
+
+class Opener:
+    """Keeps one open backend for each number of steps; safe for threads.
+
+    Args:
+        source: The model on disk.
+        backend: ``"auto"`` or a name.
+        precision: ``"auto"`` or a precision.
+        device: Passed to the backend.
+        fallback: Whether something else may run when the choice cannot.
+        num_threads: Passed to the backend.
+        trust_engines: Run engines that were not built here.
+
+    Raises:
+        ConfigError: If the backend or the precision is unknown.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        backend: str,
+        precision: str,
+        *,
+        device: str | None,
+        fallback: Fallback,
+        num_threads: int | None,
+        trust_engines: bool = False,
+    ) -> None:
+        if backend != "auto":
+            backend_info(backend)
+        if precision not in ("auto", *get_args(Precision)):
+            raise ConfigError(
+                f"precision is {precision!r}, expected 'auto' or one of {', '.join(get_args(Precision))}."
+            )
+        self._source, self._backend, self._precision = source, backend, precision
+        self._device, self._fallback, self._num_threads = device, fallback, num_threads
+        self._trust_engines = trust_engines
+        self._opened: dict[int, Opened] = {}
+        self._retired: list[Opened] = []
+        self._measured: dict[int, Mapping[tuple[str, str], Measured]] = {}
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def plan(self, steps: int) -> Plan:
+        """Return the plan of what is open, or the one by which it would be opened."""
+        opened = self._opened.get(steps)
+        return opened.plan if opened else self._plan(steps, self._backend, self._precision)
+
+    def get(self, steps: int) -> Opened:
+        """Return the open backend for this number of steps; open it on first use.
+
+        Raises:
+            BackendError: If nothing that may run can be opened.
+            ConfigError: If the source lacks what was asked for.
+            BundleError: If an artifact is damaged; this never falls back.
+        """
+        check_process(self._pid, "generator")  # before the lock, which a thread of the other process may hold
+        with self._lock:
+            if self._closed:
+                raise BackendFailure("this generator was closed, expected an open one. Open it again.")
+            if steps not in self._opened:
+                self._opened[steps] = self._open_first(steps)
+            return self._opened[steps]
+
+    def open_accepted(self, steps: int) -> list[Opened]:
+        """Open every accepted row of the plan anew; the caller closes them."""
+        check_process(self._pid, "generator")
+        plan = self.plan(steps)
+        opened: list[Opened] = []
+        try:
+            for row in plan.accepted:
+                opened.append(self._open(plan, row, steps))
+        except BaseException:
+            for each in opened:
+                each.backend.close()
+            raise
+        return opened
+
+    @property
+    def opened(self) -> tuple[Opened, ...]:
+        """What is open, in the order of opening; nothing once closed."""
+        return () if self._closed or os.getpid() != self._pid else tuple(self._opened.values())
+
+    def remember(self, medians: Mapping[tuple[str, str], Measured], steps: int) -> None:
+        """Go by these medians, by (backend, artifact), from now on, and store them for later plans on this machine.
+
+        Where another row is the best now, it is opened in place of the one that is open. Calls that are under way end
+        on that one, so it is closed with the rest.
+        """
+        remember(
+            medians,
+            self._source.build_id,
+            num_inference_steps=steps,
+            device=self._device,
+            num_threads=self._num_threads,
+        )
+        with self._lock:
+            self._measured[steps] = medians
+            before = self._opened.get(steps)
+            if before is None or before.fallback is not None:
+                return
+            plan = self._plan(steps, self._backend, self._precision)
+            best = plan.accepted[0]
+            if (best.backend, best.artifact) == (before.row.backend, before.row.artifact):
+                self._opened[steps] = replace(before, row=best, plan=plan)
+                return
+            self._opened[steps] = self._open(plan, best, steps)
+            self._retired.append(before)
+
+    def run_goldens(self, all_steps: Sequence[int]) -> None:
+        """Run the recorded samples and compare.
+
+        Raises:
+            BundleError: If nothing is recorded.
+            BackendFailure: If a sample comes out differently.
+        """
+        goldens = {}
+        if self._source.bundle is not None:
+            self._source.check_unchanged(GOLDEN_PATH)
+            goldens = self._source.bundle.goldens()
+        for steps in all_steps:
+            if steps not in goldens:
+                raise BundleError(
+                    f"{self._source.path} records no sample of {steps} steps, expected one for "
+                    "verify='smoke' or 'full'. Use verify='digest', or export the bundle again."
+                )
+            golden, opened = goldens[steps], self.get(steps)
+            labels = None if golden.class_labels is None else golden.class_labels.tolist()
+            request = make_example(opened.spec, golden.seeds.tolist(), class_labels=labels)
+            images, _, _ = opened.run(request, opened.spec.max_batch)
+            worst = float(np.abs(images - golden.images).max()) / opened.spec.sigma_data
+            allowed = max([GOLDEN_TOLERANCE, *(_allowed(record) for record in self._records(opened.row))])
+            if not worst <= allowed:  # NaN fails, too
+                raise BackendFailure(
+                    f"{opened.row.backend} ({opened.row.artifact}) differs from the recorded sample by "
+                    f"{worst:.1e} sigma_data, expected at most {allowed:.1e}. "
+                    "Compare it here: scm-export validate"
+                )
+
+    def close(self) -> None:
+        """Close every backend; in a process that inherited them, forget them."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._closed = True
+            for opened in (*self._opened.values(), *self._retired):
+                opened.backend.close()
+            self._opened.clear()
+            self._retired.clear()
+
+    def _records(self, row: PlanRow) -> Iterator[ParityRecord]:
+        return (r for r in self._source.parity if (r.artifact, r.backend) == (row.artifact, row.backend))
+
+    def _plan(self, steps: int, backend: str, precision: str) -> Plan:
+        measured = recall(
+            self._source.build_id,
+            num_inference_steps=steps,
+            device=self._device,
+            num_threads=self._num_threads,
+        )
+        measured |= self._measured.get(steps, {})
+        # Steps the source was not made for run only where the user named a backend that unrolls them:
+        # "auto" would otherwise change the backend because of a number.
+        unrolled = backend != "auto" and "safetensors" in BACKENDS[backend].opens
+        if steps not in self._source.steps and not unrolled:
+            self._source.spec(steps, unrolled=False)  # raises with the steps there are
+        return make_plan(
+            self._source.artifacts,
+            num_inference_steps=steps,
+            backend=backend,
+            precision=precision,
+            parity=self._source.parity,
+            measured=measured,
+            device=self._device,
+            host=self._host(),
+            sha256=self._source.sha256,
+        )
+
+    def _host(self) -> EngineHost | None:
+        """Look at this machine's GPU and libraries only where there are engines to run."""
+        if not any(artifact.engine is not None for artifact in self._source.artifacts):
+            return None
+        return EngineHost.here(device=self._device, trust_engines=self._trust_engines)
+
+    def _open_first(self, steps: int) -> Opened:
+        """Open the best row; with a fallback allowed, the best that opens at all."""
+        problems: list[BackendError | ConfigError] = []
+        wanted = (self._backend, self._precision)
+        for backend, precision in dict.fromkeys([wanted, ("auto", self._precision), ("auto", "auto")]):
+            plan = self._plan(steps, backend, precision)
+            if not plan.accepted:
+                problems.append(nothing_accepted(self._source, plan, steps, backend, precision))
+            for row in plan.accepted:
+                try:
+                    return self._open(plan.choose(row), row, steps, problems)
+                except BackendError as exc:
+                    problems.append(exc)
+                    if self._fallback == "error":
+                        others = list(dict.fromkeys(r.backend for r in plan.accepted if r.backend != row.backend))
+                        if not others:
+                            raise
+                        raise type(exc)(
+                            f"{str(exc).rstrip('.')}. Nothing else is taken unasked, but {', '.join(others)} can run "
+                            "it: name it with backend=, or pass fallback='warn'."
+                        ) from exc
+            if self._fallback == "error":
+                break
+        raise problems[0]
+
+    def _open(
+        self, plan: Plan, row: PlanRow, steps: int, problems: Sequence[BackendError | ConfigError] = ()
+    ) -> Opened:
+        start = perf_counter()
+        spec = self._source.spec(steps, unrolled=row.num_inference_steps == 0)
+        backend = self._load(row, spec)
+        load_ms = (perf_counter() - start) * 1e3
+        fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}" if problems else None
+        doubts = [fallback] if fallback and self._fallback == "warn" else []
+        if any(not record.passed for record in self._records(row)):
+            # Only a name gets here. It must, so that the comparison can be run again.
+            doubts.append(f"{row.backend} runs {row.artifact}, {row.reason}. Compare it again: scm-export validate")
+        for doubt in doubts:
+            warnings.warn(doubt, RuntimeWarning, stacklevel=_callers())
+        return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
+
+    def _load(self, row: PlanRow, spec: SamplerSpec) -> Backend:
+        """Open an artifact whose every byte is what was listed when the source was opened."""
+        for _ in range(_LOADS):
+            stamps = self._source.check_unchanged(row.artifact)
+            self._source.check_graph(row.artifact)
+            backend = open_backend(
+                row.backend, self._source.locate(row.artifact), spec, device=self._device,
+                num_threads=self._num_threads, trust_engines=self._trust_engines,
+            )  # fmt: skip
+            if self._source.stamps(row.artifact) == stamps:
+                return backend
+            backend.close()  # it was written meanwhile: what was loaded is unknown
+        raise IntegrityError(
+            f"{row.artifact} of {self._source.path} was written while it was loaded, {_LOADS} times, expected a model "
+            "that stays as it is. Open it again when it is complete."
+        )
+
+
+def _callers() -> int:
+    """Return the ``stacklevel`` of a warning of this function's caller that shows the line outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("scm_sdk."):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _allowed(record: ParityRecord) -> float:
+    """Return the largest difference that a comparison leads one to expect, units of sigma_data."""
+    return record.threshold if record.gate == "max_abs" else GOLDEN_FACTOR * record.max_abs
+
+
+def auto_plan(source: Source, steps: int) -> Plan:
+    """Return what ``auto`` would open of a model, and why not the rest. Nothing is opened."""
+    return Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None).plan(steps)

@@ -1,0 +1,293 @@
+"""What a ``Generator`` can be opened from: a bundle, a checkpoint folder, or a SANA-Sprint pipeline.
+
+All become one ``Source``, so that nothing above asks which it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from .._util.files import sha256_bytes, sha256_file
+from .._util.locks import FolderLock
+from ..bundle.bundle import Bundle
+from ..bundle.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from ..bundle.manifest import MANIFEST_NAME, Artifact, ParityRecord
+from ..bundle.resolve import find_and_hold
+from ..bundle.scores import SCORES_PATH
+from ..bundle.signing import Signer, check_signature
+from ..bundle.status import ModelStatus
+from ..bundle.verify import Stamp, stamp
+from ..errors import BundleError, ConfigError, IntegrityError
+from ..spec import SamplerSpec
+
+CHECKPOINT_STEPS = (1, 2)
+"""What a checkpoint folder offers by itself; asked for by number it runs any steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model on disk. The files of a bundle are checked when they are opened: ``check_unchanged``.
+
+    Attributes:
+        path: The folder.
+        build_id: The bundle's build id; the weights' sha256 for a checkpoint, "" if it was not computed.
+        artifacts: What can be run.
+        parity: Recorded comparisons.
+        steps: The numbers of steps it was made for, in its own order.
+        bundle: The bundle, or None for a checkpoint folder.
+        provenance: Where the weights come from, as the bundle or the checkpoint says.
+        status: What the model is.
+        text_encoder: Folder whose text encoder turns prompts into inputs, if there is one.
+        verify: Whether the files that are opened are hashed.
+    """
+
+    path: Path
+    build_id: str
+    artifacts: tuple[Artifact, ...]
+    parity: tuple[ParityRecord, ...]
+    steps: tuple[int, ...]
+    bundle: Bundle | None
+    provenance: Mapping[str, Any]
+    status: ModelStatus
+    _spec: Callable[[int], SamplerSpec]
+    text_encoder: Path | None = None
+    verify: Literal["none", "digest"] = "digest"
+    _weights: tuple[Path, ...] = ()
+    _lease: FolderLock | None = None
+    """Keeps an unpacked bundle in the cache."""
+
+    @property
+    def cut_note(self) -> str:
+        """See ``Manifest.cut_note``."""
+        return self.bundle.manifest.cut_note if self.bundle else ""
+
+    def release(self) -> None:
+        """Let an unpacked bundle be removed from the cache from now on."""
+        if self._lease is not None:
+            self._lease.release()
+
+    @property
+    def default_steps(self) -> int:
+        """Two steps where there are two, otherwise the first the source names."""
+        return 2 if 2 in self.steps else self.steps[0]
+
+    def spec(self, num_inference_steps: int, *, unrolled: bool) -> SamplerSpec:
+        """Return the sampler with this number of steps.
+
+        Args:
+            num_inference_steps: Number of network calls.
+            unrolled: Whether the caller unrolls a checkpoint, which runs any number of steps.
+
+        Raises:
+            ConfigError: If the source does not have this number of steps.
+        """
+        if num_inference_steps not in self.steps and not unrolled:
+            raise ConfigError(
+                f"num_inference_steps is {num_inference_steps}, expected one of "
+                f"{', '.join(map(str, self.steps))}, which {self.path} was made for. "
+                f"Choose one of them, or backend='torch', which unrolls any number.{self.cut_note}"
+            )
+        return self._spec(num_inference_steps)
+
+    def locate(self, artifact: str) -> Path:
+        """Return where an artifact lies on disk."""
+        return self.bundle.file(artifact) if self.bundle else self.path / artifact
+
+    def check_unchanged(self, artifact: str) -> tuple[Stamp, ...]:
+        """Hold an artifact's files, as they are on disk now, against what was opened; see ``Bundle.check_unchanged``.
+
+        Raises:
+            IntegrityError: If the model was replaced or edited since it was opened.
+        """
+        if self.bundle is not None:
+            return self.bundle.check_unchanged(artifact, verify=self.verify)
+        stamps = self.stamps(artifact)
+        if self.build_id and _digest(self._weights) != self.build_id:
+            raise IntegrityError(
+                f"the checkpoint at {self.path} was changed since it was opened; open it again. Its weights are not "
+                f"those of sha256 {self.build_id[:12]}.., which were expected."
+            )
+        return stamps
+
+    def check_text_encoder(self) -> None:
+        """Hold what encodes prompts against what was opened; see ``Bundle.check_text_encoder``.
+
+        Raises:
+            IntegrityError: If a file is missing, damaged or changed.
+        """
+        if self.bundle is not None and self.text_encoder is not None:
+            self.bundle.check_text_encoder(self.text_encoder.relative_to(self.path).as_posix(), verify=self.verify)
+
+    def check_graph(self, artifact: str) -> None:
+        """Check an artifact that is a graph before a library reads it; see ``Bundle.check_graph``."""
+        if self.bundle is not None and any(a.path == artifact and a.format == "onnx" for a in self.artifacts):
+            self.bundle.check_graph(artifact)
+
+    def stamps(self, artifact: str) -> tuple[Stamp, ...]:
+        """Return the stamp of each file of an artifact: others than before mean that it was written meanwhile."""
+        if self.bundle is not None:
+            return self.bundle.stamps(artifact)
+        return tuple(stamp(path) for path in self._weights)
+
+    def check_same_model(self, again: Source) -> None:
+        """Hold a model that was opened again against this one. A bundle may hold more than before.
+
+        Raises:
+            IntegrityError: If it is another model.
+        """
+        if self.bundle is None or again.bundle is None:
+            same = self.build_id in ("", again.build_id)
+        else:
+            same = self.bundle.build_files <= again.bundle.build_files
+        if not same:
+            raise IntegrityError(
+                f"the bundle at {self.path} was changed since it was opened; open it again. It holds another model, of "
+                f"build id {again.build_id[:12]}.., expected {self.build_id[:12]}.."
+            )
+
+    def sha256(self, artifact: str) -> str:
+        """Return the recorded sha256 of an artifact's main file: the graph, the engine or the weights."""
+        if self.bundle is None:
+            return self.build_id
+        names = (artifact, f"{artifact}/{WEIGHTS_NAME}")
+        return next((entry.sha256 for entry in self.bundle.manifest.files if entry.path in names), "")
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    verify: Literal["none", "digest"] = "digest",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    require_signature: Signer | None = None,
+) -> Source:
+    """Open a bundle or a checkpoint folder.
+
+    Of a bundle the manifest is checked now, and each file before it is opened: what is never opened may be missing.
+
+    Args:
+        path: The folder, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
+        verify: ``digest`` compares the sha256 of what is opened; ``none`` its size.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Read the hub's cache alone.
+        require_signature: Whose signature the folder must have; None asks for none.
+
+    Raises:
+        BundleError: If there is no such folder, or it is neither of the two, or a file is damaged.
+        IntegrityError: If a signature is required and the folder is not as it was signed.
+    """
+
+    def check(folder: Path) -> None:
+        if require_signature is not None:
+            check_signature(folder, require_signature)
+
+    folder, lease = find_and_hold(path, revision=revision, local_files_only=local_files_only, check=check)
+    if (folder / MANIFEST_NAME).exists():
+        return _from_bundle(Bundle.open(folder, verify="none"), verify, lease)
+    if (folder / CONFIG_NAME).exists():
+        return _from_checkpoint(folder, verify)
+    if (folder / INDEX_NAME).exists():
+        return _from_pipeline(folder, verify)
+    raise BundleError(
+        f"{folder} holds neither {MANIFEST_NAME} (a bundle) nor {CONFIG_NAME} (a checkpoint). "
+        "Point at the folder that scm-export or save_pretrained wrote."
+    )
+
+
+def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"], lease: FolderLock | None) -> Source:
+    manifest = bundle.manifest
+    if os.path.lexists(bundle.path / SCORES_PATH):
+        bundle.check_file(SCORES_PATH, verify=verify)  # which the status is read from
+    return Source(
+        path=bundle.path,
+        build_id=manifest.build_id,
+        artifacts=manifest.artifacts,
+        parity=manifest.parity,
+        steps=tuple(spec.num_inference_steps for spec in manifest.samplers),
+        bundle=bundle,
+        provenance=manifest.provenance,
+        status=bundle.status,
+        _spec=bundle.spec,
+        text_encoder=_text_encoder(bundle),
+        verify=verify,
+        _lease=lease,
+    )
+
+
+def _text_encoder(bundle: Bundle) -> Path | None:
+    """Return the folder of a bundle that holds a text encoder beside its checkpoint."""
+    listed = {entry.path for entry in bundle.manifest.files}
+    found = (a.path for a in bundle.manifest.artifacts if f"{a.path}/text_encoder/config.json" in listed)
+    path = next(found, None)
+    return None if path is None else bundle.file(path)
+
+
+def _digest(weights: Sequence[Path]) -> str:
+    """Return the sha256 of one file; of several, that of their sha256."""
+    digests = [sha256_file(path) for path in weights]
+    return digests[0] if len(digests) == 1 else sha256_bytes("".join(digests).encode())
+
+
+def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
+    weights = (folder / WEIGHTS_NAME,)
+    if not weights[0].is_file():
+        raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole.")
+    models: list[Any] = []
+    provenance = _checkpoint_provenance(folder)
+
+    def spec(num_inference_steps: int) -> SamplerSpec:
+        # Only the model knows its shapes, and only torch can open it; kept so that it loads once.
+        if not models:
+            models.append(import_module("scm_sdk.runtimes.torch_backend").load_model(folder))
+        found: SamplerSpec = models[0].spec(num_inference_steps)
+        return found
+
+    return Source(
+        path=folder,
+        build_id=_digest(weights) if verify == "digest" else "",
+        artifacts=(Artifact(path=".", format="safetensors"),),
+        parity=(),
+        steps=CHECKPOINT_STEPS,
+        bundle=None,
+        provenance=provenance,
+        status=ModelStatus.of(provenance),
+        _spec=spec,
+        verify=verify,
+        _weights=weights,
+    )
+
+
+def _checkpoint_provenance(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / CONFIG_NAME).read_bytes())["provenance"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # what loads the model says what is wrong
+        return {}
+
+
+def _from_pipeline(folder: Path, verify: Literal["none", "digest"]) -> Source:
+    """Open a SANA-Sprint folder as diffusers saved it, through PyTorch."""
+    from ..model.foreign.component import weight_files
+    from ..model.foreign.sana_folder import OBJECTIVE, STEPS, read_sana_folder
+
+    found = read_sana_folder(folder)
+    weights = tuple(file for name in ("transformer", "vae") for file in weight_files(folder / name))
+    return Source(
+        path=folder,
+        build_id=_digest(weights) if verify == "digest" else "",
+        artifacts=(Artifact(path=".", format="safetensors"),),
+        parity=(),
+        steps=STEPS,
+        bundle=None,
+        provenance={"objective": OBJECTIVE},
+        status=ModelStatus.of({"objective": OBJECTIVE}),
+        _spec=found.spec,
+        text_encoder=folder if found.has_text_encoder else None,
+        verify=verify,
+        _weights=weights,
+    )

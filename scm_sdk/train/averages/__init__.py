@@ -1,0 +1,1 @@
+"""Averages of weights: EMA, post-hoc EMA, the mean of several runs."""

@@ -1,0 +1,1 @@
+"""Training images: folders, arrays, shards and the pictures that a run draws."""

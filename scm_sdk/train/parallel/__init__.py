@@ -1,0 +1,1 @@
+"""Several processes: distributed runs, sharded state, mixed precision."""

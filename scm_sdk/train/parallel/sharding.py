@@ -1,0 +1,161 @@
+"""Wrap networks for several processes: DDP, FSDP2, activation checkpointing.
+
+The loss with its tangent runs inside the wrapped module's ``forward``, where the hooks that gather weights and reduce
+gradients see every call. A JVP over the wrapper would pass DDP's buffer broadcast, and one under it no hook at all:
+the gradients would never be averaged, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from ...errors import ConfigError
+from ..config import TrainConfig
+from ..objectives.base import Batch
+from .distributed import Scale, World
+
+Compute = Callable[[Batch, int], tuple[Tensor, Tensor]]
+
+
+class LossModule(nn.Module):
+    """A run's loss as a module that owns what it trains.
+
+    Args:
+        network: The student.
+        heads: What else is trained by the loss.
+        compute: ``(batch, iteration) -> (loss, residual)``; calls the network and the heads.
+    """
+
+    def __init__(self, network: nn.Module, heads: Iterable[nn.Module], compute: Compute) -> None:
+        super().__init__()
+        self.network, self.heads = network, nn.ModuleList(heads)
+        self._compute = compute
+
+    def forward(self, batch: Batch, iteration: int) -> tuple[Tensor, Tensor]:
+        """Return the loss and the residual, scalars."""
+        return self._compute(batch, iteration)
+
+
+def check_scale(config: TrainConfig, scale: Scale, world: World) -> None:
+    """Refuse what would not give the result of one process, by name.
+
+    Raises:
+        ConfigError: If the batch cannot be split evenly, or an option does not go with several processes, with FSDP2
+            or with parts of a batch.
+    """
+    parts = world.size * scale.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, which {world.size} processes of {scale.accumulate} parts "
+            f"(--accumulate) cannot share evenly. Expected a multiple of {parts}: the loss is a mean over equal shares."
+        )
+    sharded = scale.parallel == "fsdp"
+    if sharded and not dist.is_initialized():
+        raise ConfigError(
+            "--parallel fsdp splits a run over processes, and this is one alone. Start it with torchrun, "
+            "for example: torchrun --nproc-per-node 8 -m scm_sdk.export.cli train ..."
+        )
+    if config.uses_vsd and (parts > 1 or sharded):
+        raise ConfigError(
+            "VSD takes a step of its own inside each iteration and goes with one process and --accumulate 1 only. "
+            "Leave it out, or run it in one process."
+        )
+    consistency = config.objective in ("sct", "scd") and not config.discrete_points
+    if scale.recompute and consistency and config.tangent_mode == "jvp":
+        raise ConfigError(
+            "--recompute does not go with a tangent of one pass, --tangent jvp: activations cannot be computed "
+            "again inside a JVP. Use jvp2, which computes the tangent without gradient first."
+        )
+    if config.objective == "trajectory" and (world.size > 1 or sharded):
+        raise ConfigError(
+            "--trajectory-steps solves a block of trajectories at a time, which every process would do alike: it goes "
+            "with one process only. Leave out torchrun, or distill by --discrete-step or sCD."
+        )
+    if config.compile and (world.size > 1 or sharded):
+        raise ConfigError("--compile goes with one process only. Leave it out.")
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return the large parts of a network, in order: its children, lists opened, that have children themselves."""
+    opened: list[nn.Module] = []
+    for child in network.children():
+        opened.extend(child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else [child])
+    return [module for module in opened if any(True for _ in module.children())]
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Make the blocks of a network forget their activations; the backward pass computes them again.
+
+    Only where gradients are recorded: the JVP under ``no_grad`` keeps nothing anyway, and inside a JVP with gradients
+    torch's checkpointing fails.
+    """
+    for block in blocks_of(network):
+        block.forward = partial(_forgetting, block.forward)
+
+
+def _forgetting(forward: Callable[..., Any], *args: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
+def shard(module: nn.Module, network: nn.Module, world: World) -> None:
+    """Split the parameters of ``module``, which is or holds ``network``, over the processes, block by block (FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks_of(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def wrap(loss: LossModule, scale: Scale, world: World) -> nn.Module:
+    """Return the module that is called in place of the loss. It must be kept: a DDP that is gone reduces nothing."""
+    if scale.parallel == "fsdp":
+        shard(loss, loss.network, world)
+        return loss
+    if world.size == 1:
+        return loss
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(loss, device_ids=devices)
+
+
+def reducing(module: nn.Module, *, last: bool) -> Any:
+    """Return the context of one part's backward pass: DDP sends gradients round after the last part of a batch.
+
+    FSDP2 does so after each, since it would otherwise keep the whole gradient in every process.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def local(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Return the part of each parameter that this process holds: all of it where nothing is sharded."""
+    return (p.to_local() if hasattr(p, "to_local") else p for p in parameters)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Scale gradients down to a norm and return what it was, the same on every process."""
+    norm: Any = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def gathered_state(module: nn.Module, world: World) -> dict[str, Tensor] | None:
+    """Return a module's whole state dict on process 0 and None elsewhere; all processes must call it."""
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.detach()
+        if hasattr(whole, "full_tensor"):
+            whole = whole.full_tensor()
+        if world.is_main:
+            tensors[name] = whole
+    return tensors if world.is_main else None

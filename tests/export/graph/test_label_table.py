@@ -1,0 +1,119 @@
+"""The label's branch becomes a table where that pays, holds what the branch computes, and stays where it does not."""
+
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from scm_sdk.errors import UnsupportedGraphError
+from scm_sdk.export.graph.label_table import MAX_CLASSES, label_branch
+from scm_sdk.export.graph.network import NetworkGraph, compose_sampler
+from scm_sdk.export.graph.partial_eval import classify
+from scm_sdk.spec import SamplerSpec
+
+WIDTH = 64
+DRAW = np.random.default_rng(0)
+WEIGHTS = {"square": DRAW.standard_normal((WIDTH, WIDTH)) / 8, "out": DRAW.standard_normal((WIDTH, 6)) / 8}
+BRANCH = [("Gather", ["embedding", "class_labels"], "row"), ("MatMul", ["row", "square"], "wide")]
+BRANCH += [("Mul", ["wide", "t"], "timed"), ("Tanh", ["timed"], "bent"), ("MatMul", ["bent", "out"], "gain")]
+
+
+def network(nodes, num_classes=5) -> NetworkGraph:
+    """F(x, t, class_labels) of the nodes (operator, inputs, output), the last of which is F."""
+    weights = WEIGHTS | {
+        "embedding": DRAW.standard_normal((num_classes, WIDTH)),
+        "small": DRAW.standard_normal((num_classes, 6)),
+        "one": np.ones(1, np.int64),
+    }
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, [output], name=output) for op, inputs, output in nodes],
+        "network",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 6]),
+            helper.make_tensor_value_info("t", TensorProto.FLOAT, [1]),
+            helper.make_tensor_value_info("class_labels", TensorProto.INT64, ["batch"]),
+        ],
+        [helper.make_tensor_value_info("F", TensorProto.FLOAT, ["batch", 6])],
+        [
+            numpy_helper.from_array(array if array.dtype == np.int64 else array.astype(np.float32), name)
+            for name, array in weights.items()
+        ],
+    )
+    model = onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), strict_mode=True
+    )
+    spec = SamplerSpec(sample_shape=(6,), times=(1.5,), num_classes=num_classes)
+    return NetworkGraph(model=ir.from_proto(model), spec=spec, versions={}, num_nodes_exported=len(nodes))
+
+
+def run(model: ir.Model, labels: np.ndarray) -> np.ndarray:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    noise = {i.name: np.ones((len(labels), 6), np.float32) for i in session.get_inputs() if "noise" in i.name}
+    return session.run(None, noise | {"class_labels": labels})[0]
+
+
+def both(made: NetworkGraph, monkeypatch, steps: int = 2) -> tuple[ir.Model, ir.Model]:
+    """The sampler as it is, and with every branch kept."""
+    spec = msgspec.structs.replace(made.spec, times=(1.5, 1.1, 0.7, 0.4)[:steps])
+    found = compose_sampler(made, spec)
+    with monkeypatch.context() as patch:
+        patch.setattr("scm_sdk.export.graph.compose.label_branch", lambda *_, **__: None)
+        return found, compose_sampler(made, spec)
+
+
+def test_a_table_takes_the_branchs_place_and_gives_what_it_gave(monkeypatch):
+    found, kept = both(network([*BRANCH, ("Mul", ["x", "gain"], "F")]), monkeypatch)
+    stored = found.graph.initializers
+    assert {"step0/labels/table", "step1/labels/table"} <= stored.keys()
+    assert not stored.keys() & {"embedding", "square", "out"}, "its weights are gone"
+    assert "MatMul" not in {node.op_type for node in found.graph}
+    labels = np.array([3, 0, 4, 4, 1, 2])
+    np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=0, atol=1e-6)
+    assert not np.allclose(run(found, labels)[0], run(found, labels)[1]), "labels matter"
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_values_of_one_shape_lie_side_by_side_and_others_are_shaped_again(monkeypatch, alike):
+    nodes = [*BRANCH, ("Unsqueeze", ["gain", "one"], "gain_3"), ("Unsqueeze", ["x", "one"], "x_3")]
+    nodes += [("Mul", ["x_3", "gain_3"], "y_3"), ("Tanh", ["gain_3"], "bent_3"), ("Add", ["y_3", "bent_3"], "z_3")]
+    nodes += [("Squeeze", ["z_3", "one"], "z"), ("Mul", ["x" if alike else "gain", "z"], "F")]
+    found, kept = both(network(nodes), monkeypatch)
+    assert any("/labels/" in (n.name or "") and n.op_type == "Reshape" for n in found.graph) == (not alike)
+    labels = np.array([3, 0, 4, 4, 1, 2])
+    np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=0, atol=1e-5)
+
+
+def test_what_meets_no_sample_is_a_table_too(monkeypatch):
+    found, kept = both(network([*BRANCH, ("Identity", ["gain"], "F")]), monkeypatch, steps=1)
+    assert "step0/labels/table" in found.graph.initializers
+    np.testing.assert_allclose(run(found, np.arange(5)), run(kept, np.arange(5)), rtol=0, atol=1e-6)
+
+
+def test_many_classes_keep_their_branch(monkeypatch):
+    made = network([*BRANCH, ("Mul", ["x", "gain"], "F")], MAX_CLASSES + 1)
+    assert "embedding" in both(made, monkeypatch)[0].graph.initializers
+
+
+def test_tables_take_no_more_room_than_the_weights(monkeypatch):
+    nodes = [("Gather", ["small", "class_labels"], "gain"), ("Mul", ["x", "gain"], "F")]
+    found, _ = both(network(nodes), monkeypatch, steps=1)
+    assert "step0/labels/table" in found.graph.initializers
+    found, _ = both(network(nodes), monkeypatch, steps=2)
+    assert "small" in found.graph.initializers and "step0/labels/table" not in found.graph.initializers
+
+
+def test_labels_that_are_mixed_are_refused():
+    mixed = [*BRANCH[:2], ("ReduceMax", ["wide"], "largest"), ("Div", ["wide", "largest"], "timed"), *BRANCH[3:]]
+    made = network([*mixed, ("Mul", ["x", "gain"], "F")])
+    with pytest.raises(UnsupportedGraphError, match=r"'gain' is another for label 0 alone.*must not mix the labels"):
+        compose_sampler(made, made.spec)
+
+
+def test_without_labels_there_is_nothing_to_do():
+    graph = network([("Mul", ["x", "t"], "F")]).model.graph
+    assert label_branch(graph, classify(graph), num_classes=5, num_steps=1) is None

@@ -1,0 +1,77 @@
+"""What a type checker says to a program that uses the package: wrong names and types are errors, right ones not."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+RIGHT = """
+from collections.abc import Iterator, Mapping
+from typing import Any
+import numpy as np
+from scm_sdk import Generator
+gen = Generator.from_pretrained("model", backend="onnxruntime", num_threads=1)
+gen(4, "red", seed=[1, 2, 3, 4], output_type="np").images
+gen(num_images=2, class_labels=np.array([0, 1]), guidance_scale=[1.0, 2.0], progress=True)
+gen.reopen(precision="fp16", verify="none").compare(gen, threshold=0.1, reason="why").raise_if_failed()
+gen.benchmark(batch=8, rounds=10, progress=print).entries
+def requests() -> Iterator[Mapping[str, Any]]:
+    yield {"seed": 1}
+for out in gen.stream(requests()):
+    out.images
+for either in gen.stream([{"seed": 1}], return_exceptions=True):
+    print(either)
+with gen.batcher(max_waiting=8) as batcher:
+    batcher(2, seed=1, class_labels="red", timeout=1.0).seeds
+    batcher.submit(seed=3, output_type="raw").result().images
+"""
+WRONG = """
+from scm_sdk import Generator
+gen = Generator.from_pretrained("model")
+batcher = gen.batcher()
+Generator("model")
+Generator.from_pretrained("model", bakend="torch")
+Generator.from_pretrained("model", verify="sha")
+gen(num_image=4)
+gen(output_type="jpeg")
+gen.benchmark(bacth=8)
+gen.reopen(bakend="torch")
+gen.reopen(verify="sha")
+gen.compare(gen, treshold=1)
+gen.stream([1])
+gen.batcher(max_wating=3)
+batcher(nope=2)
+batcher.submit(sed=3)
+batcher.submit(batch_size=2)
+batcher.submit(seed="3")
+"""
+CONFIG = """
+[mypy]
+strict = true
+follow_imports = silent
+[mypy-torch.*,diffusers.*,transformers.*,scm_sdk.model.*]
+follow_imports = skip
+"""
+
+
+def test_mypy_refuses_each_wrong_line_and_no_right_one(tmp_path: Path) -> None:
+    (tmp_path / "right.py").write_text(RIGHT)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    (tmp_path / "mypy.ini").write_text(CONFIG)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        "mypy.ini",
+        "--cache-dir",
+        "cache",
+        "right.py",
+        "wrong.py",
+    ]
+    here = os.environ | {"MYPYPATH": str(Path(__file__).resolve().parents[2])}
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=here).stdout
+    assert "right.py" not in found, found
+    refused = {int(line) for line in re.findall(r"^wrong\.py:(\d+): error", found, re.MULTILINE)}
+    assert refused == set(range(5, len(WRONG.splitlines()) + 1)), found
