@@ -98,25 +98,22 @@ def archive_forgeries(folder: Path, out: Path) -> dict[str, Callable[[], object]
 
         return change
 
-    def central(offset: int, form: str, value: int, which: int = 1) -> Callable[[bytearray], None]:
-        """Change a field of the directory's entry of a member."""
+    def header(signature: bytes, offset: int, form: str, value: int, which: int) -> Callable[[bytearray], None]:
+        """Change a field of the header of a member: the one of the directory, or the one before its data."""
 
         def change(data: bytearray) -> None:
             at = -1
             for _ in range(which + 1):
-                at = data.index(b"PK\1\2", at + 1)
+                at = data.index(signature, at + 1)
             struct.pack_into(form, data, at + offset, value)
 
         return change
+
+    def central(offset: int, form: str, value: int, which: int = 1) -> Callable[[bytearray], None]:
+        return header(b"PK\1\2", offset, form, value, which)
 
     def local(offset: int, form: str, value: int, which: int = 1) -> Callable[[bytearray], None]:
-        def change(data: bytearray) -> None:
-            at = -1
-            for _ in range(which + 1):
-                at = data.index(b"PK\3\4", at + 1)
-            struct.pack_into(form, data, at + offset, value)
-
-        return change
+        return header(b"PK\3\4", offset, form, value, which)
 
     def overlapping(data: bytearray) -> None:
         first = data.index(b"PK\1\2")
