@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from scm_sdk.errors import UnsupportedGraphError
+from scm_sdk.export.graph.compose import MOST_PARTS
 from scm_sdk.export.graph.label_table import MAX_CLASSES, label_branch
 from scm_sdk.export.graph.network import NetworkGraph, compose_sampler
 from scm_sdk.export.graph.partial_eval import classify
@@ -27,6 +28,7 @@ def network(nodes, num_classes=5) -> NetworkGraph:
         "embedding": DRAW.standard_normal((num_classes, WIDTH)),
         "small": DRAW.standard_normal((num_classes, 6)),
         "one": np.ones(1, np.int64),
+        **{f"shift_{i}": np.full(6, 0.01 * i) for i in range(50)},
     }
     graph = helper.make_graph(
         [helper.make_node(op, inputs, [output], name=output) for op, inputs, output in nodes],
@@ -86,6 +88,20 @@ def test_values_of_one_shape_lie_side_by_side_and_others_are_shaped_again(monkey
     assert any("/labels/" in (n.name or "") and n.op_type == "Reshape" for n in found.graph) == (not alike)
     labels = np.array([3, 0, 4, 4, 1, 2])
     np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 7, 8, 32, 50])
+def test_a_row_is_cut_by_splits_of_few_outputs(monkeypatch, count):
+    """WebGPU guarantees 8 storage buffers: onnxruntime-web 1.30 refuses a Split of more than 7 outputs."""
+    nodes = list(BRANCH)
+    nodes += [("Add", ["gain", f"shift_{i}"], f"border_{i}") for i in range(count)]
+    nodes += [("Sub" if i % 3 else "Mul", [f"y_{i - 1}" if i else "x", f"border_{i}"], f"y_{i}") for i in range(count)]
+    made = network([*nodes, ("Identity", [f"y_{count - 1}"], "F")])
+    found, kept = both(made, monkeypatch)
+    splits = [node for node in found.graph if node.op_type == "Split"]
+    assert splits and max(len(node.outputs) for node in splits) <= MOST_PARTS == 7
+    labels = np.array([3, 0, 4, 4, 1, 2])
+    np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=1e-4, atol=1e-4)
 
 
 def test_what_meets_no_sample_is_a_table_too(monkeypatch):
