@@ -20,7 +20,7 @@ from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
 from scm_sdk.errors import ConfigError, ScmError
 from scm_sdk.inference.request import make_example
-from scm_sdk.spec import SamplerSpec
+from scm_sdk.spec import Renoise, SamplerSpec
 
 from .graph.io import GraphReport, read_report
 from .graph.network import export_samplers
@@ -61,7 +61,12 @@ class BundleReport:
 
 
 def plan_samplers(
-    model: ConsistencyModel, steps: Sequence[int], *, times: Sequence[float] = (), max_batch: int = 32
+    model: ConsistencyModel,
+    steps: Sequence[int],
+    *,
+    times: Sequence[float] = (),
+    renoise: Renoise = "fresh",
+    max_batch: int = 32,
 ) -> tuple[SamplerSpec, ...]:
     """Return one spec for each number of steps, or the one with the given times.
 
@@ -69,10 +74,10 @@ def plan_samplers(
         ConfigError: If a number of steps is out of range or there twice.
     """
     if times:
-        return (model.spec(len(times), times=tuple(times), max_batch=max_batch),)
+        return (model.spec(len(times), times=tuple(times), renoise=renoise, max_batch=max_batch),)
     if len(set(steps)) != len(steps) or not steps:
         raise ConfigError(f"steps are {list(steps)}, expected different numbers, for example 1 and 2.")
-    return tuple(model.spec(n, max_batch=max_batch) for n in steps)
+    return tuple(model.spec(n, renoise=renoise, max_batch=max_batch) for n in steps)
 
 
 def export_bundle(
@@ -81,6 +86,7 @@ def export_bundle(
     *,
     steps: Sequence[int] = (1, 2),
     times: Sequence[float] = (),
+    renoise: Renoise = "fresh",
     max_batch: int = 32,
     name: str = "",
     overwrite: bool = False,
@@ -97,6 +103,7 @@ def export_bundle(
         out: The bundle's folder.
         steps: Numbers of steps.
         times: Times of one sampler, radians, instead of ``steps``.
+        renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
         max_batch: Largest batch.
         name: Human name; the folder's when empty.
         overwrite: Replace a bundle that is there.
@@ -113,7 +120,7 @@ def export_bundle(
     report = progress or (lambda _: None)
     given = isinstance(checkpoint, ConsistencyModel)
     model = checkpoint if isinstance(checkpoint, ConsistencyModel) else ConsistencyModel.from_pretrained(checkpoint)
-    specs = plan_samplers(model, steps, times=times, max_batch=max_batch)
+    specs = plan_samplers(model, steps, times=times, renoise=renoise, max_batch=max_batch)
     out, provenance = Path(out), provenance or dict(model.config.provenance)
     name = name or out.name
     with publish_bundle(out, overwrite=overwrite) as folder:
@@ -123,7 +130,8 @@ def export_bundle(
         graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
         report("record reference samples")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
-        atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
+        if renoise == "fresh":  # SCMScheduler knows no other
+            atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
         relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
         artifacts = [
             Artifact(path=DENOISER, format="safetensors"),
@@ -155,7 +163,7 @@ def export_bundle(
 
 def is_current(
     checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (), times: Sequence[float] = (),
-    max_batch: int | None = None,
+    renoise: Renoise | None = None, max_batch: int | None = None,
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
 
@@ -166,6 +174,7 @@ def is_current(
         out: The bundle's folder; it need not be there.
         steps: Numbers of steps; () is any.
         times: Times of one sampler, radians, instead of ``steps``.
+        renoise: Noise of the steps after the first; None is any.
         max_batch: Largest batch; None is any.
     """
     if not (Path(out) / MANIFEST_NAME).is_file():
@@ -185,18 +194,21 @@ def is_current(
     one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
     wanted = {tuple(times)} if times else {one.with_steps(n).times for n in steps}
     same_times = not wanted or wanted == {spec.times for spec in manifest.samplers}
-    return same_weights and same_times and all(max_batch in (None, spec.max_batch) for spec in manifest.samplers)
+    same_rest = all(
+        max_batch in (None, spec.max_batch) and renoise in (None, spec.renoise) for spec in manifest.samplers
+    )
+    return same_weights and same_times and same_rest
 
 
 def current_export(
     checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (1, 2), times: Sequence[float] = (),
-    max_batch: int = 32, name: str = "",
+    renoise: Renoise = "fresh", max_batch: int = 32, name: str = "",
 ) -> BundleReport | None:  # fmt: skip
     """Return the report of a bundle that ``export_bundle`` with these arguments would make again; None if it differs.
 
     Args are those of ``export_bundle``.
     """
-    if not is_current(checkpoint, out, steps=steps, times=times, max_batch=max_batch):
+    if not is_current(checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch):
         return None
     return report_bundle(out) if Bundle.open(out, verify="none").manifest.name == (name or Path(out).name) else None
 

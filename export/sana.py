@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scm_sdk.errors import ConfigError
+from scm_sdk.spec import Renoise
 
 from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
 
@@ -23,6 +24,8 @@ def import_sana(
     out: str | os.PathLike[str],
     *,
     steps: Sequence[int] = (1, 2, 4),
+    times: Sequence[float] = (),
+    renoise: Renoise = "fresh",
     size: tuple[int, int] | None = None,
     max_sequence_length: int = 300,
     max_batch: int = MAX_BATCH,
@@ -38,6 +41,8 @@ def import_sana(
         source: Its folder.
         out: The bundle's folder; nothing is left behind when a stage fails.
         steps: Numbers of steps, each a graph.
+        times: Times of one sampler, radians, instead of ``steps``.
+        renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
         size: Height and width of the images, pixels; None is the model's own size.
         max_sequence_length: Tokens of a prompt.
         max_batch: Largest batch.
@@ -67,9 +72,17 @@ def import_sana(
         "license": "see the source's card",
     }
     return export_bundle(
-        model, Path(out), steps=steps, max_batch=max_batch, name=name, overwrite=overwrite, provenance=provenance,
+        model,
+        Path(out),
+        steps=steps,
+        times=times,
+        renoise=renoise,
+        max_batch=max_batch,
+        name=name,
+        overwrite=overwrite,
+        provenance=provenance,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 def current_import(
@@ -77,6 +90,8 @@ def current_import(
     out: str | os.PathLike[str],
     *,
     steps: Sequence[int] = (1, 2, 4),
+    times: Sequence[float] = (),
+    renoise: Renoise = "fresh",
     size: tuple[int, int] | None = None,
     max_sequence_length: int = 300,
     max_batch: int = MAX_BATCH,
@@ -86,7 +101,7 @@ def current_import(
     from scm_sdk.model.foreign.sana_config import Settings
     from scm_sdk.model.foreign.sana_folder import read_sana_folder
 
-    if not is_current(Path(source), Path(out), steps=steps, max_batch=max_batch):
+    if not is_current(Path(source), Path(out), steps=steps, times=times, renoise=renoise, max_batch=max_batch):
         return None
     height, width = size or (0, 0)
     wanted = Settings(height=height, width=width, max_sequence_length=max_sequence_length)

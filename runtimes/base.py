@@ -46,7 +46,7 @@ def check_inputs(
 
     Args:
         spec: The sampler to be run.
-        noise: One (B, *sample_shape) float32 array per step, 1 <= B <= ``spec.max_batch``.
+        noise: One (B, *sample_shape) float32 array for each of ``spec.noise_inputs``, 1 <= B <= ``spec.max_batch``.
         conditioning: Exactly the tensors of ``spec.conditioning_inputs`` by name, (B, *shape).
 
     Returns:
@@ -73,12 +73,12 @@ def name_inputs(spec: SamplerSpec, noise: Sequence[Any], conditioning: Mapping[s
     Raises:
         ShapeError: If one is missing or too many.
     """
-    if len(noise) != spec.num_inference_steps:
-        raise ShapeError(
-            f"noise holds {len(noise)} arrays, expected {spec.num_inference_steps}: one per step. "
-            "scm_sdk.noise.draw_noise makes them."
-        )
     noise_inputs, conditioning_inputs, inputs = _tensors(spec)
+    if len(noise) != len(noise_inputs):
+        raise ShapeError(
+            f"noise holds {len(noise)} arrays, expected {len(noise_inputs)}: "
+            f"{', '.join(tensor.name for tensor in noise_inputs)}. scm_sdk.noise.draw_noise makes them."
+        )
     wanted = {tensor.name for tensor in conditioning_inputs}
     if wanted != set(conditioning):
         raise ShapeError(f"conditioning holds {sorted(conditioning)}, expected exactly {sorted(wanted)}.")

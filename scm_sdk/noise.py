@@ -73,7 +73,7 @@ def draw_noise(spec: SamplerSpec, seeds: Sequence[int]) -> list[NDArray[np.float
         seeds: One seed for each sample, 0 <= seed < 2**64. Equal seeds give equal noise.
 
     Returns:
-        One array for each step of the sampler, (B, *spec.sample_shape), float32.
+        One array for each of ``spec.noise_inputs``, (B, *spec.sample_shape), float32.
 
     Raises:
         ConfigError: If there is no seed or one is out of range.
@@ -81,7 +81,7 @@ def draw_noise(spec: SamplerSpec, seeds: Sequence[int]) -> list[NDArray[np.float
     if len(seeds) == 0:
         raise ConfigError("seeds is empty, expected one seed for each image. Give at least one.")
     checked = [check_seed(seed) for seed in seeds]
-    return list(_draw(checked, range(spec.num_inference_steps), spec.sample_shape))
+    return list(_draw(checked, range(len(spec.noise_inputs)), spec.sample_shape))
 
 
 def check_seed(seed: object) -> int:

@@ -7,7 +7,8 @@ read it back. It is plain data: frozen, JSON both ways, unknown keys refused.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import msgspec
 
@@ -17,6 +18,8 @@ Precision = Literal["fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"]
 CPU_PRECISIONS: frozenset[Precision] = frozenset({"fp32-cpu", "int8-cpu"})
 """Those whose graphs are written for CPUs; no engine is built from one."""
 DType = Literal["float32", "int64"]
+Renoise = Literal["fresh", "same", "ode"]
+"""Where the noise of the steps after the first comes from; see ``SamplerSpec.renoise``."""
 
 NOISE_CONTRACT = "scm-noise-v1"
 T_LIMIT = 1.57080
@@ -49,6 +52,30 @@ def default_times(
     if num_inference_steps == 2:
         return (t_max, mid_time)
     return tuple(t_max * (1 - i / num_inference_steps) for i in range(num_inference_steps))
+
+
+def flow_times(sigmas: Sequence[float], *, sigma_data: float = 1.0) -> tuple[float, ...]:
+    """Return the times, radians, at which TrigFlow has the noise levels of a flow-matching schedule.
+
+    A flow-matching state is ``(1 - sigma) x_0 + sigma eps``; the first state of the sampler is ``sigmas[0] eps``.
+
+    Args:
+        sigmas: Noise levels in (0, 1], strictly falling, without the final 0; any shift already applied.
+        sigma_data: Standard deviation of the data that the flow was trained on, in the model's own data units; 1 for
+            the ``sana`` convention, whose latents are scaled to it.
+
+    Raises:
+        ConfigError: If a level is not in (0, 1] or the levels do not fall strictly.
+
+    Source: arXiv 2410.11081, Eq. 29, with a = 1 - sigma and b = sigma.
+    """
+    levels = list(sigmas)
+    if not levels or not all(0 < s <= 1 for s in levels) or levels != sorted(set(levels), reverse=True):
+        raise ConfigError(
+            f"sigmas are {levels}, expected flow-matching noise levels in (0, 1] that fall strictly, without the final "
+            "0, for example 1.0 0.94 0.85 0.61."
+        )
+    return tuple(math.atan2(s, sigma_data * (1 - s)) for s in levels)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +113,10 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         default_guidance: What ``guidance_scale`` is where a caller gives none; None: it must be given.
         conditioning: Further inputs, for example prompt embeddings.
         max_batch: Largest batch the graph is meant for; the smallest is always 1.
+        renoise: Noise n of the steps after the first, in ``x_t = cos(t) x_0 + sin(t) sigma_data n``. ``fresh``: an
+            input for each step, consistency sampling (arXiv 2410.11081, section 5.2). ``same``: the input of the first
+            step. ``ode``: the trajectory's own, ``n = sin(s) x_s / sigma_data + cos(s) F`` of the step before, at time
+            s; Euler's method for the flow-matching ODE. ``same`` and ``ode`` have one noise input.
         noise_contract: How a seed becomes noise; see ``scm_sdk.noise``.
     """
 
@@ -103,6 +134,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     default_guidance: float | None = None
     conditioning: tuple[TensorSpec, ...] = ()
     max_batch: int = 32
+    renoise: Renoise = "fresh"
     noise_contract: str = NOISE_CONTRACT
 
     def __post_init__(self) -> None:
@@ -144,6 +176,8 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         names = [tensor.name for tensor in self.inputs]
         if len(set(names)) != len(names):
             raise ConfigError(f"inputs are named {', '.join(names)}, expected each name once. Rename one.")
+        if self.renoise not in get_args(Renoise):
+            raise ConfigError(f"renoise is {self.renoise!r}, expected one of {', '.join(get_args(Renoise))}.")
         if self.max_batch < 1:
             raise ConfigError(f"max_batch is {self.max_batch}, expected 1 or more.")
         if self.noise_contract != NOISE_CONTRACT:
@@ -164,8 +198,9 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def noise_inputs(self) -> tuple[TensorSpec, ...]:
-        """The noise tensors, ``noise_0`` first, one for each step."""
-        return tuple(TensorSpec(name=f"noise_{i}", shape=self.sample_shape) for i in range(len(self.times)))
+        """The noise tensors, ``noise_0`` first: one for each step if ``renoise`` is ``fresh``, else one."""
+        count = len(self.times) if self.renoise == "fresh" else 1
+        return tuple(TensorSpec(name=f"noise_{i}", shape=self.sample_shape) for i in range(count))
 
     @property
     def conditioning_inputs(self) -> tuple[TensorSpec, ...]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import json_option, print_json, say, say_warnings
 from .libraries import EXPORT, requires
 from .located import model_argument
-from .names import STEPS, OutputPath
+from .names import STEPS, OutputPath, sampler_options
+
+if TYPE_CHECKING:
+    from scm_sdk.spec import Renoise
 
 
 @click.command()
@@ -17,15 +21,15 @@ from .names import STEPS, OutputPath
 @model_argument("checkpoint")
 @click.option("-o", "--out", required=True, type=OutputPath(replaces=True), help="Folder of the bundle.")
 @click.option("--steps", multiple=True, type=STEPS, default=(1, 2), help="Number of network calls; may be repeated.")
-@click.option("--times", multiple=True, type=float, help="Times of one sampler, radians, instead of --steps.")
+@sampler_options
 @click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch, images.")
 @click.option("--name", default="", help="Name of the model; the folder's name when absent.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle in OUT.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the samplers as a JSON list and stop.")
 @json_option
 def onnx(
-    checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], max_batch: int, name: str,
-    overwrite: bool, dry_run: bool, as_json: bool,
+    checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], renoise: Renoise, max_batch: int,
+    name: str, overwrite: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export a checkpoint to a bundle of ONNX graphs.
 
@@ -43,17 +47,19 @@ def onnx(
         from scm_sdk.model.consistency import ConsistencyModel
 
         model = ConsistencyModel.from_pretrained(checkpoint)
-        specs = plan_samplers(model, steps, times=times, max_batch=max_batch)
+        specs = plan_samplers(model, steps, times=times, renoise=renoise, max_batch=max_batch)
         print_json([msgspec.json.decode(spec.to_json()) for spec in specs])
         return
     report = None
     if not overwrite:
-        report = current_export(checkpoint, out, steps=steps, times=times, max_batch=max_batch, name=name)
+        report = current_export(
+            checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch, name=name
+        )
     unchanged = report is not None
     if report is None:
         report = export_bundle(
-            checkpoint, out, steps=steps, times=times, max_batch=max_batch, name=name, overwrite=overwrite,
-            progress=lambda stage: say(f"  {stage} …"),
+            checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch, name=name,
+            overwrite=overwrite, progress=lambda stage: say(f"  {stage} …"),
         )  # fmt: skip
     say_warnings(report.status)
     if as_json:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import json_option, print_json, say
 from .libraries import EXPORT, require_all
 from .located import local_folder, revision_option
-from .names import STEPS, OutputPath
+from .names import STEPS, OutputPath, sampler_options
+
+if TYPE_CHECKING:
+    from scm_sdk.spec import Renoise
 
 
 @click.command(name="import")
@@ -29,6 +33,7 @@ from .names import STEPS, OutputPath
     default=(1, 2, 4),
     help="Number of network calls of a pipeline's graph; may be repeated.",
 )
+@sampler_options
 @click.option("--size", default="", metavar="HxW", help="Image size of a pipeline, pixels; its own when absent.")
 @click.option("--tokens", type=click.IntRange(1), default=300, help="Length of a pipeline's prompts, tokens.")
 @click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs, images.")
@@ -37,8 +42,9 @@ from .names import STEPS, OutputPath
 @revision_option
 @json_option
 def import_(
-    source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], size: str, tokens: int, max_batch: int,
-    text_encoder: bool, overwrite: bool, revision: str | None, as_json: bool,
+    source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
+    renoise: Renoise, size: str, tokens: int, max_batch: int, text_encoder: bool, overwrite: bool,
+    revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Import a SANA-Sprint pipeline, or an EDM or EDM2 pickle.
 
@@ -60,14 +66,14 @@ def import_(
         report = None
         if not overwrite:
             report = current_import(
-                folder, out, steps=steps, size=parse_size(size), max_sequence_length=tokens, max_batch=max_batch,
-                text_encoder=text_encoder,
+                folder, out, steps=steps, times=times, renoise=renoise, size=parse_size(size),
+                max_sequence_length=tokens, max_batch=max_batch, text_encoder=text_encoder,
             )  # fmt: skip
         unchanged = report is not None
         if report is None:
             report = import_sana(
-                folder, out, origin=origin, steps=steps, size=parse_size(size), max_sequence_length=tokens,
-                max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
+                folder, out, origin=origin, steps=steps, times=times, renoise=renoise, size=parse_size(size),
+                max_sequence_length=tokens, max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
                 progress=lambda stage: say(f"  {stage} …"),
             )  # fmt: skip
         if as_json:

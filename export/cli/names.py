@@ -175,5 +175,35 @@ BACKEND = BackendName("backend", _backends)
 BACKEND_OR_AUTO = BackendName("backend", _backends, ("auto",))
 PRECISION = Name("precision", _precisions)
 PRECISION_OR_AUTO = Name("precision", _precisions, ("auto",))
+
+
+def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--times`` and ``--sigmas``, which become the argument ``times``, and ``--renoise``."""
+    from scm_sdk.spec import Renoise, flow_times
+
+    def as_times(ctx: click.Context, param: click.Parameter, sigmas: tuple[float, ...]) -> None:
+        if sigmas and ctx.params.get("times"):
+            raise click.UsageError("--times and --sigmas are both given, expected one of them.")
+        if sigmas:
+            ctx.params["times"] = flow_times(sigmas)
+
+    for option in (
+        click.option(
+            "--renoise", type=one_of("renoise", *get_args(Renoise)), default="fresh",
+            help="Noise of the steps after the first: new, the first step's, or the ODE trajectory's.",
+        ),
+        click.option(
+            "--sigmas", multiple=True, type=float, expose_value=False, callback=as_times,
+            help="Flow-matching noise levels of one sampler, 0 to 1, instead of --times.",
+        ),
+        click.option(
+            "--times", multiple=True, type=float, is_eager=True,
+            help="Times of one sampler, radians, instead of --steps.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 STEPS = click.IntRange(1, 64)
 """Number of network calls of a sampler."""

@@ -194,6 +194,8 @@ class _Doctor:
         self.decodes = model.decoder is not None and spec.output == "pixels"
         if not self.decodes:
             names.pop()  # the last estimate is the output itself
+        if spec.renoise == "ode":
+            names += [f"step{k}/noise" for k in range(last)]
         names.append(spec.output_name)
         self.values = read_values(graph, names, self.feeds)
         self.stored = compare_stored(graph, originals_of(model, exact))
@@ -234,7 +236,7 @@ class _Doctor:
         if not same_sigma:
             text = f"the network's input is divided by {sigma:.4g}, expected sigma_data {spec.sigma_data:.4g}"
             yield Finding(fault="sigma_data", step=step, value="network_input", text=text)
-        noise = self.feeds[spec.noise_inputs[step].name]
+        noise = self._noise(step)
         if step == 0:
             (spread,) = solve_factors(at["x_t"], noise)
             wrong = spread.differs(sin * spec.sigma_data)
@@ -258,6 +260,18 @@ class _Doctor:
             angle = math.atan2(-removed.value / sigma, kept.value)
             if abs(angle - t) > max(FACTOR_TOLERANCE, kept.doubt, removed.doubt / spec.sigma_data):
                 yield self._time(step, "x0", angle)
+        if (following := self.values.get(f"step{step}/noise")) is not None:
+            of_x, of_F = solve_factors(following, at["x_t"], at["F"])
+            if of_x.differs(sin / spec.sigma_data) or of_F.differs(cos):
+                wanted = f"{sin / spec.sigma_data:.6g} x_t + {cos:.6g} F"
+                text = f"is {of_x.value:.6g} x_t + {of_F.value:.6g} F, expected {wanted}"
+                yield Finding(fault="output", step=step, value="noise", text=text)
+
+    def _noise(self, step: int) -> np.ndarray:
+        """Return the noise that a step adds: an input, or what the step before it computed."""
+        if step and self.spec.renoise == "ode":
+            return self.values[f"step{step - 1}/noise"]
+        return self.feeds[f"noise_{step if self.spec.renoise == 'fresh' else 0}"]
 
     def _network(self, step: int, at: dict[str, np.ndarray]) -> Iterator[Finding]:
         """Make F again with PyTorch; if it differs, look for a time or labels that explain it."""

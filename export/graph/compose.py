@@ -5,9 +5,10 @@ the time alone is computed here and stored: each step has a fixed time. So is wh
 labels, as a table. Around the network goes the
 sampler's algebra, float32 with constants computed in float64:
 
-    x_t = cos(t) x0 + sin(t) sigma_data noise_i        (no x0 in the first step)
-    F   = network(x_t / sigma_data, t, class_labels)
-    x0  = cos(t) x_t - sin(t) sigma_data F
+    x_t   = cos(t) x0 + sin(t) sigma_data noise          (no x0 in the first step)
+    F     = network(x_t / sigma_data, t, class_labels)
+    x0    = cos(t) x_t - sin(t) sigma_data F
+    noise = sin(t) / sigma_data x_t + cos(t) F           (of the next step; only if ``renoise`` is ``ode``)
 
 and behind the last step the decoder, where a latent model has one and pixels are asked for.
 
@@ -126,6 +127,7 @@ class _Unroller:
         (self.output,) = self.source.outputs
         types = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
         self.inputs = {i.name: ir.val(i.name, types[i.dtype], ir.Shape([BATCH_DIM, *i.shape])) for i in spec.inputs}
+        self.noise = self.inputs["noise_0"]  # of the next step
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.border = time_border(self.source, self.classes)
@@ -139,7 +141,9 @@ class _Unroller:
 
         t, sigma_data = self.spec.times[step], self.spec.sigma_data
         cos, sin = math.cos(t), math.sin(t)
-        noise = self.inputs[f"noise_{step}"]
+        if self.spec.renoise == "fresh":
+            self.noise = self.inputs[f"noise_{step}"]
+        noise = self.noise
         if x0 is None:
             x_t = self._scale(step, "x_t", noise, sin * sigma_data)
         else:
@@ -151,6 +155,10 @@ class _Unroller:
         F = self._add_network(step, x)
         kept = self._scale(step, "kept", x_t, cos)
         removed = self._scale(step, "removed", F, sin * sigma_data)
+        if self.spec.renoise == "ode" and step + 1 < self.spec.num_inference_steps:
+            old = self._scale(step, "noise_of_x_t", x_t, sin / sigma_data)
+            new = self._scale(step, "noise_of_F", F, cos)
+            self.noise = self._apply(step, "Add", "noise", old, new)
         return self._apply(step, "Sub", "x0", kept, removed)
 
     def _add_network(self, step: int, x: ir.Value) -> ir.Value:

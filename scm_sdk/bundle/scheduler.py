@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from .._util.lazy import require
+from ..errors import ConfigError
 from ..spec import SamplerSpec
 
 SCHEDULER_PATH = "scheduler/scheduler_config.json"
@@ -47,8 +48,14 @@ def diffusers_scheduler(spec: SamplerSpec, *, device: Any = None) -> Any:
         device: Where its times lie; None is the CPU.
 
     Raises:
+        ConfigError: If the sampler's noise is not ``fresh`` in each step, as ``SCMScheduler`` draws it.
         BackendUnavailable: If diffusers is not installed.
     """
+    if spec.renoise != "fresh":
+        raise ConfigError(
+            f"the sampler has renoise {spec.renoise!r}, expected 'fresh': SCMScheduler draws new noise in each step. "
+            "For 'ode' use FlowMatchEulerDiscreteScheduler with the flow-matching output of the network."
+        )
     diffusers = require("diffusers", extra="diffusers", purpose="an SCMScheduler")
     scheduler = diffusers.SCMScheduler.from_config(scheduler_config(spec))
     scheduler.set_timesteps(

@@ -66,7 +66,8 @@ class Request:
     Attributes:
         spec: The sampler.
         seeds: One seed for each image; () when the noise was given.
-        noise: One (N, *sample_shape) float32 array per step, or None: it is drawn from the seeds when it is needed.
+        noise: One (N, *sample_shape) float32 array for each of ``spec.noise_inputs``, or None: it is drawn from the
+            seeds when it is needed.
         conditioning: ``spec.conditioning_inputs`` by name, (N, *shape).
     """
 
@@ -352,12 +353,12 @@ def _label(spec: SamplerSpec, label: object) -> int:
 
 
 def _check_noise(spec: SamplerSpec, noise: Any, count: int) -> tuple[np.ndarray, ...]:
-    steps = spec.num_inference_steps
+    wanted = len(spec.noise_inputs)
     shape = (count, *spec.sample_shape)
     do = "scm_sdk.noise.draw_noise makes such arrays."
-    if not isinstance(noise, Sequence | np.ndarray) or len(noise) != steps:
+    if not isinstance(noise, Sequence | np.ndarray) or len(noise) != wanted:
         found = f"{len(noise)} arrays" if isinstance(noise, Sequence | np.ndarray) else type(noise).__name__
-        raise ShapeError(f"noise holds {found}, expected {steps}, one per step, each {shape} float32. {do}")
+        raise ShapeError(f"noise holds {found}, expected {wanted}, one per noise input, each {shape} float32. {do}")
     for step, array in enumerate(noise):
         if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != np.float32:
             is_array = isinstance(array, np.ndarray)

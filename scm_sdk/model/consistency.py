@@ -10,7 +10,7 @@ import msgspec
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
-from ..spec import DEFAULT_MID_TIME, SamplerSpec, TensorSpec, default_times
+from ..spec import DEFAULT_MID_TIME, Renoise, SamplerSpec, TensorSpec, default_times
 from .bounds import check_bounds, check_num_parameters
 from .decoder import Decoder
 from .foreign.diffusers_models import DiffusersConfig, make_diffusers_network
@@ -179,9 +179,21 @@ class ConsistencyModel(nn.Module):
         return predict_data(x_t, F, t, sigma_data=self.sigma_data)
 
     def spec(
-        self, num_inference_steps: int = 2, *, times: tuple[float, ...] | None = None, max_batch: int = 32
+        self,
+        num_inference_steps: int = 2,
+        *,
+        times: tuple[float, ...] | None = None,
+        renoise: Renoise = "fresh",
+        max_batch: int = 32,
     ) -> SamplerSpec:
-        """Describe the sampler that unrolls this model over ``num_inference_steps`` times and decodes, if it can."""
+        """Describe the sampler that unrolls this model over its times and decodes, if the model has a decoder.
+
+        Args:
+            num_inference_steps: Number of network calls at the default times; not used if ``times`` is given.
+            times: Times, radians, strictly falling; ``scm_sdk.spec.flow_times`` makes them from flow-matching sigmas.
+            renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
+            max_batch: Largest batch.
+        """
         config = self.config
         return SamplerSpec(
             times=times or default_times(num_inference_steps, sigma_data=config.sigma_data, mid_time=config.mid_time),
@@ -197,6 +209,7 @@ class ConsistencyModel(nn.Module):
             default_guidance=config.default_guidance if config.guidance else None,
             conditioning=config.conditioning,
             max_batch=max_batch,
+            renoise=renoise,
         )
 
     @classmethod

@@ -17,7 +17,9 @@ from .consistency import ConsistencyModel
 
 
 class Sampler(nn.Module):
-    """Multistep consistency sampling: denoise, add fresh noise at the next time, denoise again.
+    """Multistep sampling: denoise, add noise at the next time, denoise again.
+
+    The noise of later steps is fresh, the first step's, or the trajectory's own, as ``spec.renoise`` says.
 
     Args:
         model: The consistency model.
@@ -26,7 +28,7 @@ class Sampler(nn.Module):
     Raises:
         ShapeError: If the spec belongs to another model.
 
-    Source: arXiv 2410.11081, section 5.2; Song et al. 2023, algorithm 1.
+    Source: arXiv 2410.11081, section 5.2 (``fresh``) and equation 26 (``ode``); Song et al. 2023, algorithm 1.
     """
 
     def __init__(self, model: ConsistencyModel, spec: SamplerSpec) -> None:
@@ -55,8 +57,8 @@ class Sampler(nn.Module):
         """Return samples, (B, ...), data units, not clipped.
 
         Args:
-            *inputs: As ``spec.inputs`` orders them: one standard normal noise (B, ...) for each
-                step, float32, then class_labels (B,), int64, if the model has classes, guidance_scale (B,),
+            *inputs: As ``spec.inputs`` orders them: standard normal noise (B, ...), float32, one for each step or
+                one alone, then class_labels (B,), int64, if the model has classes, guidance_scale (B,),
                 float32, if it takes one, then its own.
 
         Raises:
@@ -65,12 +67,15 @@ class Sampler(nn.Module):
         if len(inputs) != len(self.spec.inputs):
             names = ", ".join(tensor.name for tensor in self.spec.inputs)
             raise ShapeError(f"the sampler got {len(inputs)} inputs, expected {len(self.spec.inputs)}: {names}.")
-        steps = self.spec.num_inference_steps
+        count = len(self.spec.noise_inputs)
         asked = [tensor.name for tensor in self.spec.conditioning_inputs]
-        conditioning = dict(zip(asked, inputs[steps:], strict=True))
-        sigma_data = self.spec.sigma_data
+        conditioning = dict(zip(asked, inputs[count:], strict=True))
+        sigma_data, renoise = self.spec.sigma_data, self.spec.renoise
+        noise = inputs[0]
         x_0: Tensor | None = None
-        for cos, sin, t, noise in zip(self.cosines, self.sines, self.spec.times, inputs, strict=False):
+        for step, (cos, sin, t) in enumerate(zip(self.cosines, self.sines, self.spec.times, strict=True)):
+            if renoise == "fresh":
+                noise = inputs[step]
             x_t = (sin * sigma_data) * noise
             if x_0 is not None:
                 x_t = cos * x_0 + x_t
@@ -78,6 +83,8 @@ class Sampler(nn.Module):
             t_B = torch.full(noise.shape[:1], t, dtype=dtype, device=noise.device)
             F = self.model.network(x_t / sigma_data, t_B, **conditioning)
             x_0 = cos * x_t - (sin * sigma_data) * F
+            if renoise == "ode":
+                noise = (sin / sigma_data) * x_t + cos * F
         assert x_0 is not None
         if self.model.decoder is None or self.spec.output == "latents":
             return x_0

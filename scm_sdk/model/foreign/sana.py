@@ -27,7 +27,7 @@ from ..._util.files import atomic_write_bytes
 from ..._util.lazy import require
 from ...bundle.layout import INDEX_NAME
 from ...errors import BundleError, IntegrityError
-from ...spec import SamplerSpec
+from ...spec import Renoise, SamplerSpec
 from ..bounds import check_bound, check_num_parameters
 from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
@@ -130,10 +130,15 @@ class SanaModel(ConsistencyModel):
         self.decoder = Decoder(decode, LatentScale(scale=(factor,), shift=(0.0,)), spec.image_shape)
 
     def spec(
-        self, num_inference_steps: int = 2, *, times: tuple[float, ...] | None = None, max_batch: int = 8
+        self,
+        num_inference_steps: int = 2,
+        *,
+        times: tuple[float, ...] | None = None,
+        renoise: Renoise = "fresh",
+        max_batch: int = 8,
     ) -> SamplerSpec:
         """Describe the sampler that ends with the decoder, by default with diffusers' times."""
-        return self.folder.spec(num_inference_steps, times=times, max_batch=max_batch)
+        return self.folder.spec(num_inference_steps, times=times, renoise=renoise, max_batch=max_batch)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the pipeline's files, as they are, and write beside them what the importer chose."""

@@ -20,7 +20,7 @@ import msgspec
 
 from ...bundle.layout import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
-from ...spec import SamplerSpec, TensorSpec, default_times
+from ...spec import Renoise, SamplerSpec, TensorSpec, default_times
 from .component import read_json, weight_files
 from .sana_config import SchedulerConfig, Settings, TransformerConfig
 
@@ -34,7 +34,7 @@ MAX_TIME, MID_TIME = 1.57080, 1.3
 """First time of every sampler and second of the two-step one, radians: diffusers' defaults for this pipeline."""
 GUIDANCE_RANGE, DEFAULT_GUIDANCE = (0.0, 20.0), 4.5
 """The released models were distilled at scales 4 to 5; their pipeline's default is 4.5 and it takes any."""
-STEPS = (1, 2, 4)
+STEPS = (1, 2, 3, 4)
 OBJECTIVE = "sCM and LADD (SANA-Sprint)"
 """What the released models were distilled with (arXiv 2503.09641), as a provenance names it."""
 _REMEDY = f"Give a folder that {PIPELINE}.save_pretrained wrote, whole."
@@ -91,7 +91,12 @@ class SanaFolder:
         )
 
     def spec(
-        self, num_inference_steps: int = 2, *, times: tuple[float, ...] | None = None, max_batch: int = 8
+        self,
+        num_inference_steps: int = 2,
+        *,
+        times: tuple[float, ...] | None = None,
+        renoise: Renoise = "fresh",
+        max_batch: int = 8,
     ) -> SamplerSpec:
         """Describe the sampler that ends with the decoder, ``SanaSprintPipeline``'s times where none are given."""
         channels, height, width = self.sample_shape
@@ -108,6 +113,7 @@ class SanaFolder:
             default_guidance=DEFAULT_GUIDANCE,
             conditioning=self.conditioning,
             max_batch=max_batch,
+            renoise=renoise,
         )
 
 
