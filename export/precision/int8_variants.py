@@ -23,7 +23,7 @@ from .external_qdq import adopt_quantized
 from .half import LowPrecision, PrecisionPlan, apply_precision, default_plan
 from .int8 import FREE, QuantizePlan, choose_layers, default_quantize_plan, quantize, step_of
 from .int8_ort import quantize_for_cpu
-from .layer_search import Quantizer, exclude_to_target
+from .layer_search import Quantizer, exclude_to_target, open_candidates
 from .probe import NUM_SAMPLES, Probe
 from .smoothquant import choose_factors, equalize
 from .variants import Source, Variant, add_graph, first_graph, fp32_sources, own_islands, unchanged_variants
@@ -195,7 +195,8 @@ def _make_for_engines(
         calibration = _calibrate(equal, source, plan, options, examples, progress)
         quantizer = partial(_equalize_and_quantize, base, factors, calibration)
         if options.target_db is not None:  # one plan for all: each goes on from the last
-            plan = exclude_to_target(base, quantizer, plan, probe, options.target_db, progress=progress)
+            with open_candidates(base, quantizer, plan) as candidate:
+                plan = exclude_to_target(base, candidate, plan, probe, options.target_db, progress=progress)
         measured.append((quantizer, calibration))
     return plan, [(quantizer(plan), calibration) for quantizer, calibration in measured]
 

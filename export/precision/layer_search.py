@@ -8,21 +8,88 @@ step has them in int8 and another has not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from scm_sdk._util.files import scratch_folder
 from scm_sdk._util.progress import Counter, Progress
 from scm_sdk.errors import ParityError
 
+from .half import PRECISION_KEY
 from .int8 import Exclusion, QuantizePlan, choose_layers
 from .island_search import most_calls, smallest_set
 from .probe import Probe
+from .session import Session, open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 Quantizer = Callable[[QuantizePlan], "ir.Model"]
+Candidate = Callable[[QuantizePlan], "ir.Model | Session"]
+"""Returns what a plan makes of a graph: the graph, or a session that computes the same."""
+
+
+@contextmanager
+def open_candidates(model: ir.Model, quantized: Quantizer, plan: QuantizePlan) -> Iterator[Candidate]:
+    """Open one session for every plan that quantizes no more layers than a given one.
+
+    In its graph each layer reads int8 or what it read before, as an input says: the images are bit by bit those of the
+    graph that ``quantized`` makes of the same plan. Float32 graphs are made one by one instead, since ONNX Runtime
+    multiplies by their stored weights in another order than by selected ones.
+
+    Args:
+        model: The graph to quantize.
+        quantized: Quantizes it by a plan.
+        plan: The plan that quantizes the most layers.
+
+    Raises:
+        UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+    """
+    if model.metadata_props.get(PRECISION_KEY, "fp32") == "fp32":
+        yield quantized
+        return
+    names = choose_layers(model, plan).quantized
+    switched = _with_switches(quantized(plan), model, names)
+    with scratch_folder() as folder:
+        session = open_session(switched, folder)
+
+        def candidate(plan: QuantizePlan) -> Session:
+            chosen = set(choose_layers(model, plan).quantized)
+            return session.fix({_switch(name): np.array(name in chosen) for name in names})
+
+        yield candidate
+
+
+def _with_switches(quantized: ir.Model, model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Let each named layer of a quantized graph read what it read in ``model`` where its switch, an input, is false."""
+    import onnx_ir as ir
+
+    graph = quantized.graph
+    before = {node.name: node for node in model.graph}
+    values = {value.name: value for value in graph.inputs} | dict(graph.initializers)
+    values |= {value.name: value for node in graph for value in node.outputs}
+    for node in [node for node in graph if node.name in set(names)]:
+        switch = ir.Value(name=_switch(node.name or ""), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
+        graph.inputs.append(switch)
+        for i, original in enumerate(before[node.name].inputs[:2]):
+            assert original is not None, "choose_layers takes layers with data and a weight"
+            if original.name not in values:  # a weight that no other layer reads
+                values[original.name] = ir.val(original.name or "", const_value=original.const_value)
+                graph.register_initializer(values[original.name])
+            name = f"{node.name}/switch_{i}"
+            chosen = ir.Value(name=f"{name}.out", shape=original.shape, type=original.type)
+            inputs = [switch, node.inputs[i], values[original.name]]
+            graph.insert_before(node, ir.Node("", "Where", inputs, outputs=[chosen], name=name))
+            node.replace_input_with(i, chosen)
+    return quantized
+
+
+def _switch(layer: str) -> str:
+    return f"int8/{layer}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +107,13 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: ir.Model, quantized: Quantizer, plan: QuantizePlan, probe: Probe, *, progress: Progress = lambda _: None
+    model: ir.Model, candidate: Candidate, plan: QuantizePlan, probe: Probe, *, progress: Progress = lambda _: None
 ) -> Sensitivity:
     """Quantize each layer of a plan alone.
 
     Args:
         model: The graph to quantize.
-        quantized: Quantizes it by a plan.
+        candidate: Quantizes it by a plan; see ``open_candidates``.
         plan: Which layers.
         probe: Made from the float32 graph of the same sampler.
         progress: Called with a line for each layer.
@@ -55,7 +122,7 @@ def sensitivity(
     found = {}
     for name in names:
         others = [Exclusion(pattern=other, reason="one at a time") for other in names if other != name]
-        found[name] = probe.rank_db(quantized(plan.excluding(*others)))
+        found[name] = probe.rank_db(candidate(plan.excluding(*others)))
         progress(f"{name} alone in int8: {found[name]:.1f} dB")
     return Sensitivity(
         base_db=probe.gate_db(model), layers_db={n: found[n] for n in sorted(found, key=found.__getitem__)}
@@ -64,7 +131,7 @@ def sensitivity(
 
 def exclude_to_target(
     model: ir.Model,
-    quantized: Quantizer,
+    candidate: Candidate,
     plan: QuantizePlan,
     probe: Probe,
     target_db: float,
@@ -75,7 +142,7 @@ def exclude_to_target(
 
     Args:
         model: The graph to quantize.
-        quantized: Quantizes it by a plan.
+        candidate: Quantizes it by a plan; see ``open_candidates``.
         plan: Where to begin.
         probe: Made from the float32 graph of the same sampler.
         target_db: PSNR to reach, dB. The images are those of the probe; the gate judges on others, so the target is to
@@ -88,13 +155,13 @@ def exclude_to_target(
     Raises:
         ParityError: If the target is out of reach with no layer quantized at all.
     """
-    start = probe.gate_db(quantized(plan))
+    start = probe.gate_db(candidate(plan))
     progress(f"95 % of the images reach {start:.1f} dB by the plan as it is, {target_db:g} dB is the target")
     if start >= target_db:
         return plan
     count = len(choose_layers(model, plan).quantized)
     counter = Counter(progress, count + most_calls(count))
-    table = sensitivity(model, quantized, plan, probe, progress=counter.step)
+    table = sensitivity(model, candidate, plan, probe, progress=counter.step)
     if table.base_db < target_db:
         raise ParityError(
             f"the graph has {table.base_db:.1f} dB with no layer in int8, expected {target_db:.1f} dB. Lower the "
@@ -105,9 +172,13 @@ def exclude_to_target(
         reasons = {n: f"alone in int8 it costs {table.layers_db[n]:.1f} dB; target {target_db:.0f} dB" for n in names}
         return plan.excluding(*(Exclusion(pattern=n, reason=reason) for n, reason in reasons.items()))
 
+    reached = {frozenset[str](): start}
+
     def passes(names: list[str]) -> bool:
-        found = probe.gate_db(quantized(plan_without(names)))
-        counter.step(f"{len(names)} of {len(table.layers_db)} layers not in int8: {found:.1f} dB")
-        return found >= target_db
+        chosen = frozenset(names)
+        if chosen not in reached:
+            reached[chosen] = probe.gate_db(candidate(plan_without(names)))
+        counter.step(f"{len(names)} of {len(table.layers_db)} layers not in int8: {reached[chosen]:.1f} dB")
+        return reached[chosen] >= target_db
 
     return plan_without(smallest_set(list(table.layers_db), lambda chosen: passes(list(chosen)), expect=counter.expect))

@@ -23,7 +23,7 @@ from scm_sdk.inference.request import make_example
 from scm_sdk.inference.sources import open_source
 from scm_sdk.spec import SamplerSpec
 
-from .session import open_session
+from .session import Session, open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -89,7 +89,7 @@ class Probe:
         self._batches = [seeds[at : at + batch] for at in range(0, num_samples, batch)]
         self.images = self.run(reference)
 
-    def gate_db(self, model: ir.Model | Path) -> float:
+    def gate_db(self, model: ir.Model | Path | Session) -> float:
         """Return the PSNR that 95 % of a graph's images reach, dB; 0 for NaN, infinite if equal.
 
         Raises:
@@ -97,7 +97,7 @@ class Probe:
         """
         return self._compare(self.run(model)).psnr_p05_db
 
-    def rank_db(self, model: ir.Model | Path) -> float:
+    def rank_db(self, model: ir.Model | Path | Session) -> float:
         """Return the mean over the first batch of each picture's own PSNR, dB, to rank many graphs.
 
         One picture that turns into another moves it little, where the PSNR of all would be that picture's.
@@ -119,14 +119,15 @@ class Probe:
                 feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
         return self._compare(self._run(self._reference, inputs)).psnr_p05_db
 
-    def run(self, model: ir.Model | Path) -> np.ndarray:
+    def run(self, model: ir.Model | Path | Session) -> np.ndarray:
         """Return a graph's pictures for the probe's seeds, (N, *image_shape) float32."""
         return self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches])
 
-    def _run(self, model: ir.Model | Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    def _run(self, model: ir.Model | Path | Session, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+        if isinstance(model, Session):
+            return np.concatenate([model.run([self.spec.output_name], feeds)[0] for feeds in inputs])
         with scratch_folder() as folder:
-            session = open_session(model, folder, num_threads=self._threads)
-            return np.concatenate([session.run([self.spec.output_name], dict(feeds))[0] for feeds in inputs])
+            return self._run(open_session(model, folder, num_threads=self._threads), inputs)
 
     def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
         """Compare images from the probe's ``first`` on; what is not finite has 0 dB."""

@@ -19,10 +19,20 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """An ONNX Runtime session whose failures are this package's errors."""
+    """An ONNX Runtime session whose failures are this package's errors.
 
-    def __init__(self, session: Any, precision: str) -> None:
-        self._session, self._precision = session, precision
+    Args:
+        session: ONNX Runtime's own.
+        precision: Precision of the graph, for messages.
+        fixed: Inputs that every run is given beside its own.
+    """
+
+    def __init__(self, session: Any, precision: str, fixed: Mapping[str, np.ndarray] | None = None) -> None:
+        self._session, self._precision, self._fixed = session, precision, dict(fixed or {})
+
+    def fix(self, feeds: Mapping[str, np.ndarray]) -> Session:
+        """Return the same open session with some inputs fixed."""
+        return Session(self._session, self._precision, self._fixed | dict(feeds))
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Return the values of these names; None is the graph's outputs.
@@ -31,7 +41,7 @@ class Session:
             UnsupportedGraphError: If ONNX Runtime fails.
         """
         try:
-            return list(self._session.run(names, dict(feeds)))
+            return list(self._session.run(names, self._fixed | dict(feeds)))
         except Exception as exc:  # its exceptions share no base class
             raise _cannot_run(self._precision, exc) from exc
 
@@ -64,6 +74,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = num_threads or 0
+    # Threads that spin while they wait take as much of the processor again and change no value.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if node_by_node or precision == "int8":
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

@@ -36,7 +36,7 @@ from scm_sdk.export.precision.int8 import (
     scale_for,
 )
 from scm_sdk.export.precision.int8_variants import QuantizeOptions, add_foreign_int8, add_int8
-from scm_sdk.export.precision.layer_search import exclude_to_target, sensitivity
+from scm_sdk.export.precision.layer_search import exclude_to_target, open_candidates, sensitivity
 from scm_sdk.export.precision.probe import Probe
 from scm_sdk.inference import request
 from scm_sdk.spec import SamplerSpec
@@ -202,6 +202,15 @@ def test_sensitivity_ranks_layers_and_exclusions_reach_a_target(fp16, calibratio
     assert 0 < len(new) < len(table.layers_db) and all("alone in int8 it costs" in e.reason for e in new)
     with pytest.raises(ParityError, match="with no layer in int8, expected 500"):
         exclude_to_target(fp16, partial(quantize, fp16, calibration), plan, probe, 500)
+
+
+def test_one_session_gives_the_images_of_every_plan(fp16, calibration, probe: Probe) -> None:
+    plan, quantized = default_quantize_plan(fp16), partial(quantize, fp16, calibration)
+    names = choose_layers(fp16, plan).quantized
+    with open_candidates(fp16, quantized, plan) as candidate:
+        for chosen in ([], names[:1], names[1::2], names):
+            fewer = plan.excluding(*(Exclusion(pattern=n, reason="") for n in names if n not in chosen))
+            np.testing.assert_array_equal(probe.run(candidate(fewer)), probe.run(quantized(fewer)))
 
 
 def test_the_bundle_gains_int8_and_the_gate_takes_it(unet_copy: Path) -> None:
