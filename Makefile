@@ -1,6 +1,6 @@
-# Two commands do all the set-up: `make demo` runs the main job, `make test` the tests.
+# Two commands do all the set-up: `make demo` runs the main job, `make check` every check of a change.
 PYTHON ?= python3
-# What pip installs is held to this file; `make lock` writes it.
+# Versions that pip installs; `make lock` writes the file.
 CONSTRAINTS ?= constraints.txt
 ifeq ($(filter gpu,$(MAKECMDGOALS)),)
 EXTRAS ?= cpu,test
@@ -9,34 +9,38 @@ EXTRAS ?= gpu,test,tensorrt
 endif
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Whole files to each of a few processes: a file's tests share what is slow to make.
 # Interpreters of test-lowest and test-latest.
 OLDEST ?= python3.10
 NEWEST ?= python3
+# Each process gets whole files, because the tests of a file share fixtures that are slow to make.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 READY  := $(VENV)/.ready-$(EXTRAS)
+DOCS   := build/docs
 
-.PHONY: demo test test-slow test-hostile test-matrix test-lowest test-latest gpu lint lock clean
+.PHONY: demo check docs types test test-slow test-hostile test-matrix test-lowest test-latest gpu lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(BIN)/scm-export demo
 
+# What CI runs: the fast checks first.
+check: lint types docs test
+
 test: $(READY)
 	$(BIN)/python -m pytest $(SHARED)
 
-# What takes minutes: engines of every precision for every GPU, every fault in every graph, distillation at full length,
-# and the README as written.
+# Tests that take minutes: engines of every precision for every GPU, every planted fault in every graph, distillation at
+# full length, and the README's commands as printed.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# Thousands of damaged and forged files, commands killed at any moment, threads, odd machines: one table of counts.
-# SCM_HOSTILE_DAMAGES, _KILLS and _CALLS make it shorter or longer, _SEED chooses other cases.
+# Thousands of damaged and forged files, commands killed at random moments, threads and unusual machines; prints one table.
+# SCM_HOSTILE_DAMAGES, _KILLS and _CALLS set its length, _SEED the random cases.
 test-hostile: $(READY)
 	$(BIN)/python -m pytest -m hostile -s tests/hostile --hostile-json benchmarks/results/hostile.json
 
-# The two ends of what pyproject.toml allows, each in an environment of its own: the oldest release of every direct
-# dependency on the oldest Python, and the newest of everything on the newest Python that is installed.
+# The oldest release of every direct dependency on the oldest Python, and the newest release of every dependency on the
+# newest installed Python, each in its own environment.
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest PYTHON="$(OLDEST)" CONSTRAINTS=constraints-lowest.txt
 
@@ -48,18 +52,25 @@ test-latest:
 test-matrix: $(READY)
 	$(BIN)/python tests/matrix.py
 
-# On a machine with a CUDA GPU: the tests that need it, and every engine's speed as one JSON file. It is measured
-# whatever the tests say; the command still ends as they did. A flavour that does not fit the GPU is skipped.
+# On a machine with a CUDA GPU: the tests that need it, and the speed of every engine as one JSON file, also after failed
+# tests, whose exit code is kept. A flavor that does not fit the GPU is skipped.
 gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python benchmarks/gpu.py --json gpu.json && exit $$tests
+
+# The documentation site; open $(DOCS)/index.html. A warning is an error.
+docs: $(READY)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs $(DOCS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(READY)
 	$(BIN)/mypy
 
-# Write constraints.txt (the newest release of everything that every set of extras installs, for each supported Python
-# and system) and constraints-lowest.txt (the oldest that pyproject.toml allows, on the oldest Python).
+# Write constraints.txt (the newest releases of all extras, for every supported Python and system) and
+# constraints-lowest.txt (the oldest releases that pyproject.toml allows, on the oldest Python).
 RESOLVE = UV_PYTHON_DOWNLOADS=never .venv-lock/bin/uv pip compile --quiet --no-config --no-emit-index-url --no-annotate \
 	--custom-compile-command "make lock" --python-version 3.10 --upgrade pyproject.toml
 
@@ -70,8 +81,8 @@ lock:
 		--extra cpu --extra gpu --extra tensorrt --extra bench --extra test --group dev
 	$(RESOLVE) --universal --resolution lowest-direct --output-file constraints-lowest.txt --extra cpu --extra test
 
-# Made once for a set of extras, and again when what it is made from changes. Of onnxruntime and onnxruntime-gpu only
-# one may be there, since they fill the same folder: both go before another set comes.
+# Made once for a set of extras, and again when pyproject.toml or the constraints change. onnxruntime and onnxruntime-gpu
+# install the same folder, so both are removed before a set of extras is installed.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 15) or sys.exit("scm-sdk needs Python 3.10 to 3.14, found %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)

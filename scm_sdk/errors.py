@@ -1,26 +1,27 @@
-"""Every exception this package raises on purpose.
+"""The exceptions of scm-sdk.
 
-* ScmError
-  - ConfigError              a value we were given breaks its contract
-    - UnknownArgument        a call's arguments are not those of the function; also a TypeError
-  - ShapeError               a tensor has the wrong shape or dtype
-  - BundleError              a bundle on disk cannot be used
-    - IntegrityError         a file is missing, altered or truncated
-    - SchemaError            the manifest is malformed or from a newer version
-  - BackendError
-    - BackendUnavailable     the backend's library or device is not here
-    - BackendFailure         the backend ran and its library raised
-    - QueueFull              more waits for the backend than may wait
-    - IncompatibleEngineError  an engine was built for another GPU or version
-  - ExportError              a network could not be turned into a graph
-    - UnsupportedGraphError  the graph holds what a target cannot run
-  - ParityError              two backends disagree beyond their tolerance
-  - LatencyError             a measured latency is over its budget
-  - TrainError               training cannot start or go on
+Catch ``ScmError`` to catch all of them. Each message states what was found, what was expected and what to do. Each
+class carries the exit code of the command line. An exception that is not a ``ScmError`` is a bug: please report it.
 
-Each message says three things: what was found, what was expected, what to do next.
-Each class carries the exit code with which the command line ends.
-Anything that is not a ``ScmError`` is a bug in this package: please report it.
+::
+
+    ScmError
+    ├── ConfigError                  an argument or a setting is invalid
+    │   └── UnknownArgument          a call has an unknown or misspelled argument; also a TypeError
+    ├── ShapeError                   a tensor has the wrong shape or dtype
+    ├── BundleError                  a bundle on disk cannot be used
+    │   ├── IntegrityError           a file is missing, altered or truncated
+    │   └── SchemaError              the manifest is malformed or from a newer version
+    ├── BackendError                 a backend cannot run
+    │   ├── BackendUnavailable       its library or device is not on this machine
+    │   ├── BackendFailure           its library raised while it ran
+    │   ├── QueueFull                the queue of a batcher is full
+    │   └── IncompatibleEngineError  an engine was built for another GPU or version
+    ├── ExportError                  a network could not be converted to a graph
+    │   └── UnsupportedGraphError    the graph has an operator that a target cannot run
+    ├── ParityError                  two backends differ by more than the gate allows
+    ├── LatencyError                 a measured latency exceeds its budget
+    └── TrainError                   training cannot start or continue
 """
 
 from __future__ import annotations
@@ -29,35 +30,35 @@ import re
 from typing import ClassVar
 
 _LONGEST = 4000
-"""Characters of a message. A value of an untrusted file may be megabytes long, and a message repeats it."""
+"""Maximum characters of a message: a value from an untrusted file may be megabytes long."""
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Return a text of an untrusted file with what a terminal obeys escaped: control codes and changes of direction."""
+    """Escape the control codes and direction changes that a terminal would execute in untrusted text."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class ScmError(Exception):
-    """Base class: catch this to catch everything raised on purpose."""
+    """Base class of every exception that scm-sdk raises."""
 
     exit_code: ClassVar[int] = 1
 
     def __str__(self) -> str:
-        """Return the message, printable, and without the middle of one that is longer than a page."""
+        """Return the message in printable form; the middle of a message over 4,000 characters is cut."""
         text = super().__str__()
         half = _LONGEST // 2
         return printable(text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}")
 
 
 class ConfigError(ScmError):
-    """A value we were given breaks its contract."""
+    """An argument or a setting is invalid."""
 
     exit_code = 2
 
 
 class UnknownArgument(ConfigError, TypeError):
-    """A call's arguments are not those of the function."""
+    """A call has an unknown or misspelled argument. Also a ``TypeError``."""
 
 
 class ShapeError(ScmError):
@@ -81,54 +82,54 @@ class SchemaError(BundleError):
 
 
 class BackendError(ScmError):
-    """A backend cannot run or did not run well."""
+    """A backend cannot run, or failed while it ran."""
 
     exit_code = 7
 
 
 class BackendUnavailable(BackendError):
-    """The library or the device that a backend needs is not on this machine."""
+    """The library or device that a backend needs is not on this machine."""
 
 
 class BackendFailure(BackendError):
-    """A backend ran and its own library raised."""
+    """The library of a backend raised an error while it ran."""
 
     exit_code = 1
 
 
 class QueueFull(BackendError):
-    """More images wait for a backend than may wait; the same request may succeed later."""
+    """The queue of a batcher is full; the same request may succeed later."""
 
     exit_code = 1
 
 
 class IncompatibleEngineError(BackendError):
-    """An engine was built for another GPU, another library version or another system."""
+    """An engine was built for another GPU, library version or operating system."""
 
     exit_code = 5
 
 
 class ExportError(ScmError):
-    """A network could not be turned into a graph."""
+    """A network could not be converted to a graph."""
 
 
 class UnsupportedGraphError(ExportError):
-    """The graph holds an operator or a type that the target cannot run."""
+    """The graph has an operator or a type that the target cannot run."""
 
     exit_code = 5
 
 
 class ParityError(ScmError):
-    """Two backends disagree beyond their tolerance."""
+    """Two backends differ by more than the gate allows."""
 
     exit_code = 3
 
 
 class LatencyError(ScmError):
-    """A measured latency is over its budget."""
+    """A measured latency exceeds its budget."""
 
     exit_code = 4
 
 
 class TrainError(ScmError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or continue."""

@@ -148,7 +148,7 @@ def _password(path: Path) -> str:
 @bundle.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="File (*.scmz) or folder to write; PATH.scmz when absent."
+    "-o", "--out", type=click.Path(path_type=Path), help="File (.scmz) or folder to write; PATH.scmz when absent."
 )
 @click.option(
     "--only",

@@ -19,8 +19,8 @@ from .names import OutputPath
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Take the shipped model from its checkpoint to images.
 
-    Exports the avatars model, adds FP16 and an engine for NVIDIA L4, validates, generates and times. Leaves
-    OUT/avatars, a bundle, and OUT/*.png. Takes about a minute on two cores.
+    Exports the avatars model, adds FP16 and an engine for NVIDIA L4, validates, generates and times. Leaves a bundle in
+    OUT/avatars and images in OUT. Takes about a minute on two cores.
     """
     from importlib.resources import as_file, files
     from time import perf_counter

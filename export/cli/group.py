@@ -29,7 +29,7 @@ EXIT_CODES: Mapping[int, str] = {
     130: "interrupted by Ctrl-C (SIGINT)",
     143: "ended by SIGTERM",
 }
-"""Every exit code of the command and its meaning. The help and the README repeat it; tests compare them."""
+"""Every exit code of the command and its meaning. The help and docs/commands.md repeat it; a test compares them."""
 RESUMABLE = ("train", "distill", "all", "engine", "evaluate")
 """Verbs that keep what was done before an interruption and continue from it."""
 

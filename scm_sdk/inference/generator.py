@@ -215,10 +215,10 @@ class Generator:
             seed: ``s`` gives the images the seeds s, s+1, ...; a list gives each its own. None draws
                 a fresh s and reports it. A seed names its noise to the bit and its image as far as the backend
                 repeats itself, whatever the batch and the position; ``docs/gates.md`` states it for each backend.
-            noise: Instead of seeds: one (num_images, *sample_shape) float32 array per step.
+            noise: Instead of seeds: one ``(num_images, *sample_shape)`` float32 array per step.
             output_type: ``"pil"`` list of PIL images; ``"np"`` (N, H, W, C) float32 in [0, 1];
                 ``"pt"`` torch tensor (N, C, H, W) float32 in [0, 1]; ``"uint8"`` (N, H, W, C) uint8;
-                ``"raw"`` (N, *image_shape) float32 in data units, not clipped.
+                ``"raw"`` ``(N, *image_shape)`` float32 in data units, not clipped.
             progress: True shows a bar on stderr; a function is called as f(images_done, num_images).
             batch_size: Images run at once, at most ``max_batch``; None is ``max_batch``.
             guidance_scale: For models that have this input: one number, or one for each image.

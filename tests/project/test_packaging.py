@@ -122,12 +122,13 @@ def test_extras_are_named_like_the_backends_that_they_bring(project: dict[str, A
 
 def test_two_commands_and_ci_run_the_same_thing() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in ("demo", "test", "test-slow", "gpu", "lint", "clean"):
+    for target in ("demo", "check", "test", "test-slow", "gpu", "lint", "types", "docs", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     ci = ROOT / ".ci" / "run"
     assert ci.stat().st_mode & 0o111, ".ci/run must be executable"
     lines = [line for line in ci.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
-    assert lines[-1].split()[-2:] == ["make", "test"]
+    assert lines[-1].split()[-2:] == ["make", "check"]
+    assert re.search(r"^check: lint types docs test$", makefile, re.MULTILINE)
 
 
 SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")

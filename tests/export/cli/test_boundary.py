@@ -27,7 +27,7 @@ from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.variants import add_precision
 
 ROOT = Path(__file__).resolve().parents[3]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
 def leaves(command: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -274,11 +274,11 @@ def test_every_verb_without_a_library_is_done_or_exit_7(place: Path, tmp_path: P
     assert found["cache gc"][0] == 0, "it cleans what .scmz files left, whatever is installed"
 
 
-def test_exit_codes_are_complete_and_in_the_readme() -> None:
+def test_exit_codes_are_complete_and_documented() -> None:
     raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.ScmError)}
     assert raised <= EXIT_CODES.keys() and set(EXIT_CODES) == {*range(8), 130, 143}
     help_text = run("-h").output
-    table = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", README, re.MULTILINE))
+    table = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", COMMANDS, re.MULTILINE))
     assert {int(code): meaning for code, meaning in table.items()} == EXIT_CODES
     assert all(
         re.search(rf"^ +{code} +{re.escape(text)}", help_text, re.MULTILINE) for code, text in EXIT_CODES.items()
