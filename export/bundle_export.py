@@ -111,6 +111,7 @@ def export_bundle(
         progress: Called with the name of each stage as it begins.
 
     Raises:
+        ConfigError: If the network or the decoder is your own and not registered.
         BundleError: If ``out`` may not be replaced or cannot be written.
         ExportError: If the network cannot be exported.
     """
@@ -120,6 +121,7 @@ def export_bundle(
     report = progress or (lambda _: None)
     given = isinstance(checkpoint, ConsistencyModel)
     model = checkpoint if isinstance(checkpoint, ConsistencyModel) else ConsistencyModel.from_pretrained(checkpoint)
+    model.check_reopens()
     specs = plan_samplers(model, steps, times=times, renoise=renoise, max_batch=max_batch)
     out, provenance = Path(out), provenance or dict(model.config.provenance)
     name = name or out.name

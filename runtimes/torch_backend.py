@@ -21,7 +21,7 @@ import numpy as np
 
 from scm_sdk._util.lazy import require
 from scm_sdk._util.processor import limited_threads
-from scm_sdk.bundle.layout import INDEX_NAME
+from scm_sdk.bundle.layout import DECODER_FOLDER, INDEX_NAME
 from scm_sdk.bundle.verify import stamp
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
 from scm_sdk.spec import SamplerSpec
@@ -76,7 +76,8 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
     check_artifact(folder, is_folder=True)
     target = _device(torch, device)
     # The files' stamps are part of the key: a checkpoint written anew is loaded anew.
-    files = folder.rglob("*") if (folder / INDEX_NAME).is_file() else folder.iterdir()
+    is_pipeline = (folder / INDEX_NAME).is_file()
+    files = folder.rglob("*") if is_pipeline else [*folder.iterdir(), *(folder / DECODER_FOLDER).glob("*")]
     stamps = tuple(sorted((str(file), stamp(file)) for file in files if file.is_file()))
     key = (str(folder.resolve()), stamps, str(target))
     with _LOADING:

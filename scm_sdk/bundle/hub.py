@@ -17,14 +17,16 @@ from typing import Any
 from .._util.files import check_relative, safe_join
 from .._util.lazy import require
 from ..errors import BundleError, ConfigError, IntegrityError
-from .layout import CONFIG_MAX_BYTES, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from .layout import CONFIG_MAX_BYTES, CONFIG_NAME, DECODER_FOLDER, INDEX_NAME, WEIGHTS_NAME
 from .manifest import MANIFEST_NAME, SIGNATURE_NAME
 from .verify import MANIFEST_MAX_BYTES, read_manifest
 
 MAX_BYTES = 64 << 30
 """Most that one repository may bring."""
 MAX_FILES = 4096
-_CHECKPOINT = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
+_CHECKPOINT = (
+    CONFIG_NAME, WEIGHTS_NAME, f"{DECODER_FOLDER}/{CONFIG_NAME}", f"{DECODER_FOLDER}/{WEIGHTS_NAME}", "README.md",
+)  # fmt: skip
 _PIPELINE_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".md"}
 _MARKERS = (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME)
 _HEAVY = {".onnx", ".onnx_data", ".safetensors", ".engine"}

@@ -2,6 +2,8 @@
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+DECODER_FOLDER = "decoder"
+"""Folder inside a checkpoint with its decoder's config and weights, under the same two names."""
 INDEX_NAME = "model_index.json"
 """Of a pipeline alone: which components it has."""
 IMPORTED_CLASS = "PickledNetwork"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from .._util.files import sha256_bytes, sha256_file
 from .._util.locks import FolderLock
 from ..bundle.bundle import Bundle
-from ..bundle.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from ..bundle.layout import CONFIG_NAME, DECODER_FOLDER, INDEX_NAME, WEIGHTS_NAME
 from ..bundle.manifest import MANIFEST_NAME, Artifact, ParityRecord
 from ..bundle.resolve import find_and_hold
 from ..bundle.scores import SCORES_PATH
@@ -235,9 +235,11 @@ def _digest(weights: Sequence[Path]) -> str:
 
 
 def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
-    weights = (folder / WEIGHTS_NAME,)
+    weights: tuple[Path, ...] = (folder / WEIGHTS_NAME,)
     if not weights[0].is_file():
         raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole.")
+    if (decoder := folder / DECODER_FOLDER / WEIGHTS_NAME).is_file():
+        weights += (decoder,)
     models: list[Any] = []
     provenance = _checkpoint_provenance(folder)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -14,16 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._util.files import atomic_file, atomic_write_bytes, open_regular, read_regular
-from ..bundle.layout import CONFIG_MAX_BYTES, CONFIG_NAME, IMPORTED_CLASS, WEIGHTS_NAME
+from ..bundle.layout import CONFIG_MAX_BYTES, CONFIG_NAME, DECODER_FOLDER, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
 from .consistency import ConsistencyModel, ModelConfig
+from .decoder import DECODERS, Decoder, DecoderConfig
 from .foreign.sana_folder import is_pipeline
 from .networks.conditioning import PositionalEmbedding
-from .networks.custom import unwrapped, wrapped_module
+from .networks.custom import NETWORKS, OwnConfig, unwrapped, wrapped_module
 from .networks.magnitude import require_unbaked
 from .networks.paper_unet import PaperUNetConfig
 from .networks.transformer import TransformerConfig
 from .networks.unet import UNetConfig
+from .registry import Registry
 
 BUILT_IN = (UNetConfig, TransformerConfig, PaperUNetConfig)
 """Configs of the networks of this package."""
@@ -108,7 +111,9 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def load_checkpoint(folder: Path, network: nn.Module | None = None) -> ConsistencyModel:
+def load_checkpoint(
+    folder: Path, network: nn.Module | None = None, decoder: nn.Module | None = None
+) -> ConsistencyModel:
     """Load a checkpoint folder, or another library's; see ``ConsistencyModel.from_pretrained``."""
     if is_pipeline(folder):
         from .foreign.sana import load_sana
@@ -122,6 +127,7 @@ def load_checkpoint(folder: Path, network: nn.Module | None = None) -> Consisten
     # Ours are made without memory and take the tensors that were read, so that a large model is not held twice.
     with torch.device("meta") if built_in else nullcontext():
         model = ConsistencyModel(config, network)
+    model.decoder = _load_decoder(folder / DECODER_FOLDER, decoder)
     subject = f"{folder / WEIGHTS_NAME} does not fit its {CONFIG_NAME}"
     bare = unwrapped(model.network)
     tensors = without_wrappers(bare, tensors)
@@ -133,6 +139,48 @@ def load_checkpoint(folder: Path, network: nn.Module | None = None) -> Consisten
             if isinstance(module, PositionalEmbedding):  # the only ones with tensors that no file holds
                 module.make_frequencies()
     return model.eval().requires_grad_(False)
+
+
+def check_reopens(model: ConsistencyModel) -> None:
+    """Refuse a model that a checkpoint could not open again: parts of your own are made from their registered names.
+
+    Raises:
+        ConfigError: If a network or a decoder is not registered, or what is made from its name has other weights.
+    """
+    parts: list[tuple[Registry, str, dict[str, Any], nn.Module]] = []
+    if isinstance(own := model.config.network, OwnConfig):
+        parts.append((NETWORKS, own.name, own.arguments, unwrapped(model.network)))
+    if model.decoder is not None:
+        decoder = model.decoder.config
+        parts.append((DECODERS, decoder.name, decoder.arguments, unwrapped(model.decoder.module)))
+    for registry, name, arguments, module in parts:
+        subject = f"the {registry.kind} {name!r}"
+        try:
+            again = registry.make(name, arguments)
+            check_fits(again, module.state_dict(), subject, remedy="Give the arguments={...} that make it again.")
+        except (ConfigError, IntegrityError) as exc:
+            raise ConfigError(
+                f"{subject} of this model cannot be opened again from a bundle, which PyTorch must do to validate its "
+                f"graphs: {exc}"
+            ) from exc
+
+
+def _load_decoder(folder: Path, module: nn.Module | None) -> Decoder | None:
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        return None
+    try:
+        config = msgspec.json.decode(read_regular(path, most=CONFIG_MAX_BYTES), type=DecoderConfig)
+    except (OSError, msgspec.MsgspecError, RecursionError) as exc:
+        raise ConfigError(f"{path} cannot be read: {exc}. Save the checkpoint again.") from exc
+    decoder = config.make(module)
+    tensors = read_tensors(folder / WEIGHTS_NAME)
+    check_fits(
+        decoder.module, tensors, f"{folder / WEIGHTS_NAME} does not fit its {CONFIG_NAME}",
+        remedy="The two files belong to different decoders.",
+    )  # fmt: skip
+    decoder.module.load_state_dict(tensors)
+    return decoder
 
 
 def check_fits(network: nn.Module, tensors: Mapping[str, Tensor], subject: str, *, remedy: str) -> None:
@@ -200,8 +248,14 @@ def _bare_state(network: nn.Module) -> dict[str, Tensor]:
 def save_checkpoint(model: ConsistencyModel, folder: Path) -> None:
     """Write a checkpoint folder; see ``ConsistencyModel.save_pretrained``."""
     require_unbaked(model.network)
-    config = {"_class_name": CLASS_NAME, **msgspec.to_builtins(model.config)}
-    weights = _unshared(_bare_state(model.network))
+    if model.decoder is not None:
+        _save(model.decoder.config, model.decoder.module, folder / DECODER_FOLDER)
+    _save({"_class_name": CLASS_NAME, **msgspec.to_builtins(model.config)}, model.network, folder)
+
+
+def _save(config: object, module: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = _unshared(_bare_state(module))
     text = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     with atomic_file(folder / WEIGHTS_NAME, error=BundleError) as path:
         try:

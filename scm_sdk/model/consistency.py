@@ -218,6 +218,7 @@ class ConsistencyModel(nn.Module):
         path: str | Path,
         *,
         network: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> ConsistencyModel:
@@ -226,6 +227,7 @@ class ConsistencyModel(nn.Module):
         Args:
             path: Folder of a checkpoint or a bundle, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
             network: A module to load the weights into, where the network is your own and not registered.
+            decoder: The same for the module of its decoder.
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the cache alone.
 
@@ -237,13 +239,29 @@ class ConsistencyModel(nn.Module):
         from .checkpoint import load_checkpoint
         from .sharing import find_checkpoint
 
-        return load_checkpoint(find_checkpoint(path, revision=revision, local_files_only=local_files_only), network)
+        return load_checkpoint(
+            find_checkpoint(path, revision=revision, local_files_only=local_files_only), network, decoder
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, each file atomically."""
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, each file atomically.
+
+        A decoder's go into the folder ``decoder``.
+        """
         from .checkpoint import save_checkpoint
 
         save_checkpoint(self, Path(folder))
+
+    def check_reopens(self) -> None:
+        """Refuse a model that its checkpoint could not open again; ``export_bundle`` calls this first.
+
+        Raises:
+            ConfigError: If its network or its decoder is your own and not registered, or the ``arguments`` make
+                another one.
+        """
+        from .checkpoint import check_reopens
+
+        check_reopens(self)
 
     def push_to_hub(
         self,

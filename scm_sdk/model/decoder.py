@@ -7,13 +7,31 @@ decoder first undoes that, with numbers from a config, and then runs any module 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from .registry import Factory, Registry
+
+DECODERS = Registry("decoder", "scm_sdk.decoders")
+
+
+def register_decoder(name: str) -> Callable[[Factory], Factory]:
+    """Return a decorator that registers a decoder's class, or a function that returns a module, under a name.
+
+    A checkpoint with a decoder holds its weights, this name and the ``arguments`` of ``Decoder``.
+
+    Args:
+        name: What checkpoints call it; best with your package's name in front.
+
+    Raises:
+        ConfigError: If another is registered under that name.
+    """
+    return DECODERS.register(name)
 
 
 class LatentScale(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +71,31 @@ def sd_vae_ft_mse(*, sigma_data: float = 0.5) -> LatentScale:
     return LatentScale.of_data((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31), sigma_data=sigma_data)
 
 
+class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint says of its decoder; stored as ``decoder/config.json``.
+
+    Attributes:
+        name: Name under which the module is registered; the class's own name where it is not.
+        latents: How the sampler's output becomes the autoencoder's latents.
+        output_shape: Shape of one output, without the batch axis.
+        arguments: What the registered factory is called with; JSON values.
+    """
+
+    name: str
+    latents: LatentScale
+    output_shape: tuple[int, ...]
+    arguments: dict[str, Any] = {}
+
+    def make(self, module: nn.Module | None = None) -> Decoder:
+        """Return the decoder with a module of yours, or with one of the registered class, with random weights.
+
+        Raises:
+            ConfigError: If none is registered, or it does not take the arguments.
+        """
+        made = DECODERS.make(self.name, self.arguments) if module is None else module
+        return Decoder(made, self.latents, self.output_shape, name=self.name, arguments=self.arguments)
+
+
 class Decoder(nn.Module):
     """Turns what a sampler of latents returns into pixels.
 
@@ -60,18 +103,39 @@ class Decoder(nn.Module):
         module: Latents (B, C, ...) float32, in the autoencoder's own units, to pixels (B, *output_shape) float32.
         latents: How the sampler's output becomes such latents.
         output_shape: Shape of one output, without the batch axis.
+        name: Name of the module's factory for checkpoints; that of the registered class when empty.
+        arguments: What the factory is called with to make the module again; JSON values.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, module: nn.Module, latents: LatentScale, output_shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        latents: LatentScale,
+        output_shape: Sequence[int],
+        *,
+        name: str = "",
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.module = module
         self.latents = latents
         self.output_shape = tuple(output_shape)
+        self._name, self._arguments = name, dict(arguments or {})
         self.register_buffer("scale", torch.tensor(latents.scale), persistent=False)
         self.register_buffer("shift", torch.tensor(latents.shift), persistent=False)
+
+    @property
+    def config(self) -> DecoderConfig:
+        """What a checkpoint says of this decoder."""
+        return DecoderConfig(
+            name=self._name or DECODERS.name_of(self.module),
+            latents=self.latents,
+            output_shape=self.output_shape,
+            arguments=self._arguments,
+        )
 
     def forward(self, x_0: Tensor) -> Tensor:
         """Return pixels, (B, *output_shape), not clipped.

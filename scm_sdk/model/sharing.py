@@ -9,7 +9,7 @@ from .._util.files import scratch_folder
 from ..bundle.bundle import Bundle
 from ..bundle.card import model_card
 from ..bundle.hub import HUB_PREFIX, push
-from ..bundle.layout import CONFIG_NAME, WEIGHTS_NAME
+from ..bundle.layout import CONFIG_NAME
 from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.resolve import locate
 from ..errors import BundleError
@@ -46,8 +46,9 @@ def push_model(
     card = model_card(repo_id.partition("/")[2], specs, model.config.provenance, where=f"{HUB_PREFIX}{repo_id}")
     with scratch_folder() as folder:
         save_checkpoint(model, folder)
+        weights = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         (folder / "README.md").write_text(card, encoding="utf-8")
         return push(
-            folder, [CONFIG_NAME, WEIGHTS_NAME, "README.md"], repo_id, revision=revision, private=private,
+            folder, [*weights, "README.md"], repo_id, revision=revision, private=private,
             message=message, create_pr=create_pr,
         )  # fmt: skip

@@ -140,6 +140,9 @@ class SanaModel(ConsistencyModel):
         """Describe the sampler that ends with the decoder, by default with diffusers' times."""
         return self.folder.spec(num_inference_steps, times=times, renoise=renoise, max_batch=max_batch)
 
+    def check_reopens(self) -> None:
+        """Do nothing: every part is made from the pipeline's configs."""
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the pipeline's files, as they are, and write beside them what the importer chose."""
         copy_sana_folder(self.folder, Path(folder), text_encoder=self.keep_text_encoder)

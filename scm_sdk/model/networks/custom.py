@@ -15,8 +15,7 @@ module itself (``ConsistencyModel.from_pretrained(folder, network=Waves())``). G
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from torch import Tensor, nn
@@ -24,10 +23,9 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...spec import TensorSpec
 from ..bounds import check_bounds
+from ..registry import Factory, Registry
 
-ENTRY_POINTS = "scm_sdk.networks"
-Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
-_REGISTERED: dict[str, Callable[..., nn.Module]] = {}
+NETWORKS = Registry("network", "scm_sdk.networks")
 
 
 class Network(Protocol):
@@ -91,18 +89,7 @@ def register_network(name: str) -> Callable[[Factory], Factory]:
     Raises:
         ConfigError: If another is registered under that name.
     """
-
-    def register(factory: Factory) -> Factory:
-        known = _REGISTERED.get(name)
-        # Run again, a notebook's cell or a script's module defines the same class anew.
-        if known is not None and _origin(known) != _origin(factory):
-            raise ConfigError(
-                f"network {name!r} is registered twice, as {_origin(known)} and as {_origin(factory)}. Rename one."
-            )
-        _REGISTERED[name] = factory
-        return factory
-
-    return register
+    return NETWORKS.register(name)
 
 
 def own_config(
@@ -126,10 +113,8 @@ def own_config(
         conditioning: Inputs beside x, t, class_labels and guidance_scale.
         guidance: Whether it takes ``guidance_scale``.
     """
-    kind = type(unwrapped(network))
-    registered = next((known for known, factory in _REGISTERED.items() if factory is kind), "")
     return OwnConfig(
-        name=name or registered or kind.__qualname__,
+        name=name or NETWORKS.name_of(unwrapped(network)),
         sample_shape=tuple(sample_shape),
         arguments=dict(arguments or {}),
         num_classes=num_classes,
@@ -159,24 +144,4 @@ def make_own_network(config: OwnConfig) -> nn.Module:
     Raises:
         ConfigError: If none is registered, or it does not take the config's arguments.
     """
-    factory = _REGISTERED.get(config.name)
-    if factory is None:
-        (point, *_) = [*entry_points(group=ENTRY_POINTS, name=config.name), None]
-        if point is None:
-            raise ConfigError(
-                f"this model's network is {config.name!r}, whose code is not part of scm-sdk, expected it registered. "
-                f"Decorate its class with register_network({config.name!r}), install the package that has it as an "
-                f"entry point of {ENTRY_POINTS!r}, or give from_pretrained the module. Graphs and engines need none."
-            )
-        factory = point.load()
-    try:
-        return factory(**config.arguments)
-    except TypeError as exc:
-        raise ConfigError(
-            f"network {config.name!r} cannot be made with {config.arguments}: {exc}. Give ConsistencyModel the "
-            "arguments={...} that make it again."
-        ) from exc
-
-
-def _origin(factory: Callable[..., nn.Module]) -> str:
-    return f"{factory.__module__}.{factory.__qualname__}"
+    return NETWORKS.make(config.name, config.arguments)

@@ -171,7 +171,7 @@ def test_a_checkpoint_finds_its_code_again(tmp_path, monkeypatch):
     assert again.config == model.config and isinstance(again.network, Sound)
     x, t, text = torch.randn(2, 2, 12), torch.tensor([0.5]), torch.randn(2, 3)
     torch.testing.assert_close(again(x, t, text=text), model(x, t, text=text), rtol=0, atol=0)
-    monkeypatch.delitem(custom._REGISTERED, "tests/sound")
+    monkeypatch.delitem(custom.NETWORKS.factories, "tests/sound")
     with pytest.raises(ConfigError, match=r"network is 'tests/sound', whose code is not part.*register_network"):
         ConsistencyModel.from_pretrained(tmp_path)
     given = ConsistencyModel.from_pretrained(tmp_path, network=Sound())
