@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from scm_sdk.errors import printable
 
-from .common import json_option, make_console, make_table, plural, print_json, print_table
+from .common import json_option, make_console, make_table, plural, print_json, print_table, say
 from .located import model_argument
+
+if TYPE_CHECKING:
+    from scm_sdk.bundle.bundle import Bundle
 
 
 @click.command()
 @model_argument("bundle")
+@click.option("--portable", is_flag=True, help="Check the graphs for what runtimes of browsers and phones get wrong.")
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what a bundle holds: samplers, files, parity, provenance."""
+def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
+    """Show what a bundle holds: samplers, files, parity, provenance.
+
+    With --portable: the nodes of its graphs that a runtime computes wrong or refuses, and what avoids that. Exit 5 if
+    an export for that runtime cannot avoid it.
+    """
     import msgspec
 
     from scm_sdk.bundle.bundle import Bundle
     from scm_sdk.bundle.subset import artifact_name
 
     opened = Bundle.open(bundle, verify="none")
+    if portable:
+        _portable(opened, as_json)
+        return
     manifest, status = opened.manifest, opened.status
     if as_json:
         print_json({**msgspec.to_builtins(manifest), "status": status.to_dict()})
@@ -61,3 +73,39 @@ def inspect(bundle: Path, as_json: bool) -> None:
         print_table(parity)
     for key, value in (*manifest.provenance.items(), *manifest.versions.items()):
         console.print(printable(f"{key}: {value}"))
+
+
+def _portable(bundle: Bundle, as_json: bool) -> None:
+    from scm_sdk.bundle.subset import artifact_name
+    from scm_sdk.errors import UnsupportedGraphError
+
+    from ..edge.portability import RULES, describe_nodes, find_faults
+    from ..graph.io import read_model
+    from .libraries import require_all
+
+    require_all("onnx_ir")
+    graphs = bundle.artifacts(format="onnx")
+    found = {artifact_name(graph): find_faults(read_model(bundle.file(graph.path))) for graph in graphs}
+    if as_json:
+        print_json([
+            {"artifact": name, "rule": f.rule.name, "runtime": f.rule.runtime, "version": f.rule.version,
+             "node": f.node, "op_type": f.op_type, "rewritten": f.rule.rewrite is not None}
+            for name, findings in found.items() for f in findings
+        ])  # fmt: skip
+    fatal = []
+    for name, findings in found.items():
+        for rule in RULES:
+            nodes = [finding.node for finding in findings if finding.rule is rule]
+            if not nodes:
+                continue
+            then = "the export for it rewrites them" if rule.rewrite is not None else f"expected {rule.remedy}"
+            say(f"{printable(name)}: {rule.name}: {rule.runtime} ({rule.version}) {rule.fault}: "
+                f"{printable(describe_nodes(nodes))}; {then}")  # fmt: skip
+            fatal += [] if rule.rewrite is not None else [f"{name} on {rule.runtime}: {rule.name}"]
+    say(f"{plural(len(graphs), 'graph')}, {plural(len(RULES), 'rule')}, "
+        f"{plural(sum(map(len, found.values())), 'finding')}")  # fmt: skip
+    if fatal:
+        raise UnsupportedGraphError(
+            f"{printable('; '.join(fatal))}. Expected graphs that these runtimes compute right; the lines above say "
+            "what avoids it."
+        )

@@ -14,6 +14,7 @@ from scm_sdk.bundle.graph_checks import SIZE_BY_VALUE
 from scm_sdk.errors import UnsupportedGraphError
 
 from .naming import name_by_module, source_line
+from .ops import stored
 from .partial_eval import BATCH_DIM, Depends, classify, evaluate, needed
 from .pixel_norm import lengths_for_pixel_norms
 
@@ -133,6 +134,72 @@ SMALL_CONSTANT = 1 << 20
 """Bytes. A folded constant up to this size may be stored beside the weight that it was made from."""
 GUIDANCE_INPUT = "guidance_scale"
 _TIME_FUNCTIONS = {"Sin", "Cos"}
+
+
+MOST_PARTS = 7
+"""Outputs of a Split. WebGPU guarantees a kernel 8 storage buffers, and the input takes one; onnxruntime-web 1.30 binds
+each output to one of its own and refuses more."""
+
+
+def narrow_splits(model: ir.Model) -> ir.Model:
+    """Replace each Split of many outputs by a tree of Splits of at most ``MOST_PARTS``.
+
+    Requires: ``infer_shapes``.
+    Ensures: no Split has more outputs, and values keep their names. One along the batch stays.
+    """
+    for node in [node for node in model.graph if node.op_type == "Split" and len(node.outputs) > MOST_PARTS]:
+        value, shapes = node.inputs[0], [output.shape for output in node.outputs]
+        if value is None or value.shape is None:
+            continue
+        axis = node.attributes.get_int("axis", 0) % len(value.shape)
+        sizes = [shape[axis] if shape is not None else None for shape in shapes]
+        parts = [(part, size) for part, size in zip(node.outputs, sizes, strict=True) if isinstance(size, int)]
+        if len(parts) < len(shapes):
+            continue
+        lengths = node.inputs[1] if len(node.inputs) > 1 else None
+        made = _split(model.graph, node, value, axis, parts, "")
+        for part, _ in parts:
+            part.replace_all_uses_with(made[part], replace_graph_outputs=True)
+        names = [(made[part], part.name) for part, _ in parts]
+        model.graph.remove(node, safe=True)
+        for new, name in names:
+            new.name = name
+        if lengths is not None and lengths.name and not lengths.uses():
+            model.graph.initializers.pop(lengths.name, None)
+    return model
+
+
+def _split(
+    graph: ir.Graph, wide: ir.Node, value: ir.Value, axis: int, parts: list[tuple[ir.Value, int]], place: str
+) -> dict[ir.Value, ir.Value]:
+    """Put the Splits that cut a value into parts before a wide one; return what replaces each output of it."""
+    import numpy as np
+    import onnx_ir as ir
+
+    group = 1  # parts in each output of this Split
+    while len(parts) > group * MOST_PARTS:
+        group *= MOST_PARTS
+    groups = [parts[i : i + group] for i in range(0, len(parts), group)]
+    widths = [sum(size for _, size in each) for each in groups]
+    shapes = [[*(value.shape or ())] for _ in groups]
+    for shape, width in zip(shapes, widths, strict=True):
+        shape[axis] = width
+    outputs = [
+        ir.Value(name=f"{wide.name}{place}.{i}.out", shape=ir.Shape(shape), type=value.type)
+        for i, shape in enumerate(shapes)
+    ]
+    sizes = stored(graph, f"split.{'_'.join(map(str, widths))}", np.array(widths, np.int64))
+    attributes = [ir.AttrInt64("axis", axis)]
+    split = ir.Node("", "Split", [value, sizes], attributes, outputs=outputs, name=f"{wide.name}{place}")
+    graph.insert_before(wide, split)
+    made: dict[ir.Value, ir.Value] = {}
+    for i, (each, output) in enumerate(zip(groups, outputs, strict=True)):
+        if len(each) == 1:
+            output.shape, output.type = each[0][0].shape, each[0][0].type
+            made[each[0][0]] = output
+        else:
+            made |= _split(graph, wide, output, axis, each, f"{place}.{i}")
+    return made
 
 
 class _Documented(Protocol):

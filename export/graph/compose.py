@@ -22,14 +22,13 @@ Source: arXiv 2410.11081, section 5.2; ``scm_sdk.model.sampler`` is the definiti
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from scm_sdk import __version__
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import SamplerSpec
 
-from .cleanup import check_time_folded
+from .cleanup import check_time_folded, narrow_splits
 from .decoder import decoder_stage
 from .label_table import LABEL_INPUT, label_branch
 from .partial_eval import BATCH_DIM, TIME_INPUT, classify, needed, time_border, time_constants
@@ -44,9 +43,6 @@ SPEC_KEY = "scm_spec"
 """Key of the graph's metadata under which the spec lies as JSON."""
 IR_VERSION = 10
 """File format of opset 20's time; read by ONNX Runtime 1.18 and later."""
-MOST_PARTS = 7
-"""Outputs of a Split. WebGPU guarantees a kernel 8 storage buffers, and the input takes one; onnxruntime-web 1.30 binds
-each output to one of its own and refuses more."""
 _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"}
 
 
@@ -94,7 +90,7 @@ def compose_sampler(network: NetworkGraph, spec: SamplerSpec) -> ir.Model:
         producer_version=__version__,
         metadata_props={SPEC_KEY: spec.to_json(), **network.versions},
     )
-    return check_time_folded(model)
+    return check_time_folded(narrow_splits(model))
 
 
 def _check_fits(network: NetworkGraph, spec: SamplerSpec) -> None:
@@ -226,11 +222,12 @@ class _Unroller:
             parts = [
                 ir.val(f"{name}/part{i}", table.dtype, ir.Shape([BATCH_DIM, *p.shape[1:]])) for i, p in enumerate(laid)
             ]
+        split = [row, self._constant("labels/sizes", np.array([part.shape[1] for part in laid], dtype=np.int64))]
         gather = [table, self.inputs[LABEL_INPUT]]
-        self.nodes.append(
-            ir.Node("", "Gather", gather, [ir.AttrInt64("axis", 0)], outputs=[row], name=f"{name}/Gather")
-        )
-        self._split(name, row, parts)
+        self.nodes += [
+            ir.Node("", "Gather", gather, [ir.AttrInt64("axis", 0)], outputs=[row], name=f"{name}/Gather"),
+            ir.Node("", "Split", split, [ir.AttrInt64("axis", 1)], outputs=parts, name=f"{name}/Split"),
+        ]
         for (value, out), part, rows in zip(copies.items(), parts, found, strict=True):
             if part is not out:
                 shape = self._constant(f"labels/{value.name}.shape", np.array([-1, *rows.shape[1:]], dtype=np.int64))
@@ -238,30 +235,6 @@ class _Unroller:
                     ir.Node("", "Reshape", [part, shape], outputs=[out], name=f"{name}/{value.name}/Reshape")
                 )
         return copies
-
-    def _split(self, name: str, value: ir.Value, parts: Sequence[ir.Value], place: str = "") -> None:
-        """Append the Splits along axis 1 that cut a value into parts, none of more than ``MOST_PARTS`` outputs."""
-        import numpy as np
-        import onnx_ir as ir
-
-        size = 1  # parts in each output of this Split
-        while len(parts) > size * MOST_PARTS:
-            size *= MOST_PARTS
-        groups = [parts[i : i + size] for i in range(0, len(parts), size)]
-        widths = [sum(int(part.shape[1]) for part in group if part.shape is not None) for group in groups]  # type: ignore[arg-type, misc]
-        rest = parts[0].shape[2:] if parts[0].shape is not None else ()
-        outputs = [
-            group[0]
-            if len(group) == 1
-            else ir.val(f"{name}/parts{place}.{i}", value.dtype, ir.Shape([BATCH_DIM, width, *rest]))
-            for i, (group, width) in enumerate(zip(groups, widths, strict=True))
-        ]
-        inputs = [value, self._constant(f"labels/sizes{place}", np.array(widths, dtype=np.int64))]
-        axis = [ir.AttrInt64("axis", 1)]
-        self.nodes.append(ir.Node("", "Split", inputs, axis, outputs=outputs, name=f"{name}/Split{place}"))
-        for i, (group, output) in enumerate(zip(groups, outputs, strict=True)):
-            if len(group) > 1:
-                self._split(name, output, group, f"{place}.{i}")
 
     def _weight(self, value: ir.Value) -> ir.Value:
         """Return the one copy of a weight that all steps share."""

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from scm_sdk.errors import UnsupportedGraphError
-from scm_sdk.export.graph.compose import MOST_PARTS
+from scm_sdk.export.graph.cleanup import MOST_PARTS
 from scm_sdk.export.graph.label_table import MAX_CLASSES, label_branch
 from scm_sdk.export.graph.network import NetworkGraph, compose_sampler
 from scm_sdk.export.graph.partial_eval import classify

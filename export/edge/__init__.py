@@ -1,0 +1,1 @@
+"""Export to runtimes of browsers, phones and embedded machines."""
