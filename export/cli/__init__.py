@@ -1,4 +1,4 @@
-"""``scm-export``: one group, one file for each verb. Every verb imports what it needs inside its body."""
+"""``scm-export``: one click group, one file per verb. A verb imports its libraries inside its body."""
 
 from __future__ import annotations
 

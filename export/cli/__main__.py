@@ -1,4 +1,4 @@
-"""``python -m scm_sdk.export.cli``: the command as a module, as torchrun starts it in each of its processes."""
+"""``python -m scm_sdk.export.cli``: the command as a module, which torchrun needs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """``python -m scm_sdk.export.cli._trial BACKEND``: run a tiny sampler on one backend and print what happened.
 
-A process of its own: a library that is broken may end it.
+It is a separate process because a broken library may crash it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GAIN = 0.5
 
 
 def try_backend(name: str) -> str:
-    """Run the trial graph, or for PyTorch a tiny network, and return ``RUNS`` or what was found instead.
+    """Run the trial graph, or for PyTorch a tiny network; return ``RUNS`` or a description of the wrong result.
 
     Raises:
         ScmError: If the backend cannot run here.
@@ -95,4 +95,4 @@ if __name__ == "__main__":
     except Exception as exc:  # of the library; its reason is what the user needs
         answer = f"does not run: {type(exc).__name__}: {exc}"
     print(" ".join(answer.split()), flush=True)
-    os._exit(0)  # without the library's own clean-up, which is not what is tried
+    os._exit(0)  # skip the clean-up of the library, which is not part of the trial

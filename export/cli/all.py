@@ -1,4 +1,4 @@
-"""``all``: from a checkpoint to proved graphs and engines in one command that goes on where it stopped."""
+"""``all``: from a checkpoint to validated graphs and engines; continues after an interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @model_argument("checkpoint")
 @click.option("-o", "--out", required=True, type=OutputPath(replaces=True), help="Folder of the bundle.")
 @click.option("-t", "--target", "names", multiple=True, type=TargetName(),
-              help="GPU to build engines for; may be repeated; no engine when absent.")  # fmt: skip
+              help="GPU to build engines for; may be repeated; default: no engine.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
               type=one_of("precision", "fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"),
               help="Precision to add; may be repeated.")  # fmt: skip
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     "--steps",
     multiple=True,
     type=STEPS,
-    help="Number of network calls; may be repeated; those that OUT has when absent, else 1 and 2.",
+    help="Number of network calls; may be repeated; default: those of OUT, else 1 and 2.",
 )
-@click.option("--max-batch", type=click.IntRange(1), help="Largest batch, images; OUT's when absent, else 32.")
+@click.option("--max-batch", type=click.IntRange(1), help="Largest batch, images; default: that of OUT, else 32.")
 @click.option("--workspace", type=click.IntRange(1), help="Memory that a kernel of an engine may use at run time, MiB.")
 @click.option(
     "--target-psnr",
     type=float,
-    help="PSNR (dB) that 95 % of the images are to reach in int8; leaves out the fewest layers; 2 above the gate.",
+    help="Target PSNR (dB) of 95 % of the int8 images; excludes the fewest layers; 2 dB above the gate.",
 )
 @prompts_option
 @click.option("--validate/--no-validate", default=True, help="Compare everything that can run here with PyTorch.")
@@ -58,7 +58,7 @@ def build(
     """Export, add precisions, build engines and validate, all in one.
 
     CHECKPOINT is a training run, a saved model, or a bundle, such as OUT itself after an import. Run the same command
-    again to continue after an interruption; what is there already is left unchanged.
+    again to continue after an interruption; existing artifacts are left unchanged.
 
     \b
     scm-export all runs/avatars -o avatars --target l4 --target t4

@@ -1,4 +1,4 @@
-"""``ema`` and ``average``: weights that no run kept, made from those that runs stored."""
+"""``ema`` and ``average``: weight averages computed from stored weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .names import OutputPath
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--sigma-rel", required=True, type=float, help="Width of the average, relative to the run's length.")
 @click.option(
-    "--iteration", type=click.IntRange(1), help="Last iteration of the average; all that were stored when absent."
+    "--iteration", type=click.IntRange(1), help="Last iteration of the average; default: the last stored one."
 )
 @click.option("-o", "--out", required=True, type=OutputPath(), help="Checkpoint folder to write.")
 @json_option
 def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: bool) -> None:
-    """Make a weight average of any width from a run's snapshots.
+    """Compute a weight average of any width from a run's snapshots.
 
-    The average is a power function's. RUN was trained with --ema-profile.
+    The average has a power-function profile. RUN was trained with --ema-profile.
 
     \b
     scm-export train -o runs/teacher --ema-profile 0.05 --ema-profile 0.1
@@ -45,7 +45,7 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
         print_json(about)
     else:
         say(
-            f"Done: {out} averages {made.iteration} iterations with sigma_rel {sigma_rel:g}, made from "
+            f"Done: {out} is the average of {made.iteration} iterations with sigma_rel {sigma_rel:g}, made from "
             f"{made.num_snapshots} snapshots; its profile is off by {made.error:.2%}."
         )
 
@@ -56,7 +56,7 @@ def ema(run: Path, sigma_rel: float, iteration: int | None, out: Path, as_json: 
 @click.option("-o", "--out", required=True, type=OutputPath(), help="Checkpoint folder to write.")
 @json_option
 def average(models: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Average the weights of several runs of one checkpoint.
+    """Average the weights of runs that started from one checkpoint.
 
     The average of MODELS is usually better than each of them.
 

@@ -1,4 +1,4 @@
-"""``bench``: how fast each backend runs a bundle here, against each other and against a budget."""
+"""``bench``: latency of each backend on this machine, compared with the others and with a budget."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     "backends",
     multiple=True,
     type=BackendAndPrecision(),
-    help="Backend to time; may be repeated. All that can run here when absent, and precisions made for CPUs.",
+    help="Backend to time; may be repeated; default: every one that can run here, with its CPU precisions.",
 )
 @timed_batches_option
-@click.option("--steps", type=click.IntRange(1), help="Number of network calls; 2 where the bundle has it.")
+@click.option("--steps", type=click.IntRange(1), help="Number of network calls; default: 2 if the bundle has it.")
 @click.option("--rounds", type=click.IntRange(10), default=50, help="Number of interleaved rounds; 100 for a p99.")
 @click.option(
     "--budget",
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Another bundle, for example an older one, to time against; may be repeated.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; the library's choice when absent.")
+@click.option("--threads", type=click.IntRange(1), help="Number of CPU threads; default: chosen by the library.")
 @json_option
 def bench(
     bundle: Path, backends: tuple[str, ...], batches: tuple[int, ...], steps: int | None, rounds: int,
@@ -58,8 +58,7 @@ def bench(
 
     if keep_budget and budget is None:
         raise click.UsageError(
-            "--keep-budget stores what --budget names, and none is given. Expected both; --budget '' removes what "
-            "is stored."
+            "--keep-budget needs --budget, which is missing. Give both; --budget '' removes the stored limits."
         )
     from scm_sdk._util.files import check_writable
     from scm_sdk.bundle.manifest import MANIFEST_NAME
@@ -125,15 +124,15 @@ def bench(
             for line in _verdicts(latency, budgets.get(latency.batch)):
                 click.echo(line)
         if not all(latency.stable for latency in results):
-            say("The machine did not become steady during warm-up: trust the ratios more than the milliseconds.")
+            say("Latencies did not become stable during warm-up: ratios are more reliable than milliseconds.")
     for latency in results:
         latency.raise_if_over()
-    if keep_budget:  # what is not kept today is no contract
+    if keep_budget:  # a budget that is exceeded now is not stored
         keep_budgets(bundle, budget or "")
 
 
 def _verdicts(latency: Latency, budget: str | None) -> list[str]:
-    """Return a line for each limit of a budget and each backend that it binds."""
+    """Return a line for each limit of a budget and each backend that it applies to."""
     from scm_sdk.evaluate.latency.budget import parse_budgets
 
     names = tuple(timing.name for timing in latency)
@@ -151,7 +150,7 @@ def _verdicts(latency: Latency, budget: str | None) -> list[str]:
 
 
 def _usual(bundle: Path, steps: int | None) -> tuple[str, ...]:
-    """Return every backend that can run here, PyTorch first, and each with the precisions that were made for CPUs."""
+    """Return every backend that can run here, PyTorch first, and its CPU precisions."""
     from scm_sdk._util.lazy import is_installed
     from scm_sdk.inference.backends import BACKENDS
     from scm_sdk.inference.session import auto_plan
@@ -172,10 +171,10 @@ def _usual(bundle: Path, steps: int | None) -> tuple[str, ...]:
 
 
 def _labels(bundle: Path, others: tuple[Path, ...]) -> dict[Path, str]:
-    """Return what is put behind the names of each bundle's candidates: its folder, or its path where two are alike."""
+    """Return the label of each bundle in candidate names: its folder name, or its path where two names are equal."""
     given = [path.resolve() for path in (bundle, *others)]
     if len(set(given)) < len(given):
-        raise click.UsageError("a bundle is given twice, expected others than BUNDLE in --against, each once.")
+        raise click.UsageError("a bundle is given twice, expected different bundles in BUNDLE and --against.")
     names = [path.name for path in given]
     labels = {bundle: ""}
     for path, whole in zip(others, given[1:], strict=True):
@@ -184,7 +183,7 @@ def _labels(bundle: Path, others: tuple[Path, ...]) -> dict[Path, str]:
 
 
 def _by_batch(budget: str | None, batches: tuple[int, ...]) -> dict[int, str]:
-    """Sort the parts of a budget by the batch they are about."""
+    """Group the parts of a budget by batch size."""
     from scm_sdk.errors import ConfigError
     from scm_sdk.evaluate.latency.budget import Budget
 
@@ -194,6 +193,6 @@ def _by_batch(budget: str | None, batches: tuple[int, ...]) -> dict[int, str]:
             parts.setdefault(Budget.parse(part).batch, []).append(part)
     if unmeasured := sorted(parts.keys() - set(batches)):
         raise ConfigError(
-            f"the budget is about batch {unmeasured[0]}, which is not measured. Add --batch {unmeasured[0]}."
+            f"the budget is for batch {unmeasured[0]}, which is not measured. Add --batch {unmeasured[0]}."
         )
     return {batch: ",".join(texts) for batch, texts in parts.items()}

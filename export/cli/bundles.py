@@ -1,4 +1,4 @@
-"""``bundle``: verbs on a bundle as a whole."""
+"""``bundle``: verify, sign, pack, unpack, upload, model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def trust_config_option(command: Command) -> Command:
     """Add ``--trust-config``."""
     return click.option(
         "--trust-config", type=click.Path(path_type=Path), metavar="FILE",
-        help="Certificates of a Sigstore instance (ClientTrustConfig, JSON); the public instance's when absent.",
+        help="Certificates of a Sigstore instance (ClientTrustConfig, JSON); default: the public instance.",
     )(command)  # fmt: skip
 
 
@@ -33,9 +33,9 @@ def bundle() -> None:
     "--public-key",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Public key (PEM) of who must have signed the bundle.",
+    help="Public key (PEM) of the required signer.",
 )
-@click.option("--identity", help="Identity that must have signed the bundle through Sigstore; needs a network.")
+@click.option("--identity", help="Sigstore identity of the required signer; needs a network.")
 @click.option("--identity-provider", metavar="URL", help="OpenID Connect provider of --identity.")
 @trust_config_option
 @revision_option
@@ -46,7 +46,7 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare every file of a bundle with its sha256 and check every graph; exit 6 if one fails.
 
-    When a signer is given (--public-key, or --identity), the signature is checked before.
+    If a signer is given (--public-key or --identity), the signature is verified first.
     """
     from scm_sdk.bundle.bundle import Bundle
     from scm_sdk.bundle.manifest import SIGNATURE_NAME
@@ -106,7 +106,7 @@ def _signer(
 @click.option(
     "--sigstore",
     is_flag=True,
-    help="Sign without a key, by a login in the browser at Sigstore's provider; needs a network.",
+    help="Sign without a key, with a browser login at Sigstore's provider; needs a network.",
 )
 @click.option("--ambient", is_flag=True, help="With --sigstore: the identity of this CI job instead of a login.")
 @trust_config_option
@@ -148,14 +148,14 @@ def _password(path: Path) -> str:
 @bundle.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="File (.scmz) or folder to write; PATH.scmz when absent."
+    "-o", "--out", type=click.Path(path_type=Path), help="File (.scmz) or folder to write; default: PATH.scmz."
 )
 @click.option(
     "--only",
     multiple=True,
     metavar="ARTIFACT",
-    help="Artifact to keep, for example onnx/fp16/2step; may be repeated. The others are left out, the "
-    "checkpoint and the text encoder among them. inspect lists the names.",
+    help="Artifact to keep, for example onnx/fp16/2step; may be repeated. Others are excluded, also the "
+    "checkpoint and the text encoder. inspect lists the names.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle in the folder OUT.")
 @revision_option
@@ -180,7 +180,7 @@ def pack(
     if as_json:
         print_json({"path": str(made), "bytes": size})
     else:
-        say(f"{made}: {size / 1e6:.1f} MB. Generator.from_pretrained opens it as it is.")
+        say(f"{made}: {size / 1e6:.1f} MB. Generator.from_pretrained opens it.")
 
 
 @bundle.command()
@@ -208,7 +208,7 @@ def unpack(archive: Path, out: Path, overwrite: bool, revision: str | None, as_j
 
 @bundle.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--hub-id", default="", metavar="OWNER/NAME", help="Hub id that the card's commands name.")
+@click.option("--hub-id", default="", metavar="OWNER/NAME", help="Hub id for the commands in the card.")
 @json_option
 def card(path: Path, hub_id: str, as_json: bool) -> None:
     """Generate the model card of a bundle, in place of one that was edited.
@@ -229,10 +229,10 @@ def card(path: Path, hub_id: str, as_json: bool) -> None:
 @bundle.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="OWNER/NAME")
-@click.option("--revision", help="Branch to write to; main when absent.")
+@click.option("--revision", help="Branch to write to; default: main.")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--message", default="", help="Message of the commit.")
+@click.option("--message", default="", help="Commit message.")
 @json_option
 def push(
     path: Path, repo_id: str, revision: str | None, private: bool, create_pr: bool, message: str, as_json: bool

@@ -1,4 +1,4 @@
-"""``selfcheck``: what must hold of any model on any backend, without data."""
+"""``selfcheck``: properties that hold for every model on every backend, without data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS
 @model_argument("model")
 @click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
 @click.option("--precision", type=PRECISION_OR_AUTO, default="auto", help="Precision of the artifact that runs.")
-@click.option("--steps", type=STEPS, help="Number of network calls; 2 where the bundle has it.")
+@click.option("--steps", type=STEPS, help="Number of network calls; default: 2 if the bundle has it.")
 @click.option("--num-samples", type=click.IntRange(2), default=16, help="Number of samples of each check.")
 @json_option
 def selfcheck(model: Path, backend: str, precision: str, steps: int | None, num_samples: int, as_json: bool) -> None:
     """Check properties that need no data; exit 3 on failure.
 
-    They are: f(x, 0) = x, equal images in any batch and order, labels that matter, extreme seeds.
+    The properties: f(x, 0) = x, equal images in any batch and order, an effect of labels, extreme seeds.
 
     \b
     scm-export selfcheck avatars

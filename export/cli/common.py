@@ -97,7 +97,7 @@ def prompts_option(command: Command) -> Command:
     """Add ``--prompts``: the conditioning of a text model while it is measured or compared."""
     return click.option(
         "--prompts", type=click.Path(path_type=Path), metavar="FILE",
-        help="File of prompts, one per line, or .safetensors file of the model's inputs; random inputs when absent.",
+        help="File of prompts, one per line, or .safetensors file of the model's inputs; default: random inputs.",
     )(command)  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         say(f"   {graph.path.parent.name}: {graph.num_nodes} nodes, {graph.bytes / 1e6:.1f} MB")
 
     say_warnings(report.status)
-    say("2. Lower precision: FP16 in the graph")
+    say("2. Reduce precision: FP16 in the graph")
     for variant in add_precision(bundle, default_plan("fp16")):
         say(f"   {variant_summary(variant)}")
     if is_installed("tensorrt_rtx"):
@@ -63,7 +63,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         parity.raise_if_failed()
     pictures, timings = [], []
 
-    say("4. Generate: a row for each hair color, by the backend that was selected")
+    say("4. Generate: one row per hair color, with the selected backend")
     with Generator.from_pretrained(bundle) as gen:
         say("   " + str(gen.plan()).replace("\n", "\n   "))
         names = gen.opened().spec.class_names
@@ -78,7 +78,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
             say(f"   {picture}: {plural(len(result.seeds), 'image')} by {result.info.backend}, "
                 f"{result.info.timings['sample_ms'] / len(result.seeds):.2f} ms each")  # fmt: skip
 
-    say("5. Time: both backends in turn, 2 steps, batch 1")
+    say("5. Measure latency: interleaved rounds, 2 steps, batch 1")
     with (
         Generator.from_pretrained(bundle, backend="torch", verify="none") as torch_gen,
         Generator.from_pretrained(bundle, backend="onnxruntime", verify="none") as ort_gen,

@@ -1,4 +1,4 @@
-"""``engine``, ``targets`` and ``cache``: engines for GPUs, what they can be built for, and those built before."""
+"""``engine``, ``targets`` and ``cache``: build engines, list GPUs, manage cached engines."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ if TYPE_CHECKING:
     "names",
     multiple=True,
     type=TargetName(),
-    help="GPU to build for, as l4, rtx4090 or sm_86; may be repeated; this machine's GPU when absent.",
+    help="GPU to build for, as l4, rtx4090 or sm_86; may be repeated; default: the GPU of this machine.",
 )
 @click.option("--flavor", "flavour", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
               help="tensorrt_rtx builds anywhere; tensorrt on the GPU that runs the engine.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, type=PRECISION,
-              help="Precision of the graphs to build from; all when absent.")  # fmt: skip
+              help="Precision of the graphs to build from; may be repeated; default: all.")  # fmt: skip
 @click.option("--steps", multiple=True, type=STEPS, help="Only graphs of this number of steps; may be repeated.")
-@click.option("--batch", nargs=3, type=click.IntRange(1), help="Smallest, best and largest batch, images.")
+@click.option("--batch", nargs=3, type=click.IntRange(1), help="Smallest, optimal and largest batch, images.")
 @click.option("--one-for-all", is_flag=True, help="One engine that holds all targets (tensorrt_rtx).")
 @click.option("--workspace", type=click.IntRange(1), help="Memory that a kernel may use at run time, MiB.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Effort of the builder, 0 to 5 (tensorrt).")
 @click.option("--hardware-compatibility", default="none", help="Further GPUs that the engine runs on (tensorrt).",
               type=one_of("hardware compatibility", "none", "same_compute_capability", "ampere_plus"))  # fmt: skip
-@click.option("--version-compatible", is_flag=True, help="Let newer TensorRT load it (tensorrt).")
-@click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory.")
+@click.option(
+    "--version-compatible", is_flag=True, help="Build engines that newer TensorRT versions can load (tensorrt)."
+)
+@click.option("--weight-streaming", is_flag=True, help="Allow weights to stay in host memory at run time.")
 @click.option("--allow-mismatch", is_flag=True, help="Keep an engine whose kernels are not in the graph's precision.")
 @json_option
 def engine(
@@ -51,7 +53,7 @@ def engine(
 ) -> None:  # fmt: skip
     """Build TensorRT engines of a bundle and count their kernels.
 
-    Precision comes from the graph, never from the builder; an engine that is not what its graph asks for is refused.
+    The precision comes from the graph, never from the builder; an engine whose kernels differ from it is refused.
 
     \b
     scm-export engine avatars --target l4 --target rtx4090
@@ -86,10 +88,10 @@ def engine(
 
 
 class BuildBars:
-    """A bar for each engine that is being built; its phases follow each other on one line."""
+    """A progress bar per engine; the phases of a build share one line."""
 
     def start(self, path: str) -> Progress:
-        """Show that a build begins; return what it reports to."""
+        """Show the start of a build; return its progress callback."""
         say(f"  build {path} …")
         update: Callable[..., None] | None = None
         context, phase_now = None, ""
@@ -163,7 +165,7 @@ def targets(as_json: bool) -> None:
 def cache() -> None:
     """List, verify and remove cached engines and unpacked bundles.
 
-    SCM_CACHE_DIR sets where they are. What hub ids brought lies in huggingface_hub's own cache: hf cache ls, hf cache
+    SCM_CACHE_DIR sets the folder. Downloads from the hub are in the cache of huggingface_hub: hf cache ls, hf cache
     prune.
     """
 
@@ -171,7 +173,7 @@ def cache() -> None:
 @cache.command("ls")
 @json_option
 def cache_ls(as_json: bool) -> None:
-    """List cached engines and bundles, the longest unused first."""
+    """List cached engines and bundles, least recently used first."""
     from scm_sdk.bundle import archive_cache
 
     from ..engines.cache import engines_folder, entries
@@ -195,7 +197,7 @@ def cache_ls(as_json: bool) -> None:
 @cache.command("verify")
 @json_option
 def cache_verify(as_json: bool) -> None:
-    """Hash every cached engine and check who could have written it; exit 6 if one is not as this user built it.
+    """Hash every cached engine and check its origin; exit 6 if this user did not build one here.
 
     Such an engine is never used, and gc removes it.
     """
@@ -213,20 +215,20 @@ def cache_verify(as_json: bool) -> None:
         ])  # fmt: skip
     if problems:
         raise IntegrityError(
-            f"{len(problems)} of {len(found)} engines are damaged or were not built by this user here, expected none. "
-            "Remove them: scm-export cache gc"
+            f"{len(problems)} of {len(found)} engines are damaged or were not built by this user on this machine, "
+            "expected none. Remove them: scm-export cache gc"
         )
-    say(f"{plural(len(found), 'engine')}, all as this user built them here")
+    say(f"{plural(len(found), 'engine')}, all intact and built by this user on this machine")
 
 
 @cache.command("gc")
-@click.option("--max-size", type=click.FloatRange(0), help="Largest size of what stays, MB.")
-@click.option("--max-age", type=click.FloatRange(0), help="Longest time since the last use, days.")
+@click.option("--max-size", type=click.FloatRange(0), help="Largest total size of the remaining entries, MB.")
+@click.option("--max-age", type=click.FloatRange(0), help="Longest time since the last use of an entry, days.")
 @json_option
 def cache_gc(max_size: float | None, max_age: float | None, as_json: bool) -> None:
-    """Remove damaged, old and surplus entries of the cache, the longest unused first.
+    """Remove damaged, old and surplus entries of the cache, least recently used first.
 
-    Where it must become smaller, bundles go before engines: unpacking takes seconds, building minutes.
+    To reach --max-size, bundles are removed before engines: unpacking takes seconds, building minutes.
     """
     from scm_sdk.bundle import archive_cache
 

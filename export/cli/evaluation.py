@@ -1,4 +1,4 @@
-"""``evaluate``: how good the pictures are."""
+"""``evaluate``: image quality."""
 
 from __future__ import annotations
 
@@ -21,28 +21,44 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument("model")
-@click.option("--steps", multiple=True, type=click.IntRange(1), default=(1, 2), help="May be repeated.")
-@click.option("--teacher-steps", type=click.IntRange(2), help="MODEL is a teacher: second-order solver steps.")
 @click.option(
-    "--guidance-scale", type=click.FloatRange(0, min_open=True), help="A teacher takes twice the calls with it."
+    "--steps", multiple=True, type=click.IntRange(1), default=(1, 2), help="Number of network calls; may be repeated."
+)
+@click.option(
+    "--teacher-steps", type=click.IntRange(2), help="Number of second-order solver steps, if MODEL is a teacher."
+)
+@click.option(
+    "--guidance-scale",
+    type=click.FloatRange(0, min_open=True),
+    help="Guidance scale of a teacher, which then takes twice the network calls.",
 )
 @click.option("--num-images", type=click.IntRange(64), default=10_000)
-@click.option("--data", metavar="SOURCE", help="As for train; what MODEL was trained on when absent.")
-@click.option("--label", metavar="COLUMN", help="'' for none; the one that MODEL was trained with when absent.")
-@click.option("--rows", nargs=2, type=click.IntRange(0), help="Held-out rows; those after MODEL's when absent.")
-@click.option("--real-rows", nargs=2, type=click.IntRange(0), help="Rows for the floor; MODEL's own when absent.")
+@click.option("--data", metavar="SOURCE", help="Data, as for train; default: the training data of MODEL.")
+@click.option("--label", metavar="COLUMN", help="Label column; '' for none; default: that of MODEL's training.")
+@click.option(
+    "--rows",
+    nargs=2,
+    type=click.IntRange(0),
+    help="Held-out rows, FIRST to LAST - 1; default: those after MODEL's training rows.",
+)
+@click.option(
+    "--real-rows",
+    nargs=2,
+    type=click.IntRange(0),
+    help="Rows of real images that are scored for comparison; default: MODEL's training rows.",
+)
 @click.option(
     "--feature-net",
     default="effnet-lite0",
-    help="Or inception-ts:PATH or dinov2-ts:PATH, a TorchScript file. That is executable code: trust it.",
+    help="Feature network; or inception-ts:PATH or dinov2-ts:PATH, a TorchScript file, which is executable code.",
 )
 @click.option(
     "--ref",
     "stats",
     type=click.Path(path_type=Path),
-    help="Statistics (.npz with mu and sigma, as EDM's) in place of held-out rows: a Fréchet distance alone.",
+    help="Statistics (.npz with mu and sigma, as EDM's) instead of held-out rows; gives only a Fréchet distance.",
 )
-@click.option("--save-ref", type=OutputPath(), help="Write the held-out rows' statistics here.")
+@click.option("--save-ref", type=OutputPath(), help="File for the statistics of the held-out rows.")
 @click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
 @click.option(
     "--precision",
@@ -50,18 +66,20 @@ if TYPE_CHECKING:
     multiple=True,
     type=PRECISION_OR_AUTO,
     default=("auto",),
-    help="May be repeated: each is also compared with the first, seed by seed.",
+    help="Precision to run; may be repeated: each is also compared with the first on the same seeds.",
 )
 @click.option(
-    "--max-kid-delta", type=float, help="Worst KID beside the first precision; unless it is surely below, exits 3."
+    "--max-kid-delta",
+    type=float,
+    help="Largest increase of KID over the first precision; exit 3 unless it is below with 95 % confidence.",
 )
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
-    help="Folder for pictures and features, so that a run that was cut short goes on; the user's cache when absent.",
+    help="Folder for images and features, from which an interrupted run continues; default: the user's cache.",
 )
-@click.option("-o", "--out", type=OutputPath(), help="JSON file, written anew after each score.")
-@click.option("--keep", is_flag=True, help="Keep the scores in the bundle MODEL; its report shows them.")
+@click.option("-o", "--out", type=OutputPath(), help="JSON file, updated after each score.")
+@click.option("--keep", is_flag=True, help="Store the scores in the bundle MODEL; its report shows them.")
 @json_option
 def evaluate(
     model: Path, steps: tuple[int, ...], teacher_steps: int | None, guidance_scale: float | None,
@@ -92,26 +110,26 @@ def evaluate(
 
     if max_kid_delta is not None and len(precisions) < 2:
         raise click.UsageError(
-            "--max-kid-delta compares with the first --precision, and only one is given. Expected two or more, "
+            "--max-kid-delta compares with the first --precision, expected two or more, "
             "for example --precision fp32 --precision int8."
         )
     if stats is not None and (max_kid_delta is not None or save_ref is not None):
         raise click.UsageError(
-            "--ref holds no single pictures, expected held-out rows for what compares or saves them."
+            "--ref holds statistics, expected held-out rows for options that compare or save images."
         )
     if teacher_steps and (precisions != ("auto",) or backend != "auto"):
         raise click.UsageError(
-            "a teacher runs in PyTorch in fp32 alone, expected no --precision and no --backend beside --teacher-steps."
+            "a teacher runs in PyTorch in fp32 only, expected no --precision and no --backend with --teacher-steps."
         )
     source = open_source(model)
     if keep and source.bundle is None:
-        raise click.UsageError(f"{model} is no bundle, expected one to --keep the scores in. Use --out FILE.")
+        raise click.UsageError(f"{model} is not a bundle, which --keep needs to store the scores. Use --out FILE.")
     bundle = open_to_extend(model) if keep else None
     for file in filter(None, (out, save_ref)):
         check_writable(file)
     counts = (1,) if teacher_steps else steps
     net = open_net(feature_net)
-    from scm_sdk.train.record import recorded_data  # needs PyTorch; open_net has told where that is absent
+    from scm_sdk.train.record import recorded_data  # needs PyTorch; open_net has raised if it is absent
 
     real = load_held_out(
         source.spec(counts[0], unrolled=True), net,
@@ -161,7 +179,7 @@ def evaluate(
 
 
 def _open_each(model: Path, counts: tuple[int, ...], backend: str, precisions: tuple[str, ...]) -> None:
-    """Open everything once: what cannot run is told before hours of sampling, not after."""
+    """Open everything once, so that a missing backend is an error before hours of sampling."""
     from scm_sdk.inference.generator import Generator
 
     for count in counts:
@@ -176,7 +194,7 @@ def _save_reference(path: Path, real: HeldOut, net: FeatureNet, cache: Path) -> 
     from scm_sdk.evaluate.quality.features import cached_features
     from scm_sdk.evaluate.quality.reference_stats import write_stats
 
-    assert not isinstance(real.reference, FeatureStats), "refused beside --ref"
+    assert not isinstance(real.reference, FeatureStats), "refused with --ref"
     features = cached_features(real.reference, cache, net=net)
     write_stats(path, feature_stats(features), net, real.reference.shape[1:])
     say(f"wrote {path}: {net.name} of {len(features)} pictures")

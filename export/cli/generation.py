@@ -1,4 +1,4 @@
-"""``generate``: pictures from a bundle or a checkpoint."""
+"""``generate``: images from a bundle or a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath
 @click.command()
 @model_argument("bundle")
 @click.option("-o", "--out", default=Path("images.png"), type=OutputPath(),
-              help="Picture file (.png, .jpg, .jpeg, .webp), or a folder for one PNG file per image.")  # fmt: skip
+              help="Image file (.png, .jpg, .jpeg, .webp), or a folder for one PNG file per image.")  # fmt: skip
 @click.option("--num-images", type=click.IntRange(1), default=16, help="Number of images.")
 @click.option("--class-labels", default="", metavar="A,B,…",
               help="Class names or numbers, comma-separated: one for all images, or one for each. Put a name that "
               "holds a comma in double quotes, as in '\"dark, curly\",red'.")  # fmt: skip
-@click.option("--steps", type=STEPS, help="Number of network calls; 2 where the bundle has it.")
-@click.option("--seed", type=int, help="Seed of the first image; a new random one when absent.")
+@click.option("--steps", type=STEPS, help="Number of network calls; default: 2 if the bundle has it.")
+@click.option("--seed", type=int, help="Seed of the first image; default: random.")
 @click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
 @click.option("--precision", type=PRECISION_OR_AUTO, default="auto", help="Precision of the artifact that runs.")
-@click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N; the CPU when absent, for engines the first GPU.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of one call; the library's choice when absent.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images of one call; the bundle's largest when absent.")
+@click.option(
+    "--device", metavar="NAME", help="Device: cpu, cuda or cuda:N; default: the CPU, for engines the first GPU."
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Number of CPU threads of one call; default: chosen by the library."
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Batch size, images; default: the largest of the bundle.")
 @click.option("--prompt", "prompts", multiple=True,
               help="Prompt of a text-to-image model: one for all images, or one for each, repeated.")  # fmt: skip
-@click.option("--guidance-scale", type=float, help="Guidance scale of a model that takes one; its default when absent.")
+@click.option(
+    "--guidance-scale", type=float, help="Guidance scale of a model with this input; default: that of the model."
+)
 @click.option("--scale", type=click.IntRange(1, 64), default=4, help="Screen pixels per image pixel in the grid.")
 @click.option("--plan", is_flag=True, help="Print what can run here, with reasons, and stop.")
 @json_option
@@ -40,7 +46,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Generate images from a bundle or a checkpoint.
 
-    They go into one grid, or into one file each if OUT is a folder.
+    The images are written as one grid, or as one file each if OUT is a folder.
 
     \b
     scm-export generate avatars -o red.png --class-labels red --seed 7
@@ -100,14 +106,14 @@ def generate(
 
 
 def _is_file(out: Path) -> bool:
-    """Return whether OUT names one picture; refuse a name that is neither a picture's nor a folder's."""
+    """Return whether OUT names one image file; refuse other file names."""
     from scm_sdk.images import PICTURE_FORMATS
 
     if out.is_dir():
         return False
     known = ", ".join(PICTURE_FORMATS)
     if str(out) == "-":
-        raise click.BadParameter(f"'-' is no file, expected a name that ends in {known}, or a folder.",
+        raise click.BadParameter(f"'-' is not a file name, expected a name that ends in {known}, or a folder.",
                                  param_hint="--out")  # fmt: skip
     if out.suffix.lower() in PICTURE_FORMATS:
         return True
@@ -121,7 +127,7 @@ def _is_file(out: Path) -> bool:
 
 
 def _split_labels(text: str, num_images: int) -> list[str]:
-    """Return the labels that were asked for: a line of CSV, in which quotes keep a comma inside a name."""
+    """Return the labels of a CSV line; double quotes protect a comma inside a name."""
     import csv
 
     rows = list(csv.reader([text], skipinitialspace=True))

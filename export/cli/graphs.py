@@ -1,4 +1,4 @@
-"""``onnx``: a checkpoint becomes a bundle with one graph for each number of steps."""
+"""``onnx``: export a checkpoint to a bundle with one graph per number of steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--steps", multiple=True, type=STEPS, default=(1, 2), help="Number of network calls; may be repeated.")
 @sampler_options
 @click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch, images.")
-@click.option("--name", default="", help="Name of the model; the folder's name when absent.")
+@click.option("--name", default="", help="Name of the model; default: the name of the folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle in OUT.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the samplers as a JSON list and stop.")
 @json_option

@@ -35,11 +35,11 @@ RESUMABLE = ("train", "distill", "all", "engine", "evaluate")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: whatever handles Ctrl-C, saves or cleans up then, does it for a terminated process, too."""
+    """SIGTERM. A ``KeyboardInterrupt``, so that code that saves on Ctrl-C also saves here."""
 
 
 class _Failure(click.ClickException):
-    """A ``ScmError`` as click shows it: one line, and the error's own exit code."""
+    """A ``ScmError`` as click shows it: one line, and the exit code of the error."""
 
     def __init__(self, error: ScmError) -> None:
         super().__init__(final_path(str(error)))
@@ -47,20 +47,20 @@ class _Failure(click.ClickException):
 
 
 class ScmGroup(click.Group):
-    """Shows a ``ScmError`` as one line; lets an exception that is a bug show its traceback."""
+    """Prints a ``ScmError`` as one line; any other exception keeps its traceback."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.sections: dict[str, tuple[str, ...]] = {}
 
     def add_section(self, title: str, verbs: Sequence[click.Command]) -> None:
-        """Add verbs that the help lists under one title."""
+        """Add a section of verbs to the help."""
         for verb in verbs:
             self.add_command(verb)
         self.sections[title] = tuple(verb.name or "" for verb in verbs)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs by section, each with its whole first sentence."""
+        """List the verbs by section, each with its complete first sentence."""
         for title, names in self.sections.items():
             rows = [(name, self.commands[name].get_short_help_str(limit=200)) for name in names]
             with formatter.section(title):
@@ -69,7 +69,7 @@ class ScmGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb; ``version`` and ``help`` are options here."""
+        """Find the verb; ``version`` and ``help`` are options, not verbs."""
         if args[0] in ("version", "help"):
             ctx.fail(f"No such command {args[0]!r}. Did you mean --{args[0]}?")
         return super().resolve_command(ctx, args)
@@ -81,7 +81,7 @@ class ScmGroup(click.Group):
             try:
                 return super().invoke(ctx)
             except ScmError as exc:
-                # A library that was interrupted may report a failure of its own, as TensorRT's builder does.
+                # An interrupted library may raise its own error, as TensorRT's builder does.
                 if received:
                     _exit_interrupted(ctx, received[0])
                 raise _Failure(exc) from exc
@@ -117,7 +117,7 @@ def _signals() -> Iterator[list[int]]:
 
     try:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, as where a service calls a verb
+    except ValueError:  # not the main thread, for example in a service
         before = {}
     try:
         yield received

@@ -1,4 +1,4 @@
-"""``handover``: let Polygraphy on another machine check a bundle, and judge what it sends back."""
+"""``handover``: files for ``polygraphy run`` on another machine, and a verdict on its outputs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from .names import PRECISION, STEPS, OutputPath
 @click.option("-o", "--out", default=Path("handover"), type=OutputPath(), help="Folder for the files.")
 @click.option("--steps", type=STEPS, default=2, help="Number of network calls of the graph.")
 @click.option("--num-samples", type=click.IntRange(1), default=32, help="Number of samples, seeds 0, 1, ...")
-@click.option("--check", "outputs", type=click.Path(path_type=Path),
-              help="Judge this file, which polygraphy wrote with --save-outputs, instead.")  # fmt: skip
+@click.option(
+    "--check",
+    "outputs",
+    type=click.Path(path_type=Path),
+    help="File of outputs, written by polygraphy with --save-outputs, to compare with the reference.",
+)
 @click.option("--precision", type=PRECISION, default="fp32",
-              help="Precision of the graph; with --check of what ran, which decides the gate.")  # fmt: skip
+              help="Precision of the graph; with --check the precision that ran, which decides the gate.")  # fmt: skip
 @json_option
 def handover(
     bundle: Path, out: Path, steps: int, num_samples: int, outputs: Path | None, precision: str, as_json: bool
 ) -> None:  # fmt: skip
-    """Let Polygraphy on another machine check a graph.
+    """Write files for a check by Polygraphy on another machine.
 
-    Writes the graph, inputs and reference outputs to OUT, or judges the outputs that came back (--check). That machine
-    needs no scm-sdk. The command that is printed runs in OUT.
+    Writes the graph, inputs and reference outputs to OUT, or compares returned outputs (--check). The other machine
+    needs no scm-sdk. Run the printed command in OUT.
 
     \b
     scm-export handover avatars -o handover

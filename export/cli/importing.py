@@ -1,4 +1,4 @@
-"""``import``: a model that somebody else made becomes a folder that this package reads."""
+"""``import``: convert a SANA-Sprint pipeline to a bundle, or an EDM pickle to safetensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--license",
     default="",
     metavar="ID",
-    help="License of the weights where it is not the source's, an SPDX id.",
+    help="License of the weights, an SPDX id; default: that of the source.",
 )
 @click.option(
     "--steps",
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     help="Number of network calls of a pipeline's graph; may be repeated.",
 )
 @sampler_options
-@click.option("--size", default="", metavar="HxW", help="Image size of a pipeline, pixels; its own when absent.")
+@click.option("--size", default="", metavar="HxW", help="Image size of a pipeline, pixels; default: its own size.")
 @click.option("--tokens", type=click.IntRange(1), default=300, help="Length of a pipeline's prompts, tokens.")
 @click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs, images.")
 @click.option("--text-encoder/--no-text-encoder", default=True, help="Copy a pipeline's text encoder into the bundle.")
-@click.option("--overwrite", is_flag=True, help="Replace what an import wrote to OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier import in OUT.")
 @revision_option
 @json_option
 def import_(
@@ -48,9 +48,9 @@ def import_(
 ) -> None:  # fmt: skip
     """Import a SANA-Sprint pipeline, or an EDM or EDM2 pickle.
 
-    A pipeline becomes a bundle, a pickle safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved,
-    or a .pkl file, of which the weights are read while nothing in it is run. A file or folder that was imported to OUT
-    before, with the same options, is left unchanged.
+    A pipeline is converted to a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that
+    diffusers saved, or a .pkl file, whose weights are read without executing it. An import that already exists in OUT
+    with the same options is left unchanged.
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2

@@ -1,4 +1,4 @@
-"""``inspect``: what lies in a bundle."""
+"""``inspect``: contents of a bundle."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument("bundle")
-@click.option("--portable", is_flag=True, help="Check the graphs for what runtimes of browsers and phones get wrong.")
+@click.option("--portable", is_flag=True, help="Check the graphs for operators that runtimes of browsers and phones compute wrong.")
 @json_option
 def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
-    """Show what a bundle holds: samplers, files, parity, provenance.
+    """Show the samplers, files, parity records and provenance.
 
-    With --portable: the nodes of its graphs that a runtime computes wrong or refuses, and what avoids that. Exit 5 if
-    an export for that runtime cannot avoid it.
+    --portable lists the nodes that a runtime computes wrong or refuses, with a workaround. Exit 5 if an export for
+    that runtime cannot avoid them.
     """
     import msgspec
 

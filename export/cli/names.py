@@ -1,4 +1,4 @@
-"""Types of options that take a name: a wrong one ends with exit code 2, the known names and the nearest one."""
+"""Option types for names: an unknown name is exit code 2, with the known names and the nearest one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Name(_ParamType):
     """One of the known names of a kind.
 
     Args:
-        kind: What is named: ``backend``, ``precision``.
-        known: Returns the names; called when an option is read, so that nothing is imported for the help.
-        more: Names that this option takes besides, as ``auto``.
+        kind: Noun for messages: ``backend``, ``precision``.
+        known: Returns the names; called when the option is parsed, so that the help imports nothing.
+        more: Additional names, such as ``auto``.
     """
 
     def __init__(self, kind: str, known: Callable[[], Sequence[str]], more: Sequence[str] = ()) -> None:
@@ -95,10 +95,10 @@ class BackendAndPrecision(_ParamType):
 
 
 class OutputPath(_Path):
-    """A file or a folder to write that is in no bundle: a bundle holds only what its manifest lists.
+    """An output path outside any bundle: a bundle holds only what its manifest lists.
 
     Args:
-        replaces: Whether it may be a bundle itself, which is replaced or completed.
+        replaces: Whether the path may be a bundle itself, which is replaced or completed.
     """
 
     def __init__(self, *, replaces: bool = False) -> None:
@@ -136,7 +136,7 @@ class TargetName(_ParamType):
 
 @contextmanager
 def arguments_as_options() -> Iterator[None]:
-    """Let errors about an argument of the Python interface name the option of the running verb that sets it."""
+    """Replace the names of Python arguments in error texts by the options of the running verb."""
     from scm_sdk.errors import ConfigError
 
     params = click.get_current_context().command.params
@@ -190,7 +190,7 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--renoise", type=one_of("renoise", *get_args(Renoise)), default="fresh",
-            help="Noise of the steps after the first: new, the first step's, or the ODE trajectory's.",
+            help="Noise of later steps: new noise, that of the first step, or that of the ODE trajectory.",
         ),
         click.option(
             "--sigmas", multiple=True, type=float, expose_value=False, callback=as_times,

@@ -1,4 +1,4 @@
-"""``precision``: the same samplers in FP16 or BF16, or in float32 as a CPU is faster with, added to a bundle."""
+"""``precision``: add FP16, BF16 or CPU-optimized float32 graphs to a bundle."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 @click.command()
 @requires("onnx", "onnx_ir")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--to", "precisions", multiple=True, default=("fp16",),
-              type=one_of("precision", "fp16", "bf16", "fp32-cpu"),
-              help="Precision to add; fp32-cpu is float32 in the operators that CPUs are fastest with.")  # fmt: skip
+@click.option(
+    "--to",
+    "precisions",
+    multiple=True,
+    default=("fp16",),
+    type=one_of("precision", "fp16", "bf16", "fp32-cpu"),
+    help="Precision to add; may be repeated; fp32-cpu is fp32 with operators that are fast on CPUs.",
+)
 @click.option("--steps", multiple=True, type=STEPS, help="Only graphs of this number of steps.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-              help="Islands of your own: an edited precision/<p>.json.")  # fmt: skip
+              help="File of operators that stay in fp32: an edited precision/<p>.json.")  # fmt: skip
 @click.option(
     "--target-psnr",
     type=float,
-    help="PSNR (dB) that 95 % of the images are to reach; finds the fewest blocks that must stay fp32 for it.",
+    help="Target PSNR (dB) of 95 % of the images; finds the fewest blocks that must stay in fp32.",
 )
-@click.option("--num-samples", type=click.IntRange(1), default=32, help="Images that are compared with those of fp32.")
+@click.option("--num-samples", type=click.IntRange(1), default=32, help="Number of images that are compared with fp32.")
 @prompts_option
 @json_option
 def precision(
@@ -39,7 +44,7 @@ def precision(
 ) -> None:  # fmt: skip
     """Add FP16, BF16 or CPU-specific float32 graphs to a bundle.
 
-    The plan of what stays float32 is stored in BUNDLE/precision/.
+    The plan of the operators that stay in float32 is stored in BUNDLE/precision/.
 
     fp32-cpu is float32 for CPUs: wide 3x3 convolutions as Winograd's products, with a quarter of the multiplications,
     and a transformer's norms as one kernel each.
@@ -53,7 +58,7 @@ def precision(
     from ..precision.variants import add_cpu_form, add_precision
 
     if "fp32-cpu" in precisions and (plan_file is not None or target_psnr is not None):
-        raise click.UsageError("fp32-cpu is float32 throughout: --plan and --target-psnr are for fp16 and bf16.")
+        raise click.UsageError("fp32-cpu has no reduced precision: --plan and --target-psnr are for fp16 and bf16.")
     plans = [default_plan(p) for p in precisions if p != "fp32-cpu"]
     if plan_file is not None:
         plans = [PrecisionPlan.from_json(plan_file.read_bytes())]
@@ -71,7 +76,7 @@ def precision(
 
 
 def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
-    """Print what was added to a bundle, and of what is below its gate what to do."""
+    """Print the added graphs, and advice for those below their gate."""
     from scm_sdk.evaluate.parity.compare import MIN_PSNR_DB
 
     if as_json:
@@ -83,7 +88,7 @@ def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
     for variant in below:
         say(
             f"{variant.path} is below the gate of {variant.precision}, {MIN_PSNR_DB[variant.precision]:.0f} dB, on "
-            f"these images: validate will likely refuse it. {_remedy(variant.precision, bundle)}"
+            f"these images: validate will probably fail. {_remedy(variant.precision, bundle)}"
         )
     if not below:
         say(f"Next: scm-export validate {bundle}")

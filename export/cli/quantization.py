@@ -1,4 +1,4 @@
-"""``quantize``: the same samplers in INT8, added to a bundle."""
+"""``quantize``: add INT8 graphs to a bundle."""
 
 from __future__ import annotations
 
@@ -33,20 +33,26 @@ if TYPE_CHECKING:
     "--method",
     type=one_of("method", "minmax", "percentile", "entropy"),
     default="minmax",
-    help="How the range of an activation is found.",
+    help="Method that chooses the range of an activation.",
 )
 @click.option("--percentile", type=click.FloatRange(50, 100), default=99.99)
 @click.option("--num-samples", type=click.IntRange(1), default=128,
-              help="Images to calibrate on, and others to compare for a target.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Seed of the images to calibrate on.")
-@click.option("--equalize/--no-equalize", default=True, help="Make channels equally large before they are rounded.")
-@click.option("--exclude", "excluded", multiple=True, help="Pattern of layers to leave out; may be repeated.")
+              help="Number of images for calibration, and of further images for --target-psnr.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Random seed for calibration samples.")
+@click.option(
+    "--equalize/--no-equalize",
+    default=True,
+    help="Equalize channel magnitudes before quantization (as SmoothQuant does).",
+)
+@click.option(
+    "--exclude", "excluded", multiple=True, help="Pattern of layer names that are not quantized; may be repeated."
+)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-              help="Exclusions of your own: an edited precision/int8.json.")  # fmt: skip
+              help="File of excluded layers: an edited precision/int8.json.")  # fmt: skip
 @click.option(
     "--target-psnr",
     type=float,
-    help="PSNR (dB) that 95 % of the images are to reach; leaves out the fewest layers for it.",
+    help="Target PSNR (dB) of 95 % of the images; excludes the fewest layers.",
 )
 @click.option("--from", "foreign", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Adopt a graph that another tool quantized, with --steps N.")  # fmt: skip
@@ -59,7 +65,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Add INT8 graphs to a bundle.
 
-    They are calibrated on the sampler's own states.
+    They are calibrated on intermediate states of the sampler.
 
     \b
     scm-export quantize avatars
@@ -73,7 +79,7 @@ def quantize(
 
     if foreign is not None:
         if len(steps) != 1:
-            raise click.UsageError("--from takes one graph: say which with --steps N.")
+            raise click.UsageError("--from takes one graph, expected its number of steps: --steps N.")
         report([add_foreign_int8(bundle, foreign, steps=steps[0])], bundle, as_json=as_json)
         return
     plan = QuantizePlan.from_json(plan_file.read_bytes()) if plan_file is not None else None

@@ -1,4 +1,4 @@
-"""``report``: everything that is known about a bundle, on one page."""
+"""``report``: one page about a bundle."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .names import BACKEND, OutputPath
     "backends",
     multiple=True,
     type=BACKEND,
-    help="Backend to show beside PyTorch; may be repeated; every one that can run here when absent.",
+    help="Backend to show next to PyTorch; may be repeated; default: every one that can run here.",
 )
 @click.option("--num-images", type=click.IntRange(1), default=32, help="Number of images of each artifact.")
 @timed_batches_option
 @click.option(
-    "--rounds", type=click.IntRange(0), default=20, help="Number of interleaved timing rounds; 0 times nothing."
+    "--rounds", type=click.IntRange(0), default=20, help="Number of interleaved timing rounds; 0 for no timing."
 )
 @click.option("--self-checks/--no-self-checks", "checks", default=True, help="Run the checks of scm-export selfcheck.")
 @json_option
@@ -50,7 +50,7 @@ def report(
     for file in paths_of(out):
         check_writable(file)
     if rounds == 1:
-        raise click.BadParameter("1 round has no spread, expected 0 or at least 2", param_hint="--rounds")
+        raise click.BadParameter("1 round has no variance, expected 0 or at least 2", param_hint="--rounds")
     with stage_lines() as progress:
         data = collect(
             bundle, backends=backends, num_images=num_images, batches=batches, rounds=rounds, checks=checks,

@@ -30,16 +30,20 @@ DATA_FIELDS = {"source": "data", "label": "label", "rows": "rows"}
 @click.option("--preset", default="avatars16", metavar="NAME", help=f"Network: {PRESET_NAMES}.")
 @stable_targets_option
 @run_options(data="avatars", iterations=10_000, learning_rate=1e-3, optimizer="adam", p_mean=-0.8, lr_decay=0.3)
-@click.option("--double-norm/--no-double-norm", default=True, help="Doubly normalized modulation; for ablations.")
+@click.option(
+    "--double-norm/--no-double-norm",
+    default=True,
+    help="Double normalization of the modulation; disable for ablations.",
+)
 @click.option(
     "--time-fourier-scale", type=click.FloatRange(0), default=0.0,
-    help="Embed the time by Fourier features of this scale, for ablations; 0: by sinusoids.",
+    help="Scale of Fourier features of the time, for ablations; 0: sinusoidal features.",
 )  # fmt: skip
 def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: Any) -> None:
     """Train a TrigFlow diffusion teacher.
 
-    Run the same command again to go on after an interruption. Watch the residual, which falls; the loss is weighted
-    by what the run learns and may fall below zero.
+    Run the same command again to continue after an interruption. Watch the residual, which falls; the loss has a
+    learned weight and may become negative.
 
     \b
     scm-export train -o runs/teacher --data avatars --label hairColor --rows 0 10000
@@ -74,9 +78,9 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
 def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     """Distill a teacher, or train from data, into a consistency model.
 
-    Distillation is sCD, training from data alone sCT (--no-teacher). Data, label column and rows are those that the
-    teacher was trained on, unless others are given. Run the same command again to go on after an interruption. Watch
-    the residual: the loss is weighted by what the run learns and may fall below zero.
+    With a teacher this is sCD; --no-teacher is sCT. Data, label column and rows default to those of the teacher. Run
+    the same command again to continue after an interruption. Watch the residual, which falls; the loss has a learned
+    weight and may become negative.
 
     \b
     scm-export distill -o runs/avatars --teacher runs/teacher
@@ -88,41 +92,43 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     options["guidance"] = _guidance(options)
     if options["recipe"]:
         if no_teacher or vsd_only:
-            raise ConfigError("a recipe has its own objective, expected no --no-teacher and no --vsd-only beside it.")
+            raise ConfigError(
+                "a recipe sets the objective, expected neither --no-teacher nor --vsd-only. Leave them out."
+            )
         _run(_recipe_config(options, student=True), options)
         return
     if no_teacher == bool(options["teacher"]):
-        raise ConfigError("give either --teacher FOLDER (sCD) or --no-teacher (sCT), not both and not neither.")
+        raise ConfigError("expected exactly one of --teacher FOLDER (sCD) and --no-teacher (sCT).")
     if no_teacher and not options["init_from"]:
         raise ConfigError("--no-teacher needs --init FOLDER: sCT starts from a trained diffusion model's weights.")
     objective = "vsd" if vsd_only else "sct" if no_teacher else "scd"
     if options["discrete_step"] is not None:
         if objective != "scd":
-            raise ConfigError("--discrete-step distills a teacher by itself; leave out --no-teacher and --vsd-only.")
+            raise ConfigError("--discrete-step is an objective of its own; leave out --no-teacher and --vsd-only.")
         objective = "cd"
     if options["trajectory_steps"] is not None:
         if objective != "scd":
             raise ConfigError(
-                "--trajectory-steps distills a teacher by itself; leave out --discrete-step and --vsd-only."
+                "--trajectory-steps is an objective of its own; leave out --discrete-step and --vsd-only."
             )
         objective = "trajectory"
     _run(_config(objective, _data_of_teacher(options), options), options)
 
 
 def _changed(network: Any, double_norm: bool, time_fourier_scale: float) -> Any:
-    """Return a network's config without the stabilizers that were switched off."""
+    """Return a network's config with the stabilizers of the options."""
     import msgspec
 
     from scm_sdk.errors import ConfigError
 
     changes = {} if double_norm else {"double_norm": False}
     if changes and "double_norm" not in network.__struct_fields__:
-        raise ConfigError("this kind of network has no form without double normalization. Leave --no-double-norm out.")
+        raise ConfigError("this kind of network always uses double normalization. Leave --no-double-norm out.")
     return msgspec.structs.replace(network, **changes, time_fourier_scale=time_fourier_scale)
 
 
 def _require_folders(options: dict[str, Any]) -> None:
-    """Refuse a model that is not there; a recipe is printed on any machine."""
+    """Refuse a missing model folder; ``--dry-run`` of a recipe needs none."""
     from scm_sdk.errors import ConfigError
 
     if options["dry_run"] and options["recipe"]:
@@ -142,14 +148,14 @@ def _guidance(options: dict[str, Any]) -> tuple[float, float] | None:
     fixed, drawn = options["guidance"], options["guidance_range"]
     if fixed and drawn:
         raise ConfigError(
-            f"--guidance is {fixed} and --guidance-range {drawn}, expected one of them: the scale is baked in, or an "
+            f"--guidance is {fixed} and --guidance-range {drawn}, expected one of them: the scale is fixed, or an "
             "input of the model."
         )
     return (fixed, fixed) if fixed else drawn
 
 
 def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
-    """Return the data that a student is given, or else that its teacher was trained on."""
+    """Return the data of the options, or else the data that the teacher was trained on."""
     import msgspec
 
     from scm_sdk.errors import BundleError, ConfigError
@@ -161,27 +167,27 @@ def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
     folder = Path(options["teacher"] or options["init_from"])
     try:
         recorded = recorded_data(folder, read_config(folder / "config.json").provenance)
-    except (BundleError, ConfigError):  # no checkpoint of ours: loading it reports what is wrong
+    except (BundleError, ConfigError):  # not a checkpoint of scm-sdk: loading it reports the problem
         recorded = None
     if options["data"] is None and recorded is None:
         raise ConfigError(
-            f"{folder} does not say which data it was trained on: it has no readable train.json, and no data in its "
-            "config.json. Give it: --data, --label and --rows."
+            f"{folder} does not record its training data: it has no readable train.json, and no data in its "
+            "config.json. Give the data: --data, --label and --rows."
         )
     given = {field: options[name] for field, name in DATA_FIELDS.items() if options[name] is not None}
     if recorded is None:
         return DataConfig(**given)
     if given.get("source", recorded.source) != recorded.source:
-        given = {"rows": (0, 0), **given}  # the teacher's rows are of its own data
+        given = {"rows": (0, 0), **given}  # the teacher's rows refer to the teacher's data
     data = msgspec.structs.replace(recorded, **given)
     if is_main_process():
-        other = "" if data == recorded else f", this run is given {describe_data(data)}"
+        other = "" if data == recorded else f"; this run uses {describe_data(data)}"
         say(f"{folder} was trained on {describe_data(recorded)}{other}")
     return data
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Return what the options say, by field of ``TrainConfig``."""
+    """Return the options that are fields of ``TrainConfig``."""
     from scm_sdk.train.config import TrainConfig
 
     fields = set(TrainConfig.__struct_fields__) - {"data"}
@@ -195,7 +201,7 @@ def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> 
 
 
 def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
-    """Return a recipe's config with what was given on the command line in place of the recipe's."""
+    """Return a recipe's config with the options of the command line applied."""
     import msgspec
     from click.core import ParameterSource
 
@@ -205,7 +211,9 @@ def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
     base = recipe(options["recipe"])
     if (base.objective != "diffusion") != student:
         verb = "train" if student else "distill"
-        raise ConfigError(f"recipe {options['recipe']!r} is of {base.objective!r}. Use it with: scm-export {verb}")
+        raise ConfigError(
+            f"recipe {options['recipe']!r} has objective {base.objective!r}. Use it with: scm-export {verb}"
+        )
     context = click.get_current_context()
     given = {
         name: value
@@ -234,14 +242,17 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     if options["dry_run"]:
-        # A recipe is printed as it is: its data may lie on another machine.
+        # A recipe is printed unresolved: its data may be on another machine.
         print_json(json.loads((config if options["recipe"] else resolve(config, data).config).to_json()))
         return
     out: Path = options["out"]
     scale = Scale(**{name: options[name] for name in ("parallel", "accumulate", "recompute", "device", "timeout")})
     main = is_main_process()
     if main:
-        say(f"{config.objective}: {config.num_iterations} iterations to {out}. Ctrl-C saves; run it again to go on.")
+        say(
+            f"{config.objective}: {config.num_iterations} iterations to {out}. Ctrl-C saves; run the command "
+            "again to continue."
+        )
     lines: list[StepLog] = []
     done = 0
 
@@ -260,7 +271,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
             say(f"data: {describe_data(config.data)}: {data.describe()}")
             if config.batch_size > len(data):
                 say(
-                    f"warning: --batch-size {config.batch_size} is larger than the data: each picture comes "
+                    f"warning: --batch-size {config.batch_size} is larger than the data: each image is used "
                     f"{config.batch_size / len(data):.3g} times in every iteration."
                 )
 
@@ -282,7 +293,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
             sys.exit(130)
         except SystemExit:
             if main:
-                say(f"Terminated. Saved after iteration {done}; run the same command again to go on.")
+                say(f"Terminated. Saved after iteration {done}; run the same command again to continue.")
             raise
     if not main:
         return

@@ -1,4 +1,4 @@
-"""``validate``: does every graph of a bundle compute what its checkpoint computes?"""
+"""``validate``: compare every graph and engine of a bundle with its PyTorch checkpoint."""
 
 from __future__ import annotations
 
@@ -23,33 +23,41 @@ if TYPE_CHECKING:
     "backends",
     multiple=True,
     type=BACKEND,
-    help="Backend to compare; may be repeated; every one that can run here when absent.",
+    help="Backend to compare; may be repeated; default: every one that can run here.",
 )
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
     type=PRECISION,
-    help="Only artifacts of this precision; may be repeated; all when absent.",
+    help="Only artifacts of this precision; may be repeated; default: all.",
 )
 @click.option(
     "--steps",
     multiple=True,
     type=STEPS,
-    help="Only artifacts of this number of steps; may be repeated; all when absent.",
+    help="Only artifacts of this number of steps; may be repeated; default: all.",
 )
-@click.option("--num-seeds", type=click.IntRange(1), default=32, help="Samples for each batch split.")
+@click.option("--num-seeds", type=click.IntRange(1), default=32, help="Number of samples for each batch split.")
 @click.option("--first-seed", type=click.IntRange(0), default=0, help="Seed of the first sample; the others follow.")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch splits; 1, 3 and the largest.")
-@click.option("--threshold", type=click.FloatRange(0), help="Largest difference of fp32, units of sigma_data.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Batch size of a batch split; may be repeated; default: 1, 3 and the largest.",
+)
+@click.option(
+    "--threshold", type=click.FloatRange(0), help="Largest difference of fp32 that passes, units of sigma_data."
+)
 @click.option("--min-psnr", type=float, help="PSNR (dB) that 95 % of the samples of a reduced precision must reach.")
-@click.option("--reason", default="", help="Why a gate is looser than its own.")
+@click.option("--reason", default="", help="Reason for a gate that is looser than the default.")
 @click.option(
     "--bisect",
     "folder",
     type=OutputPath(),
     metavar="FOLDER",
-    help="Say what is wrong with a graph that fails and at which node it begins; pictures into FOLDER.",
+    help="Folder for images of failed graphs; also names the fault and the first node that differs.",
 )
 @click.option("--record/--no-record", default=True, help="Write the results into the bundle's manifest.")
 @prompts_option
@@ -61,11 +69,11 @@ def validate(
 ) -> None:  # fmt: skip
     """Compare a bundle with its PyTorch checkpoint; exit 3 on failure.
 
-    Each graph and engine is compared. Both run on the same noise and labels. The threshold of fp32 is derived from how
-    far the checkpoint is from itself on the same samples, in other batch splits and on noise moved by rounding. Of a
-    lower precision 95 % of the samples must reach a PSNR; it fails where these samples show, with 95 % confidence, that
-    fewer do. The structure of each graph is checked, too: its times, factors and stored tensors must be those of the
-    checkpoint. A comparison on fewer seeds or batches than the one on record does not replace that one. Budgets in the
+    Every graph and engine runs on the same noise and labels as the checkpoint. The threshold of fp32 is derived from
+    the difference of the checkpoint from itself on the same samples, in other batch splits and on noise perturbed by
+    rounding. Of a reduced precision 95 % of the samples must reach a PSNR; it fails if the samples show, with 95 %
+    confidence, that fewer do. The structure of each graph is also checked: times, factors and stored tensors must equal
+    those of the checkpoint. A comparison on fewer seeds or batches does not replace the recorded one. Budgets in the
     bundle (bench --keep-budget) are measured and enforced, exit 4.
     """
     from scm_sdk.evaluate.latency.contract import check_budgets
@@ -106,20 +114,20 @@ def _localize(bundle: Path, parity: Parity, folder: Path) -> None:
     from ..diagnose.localize import localize
 
     if not parity.candidate.endswith(".onnx"):
-        say(f"{parity.candidate} cannot be looked into: it is no graph")
+        say(f"{parity.candidate} cannot be diagnosed: it is not a graph")
         return
     try:
         found = localize(bundle, parity, folder)
     except ExportError as exc:
-        say(f"{parity.candidate} cannot be looked into: {exc}")
+        say(f"{parity.candidate} cannot be diagnosed: {exc}")
         return
     say(f"{found.artifact}:")
     for finding in found.diagnosis.findings:
         say(f"  {finding}")
     if not found.diagnosis.findings:
-        say(f"  nothing but a loss of precision was found; {found.diagnosis}")
+        say(f"  only a loss of precision was found; {found.diagnosis}")
     if found.bisection is not None:
-        say(f"  beside the fp32 graph: {found.bisection}")
+        say(f"  vs the fp32 graph: {found.bisection}")
         if found.bisection.first is not None:
             for step in found.bisection.around():
                 say(f"    {step.error:8.1e}  {step.op:<12} {step.node}")

@@ -203,7 +203,7 @@ def test_a_run_that_was_cut_short_goes_on(unet_bundle: Path, tmp_path: Path, mon
         (["--teacher-steps", "18", "--precision", "fp16"], "a teacher runs in PyTorch"),
         (
             ["--ref", "x.npz", "--precision", "fp32", "--precision", "fp16", "--max-kid-delta", "1"],
-            "no single pictures",
+            "holds statistics",
         ),
         (["--precision", "int8", "--data", "avatars"], "pictures (16, 16, 3), expected (8, 8, 3)"),
         (["--feature-net", "fid"], "feature net is 'fid'"),

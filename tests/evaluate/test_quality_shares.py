@@ -87,7 +87,7 @@ def test_precisions_are_compared_seed_by_seed_and_gated(newcomer: Path, tmp_path
 
 def test_a_gate_that_would_compare_nothing_is_refused(tmp_path: Path) -> None:
     run = CliRunner().invoke(main, ["evaluate", str(tmp_path), "--precision", "int8", "--max-kid-delta", "0.01"])
-    assert run.exit_code == 2 and "only one is given" in run.stderr
+    assert run.exit_code == 2 and "expected two or more" in run.stderr
 
 
 def test_the_gate_passes_only_what_is_surely_good() -> None:

@@ -57,7 +57,7 @@ def test_a_student_takes_its_teachers_data(room: Path, tmp_path: Path) -> None:
     run("distill", "-o", tmp_path / "sct", "--no-teacher", "--init", room / "teacher", *LENGTH)
     assert distilled(tmp_path / "sct") == distilled(tmp_path / "run")
     told = run("distill", "-o", tmp_path / "rows", "--teacher", room / "teacher", "--rows", 2, 8, *LENGTH).stderr
-    assert "rows 0..9, this run is given data.npz, label kind, rows 2..7\n" in told
+    assert "rows 0..9; this run uses data.npz, label kind, rows 2..7\n" in told
     shutil.copy(room / "data.npz", tmp_path / "more.npz")
     run("distill", "-o", tmp_path / "more", "--teacher", room / "teacher", "--data", tmp_path / "more.npz", *LENGTH)
     assert distilled(tmp_path / "more") == {"source": str(tmp_path / "more.npz"), "label": "kind", "rows": [0, 0]}
@@ -91,8 +91,8 @@ def test_a_model_that_does_not_say_its_data_needs_to_be_given_them(room: Path, t
     model.config = msgspec.structs.replace(model.config, provenance={})
     model.save_pretrained(tmp_path / "bare")
     error = run("distill", "-o", tmp_path / "run", "--teacher", tmp_path / "bare", *LENGTH, code=2).stderr
-    assert "bare does not say which data it was trained on: it has no readable train.json" in error
-    assert "Give it: --data, --label and --rows." in error
+    assert "bare does not record its training data: it has no readable train.json" in error
+    assert "Give the data: --data, --label and --rows." in error
     given = ("--data", room / "data.npz", "--label", "kind")
     run("distill", "-o", tmp_path / "run", "--teacher", tmp_path / "bare", *given, *LENGTH)
 
@@ -158,7 +158,7 @@ def test_a_batch_larger_than_the_data_is_said(room: Path, tmp_path: Path) -> Non
     length = ("--iterations", "1", "--batch-size", "24", "--sample-every", "0", "--preset", "tiny")
     told = run("train", "-o", tmp_path / "run", "--data", room / "data.npz", *length).stderr
     assert "12 pictures of 8x8x1, no labels" in told
-    assert "warning: --batch-size 24 is larger than the data: each picture comes 2 times in every iteration." in told
+    assert "warning: --batch-size 24 is larger than the data: each image is used 2 times in every iteration." in told
 
 
 def test_many_classes_are_named_in_short() -> None:

@@ -105,7 +105,7 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
     assert "leave out --no-teacher and --vsd-only" in one_line(
         run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--vsd-only", code=2)
     )
-    assert "give either --teacher" in one_line(run("distill", "-o", tmp_path / "x", code=2))
+    assert "exactly one of --teacher" in one_line(run("distill", "-o", tmp_path / "x", code=2))
     assert "needs --init" in one_line(run("distill", "-o", tmp_path / "x", "--no-teacher", code=2))
 
 
