@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument("bundle")
-@click.option("--portable", is_flag=True, help="Check the graphs for operators that runtimes of browsers and phones compute wrong.")
+@click.option(
+    "--portable", is_flag=True, help="Check the graphs for operators that browser and phone runtimes compute wrong."
+)
 @json_option
 def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
     """Show the samplers, files, parity records and provenance.
