@@ -1,1 +1,1 @@
-"""Helpers without knowledge of models or bundles: files, caches, lazy imports, processors, GPUs."""
+"""Helpers independent of models and bundles: files, caches, lazy imports, processors, GPUs."""

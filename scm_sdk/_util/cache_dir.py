@@ -1,12 +1,12 @@
 """The cache directory of this package, and checks that other users cannot write to it.
 
-One variable moves all of it: ``SCM_CACHE_DIR``, an absolute path. Without it, ``scm-sdk`` in ``XDG_CACHE_HOME`` or in
-the platform's cache folder. A cache only saves time: where there is none, or it cannot be written, work goes on without
+``SCM_CACHE_DIR``, an absolute path, sets the location. The default is ``scm-sdk`` in ``XDG_CACHE_HOME`` or in the cache
+folder of the platform. A cache only saves time: if there is none, or it is not writable, the caller continues without
 it after one warning.
 
-What decides which code runs (engines, unpacked bundles) is read only from folders that the user alone can write. Each
-folder on the way belongs to the user or to root, no other may write to it, and none below the base is a link: the rules
-of ssh's ``StrictModes``.
+Data that decides which code runs (engines, unpacked bundles) is read only from folders that no other user can write to.
+Each folder on the path belongs to the user or to root, is not writable by others, and is not a link below the base: the
+rules of ssh's ``StrictModes``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ..errors import BundleError, ConfigError
 
 CACHE_VARIABLE = "SCM_CACHE_DIR"
 UNPACKED = "unpacked"
-"""Folder of the bundles that ``.scmz`` files held."""
+"""Folder of unpacked ``.scmz`` files."""
 _UNMAPPED_UID = 65534
-"""How a container sees owners outside it."""
+"""User id that a container shows for owners outside of it."""
 _WARNED: set[str] = set()
 _TEMPORARY: dict[int, Path] = {}
-"""By process: after a fork each has its own."""
+"""Temporary folder by process id: a forked child needs its own."""
 
 
 def cache_folder() -> Path | None:
-    """Return the cache folder, which need not exist; None where no home is known.
+    """Return the cache folder, which need not exist; None if no home folder is known.
 
     Raises:
         ConfigError: If ``SCM_CACHE_DIR`` is not an absolute path.
@@ -44,9 +44,9 @@ def cache_folder() -> Path | None:
 
 
 def trusted_folder(part: str) -> Path | None:
-    """Return a folder of the cache that exists and that the user alone can write, to read from; else None.
+    """Return an existing cache folder that no other user can write to, for reading; else None.
 
-    One warning says why a folder that exists is ignored.
+    One warning states why an existing folder is ignored.
     """
     root = cache_folder()
     folder = None if root is None else root / part
@@ -59,13 +59,14 @@ def trusted_folder(part: str) -> Path | None:
 
 
 def writable_folder(part: str, *, purpose: str) -> Path | None:
-    """Return a folder of the cache that the user alone can write, made if it is missing; else None.
+    """Return a cache folder that no other user can write to, created if missing; else None.
 
-    Unpacked bundles may be read by others, as an image that root fills is; the rest is the user's alone.
+    Unpacked bundles are readable by others, so that root can fill the cache of a container image; other folders are
+    not.
 
     Args:
-        part: Its name.
-        purpose: What is lost without it; the subject of the one warning.
+        part: Name of the folder.
+        purpose: What is lost without the folder; the subject of the warning.
     """
     root = cache_folder()
     if root is None:
@@ -85,10 +86,10 @@ def writable_folder(part: str, *, purpose: str) -> Path | None:
 
 
 def temporary_folder() -> Path:
-    """Return a folder of this process, deleted when it ends, for what must be on a disk.
+    """Return a temporary folder of this process, deleted when the process ends.
 
     Raises:
-        BundleError: If there is no place for one.
+        BundleError: If no temporary folder can be created.
     """
     pid = os.getpid()
     if pid not in _TEMPORARY:
@@ -104,15 +105,15 @@ def temporary_folder() -> Path:
 
 
 def is_cached(folder: Path) -> bool:
-    """Return whether a folder lies among the unpacked bundles of the cache or of this process."""
+    """Return whether a folder is an unpacked bundle of the cache or of this process."""
     roots = [cache_folder(), *_TEMPORARY.values()]
     return any(folder.resolve().is_relative_to((root / UNPACKED).resolve()) for root in roots if root is not None)
 
 
 def why_insecure(folder: Path) -> str:
-    """Return why others could change what is in a folder of the cache; "" if only its user can."""
+    """Return why other users could change a cache folder; "" if they cannot."""
     found = _locate()
-    if found is None or not hasattr(os, "geteuid"):  # Windows: the profile's own access list decides
+    if found is None or not hasattr(os, "geteuid"):  # Windows: the access list of the profile decides
         return ""
     base = found[0]
     above = Path(os.path.realpath(base.parent))
@@ -127,7 +128,7 @@ def why_insecure(folder: Path) -> str:
                 return f"{path} is no folder"
             if state.st_uid not in owners:
                 return f"{path} belongs to user {state.st_uid}"
-            # In a sticky folder such as /tmp nobody can replace what belongs to another user.
+            # In a sticky folder such as /tmp, a user cannot replace the files of another.
             if state.st_mode & 0o022 and (path == folder or not state.st_mode & stat.S_ISVTX):
                 return f"{path} can be written by other users (mode {stat.S_IMODE(state.st_mode):04o})"
     except OSError as exc:
@@ -136,7 +137,7 @@ def why_insecure(folder: Path) -> str:
 
 
 def withdraw_write(folder: Path) -> None:
-    """Let nobody but the owner write to a folder and what is in it, whatever the umask was."""
+    """Remove write permission of group and others from a folder and its content."""
     for path in (folder, *folder.rglob("*")):
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o022:
@@ -144,7 +145,7 @@ def withdraw_write(folder: Path) -> None:
 
 
 def warn_once(text: str) -> None:
-    """Warn about a cache, once in a process."""
+    """Warn about a cache, once per process and text."""
     if text not in _WARNED:
         _WARNED.add(text)
         warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -154,7 +155,7 @@ _REMEDY = f"Set {CACHE_VARIABLE} to a folder that you alone may write to"
 
 
 def _locate() -> tuple[Path, Path] | None:
-    """Return the folder that the environment names, and the cache folder in it."""
+    """Return the base folder of the environment, and the cache folder in it."""
     if named := os.environ.get(CACHE_VARIABLE):
         if not os.path.isabs(named):
             raise ConfigError(f"{CACHE_VARIABLE} is {named!r}, expected an absolute path.")
@@ -173,7 +174,7 @@ def _locate() -> tuple[Path, Path] | None:
 
 
 def _make(folder: Path, *, mode: int = 0o755) -> None:
-    """Make a folder and those above it, writable by the user alone whatever the umask says."""
+    """Create a folder and its parents, writable by the user only, regardless of the umask."""
     if folder.is_dir():
         return
     if not folder.parent.is_dir():

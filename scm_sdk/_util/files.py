@@ -1,9 +1,9 @@
 """Write files and folders atomically, and resolve untrusted paths safely.
 
-A file is written in a hidden folder ``.scm-<hex>.partial`` beside its place, gets the mode that the umask says
-(safetensors' own files are readable by their owner alone), and is fsynced and renamed. A reader sees the old content or
-the new one. Whoever fills such a folder holds its lock, so that ``remove_leftovers`` knows those of killed processes.
-``publish`` does the same for whole folders.
+A file is written in a hidden folder ``.scm-<hex>.partial`` next to its target, gets the mode of the umask (safetensors
+creates files readable by the owner only), and is fsynced and renamed. A reader sees the old or the new content. The
+writer holds the lock of the hidden folder, so that ``remove_leftovers`` recognizes those of killed processes.
+``publish`` does the same for folders.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from .locks import FolderLock, try_lock
 
 _CHUNK_BYTES = 1 << 20
 _PATH_LENGTH = 1024
-"""Longest path inside a folder, characters; with the folder's own path before it, Linux takes 4096 bytes."""
+"""Longest path inside a folder, characters. Linux accepts 4096 bytes including the path of the folder."""
 _NAME_BYTES = 255
-"""Longest name of a file on the usual disks."""
+"""Longest file name on common file systems, bytes."""
 JOURNAL_NAME = ".scm_journal.json"
-"""Lists what is being changed in a folder in place, from a ``staging`` folder in it; see ``publish``."""
+"""Journal of a change in place, which reads from a ``staging`` folder; see ``publish``."""
 STAGING = re.compile(r"\.scm-[0-9a-f]{8}\.partial")
-"""Name of the folder that ``staging`` makes."""
+"""Name of the folder that ``staging`` creates."""
 _EARLIER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|old)")
-"""What versions before 0.1.0 made beside a file or a folder of the name in the middle."""
+"""Temporary files and folders of versions before 0.1.0; the name of the target is in the middle."""
 _UNFINISHED = re.compile(rf"{STAGING.pattern}[\\/]")
 _cleaned: set[Path] = set()
-"""Folders that this process has written to: one look for leftovers in each, since a folder may hold many files."""
+"""Folders that this process has written to; leftovers are searched once in each."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
-"""Conditions of the target disk, whoever meets them first: we, or the code that fills a folder."""
+"""Errors of the target disk, raised here or in the code that fills a folder."""
 
 
 def atomic_write_bytes(
     path: str | os.PathLike[str], data: bytes | memoryview, *, error: type[ScmError] = ScmError
 ) -> None:
-    """Write a file so that it holds ``data`` or what it held before, never a part.
+    """Write a file atomically: it holds ``data`` or its previous content, never a part.
 
     Args:
-        path: The file; missing parent folders are made.
-        data: Its whole new content.
-        error: What to raise when the disk refuses.
+        path: The file; missing parent folders are created.
+        data: The new content.
+        error: Exception type for errors of the disk.
 
     Raises:
-        ScmError: Of type ``error``, if the file cannot be written; nothing new is left behind. Also if the
-            disk took it but could not confirm that the rename will outlast a power cut.
+        ScmError: Of type ``error``, if the file cannot be written; no temporary file remains. Also if the disk did
+            not confirm that the rename survives a power loss.
     """
     with atomic_file(path, error=error) as temp, open(temp, "xb") as stream:
         stream.write(data)
@@ -62,10 +62,10 @@ def atomic_write_bytes(
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmError) -> Iterator[Path]:
-    """Write a file, however large, that appears at ``path`` only when the ``with`` block ends well.
+    """Write a file of any size that appears at ``path`` only if the ``with`` block succeeds.
 
     Yields:
-        The path to write to, of the same name; nothing is there yet.
+        The path to write to, with the same file name; it does not exist yet.
 
     Raises:
         ScmError: As ``atomic_write_bytes``; also if ``path`` is a pipe or a device, which a rename would remove.
@@ -96,33 +96,33 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[ScmError] = ScmErro
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """Make a hidden folder in ``folder`` to write to; it is removed when the block ends.
+    """Create a hidden folder in ``folder`` to write to; it is removed when the block ends.
 
-    Its lock is held meanwhile: others see by that that its maker is alive.
+    Its lock is held during the block, which shows other processes that its owner is alive.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If the folder cannot be created.
     """
     lock: FolderLock | None = None
     while lock is None:
         temp = folder / f".scm-{secrets.token_hex(4)}.partial"
         temp.mkdir(mode=0o700)
-        with suppress(FileNotFoundError):  # taken for a leftover before it was locked
+        with suppress(FileNotFoundError):  # another process removed it as a leftover before it was locked
             lock = try_lock(temp)
     try:
         yield temp
     finally:
-        if not os.path.lexists(folder / JOURNAL_NAME):  # else whoever finishes what was interrupted needs it
+        if not os.path.lexists(folder / JOURNAL_NAME):  # else the process that completes the change needs it
             shutil.rmtree(temp, ignore_errors=True)
         lock.release()
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make a folder for what is on a disk only while it is worked with, in the system's temporary folder (``TMPDIR``).
+    """Create a folder for intermediate files in the temporary folder of the system (``TMPDIR``).
 
     Raises:
-        ScmError: If there is no place for it, or its disk is full.
+        ScmError: If it cannot be created, or its disk is full.
     """
     try:
         made = TemporaryDirectory(prefix="scm-")
@@ -140,16 +140,16 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmError) -> None:
-    """Find out before the work whether its result can be written.
+    """Check before the work that its result can be written.
 
-    A file is made and removed in the nearest folder that exists.
+    A file is created and removed in the nearest existing folder.
 
     Args:
-        path: A file, which need not exist; nor need the folders that it is in.
-        error: What to raise when it cannot be written.
+        path: A file; neither the file nor its folders need to exist.
+        error: Exception type if the file cannot be written.
 
     Raises:
-        ScmError: Of type ``error``; the words are those of a failed write.
+        ScmError: Of type ``error``, with the message of a failed write.
     """
     target = real_path(path)
     try:
@@ -165,7 +165,7 @@ def check_writable(path: str | os.PathLike[str], *, error: type[ScmError] = ScmE
 
 
 def _require_replaceable(target: Path) -> None:
-    """Raise OSError unless a file may be renamed to ``target``: as root, that would remove a device as /dev/null is."""
+    """Raise OSError if a rename to ``target`` would replace a pipe or a device such as /dev/null, as root can."""
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if target.exists() and not target.is_file():
@@ -173,22 +173,22 @@ def _require_replaceable(target: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, beside: str = "", below: bool = False) -> None:
-    """Delete what killed processes left half written in a folder.
+    """Delete the partial files that killed processes left in a folder.
 
-    What a living process writes stays, and so does what cannot be deleted or locked: it is never read.
+    Files of living processes stay. Files that cannot be deleted or locked also stay; they are never read.
 
     Args:
-        folder: Where they lie.
-        beside: Name of a file or folder in it whose leftovers of versions before 0.1.0 are deleted too.
-        below: Whether folders below are searched, and all leftovers of earlier versions deleted: for who holds the
-            folder alone.
+        folder: The folder to search.
+        beside: Name of a file or folder in it whose leftovers of versions before 0.1.0 are deleted as well.
+        below: Whether subfolders are searched and all leftovers of earlier versions deleted; the caller must hold the
+            folder exclusively.
     """
     try:
         for path in list(folder.rglob(".*") if below else folder.glob(".*.*")):
             earlier = _EARLIER.fullmatch(path.name)
             if STAGING.fullmatch(path.name) or (earlier and (below or earlier[1] == beside)):
                 _remove_dead(path, alone=below)
-    except OSError:  # it may not be read, or is gone
+    except OSError:  # not readable, or already deleted
         return
 
 
@@ -203,7 +203,7 @@ def _remove_dead(path: Path, *, alone: bool) -> None:
 
 
 def restore_earlier(target: Path) -> None:
-    """Rename the only copy of a folder back to its name, if a version before 0.1.0 was killed between two renames."""
+    """Restore the name of a folder if a version before 0.1.0 was killed between two renames."""
     if os.path.lexists(target):
         return
     with suppress(OSError):
@@ -213,9 +213,9 @@ def restore_earlier(target: Path) -> None:
 
 
 def final_path(text: str) -> str:
-    """Return a text with the paths of unfinished files and folders replaced by those that they will have.
+    """Replace the paths of unfinished files and folders in a text by their final paths.
 
-    Progress and errors name files while these lie in ``.scm-<hex>.partial``, a folder that is gone when they are read.
+    Progress and errors may name files in ``.scm-<hex>.partial``, a folder that no longer exists when they are read.
     """
     return _UNFINISHED.sub("", text)
 
@@ -234,7 +234,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def sha256_stream(stream: IO[bytes]) -> str:
-    """Return the sha256 of an open file's whole content as 64 hex digits."""
+    """Return the sha256 of the content of an open file as 64 hex digits."""
     digest = hashlib.sha256()
     stream.seek(0)
     while chunk := stream.read(_CHUNK_BYTES):
@@ -243,10 +243,10 @@ def sha256_stream(stream: IO[bytes]) -> str:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a plain file to read. A pipe or a device, which would be waited for or never end, is refused.
+    """Open a regular file for reading. A pipe or a device, which may block or never end, is refused.
 
     Raises:
-        OSError: If it cannot be opened or is no plain file.
+        OSError: If it cannot be opened or is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -256,10 +256,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
-    """Return the content of a plain file.
+    """Return the content of a regular file.
 
     Raises:
-        OSError: If it cannot be opened, is no plain file, or has more than ``most`` bytes.
+        OSError: If it cannot be opened, is not a regular file, or has more than ``most`` bytes.
     """
     with open_regular(path) as stream:
         data = stream.read(most + 1)
@@ -269,7 +269,7 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def unreadable(path: str | os.PathLike[str], exc: OSError) -> IntegrityError:
-    """Return the error for a file that cannot be read: its mode, or its content, is at fault."""
+    """Return the error for an unreadable file: its mode or its content is wrong."""
     found = f"{os.fspath(path)} cannot be read: {exc.strerror or exc}"
     if exc.errno in (errno.EACCES, errno.EPERM):
         return IntegrityError(f"{found}. Change its mode or its owner, for example with: chmod a+r")
@@ -282,11 +282,11 @@ def sha256_bytes(data: bytes | memoryview) -> str:
 
 
 def check_relative(relative: str) -> None:
-    """Refuse a path that is not plain, relative and POSIX. Looks at the text alone.
+    """Refuse a path that is not a plain relative POSIX path. Checks the text only.
 
     Raises:
-        BundleError: If it is empty, absolute or longer than a disk takes, or holds ``..``, ``.``, a backslash, a
-            colon (a drive) or a character that cannot be printed.
+        BundleError: If it is empty, absolute or too long for a file system, or holds ``..``, ``.``, a backslash, a
+            colon (a drive) or an unprintable character.
     """
     longest = max(len(part.encode(errors="surrogatepass")) for part in relative.split("/"))
     if len(relative) > _PATH_LENGTH or longest > _NAME_BYTES:
@@ -304,20 +304,20 @@ def check_relative(relative: str) -> None:
 
 
 def safe_join(root: Path, relative: str) -> Path:
-    """Join a path from an untrusted file to ``root``, or refuse to leave ``root``.
+    """Join a path from an untrusted file to ``root``; refuse a path that leaves ``root``.
 
-    A snapshot in huggingface_hub's cache is made of links to the files in ``../../blobs``. That is the one place
-    outside ``root`` where a link may lead, and only from a folder in ``snapshots``.
+    A snapshot in huggingface_hub's cache consists of links to files in ``../../blobs``. This is the only location
+    outside ``root`` that a link may point to, and only from a folder in ``snapshots``.
 
     Args:
         root: An existing folder.
-        relative: A relative POSIX path: no ``..``, no backslash, no drive, no link that leads out.
+        relative: A relative POSIX path without ``..``, backslash, drive, or link that leaves ``root``.
 
     Returns:
-        ``root / relative``; it need not exist.
+        ``root / relative``, which need not exist.
 
     Raises:
-        BundleError: If the path is not of that form or a link leads out of ``root``.
+        BundleError: If the path does not have this form or a link leaves ``root``.
     """
     check_relative(relative)
     joined = root / relative
@@ -326,7 +326,7 @@ def safe_join(root: Path, relative: str) -> Path:
         inside = real.is_relative_to(home) or (
             home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
         )
-    except (OSError, RuntimeError) as exc:  # a loop of links: RuntimeError up to Python 3.12
+    except (OSError, RuntimeError) as exc:  # a cycle of links: RuntimeError up to Python 3.12
         raise BundleError(f"path {relative!r} cannot be resolved: {exc}. Copy the folder again.") from exc
     if not inside:
         raise BundleError(
@@ -337,12 +337,12 @@ def safe_join(root: Path, relative: str) -> Path:
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """Follow a link, so that what it points at is replaced and the link stays."""
+    """Follow a link, so that its target is replaced and the link stays."""
     return Path(os.path.realpath(path))
 
 
 def fsync_tree(folder: Path) -> None:
-    """Give every new file and folder the mode that the umask says, and flush it to the disk."""
+    """Set the mode of every new file and folder by the umask, and flush it to the disk."""
     mode = new_file_mode(folder)
     for root, _, names in os.walk(folder):
         for name in names:
@@ -354,7 +354,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def new_file_mode(folder: Path) -> int:
-    """Return the mode of a file that ``open`` makes in a folder: the umask and the folder's default ACL decide."""
+    """Return the mode of a file that ``open`` creates in a folder, by the umask and the folder's default ACL."""
     probe = folder / f".{secrets.token_hex(4)}"
     handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -365,9 +365,9 @@ def new_file_mode(folder: Path) -> int:
 
 
 def give_mode(path: str | os.PathLike[str], mode: int) -> None:
-    """Set the mode of a file that a library may have made readable by its owner alone.
+    """Set the mode of a file that a library may have created readable by its owner only.
 
-    A file with several hard links belongs to another folder, too, and keeps its mode.
+    A file with several hard links also belongs to another folder and keeps its mode.
     """
     found = os.stat(path)
     if found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != mode:
@@ -376,7 +376,7 @@ def give_mode(path: str | os.PathLike[str], mode: int) -> None:
 
 def fsync_file(path: str | os.PathLike[str]) -> None:
     """Flush a file to the disk."""
-    # Windows flushes only a handle opened for writing; POSIX takes any.
+    # Windows flushes only handles opened for writing; POSIX any.
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -385,21 +385,21 @@ def fsync_file(path: str | os.PathLike[str]) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    if os.name == "nt":  # a folder cannot be opened there
+    """Flush the directory entries of a folder to the disk."""
+    if os.name == "nt":  # folders cannot be opened on Windows
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by the file system
             raise
     finally:
         os.close(handle)
 
 
 def cannot_write(path: str | os.PathLike[str], exc: OSError) -> str:
-    """Return the text of an error for what a disk refuses: the reason, and what to do."""
+    """Return the text of an error of the disk: the reason, and what to do."""
     remedy = {
         errno.ENOSPC: "Free some space or choose another disk.",
         errno.EDQUOT: "Free some space or choose another disk.",

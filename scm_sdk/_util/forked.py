@@ -1,8 +1,8 @@
 """Detect objects inherited by ``fork``: the threads of their libraries do not exist in the child process.
 
-There a call may wait for ever, and so may the destructor, when the child closes it or ends. So whoever holds such an
-object checks with ``check_process`` that it runs where it was opened, and a child never runs the destructors of what
-it inherited: the memory is the parent's.
+In the child a call or the destructor may block indefinitely. The owner of such an object therefore calls
+``check_process``, which verifies that it runs in the process that opened it, and a child never runs the destructors of
+inherited objects: the memory belongs to the parent.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _OPEN: WeakSet[object] = WeakSet()
 
 
 def survive_fork(held: object) -> None:
-    """Let a child that inherits an object by ``fork`` never destroy it."""
+    """Keep a child that inherits an object by ``fork`` from destroying it."""
     _OPEN.add(held)
 
 
 def check_process(pid: int, what: str) -> None:
-    """Refuse to use what was opened in another process.
+    """Refuse to use an object that another process opened.
 
     Args:
         pid: The process that opened it.
-        what: Its name, the subject of the message.
+        what: Name of the object, the subject of the message.
 
     Raises:
         BackendFailure: If this is another process.

@@ -18,10 +18,10 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        index: Its number.
-        name: Its name, as the driver says.
+        index: CUDA device number.
+        name: Name from the driver.
         compute_capability: Two numbers, for example ``8.0``.
-        memory_bytes: Its memory.
+        memory_bytes: Size of the device memory.
         driver: Highest CUDA version of the driver, for example ``13.0``.
     """
 
@@ -48,7 +48,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def current_gpu(index: int = 0) -> Gpu | None:
-    """Return one GPU of this machine, or None if there is none of that number."""
+    """Return the GPU with this device number, or None."""
     return next((gpu for gpu in gpus() if gpu.index == index), None)
 
 

@@ -1,4 +1,4 @@
-"""Import an optional library on first use, without its telemetry, or say how to install it."""
+"""Import optional libraries on first use, without telemetry; a missing one raises the install command."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _DISTRIBUTION = "scm-sdk"
 def is_installed(module: str) -> bool:
     """Return whether a module can be imported, without importing it.
 
-    A bare folder of that name, as some stub packages leave one, is not the module.
+    A bare folder of this name, as some stub packages leave, is not the module.
     """
     try:
         spec = find_spec(module)
-    except ModuleNotFoundError:  # the package around it is absent
+    except ModuleNotFoundError:  # the parent package is missing
         return False
     return spec is not None and spec.loader is not None and spec.origin is not None
 
 
 def installed_version(module: str) -> str:
-    """Return the version of the distribution that brings a module, or "unknown"."""
+    """Return the version of the distribution that provides a module, or "unknown"."""
     from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
     try:
@@ -38,10 +38,10 @@ def installed_version(module: str) -> str:
 
 
 def outdated(*modules: str) -> dict[str, str]:
-    """Return which modules are installed in versions that this package's metadata rules out.
+    """Return the modules whose installed version is excluded by the metadata of scm-sdk.
 
     Returns:
-        What was found and expected, by module: ``{"onnxscript": "0.5.0, expected >=0.7.2"}``.
+        Found and expected version by module: ``{"onnxscript": "0.5.0, expected >=0.7.2"}``.
     """
     from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
@@ -50,7 +50,7 @@ def outdated(*modules: str) -> dict[str, str]:
 
     try:
         asked = [Requirement(line) for line in requires(_DISTRIBUTION) or ()]
-    except PackageNotFoundError:  # run from a checkout that was not installed
+    except PackageNotFoundError:  # run from a checkout without installation
         return {}
     distributions, broken = packages_distributions(), dict[str, str]()
     for module in modules:
@@ -63,12 +63,12 @@ def outdated(*modules: str) -> dict[str, str]:
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import ``module`` or raise with the command that installs it.
+    """Import ``module``, or raise an error with the command that installs it.
 
     Args:
         module: Import name, for example ``"onnxruntime"``.
-        extra: The extra of this package that brings it.
-        purpose: What it is needed for; the subject of the message, for example
+        extra: The extra of scm-sdk that installs it.
+        purpose: What needs the module; the subject of the message, for example
             ``"backend 'onnxruntime'"``.
 
     Raises:
@@ -77,7 +77,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     try:
         with without_telemetry(module):
             return import_module(module)
-    except Exception as exc:  # whatever a library raises that is broken, or that a limit keeps from loading
+    except Exception as exc:  # a broken library, or one that a memory limit keeps from loading, may raise anything
         if not is_installed(module):
             found, command = "is not installed", install_command(extra)
         else:
@@ -99,7 +99,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
 
 def address_space_limit() -> int | None:
-    """Return the bytes of address space that this process may use, None without a limit."""
+    """Return the address space limit of this process in bytes, None without a limit."""
     try:
         import resource
     except ImportError:  # Windows
@@ -109,9 +109,9 @@ def address_space_limit() -> int | None:
 
 
 def install_command(extra: str, *options: str) -> str:
-    """Return the pip command that installs what an extra of this package brings on this machine.
+    """Return the pip command that installs the requirements of an extra on this machine.
 
-    It names the extra's requirements themselves: ``scm-sdk`` is installed from a checkout or a wheel and is on no
+    The command names the requirements, because ``scm-sdk`` is installed from a checkout or a wheel and is not on a
     package index.
 
     Args:
@@ -122,13 +122,13 @@ def install_command(extra: str, *options: str) -> str:
 
     try:
         found = list(dict.fromkeys(_requirements(extra)))
-    except PackageNotFoundError:  # run from a checkout that was not installed
+    except PackageNotFoundError:  # run from a checkout without installation
         return f"pip install --editable '.[{extra}]', in the checkout"
     return shlex.join(["pip", "install", *options, *found]) if found else f"no package of {extra!r} is for this machine"
 
 
 def wheel_command(*extras: str) -> str:
-    """Return the pip command that installs this package with extras from a wheel that ``pip wheel`` built."""
+    """Return the pip command that installs scm-sdk with extras from a wheel built by ``pip wheel``."""
     return f"pip install 'dist/{_DISTRIBUTION.replace('-', '_')}-{__version__}-py3-none-any.whl[{','.join(extras)}]'"
 
 

@@ -1,7 +1,7 @@
-"""Locks on folders, held through the folder's own file descriptor: no lock file is made, and none is left behind.
+"""Locks on folders through the file descriptor of the folder, without lock files.
 
-They are advisory, end with the process that holds them, and hold between threads as between processes. Where a file
-system has no such locks (some network disks, Windows) work goes on without them, after one warning from whoever writes.
+The locks are advisory, end with the process that holds them, and work between threads and between processes. On file
+systems without such locks (some network disks, Windows) writers continue without them after one warning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ except ImportError:  # Windows
 _LOG = logging.getLogger(__name__)
 _FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _QUIET_S = 1.0
-"""Seconds after which a wait is logged: most end sooner, since a writer holds the lock while it publishes alone."""
+"""Seconds after which a wait is logged. Most end sooner, because a writer holds the lock only while it publishes."""
 _warned: set[int] = set()
 
 
@@ -30,7 +30,7 @@ class FolderLock:
     """A lock on a folder that this process holds until ``release``.
 
     Attributes:
-        is_real: Whether it keeps others out; False where the file system has no locks.
+        is_real: Whether the lock excludes others; False on a file system without locks.
     """
 
     def __init__(self, handle: int | None) -> None:
@@ -38,25 +38,25 @@ class FolderLock:
         self.is_real = handle is not None
 
     def release(self) -> None:
-        """Give the lock back; more than once does nothing."""
+        """Release the lock; repeated calls have no effect."""
         handle, self._handle = self._handle, None
         if handle is not None:
             os.close(handle)
 
     def __del__(self) -> None:
-        """Give back what was forgotten."""
+        """Release a lock that was not released."""
         self.release()
 
 
 def try_lock(folder: Path, *, shared: bool = False) -> FolderLock | None:
-    """Lock a folder; return None if somebody else holds it.
+    """Lock a folder; return None if it is locked.
 
     Args:
-        folder: An existing folder, no link.
-        shared: Share it with others that do; False is for this holder alone.
+        folder: An existing folder, not a link.
+        shared: Take a shared lock; False takes an exclusive lock.
 
     Raises:
-        OSError: If there is no such folder, it is a link, or it may not be read.
+        OSError: If the folder does not exist, is a link, or is not readable.
     """
     return _lock(folder, shared=shared, wait=False)
 
@@ -72,12 +72,12 @@ def locked(folder: Path, *, shared: bool = False, purpose: str = "") -> Iterator
 
 
 def wait_for_lock(folder: Path, *, shared: bool = False, purpose: str = "") -> FolderLock:
-    """Lock a folder; wait for whoever holds it.
+    """Lock a folder; wait while it is locked.
 
     Args:
-        folder: An existing folder, no link.
-        shared: Share it with others that do.
-        purpose: What waits, for the line that is logged while it does.
+        folder: An existing folder, not a link.
+        shared: Take a shared lock.
+        purpose: The waiting operation, for the log line.
 
     Raises:
         OSError: As ``try_lock``.
@@ -107,7 +107,7 @@ def _lock(folder: Path, *, shared: bool, wait: bool) -> FolderLock | None:
             if os.path.samestat(os.fstat(handle), there):
                 taken, handle = FolderLock(handle), -1
                 return taken
-            # Another folder took its place while this one was waited for: that one is to be locked.
+            # The folder was replaced while waiting: lock the new one.
         except BlockingIOError:
             return None
         except OSError as exc:

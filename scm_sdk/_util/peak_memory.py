@@ -9,12 +9,12 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Measures the process's largest resident memory inside a ``with`` block; Linux alone.
+    """Measures the peak resident memory of the process inside a ``with`` block; Linux only.
 
-    It resets the peak that the kernel keeps, so what the process reports as its own peak afterwards begins here.
+    The peak of the kernel is reset, so that a later peak of the process also starts here.
 
     Attributes:
-        bytes: The peak, all that the process held already included; 0 where the system does not tell.
+        bytes: The peak, including memory that was allocated before; 0 if the system does not report it.
     """
 
     bytes = 0

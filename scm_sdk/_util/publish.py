@@ -1,17 +1,16 @@
-"""Put a folder in the place of another so that there is the old one or the new one at any moment, whoever is killed.
+"""Replace a folder atomically: after a kill at any moment there is the old or the new one.
 
-A new folder is filled beside its place. Two ways lead from there:
+A new folder is filled next to its target and published in one of two ways:
 
 * **exchange**: the file system swaps the names of both folders in one step (``renameat2`` on Linux, ``renamex_np`` on
-  macOS). What was there before is then deleted.
-* **in place**: where the file system cannot, where the folder is a mount point or lies in a lower layer of an overlay
-  (a container's volume or image), where the folder above may not be written, and where files lie that do not belong to
-  what is replaced, which stay untouched. A journal is written into the folder, then the new files are moved in one by
-  one, the marker last, and files that are gone are deleted. Whoever opens or writes the folder after a kill finishes
-  what the journal lists.
+  macOS). The old folder is then deleted.
+* **in place**: used if the file system cannot exchange, if the folder is a mount point or in a lower layer of an
+  overlay (a container's volume or image), if its parent is not writable, or if it holds unrelated files, which stay
+  untouched. A journal is written into the folder, then the new files are moved one by one, the marker last, and removed
+  files are deleted. After a kill the next process that opens or writes the folder completes the journal.
 
-Which way it will be is tried out before the folder is filled, so that what cannot be published is refused before work
-that takes minutes. A writer holds the folder's lock from its last look at the old content to the end.
+The way is determined before the folder is filled, so that an impossible publication is refused before minutes of work.
+A writer holds the lock of the folder from its last read of the old content to the end.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 _CANNOT_MOVE = frozenset(
     {errno.EBUSY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM}
 )
-"""What the system says where two folders cannot change places: mounts, overlays, file systems, rights."""
+"""Error numbers if two folders cannot be exchanged: mounts, overlays, file systems, permissions."""
 
 Owned = Callable[[Path], Collection[str]]
-"""Returns the relative paths of the files of a folder that a new one replaces; all others stay."""
+"""Returns the relative paths of the files that the new folder replaces; all other files stay."""
 
 
 @contextmanager
@@ -65,14 +64,14 @@ def atomic_folder(
     marker: str | None = None,
     error: type[ScmError] = BundleError,
 ) -> Iterator[Path]:
-    """Fill a folder that appears at ``path`` only when the ``with`` block ends well.
+    """Fill a folder that appears at ``path`` only if the ``with`` block succeeds.
 
     Args:
-        path: The folder to make; missing parents are made. An empty folder may be there already.
+        path: The folder to create, with its parents. It may exist and be empty.
         overwrite: Replace a folder that is not empty.
-        marker: With ``overwrite``, replace only a folder that holds a file of this name, so that a
-            mistyped path never costs somebody's documents.
-        error: What to raise when the disk refuses.
+        marker: With ``overwrite``, replace only a folder that holds a file of this name, so that a mistyped path
+            never deletes unrelated files.
+        error: Exception type for errors of the disk.
 
     Yields:
         The folder to fill.
@@ -99,15 +98,15 @@ def staged_folder(
     Args:
         path: As ``atomic_folder``.
         overwrite: As ``atomic_folder``.
-        marker: As ``atomic_folder``; of the files it is the last that is replaced.
-        owned: What belongs to an old folder; None is everything in it.
+        marker: As ``atomic_folder``; it is the last file that is replaced.
+        owned: The files of an old folder that are replaced; None for all.
         error: As ``atomic_folder``.
 
     Yields:
-        What is to be filled and published. What was not published is removed.
+        The folder to fill and publish. Without ``publish`` it is removed.
 
     Raises:
-        ScmError: As ``atomic_folder``; whether ``path`` can be written is tried at once.
+        ScmError: As ``atomic_folder``, before the block if ``path`` cannot be written.
     """
     target = real_path(path)
     finish_interrupted(target)
@@ -133,14 +132,14 @@ class Staged:
     """A folder that is being filled, to be published under another name.
 
     Attributes:
-        path: That name, as the caller gave it.
-        target: The same, resolved.
-        temp: The hidden folder that goes when the work ends.
-        folder: What is to be filled: in ``temp`` or, where it will be published in place, ``temp`` itself.
+        path: The target as the caller gave it.
+        target: The resolved target.
+        temp: The hidden folder, removed at the end.
+        folder: The folder to fill: in ``temp``, or ``temp`` itself if it is published in place.
         overwrite: Whether an old folder may be replaced.
-        marker: Its file that is replaced last.
-        owned: What belongs to an old folder.
-        error: What is raised.
+        marker: The file that is replaced last.
+        owned: The files of an old folder that are replaced.
+        error: Exception type for errors of the disk.
     """
 
     path: str | os.PathLike[str]
@@ -153,11 +152,11 @@ class Staged:
     error: type[ScmError]
 
     def publish(self, finish: Callable[[], Collection[str]] = tuple) -> None:
-        """Put the folder in its place.
+        """Publish the folder.
 
         Args:
-            finish: Called when nobody else may write there, to compare the old content with what the caller read of
-                it and to add what follows from that; returns the relative paths of old files that stay.
+            finish: Called under the exclusive lock, to compare the current content with the content that the caller
+                read earlier and to add dependent files; returns the relative paths of old files that stay.
 
         Raises:
             ScmError: If ``path`` may not be replaced or cannot be written; nothing was changed.
@@ -169,7 +168,7 @@ class Staged:
                 if self._take_name():
                     return
             with undisturbed(self.target, purpose=f"publish {os.fspath(self.path)}"):
-                # Again: the work may have taken minutes, and somebody may have written there meanwhile.
+                # Check again: the work may have taken minutes, and another process may have written there.
                 _check_target(self.path, self.target, overwrite=self.overwrite, marker=self.marker, error=self.error)
                 kept = finish()
                 if self.folder != self.temp and not _strangers(self.target, self.owned):
@@ -178,7 +177,7 @@ class Staged:
                         return
                 self._publish_in_place(kept)
         except OSError as exc:
-            if has_journal(self.target):  # a file that another disk holds, for example
+            if has_journal(self.target):  # for example a file on another disk
                 raise self.error(
                     f"{os.fspath(self.path)} was changed in part, then refused more: {exc.strerror or exc}. Remove the "
                     f"cause, then finish the change: scm-export bundle verify {os.fspath(self.path)}"
@@ -189,7 +188,7 @@ class Staged:
         return not os.path.lexists(self.target) or not _content(self.target)
 
     def _take_name(self) -> bool:
-        """Rename the folder to a name that is free, or is an empty folder's; return whether it still was."""
+        """Rename the folder to a free name or an empty folder; return whether the name was still free."""
         try:
             os.rename(self.folder, self.target)
         except OSError as exc:
@@ -204,7 +203,7 @@ class Staged:
         return True
 
     def _exchange(self, kept: Collection[str]) -> None:
-        """Swap names with the old folder, which goes with ``temp``."""
+        """Swap names with the old folder, which is removed with ``temp``."""
         for name in kept:
             _link(safe_join(self.target, name), self.folder / name)
         fsync_tree(self.folder)
@@ -225,7 +224,7 @@ class Staged:
     def _publish_in_place(self, kept: Collection[str]) -> None:
         with ExitStack() as stack:
             source = self.folder
-            if source != self.temp:  # filled beside its place
+            if source != self.temp:  # filled next to its target
                 source = stack.enter_context(staging(self.target))
                 for name in _files(self.folder):
                     if name not in kept:
@@ -247,13 +246,13 @@ class Staged:
 
 
 class _Journal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is being done to a folder in place; relative POSIX paths.
+    """Change of a folder in place; relative POSIX paths.
 
     Attributes:
-        staging: Folder in it that holds the new files.
-        new: Files that were not there before.
-        replaced: Files that were, the marker last.
-        removed: Files that go.
+        staging: Subfolder with the new files.
+        new: Files that did not exist before.
+        replaced: Files that existed, the marker last.
+        removed: Files to delete.
     """
 
     staging: str
@@ -272,14 +271,14 @@ class _CannotExchange(Exception):
 
 
 def finish_interrupted(path: Path) -> None:
-    """Finish what a killed command began to change in a folder, if there is such a thing; wait for a living one.
+    """Complete an interrupted change of a folder, if there is one; wait for a change in progress.
 
     Raises:
-        BundleError: If it cannot be finished; the message says why and what to run.
+        BundleError: If it cannot be completed; the message states why and what to run.
     """
     try:
         folder = real_path(path)
-    except (OSError, ValueError):  # no path at all, as whoever opens it says
+    except (OSError, ValueError):  # not a path; the caller raises the error when it opens it
         return
     restore_earlier(folder)
     if not has_journal(folder):
@@ -290,7 +289,7 @@ def finish_interrupted(path: Path) -> None:
                 _roll_forward(folder, journal)
                 shutil.rmtree(folder / journal.staging, ignore_errors=True)
     except OSError as exc:
-        if not has_journal(folder):  # there was no room for the new files, and the old ones are whole
+        if not has_journal(folder):  # no space for the new files; the old files are complete
             return
         raise BundleError(
             f"a command that changed {path} was interrupted, and what it began cannot be finished here: "
@@ -300,15 +299,15 @@ def finish_interrupted(path: Path) -> None:
 
 @contextmanager
 def undisturbed(path: Path, *, shared: bool = False, purpose: str) -> Iterator[None]:
-    """Keep others from changing a folder while the block runs; they wait, as this does for them.
+    """Lock a folder against changes by other processes during the block.
 
     Args:
         path: The folder.
-        shared: For reading, with others who read; False is to write to it alone.
-        purpose: What waits, for the line that is logged while it does.
+        shared: Take a shared lock, for reading; False takes an exclusive lock, for writing.
+        purpose: The waiting operation, for the log line.
 
     Raises:
-        BundleError: If the folder is not there or cannot be read, or an interrupted change cannot be finished.
+        BundleError: If the folder is missing or unreadable, or an interrupted change cannot be completed.
     """
     folder = real_path(path)
     with ExitStack() as stack:
@@ -318,14 +317,14 @@ def undisturbed(path: Path, *, shared: bool = False, purpose: str) -> Iterator[N
                 stack.enter_context(locked(folder, shared=shared, purpose=purpose))
             except OSError as exc:
                 raise BundleError(f"{path} cannot be opened: {exc.strerror}. Check the path and its mode.") from exc
-            if not has_journal(folder):  # of somebody who was killed just now
+            if not has_journal(folder):  # of a process that was killed just now
                 break
             stack.close()
         yield
 
 
 def has_journal(folder: Path) -> bool:
-    """Return whether a command is changing a folder in place, or was killed while it did."""
+    """Return whether a change in place is in progress or was interrupted."""
     return os.path.lexists(folder / JOURNAL_NAME)
 
 
@@ -374,7 +373,7 @@ def _check_target(
 
 
 def _make_room(stack: ExitStack, target: Path, owned: Owned | None) -> tuple[Path, Path]:
-    """Make the folder that is filled, on the disk of its place; try whether it can take that place."""
+    """Create the folder to fill on the disk of the target; test whether it can be exchanged with the target."""
     if not target.is_dir():
         temp = stack.enter_context(staging(target.parent))
         folder = temp / target.name
@@ -397,9 +396,9 @@ def _make_room(stack: ExitStack, target: Path, owned: Owned | None) -> tuple[Pat
 
 
 def _can_exchange(target: Path, temp: Path) -> bool:
-    """Return whether a folder in ``temp`` could change places with ``target``; nothing is moved.
+    """Return whether a folder in ``temp`` could be exchanged with ``target``, without moving it.
 
-    A rename onto a folder that holds something always fails: at that folder, or before at what cannot be moved.
+    A rename onto a non-empty folder always fails; the error tells whether the folder could be moved.
     """
     obstacle = temp / "obstacle"
     (obstacle / "content").mkdir(parents=True)
@@ -408,7 +407,7 @@ def _can_exchange(target: Path, temp: Path) -> bool:
     except OSError as exc:
         if exc.errno not in _OCCUPIED:
             return False
-    else:  # not what POSIX says
+    else:  # contrary to POSIX
         os.rename(obstacle, target)
         return False
     shutil.rmtree(obstacle)
@@ -424,11 +423,11 @@ def _can_exchange(target: Path, temp: Path) -> bool:
 
 
 def _check_replaceable(target: Path, names: Iterable[str]) -> None:
-    """Refuse files that cannot be put, replaced or deleted by a rename within the folder.
+    """Refuse files that cannot be created, replaced or deleted by a rename within the folder.
 
     Raises:
-        OSError: If one cannot.
-        BundleError: If a link leads out of the folder.
+        OSError: If a file cannot.
+        BundleError: If a link leaves the folder.
     """
     device = os.stat(target).st_dev
     folders = {target}
@@ -449,7 +448,7 @@ def _content(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the relative POSIX paths of what a folder holds, without folders and unfinished files."""
+    """Return the relative POSIX paths of the files in a folder, without unfinished files."""
     found = []
     for root, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
@@ -459,7 +458,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _strangers(target: Path, owned: Owned | None) -> bool:
-    """Return whether a folder holds files that do not belong to what is replaced."""
+    """Return whether a folder holds unrelated files."""
     return owned is not None and not set(_files(target)) <= set(owned(target))
 
 
@@ -476,10 +475,10 @@ def _write_journal(target: Path, source: Path, journal: _Journal) -> None:
 
 
 def _read_journal(target: Path) -> _Journal | None:
-    """Return what a journal lists; None if somebody finished it meanwhile. It is trusted no more than its folder.
+    """Return the content of a journal; None if another process completed it. It is as untrusted as its folder.
 
     Raises:
-        BundleError: If it is damaged, or names what does not lie in the folder.
+        BundleError: If it is damaged, or names a path outside the folder.
     """
     path = target / JOURNAL_NAME
     try:
@@ -501,9 +500,9 @@ def _read_journal(target: Path) -> _Journal | None:
 
 
 def _roll_forward(target: Path, journal: _Journal) -> None:
-    """Do what is left to do of a journal; after a kill the next call goes on.
+    """Perform the remaining steps of a journal; after a kill the next call continues.
 
-    New files come first: where they find no room they are taken back, and the folder is as it was.
+    New files are moved first: if there is no space they are removed again, and the folder is unchanged.
     """
     source = target / journal.staging
     untouched = all(os.path.lexists(source / name) for name in journal.replaced)
@@ -539,13 +538,13 @@ def _end_journal(target: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename a file; one that is gone was moved before."""
+    """Rename a file; a missing file was moved before."""
     with suppress(FileNotFoundError):
         os.replace(source, target)
 
 
 def _remove_empty(root: Path, folder: Path) -> None:
-    """Remove a folder below ``root`` and those above it, as far as they are empty."""
+    """Remove an empty folder below ``root`` and its empty parents."""
     while folder != root:
         try:
             folder.rmdir()
@@ -558,5 +557,5 @@ def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or a file system without links
         shutil.copyfile(source, target)

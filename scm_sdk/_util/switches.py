@@ -11,14 +11,14 @@ _NO = ("", "0", "false", "no", "off")
 
 
 def is_on(variable: str) -> bool:
-    """Return whether an environment variable says yes; absent or empty it says no.
+    """Return whether an environment variable is on; absent or empty is off.
 
     Raises:
-        ConfigError: If it says neither.
+        ConfigError: If the value is neither on nor off.
     """
     value = os.environ.get(variable, "")
     if value.lower() not in _YES + _NO:
         raise ConfigError(
-            f"{variable} is {value!r}, expected {', '.join(_YES)}, or {', '.join(_NO[1:])} or nothing. Set it anew."
+            f"{variable} is {value!r}, expected {', '.join(_YES)}, or {', '.join(_NO[1:])} or nothing. Correct it."
         )
     return value.lower() in _YES

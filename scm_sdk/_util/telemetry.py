@@ -22,19 +22,19 @@ def without_telemetry(module: str) -> Iterator[None]:
     """Import a library within this context with its telemetry off.
 
     Args:
-        module: What is imported.
+        module: Name of the module to import.
     """
     library = module.partition(".")[0]
     if is_on(TELEMETRY_VARIABLE):
         yield
     elif library == "onnxruntime":
-        # Its own switch, read when it starts; a user's value stays.
+        # The variable is read when the library starts; a value of the user is kept.
         os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
         yield
-        # Where the program imported it before, it has read its switch.
+        # If the program imported the library before, it has read the variable already.
         getattr(sys.modules.get(library), "disable_telemetry_events", lambda: None)()
     elif library == "openvino" and _OF_OPENVINO not in sys.modules:
-        # It has no switch but a file in the home folder; where its client is not installed it does without.
+        # OpenVINO has no variable, only a file in the home folder. Without its client package it sends nothing.
         sys.modules[_OF_OPENVINO] = None  # type: ignore[assignment]
         try:
             yield
