@@ -1,8 +1,7 @@
 """``.scmz``: a bundle as one file.
 
-A zip file without compression, whose bytes follow from the bundle's alone. Reading one trusts nothing: each member
-must be a plain stored file that the manifest inside lists, or the signature, so an archive never unfolds to more than
-its own size.
+A zip file without compression, whose bytes depend only on the bundle. Archives are untrusted: each member must be a
+plain stored file that the manifest inside lists, or the signature, so an archive never expands to more than its size.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from .verify import MANIFEST_MAX_BYTES, check_content, read_manifest
 SUFFIX = ".scmz"
 MAX_MEMBERS = 4096
 _DIRECTORY_BYTES = 2 << 20
-"""Most that the list of members takes: 512 bytes for each. A name has about 60."""
+"""Maximum size of the list of members, bytes: 512 per member. A name has about 60."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _UNREADABLE = (
     zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError, RuntimeError, struct.error,
 )  # fmt: skip
-"""What ``zipfile`` raises for damaged files."""
+"""Exceptions of ``zipfile`` for damaged files."""
 _REPAIR = "Copy it again, or pack it again: scm-export bundle pack"
 
 
@@ -49,8 +48,8 @@ def pack(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Write a bundle as one file; the same bundle gives the same bytes.
 
     Args:
-        folder: The bundle; every file is checked first. Files that it does not list stay out.
-        out: The file, by habit ``NAME.scmz``; replaced when it is there.
+        folder: The bundle; every file is checked first. Unlisted files are excluded.
+        out: The file, by convention ``NAME.scmz``; an existing file is replaced.
 
     Raises:
         BundleError: If the bundle is damaged or ``out`` cannot be written.
@@ -79,12 +78,12 @@ def pack(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
 
 
 def unpack(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write the bundle in a ``.scmz`` file to a folder, checked as a whole before it appears.
+    """Write the bundle in a ``.scmz`` file to a folder, which appears only after every check.
 
     Args:
         path: The file.
-        out: The folder; a new name, or with ``overwrite`` an older bundle.
-        overwrite: Replace the bundle that is there.
+        out: The folder; it must not exist, except with ``overwrite`` a bundle.
+        overwrite: Replace an existing bundle.
 
     Raises:
         BundleError: If a path in it is not allowed, or ``out`` may not be replaced or cannot be written.
@@ -98,11 +97,11 @@ def unpack(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwri
 
 @contextmanager
 def open_archive(path: str | os.PathLike[str]) -> Iterator[Archive]:
-    """Open a ``.scmz`` file once: whatever takes its name meanwhile is not read.
+    """Open a ``.scmz`` file once, so that a file that replaces it later is not read.
 
     Raises:
-        BundleError: If it is not there.
-        IntegrityError: If it is no plain file or cannot be read.
+        BundleError: If it does not exist.
+        IntegrityError: If it is not a regular file or cannot be read.
     """
     try:
         plain = open_regular(path)
@@ -115,7 +114,7 @@ def open_archive(path: str | os.PathLike[str]) -> Iterator[Archive]:
 
 
 class Archive:
-    """A ``.scmz`` file that is open."""
+    """An open ``.scmz`` file."""
 
     def __init__(self, path: Path, stream: _Capped) -> None:
         self._path, self._stream = path, stream
@@ -145,8 +144,8 @@ class Archive:
 
         Args:
             out: The folder.
-            overwrite: Replace the bundle that is there.
-            sha256: The digest that the file must still have when it was read.
+            overwrite: Replace an existing bundle.
+            sha256: The digest that the file must have after it was read.
             check: Called with the unfinished folder before the manifest is parsed.
         """
         with atomic_folder(out, overwrite=overwrite, marker=MANIFEST_NAME, error=BundleError) as folder:
@@ -179,7 +178,7 @@ class Archive:
         except _UNREADABLE as exc:
             raise IntegrityError(f"{self._path} is damaged or no {SUFFIX} file: {exc}. {_REPAIR}") from exc
         except OSError as exc:
-            if exc.errno in DISK_ERRORS:  # the disk that is unpacked to
+            if exc.errno in DISK_ERRORS:  # an error of the target disk
                 raise
             raise IntegrityError(f"{self._path} cannot be unpacked: {exc.strerror or exc}. {_REPAIR}") from exc
         finally:
@@ -187,9 +186,10 @@ class Archive:
 
 
 class _Capped(io.BufferedReader):
-    """A file whose single reads have a limit: ``zipfile`` reads the list of members at once, however long it is.
+    """A file with a size limit per read, because ``zipfile`` reads the list of members at once.
 
-    An archive can say in several places where that list is and how long. What counts is what ``zipfile`` believes.
+    An archive states the position and the length of the list in several places; the limit applies to the one that
+    ``zipfile`` uses.
     """
 
     limit: int | None = None
@@ -203,7 +203,7 @@ class _Capped(io.BufferedReader):
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the members, the manifest first, if each is a plain file of an allowed name."""
+    """Return the members, the manifest first; refuse one that is not a plain file with an allowed name."""
     assert archive.fp is not None, "it is open"
     size = archive.fp.seek(0, os.SEEK_END)
     members = archive.infolist()
@@ -217,7 +217,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             raise BundleError(
                 f"{path}: {member.filename} is compressed, encrypted or a link, expected a plain stored file. {_REPAIR}"
             )
-    # Stored members that overlap would unfold to more than the file holds.
+    # Overlapping stored members would expand to more than the size of the file.
     if sum(member.file_size for member in members) > size:
         raise BundleError(f"{path} would unfold to more bytes than it has. It is refused.")
     found = {member.filename: member for member in members}

@@ -28,7 +28,7 @@ from .manifest import MANIFEST_NAME
 from .verify import check_content, read_manifest
 
 _ABANDONED_DAYS = 1.0
-"""Where a disk has no locks: a folder that is still being filled after this long was left by a killed process."""
+"""On file systems without locks: age after which an unfinished folder counts as left by a killed process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class Entry:
     """One unpacked bundle.
 
     Attributes:
-        key: Of the file it came from, the first half of its sha256.
-        folder: Where it lies.
-        name: Of the bundle; "" if its manifest cannot be read.
-        bytes: Its size.
-        used: When it was last opened, seconds since the epoch.
+        key: The first half of the archive's sha256.
+        folder: Folder of the bundle.
+        name: Name of the bundle; "" if its manifest cannot be read.
+        bytes: Size of the folder.
+        used: Time of the last use, seconds since the epoch.
     """
 
     key: str
@@ -51,22 +51,22 @@ class Entry:
 
 
 def unpacked_folder() -> Path | None:
-    """Return where the entries lie; None where there is no cache."""
+    """Return the folder of the entries; None without a cache."""
     root = cache_folder()
     return None if root is None else root / UNPACKED
 
 
 def unpacked(path: str | os.PathLike[str], *, check: Callable[[Path], object] = lambda folder: None) -> Path:
-    """Return the folder of a ``.scmz`` file's bundle in the user's cache; it is unpacked once.
+    """Return the cached folder of a ``.scmz`` file's bundle; it is unpacked once.
 
-    Where the cache cannot be used, the folder is one of this process and goes when it ends. ``hold`` keeps it there.
+    Without a usable cache the folder is temporary and is removed when the process ends. ``hold`` protects an entry.
 
     Args:
         path: The file.
         check: Called with the folder before its manifest is parsed, for example to check its signature.
 
     Raises:
-        BundleError: As ``archive.unpack``; also if there is no disk to unpack to.
+        BundleError: As ``archive.unpack``; also if no folder to unpack to can be created.
     """
     with open_archive(path) as archive:
         sha256, manifest = archive.sha256(), archive.manifest_text()
@@ -82,36 +82,39 @@ def unpacked(path: str | os.PathLike[str], *, check: Callable[[Path], object] = 
             if _holds(kept, manifest):
                 check(kept)
             else:
-                _move_away(kept)  # altered, or half removed
+                _move_away(kept)  # altered, or partly removed
                 try:
                     archive.unpack(kept, sha256=sha256, check=check)
                 except BundleError:
                     if not _holds(kept, manifest):
                         raise
                     check(kept)  # another process was first
-                with suppress(FileNotFoundError):  # collect_garbage was here already
+                with suppress(FileNotFoundError):  # collect_garbage removed it already
                     withdraw_write(kept)
-    with suppress(OSError):  # somebody else's, or a read-only disk
-        os.utime(kept, ns=(time.time_ns(),) * 2)  # finer than the file system's own clock
+    with suppress(OSError):  # owned by another user, or on a read-only disk
+        os.utime(kept, ns=(time.time_ns(),) * 2)  # finer than the clock of the file system
     return kept
 
 
 def hold(folder: Path) -> FolderLock | None:
-    """Keep ``collect_garbage`` from removing an unpacked bundle until the lock is released; None elsewhere.
+    """Protect an unpacked bundle from ``collect_garbage`` until the lock is released; None for other folders.
 
     Raises:
-        FileNotFoundError: If it was removed just now.
+        FileNotFoundError: If it was just removed.
     """
     try:
         if not is_cached(folder):
             return None
         return wait_for_lock(folder.resolve(), shared=True, purpose=f"open {folder}")
-    except (ConfigError, PermissionError):  # no cache can be meant; or it may be opened by name, but not listed
+    except (
+        ConfigError,
+        PermissionError,
+    ):  # without a home folder there is no cache; or the folder is readable by name only
         return None
 
 
 def entries() -> list[Entry]:
-    """Return what is there, the longest unused first; what a killed process left among it."""
+    """Return the entries, least recently used first, including those left by killed processes."""
     folder = unpacked_folder()
     if folder is None or not folder.is_dir():
         return []
@@ -120,16 +123,16 @@ def entries() -> list[Entry]:
 
 
 def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
-    """Remove the damaged, those unused for long, and then the longest unused until the rest is small enough.
+    """Remove damaged entries, old entries, and then the least recently used ones down to ``max_bytes``.
 
-    Every file is hashed again. What a process has open (``hold``) stays.
+    Every file is hashed again. Entries that a process has open (``hold``) stay.
 
     Args:
-        max_bytes: What may stay in all; None is no limit.
-        max_age_days: Days since an entry was opened; None is no limit.
+        max_bytes: Maximum total size of the remaining entries; None for no limit.
+        max_age_days: Maximum days since an entry was opened; None for no limit.
 
     Returns:
-        What was removed. Whoever has such a file opens it again as if for the first time.
+        The removed entries. A removed bundle is unpacked again when its archive is opened.
     """
     kept: list[Entry] = []
     removed: list[Entry] = []
@@ -148,7 +151,7 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
 
 
 def _remove(entry: Entry, days: float) -> bool:
-    """Remove an entry that nobody has open; return whether it was removed."""
+    """Remove an entry unless it is in use; return whether it was removed."""
     try:
         lock = try_lock(entry.folder)
     except OSError:  # removed by another process, or a link
@@ -159,7 +162,7 @@ def _remove(entry: Entry, days: float) -> bool:
         if not lock.is_real and entry.key.startswith(".") and days < _ABANDONED_DAYS:
             return False
         now = _read(entry.folder)
-        if now is None or now.used != entry.used:  # opened, or made anew, meanwhile
+        if now is None or now.used != entry.used:  # opened or created again in the meantime
             return False
         _move_away(entry.folder)
     finally:
@@ -168,7 +171,7 @@ def _remove(entry: Entry, days: float) -> bool:
 
 
 def _move_away(folder: Path) -> None:
-    """Delete a folder, first out of sight: nobody opens half a bundle."""
+    """Rename a folder, then delete it, so that no process opens a partly deleted bundle."""
     away = folder.with_name(f".{folder.name.strip('.')}.{secrets.token_hex(4)}.removed")
     try:
         os.replace(folder, away)
@@ -180,7 +183,7 @@ def _move_away(folder: Path) -> None:
 
 
 def _holds(folder: Path, manifest: bytes) -> bool:
-    """Return whether a folder is the bundle of this manifest, by which each file is checked when it is opened."""
+    """Return whether a folder is the bundle of this manifest, against which each file is checked when it is opened."""
     try:
         return (folder / MANIFEST_NAME).read_bytes() == manifest
     except OSError:
@@ -197,7 +200,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> Entry | None:
-    """Return an entry; None if it was removed or renamed meanwhile."""
+    """Return an entry; None if it was removed or renamed in the meantime."""
     try:
         sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
         used = folder.stat().st_mtime

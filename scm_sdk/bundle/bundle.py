@@ -1,8 +1,8 @@
-"""A bundle: one folder with a model in every format that it runs in, and a manifest with the hash of each file.
+"""A bundle: one folder with a model in several formats and a manifest with the hash of each file.
 
-``export`` fills a folder and calls ``write_bundle``; ``Generator`` calls ``Bundle.open``. Opening trusts
-nothing: path and size limits, then the schema, then every file's size and sha256, and only then may
-a file be handed to a library. Files that the manifest does not list are never touched. No pickle.
+``export`` fills a folder and calls ``write_bundle``; ``Generator`` calls ``Bundle.open``. Bundles are untrusted: path
+and size limits are checked first, then the schema, then size and sha256 of every file, before a library gets a file.
+Files that the manifest does not list are never opened. A bundle holds no pickle.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ Verify = Literal["none", "digest"]
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk that passed its checks. Make one with ``Bundle.open``.
+    """A verified bundle on disk. Create it with ``Bundle.open``.
 
     Attributes:
-        path: The folder.
-        manifest: What it holds.
+        path: Folder of the bundle.
+        manifest: Content of the bundle.
     """
 
     path: Path
     manifest: Manifest
     _seen: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The files as they were when the bundle was opened."""
+    """Stamps of the files when the bundle was opened."""
     _hashed: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -81,12 +81,11 @@ class Bundle:
 
         Args:
             path: The folder.
-            verify: ``digest`` compares every file with its sha256; ``none`` compares only the sizes of
-                the files that are there, for callers that check what they open (``check_unchanged``) and for a folder
-                that was checked before.
+            verify: ``digest`` compares every file with its sha256; ``none`` compares only the sizes of the existing
+                files, for callers that check the files they open (``check_unchanged``) and for verified folders.
 
         Raises:
-            BundleError: If the folder is no bundle, or a path in it leads out of it.
+            BundleError: If the folder is not a bundle, or a path leaves it.
             SchemaError: If the manifest is malformed or from a newer version.
             IntegrityError: If a file is missing, altered or truncated.
             ConfigError: If ``verify`` is neither of the two.
@@ -97,7 +96,7 @@ class Bundle:
         finish_change(folder)
         try:
             return cls._read(folder, verify)
-        except IntegrityError:  # damaged, or another process published a change while it was read
+        except IntegrityError:  # damaged, or another process changed the bundle while it was read
             with undisturbed(folder, shared=True, purpose=f"open {folder}"):
                 return cls._read(folder, verify)
 
@@ -117,7 +116,7 @@ class Bundle:
 
     @property
     def status(self) -> ModelStatus:
-        """What the model is: its kind, how far it was trained, whether its quality was measured."""
+        """State of the model: its kind, the length of its training, whether its quality was measured."""
         measured = bool(_scores(self.path, self.manifest))
         return ModelStatus.of(self.manifest.provenance, quality_measured=measured)
 
@@ -125,7 +124,7 @@ class Bundle:
         """Compare every file with its recorded size and sha256; check the headers of tensor files, and every graph.
 
         Raises:
-            BundleError: If a graph holds what is not allowed, or names a file that is not listed.
+            BundleError: If a graph holds an operator that is not allowed, or names an unlisted file.
             IntegrityError: If a file differs; the message names it.
         """
         for entry in self.manifest.files:
@@ -137,26 +136,26 @@ class Bundle:
         """Check a listed ONNX graph before a library reads it; see ``graph_checks``.
 
         Raises:
-            BundleError: If the graph holds what is not allowed, or names a file that is not listed.
-            IntegrityError: If it is no graph, or not one of the sampler of its artifact.
+            BundleError: If the graph holds an operator that is not allowed, or names an unlisted file.
+            IntegrityError: If it is not a graph, or not a graph of its artifact's sampler.
         """
         steps = next((a.num_inference_steps for a in self.manifest.artifacts if a.path == path), 0)
-        # Weights may lie only where they are hashed with the artifact, and beside it.
+        # Weights must be in files that are hashed with the artifact, in its folder.
         hashed = {entry.path.rpartition("/"): entry.size for entry in files_of(self.manifest, path)}
         beside = {name: size for (folder, _, name), size in hashed.items() if folder == path.rpartition("/")[0]}
         check_graph_file(self.file(path), beside, self.spec(steps) if steps else None)
 
     def check_unchanged(self, artifact: str, *, verify: Verify = "digest") -> tuple[Stamp, ...]:
-        """Hold the files of an artifact, as they are on disk now, against the manifest that was opened.
+        """Compare the files of an artifact on disk with the opened manifest.
 
-        A file whose inode, size and times are those at which it was hashed is not hashed again.
+        A file with unchanged inode, size and times is not hashed again.
 
         Args:
-            artifact: Its path, or that of another listed file.
-            verify: ``digest`` compares sha256; ``none`` the sizes and what the manifest on disk lists now.
+            artifact: Path of the artifact, or of another listed file.
+            verify: ``digest`` compares sha256; ``none`` compares sizes and the current manifest on disk.
 
         Returns:
-            The stamp of each file. Where ``stamps`` returns others later, what was read between is unknown.
+            The stamp of each file. If ``stamps`` returns others later, a file was changed in between.
 
         Raises:
             IntegrityError: If a file is missing or damaged, or the bundle was replaced or edited since it was opened.
@@ -164,7 +163,7 @@ class Bundle:
         return tuple(self._check_unchanged(entry, verify) for entry in self._files(artifact))
 
     def check_file(self, relpath: str, *, verify: Verify = "digest") -> None:
-        """Hold one file, if it is listed, against the manifest that was opened, as ``check_unchanged`` does.
+        """Compare one file, if it is listed, with the opened manifest, as ``check_unchanged``.
 
         Raises:
             IntegrityError: As ``check_unchanged``.
@@ -174,10 +173,10 @@ class Bundle:
                 self._check_unchanged(entry, verify)
 
     def check_text_encoder(self, artifact: str, *, verify: Verify = "digest") -> None:
-        """Hold what encodes a pipeline's prompts against the manifest that was opened, as ``check_unchanged`` does.
+        """Compare the text encoder and tokenizer of a pipeline with the opened manifest, as ``check_unchanged``.
 
         Args:
-            artifact: The checkpoint that the text encoder lies in.
+            artifact: The checkpoint that holds the text encoder.
             verify: As in ``check_unchanged``.
 
         Raises:
@@ -193,7 +192,7 @@ class Bundle:
 
     @property
     def build_files(self) -> frozenset[tuple[str, str]]:
-        """Path and sha256 of each file that decides what is computed."""
+        """Path and sha256 of each file that decides the images."""
         return frozenset((entry.path, entry.sha256) for entry in self.manifest.files if entry.role in BUILD_ROLES)
 
     def file(self, relpath: str) -> Path:
@@ -216,9 +215,9 @@ class Bundle:
         precision: Precision | None = None,
         num_inference_steps: int | None = None,
     ) -> tuple[Artifact, ...]:
-        """Return what can be run, in the manifest's order, narrowed by each argument that is given.
+        """Return the artifacts in the order of the manifest, filtered by each given argument.
 
-        A checkpoint, which is unrolled on demand, matches any ``num_inference_steps``.
+        A checkpoint matches any ``num_inference_steps``, because PyTorch unrolls it on demand.
         """
         return tuple(
             a
@@ -231,8 +230,8 @@ class Bundle:
     def spec(self, num_inference_steps: int) -> SamplerSpec:
         """Return the sampler with this number of steps.
 
-        A number that was not exported is derived from the first sampler, if the bundle holds a
-        checkpoint, which runs any number.
+        If the bundle holds a checkpoint, which runs any number of steps, a number that was not exported is derived
+        from the first sampler.
 
         Raises:
             ConfigError: If the bundle cannot run this number of steps.
@@ -253,23 +252,23 @@ class Bundle:
         """Return the recorded samples by number of steps; empty if the bundle has none.
 
         Raises:
-            IntegrityError: If the file does not fit the samplers.
+            IntegrityError: If the file does not match the samplers.
         """
         if not any(entry.path == GOLDEN_PATH for entry in self.manifest.files):
             return {}
         return read_goldens(self.file(GOLDEN_PATH), self.manifest.samplers)
 
     def with_parity(self, *records: ParityRecord) -> Bundle:
-        """Record measured comparisons in the manifest on disk; each replaces an older one of its pair.
+        """Record comparisons in the manifest on disk; each replaces the previous one of its artifact and backend.
 
-        What other processes wrote into the bundle since it was opened is kept.
+        Changes that other processes made since the bundle was opened are kept.
 
         Returns:
             The bundle with the new manifest.
 
         Raises:
-            ConfigError: If a record holds a number that JSON cannot hold.
-            BundleError: If the manifest cannot be written, or an artifact of a record was replaced meanwhile.
+            ConfigError: If a record holds NaN or infinity.
+            BundleError: If the manifest cannot be written, or an artifact of a record was replaced in the meantime.
         """
 
         def change(manifest: Manifest) -> Manifest:
@@ -285,7 +284,7 @@ class Bundle:
         return self._with(change)
 
     def with_budgets(self, *budgets: str) -> Bundle:
-        """Replace the latencies that the bundle must keep; see ``evaluate.latency.contract``.
+        """Replace the latency budgets of the bundle; see ``evaluate.latency.contract``.
 
         Raises:
             BundleError: If the manifest cannot be written.
@@ -293,12 +292,12 @@ class Bundle:
         return self._with(lambda manifest: msgspec.structs.replace(manifest, budgets=budgets))
 
     def with_card(self, *, where: str = "") -> Bundle:
-        """Generate the card, also in place of one that a person wrote or edited.
+        """Generate the model card; an edited or handwritten card is replaced.
 
-        Every change of a bundle regenerates a generated card; call this to return to one.
+        Every change of a bundle also regenerates a generated card.
 
         Args:
-            where: What its usage lines open, for example ``hf:owner/name``; "" is a path to be filled in.
+            where: Location in the usage examples, for example ``hf:owner/name``; "" for a placeholder.
 
         Raises:
             BundleError: If the bundle cannot be written.
@@ -306,10 +305,10 @@ class Bundle:
         return self._with(lambda manifest: manifest, where=where)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bundle:
-        """Copy the bundle: every listed file, checked, its signature, and nothing that lies beside them.
+        """Copy the bundle: every listed file, verified, and its signature, without unlisted files.
 
         Raises:
-            BundleError: If this one is damaged, or ``path`` may not be replaced or cannot be written.
+            BundleError: If the bundle is damaged, or ``path`` may not be replaced or cannot be written.
         """
         with (
             publish_bundle(path, overwrite=overwrite) as folder,
@@ -322,18 +321,18 @@ class Bundle:
         return Bundle.open(path)
 
     def subset(self, path: str | os.PathLike[str], only: Sequence[str], *, overwrite: bool = False) -> Bundle:
-        """Write a bundle that holds only some artifacts, with the records and samples that are about them.
+        """Write a bundle with only some artifacts and their records and samples.
 
-        It is a bundle like any other, without the checkpoint and the text encoder unless they are named. Its manifest
-        says which build it was cut from. A signature of the whole bundle is not copied.
+        The result is a complete bundle without the checkpoint and the text encoder unless they are named. Its manifest
+        names the original build. A signature of the full bundle is not copied.
 
         Args:
             path: The folder to write.
             only: Names of the artifacts: folders such as ``onnx/fp16/2step``, or ``onnx/fp16`` for several.
-            overwrite: Replace the bundle that is there.
+            overwrite: Replace an existing bundle.
 
         Raises:
-            ConfigError: If an artifact is not there.
+            ConfigError: If an artifact does not exist.
             BundleError: If a file of it is damaged, or ``path`` may not be replaced or cannot be written.
         """
         manifest = cut(self.manifest, only)
@@ -350,12 +349,12 @@ class Bundle:
         """Write the bundle, or a ``subset`` of it, as one ``.scmz`` file or as a folder.
 
         Args:
-            out: A file whose name ends in ``.scmz``, which is replaced when it is there, or a folder.
-            only: Names of the artifacts to keep, as for ``subset``; () is all, and everything else.
+            out: A file whose name ends in ``.scmz``, replaced if it exists, or a folder.
+            only: Names of the artifacts to keep, as for ``subset``; () keeps the full bundle.
             overwrite: Replace the bundle in the folder ``out``.
 
         Raises:
-            ConfigError: If an artifact is not there.
+            ConfigError: If an artifact does not exist.
             BundleError: If the bundle is damaged, or ``out`` may not be replaced or cannot be written.
         """
         out = Path(out)
@@ -374,11 +373,11 @@ class Bundle:
     ) -> str:  # fmt: skip
         """Upload every listed file, checked, to the Hugging Face hub; see ``hub.push``.
 
-        The uploaded card is up to date and names the hub id, unless a person wrote it or the bundle is signed: then
-        everything is uploaded as it was signed, with the signature. The bundle on disk stays as it is.
+        The uploaded card is current and names the hub id, unless it was edited. A signed bundle is uploaded unchanged,
+        with the signature. The bundle on disk is not changed.
 
         Returns:
-            The commit's address.
+            URL of the commit.
 
         Raises:
             BundleError: If the bundle is damaged, or the hub refuses or cannot be reached.
@@ -411,7 +410,7 @@ class Bundle:
                 same = self._hashed.get(entry.path) == found or self._check_content(entry)
         except BundleError as exc:
             if self._seen.get(entry.path) == found or isinstance(exc.__cause__, PermissionError):
-                raise  # damaged, or missing, since before it was opened
+                raise  # damaged or missing before the bundle was opened
             raise self._changed(entry) from exc
         if not same:
             raise self._changed(entry)
@@ -425,7 +424,7 @@ class Bundle:
         return True
 
     def _files(self, artifact: str) -> list[FileEntry]:
-        """Return what is loaded with an artifact, in order; a text encoder is loaded when the first prompt comes."""
+        """Return the files loaded with an artifact, in order; a text encoder is loaded with the first prompt."""
         found = (entry for entry in files_of(self.manifest, artifact) if not _encodes_prompts(entry, artifact))
         return sorted(found, key=lambda entry: entry.path)
 
@@ -442,7 +441,7 @@ class Bundle:
 
     @property
     def _names(self) -> list[str]:
-        """What is passed on: the signature as well, if it fits."""
+        """Files to copy: the listed ones, and the signature if it is valid."""
         signature = [SIGNATURE_NAME] if check_current(self.path) else []
         return [MANIFEST_NAME, *signature, *(entry.path for entry in self.manifest.files)]
 
@@ -456,11 +455,11 @@ class Bundle:
 
 @contextmanager
 def publish_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Fill a folder that becomes the bundle at ``path`` when the ``with`` block ends well.
+    """Fill a folder that becomes the bundle at ``path`` if the ``with`` block succeeds.
 
-    Call ``write_bundle`` as the last thing in the block. With ``overwrite`` an older bundle is replaced,
-    and stays whole when anything fails; a folder that is no bundle is never replaced. Files that the older bundle does
-    not list stay where they are.
+    Call ``write_bundle`` at the end of the block. With ``overwrite`` an existing bundle is replaced and stays complete
+    if anything fails; a folder that is not a bundle is never replaced. Files that the existing bundle does not list
+    stay.
 
     Yields:
         The folder to fill.
@@ -481,7 +480,7 @@ def staged_bundle(path: str | os.PathLike[str], *, overwrite: bool) -> AbstractC
 
 
 def _listed(folder: Path) -> set[str]:
-    """Return what belongs to a bundle; of one whose manifest cannot be read, everything."""
+    """Return the listed files of a bundle; all files if its manifest cannot be read."""
     try:
         signature = {SIGNATURE_NAME} if os.path.lexists(folder / SIGNATURE_NAME) else set()
         return {MANIFEST_NAME, *signature, *(entry.path for entry in read_manifest(folder).files)}
@@ -503,26 +502,26 @@ def write_bundle(
     versions: Mapping[str, str] | None = None,
     cut_from: str = "",
 ) -> Manifest:
-    """Write the manifest of a folder that already holds everything else.
+    """Write the manifest of a folder that already holds all other files.
 
     Args:
-        folder: The folder, normally the one that ``publish_bundle`` or ``atomic_folder`` gave.
+        folder: The folder, normally that of ``publish_bundle`` or ``atomic_folder``.
         name: Human name of the model.
         samplers: One spec for each number of steps, at least one.
-        artifacts: What can be run, by relative path.
-        roles: Role by relative path, for files whose name does not tell it.
-        built_from: For a file, the files it was made from; relative paths.
-        parity: Measured comparisons.
-        budgets: Latencies that it must keep.
-        provenance: Where weights and data come from; JSON values.
-        versions: Versions of the libraries that built it.
-        cut_from: Build id of the whole bundle, where this one is a subset.
+        artifacts: Artifacts with relative paths.
+        roles: Role by relative path, for files whose name does not determine it.
+        built_from: Sources of a file; relative paths.
+        parity: Recorded comparisons.
+        budgets: Latency budgets.
+        provenance: Origin of weights and data; JSON values.
+        versions: Versions of the libraries that built the bundle.
+        cut_from: Build id of the full bundle, if this one is a subset.
 
     Returns:
-        The manifest that was written.
+        The written manifest.
 
     Raises:
-        ConfigError: If a role cannot be told, or the parts do not fit together.
+        ConfigError: If a role is unknown, or the parts are inconsistent.
         BundleError: If the folder holds a link or cannot be read or written.
     """
     entries = list_files(folder, roles=roles or {}, built_from=built_from or {})
@@ -542,7 +541,7 @@ def write_bundle(
 
 
 def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[str, Sequence[str]]) -> list[FileEntry]:
-    """Return an entry for each file in a folder but the manifest, hashed now.
+    """Hash every file in a folder except the manifest and return its entry.
 
     Args:
         folder: The folder.
@@ -550,7 +549,7 @@ def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[s
         built_from: As ``write_bundle``.
 
     Raises:
-        ConfigError: If a role cannot be told.
+        ConfigError: If a role is unknown.
         BundleError: If the folder holds a link or cannot be read.
     """
     entries = []
@@ -573,15 +572,15 @@ def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[s
 
 
 def write_changes(folder: Path, manifest: Manifest, *, over: Path) -> None:
-    """Write the manifest, and a card that fits it, of a folder that holds only what changes in a bundle.
+    """Write the manifest and a matching card into a folder that holds the changed files of a bundle.
 
     Args:
-        folder: The new files.
-        manifest: What the bundle will hold.
-        over: The bundle as it is.
+        folder: Folder of the changed files.
+        manifest: The new manifest.
+        over: The existing bundle.
 
     Raises:
-        ConfigError: If the parts of the manifest do not fit together.
+        ConfigError: If the parts of the manifest are inconsistent.
         BundleError: If a file cannot be written.
     """
     warn_if_signed(over)
@@ -595,21 +594,21 @@ def write_changes(folder: Path, manifest: Manifest, *, over: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None) -> Manifest:
-    """Write a manifest with a card that fits it.
+    """Write a manifest with a matching card.
 
-    A generated card is generated again; one that a person wrote or edited is kept. The bundle is whole at any time,
-    also after a kill: the card is not listed while it changes.
+    A generated card is generated again; an edited one is kept. The bundle is valid at any time, also after a kill: the
+    card is not listed while it changes.
 
     Args:
-        folder: The bundle's folder.
-        manifest: What it holds now.
-        where: Generate a card that names this place, whatever card is there; None keeps the place and a person's card.
+        folder: Folder of the bundle.
+        manifest: The new manifest.
+        where: Replace any card by one that names this location; None keeps the location and an edited card.
 
     Returns:
-        The manifest that was written.
+        The written manifest.
 
     Raises:
-        ConfigError: If the parts of the manifest do not fit together.
+        ConfigError: If the parts of the manifest are inconsistent.
         BundleError: If a file cannot be written.
     """
     quality = _scores(folder, manifest)
@@ -630,7 +629,7 @@ def write_manifest(folder: Path, manifest: Manifest, *, where: str | None = None
 def _fresh_card(
     manifest: Manifest, *, old: bytes | None, quality: list[dict[str, Any]], where: str | None, replace: bool = False
 ) -> bytes | None:
-    """Return the generated card of a bundle; None if there is none to be, or the old one, a person's, is to stay."""
+    """Return the generated card of a bundle; None if it has no card or keeps an edited one."""
     kept_place = None if old is None else generated_for(old)
     if not replace and kept_place is None and (old is not None or where is None):
         return None
@@ -639,7 +638,7 @@ def _fresh_card(
 
 
 def _scores(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return a bundle's scores; those that cannot be read count as absent."""
+    """Return the scores of a bundle; unreadable scores count as absent."""
     try:
         return read_scores(folder, manifest)
     except SchemaError:
@@ -647,7 +646,7 @@ def _scores(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _card_in(folder: Path) -> bytes | None:
-    """Return the card in a folder, also one that a kill left unlisted; None if there is none."""
+    """Return the card in a folder, also one left unlisted by a kill; None if there is none."""
     path = safe_join(folder, CARD_PATH)
     return path.read_bytes() if path.is_file() else None
 
@@ -659,7 +658,7 @@ def _with_card(manifest: Manifest, card: bytes) -> Manifest:
 
 
 def _with_goldens_cut(folder: Path, manifest: Manifest, samplers: Sequence[SamplerSpec]) -> Manifest:
-    """Drop the recorded samples of numbers of steps that a bundle that is being cut no longer has."""
+    """Drop the recorded samples of samplers that a subset does not have."""
     entry = next((entry for entry in manifest.files if entry.path == GOLDEN_PATH), None)
     if entry is None:
         return manifest
@@ -675,14 +674,14 @@ def _with_goldens_cut(folder: Path, manifest: Manifest, samplers: Sequence[Sampl
 
 
 def _encodes_prompts(entry: FileEntry, artifact: str) -> bool:
-    """Return whether a file of a pipeline is of its text encoder or its tokenizer."""
+    """Return whether a file of a pipeline belongs to its text encoder or tokenizer."""
     return entry.path.startswith((f"{artifact}/text_encoder/", f"{artifact}/tokenizer/"))
 
 
 def _encode(manifest: Manifest) -> bytes:
-    """Return the text of a manifest, sealed, after reading it back as a reader will."""
+    """Return the text of a sealed manifest, after parsing it as a check."""
     try:
-        read = Manifest.from_json(manifest.to_json())  # a NaN or a forgotten file is met here, not by the reader
+        read = Manifest.from_json(manifest.to_json())  # a NaN or a missing file is detected here, not by the reader
         check_manifest(read)
         data = seal(read).to_json()
     except (BundleError, TypeError, ValueError, OverflowError, RecursionError) as exc:

@@ -1,7 +1,7 @@
 """The model card: a README for the Hugging Face hub, generated from the records of a bundle or a model.
 
-A generated card ends with a line that holds the digest of the text above it. A card without that line, or whose text
-no longer has that digest, was written or edited by a person: it is kept as it is.
+A generated card ends with a line that holds the digest of the text above it. A card without this line, or with another
+digest, was edited: it is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HUB_LICENSES = {
     "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
     "gpl-3.0", "lgpl-3.0", "agpl-3.0", "openrail", "creativeml-openrail-m", "openrail++", "unlicense",
 }  # fmt: skip
-"""Licenses that the hub knows by these names; any other is shown as ``other`` with its own name."""
+"""License ids of the hub; any other license is shown as ``other`` with its name."""
 
 
 _EXTRAS: dict[Format, str] = {
@@ -34,7 +34,7 @@ _EXTRAS: dict[Format, str] = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
 }
-"""The extra that runs each kind of artifact, the usual one first."""
+"""Extras that run each artifact format, the default first."""
 
 _TAGS: dict[Kind, list[str]] = {
     "consistency model": ["consistency-model"],
@@ -47,7 +47,7 @@ def bundle_card(manifest: Manifest, *, quality: Sequence[Mapping[str, Any]] = ()
     """Return the card of a bundle.
 
     Args:
-        manifest: What it holds.
+        manifest: Manifest of the bundle.
         quality: Scores, as ``scores.read_scores`` returns them.
         where: Path or hub id in the usage lines.
     """
@@ -75,15 +75,15 @@ def model_card(
         name: Human name of the model.
         specs: Its samplers.
         provenance: Data, license, recipe; ``license`` goes into the head.
-        artifacts: What can be run; () for a checkpoint, which PyTorch runs.
-        parity: Measured comparisons.
-        budgets: Latencies that it must keep.
+        artifacts: Artifacts; () for a checkpoint, which PyTorch runs.
+        parity: Recorded comparisons.
+        budgets: Latency budgets.
         quality: Scores, as ``scores.read_scores`` returns them.
         where: Path or hub id in the usage lines.
-        cut_from: Build id of the whole bundle, where this one is a subset.
+        cut_from: Build id of the full bundle, if this one is a subset.
     """
     license = str(provenance.get("license") or "")
-    license = "" if license.lower() == "other" else license  # what training writes where nobody named one
+    license = "" if license.lower() == "other" else license  # the default name that training writes
     scores = [score for score in quality if _metrics(score)]
     status = ModelStatus.of(provenance, quality_measured=bool(scores))
     sections = [
@@ -107,7 +107,7 @@ def model_card(
 
 
 def generated_for(card: bytes) -> str | None:
-    """Return the place that a generated card's usage lines name, or None if a person wrote or edited the card."""
+    """Return the location in the usage lines of a generated card, or None if the card was edited."""
     text, mark = card[: card.rfind(b"<!--")], _MARK.fullmatch(card[max(card.rfind(b"<!--"), 0) :])
     return unquote(mark[2].decode()) if mark and mark[1].decode() == _digest(text) else None
 
@@ -142,7 +142,7 @@ def _head(
             for score in scores
         ]
         head["model-index"] = [{"name": name, "results": results}]
-    # JSON is YAML, so that no name can leave its place, or is HTML where a reader takes the head for text.
+    # JSON is valid YAML and keeps a name from ending its field or acting as HTML.
     texts = {
         key: printable(json.dumps(value, ensure_ascii=False)).replace("<", "\\u003c") for key, value in head.items()
     }
@@ -255,6 +255,6 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Return a text that stays in its line and its cell, and is no HTML, link or picture."""
+    """Escape a text so that it stays in its table cell and is not HTML, a link or an image."""
     shown = "".join(c if c.isprintable() else " " for c in text)
     return shown.replace("|", "\\|").replace("[", "\\[").replace("<", "&lt;").replace("`", "'")

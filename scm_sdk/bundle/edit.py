@@ -1,8 +1,8 @@
 """Add artifacts to an existing bundle; unchanged files become hard links to the old ones.
 
-A reader sees the bundle without the new artifacts or with all of them. Work that takes minutes holds no lock: what was
-read before is compared with what is there when the change is published. Other commands' changes are kept; if one of
-them replaced a file that the new ones were made from, nothing is published.
+A reader sees the bundle without the new artifacts or with all of them. Long work holds no lock: files that were read
+are compared again when the change is published. Changes of other commands are kept; if one of them replaced a source of
+the new files, nothing is published.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Draft:
     """A bundle that is being extended.
 
     Attributes:
-        bundle: The bundle as it was read; new files are made from it.
-        folder: The files that are being added; what stays is read from ``bundle``.
+        bundle: The bundle as it was read; the source of the new files.
+        folder: Folder of the added files; other files are read from ``bundle``.
         built_from: Sources of each new file, by path.
-        roles: Roles of files whose name does not tell it, by path.
-        versions: Versions of the libraries that built what is new.
-        sources: Files of ``bundle``, or folders of them, that no other command may replace meanwhile, beside those in
-            ``built_from``.
+        roles: Roles of files whose name does not determine it, by path.
+        versions: Versions of the libraries that built the new files.
+        sources: Further files or folders of ``bundle``, in addition to ``built_from``, that no other command may
+            replace in the meantime.
     """
 
     bundle: Bundle
@@ -48,19 +48,19 @@ class Draft:
     _dropped: set[str] = field(default_factory=set)
 
     def path(self, relative: str) -> Path:
-        """Return where a new file or folder goes; what the bundle has under that name is dropped."""
+        """Return the path of a new file or folder; an existing one of this name is dropped."""
         target = safe_join(self.folder, relative)
         target.parent.mkdir(parents=True, exist_ok=True)
         self._dropped.add(relative)
         return target
 
     def add(self, artifact: Artifact, built_from: Sequence[str], *, files: Sequence[str] = ()) -> None:
-        """Add an artifact, or replace that of the same path.
+        """Add an artifact, or replace the one with the same path.
 
         Args:
-            artifact: What can be run now.
-            built_from: Relative paths of what it was made from.
-            files: Further files that were made with it, from the same sources.
+            artifact: The artifact.
+            built_from: Relative paths of its sources.
+            files: Further files built with it from the same sources.
         """
         self._added[artifact.path] = artifact
         for path in (artifact.path, *files):
@@ -75,14 +75,14 @@ class Draft:
         """Write the manifest of the extended bundle.
 
         Args:
-            current: The manifest that is on disk.
+            current: The current manifest on disk.
 
         Returns:
-            The paths of the files that stay as they are.
+            The paths of the unchanged files.
 
         Raises:
-            ConfigError: If the parts do not fit together.
-            BundleError: If a file that the new ones were made from was replaced or removed.
+            ConfigError: If the parts are inconsistent.
+            BundleError: If a source of the new files was replaced or removed.
         """
         roles = {entry.path: entry.role for entry in current.files} | self.roles
         new = {entry.path: entry for entry in list_files(self.folder, roles=roles, built_from=self.built_from)}
@@ -103,7 +103,7 @@ class Draft:
             versions=current.versions | self.versions,
         )
         write_changes(self.folder, manifest, over=self.bundle.path)
-        # A signature no longer fits, which whoever checks it is to be told.
+        # The signature becomes invalid; its verification must report that.
         signature = [SIGNATURE_NAME] if (self.bundle.path / SIGNATURE_NAME).is_file() else []
         return [path for path in (*kept, *signature) if not (self.folder / path).exists()]
 
@@ -111,7 +111,7 @@ class Draft:
         return any(path == dropped or path.startswith(f"{dropped}/") for dropped in self._dropped)
 
     def _check_sources(self, current: Manifest, new: Mapping[str, FileEntry]) -> None:
-        """Refuse what was made from files that are no longer there."""
+        """Refuse new files whose sources were replaced or removed."""
         then = {entry.path: entry.sha256 for entry in self.bundle.manifest.files}
         now = {entry.path: entry.sha256 for entry in current.files}
         sources = self.sources | {source for entry in new.values() for source in entry.built_from}
@@ -126,19 +126,19 @@ class Draft:
 
 @contextmanager
 def extend_bundle(bundle: Bundle | str | os.PathLike[str]) -> Iterator[Draft]:
-    """Change what a bundle holds, when the ``with`` block ends well.
+    """Change the content of a bundle if the ``with`` block succeeds.
 
-    Recorded parity stays with artifacts that stay as they were.
+    Unchanged artifacts keep their recorded parity.
 
     Args:
-        bundle: The bundle, as ``open_to_extend`` returned it before the work that is to be added, or its path.
+        bundle: The bundle, as ``open_to_extend`` returned it before the work, or its path.
 
     Yields:
         The draft. Write files into ``draft.path(...)`` and name them with ``draft.add``.
 
     Raises:
-        BundleError: If the bundle is damaged, lies in a cache, cannot be written, or a file that the new ones were made
-            from was replaced meanwhile.
+        BundleError: If the bundle is damaged, is in a cache or cannot be written, or a source of the new files was
+            replaced in the meantime.
     """
     if not isinstance(bundle, Bundle):
         require_own(Path(bundle))
@@ -151,10 +151,10 @@ def extend_bundle(bundle: Bundle | str | os.PathLike[str]) -> Iterator[Draft]:
 
 
 def open_to_extend(path: str | os.PathLike[str]) -> Bundle:
-    """Open a bundle before work that ends in ``extend_bundle``, and refuse at once what could not be published then.
+    """Open a bundle before work that ends in ``extend_bundle``; refuse one that cannot be changed.
 
     Raises:
-        BundleError: If the bundle is damaged, lies in a cache or cannot be written.
+        BundleError: If the bundle is damaged, is in a cache or cannot be written.
     """
     require_own(Path(path))
     bundle = Bundle.open(path)
@@ -163,7 +163,7 @@ def open_to_extend(path: str | os.PathLike[str]) -> Bundle:
 
 
 def recipe_of(bundle: Bundle, path: str) -> Mapping[str, Any]:
-    """Return the recipe of an artifact; empty if the bundle has none of that path."""
+    """Return the recipe of an artifact; empty if the bundle has no artifact with this path."""
     return next((a.recipe for a in bundle.manifest.artifacts if a.path == path), {})
 
 

@@ -1,7 +1,7 @@
 """``build.json``: the record of an engine, written by its builder and read before the engine is loaded.
 
-An engine is executable code that its library trusts blindly, so everything that can be checked
-before it is deserialized stands here.
+An engine is executable code, which its library does not check. The record holds everything that can be checked before
+the engine is deserialized.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ class EngineTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How an engine came to be and what it is.
+    """Build and properties of an engine.
 
     Attributes:
         schema_version: Version of this schema.
         flavour: The library that built it and must run it.
-        facts: Where it runs.
+        facts: GPUs, platform and library version that it runs on.
         engine_sha256: Digest of the engine file.
-        engine_bytes: Its size.
-        onnx_sha256: Digest of the graph it was built from, external data included.
+        engine_bytes: Size of the engine file.
+        onnx_sha256: Digest of the source graph, including external data.
         spec: The sampler.
         precision: Precision of the graph.
         inputs: Its inputs in the graph's order.
         outputs: Its outputs.
-        options: What the builder was told, JSON values.
-        census: Fused kernels by kind and type, as the build log names them, with what was expected, what is not so
-            (``mismatches``) and what the log does not show (``doubts``).
+        options: Options of the builder, JSON values.
+        census: Fused kernels by kind and type from the build log, with the expected counts, the differences
+            (``mismatches``) and the parts that the log does not show (``doubts``).
         seconds: Wall time of each stage.
-        peak_memory_bytes: Largest resident memory of the process while it parsed and built this engine, with all that
-            it held already; 0 where the system does not tell.
-        warnings: What the builder warned of, each text once.
+        peak_memory_bytes: Peak resident memory of the process during the build, including earlier allocations; 0 if
+            the system does not report it.
+        warnings: Warnings of the builder, each text once.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -83,7 +83,7 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Parse a record.
 
         Raises:
-            SchemaError: If it cannot be read or is of a newer schema.
+            SchemaError: If it cannot be read or has a newer schema.
         """
         try:
             record = msgspec.json.decode(data, type=cls)

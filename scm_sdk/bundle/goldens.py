@@ -1,4 +1,4 @@
-"""Golden samples: the output of a sampler at export, to compare any later run with.
+"""Golden samples: outputs of a sampler at export, as a reference for later runs.
 
 One safetensors file, ``golden/golden.safetensors``. For each number of steps n it holds
 ``{n}step/images`` float32 (B, *image_shape) data units, ``{n}step/seeds`` int64 (B,) and, for a
@@ -41,17 +41,17 @@ class Golden:
 
 
 def write_goldens(folder: str | os.PathLike[str], goldens: Mapping[int, Golden]) -> Path:
-    """Write the goldens of a bundle that is being made.
+    """Write the goldens of a new bundle.
 
     Args:
         folder: The bundle's folder.
         goldens: Samples by number of steps.
 
     Returns:
-        The file that was written.
+        The written file.
 
     Raises:
-        ConfigError: If there is none, or one has a wrong dtype, length or value.
+        ConfigError: If there are no samples, or one has a wrong dtype, length or value.
         BundleError: If the file cannot be written.
     """
     from safetensors.numpy import save
@@ -72,7 +72,7 @@ def write_goldens(folder: str | os.PathLike[str], goldens: Mapping[int, Golden])
 
 
 def read_goldens(path: Path, samplers: Iterable[SamplerSpec]) -> dict[int, Golden]:
-    """Read what ``write_goldens`` wrote and check that it fits the samplers.
+    """Read the goldens of a bundle and check them against the samplers.
 
     Args:
         path: The file.
@@ -88,9 +88,9 @@ def read_goldens(path: Path, samplers: Iterable[SamplerSpec]) -> dict[int, Golde
     from safetensors.numpy import load_file
 
     try:
-        with open_regular(path):  # the library would wait for a pipe
+        with open_regular(path):  # the library would block on a pipe
             tensors = load_file(path)
-    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as exc:  # as float8 does
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as exc:  # for example float8
         raise IntegrityError(f"{path} cannot be read: {exc}. {_REPAIR}") from exc
     specs = {spec.num_inference_steps: spec for spec in samplers}
     goldens = {}
@@ -131,7 +131,7 @@ def _steps_of(key: str, path: Path) -> int:
 
 
 def _problem(golden: Golden, spec: SamplerSpec | None = None) -> str:
-    """Say what is wrong with a golden, or return an empty string."""
+    """Return the problem of a golden, or an empty string."""
     images, seeds, labels = golden.images, golden.seeds, golden.class_labels
     if images.dtype != np.float32 or not images.size or not np.isfinite(images).all():
         return f"images are {images.dtype} {images.shape}, expected finite float32 numbers, at least one sample."

@@ -1,11 +1,11 @@
 """Checks of an ONNX graph before a library reads it: its operators, its size, its inputs and the files it names.
 
-A sampler graph is one flat list of standard ONNX operators over tensors, with its weights inside or in listed files
-beside it. The graph of a bundle may be anybody's: control flow and functions can run for ever, other domains hold
-operators that load files or code. All of these are refused. ``export`` writes no graph that does not pass.
+A sampler graph is a flat list of standard ONNX operators over tensors, with its weights inside or in listed files next
+to it. Graphs of bundles are untrusted: control flow and functions may not terminate, and operators of other domains may
+load files or code. All of these are refused. Every graph that ``export`` writes passes these checks.
 
-onnx is not installed where graphs only run, so the wire format of protocol buffers is read here, as far as the checks
-need it: https://protobuf.dev/programming-guides/encoding and onnx.proto of ONNX. Weights are skipped, not read.
+The onnx package is not installed where graphs only run, so this module parses the wire format of protocol buffers as
+far as the checks need it: https://protobuf.dev/programming-guides/encoding and onnx.proto of ONNX. Weights are skipped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..errors import BundleError, IntegrityError, printable
 from ..spec import SamplerSpec, TensorSpec
 
 MAX_NODES = 2**18
-"""Most nodes of a graph, and most stored tensors. A U-Net has some hundreds for each step, SANA-Sprint thousands."""
+"""Maximum number of nodes and of stored tensors. A U-Net has hundreds per step, SANA-Sprint thousands."""
 MAX_OPSET = 64
-"""Highest version of an operator set. ``export`` writes 20; the newest of ONNX are below 30."""
+"""Highest operator set version. ``export`` writes 20; the newest of ONNX is below 30."""
 MAX_FIELDS = 2**22
-"""Most fields that are read of a graph. A node has about 20."""
+"""Maximum number of fields read from a graph. A node has about 20."""
 SIZE_BY_VALUE = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression"})
-"""Operators whose outputs have sizes that depend on values."""
+"""Operators with value-dependent output sizes."""
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
 _NO_NUMBERS = {
     "SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceAt", "SequenceLength",
@@ -34,22 +34,22 @@ _NO_NUMBERS = {
     "StringSplit", "StringNormalizer", "RegexFullMatch", "TfIdfVectorizer", "ImageDecoder",
 }  # fmt: skip
 _FOREIGN = SIZE_BY_VALUE | _CONTROL_FLOW | _NO_NUMBERS
-"""Standard operators that no sampler graph has."""
+"""Standard operators that are not allowed in a sampler graph."""
 _DTYPES = {1: "float32", 7: "int64"}
 _EXTERNAL_KEYS = {b"location", b"offset", b"length", b"checksum"}
 
 
 def check_graph_file(path: Path, listed: Mapping[str, int], spec: SamplerSpec | None = None) -> None:
-    """Refuse a graph that is no flat list of standard operators, or that names a file that is not listed.
+    """Refuse a graph that is not a flat list of standard operators, or that names an unlisted file.
 
     Args:
         path: The graph.
-        listed: Size in bytes of each file beside it that was hashed, by its name.
-        spec: What its inputs and its output must be; None accepts any tensors of float32 and int64.
+        listed: Size in bytes of each hashed file in the same folder, by name.
+        spec: Expected inputs and output; None accepts any float32 and int64 tensors.
 
     Raises:
-        BundleError: If the graph holds what is not allowed; the message names it.
-        IntegrityError: If it is no ONNX graph, or its inputs and its output are not those of ``spec``.
+        BundleError: If the graph holds something that is not allowed; the message names it.
+        IntegrityError: If it is not an ONNX graph, or its inputs and output differ from ``spec``.
     """
     try:
         with open_regular(path) as stream:
@@ -67,7 +67,7 @@ def check_graph_file(path: Path, listed: Mapping[str, int], spec: SamplerSpec | 
         )
 
 
-# A field's number and its wire type, as one byte holds them. A field of another wire type is not that field.
+# Field number and wire type in one byte. A field with another wire type is a different field.
 _NUMBER, _BYTES = 0, 2
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTION = 7 << 3 | _BYTES, 20 << 3 | _BYTES, 25 << 3 | _BYTES
 _MODEL_OPSET, _MODEL_METADATA = 8 << 3 | _BYTES, 14 << 3 | _BYTES
@@ -90,7 +90,7 @@ _AXIS_SIZE, _AXIS_NAME = 1 << 3 | _NUMBER, 2 << 3 | _BYTES
 
 
 class _Reader:
-    """Reads one graph, and refuses it at the first thing that is not allowed."""
+    """Parses one graph and refuses it at the first violation."""
 
     def __init__(self, path: Path, stream: BinaryIO, listed: Mapping[str, int]) -> None:
         self._path, self._stream, self._listed = path, stream, listed
@@ -119,7 +119,7 @@ class _Reader:
         return inputs + outputs
 
     def _read_opset(self, end: int) -> bool:
-        """Check the version of an operator set; return whether it is ONNX's own."""
+        """Check the version of an operator set; return whether it is the standard ONNX domain."""
         domain, version = "", 0
         for tag, stop in self._fields(end):
             domain = self._text(stop) if tag == _OPSET_DOMAIN else domain
@@ -174,7 +174,7 @@ class _Reader:
             self._refuse(f"the operator {operator[:60]}{' with a subgraph' * subgraph}")
 
     def _read_tensor(self, end: int, *, inline: bool) -> None:
-        """Check where a tensor's numbers are. ``inline``: they must be inside, as those of attributes are."""
+        """Check the location of a tensor's data. ``inline``: it must be inside the graph, as for attributes."""
         external = False
         pairs: dict[bytes, bytes] = {}
         for tag, stop in self._fields(end):
@@ -197,7 +197,7 @@ class _Reader:
     def _check_external(self, pairs: Mapping[bytes, bytes]) -> None:
         name = pairs.get(b"location", b"").decode("utf-8", "replace")
         size = self._listed.get(name)
-        # ONNX Runtime and OpenVINO take this name for an address in memory.
+        # ONNX Runtime and OpenVINO interpret this name as a memory address.
         if size is None or "/" in name or "_ORT_MEM_ADDR_" in name:
             self._refuse(f"weights in {name[:200]!r}, which is no listed file beside it")
         check_relative(name)
@@ -228,7 +228,7 @@ class _Reader:
         return f"{name}: {dtypes[0]} {shapes[0]}"
 
     def _read_shape(self, end: int) -> list[int | str]:
-        """Return sizes of axes; of the first, if it is open, ``batch``."""
+        """Return the axis sizes; ``batch`` for a dynamic first axis."""
         axes: list[int | str] = []
         for tag, stop in self._fields(end):
             if tag == _SHAPE_AXIS:
@@ -244,7 +244,7 @@ class _Reader:
     def _fields(self, end: int) -> Iterator[tuple[int, int]]:
         """Yield tag and value of each field of the message that ends at ``end``.
 
-        The value of text, bytes and messages is where they end; the stream then stands where they begin.
+        For text, bytes and messages the value is their end offset, and the stream is at their start.
         """
         stream = self._stream
         while (at := stream.tell()) < end:
@@ -281,7 +281,7 @@ class _Reader:
         return self._stream.read(end - self._stream.tell())
 
     def _text(self, end: int) -> str:
-        """Read a name, which libraries repeat in what they say."""
+        """Read a name, which may appear in messages of libraries."""
         data = self._bytes(end)
         try:
             text = data.decode()

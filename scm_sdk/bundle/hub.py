@@ -1,8 +1,8 @@
 """Hugging Face hub repositories: download one into huggingface_hub's cache, or upload one.
 
-What a repository may bring is settled before anything large is fetched: a bundle its signature and the files that its
-manifest lists, with their sizes; any other model its JSON, text and safetensors. Pickles, Python and whatever else lies
-beside them are never fetched, and what is fetched is checked like any other folder from a stranger.
+The list of files is determined before anything large is downloaded: for a bundle its signature and the files of its
+manifest with their sizes; for other models JSON, text and safetensors. Pickles, Python and other files are never
+downloaded, and downloaded files are checked like any untrusted folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .manifest import MANIFEST_NAME, SIGNATURE_NAME
 from .verify import MANIFEST_MAX_BYTES, read_manifest
 
 MAX_BYTES = 64 << 30
-"""Most that one repository may bring."""
+"""Maximum size of a download, bytes."""
 MAX_FILES = 4096
 _CHECKPOINT = (
     CONFIG_NAME, WEIGHTS_NAME, f"{DECODER_FOLDER}/{CONFIG_NAME}", f"{DECODER_FOLDER}/{WEIGHTS_NAME}", "README.md",
@@ -31,7 +31,7 @@ _PIPELINE_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".md"}
 _MARKERS = (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME)
 _HEAVY = {".onnx", ".onnx_data", ".safetensors", ".engine"}
 HUB_PREFIX = "hf:"
-"""What marks a hub id where a path is expected: ``hf:owner/name``."""
+"""Prefix of a hub id where a path is expected: ``hf:owner/name``."""
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -43,15 +43,15 @@ def is_repo_id(text: str) -> bool:
 def fetch(
     repo_id: str, *, revision: str | None = None, local_files_only: bool = False, max_bytes: int = MAX_BYTES
 ) -> Path:
-    """Return a local folder with what a repository holds for this package.
+    """Download the model files of a repository and return their local folder.
 
-    Without a network, or with ``HF_HUB_OFFLINE=1``, the cache alone is read.
+    Without a network, or with ``HF_HUB_OFFLINE=1``, only the cache is read.
 
     Args:
         repo_id: ``owner/name``.
-        revision: A branch, a tag or a commit; None is ``main``. Only a commit names the same files for ever.
-        local_files_only: Read the cache alone.
-        max_bytes: Most that may be fetched.
+        revision: A branch, a tag or a commit; None is ``main``. Only a commit is immutable.
+        local_files_only: Read only the cache.
+        max_bytes: Maximum total size of the download.
 
     Returns:
         The snapshot's folder in huggingface_hub's cache: links to its files, not to be written to.
@@ -60,7 +60,7 @@ def fetch(
         BackendUnavailable: If huggingface_hub is not installed.
         ConfigError: If the id or the revision is malformed.
         BundleError: If there is no such repository or revision, it is not in the cache and the hub cannot be
-            reached, it holds no model of this package, or it is too large.
+            reached, it holds no model for scm-sdk, or it is too large.
         IntegrityError: If a file does not have the size that the manifest gives, or is missing in the cache.
     """
     library = _library(f"{HUB_PREFIX}{repo_id}")
@@ -70,7 +70,7 @@ def fetch(
     if not local_files_only and not library.constants.HF_HUB_OFFLINE:
         try:
             info = library.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-        except Exception as exc:  # huggingface_hub's, its HTTP library's and the system's own share no base class
+        except Exception as exc:  # errors of huggingface_hub, its HTTP library and the system have no common base class
             _raise_if_answered(library, exc, shown)
             reason = exc
         else:
@@ -82,25 +82,25 @@ def push(
     folder: Path, files: Sequence[str], repo_id: str, *, contents: Mapping[str, bytes] | None = None,
     revision: str | None = None, private: bool | None = None, message: str = "", create_pr: bool = False,
 ) -> str:  # fmt: skip
-    """Upload named files of a folder in one commit; the repository and the branch are made when absent.
+    """Upload files of a folder in one commit; the repository and the branch are created if missing.
 
     Args:
-        folder: The folder; nothing of it but ``files`` leaves this machine.
+        folder: The folder; only ``files`` are uploaded.
         files: Relative paths.
-        contents: Content of those files that are uploaded otherwise than the folder has them.
+        contents: Content that replaces that of a file on disk, by path.
         repo_id: ``owner/name``; you must be logged in (``hf auth login``, or ``HF_TOKEN``).
         revision: A branch; None is ``main``.
-        private: For a new repository; None is the owner's default.
-        message: Of the commit.
+        private: Visibility of a new repository; None is the owner's default.
+        message: Commit message.
         create_pr: Open a pull request instead of writing to the branch.
 
     Returns:
-        The commit's address.
+        URL of the commit.
 
     Raises:
         BackendUnavailable: If huggingface_hub is not installed.
         ConfigError: If the id or the revision is malformed.
-        BundleError: If a file leads out of the folder, or the hub refuses or cannot be reached.
+        BundleError: If a path leaves the folder, or the hub refuses or cannot be reached.
     """
     library = _library("push_to_hub")
     _check_names(repo_id, revision)
@@ -127,7 +127,7 @@ def push(
 
 
 def _library(purpose: str) -> ModuleType:
-    for part in ("constants", "errors"):  # which the package does not bring by itself
+    for part in ("constants", "errors"):  # which scm-sdk does not install by default
         require(f"huggingface_hub.{part}", extra="hub", purpose=purpose)
     return require("huggingface_hub", extra="hub", purpose=purpose)
 
@@ -142,7 +142,7 @@ def _check_names(repo_id: str, revision: str | None) -> None:
 
 
 def _raise_if_answered(library: ModuleType, exc: Exception, shown: str) -> None:
-    """Raise for what the hub said; return where it could not be asked."""
+    """Raise for an answer of the hub; return if the hub was not reached."""
     errors = library.errors
     if isinstance(exc, errors.GatedRepoError):
         raise BundleError(f"{shown} is gated. Ask for access on its page, then: hf auth login") from exc
@@ -223,7 +223,7 @@ def _snapshot(library: ModuleType, repo_id: str, revision: str | None, names: Se
 
 
 def _snapshot_of(library: ModuleType, repo_id: str, folder: Path, shown: str) -> Path:
-    """Return the folder if it is one of the repository's snapshots: a ref is a text that names any folder.
+    """Return the folder if it is a snapshot of the repository, because a ref is a file that can name any folder.
 
     Raises:
         BundleError: If it is not.
@@ -247,7 +247,7 @@ def _check_there(folder: Path, names: Iterable[str], shown: str) -> None:
 
 
 def _of_model(names: Iterable[str]) -> set[str]:
-    """Return which files of a repository without a manifest are the model's."""
+    """Return the model files of a repository without a manifest."""
     names = set(names)
     if INDEX_NAME in names:
         return {name for name in names if PurePosixPath(name).suffix in _PIPELINE_SUFFIXES}

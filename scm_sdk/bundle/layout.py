@@ -1,12 +1,12 @@
-"""File names of a Hugging Face folder: a checkpoint's and a pipeline's."""
+"""File names of checkpoints and pipelines in Hugging Face's layout."""
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DECODER_FOLDER = "decoder"
-"""Folder inside a checkpoint with its decoder's config and weights, under the same two names."""
+"""Folder of the decoder in a checkpoint; config and weights have the same two names."""
 INDEX_NAME = "model_index.json"
-"""Of a pipeline alone: which components it has."""
+"""Index of the components of a pipeline."""
 IMPORTED_CLASS = "PickledNetwork"
-"""What ``_class_name`` says in the ``config.json`` of an imported EDM or EDM2 network: tensors without code."""
+"""``_class_name`` in the ``config.json`` of an imported EDM or EDM2 network: tensors without code."""
 CONFIG_MAX_BYTES = 8 << 20
-"""Most that a JSON file of such a folder may have."""
+"""Maximum size of a JSON file, bytes."""

@@ -1,6 +1,6 @@
-"""The manifest of a bundle: one JSON file that is the only authority on what the bundle holds.
+"""The manifest of a bundle: one JSON file that lists its content.
 
-Plain data and no file access; ``scm_sdk.bundle.bundle`` reads, writes and enforces it.
+Data only, without file access; ``scm_sdk.bundle.bundle`` reads, writes and enforces it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..spec import Precision, SamplerSpec
 
 MANIFEST_NAME = "scm_manifest.json"
 SIGNATURE_NAME = "scm_signature.json"
-"""The signature of all other files, which the manifest, being one of them, does not list; see ``signing``."""
+"""The signature of all other files, including the manifest, which therefore does not list it; see ``signing``."""
 SCHEMA_VERSION = 2
-"""Manifests of version 1 have no ``digests``; they are read, and written again as the current version."""
+"""Manifests of version 1 have no ``digests``; they are read, and rewritten in the current version."""
 
 Role = Literal["weights", "config", "graph", "graph-data", "engine", "golden", "report", "card", "plan", "calibration"]
 Format = Literal["safetensors", "onnx", "tensorrt", "tensorrt_rtx"]
 
 PSNR_CAP = 999.0
-"""dB. JSON has no infinity; no two different float32 images come near this."""
+"""Maximum PSNR, dB: JSON has no infinity, and different float32 images are far below."""
 
 _UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
-"""What msgspec and json raise for hostile text: bad JSON or schema, no UTF-8, a name twice, deep nesting."""
+"""Exceptions of msgspec and json for untrusted text: JSON or schema errors, no UTF-8, duplicate names, deep nesting."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,8 +37,8 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         path: Relative POSIX path inside the bundle.
         size: Bytes.
         sha256: Hex digest of the content.
-        role: What the file is for.
-        built_from: Paths of the files it was made from.
+        role: Purpose of the file.
+        built_from: Paths of its sources.
     """
 
     path: str
@@ -49,16 +49,16 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where an engine runs: what must hold before it is handed to its library.
+    """Conditions of an engine: they must hold before its library loads it.
 
     Attributes:
         library_version: Version of the library that built it, all four numbers.
-        compute_capabilities: GPUs it was built for, for example ``("8.0", "8.6")``.
-        platform: ``<system>-<machine>`` it was built for, for example ``linux-x86_64``.
-        batch: Smallest, best and largest batch of its profile.
+        compute_capabilities: Target GPUs, for example ``("8.0", "8.6")``.
+        platform: Target ``<system>-<machine>``, for example ``linux-x86_64``.
+        batch: Smallest, optimal and largest batch of its profile.
         hardware_compatibility: ``none``, ``same_compute_capability`` or ``ampere_plus``.
         version_compatible: Whether newer versions of the library may load it.
-        gpu: Name of the GPU it was built on; "" when built ahead of time.
+        gpu: Name of the GPU that built it; "" if built without a GPU.
     """
 
     library_version: str
@@ -71,16 +71,15 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something a backend can run: a torch checkpoint, a graph or an engine.
+    """An input of a backend: a PyTorch checkpoint, a graph or an engine.
 
     Attributes:
-        path: The file (or, for ``safetensors``, the folder) a backend opens.
-        format: Which kind of backend opens it.
-        precision: The precision that lies in the artifact.
+        path: The file that a backend opens; for ``safetensors`` the folder.
+        format: File format, which determines the backends.
+        precision: Precision of the artifact.
         num_inference_steps: Its number of steps; 0 means any (a checkpoint is unrolled on demand).
-        engine: Where it runs, if it is an engine.
-        recipe: The options it was made with, JSON values; with ``built_from`` they say whether it is
-            still what a command would make.
+        engine: Conditions of an engine; None for other formats.
+        recipe: Options of its creation, JSON values; with ``built_from`` they determine whether it is current.
     """
 
     path: str
@@ -92,30 +91,30 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measured comparison of one artifact with its reference; differences in units of ``sigma_data``.
+    """A recorded comparison of an artifact with its reference; differences in units of ``sigma_data``.
 
     Attributes:
         artifact: Path of the candidate.
         reference: Path of the reference.
-        backend: Which backend ran the candidate.
-        gate: What decides: ``max_abs`` for the reference's own precision, ``psnr_p05_db`` for a lower one. Records of
-            before have ``psnr_db``: the mean over all samples reached the threshold, and each sample 12 dB less.
-        threshold: Largest ``max_abs`` that passes, derived from ``noise_floor``; or the PSNR to reach, dB. The gate
-            ``psnr_p05_db`` fails where the whole of ``psnr_p05_interval_db`` lies below it.
-        noise_floor: Largest difference between the reference and itself run another way.
-        max_abs: Largest absolute difference seen.
-        psnr_db: Peak signal to noise ratio over all samples, dB; at most ``PSNR_CAP``, where the two are equal.
+        backend: Backend of the candidate.
+        gate: The deciding statistic: ``max_abs`` for fp32, ``psnr_p05_db`` for reduced precisions. Older records have
+            ``psnr_db``: the mean over all samples reached the threshold, and each sample 12 dB less.
+        threshold: Largest ``max_abs`` that passes, derived from ``noise_floor``; or the required PSNR, dB. The gate
+            ``psnr_p05_db`` fails if all of ``psnr_p05_interval_db`` is below it.
+        noise_floor: Largest difference of the reference from itself in other runs.
+        max_abs: Largest absolute difference.
+        psnr_db: Peak signal-to-noise ratio over all samples, dB; ``PSNR_CAP`` if the two are equal.
         num_samples: Samples compared, in each batch split.
-        first_seed: Seed of the first of them.
-        batches: Batch splits that were compared; () in records of before.
+        first_seed: Seed of the first sample.
+        batches: Compared batch splits; () in older records.
         passed: Whether the gate was met.
-        reason: Why the threshold is not the derived one, if it was set by hand.
+        reason: Reason for a threshold that was set manually.
         psnr_p05_db: PSNR that 95 % of the samples reach, dB.
-        psnr_p05_interval_db: Between what the 5th percentile of all samples lies, dB, each end with 95 % confidence;
-            0 below where ``num_samples`` are too few to tell.
+        psnr_p05_interval_db: Confidence interval of the 5th percentile of all samples, dB, each end with 95 %
+            confidence; the lower end is 0 if ``num_samples`` is too small.
         worst_psnr_db: PSNR of the worst single sample, dB.
-        psnr_by_step: PSNR of the estimate after each step, dB; () where it was not looked at.
-        fault: What is wrong with the artifact's structure, whatever its numbers say; "" where nothing was found.
+        psnr_by_step: PSNR of the estimate after each step, dB; () if not measured.
+        fault: Structural fault of the artifact, independent of the statistics; "" if none was found.
     """
 
     artifact: str
@@ -139,7 +138,7 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def finding(self) -> str:
-        """What was found and what is allowed, in a few words."""
+        """Result and limit as a short text."""
         if self.fault:
             return printable(self.fault)
         if self.gate == "psnr_p05_db":
@@ -151,21 +150,21 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a bundle holds.
+    """Content of a bundle.
 
     Attributes:
         schema_version: Version of this schema; a newer one is refused.
-        build_id: sha256 over what determines the artifacts: graph bytes, options, library versions.
+        build_id: sha256 over everything that determines the artifacts: graph bytes, options, library versions.
         name: Human name of the model.
         samplers: One spec for each number of steps the bundle has graphs for.
-        artifacts: What can be run.
+        artifacts: Checkpoint, graphs and engines.
         files: Every file except the manifest itself.
         parity: Recorded comparisons.
-        budgets: Latencies that ``scm-export validate`` enforces, as ``evaluate.latency.budget`` writes them.
-        provenance: Where the weights and the data come from, licenses, recipe; free form.
-        versions: Versions of the libraries that built it.
-        cut_from: Build id of the whole bundle, where this one holds only some of its artifacts; see ``subset``.
-        digests: The sha256 of each part above, by its name; see ``_bundle_checks.seal``.
+        budgets: Latency budgets that ``scm-export validate`` enforces, in the format of ``evaluate.latency.budget``.
+        provenance: Origin of weights and data, licenses, recipe; free form.
+        versions: Versions of the libraries that built the bundle.
+        cut_from: Build id of the full bundle, if this one is a subset; see ``subset``.
+        digests: The sha256 of each part above, by name; see ``verify.seal``.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -183,7 +182,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def cut_note(self) -> str:
-        """A sentence, after a space, for who misses something in a bundle that was cut; "" for a whole bundle."""
+        """A sentence, after a space, for errors about parts that a subset lacks; "" for a full bundle."""
         if not self.cut_from:
             return ""
         return (
@@ -200,7 +199,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Parse a manifest.
 
         Raises:
-            SchemaError: If it is no JSON, names a key twice, is of a newer schema, or breaks the schema.
+            SchemaError: If it is not JSON, has a duplicate key, a newer schema, or violates the schema.
         """
         try:
             version = msgspec.json.decode(data, type=_VersionOnly).schema_version
@@ -218,25 +217,25 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         try:
             json.loads(data, object_pairs_hook=_refuse_duplicates)
             return msgspec.json.decode(data, type=cls)
-        except (*_UNREADABLE, ConfigError) as exc:  # ConfigError: a sampler breaks its own contract
+        except (*_UNREADABLE, ConfigError) as exc:  # ConfigError: a sampler is invalid
             raise SchemaError(
                 f"{MANIFEST_NAME} breaks schema version {version}: {exc}. Export the bundle again."
             ) from exc
 
 
 def files_of(manifest: Manifest, artifact: str) -> tuple[FileEntry, ...]:
-    """Return the files of an artifact: those of its folder, which is the artifact itself where that is a folder.
+    """Return the files of an artifact: all files of its folder.
 
-    A graph's external data and an engine's build record lie beside it.
+    The external data of a graph and the build record of an engine are in the same folder.
     """
     folder = artifact.rpartition("/")[0] if any(e.path == artifact for e in manifest.files) else artifact
-    # Beside the manifest: its data have its name.
+    # An artifact next to the manifest: its data file has its name as prefix.
     start = f"{folder}/" if folder else artifact
     return tuple(entry for entry in manifest.files if entry.path.startswith(start))
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object that names a key twice: readers differ in which value counts."""
+    """Refuse an object with a duplicate key, because parsers differ in which value they return."""
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -269,7 +268,7 @@ def role_of(relative: str) -> Role:
     """Return the role of a file.
 
     Raises:
-        ConfigError: If its name does not tell it.
+        ConfigError: If the name does not determine the role.
     """
     path = PurePosixPath(relative)
     role = _OF_FOLDER.get(path.parts[0]) if len(path.parts) > 1 else None

@@ -23,18 +23,18 @@ def locate(
 ) -> Path:
     """Return the local folder of a model.
 
-    The hub is asked only when a caller says so: by ``hf:owner/name``, or by ``owner/name`` with a revision. Any other
-    text is a path on this machine, so that a mistyped path is never sent to the hub.
+    The hub is contacted only for ``hf:owner/name``, or for ``owner/name`` with a revision. Any other text is a path on
+    this machine, so that a mistyped path is never sent to the hub.
 
     Args:
         path: A folder, a ``.scmz`` file, or ``hf:owner/name`` on the Hugging Face hub.
         revision: Branch, tag or commit of a hub id.
-        local_files_only: Read the hub's cache alone.
+        local_files_only: Read only the cache of the hub.
         check: Called with the folder before it is returned, for example to check its signature.
 
     Raises:
         BundleError: If it is none of them; see also ``archive.unpack`` and ``hub.fetch``.
-        ConfigError: If a revision is given for what is no hub id.
+        ConfigError: If a revision is given for a path that is not a hub id.
     """
     local, text = Path(path), os.fspath(path)
     if not text:
@@ -81,5 +81,5 @@ def find_and_hold(
         folder = locate(path, revision=revision, local_files_only=local_files_only, check=check)
         try:
             return folder, hold(folder)
-        except FileNotFoundError:  # removed from the cache since it was found
+        except FileNotFoundError:  # removed from the cache in the meantime
             continue

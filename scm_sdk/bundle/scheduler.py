@@ -6,9 +6,9 @@
         F = network(sample / sigma_data, t, labels)
         sample, x_0 = scheduler.step(sigma_data * F, t, sample, generator, return_dict=False)
 
-``x_0`` of the last step is what ``Sampler`` returns for the same noise. diffusers draws noise in every step, also the
-last one, where its weight is 0. A bundle holds ``scheduler/scheduler_config.json``, so that
-``SCMScheduler.from_pretrained(bundle, subfolder="scheduler")`` works too; diffusers has no place for times in it.
+``x_0`` of the last step equals the output of ``Sampler`` for the same noise. diffusers draws noise in every step, also
+in the last one, where its weight is 0. A bundle holds ``scheduler/scheduler_config.json``, so that
+``SCMScheduler.from_pretrained(bundle, subfolder="scheduler")`` also works; the file has no field for times.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEDULER_CLASS = "SCMScheduler"
 
 
 def scheduler_config(spec: SamplerSpec) -> dict[str, Any]:
-    """Return what ``SCMScheduler.from_config`` takes."""
+    """Return the config for ``SCMScheduler.from_config``."""
     return {
         "_class_name": SCHEDULER_CLASS,
         "num_train_timesteps": 1000,
@@ -41,11 +41,11 @@ def scheduler_json(spec: SamplerSpec) -> bytes:
 
 
 def diffusers_scheduler(spec: SamplerSpec, *, device: Any = None) -> Any:
-    """Return a ``diffusers.SCMScheduler`` that is set to a sampler's times and ready for its first step.
+    """Return a ``diffusers.SCMScheduler`` with a sampler's times, ready for the first step.
 
     Args:
         spec: The sampler.
-        device: Where its times lie; None is the CPU.
+        device: Device of the times; None is the CPU.
 
     Raises:
         ConfigError: If the sampler's noise is not ``fresh`` in each step, as ``SCMScheduler`` draws it.

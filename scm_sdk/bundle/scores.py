@@ -15,10 +15,10 @@ _MAX_BYTES = 8 << 20
 
 
 def read_scores(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return a bundle's scores, each as ``evaluate.scoring.Score.to_dict`` gave it; [] if none are listed.
+    """Return the scores of a bundle in the form of ``evaluate.quality.scoring.Score.to_dict``; [] if none are listed.
 
     Raises:
-        SchemaError: If the file cannot be read or holds something else.
+        SchemaError: If the file cannot be read or has another content.
     """
     entry = next((entry for entry in manifest.files if entry.path == SCORES_PATH), None)
     if entry is None:

@@ -1,7 +1,7 @@
-"""Signatures of bundles, by the OpenSSF ``model-signing`` library: who made one, and that nothing was changed since.
+"""Signatures of bundles, by the OpenSSF ``model-signing`` library: the signer, and the integrity of every file.
 
-The signature is a file of the bundle's folder, a Sigstore bundle over the sha256 of every other file, that the manifest
-does not list. It is checked before anything else of the folder is read.
+The signature is a file in the bundle's folder, a Sigstore bundle over the sha256 of every other file, and is not listed
+in the manifest. It is verified before any other file of the folder is read.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _AGAIN = "If you changed it, sign it again: scm-export bundle sign; otherwise co
 
 @dataclass(frozen=True)
 class PublicKey:
-    """Accepts what the holder of a private key signed.
+    """Accepts signatures of the holder of a private key.
 
     Attributes:
-        path: The public key, a PEM file; of an elliptic curve P-256, P-384 or P-521.
+        path: PEM file of the public key; an elliptic curve P-256, P-384 or P-521.
     """
 
     path: str | os.PathLike[str]
@@ -47,13 +47,13 @@ class PublicKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Accepts what somebody signed through Sigstore, without a key.
+    """Accepts signatures of a Sigstore identity, without a key.
 
     Attributes:
-        identity: Who, as the provider names it: an e-mail address, or the address of a CI workflow.
-        provider: Address of the OpenID Connect provider that vouched for the identity.
-        trust_config: File of the Sigstore instance's certificates, for an instance of your own or a machine without
-            a network; None asks the public instance for them.
+        identity: The identity at the provider: an e-mail address, or the URL of a CI workflow.
+        provider: URL of the OpenID Connect provider of the identity.
+        trust_config: File with the certificates of a Sigstore instance, for a private instance or a machine without
+            a network; None downloads those of the public instance.
     """
 
     identity: str
@@ -65,7 +65,7 @@ class Identity:
 
 
 Signer = PublicKey | Identity
-"""Whose signature is accepted."""
+"""Accepted signer."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class PrivateKey:
     """Signs with a key.
 
     Attributes:
-        path: The private key, a PEM file; of an elliptic curve P-256, P-384 or P-521.
-        password: Of an encrypted key.
+        path: PEM file of the private key; an elliptic curve P-256, P-384 or P-521.
+        password: Password of an encrypted key.
     """
 
     path: str | os.PathLike[str]
@@ -83,10 +83,10 @@ class PrivateKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Sigstore:
-    """Signs without a key, by a login at an OpenID Connect provider. Needs a network.
+    """Signs without a key, with a login at an OpenID Connect provider. Needs a network.
 
     Attributes:
-        ambient: Use the identity of the CI job that this runs in, where there is one, instead of a login.
+        ambient: Use the identity of the current CI job instead of a login.
         trust_config: As in ``Identity``.
     """
 
@@ -95,21 +95,20 @@ class Sigstore:
 
 
 def sign(folder: str | os.PathLike[str], by: PrivateKey | Sigstore) -> Path:
-    """Sign every file of a bundle, in place of an older signature.
+    """Sign every file of a bundle; an existing signature is replaced.
 
     Args:
         folder: The bundle; every file is checked first.
-        by: Who signs.
+        by: The signer.
 
     Returns:
-        The signature's file.
+        Path of the signature.
 
     Raises:
         BackendUnavailable: If model-signing is not installed.
         ConfigError: If the key cannot be used.
         IntegrityError: If the bundle is damaged.
-        BundleError: If it holds files that its manifest does not list, lies in a cache or cannot be written, or
-            Sigstore cannot be reached.
+        BundleError: If it holds unlisted files, is in a cache or cannot be written, or Sigstore cannot be reached.
     """
     folder = Path(folder)
     library = _library()
@@ -129,7 +128,7 @@ def sign(folder: str | os.PathLike[str], by: PrivateKey | Sigstore) -> Path:
         with atomic_file(folder / SIGNATURE_NAME, error=BundleError) as temp:
             try:
                 config.sign(folder, temp)
-            except Exception as exc:  # the library's, its dependencies' and the system's errors share no base class
+            except Exception as exc:  # errors of the library, its dependencies and the system have no common base class
                 raise BundleError(
                     f"{folder} could not be signed: {_first_line(exc)}. Signing without a key needs a network and a "
                     "login."
@@ -138,17 +137,16 @@ def sign(folder: str | os.PathLike[str], by: PrivateKey | Sigstore) -> Path:
 
 
 def check_signature(folder: str | os.PathLike[str], signer: Signer) -> None:
-    """Check that a folder is as somebody signed it. Nothing of it but bytes and names is looked at.
+    """Verify that a folder is exactly as its signer signed it. Only bytes and names are read; nothing is parsed.
 
     Args:
         folder: The folder of a bundle.
-        signer: Whose signature is accepted.
+        signer: The accepted signer.
 
     Raises:
         BackendUnavailable: If model-signing is not installed.
         ConfigError: If the key or the trust configuration cannot be used.
-        IntegrityError: If the folder is not signed, is signed by somebody else, or a file was added, removed or altered
-            since.
+        IntegrityError: If the folder is unsigned or signed by another signer, or a file was added, removed or altered.
         BundleError: If Sigstore's certificates cannot be fetched.
     """
     folder = Path(folder)
@@ -169,9 +167,9 @@ def check_signature(folder: str | os.PathLike[str], signer: Signer) -> None:
 
 
 def check_current(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds a signature, after comparing what it is about with the files; no key is needed.
+    """Return whether a folder has a signature, after comparing the signed digests with the files; needs no key.
 
-    Says nothing about who signed. For those who pass a signature on.
+    It does not verify the signer. For code that copies or uploads a signature.
 
     Raises:
         IntegrityError: If the bundle was changed since it was signed.
@@ -187,7 +185,7 @@ def check_current(folder: str | os.PathLike[str]) -> bool:
 
 
 def warn_if_signed(folder: Path) -> None:
-    """Warn who changes a bundle that its signature will not fit."""
+    """Warn before a change of a signed bundle, which invalidates the signature."""
     if os.path.lexists(folder / SIGNATURE_NAME):
         warnings.warn(
             f"{final_path(str(folder))} was signed and is changed: its signature no longer fits. Sign it again: "
@@ -198,7 +196,7 @@ def warn_if_signed(folder: Path) -> None:
 
 
 def describe_changes(folder: Path) -> str:
-    """Say what of a folder is not as its signature states it; "" if all is.
+    """Describe the differences of a folder from its signature; "" if there are none.
 
     Raises:
         IntegrityError: If the signature or a file cannot be read.
@@ -231,7 +229,7 @@ def _signing_config(library: ModuleType, by: PrivateKey | Sigstore) -> Any:
             return config.use_sigstore_signer(use_ambient_credentials=by.ambient, trust_config=_path(by.trust_config))
         except Exception as exc:
             raise _sigstore_error(exc, by.trust_config) from exc
-    password: Any = None if by.password is None else by.password.encode()  # typed as text, used as bytes
+    password: Any = None if by.password is None else by.password.encode()  # annotated as str, used as bytes
     try:
         return config.use_elliptic_key_signer(private_key=Path(by.path), password=password)
     except Exception as exc:
@@ -254,24 +252,24 @@ def _verifying_config(library: ModuleType, signer: Signer) -> Any:
 
 
 def _whole_folder(library: ModuleType) -> Any:
-    """Return how a folder is hashed: every file but the signature, whatever a signature says may be left out."""
+    """Return the hashing configuration: every file except the signature, regardless of exclusions in a signature."""
 
     class WholeFolder(library.hashing.Config):  # type: ignore[misc, name-defined]
         reached = False
 
         def hash(self, model_path: Path, **options: Any) -> Any:
-            self.reached = True  # verification comes here only with a signature that is valid
+            self.reached = True  # called by the verification only for a valid signature
             return super().hash(model_path, **options)
 
         def add_ignored_paths(self, **_: Any) -> None:
             return
 
-    # A snapshot in the hub's cache is made of links; that none leads elsewhere is checked when files are opened.
+    # A snapshot in the hub's cache consists of links; their targets are checked when files are opened.
     return WholeFolder().set_ignored_paths(paths=[SIGNATURE_NAME], ignore_git_paths=False).set_allow_symlinks(True)
 
 
 def _files(folder: Path) -> set[str]:
-    """Return the relative paths of everything in a folder but folders and the signature."""
+    """Return the relative paths of all files in a folder except the signature."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return {name for name in found if name != SIGNATURE_NAME}
 
@@ -291,7 +289,7 @@ def _signature_of(folder: Path) -> Path:
 
 
 def _signed_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file by its relative path, as the signature states them; nothing is verified."""
+    """Return the sha256 of each file by relative path from the signature, without verification."""
     try:
         envelope = json.loads(_signature_of(folder).read_bytes())["dsseEnvelope"]
         predicate = json.loads(base64.b64decode(envelope["payload"]))["predicate"]

@@ -1,6 +1,6 @@
 """The state of a model: consistency model or teacher, length of training, whether its quality was measured.
 
-Cards, reports, commands and ``GenerationInfo`` all take these facts from here.
+Cards, reports, commands and ``GenerationInfo`` use these facts.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _OBJECTIVES = {
     "sCM and LADD (SANA-Sprint)": f"A continuous-time consistency model {_PAPER}, distilled with an adversarial loss "
     "(LADD) as SANA-Sprint",
 }
-"""What a model is, by the objective that its provenance names before a ``+``."""
+"""Kind of model by the first objective of its provenance (before a ``+``)."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model's provenance and scores say about it.
+    """State of a model from its provenance and scores.
 
     Attributes:
-        kind: By the training objective; a diffusion model is a teacher, whose samples take tens of network calls.
-        objective: The training objective on record; "" if there is none.
-        iteration: Training iterations done; None if not on record.
-        num_iterations: Training iterations planned; None if not on record.
-        runs: The runs that made it, in words, where it was more than one; "" if not on record.
-        discrete_points: Times of the grid in place of continuous time; None for none.
+        kind: Kind by the training objective; a diffusion model is a teacher, which needs tens of network calls.
+        objective: Recorded training objective; "" if unknown.
+        iteration: Completed training iterations; None if unknown.
+        num_iterations: Planned training iterations; None if unknown.
+        runs: Description of the runs of an averaged model; "" for a single run.
+        discrete_points: Number of grid times of discrete-time training; None for continuous time.
         quality_measured: Whether the bundle holds scores of ``scm-export evaluate --keep``.
     """
 
@@ -49,7 +49,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, provenance: Mapping[str, Any], *, quality_measured: bool = False) -> ModelStatus:
-        """Read the status from a model's provenance; entries that are malformed count as absent."""
+        """Read the status from the provenance of a model; malformed entries count as absent."""
         objective = str(provenance.get("objective") or "")
         kind: Kind = "consistency model" if objective else "unknown"
         return cls(
@@ -64,19 +64,19 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_scm(self) -> bool:
-        """Whether it was made by the paper's objectives, sCD, sCT or SANA-Sprint's."""
+        """Whether it was trained by sCD, sCT or SANA-Sprint's objective."""
         return self.objective.partition("+")[0].strip().lower().startswith(("scd", "sct", "scm"))
 
     @property
     def finished(self) -> bool | None:
-        """Whether training reached its last iteration; None if not on record."""
+        """Whether training reached its last iteration; None if unknown."""
         if self.iteration is None or self.num_iterations is None:
             return None
         return self.iteration >= self.num_iterations
 
     @property
     def training(self) -> str:
-        """The length of training, in a few words."""
+        """Length of the training, as a short text."""
         if self.runs:
             return self.runs
         return "length not on record" if self.iteration is None else self._iterations
@@ -88,17 +88,17 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def quality(self) -> str:
-        """Whether quality was measured, in a few words."""
+        """Whether quality was measured, as a short text."""
         return "measured" if self.quality_measured else "not measured"
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What forbids to take the model for a finished product, one sentence each; () if nothing does."""
+        """Reasons why the model is not a finished product, one sentence each; () if there are none."""
         return (*self.training_warnings, *(() if self.quality_measured else (QUALITY_WARNING,)))
 
     @property
     def training_warnings(self) -> tuple[str, ...]:
-        """Those of ``warnings`` that training decides."""
+        """The ``warnings`` about training."""
         found = []
         if self.kind == "diffusion model":
             found.append(

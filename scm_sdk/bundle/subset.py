@@ -1,4 +1,4 @@
-"""Cut a bundle: what of a manifest stays when only some of its artifacts do. Plain data, no file access."""
+"""Subset of a bundle: the manifest of some of its artifacts. Data only, without file access."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ BACKEND_FORMATS: dict[str, Format] = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt_rtx",
 }
-"""What each backend opens."""
+"""Artifact format of each backend."""
 
 
 def artifact_name(artifact: Artifact) -> str:
-    """Return the name of an artifact: its folder, or the file itself where that lies beside the manifest."""
+    """Return the name of an artifact: its folder, or the file if it is next to the manifest."""
     folder = PurePosixPath(artifact.path).parent.as_posix()
     return artifact.path if artifact.format == "safetensors" or folder == "." else folder
 
 
 def cut(manifest: Manifest, only: Sequence[str]) -> Manifest:
-    """Return the manifest of a bundle that holds only some artifacts.
+    """Return the manifest of a bundle with only some artifacts.
 
-    Samplers, files, parity and budgets that belong to none of them are left out, and so is what further artifacts would
-    be made with (plans of precisions, calibrations). The rest stays as it is recorded; the goldens are still whole.
+    Samplers, files, parity records and budgets of other artifacts are dropped, as well as the inputs for building
+    further artifacts (precision plans, calibrations). The rest is unchanged; the goldens are not cut yet.
 
     Args:
-        manifest: Of the whole bundle, or of one that was cut before.
-        only: Names of the artifacts, as ``artifact_name`` gives them, their paths, or folders of several.
+        manifest: Manifest of the full bundle or of a subset.
+        only: Names of the artifacts as returned by ``artifact_name``, their paths, or folders of several.
 
     Raises:
         ConfigError: If ``only`` is empty or no artifact has one of the names.
@@ -73,12 +73,12 @@ def _has_name(artifact: Artifact, name: str) -> bool:
 
 
 def _without_sources(entry: FileEntry, paths: set[str]) -> FileEntry:
-    """Return an entry that names only sources that are there; what it was built from is in its recipe or record."""
+    """Return an entry without sources that the subset lacks; they are still in its recipe or record."""
     return msgspec.structs.replace(entry, built_from=tuple(path for path in entry.built_from if path in paths))
 
 
 def _binds(budget: str, artifacts: Sequence[Artifact]) -> bool:
-    """Return whether a budget, ``[BACKEND[:PRECISION]:]p95=25ms@b1``, is about one of the artifacts."""
+    """Return whether a budget, ``[BACKEND[:PRECISION]:]p95=25ms@b1``, applies to one of the artifacts."""
     backend, precision, *_ = [*budget.split(":")[:-1], "", ""]
     return any(
         (backend in ("", "auto") or BACKEND_FORMATS.get(backend) == artifact.format)

@@ -1,7 +1,7 @@
 """Validation of untrusted bundles, in the order in which ``Bundle.open`` applies it.
 
-Each check is cheap for hostile input: sizes are compared before anything is read, and no file is
-opened that is not a plain file inside the folder.
+Each check is cheap for hostile input: sizes are compared before anything is read, and only regular files inside the
+folder are opened.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ MANIFEST_MAX_BYTES = 8 << 20
 REPAIR = "Copy the bundle again, or export it again."
 
 BUILD_ROLES: frozenset[Role] = frozenset({"weights", "config", "graph", "graph-data", "engine", "plan"})
-"""Roles of the files that decide what is computed; cards, goldens and reports only describe it."""
+"""Roles of the files that decide the images; cards, goldens and reports only describe them."""
 
 
 def is_borrowed(folder: Path) -> bool:
-    """Return whether a bundle lies in a cache, the hub's or this package's: nothing may be written into it."""
-    if (folder / MANIFEST_NAME).is_symlink():  # as huggingface_hub lays snapshots out
+    """Return whether a bundle is in a cache, of the hub or of scm-sdk, where it must not be changed."""
+    if (folder / MANIFEST_NAME).is_symlink():  # the layout of snapshots of huggingface_hub
         return True
     return is_cached(folder)
 
 
 def require_own(folder: Path) -> None:
-    """Refuse to write into a bundle that lies in a cache.
+    """Refuse to write into a cached bundle.
 
     Raises:
-        BundleError: If it does.
+        BundleError: If the bundle is in a cache.
     """
     if is_borrowed(folder):
         raise BundleError(
@@ -53,10 +53,10 @@ def require_own(folder: Path) -> None:
 
 
 def finish_change(folder: Path) -> None:
-    """Finish what a killed command began to change in a bundle; see ``publish.finish_interrupted``.
+    """Complete an interrupted change of a bundle; see ``publish.finish_interrupted``.
 
     Raises:
-        BundleError: If it cannot be finished, or the bundle lies in a cache.
+        BundleError: If it cannot be completed, or the bundle is in a cache.
     """
     if has_journal(folder):
         require_own(folder)
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         BundleError: If there is no manifest, or a path in it is not allowed.
-        SchemaError: If it is too large, malformed, contradicts itself or is from a newer version.
+        SchemaError: If it is too large, malformed, inconsistent or from a newer version.
         IntegrityError: If it was altered after it was written.
     """
     path = folder / MANIFEST_NAME
@@ -101,14 +101,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Refuse a manifest that contradicts itself. Reads no file.
+    """Refuse an inconsistent manifest. Reads no file.
 
     Raises:
         BundleError: If a path is not allowed.
-        SchemaError: If the parts do not fit together.
+        SchemaError: If the parts are inconsistent.
     """
     for entry in manifest.files:
-        check_relative(entry.path)  # first: what follows relies on short paths
+        check_relative(entry.path)  # first, because the checks below rely on short paths
     files = {entry.path for entry in manifest.files}
     folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
     for entry in manifest.files:
@@ -119,7 +119,7 @@ def check_manifest(manifest: Manifest) -> None:
             )
         if unknown := set(entry.built_from) - files:
             raise SchemaError(f"{entry.path} is built from {_some(unknown)}, expected listed files. {REPAIR}")
-    # Compared without case, because two such files are one file on some disks.
+    # Case-insensitive, because such files are the same file on some file systems.
     known = {path.casefold() for path in files}
     if len(known) != len(manifest.files) or known & {MANIFEST_NAME.casefold(), SIGNATURE_NAME.casefold()}:
         raise SchemaError(
@@ -135,7 +135,7 @@ def check_manifest(manifest: Manifest) -> None:
                 f"{_some(where)}. {REPAIR}"
             )
         if artifact.format == "onnx" and not artifact.path.endswith(".onnx"):
-            # The libraries go by the name: .ort and .xml are other formats to them, with other ways to name files.
+            # Libraries choose the format by the name: .ort and .xml are other formats that reference files differently.
             raise SchemaError(f"artifact {artifact.path!r} is said to be an ONNX graph, expected NAME.onnx. {REPAIR}")
     steps = [spec.num_inference_steps for spec in manifest.samplers]
     if not steps or len(set(steps)) != len(steps):
@@ -147,11 +147,11 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def check_present(folder: Path, entry: FileEntry) -> Path:
-    """Return the path of a listed file that is there, inside the folder, with its recorded size.
+    """Return the path of a listed file after checking that it is inside the folder and has its recorded size.
 
     Raises:
-        BundleError: If a link leads out of the folder.
-        IntegrityError: If it is missing, no plain file or of another size.
+        BundleError: If a link leaves the folder.
+        IntegrityError: If it is missing, not a regular file, or has another size.
     """
     path = safe_join(folder, entry.path)
     try:
@@ -171,8 +171,8 @@ def check_content(folder: Path, entry: FileEntry) -> None:
     """Compare a file with its recorded sha256; of a tensor file, also check the header.
 
     Raises:
-        BundleError: If a link leads out of the folder.
-        IntegrityError: If the file is missing, altered, truncated or no tensor file.
+        BundleError: If a link leaves the folder.
+        IntegrityError: If the file is missing, altered, truncated or not a tensor file.
     """
     path = check_present(folder, entry)
     found = sha256_file(path)
@@ -185,9 +185,9 @@ def check_content(folder: Path, entry: FileEntry) -> None:
 
 
 Stamp = tuple[int, ...]
-"""Device, inode, size and times of a file: another whenever it is replaced or written."""
+"""Device, inode, size and times of a file; it changes whenever the file is replaced or written."""
 _SETTLED_NS = 2 * 10**9
-"""A file that was changed so recently may change again at what its clock, which is coarse, calls the same time."""
+"""Resolution of file times: a file changed more recently may change again within the same time stamp."""
 
 
 def stamp(path: str | os.PathLike[str]) -> Stamp:
@@ -200,14 +200,14 @@ def stamp(path: str | os.PathLike[str]) -> Stamp:
 
 
 def is_settled(stamp: Stamp) -> bool:
-    """Return whether any later change of the file will show in its stamp."""
+    """Return whether any later change of the file will change its stamp."""
     return bool(stamp) and time.time_ns() - stamp[-1] > _SETTLED_NS
 
 
 def make_build_id(manifest: Manifest) -> str:
-    """Return the sha256 over what decides the artifacts: their files, samplers and library versions.
+    """Return the sha256 over everything that decides the artifacts: files, samplers and library versions.
 
-    Fields at their defaults do not count, so that one which a later schema adds leaves the ids of older bundles.
+    Fields at their defaults are omitted, so that new fields of a later schema do not change the ids of older bundles.
     """
     parts = {
         "files": sorted([e.path, e.sha256] for e in manifest.files if e.role in BUILD_ROLES),
@@ -220,9 +220,9 @@ def make_build_id(manifest: Manifest) -> str:
 
 
 def seal(manifest: Manifest) -> Manifest:
-    """Return a manifest of the current schema whose build id and digests fit its content.
+    """Return a manifest of the current schema with matching build id and digests.
 
-    The digests show damage, not who wrote a manifest: whoever alters one can seal it again.
+    The digests detect damage, not tampering: an altered manifest can be sealed again.
     """
     whole = msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION, build_id=make_build_id(manifest))
     return msgspec.structs.replace(whole, digests=_make_digests(whole))
@@ -235,7 +235,7 @@ def _make_digests(manifest: Manifest) -> dict[str, str]:
 
 
 def _check_digests(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest that is not as it was sealed.
+    """Refuse a manifest that was changed after sealing.
 
     Raises:
         IntegrityError: If it is not; the message names the parts.
@@ -243,7 +243,7 @@ def _check_digests(path: Path, manifest: Manifest) -> None:
     found = _make_digests(manifest)
     recorded = manifest.digests
     if manifest.schema_version > 1 or recorded:
-        # A part that a later version added, and that is not used, need not be on record.
+        # An unused part that a later version added needs no digest.
         unused = {name for name, default in _defaults(Manifest).items() if getattr(manifest, name) == default}
         known = {name: digest for name, digest in found.items() if name in recorded or name not in unused}
         altered = [name for name in {**known, **recorded} if known.get(name) != recorded.get(name)]
@@ -263,7 +263,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _chosen(value: Any) -> Any:
-    """Return a struct as a dict of the fields that are not at their defaults, and whatever it holds likewise."""
+    """Return a struct as a dict of its non-default fields, recursively."""
     if isinstance(value, tuple):
         return [_chosen(item) for item in value]
     if not isinstance(value, msgspec.Struct):
@@ -278,6 +278,6 @@ def _chosen(value: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def _defaults(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the default of each field of a struct, which msgspec looks up slowly."""
+    """Return the default of each field of a struct; cached, because the lookup in msgspec is slow."""
     fields = msgspec.structs.fields(struct)
     return {f.name: f.default if f.default_factory is msgspec.NODEFAULT else f.default_factory() for f in fields}
