@@ -24,6 +24,7 @@ from .inspection import inspect
 from .precision import precision
 from .quantization import quantize
 from .report import report
+from .sample import merge, sample
 from .training import distill, train
 from .validation import validate
 
@@ -49,5 +50,5 @@ assert isinstance(main, ScmGroup)
 main.add_section("Train", (train, distill, ema, average, evaluate))
 main.add_section("Export", (demo, build, import_, onnx, precision, quantize, engine))
 main.add_section("Check", (validate, selfcheck, bench, report, handover))
-main.add_section("Ship", (generate, inspect, bundle))
+main.add_section("Ship", (generate, sample, merge, inspect, bundle))
 main.add_section("Machine", (doctor, targets, cache))

@@ -73,14 +73,19 @@ def read_examples(path: Path, spec: SamplerSpec, text_encoder: Path | None) -> E
             raise ConfigError(
                 f"{path} holds prompts, but this model takes {', '.join(names)}. Give a .safetensors file with those."
             )
-        texts = _read_prompts(path)
+        texts = read_prompts(path)
         made = Prompts(text_encoder).conditioning(spec, len(texts), prompt=texts)
         tensors = {name: array for name, array in (made or {}).items() if name in (EMBEDS, MASK)}
         source = f"{len(texts)} prompts of {path.name}"
     return Examples(tensors=tensors, source=source, sha256=sha256_file(path))
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a UTF-8 text file, one per line.
+
+    Raises:
+        ConfigError: If the file is too large, not UTF-8 or has no line.
+    """
     size = path.stat().st_size
     if size > _MAX_TEXT_BYTES:
         raise ConfigError(f"{path} has {size} bytes, expected prompts of at most {_MAX_TEXT_BYTES} in all.")
