@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -207,22 +208,30 @@ def run_ray(
 
     Raises:
         BackendUnavailable: If Ray is not installed.
-        ConfigError: If the actors would leave no CPU for Ray Data's own tasks, which then wait without end.
+        ConfigError: If a local cluster would want no token, or if the actors would leave no CPU for Ray Data's own tasks, which then wait without end.
         BackendFailure: If no shard is finished in time, or Ray fails.
     """
     todo = missing_shards(Store(worker.out), worker.plan, shards)
     if not todo:
         return 0
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
+    if address is None and "ray" not in sys.modules:  # Ray reads it when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray = require("ray", extra="ray", purpose="sampling on a Ray cluster")
+    if address is None and not ray.is_initialized() and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ConfigError(
+            "RAY_AUTH_MODE is not 'token', expected it, since a cluster listens on every network address. Set "
+            "RAY_AUTH_MODE=token before Ray is imported, or give the address of a cluster."
+        )
     data = require("ray.data", extra="ray", purpose="sampling on a Ray cluster")
     workers = min(workers, len(todo))
     started = not ray.is_initialized()
     if started:
         options = {"address": address} if address else {"include_dashboard": False}
-        ray.init(**options, log_to_driver=False, configure_logging=False)
+        try:
+            ray.init(**options, log_to_driver=False)
+        except (RuntimeError, ConnectionError, TimeoutError, OSError) as exc:
+            raise BackendFailure(f"Ray does not start: {exc}. Look at the logs in its folder.") from exc
     try:
         cpus = ray.cluster_resources().get("CPU", 0.0)
         if workers * cpus_per_worker + 1 > cpus:
