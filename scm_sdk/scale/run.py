@@ -208,7 +208,8 @@ def run_ray(
 
     Raises:
         BackendUnavailable: If Ray is not installed.
-        ConfigError: If a local cluster would want no token, or if the actors would leave no CPU for Ray Data's own tasks, which then wait without end.
+        ConfigError: If a local cluster would want no token, or the actors would leave no CPU for Ray Data's own tasks,
+            which then wait without end.
         BackendFailure: If no shard is finished in time, or Ray fails.
     """
     todo = missing_shards(Store(worker.out), worker.plan, shards)
