@@ -27,6 +27,7 @@ LIGHT_LIBRARIES: dict[str, set[str]] = {
     "inference": {"msgspec", "numpy"},
     "evaluate": {"msgspec", "numpy"},
     "report": {"msgspec", "numpy"},
+    "scale": {"msgspec", "numpy"},
     "runtimes": {"msgspec", "numpy"},
     "export": {"msgspec", "numpy", "click", "rich"},
 }
