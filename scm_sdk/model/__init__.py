@@ -1,1 +1,1 @@
-"""The sCM itself in PyTorch: the mathematics, the networks, the sampler and its checkpoint."""
+"""The consistency model in PyTorch: mathematics, networks, sampler and checkpoint."""

@@ -1,4 +1,4 @@
-"""Bounds of config fields, so that a malformed file ends in an error."""
+"""Bounds of config fields, so that a malformed file raises an error."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "time_max_period": (1.0, 1e12),
     "time_fourier_scale": (0.0, 1e6),
 }
-"""Lowest and highest value of each field of a config, or argument of a network of diffusers, and of each entry."""
+"""Lowest and highest value of each config field or diffusers argument, and of each entry of a sequence."""
 MAX_ENTRIES = 16
-"""Entries of one of these fields."""
+"""Maximum number of entries of a sequence field."""
 MAX_SAMPLE = 2**30
-"""Numbers in one sample."""
+"""Maximum number of elements of one sample."""
 MAX_PARAMETERS = 2**34
-"""Parameters of a network; the largest preset has a tenth of it."""
+"""Maximum number of parameters of a network; ten times the largest preset."""
 
 
 def check_bounds(config: Any) -> None:
     """Refuse a config with a field out of its bounds.
 
     Args:
-        config: A msgspec struct; its fields that ``BOUNDS`` names are looked at, and its ``sample_shape``.
+        config: A msgspec struct; its fields in ``BOUNDS`` and its ``sample_shape`` are checked.
 
     Raises:
         ConfigError: If a number is out of bounds or not finite; the message names the field.
@@ -81,10 +81,10 @@ def check_num_parameters(make: Callable[[], nn.Module]) -> None:
     """Refuse a network with more than ``MAX_PARAMETERS``, before it takes memory.
 
     Args:
-        make: Returns the network; called with tensors that have shapes alone.
+        make: Returns the network; called on the meta device, which allocates no memory.
 
     Raises:
-        ConfigError: If it has more.
+        ConfigError: If the network has more parameters.
     """
     with torch.device("meta"):
         found = sum(parameter.numel() for parameter in make().parameters())

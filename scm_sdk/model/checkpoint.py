@@ -29,13 +29,13 @@ from .networks.unet import UNetConfig
 from .registry import Registry
 
 BUILT_IN = (UNetConfig, TransformerConfig, PaperUNetConfig)
-"""Configs of the networks of this package."""
+"""Configs of the built-in networks."""
 _MAPPED_BYTES = 1 << 29
-"""How much of a file is read before it is mapped anew."""
+"""Bytes of a file that are read before it is mapped again."""
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-"""What ``torch.compile`` and data parallelism put before the name of every weight."""
+"""Prefixes that ``torch.compile`` and data parallelism add to the name of every weight."""
 CLASS_NAME = "ScmModel"
-"""What ``_class_name`` says in a ``config.json``; the network's own ``type`` says which network."""
+"""``_class_name`` in ``config.json``; the ``type`` of the network selects the class."""
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -43,7 +43,7 @@ def read_config(path: Path) -> ModelConfig:
 
     Raises:
         BundleError: If the file is absent.
-        ConfigError: If it is malformed or of another kind of model, no plain file or too large.
+        ConfigError: If it is malformed, for another kind of model, not a regular file or too large.
     """
     try:
         raw = msgspec.json.decode(read_regular(path, most=CONFIG_MAX_BYTES), type=dict[str, msgspec.Raw])
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load a safetensors file.
 
     Raises:
-        BundleError: If the file is absent, or memory does not hold it.
+        BundleError: If the file is missing, or does not fit in memory.
         IntegrityError: If it is truncated or no safetensors file.
     """
     tensors: dict[str, Tensor] = {}
@@ -81,8 +81,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
         while names:
-            # Copied, for weights in aligned memory give the same bits every time; mapped anew for each part, since
-            # what is mapped counts as memory until it is let go.
+            # Copied, because aligned weights give reproducible bits; mapped again for each part, because mapped
+            # pages count as memory until they are released.
             with safe_open(path, framework="pt") as file:
                 done = 0
                 while names and done < _MAPPED_BYTES:
@@ -106,7 +106,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    with open_regular(path) as stream:  # the library would wait for a pipe
+    with open_regular(path) as stream:  # the library would block on a pipe
         found = os.fstat(stream.fileno())
     return found.st_ino, found.st_mtime_ns, found.st_size
 
@@ -124,7 +124,7 @@ def load_checkpoint(
     config = read_config(folder / CONFIG_NAME)
     tensors = read_tensors(folder / WEIGHTS_NAME)
     built_in = network is None and isinstance(config.network, BUILT_IN)
-    # Ours are made without memory and take the tensors that were read, so that a large model is not held twice.
+    # Built-in networks are created on the meta device and take the loaded tensors, so that memory holds them once.
     with torch.device("meta") if built_in else nullcontext():
         model = ConsistencyModel(config, network)
     model.decoder = _load_decoder(folder / DECODER_FOLDER, decoder)
@@ -136,16 +136,16 @@ def load_checkpoint(
     bare.load_state_dict(floats, assign=built_in)
     if built_in:
         for module in model.modules():
-            if isinstance(module, PositionalEmbedding):  # the only ones with tensors that no file holds
+            if isinstance(module, PositionalEmbedding):  # the only networks with tensors that are not in the file
                 module.make_frequencies()
     return model.eval().requires_grad_(False)
 
 
 def check_reopens(model: ConsistencyModel) -> None:
-    """Refuse a model that a checkpoint could not open again: parts of your own are made from their registered names.
+    """Refuse a model whose checkpoint could not be opened: custom parts are created from their registered names.
 
     Raises:
-        ConfigError: If a network or a decoder is not registered, or what is made from its name has other weights.
+        ConfigError: If a network or a decoder is not registered, or the registered factory has other weights.
     """
     parts: list[tuple[Registry, str, dict[str, Any], nn.Module]] = []
     if isinstance(own := model.config.network, OwnConfig):
@@ -184,17 +184,17 @@ def _load_decoder(folder: Path, module: nn.Module | None) -> Decoder | None:
 
 
 def check_fits(network: nn.Module, tensors: Mapping[str, Tensor], subject: str, *, remedy: str) -> None:
-    """Refuse tensors that are not a network's, by name and shape.
+    """Check names and shapes of tensors against a network.
 
     Args:
-        network: What they are for.
-        tensors: What was read.
-        subject: What does not fit what, for the message.
-        remedy: What to do about it.
+        network: The network that will hold the tensors.
+        tensors: The loaded tensors.
+        subject: Subject of the error message.
+        remedy: Advice of the error message.
 
     Raises:
-        IntegrityError: If one is missing, too many, of another shape, or of integers in place of floating-point
-            numbers; the message names the first.
+        IntegrityError: If a tensor is missing, unexpected, of another shape, or integer instead of floating point; the
+            message names the first.
     """
     state = network.state_dict()
     expected = {name: tuple(p.shape) for name, p in state.items()}
@@ -211,33 +211,35 @@ def check_fits(network: nn.Module, tensors: Mapping[str, Tensor], subject: str, 
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    """Return what no conversion between dtypes may change."""
+    """Return the kind of a dtype, which a conversion must not change."""
     return tensor.is_floating_point(), tensor.is_complex()
 
 
 def without_wrappers(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the network's own names, where a file has those of a wrapper around it.
+    """Remove the name prefixes of wrappers from tensors.
 
     Args:
-        network: What they are for.
-        tensors: What was read; returned as it is unless every name begins with ``_orig_mod.`` (``torch.compile``) or
-            ``module.`` (``DataParallel``), and the network has not such names itself.
+        network: The network that will hold the tensors.
+        tensors: The loaded tensors; unchanged unless every name begins with ``_orig_mod.`` (``torch.compile``) or
+            ``module.`` (``DataParallel``) and the network does not use such names itself.
     """
     found, expected = dict(tensors), network.state_dict().keys()
-    for prefix in WRAPPER_PREFIXES * 2:  # one inside the other, in either order
+    for prefix in WRAPPER_PREFIXES * 2:  # nested in either order
         if found and not found.keys() & expected and all(name.startswith(prefix) for name in found):
             found = {name[len(prefix) :]: tensor for name, tensor in found.items()}
     return found
 
 
 def _bare_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's weights under the names that they have without wrappers, at whatever depth these stand."""
+    """Return the weights of a network under their names without wrappers at any depth."""
     state = network.state_dict()
     names = {name: name for name in state}
     found = [
         path for path, module in network.named_modules(remove_duplicate=False) if wrapped_module(module) is not None
     ]
-    for path in sorted(found, key=len, reverse=True):  # inner ones first: their paths still name the outer
+    for path in sorted(
+        found, key=len, reverse=True
+    ):  # inner wrappers first, because their paths include the outer ones
         start = f"{path}." if path else ""
         for name, short in names.items():
             if short.startswith(start):
@@ -260,13 +262,13 @@ def _save(config: object, module: nn.Module, folder: Path) -> None:
     with atomic_file(folder / WEIGHTS_NAME, error=BundleError) as path:
         try:
             save_file(weights, path, metadata={"format": "pt"})
-        except SafetensorError as exc:  # in which the library wraps what the disk said
+        except SafetensorError as exc:  # the library wraps errors of the disk in it
             raise BundleError(f"{folder / WEIGHTS_NAME} cannot be written: {exc}. Check the disk.") from exc
     atomic_write_bytes(folder / CONFIG_NAME, text, error=BundleError)
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights on the CPU, tied ones each with a copy of its own: safetensors writes no tensor twice."""
+    """Return the weights on the CPU with separate copies of tied weights, which safetensors requires."""
     seen: set[int] = set()
     weights = {}
     for name, tensor in state.items():

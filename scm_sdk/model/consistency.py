@@ -1,4 +1,4 @@
-"""The consistency model: a network, the scale of its data, and what its labels mean."""
+"""The consistency model: a network, the scale of its data, and its labels."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def make_network(config: NetworkConfig) -> nn.Module:
     """Return the network that a config describes, with random weights.
 
     Raises:
-        ConfigError: If it is your own and not registered, or another and larger than ``bounds.MAX_PARAMETERS``.
-        BackendUnavailable: If it is diffusers' and that is not installed.
+        ConfigError: If a custom network is not registered, or a built-in one exceeds ``bounds.MAX_PARAMETERS``.
+        BackendUnavailable: If it is a network of diffusers and diffusers is not installed.
     """
     if isinstance(config, DiffusersConfig):
         return make_diffusers_network(config)
@@ -52,7 +52,7 @@ def _make_built_in(config: UNetConfig | TransformerConfig | DDPMppConfig | EDM2C
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All there is to know about a model but its weights; stored as ``config.json``.
+    """Description of a model without its weights; stored as ``config.json``.
 
     Attributes:
         network: Shape of the network.
@@ -60,11 +60,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         class_names: Names of the labels in order, or ().
         value_range: The data's lowest and highest values.
         output: Whether samples are pixels (or any other final values) or latents.
-        mid_time: Second time of the two-step sampler, radians; the one at which this model does best.
+        mid_time: Second time of the two-step sampler, radians.
         guidance_range: Lowest and highest guidance scale that the model was trained with, if its network takes one.
-        default_guidance: The scale where a caller gives none; 1 is the conditional model as it is.
-        provenance: Where the weights come from: data, license, recipe; free form. A training run states its
-            ``objective`` (``diffusion`` is a teacher), the ``iteration`` reached and the ``num_iterations`` planned.
+        default_guidance: Default guidance scale; 1 is the conditional model without guidance.
+        provenance: Origin of the weights: data, license, recipe; free form. A training run records its ``objective``
+            (``diffusion`` is a teacher), the ``iteration`` reached and the ``num_iterations`` planned.
     """
 
     network: NetworkConfig
@@ -112,22 +112,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def conditioning(self) -> tuple[TensorSpec, ...]:
-        """The network's inputs beside x, t, class_labels and guidance_scale."""
+        """Inputs of the network in addition to x, t, class_labels and guidance_scale."""
         return getattr(self.network, "conditioning", ())
 
 
 class ConsistencyModel(nn.Module):
     """``f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t)`` around a network F.
 
-    A TrigFlow diffusion model has the same form; there f is its denoiser. ``f(x, 0) = x`` holds
-    whatever the weights are.
+    A TrigFlow diffusion model has the same form; f is then its denoiser. ``f(x, 0) = x`` holds for any weights.
 
     Args:
-        config: Shape of the network and scale of the data; made from ``own`` when absent.
-        network: The network; made from ``config`` with random weights when absent. See ``own.Network``.
-        decoder: What turns a latent model's samples into pixels, as the last stage of its samplers.
+        config: Shape of the network and scale of the data; default: created from ``own``.
+        network: The network; default: created from ``config`` with random weights. See ``networks.custom.Network``.
+        decoder: Decoder of a latent model, the last stage of its samplers.
         own: Without a config: ``sample_shape`` and the other arguments of ``own.own_config``, and the fields of
-            ``ModelConfig`` beside the network.
+            ``ModelConfig`` except the network.
 
     Raises:
         ConfigError: If neither a config nor a network with its ``sample_shape`` is given.
@@ -136,7 +135,7 @@ class ConsistencyModel(nn.Module):
     """
 
     islands: ClassVar[tuple[str, ...]] = ()
-    """What must stay float32 in every precision, beyond what every network needs: patterns of ``export.precision``."""
+    """Patterns of further operators that must stay in float32 in every precision; see ``export.precision``."""
 
     def __init__(
         self,
@@ -164,7 +163,7 @@ class ConsistencyModel(nn.Module):
             x_t: Noisy samples, (B, ...), data units.
             t: Times, (B,) or (1,), radians.
             class_labels: Labels, (B,), int64, or None for none.
-            **conditioning: The network's further inputs by name, axis 0 the batch: ``guidance_scale``, or its own.
+            **conditioning: Further inputs of the network by name, axis 0 is the batch, for example ``guidance_scale``.
 
         Raises:
             ShapeError: If the samples do not have the model's shape.
@@ -226,15 +225,15 @@ class ConsistencyModel(nn.Module):
 
         Args:
             path: Folder of a checkpoint or a bundle, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
-            network: A module to load the weights into, where the network is your own and not registered.
-            decoder: The same for the module of its decoder.
+            network: Module to load the weights into, for a custom network that is not registered.
+            decoder: The same for a custom decoder.
             revision: Branch, tag or commit of a hub id.
-            local_files_only: Take a hub id from the cache alone.
+            local_files_only: Read a hub id from the cache only.
 
         Raises:
-            ConfigError: If the network's code is not here.
-            BundleError: If the folder or a file is absent.
-            IntegrityError: If the weights are truncated or do not fit the config.
+            ConfigError: If the network is not registered.
+            BundleError: If the folder or a file is missing.
+            IntegrityError: If the weights are truncated or do not match the config.
         """
         from .checkpoint import load_checkpoint
         from .sharing import find_checkpoint
@@ -246,18 +245,17 @@ class ConsistencyModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, each file atomically.
 
-        A decoder's go into the folder ``decoder``.
+        Those of a decoder are written to the folder ``decoder``.
         """
         from .checkpoint import save_checkpoint
 
         save_checkpoint(self, Path(folder))
 
     def check_reopens(self) -> None:
-        """Refuse a model that its checkpoint could not open again; ``export_bundle`` calls this first.
+        """Refuse a model whose checkpoint could not be opened; ``export_bundle`` calls this first.
 
         Raises:
-            ConfigError: If its network or its decoder is your own and not registered, or the ``arguments`` make
-                another one.
+            ConfigError: If a custom network or decoder is not registered, or the ``arguments`` create a different one.
         """
         from .checkpoint import check_reopens
 
@@ -275,7 +273,7 @@ class ConsistencyModel(nn.Module):
         """Upload config, weights and a model card to the Hugging Face hub; see ``scm_sdk.bundle.hub.push``.
 
         Returns:
-            The commit's address.
+            URL of the commit.
 
         Raises:
             BackendUnavailable: If huggingface_hub is not installed.

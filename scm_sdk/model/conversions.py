@@ -19,12 +19,11 @@ Conventions (s, c = sin t, cos t; sd = sigma_data):
     VP_NOISE      al x_0 + sg eps, al^2+sg^2=1    al             x_t / sqrt(c^2 + sd^2 s^2)  E[eps]
     VP_VELOCITY   the same                        al             the same           E[al eps - sg x_0]
 
-Coefficients are computed in float64 from ``t`` as given and rounded once to the dtype of the samples;
-give ``t`` in float64 where the last digit near pi/2 matters. Where the textbook form is 0/0 at t = 0
-the simplified closed form is used; only EDM_DENOISER has none and takes the limit, F = 0, there.
-Its error grows like rounding / sin(t), that of VP_NOISE like rounding / cos(t): the information is
-not in those outputs. Times a hair above pi/2 (float32's own pi/2, SANA's 1.57080) count as pi/2
-wherever a formula divides by cos(t).
+Coefficients are computed in float64 from ``t`` as given and rounded once to the dtype of the samples; give ``t`` in
+float64 where the last digit near pi/2 matters. Where the textbook form is 0/0 at t = 0 the simplified closed form is
+used; only EDM_DENOISER has none and takes the limit, F = 0, there. Its error grows like rounding / sin(t), that of
+VP_NOISE like rounding / cos(t), because those outputs do not hold the information. Times slightly above pi/2 (pi/2 in
+float32, SANA's 1.57080) count as pi/2 in formulas that divide by cos(t).
 
 Shape letters: B batch; samples have any rank.
 Source: arXiv 2410.11081, appendix B.2; arXiv 2206.00364 (EDM); arXiv 2503.09641 (SANA).
@@ -61,7 +60,7 @@ class Convention:
         name: As in the table of this module.
         time: (t, sigma_data) -> the source's time, shape and dtype of ``t``.
         time_to_trigflow: (source time, sigma_data) -> t; the inverse of ``time``.
-        model_input: (x_t, t, sigma_data) -> what the source model must be given.
+        model_input: (x_t, t, sigma_data) -> input of the source model.
         to_trigflow: (x_t, output, t, sigma_data) -> F, unitless, from the source model's output.
         from_trigflow: (x_t, F, t, sigma_data) -> the source's output; the inverse of ``to_trigflow``.
     """
@@ -159,7 +158,7 @@ EDM_DENOISER = Convention(
 
 
 def _edm_condition(t: Tensor, sigma_data: float) -> Tensor:
-    # At t = 0 the smallest positive number stands in for sigma, so that c_noise stays finite.
+    # At t = 0 sigma is replaced by the smallest positive number, so that c_noise stays finite.
     return (_sigma(t, sigma_data).clamp_min(torch.finfo(torch.float64).tiny).log() / 4).to(t.dtype)
 
 
@@ -225,7 +224,7 @@ SANA = Convention(
 
 def _vp_radius(t: Tensor, sigma_data: float) -> Tensor:
     c, s = _trig(t)
-    return (c**2 + (_positive(sigma_data) * s) ** 2).sqrt()  # hypot has no counterpart in ONNX
+    return (c**2 + (_positive(sigma_data) * s) ** 2).sqrt()  # ONNX has no hypot
 
 
 def _vp_alpha(t: Tensor, sigma_data: float) -> Tensor:

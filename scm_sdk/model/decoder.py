@@ -26,20 +26,20 @@ def register_decoder(name: str) -> Callable[[Factory], Factory]:
     A checkpoint with a decoder holds its weights, this name and the ``arguments`` of ``Decoder``.
 
     Args:
-        name: What checkpoints call it; best with your package's name in front.
+        name: Name in checkpoints, preferably with the package name as a prefix.
 
     Raises:
-        ConfigError: If another is registered under that name.
+        ConfigError: If another decoder has this name.
     """
     return DECODERS.register(name)
 
 
 class LatentScale(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How an autoencoder's latents follow from a sampler's output: ``latents = scale * x_0 + shift``.
+    """Conversion of a sampler's output to the latents of an autoencoder: ``latents = scale * x_0 + shift``.
 
     Attributes:
-        scale: One factor for each channel, or one for all.
-        shift: As many offsets.
+        scale: One factor per channel, or one for all channels.
+        shift: Offsets, as many as ``scale``.
     """
 
     scale: tuple[float, ...]
@@ -57,14 +57,14 @@ class LatentScale(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def of_data(cls, mean: Sequence[float], std: Sequence[float], *, sigma_data: float) -> LatentScale:
-        """Return what undoes ``x_0 = (latents - mean) * sigma_data / std``, channel by channel."""
+        """Return the inverse of ``x_0 = (latents - mean) * sigma_data / std`` per channel."""
         return cls(scale=tuple(s / sigma_data for s in std), shift=tuple(mean))
 
 
 def sd_vae_ft_mse(*, sigma_data: float = 0.5) -> LatentScale:
     """Return the scale of sCM's ImageNet-512 latents: ``stabilityai/sd-vae-ft-mse``, 4 channels of 64x64.
 
-    The autoencoder's latents are taken as they come, without its factor of 0.18215.
+    The latents of the autoencoder are used without its scaling factor of 0.18215.
 
     Source: arXiv 2410.11081, appendix G.1.
     """
@@ -72,13 +72,13 @@ def sd_vae_ft_mse(*, sigma_data: float = 0.5) -> LatentScale:
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a checkpoint says of its decoder; stored as ``decoder/config.json``.
+    """Config of a decoder in a checkpoint; stored as ``decoder/config.json``.
 
     Attributes:
-        name: Name under which the module is registered; the class's own name where it is not.
-        latents: How the sampler's output becomes the autoencoder's latents.
+        name: Registered name of the module; the class name if it is not registered.
+        latents: Conversion of the sampler's output to latents.
         output_shape: Shape of one output, without the batch axis.
-        arguments: What the registered factory is called with; JSON values.
+        arguments: Arguments of the registered factory; JSON values.
     """
 
     name: str
@@ -87,24 +87,25 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     arguments: dict[str, Any] = {}
 
     def make(self, module: nn.Module | None = None) -> Decoder:
-        """Return the decoder with a module of yours, or with one of the registered class, with random weights.
+        """Return the decoder with the given module, or with one of the registered class with random weights.
 
         Raises:
-            ConfigError: If none is registered, or it does not take the arguments.
+            ConfigError: If the name is not registered, or the factory refuses the arguments.
         """
         made = DECODERS.make(self.name, self.arguments) if module is None else module
         return Decoder(made, self.latents, self.output_shape, name=self.name, arguments=self.arguments)
 
 
 class Decoder(nn.Module):
-    """Turns what a sampler of latents returns into pixels.
+    """Decodes the output of a latent sampler to pixels.
 
     Args:
-        module: Latents (B, C, ...) float32, in the autoencoder's own units, to pixels (B, *output_shape) float32.
-        latents: How the sampler's output becomes such latents.
+        module: Maps latents (B, C, ...), float32, in the units of the autoencoder, to pixels ``(B, *output_shape)``,
+            float32.
+        latents: Conversion of the sampler's output to these latents.
         output_shape: Shape of one output, without the batch axis.
-        name: Name of the module's factory for checkpoints; that of the registered class when empty.
-        arguments: What the factory is called with to make the module again; JSON values.
+        name: Name of the module's factory in checkpoints; default: that of the registered class.
+        arguments: Arguments of the factory; JSON values.
     """
 
     scale: Tensor
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
 
     @property
     def config(self) -> DecoderConfig:
-        """What a checkpoint says of this decoder."""
+        """Config of this decoder in a checkpoint."""
         return DecoderConfig(
             name=self._name or DECODERS.name_of(self.module),
             latents=self.latents,
@@ -138,13 +139,13 @@ class Decoder(nn.Module):
         )
 
     def forward(self, x_0: Tensor) -> Tensor:
-        """Return pixels, (B, *output_shape), not clipped.
+        """Return pixels, ``(B, *output_shape)``, not clipped.
 
         Args:
-            x_0: What the sampler returned before decoding, (B, C, ...), of standard deviation ``sigma_data``.
+            x_0: Output of the sampler, (B, C, ...), with standard deviation ``sigma_data``.
 
         Raises:
-            ShapeError: If the channels are not the scale's, or the module returns another shape.
+            ShapeError: If the channels do not match the scale, or the module returns another shape.
         """
         pixels: Tensor = self.module(self.to_latents(x_0))
         if tuple(pixels.shape[1:]) != self.output_shape:
@@ -155,10 +156,10 @@ class Decoder(nn.Module):
         return pixels
 
     def to_latents(self, x_0: Tensor) -> Tensor:
-        """Return the autoencoder's latents, (B, C, ...).
+        """Return the latents of the autoencoder, (B, C, ...).
 
         Raises:
-            ShapeError: If the channels are not the scale's.
+            ShapeError: If the channels do not match the scale.
         """
         channels = len(self.latents.scale)
         if channels not in (1, x_0.shape[1]):
@@ -167,6 +168,6 @@ class Decoder(nn.Module):
         return x_0 * self.scale.to(x_0.dtype).reshape(axes) + self.shift.to(x_0.dtype).reshape(axes)
 
     def from_latents(self, latents: Tensor) -> Tensor:
-        """Return what a sampler would return for an autoencoder's latents: training data. Undoes ``to_latents``."""
+        """Convert latents of an autoencoder to training data; the inverse of ``to_latents``."""
         axes = (1, len(self.latents.scale), *([1] * (latents.ndim - 2)))
         return (latents - self.shift.to(latents.dtype).reshape(axes)) / self.scale.to(latents.dtype).reshape(axes)

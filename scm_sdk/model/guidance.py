@@ -16,12 +16,12 @@ from ..errors import ConfigError
 
 
 class GuidedNetwork:
-    """A diffusion network with guidance: called like one, it asks the network twice, in one batch.
+    """A diffusion network with guidance: evaluates the network twice, in one batch.
 
     Args:
-        network: ``(x, t, class_labels) -> F``, trained with and without labels; label ``num_classes`` is none.
-        num_classes: Class labels.
-        scale: Guidance scale s where a call gives none; 1 is the network as it is.
+        network: ``(x, t, class_labels) -> F``, trained with and without labels; label ``num_classes`` is "no label".
+        num_classes: Number of class labels.
+        scale: Default guidance scale s; 1 is the network without guidance.
 
     Raises:
         ConfigError: If there are no labels.
@@ -40,8 +40,8 @@ class GuidedNetwork:
         Args:
             x: Noisy samples divided by ``sigma_data``, (B, ...).
             t: Times, (B,), radians.
-            class_labels: Labels, (B,), int64; for ``num_classes`` or None there is nothing to guide to.
-            guidance_scale: Guidance scales, (B,), or None for the one that is set.
+            class_labels: Labels, (B,), int64; ``num_classes`` and None are not guided.
+            guidance_scale: Guidance scales, (B,), or None for the default.
         """
         if class_labels is None or (guidance_scale is None and self._scale == 1.0):
             return self._network(x, t, class_labels)

@@ -1,7 +1,7 @@
-"""Modules whose code is not part of this package: a checkpoint holds weights and a name, never code.
+"""Registries of custom modules: a checkpoint holds weights and a name, never code.
 
-Whoever loads such a checkpoint has the class registered under that name, in this process or by an installed package's
-entry point, or gives ``ConsistencyModel.from_pretrained`` the module itself. Graphs and engines need none of that.
+To load such a checkpoint, register the class under this name, in the process or by an entry point of an installed
+package, or pass the module to ``ConsistencyModel.from_pretrained``. Graphs and engines do not need the class.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Registry:
         """Return a decorator that registers a class, or a function that returns a module, under a name.
 
         Raises:
-            ConfigError: If another is registered under that name.
+            ConfigError: If another factory has this name.
         """
 
         def register(factory: Factory) -> Factory:
             known = self.factories.get(name)
-            # Run again, a notebook's cell or a script's module defines the same class again.
+            # A notebook cell or a script that runs again defines the same class again.
             if known is not None and _origin(known) != _origin(factory):
                 raise ConfigError(
                     f"{self.kind} {name!r} is registered twice, as {_origin(known)} and as {_origin(factory)}. Rename "
@@ -51,7 +51,7 @@ class Registry:
         return register
 
     def name_of(self, module: nn.Module) -> str:
-        """Return the name under which a module's class is registered; the class's own where it is not."""
+        """Return the registered name of a module's class; the class name if it is not registered."""
         kind = type(module)
         return next((name for name, factory in self.factories.items() if factory is kind), kind.__qualname__)
 
@@ -63,7 +63,7 @@ class Registry:
         """Call the factory of a name.
 
         Raises:
-            ConfigError: If none is registered, or it does not take the arguments.
+            ConfigError: If the name is not registered, or the factory refuses the arguments.
         """
         factory = self.factories.get(name)
         if factory is None:

@@ -1,7 +1,6 @@
-"""The whole sampler as one module: the consistency model unrolled over the times of a spec.
+"""The sampler as one module: the consistency model unrolled over the times of a spec.
 
-This is the definition that every exported graph and engine is compared with. Noise comes in, images
-go out; nothing is drawn inside.
+Every exported graph and engine is compared with this definition. Noise is an input; nothing is drawn inside.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Sampler(nn.Module):
             )
         self.model = model
         self.spec = spec
-        # Computed in float64 and rounded once: float32 trigonometry would differ between backends.
+        # Computed in float64 and rounded once, because float32 trigonometry differs between backends.
         self.cosines = [math.cos(t) for t in spec.times]
         self.sines = [math.sin(t) for t in spec.times]
 
@@ -79,7 +78,7 @@ class Sampler(nn.Module):
             x_t = (sin * sigma_data) * noise
             if x_0 is not None:
                 x_t = cos * x_0 + x_t
-            dtype = torch.promote_types(noise.dtype, torch.float32)  # never less than float32
+            dtype = torch.promote_types(noise.dtype, torch.float32)  # at least float32
             t_B = torch.full(noise.shape[:1], t, dtype=dtype, device=noise.device)
             F = self.model.network(x_t / sigma_data, t_B, **conditioning)
             x_0 = cos * x_t - (sin * sigma_data) * F

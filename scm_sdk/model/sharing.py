@@ -20,10 +20,10 @@ from .consistency import ConsistencyModel
 def find_checkpoint(
     path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """Return the checkpoint's folder of what ``locate`` finds; of a bundle, its own checkpoint, checked.
+    """Return the checkpoint folder of a model; of a bundle, its verified checkpoint.
 
     Raises:
-        BundleError: If there is none.
+        BundleError: If there is no checkpoint.
     """
     folder = locate(path, revision=revision, local_files_only=local_files_only)
     if (folder / CONFIG_NAME).exists() or not (folder / MANIFEST_NAME).exists():

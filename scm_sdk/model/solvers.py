@@ -2,8 +2,8 @@
 
 They integrate the probability-flow ODE ``dx_t/dt = sigma_data * F(x_t / sigma_data, t)`` from noise
 at ``times[0]`` to data at 0. In the EDM picture (``sigma = sigma_data * tan(t)``) DDIM is Euler's
-method and 2S is Heun's, exactly; the tests hold both to 1e-12. The few-step sampler of a
-consistency model is another thing: ``model/sampler.py``.
+method and 2S is Heun's, exactly; the tests check both to 1e-12. The few-step sampler of a
+consistency model is in ``model/sampler.py``.
 
 Times are Python floats (float64) whatever the dtype of the tensors; they are radians.
 Source: Lu and Song, 2024, arXiv 2410.11081, Eq. 26-28 (with ``x_s`` for the misprinted ``x_t`` in
@@ -25,7 +25,7 @@ from ..errors import ConfigError, ShapeError
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """(x_t (B, *sample) data units, t (B,) radians) -> F(x_t / sigma_data, t), (B, *sample), unitless."""
 
-# 2S divides by cos(t); beyond this, sigma is above 10,000 sigma_data and rounding is all that is left.
+# 2S divides by cos(t); above this limit sigma exceeds 10,000 sigma_data and rounding dominates.
 _MIN_COS = 1e-4
 
 
@@ -45,7 +45,7 @@ def karras_times(
         sigma_max: First noise level, data units.
         sigma_min: Last noise level before 0, data units; not used when ``num_steps`` is 1.
         rho: Exponent of the grid; larger puts more steps at low noise.
-        shift: Share of a step by which all levels but the first lie higher, in [0, 1).
+        shift: Share of a step by which all levels but the first are raised, in [0, 1).
 
     Returns:
         ``num_steps + 1`` times, radians, strictly falling from ``arctan(sigma_max / sigma_data)`` to 0.
@@ -95,7 +95,7 @@ def sample_ode(
     order: Literal[1, 2] = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Turn standard normal noise into samples by solving the probability-flow ODE, without gradients.
+    """Generate samples from standard normal noise by solving the probability-flow ODE, without gradients.
 
     Args:
         velocity_fn: Returns ``F(x_t / sigma_data, t)`` from ``x_t``, (B, *sample), data units, and
@@ -105,13 +105,13 @@ def sample_ode(
         sigma_data: Standard deviation of the data, data units.
         order: 1 is DDIM: one network call per step. 2 is 2S: two per step, one in the last, so
             ``2 * (len(times) - 1) - 1`` in all, and an error that falls with the square of the step.
-        progress: Called after each step with (steps done, steps in all).
+        progress: Called after each step with (completed steps, total steps).
 
     Returns:
         Samples, (B, *sample), data units, not clipped.
 
     Raises:
-        ConfigError: If ``times``, ``sigma_data`` or ``order`` breaks its contract.
+        ConfigError: If ``times``, ``sigma_data`` or ``order`` is invalid.
         ShapeError: If ``noise`` has no batch axis or is not floating, or ``velocity_fn`` returns
             another shape.
 

@@ -5,8 +5,8 @@
 ``t`` is an angle in radians: 0 is data, pi/2 is noise. If the data has standard deviation
 ``sigma_data``, so has ``x_t`` at every ``t``; no scaling by schedule appears anywhere.
 
-There are no parameters, no state and no device moves here. ``train/objectives.py`` differentiates
-through these functions and ``model/sampler.py`` unrolls them.
+The functions have no parameters, no state and no device transfers. ``train/objectives`` differentiates through them and
+``model/sampler.py`` unrolls them.
 
 Shape letters: B batch; samples have any rank, so ``t`` is broadcast over all axes but the first.
 Source: Lu and Song, 2024, arXiv 2410.11081, section 3.
@@ -60,7 +60,7 @@ def rotate(x_t: Tensor, dxdt: Tensor, angle: Tensor) -> Tensor:
     Args:
         x_t: Noisy samples, (B, ...), data units.
         dxdt: Their velocities, (B, ...), data units.
-        angle: How far, (B,), radians.
+        angle: Angle of the rotation, (B,), radians.
     """
     angle = expand_time(angle, x_t)
     return torch.cos(angle) * x_t - torch.sin(angle) * dxdt
@@ -74,7 +74,7 @@ def predict_data(x_t: Tensor, F: Tensor, t: Tensor, *, sigma_data: float) -> Ten
 
     Args:
         x_t: Noisy samples, (B, ...), data units.
-        F: What the network returned for ``(x_t / sigma_data, t)``, (B, ...), unitless.
+        F: Output of the network for ``(x_t / sigma_data, t)``, (B, ...), unitless.
         t: Times, (B,), radians in [0, pi/2].
         sigma_data: Standard deviation of the data, data units, greater than 0.
 

@@ -1,1 +1,1 @@
-"""Models of other libraries seen as consistency models: their folders, their parametrization, their parts."""
+"""Models of other libraries as consistency models: folders, parametrizations, components."""

@@ -1,7 +1,7 @@
 """The files of one component of a diffusers folder: JSON of bounded size, weights in one file or in shards.
 
-No weight is read here, and neither torch nor diffusers is imported. Files from elsewhere are not trusted: sizes are
-capped, names may not lead out of the folder, weights are safetensors or refused.
+No weight is read here, and neither torch nor diffusers is imported. The files are untrusted: sizes are limited, names
+must stay in the folder, weights must be safetensors.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
 
     Args:
         path: The file.
-        remedy: What to do about a bad one, for the message.
+        remedy: Advice of the error message.
 
     Raises:
-        BundleError: If it is no plain file, cannot be read or is too large.
-        ConfigError: If it is no JSON object.
+        BundleError: If it is not a regular file, cannot be read or is too large.
+        ConfigError: If it is not a JSON object.
     """
     try:
         read = json.loads(read_regular(path, most=CONFIG_MAX_BYTES))
@@ -41,12 +41,12 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, name: str = WEIGHTS_NAME, *, remedy: str = REMEDY) -> list[Path]:
-    """Return the safetensors files of a component: one, or all shards that its index names.
+    """Return the safetensors files of a component: one file, or all shards of its index.
 
-    Where the files bear the name of a variant, as ``variant="fp16"`` writes them, it is the only one.
+    If the files have the name of a variant, as written by ``variant="fp16"``, it must be the only variant.
 
     Raises:
-        BundleError: If there are none, one is missing, or there are several variants and no plain file.
+        BundleError: If there are no files, one is missing, or there are several variants and no default file.
     """
     stem = name.removesuffix(".safetensors")
     index = folder / f"{name}.index.json"

@@ -1,14 +1,14 @@
-"""A pretrained denoiser in its own convention, seen as a TrigFlow network F: exact, without training.
+"""A pretrained denoiser in any convention as a TrigFlow network F: exact, without training.
 
-``Denoiser`` is all that a source model must be; ``ModuleDenoiser`` makes one of any module, and
-``TrigFlowNetwork`` makes F of it. The result is a teacher, and a student's first weights::
+``Denoiser`` is the interface of a source model; ``ModuleDenoiser`` wraps any module, and ``TrigFlowNetwork`` converts a
+denoiser to F. The result is a teacher and the initial weights of a student::
 
     denoiser = ModuleDenoiser(my_flow_model, FLOW, timestep=lambda u: 1000 * u)
     F = TrigFlowNetwork(denoiser, sigma_data=1.0)
     teacher = ConsistencyModel(network=F, sigma_data=1.0, sample_shape=(4, 32, 32))
 
 Every convention is linear in the state and in the model's output: F = p(t) x_t + q(t) output. The factors are computed
-in float64 from the time alone and rounded once, so that a graph holds them as constants.
+in float64 from the time only and rounded once, so that a graph holds them as constants.
 
 Source: arXiv 2410.11081, appendix B.2; ``model.conversions`` has the formulas.
 """
@@ -30,10 +30,10 @@ from ..trigflow import expand_time
 
 
 class Denoiser(Protocol):
-    """A model of another convention: noisy state and time in, its own target out.
+    """A model in another convention: maps a noisy state and a time to its target.
 
     Attributes:
-        convention: What its state, its time and its output are: one of ``model.conversions``.
+        convention: Meaning of state, time and output; one of ``model.conversions``.
     """
 
     convention: Convention
@@ -42,7 +42,7 @@ class Denoiser(Protocol):
         """Return the output, (B, ...), like ``x``.
 
         Args:
-            x: State in the model's own scale, (B, ...): ``convention.model_input``.
+            x: State in the scale of the model, (B, ...): ``convention.model_input``.
             time: The convention's time (sigma, u, alpha, c_noise), (B,), float64; smooth in forward-mode derivatives.
             **conditioning: By name, axis 0 the batch.
         """
@@ -54,10 +54,10 @@ class ModuleDenoiser(nn.Module):
 
     Args:
         module: The pretrained network; its parameters keep their names below ``module.``.
-        convention: What it was trained on.
-        timestep: Turns the convention's time, (B,) float64, into what the module is given, (B,).
-        call: ``(module, x, timestep, **conditioning) -> output``; None calls the module with just these. Extra output
-            channels, as of a learned variance, are cut off here.
+        convention: The convention of its training.
+        timestep: Converts the time of the convention, (B,), float64, to the time input of the module, (B,).
+        call: ``(module, x, timestep, **conditioning) -> output``; None calls the module with these arguments. Remove
+            additional output channels, such as a learned variance, here.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class ModuleDenoiser(nn.Module):
 
 
 class TrigFlowNetwork(nn.Module):
-    """F_theta(x, t, ...) of a denoiser of another convention; see ``model.own.Network``.
+    """F_theta(x, t, ...) of a denoiser in another convention; see ``networks.custom.Network``.
 
     Args:
-        denoiser: The source model. A module's weights become this network's.
-        sigma_data: Standard deviation of the data it was trained on, data units: about 0.5 for pixels in [-1, 1], 1 for
-            scaled latents. Any number gives a right F; the true one gives F the variance that TrigFlow expects.
+        denoiser: The source model. The weights of a module become weights of this network.
+        sigma_data: Standard deviation of its training data, data units: about 0.5 for pixels in [-1, 1], 1 for scaled
+            latents. Any value gives a correct F; the true one gives F the variance that TrigFlow expects.
     """
 
     def __init__(self, denoiser: Denoiser, *, sigma_data: float) -> None:
@@ -104,14 +104,14 @@ class TrigFlowNetwork(nn.Module):
             x: Noisy samples divided by ``sigma_data``, (B, ...).
             t: Times, (B,) or (1,), radians.
             class_labels: Labels, (B,), int64, or None.
-            **conditioning: The denoiser's further inputs.
+            **conditioning: Further inputs of the denoiser.
 
         Raises:
             ShapeError: If the denoiser returns another shape.
         """
         if class_labels is not None:
             conditioning["class_labels"] = class_labels
-        t = t.double().expand(x.shape[0])  # len() would fix the batch of a graph
+        t = t.double().expand(x.shape[0])  # len() would fix the batch size of a graph
         convention, sigma_data = self.denoiser.convention, self.sigma_data
         one, zero = torch.ones_like(t)[:, None], torch.zeros_like(t)[:, None]
         scale = sigma_data * convention.model_input(one, t, sigma_data)[:, 0]
@@ -135,7 +135,7 @@ def _differentiable_attention() -> AbstractContextManager[None]:
 
 
 def _accept_any_layout(module: nn.Module) -> None:
-    """Let group norms take what is not contiguous, which their forward-mode derivative does not."""
+    """Make group norms accept non-contiguous inputs, which their forward-mode derivative does not support."""
     for child in module.modules():
         if type(child) is nn.GroupNorm:
             child.__class__ = GroupNorm

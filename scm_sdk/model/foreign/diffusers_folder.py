@@ -4,10 +4,9 @@
 
 or, as the first repositories were saved, with all files in the folder itself.
 
-The scheduler says what the denoiser predicts and at which noise levels; without it the network cannot be understood, so
-it has to lie in the folder or beside the component's. Files from elsewhere are not trusted: sizes are capped, names do
-not lead out of the folder, weights are safetensors, every tensor is accounted for, and no class is imported that
-``diffusers_models`` does not name.
+The scheduler defines what the denoiser predicts and at which noise levels, so it is required in the folder or next to
+the folder of the component. The files are untrusted: sizes are limited, names stay in the folder, weights are
+safetensors, every tensor is accounted for, and only classes of ``diffusers_models`` are imported.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .diffusers_models import ClassName, ConventionName, DiffusersConfig
 COMPONENTS = ("unet", "transformer")
 SCHEDULER_NAME = "scheduler_config.json"
 PIXEL_SIGMA, LATENT_SIGMA = 0.5, 1.0
-"""Standard deviation of the data where nothing says more: pixels in [-1, 1], latents scaled as diffusers does."""
+"""Default standard deviation of the data: pixels in [-1, 1], latents scaled by diffusers."""
 _VP_SCHEDULERS = {
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
@@ -45,12 +44,12 @@ _DIVIDES_BY_LAST_ALPHA = {
     "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 }  # fmt: skip
-"""Schedulers that put 2^-24 in the place of a terminal alpha_bar of 0."""
+"""Schedulers that replace a terminal alpha_bar of 0 by 2^-24."""
 _READ_SETTINGS = {
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type", "timestep_type", "use_flow_sigmas", "invert_sigmas", "sigma_data",
 }  # fmt: skip
-"""Settings that say what the network is: each is read below."""
+"""Settings that define the network; each is read below."""
 _SAMPLER_SETTINGS = {
     "algorithm_type", "base_image_seq_len", "base_shift", "clip_sample", "clip_sample_range", "disable_corrector",
     "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type",
@@ -60,14 +59,14 @@ _SAMPLER_SETTINGS = {
     "thresholding", "time_shift_type", "timestep_spacing", "use_beta_sigmas", "use_dynamic_shifting",
     "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas", "variance_type",
 }  # fmt: skip
-"""Settings of diffusers' own samplers: at which levels they call the network, and what they do to its answer."""
+"""Settings of diffusers' samplers: their noise levels, and their changes of the prediction."""
 _PREDICTION_CHANGES = ("clip_sample", "thresholding")
-"""Those that change a prediction: the teacher here is the network without them, and its provenance says so."""
+"""Settings that change a prediction: the teacher is the network without them, and its provenance names them."""
 _REMEDY = "Give the folder that the pipeline's save_pretrained wrote, whole."
 
 
 def is_diffusers_folder(folder: Path) -> bool:
-    """Return whether a folder is a pipeline of diffusers, or one of the denoisers that are known here."""
+    """Return whether a folder is a pipeline of diffusers or a supported denoiser."""
     if (folder / INDEX_NAME).is_file():
         return True
     config = folder / CONFIG_NAME
@@ -83,21 +82,21 @@ def load_diffusers(
 ) -> ConsistencyModel:
     """Load a denoiser that diffusers saved as a TrigFlow diffusion model, in evaluation mode.
 
-    Its ``network`` is F, exactly: a teacher to distill, or to sample with ``solvers.sample_ode``. What
-    ``save_pretrained`` then writes is a checkpoint of this package.
+    Its ``network`` is exactly F: a teacher to distill, or to sample with ``solvers.sample_ode``. ``save_pretrained``
+    writes a checkpoint of scm-sdk.
 
     Args:
-        folder: A pipeline's folder, or its denoiser's with the scheduler's beside it.
-        sigma_data: Standard deviation of its data; None is 0.5 for a U-Net and 1 for the transformers, which work on
-            scaled latents. With an EDM scheduler it is that one's.
-        sample_shape: Shape of one sample, (C, H, W), where it is not the config's ``sample_size``.
+        folder: The folder of a pipeline, or of its denoiser with the scheduler's folder next to it.
+        sigma_data: Standard deviation of the data; None is 0.5 for a U-Net, 1 for the transformers, which work on
+            scaled latents, and that of the scheduler for EDM.
+        sample_shape: Shape of one sample, (C, H, W); default: ``sample_size`` of the config.
         text_length: Tokens of an SD3-like model's prompt.
 
     Raises:
         BackendUnavailable: If diffusers is not installed.
-        BundleError: If a component, its config, or a shard is missing, or the weights are no safetensors.
-        ConfigError: If the denoiser or the scheduler is of a kind that is not known here.
-        IntegrityError: If the weights do not fit the config.
+        BundleError: If a component, its config, or a shard is missing, or the weights are not safetensors.
+        ConfigError: If the denoiser or the scheduler is not supported.
+        IntegrityError: If the weights do not match the config.
     """
     folder = Path(folder)
     component, scheduler = _find(folder)
@@ -116,7 +115,7 @@ def load_diffusers(
                 "scheduler": str(schedule.get("_class_name")),
                 **({"scheduler_settings_not_applied": ", ".join(left_out)} if left_out else {}),
                 "license": "other",
-                # What makes it guidable; diffusers' DiT is the class-conditional one with a row for no label.
+                # Guidance needs a "no label" class; diffusers' class-conditional DiT has one.
                 **({"label_dropout": "0.1"} if described.has_null_label else {}),
             },
         )
@@ -152,7 +151,7 @@ def _find(folder: Path) -> tuple[Path, Path]:
     if not (component / CONFIG_NAME).is_file():
         raise BundleError(f"no {CONFIG_NAME} in {component}, expected the denoiser's. {_REMEDY}")
     places = [component / SCHEDULER_NAME, component / "scheduler" / SCHEDULER_NAME]
-    if not (component / INDEX_NAME).is_file():  # what lies beside a pipeline belongs to another one
+    if not (component / INDEX_NAME).is_file():  # a folder next to a pipeline belongs to another model
         places.append(component.parent / "scheduler" / SCHEDULER_NAME)
     scheduler = next((place for place in places if place.is_file()), None)
     if scheduler is None:

@@ -1,15 +1,15 @@
-"""Denoisers of diffusers as TrigFlow networks: which classes, how each is called, what each is told about time.
+"""Denoisers of diffusers as TrigFlow networks: supported classes, call conventions and time inputs.
 
-``DiffusersConfig`` is what a checkpoint of ours says of such a network: the class with its arguments, and the
-convention it was trained in, which diffusers keeps with its schedulers. ``make_diffusers_network`` builds it, with
-random weights; ``diffusers_folder`` reads both from a folder that diffusers saved.
+``DiffusersConfig`` describes such a network in a checkpoint: the class with its arguments, and the convention of its
+training, which diffusers stores with its schedulers. ``make_diffusers_network`` creates it with random weights;
+``diffusers_folder`` reads both from a folder that diffusers saved.
 
     class                     conventions                          conditioning
     UNet2DModel               vp_*, flow, edm_network              class_labels, if it has classes
     DiTTransformer2DModel     vp_*, flow, edm_network              class_labels; label num_classes is "none"
     SD3Transformer2DModel     flow, vp_*                           encoder_hidden_states, pooled_projections
 
-Times they are given: the schedule's index or ln(sigma) / 4 (vp_*), 1000 u (flow), ln(sigma) / 4 (edm_network).
+Time inputs: the index of the schedule or ln(sigma) / 4 (vp_*), 1000 u (flow), ln(sigma) / 4 (edm_network).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ VP_DATA = replace(
     to_trigflow=EDM_DENOISER.to_trigflow,
     from_trigflow=EDM_DENOISER.from_trigflow,
 )
-"""A variance-preserving model that predicts x_0 itself; what an estimate of x_0 makes of F does not ask its origin."""
+"""A variance-preserving model that predicts x_0; F follows from any estimate of x_0."""
 CONVENTIONS: dict[str, Convention] = {
     "vp_noise": VP_NOISE,
     "vp_velocity": VP_VELOCITY,
@@ -51,20 +51,20 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 class DiffusersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="diffusers"):
-    """A denoiser of diffusers, seen as a network F.
+    """A denoiser of diffusers as a network F.
 
     Attributes:
-        class_name: Its class.
-        arguments: The arguments of its constructor, as its own ``config.json`` has them.
-        convention: What it predicts and at which times.
+        class_name: Class in diffusers.
+        arguments: Arguments of its constructor, as in its ``config.json``.
+        convention: Prediction target and times.
         sample_shape: Shape of one sample, (C, H, W).
-        sigma_data: Standard deviation of its data, data units; the model's.
-        schedule: Its noise levels; of ``vp_*`` alone.
-        timestep_type: What a ``vp_*`` model is given for a time: ``discrete``, the schedule's index, or ``continuous``,
+        sigma_data: Standard deviation of the data, data units.
+        schedule: Noise levels; only for ``vp_*``.
+        timestep_type: Time input of a ``vp_*`` model: ``discrete``, the index of the schedule, or ``continuous``,
             ln(sigma) / 4.
-        num_train_timesteps: What u = 1 is called; of ``flow`` alone.
-        text_length: Tokens of ``encoder_hidden_states``; of SD3 alone.
-        dropout: Of the network while a student is trained.
+        num_train_timesteps: Time input at u = 1; only for ``flow``.
+        text_length: Tokens of ``encoder_hidden_states``; only for SD3.
+        dropout: Dropout probability during the training of a student.
     """
 
     class_name: ClassName
@@ -108,7 +108,7 @@ class DiffusersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     @property
     def conditioning(self) -> tuple[TensorSpec, ...]:
-        """The network's inputs beside x, t and class_labels."""
+        """Inputs of the network in addition to x, t and class_labels."""
         if self.class_name != "SD3Transformer2DModel":
             return ()
         return (
@@ -125,13 +125,13 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
 
     Raises:
         BackendUnavailable: If diffusers is not installed.
-        ConfigError: If its arguments are not its class's, or the kind is one whose time is not continuous.
+        ConfigError: If the class refuses the arguments, or its time is not continuous.
     """
     diffusers = require("diffusers", extra="diffusers", purpose=f"a {config.class_name}")
     _check_kind(config)
     arguments = dict(config.arguments)
     if config.class_name != "SD3Transformer2DModel":
-        arguments["dropout"] = config.dropout  # whatever it was trained with
+        arguments["dropout"] = config.dropout  # regardless of its training
     for name, value in arguments.items():
         if value is not None:
             check_bound(name, value)
@@ -156,12 +156,14 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
 
 
 def _make_tractable(module: nn.Module) -> None:
-    """Take out what changes by chance or by the size of a batch: neither a JVP nor a graph allows it."""
-    upsampling: Any = import_module("diffusers.models.upsampling")  # by name: its types take minutes to read
+    """Remove randomness and dependence on the batch size, which neither a JVP nor a graph supports."""
+    upsampling: Any = import_module(
+        "diffusers.models.upsampling"
+    )  # imported by name, because its type stubs take minutes to check
     Upsample2D = upsampling.Upsample2D
 
     class AnyBatch(Upsample2D):  # type: ignore[misc, valid-type]
-        """The same, without the question whether the batch is larger than 63."""
+        """The same, without the test for batches larger than 63."""
 
         def forward(self, hidden_states: Tensor, output_size: int | None = None) -> Tensor:
             plain = self.interpolate and self.use_conv and self.name == "conv" and not self.use_conv_transpose
@@ -188,7 +190,7 @@ def _timestep(config: DiffusersConfig) -> Callable[[Tensor], Tensor]:
 
 
 def _check_kind(config: DiffusersConfig) -> None:
-    """Refuse what cannot be asked at any time, or is asked more than x, t and what ``conditioning`` says."""
+    """Refuse a network without continuous time, or with inputs other than x, t and ``conditioning``."""
     wanted = {"time_embedding_type": ("positional",), "class_embed_type": (None,), "norm_type": ("ada_norm_zero",)}
     for key, known in wanted.items():
         if (found := config.arguments.get(key, known[0])) not in known:

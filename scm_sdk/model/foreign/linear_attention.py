@@ -1,8 +1,8 @@
-"""SANA's linear attention, written so that it survives its export.
+"""SANA's linear attention in a form that the ONNX exporter preserves.
 
-diffusers guards the division with ``+ 1e-15``, which torch's ONNX exporter takes for ``+ 0`` and drops: a position
-whose queries are all negative then divides 0 by 0. A lower bound says the same and stays. The sums are also taken
-without the extra row of ones that diffusers pads the values with.
+diffusers protects the division by ``+ 1e-15``, which torch's ONNX exporter treats as ``+ 0`` and drops: a position
+whose queries are all negative then divides 0 by 0. A lower bound has the same effect and is exported. The sums are
+computed without the row of ones that diffusers appends to the values.
 
 Source: arXiv 2410.10629, section 2.2: ``relu(Q) (relu(K)^T V) / relu(Q) sum(relu(K))``.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 LEAST = 1e-15
-"""What diffusers adds to a sum that is 0 or far above."""
+"""Lower bound of the denominator, which is 0 or far larger."""
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The text encoder of a SANA-Sprint pipeline: what ``SanaSprintPipeline`` makes of a prompt, without the rest of it."""
+"""The text encoder of a SANA-Sprint pipeline: encodes prompts as ``SanaSprintPipeline`` does, without other components."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PURPOSE = "encoding a prompt"
 
 
 class PromptEncoder:
-    """Tokenizer and text encoder, in the type their weights are stored in, on one device.
+    """Tokenizer and text encoder, in the dtype of their stored weights, on one device.
 
-    Prompts are prepared as the pipeline's own call does by default: lower case, behind its instruction to the language
-    model, padded on the right; of the hidden states the first and the last tokens are kept.
+    Prompts are preprocessed as in the pipeline's call: lower case, after its instruction to the language model, padded
+    on the right; the first and the last tokens of the hidden states are kept.
 
     Args:
         folder: A pipeline folder with a text encoder.
@@ -64,7 +64,7 @@ class PromptEncoder:
         Args:
             prompts: Texts.
             max_sequence_length: Tokens of each.
-            instruction: Lines put before each prompt; None is the pipeline's own, () is none.
+            instruction: Lines before each prompt; None is the instruction of the pipeline, () is none.
 
         Returns:
             Embeddings (N, L, D) float32 and mask (N, L) int64.

@@ -1,14 +1,14 @@
-"""SANA-Sprint seen as a consistency model: its transformer as F, its autoencoder as the decoder.
+"""SANA-Sprint as a consistency model: its transformer is F, its autoencoder the decoder.
 
 The transformer predicts the velocity v of flow matching on latents l; TrigFlow's data is ``x_0 = sigma_data * l``. With
 ``s = sin t / (cos t + sin t)`` the flow's time,
 
-    u = (x_t / sigma_data) sqrt(s^2 + (1 - s)^2)            what the transformer sees
+    u = (x_t / sigma_data) sqrt(s^2 + (1 - s)^2)            input of the transformer
     v = transformer(u, s, guidance_scale * 0.1, prompt)
     F = ((1 - 2 s) u + (1 - 2 s + 2 s^2) v) / sqrt(s^2 + (1 - s)^2)
 
-and the sampler around it is the SDK's own. The weights stay diffusers' and are computed by diffusers' modules; both
-run in float32 here, lower precisions are made from the float32 graph.
+and the sampler is that of scm-sdk. Weights and modules are those of diffusers and run in float32; reduced precisions
+are made from the float32 graph.
 
 Source: arXiv 2503.09641, section 3.1; the exactness of the conversion is that of ``model.conversions.SANA``.
 """
@@ -42,7 +42,7 @@ PURPOSE = "a SANA-Sprint model"
 
 
 class _FlowInput(nn.Module):
-    """u of x; a module, so that its nodes bear its name in a graph and stay float32."""
+    """u of x; a module, so that its nodes have its name in a graph and stay in float32."""
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         s = s.reshape(-1, 1, 1, 1)
@@ -62,7 +62,7 @@ class SanaNetwork(nn.Module):
 
     Args:
         transformer: A ``SanaTransformer2DModel`` with guidance embedding.
-        guidance_embeds_scale: What a guidance scale is multiplied with before it is embedded.
+        guidance_embeds_scale: Factor of the guidance scale before it is embedded.
     """
 
     def __init__(self, transformer: nn.Module, guidance_embeds_scale: float = 0.1) -> None:
@@ -85,7 +85,7 @@ class SanaNetwork(nn.Module):
             x: Noisy latents divided by ``sigma_data``, (B, C, H, W).
             t: Times, (B,), radians.
             guidance_scale: (B,), for example 4.5.
-            prompt_embeds: What the text encoder returned, (B, L, D).
+            prompt_embeds: Output of the text encoder, (B, L, D).
             prompt_attention_mask: 1 for tokens and 0 for padding, (B, L), int64.
         """
         s = torch.sin(t) / (torch.cos(t) + torch.sin(t))
@@ -103,16 +103,16 @@ class SanaNetwork(nn.Module):
 
 
 class SanaModel(ConsistencyModel):
-    """A SANA-Sprint pipeline without its text encoder: what the sampler, the exporter and the backends take.
+    """A SANA-Sprint pipeline without its text encoder, as input of the sampler, the exporter and the backends.
 
     Args:
-        folder: What it was read from; its configs say the shapes.
+        folder: The source folder; its configs define the shapes.
         transformer: The transformer.
-        decode: The decoder of the autoencoder alone: latents to pixels.
+        decode: The decoder of the autoencoder: latents to pixels.
 
     Attributes:
-        folder: What it was read from.
-        keep_text_encoder: Whether ``save_pretrained`` copies the text encoder too, where there is one.
+        folder: The source folder.
+        keep_text_encoder: Whether ``save_pretrained`` also copies an existing text encoder.
     """
 
     islands = ("@delicate", "step*/flow*")
@@ -141,10 +141,10 @@ class SanaModel(ConsistencyModel):
         return self.folder.spec(num_inference_steps, times=times, renoise=renoise, max_batch=max_batch)
 
     def check_reopens(self) -> None:
-        """Do nothing: every part is made from the pipeline's configs."""
+        """Do nothing: every part is created from the configs of the pipeline."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy the pipeline's files, as they are, and write beside them what the importer chose."""
+        """Copy the files of the pipeline and write the settings of the import next to them."""
         copy_sana_folder(self.folder, Path(folder), text_encoder=self.keep_text_encoder)
 
 
@@ -152,14 +152,14 @@ def load_sana(folder: str | Path, settings: Settings | None = None) -> SanaModel
     """Load transformer and decoder of a SANA-Sprint folder, float32, evaluation mode, on the CPU.
 
     Args:
-        folder: What diffusers saved.
-        settings: Size of the images and tokens of a prompt; None reads what the importer chose, if anything.
+        folder: Folder that diffusers saved.
+        settings: Image size and prompt tokens; None reads the settings of an import, if any.
 
     Raises:
         BackendUnavailable: If diffusers is not installed.
-        ConfigError: If the folder is another pipeline, or says what this package does not know.
+        ConfigError: If the folder is another pipeline, or a config has unknown settings.
         BundleError: If a component or a shard is missing.
-        IntegrityError: If weights are truncated or do not fit their config.
+        IntegrityError: If weights are truncated or do not match their config.
     """
     found = read_sana_folder(Path(folder), settings)
     diffusers = require("diffusers", extra="diffusers", purpose=PURPOSE)
@@ -173,15 +173,15 @@ def load_sana(folder: str | Path, settings: Settings | None = None) -> SanaModel
 
 
 def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = True) -> None:
-    """Copy what belongs to the pipeline, and nothing else that lies there.
+    """Copy the files of the pipeline, without unrelated files.
 
     Args:
-        source: A folder that passed its checks.
-        target: Made when absent.
-        text_encoder: Leave the text encoder out if false; the copy then takes embeddings only.
+        source: A verified folder.
+        target: Target folder; created if missing.
+        text_encoder: Whether to copy the text encoder; without it the copy takes embeddings only.
 
     Raises:
-        BundleError: If the disk refuses.
+        BundleError: If the files cannot be written.
     """
     index = read_json(source.path / INDEX_NAME)
     wanted = [*weight_files(source.path / "transformer"), *weight_files(source.path / "vae")]
@@ -199,7 +199,7 @@ def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = T
         for file in wanted:
             copy = target / file.relative_to(source.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)  # never a link: the copy must not change with the original
+            shutil.copyfile(file, copy)  # not hard links: the copy must not change with the original
     except OSError as exc:
         raise BundleError(
             f"{target} cannot be written: {exc.strerror or exc}. Free some space or choose another."
@@ -209,13 +209,13 @@ def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = T
 
 
 def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str = "") -> nn.Module:
-    """Make a module of diffusers and put the weights of a component into it, only those that start with ``keep``."""
+    """Create a module of diffusers with the weights of a component whose names start with ``keep``."""
     for name, value in config.items():
         if value is not None:
             check_bound(name, tuple(value) if isinstance(value, list) else value)
     try:
         check_num_parameters(lambda: kind.from_config(config))
-        with torch.device("meta"):  # a wrong file costs no memory, and no time is spent on random weights
+        with torch.device("meta"):  # on the meta device: no memory for a wrong file, no time for random weights
             module: nn.Module = kind.from_config(config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError) as exc:
         raise IntegrityError(
@@ -224,7 +224,7 @@ def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str = "") ->
     tensors = _read_tensors(folder)
     check_fits(module, tensors, f"the weights in {folder} do not fit its config", remedy="Copy the folder again.")
     if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in tensors):
-        module = kind.from_config(config)  # it computes tables when it is made
+        module = kind.from_config(config)  # its constructor computes tables
     floats = {name: p.float() for name, p in tensors.items() if name.startswith(keep)}
     module.load_state_dict(floats, strict=False, assign=True)
     return module

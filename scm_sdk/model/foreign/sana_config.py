@@ -1,4 +1,4 @@
-"""What the JSON files of a SANA-Sprint folder may say, in diffusers' own words; anything else is refused."""
+"""Allowed content of the JSON files of a SANA-Sprint folder; unknown settings are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``transformer/config.json``: the arguments of ``SanaTransformer2DModel``, in its own words."""
+    """``transformer/config.json``: the arguments of ``SanaTransformer2DModel``."""
 
     in_channels: int = 32
     out_channels: int | None = 32
@@ -40,11 +40,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an importer chose and the pipeline leaves to each call; ``scm_import.json`` beside the index.
+    """Settings of an import that the pipeline takes per call; ``scm_import.json`` next to the index.
 
     Attributes:
-        height: Of the images, pixels; 0 is the transformer's own size.
-        width: The same.
+        height: Image height, pixels; 0 is the native size of the transformer.
+        width: Image width, pixels; 0 is the native size of the transformer.
         max_sequence_length: Tokens of a prompt.
     """
 

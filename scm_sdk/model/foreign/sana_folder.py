@@ -2,9 +2,8 @@
 
     model_index.json   scheduler/   transformer/   vae/   text_encoder/ and tokenizer/ (may be absent)
 
-Everything here is JSON and file names: no weight is read and neither torch nor diffusers is imported, so a wrong folder
-costs nothing. Files from elsewhere are not trusted: sizes are capped, names may not lead out of the folder, weights are
-safetensors or refused.
+Only JSON and file names are read here, without torch and diffusers, so a wrong folder is refused quickly. The files are
+untrusted: sizes are limited, names must stay in the folder, weights must be safetensors.
 
 Source: arXiv 2503.09641; the layout is that of diffusers 0.42's ``SanaSprintPipeline.save_pretrained``.
 """
@@ -33,26 +32,26 @@ TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
 MAX_TIME, MID_TIME = 1.57080, 1.3
 """First time of every sampler and second of the two-step one, radians: diffusers' defaults for this pipeline."""
 GUIDANCE_RANGE, DEFAULT_GUIDANCE = (0.0, 20.0), 4.5
-"""The released models were distilled at scales 4 to 5; their pipeline's default is 4.5 and it takes any."""
+"""The released models were distilled at scales 4 to 5; the default of their pipeline is 4.5, without limits."""
 STEPS = (1, 2, 3, 4)
 OBJECTIVE = "sCM and LADD (SANA-Sprint)"
-"""What the released models were distilled with (arXiv 2503.09641), as a provenance names it."""
+"""Objective of the released models (arXiv 2503.09641), for the provenance."""
 _REMEDY = f"Give a folder that {PIPELINE}.save_pretrained wrote, whole."
 Config = TypeVar("Config", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SanaFolder:
-    """A folder that passed its checks.
+    """A verified folder.
 
     Attributes:
-        path: It.
+        path: The folder.
         transformer: Config of the transformer.
-        vae: Config of the autoencoder, as it lies there.
+        vae: Unparsed config of the autoencoder.
         scheduler: Config of the scheduler.
-        settings: What the importer chose.
+        settings: Settings of the import.
         has_text_encoder: Whether prompts can be encoded.
-        tokenizer_class: Class of the tokenizer; "" where there is none.
+        tokenizer_class: Class of the tokenizer; "" if there is none.
     """
 
     path: Path
@@ -83,7 +82,7 @@ class SanaFolder:
 
     @property
     def conditioning(self) -> tuple[TensorSpec, ...]:
-        """The inputs beside noise and guidance."""
+        """The inputs in addition to noise and guidance."""
         tokens = self.settings.max_sequence_length
         return (
             TensorSpec(name="prompt_embeds", shape=(tokens, self.transformer.caption_channels)),
@@ -118,7 +117,7 @@ class SanaFolder:
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Return whether a folder is a pipeline of diffusers, of whatever kind."""
+    """Return whether a folder is a pipeline of diffusers of any kind."""
     return (folder / INDEX_NAME).is_file()
 
 
@@ -126,12 +125,12 @@ def read_sana_folder(folder: Path, settings: Settings | None = None) -> SanaFold
     """Read and check a folder.
 
     Args:
-        folder: What ``save_pretrained`` wrote, or the same inside a bundle.
-        settings: Size and tokens; None reads ``scm_import.json`` if it is there.
+        folder: Folder written by ``save_pretrained``, or the same folder in a bundle.
+        settings: Size and tokens; None reads ``scm_import.json`` if it exists.
 
     Raises:
-        BundleError: If it is no pipeline of diffusers, or a component or a shard is missing.
-        ConfigError: If it is another pipeline, or a config says what this package does not know.
+        BundleError: If it is not a pipeline of diffusers, or a component or a shard is missing.
+        ConfigError: If it is another pipeline, or a config has unknown settings.
     """
     if not is_pipeline(folder):
         found = f"has no {INDEX_NAME}" if folder.is_dir() else "is no folder"

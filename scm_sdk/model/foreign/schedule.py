@@ -1,8 +1,8 @@
-"""Variance-preserving schedules of discrete steps: which index of a DDPM-like model is which noise level.
+"""Discrete variance-preserving schedules: noise level of each index of a DDPM-like model.
 
-Such a model was trained on ``al_i x_0 + sg_i eps`` for i = 0 .. N-1. Between two of its steps the index is interpolated
-linearly in ln(sg / al), so that the time it is given changes continuously with TrigFlow's; at a step itself it is that
-step's index. Beyond both ends it stays there.
+Such a model was trained on ``al_i x_0 + sg_i eps`` for i = 0 .. N-1. Between two steps the index is interpolated
+linearly in ln(sg / al), so that its time input is continuous in TrigFlow's time and equals the index at each step. It
+is clamped at both ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import ConfigError
 
 _TINY = 1e-8
-"""Stands in for al = 0, which schedules of zero terminal signal end with."""
+"""Replaces al = 0, the last value of schedules with zero terminal SNR."""
 
 
 class VpSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,11 +28,11 @@ class VpSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         num_train_timesteps: N.
         beta_start: First noise variance of one step.
         beta_end: The last.
-        beta_schedule: Between them: ``linear`` in it, ``scaled_linear`` in its square root, or
-            ``squaredcos_cap_v2``, the cosine schedule, which has ends of its own.
-        trained_betas: All of them instead, or ().
-        rescale_betas_zero_snr: Whether they were rescaled so that the last step is noise alone.
-        last_alpha_bar: What takes the place of the last step's 0 then: 2^-24 with the schedulers that divide by it.
+        beta_schedule: Interpolation: ``linear``, ``scaled_linear`` in the square root, or ``squaredcos_cap_v2``, the
+            cosine schedule, which ignores both ends.
+        trained_betas: All betas, instead of the three fields above; or ().
+        rescale_betas_zero_snr: Whether the betas were rescaled to zero terminal SNR.
+        last_alpha_bar: Replacement of the last alpha_bar of 0: 2^-24 for schedulers that divide by it.
     """
 
     num_train_timesteps: int = 1000
@@ -60,17 +60,17 @@ class VpSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def alphas(self) -> Tensor:
         """Return al_i = sqrt(alpha_bar_i), (N,), float64, falling.
 
-        The products are taken in float32, as training did: these are the levels that the model knows.
+        The products are computed in float32, as in training.
         """
         alpha_bar = torch.cumprod(1 - self._betas(), dim=0)
         if self.rescale_betas_zero_snr:  # shift the last root to 0, keep the first
             root = alpha_bar.sqrt()
             root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
             squared = root**2
-            # By way of betas, as in training: the last bits are theirs.
+            # Computed through betas, as in training, for identical bits.
             betas = 1 - torch.cat([squared[:1], squared[1:] / squared[:-1]])
             alpha_bar = torch.cumprod(1 - betas, dim=0)
-            if 0 < self.last_alpha_bar < alpha_bar[-2]:  # else the levels would not fall
+            if 0 < self.last_alpha_bar < alpha_bar[-2]:  # otherwise the levels would not fall strictly
                 alpha_bar[-1] = self.last_alpha_bar
         return alpha_bar.double().sqrt()
 
@@ -87,24 +87,24 @@ class VpSchedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class VpIndex:
-    """``al -> index``: continuous, smooth in forward-mode derivatives but at the steps, where it has a bend.
+    """``al -> index``: continuous and piecewise smooth, with kinks at the steps.
 
     Args:
-        schedule: The model's steps.
+        schedule: Steps of the model.
     """
 
     def __init__(self, schedule: VpSchedule) -> None:
         levels = _log_ratio(schedule.alphas())
         if not (levels.diff() > 0).all():
             raise ConfigError("the schedule's noise levels do not rise strictly, expected that. Check its betas.")
-        # No buffers of a module: float() and half() would round them. Rows, because ONNX's shape inference takes a
-        # vector of constants for a shape and stumbles over it.
+        # Not buffers of a module, because float() and half() would round them. Rows, because ONNX shape inference
+        # mistakes a constant vector for a shape.
         self._levels, self._gaps = levels[None, :-1].clone(), levels.diff()[None]
 
     def __call__(self, alpha: Tensor) -> Tensor:
         """Return indices in [0, N - 1], (B,), float64, of ``alpha``, (B,), float64."""
         levels, gaps = self._levels.to(alpha.device), self._gaps.to(alpha.device)
-        # Each step counts 1 where it lies below, 0 where above, and its share where the level is inside.
+        # Each step counts 1 below the level, 0 above it, and its share if it contains the level.
         return ((_log_ratio(alpha)[:, None] - levels) / gaps).clamp(0, 1).sum(dim=1)
 
 

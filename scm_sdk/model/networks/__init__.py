@@ -1,1 +1,1 @@
-"""The networks F(x, t, conditioning), their layers, and the interface for networks of your own."""
+"""The networks F(x, t, conditioning), their layers, and the interface for custom networks."""

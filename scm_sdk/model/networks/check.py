@@ -1,6 +1,6 @@
 """Check that a module satisfies the ``Network`` protocol; the error names the first violation and its line.
 
-``scm_sdk.export.check.check_model`` goes on from here to what a graph asks.
+``scm_sdk.export.check.check_model`` also checks the requirements of a graph.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from ...errors import ConfigError, ShapeError
 from ..consistency import ConsistencyModel
 
 TIMES = (0.4, 1.3)
-"""Radians; one for each sample that is tried."""
+"""Times of the test samples, radians."""
 ALONE = 1e-3
-"""Largest difference of a sample alone and in a batch, as a share of the largest output."""
+"""Largest difference of a sample between batch size 1 and a batch, relative to the largest output."""
 STEPS, DERIVATIVE = (1e-2, 1e-3, 1e-4), 0.05
-"""Steps of the finite differences, radians, one of which must agree with the derivative to this share."""
+"""Steps of the finite differences, radians; one must agree with the derivative to this relative error."""
 
 
 def check_network(model: ConsistencyModel, *, training: bool = True) -> None:
-    """Try a model's network on two samples.
+    """Run the network of a model on two samples and check its output.
 
     Args:
-        model: Float32; its mode is left as it is.
-        training: Also ask for what continuous-time distillation needs: gradients and forward-mode derivatives through
-            the time. A network that is only run can do without.
+        model: A float32 model; its mode is not changed.
+        training: Also check the requirements of continuous-time distillation: gradients and forward-mode derivatives
+            with respect to the time. Inference does not need them.
 
     Raises:
         ShapeError: If F has another shape or dtype than x.
-        ConfigError: If the network fails, draws random numbers, mixes samples, gives what is not finite, or has no
-            right derivative through x and t.
+        ConfigError: If the network fails, draws random numbers, mixes samples, returns NaN or infinity, or has wrong
+            derivatives with respect to x and t.
     """
     network, was_training = model.network, model.network.training
     name = type(network).__name__
@@ -144,10 +144,10 @@ def _check_derivative(
 
 @contextmanager
 def _named(subject: str, remedy: str) -> Iterator[None]:
-    """Turn whatever the network raises into one line that names its own."""
+    """Convert any exception of the network to one line that names its source line."""
     try:
         yield
-    except Warning:  # raised where warnings are errors: not the network's fault
+    except Warning:  # raised if warnings are errors: not a fault of the network
         raise
     except Exception as exc:  # a network may raise anything
         library = str(Path(torch.__file__).parent)

@@ -25,9 +25,9 @@ Embed = TypeVar("Embed", bound=Callable[..., Tensor])
 
 
 def float32_island(method: Embed) -> Embed:
-    """Keep a method out of mixed precision: the time and its embedding are never rounded to half.
+    """Run a method in float32 under mixed precision, so that the time and its embedding are not rounded.
 
-    bfloat16 would turn t = 1.5645, sigma 80, into 1.5625, sigma 60.
+    bfloat16 would round t = 1.5645 (sigma 80) to 1.5625 (sigma 60).
     """
 
     @wraps(method)
@@ -47,10 +47,10 @@ class PositionalEmbedding(nn.Module):
     Args:
         channels: Size E of the embedding; even, at least 4.
         max_period: Ratio between the fastest frequency, 1, and the slowest.
-        fourier_scale: Standard deviation of normal frequencies, cycles per radian, in place of these; 0 for none. For
-            ablations: a scale of 16, usual in diffusion models, makes consistency training unstable, since the
-            embedding's derivative is as large; 0.02 comes near to the sinusoids. They are the normal distribution's
-            quantiles and not drawn, so that no checkpoint need hold them.
+        fourier_scale: Standard deviation of normally distributed frequencies, cycles per radian, which replace these; 0
+            for none. For ablations: a scale of 16, common in diffusion models, makes consistency training unstable
+            because the derivative of the embedding is as large; 0.02 is similar to the sinusoids. The frequencies are
+            quantiles of the normal distribution, not random, so checkpoints do not store them.
     """
 
     frequencies: Tensor
@@ -62,7 +62,7 @@ class PositionalEmbedding(nn.Module):
         self.make_frequencies()
 
     def make_frequencies(self) -> None:
-        """Compute the frequencies, which no checkpoint holds."""
+        """Compute the frequencies, which checkpoints do not store."""
         half = self.channels // 2
         if self.fourier_scale:
             share = 0.5 + (torch.arange(half, dtype=torch.float64) + 0.5) / (2 * half)
@@ -78,7 +78,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class TimeNetwork(nn.Module):
-    """What the networks of this package have in common: how they are called."""
+    """Call signature of the built-in networks."""
 
     def forward(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance_scale: Tensor | None = None
@@ -88,8 +88,8 @@ class TimeNetwork(nn.Module):
         Args:
             x: Noisy samples divided by ``sigma_data``, (B, C, H, W).
             t: Times, (B,) or (1,), radians.
-            class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for none.
-            guidance_scale: Guidance scales, (B,), float32; None is 1, the conditional model as it is.
+            class_labels: Labels, (B,), int64 in [0, num_classes); ``num_classes`` or None for no label.
+            guidance_scale: Guidance scales, (B,), float32; None is 1, without guidance.
 
         Raises:
             ShapeError: If labels or guidance are given to a network without them.
@@ -98,18 +98,18 @@ class TimeNetwork(nn.Module):
 
 
 class Conditioned(TimeNetwork):
-    """A network's branch that embeds the time, the label and the guidance scale; networks derive from it.
+    """Base class of the networks: embeds the time, the label and the guidance scale.
 
-    The guidance scale s is embedded like the time, by sinusoids and one linear layer, which starts at zero: a student
-    begins as the teacher whose weights it is given (arXiv 2410.11081, section 5.2).
+    The guidance scale s is embedded like the time, by sinusoids and one linear layer that is initialized to zero: a
+    student with the weights of its teacher computes the same as the teacher (arXiv 2410.11081, section 5.2).
 
     Args:
         time_channels: Size of the sinusoidal embeddings.
-        emb_channels: Size E of what ``embed`` returns.
-        max_period: Of the sinusoids.
-        fourier_scale: Of Fourier features in their place.
-        num_classes: Class labels; 0 for none.
-        guidance: Whether there is a guidance scale.
+        emb_channels: Size E of the output of ``embed``.
+        max_period: Longest period of the sinusoids.
+        fourier_scale: Scale of Fourier features, which replace the sinusoids; 0 for none.
+        num_classes: Number of class labels; 0 for none.
+        guidance: Whether the guidance scale is an input.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Conditioned(TimeNetwork):
 def complete_conditioning(
     t_B: Tensor, class_labels_B: Tensor | None, guidance_scale_B: Tensor | None, *, num_classes: int, guidance: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return labels and guidance scales, (B,) each: the given ones or "no label" and 1, None where there is no input.
+    """Return labels and guidance scales, (B,) each, with the defaults "no label" and 1; None for a missing input.
 
     Raises:
         ShapeError: If labels or guidance are given to a network that would ignore them.

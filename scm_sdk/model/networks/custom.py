@@ -1,4 +1,4 @@
-"""Networks of your own: the protocol, the registry, and how a checkpoint names its class.
+"""Custom networks: the protocol, the registry, and their names in checkpoints.
 
 A network is any ``torch.nn.Module`` with ``forward(x, t, **conditioning) -> F`` (``Network`` below), of any rank:
 
@@ -7,9 +7,9 @@ A network is any ``torch.nn.Module`` with ``forward(x, t, **conditioning) -> F``
 
     model = ConsistencyModel(network=Waves(), sigma_data=0.5, sample_shape=(1, 256))
 
-A checkpoint holds weights and a name, never code. Whoever loads it has the class registered under that name, in this
-process (``register_network``) or by an installed package's entry point of the group ``scm_sdk.networks``, or gives the
-module itself (``ConsistencyModel.from_pretrained(folder, network=Waves())``). Graphs and engines need none of that.
+A checkpoint holds weights and a name, never code. To load it, register the class under this name, in the process
+(``register_network``) or by an entry point of an installed package in the group ``scm_sdk.networks``, or pass the
+module (``ConsistencyModel.from_pretrained(folder, network=Waves())``). Graphs and engines do not need the class.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ NETWORKS = Registry("network", "scm_sdk.networks")
 
 
 class Network(Protocol):
-    """What the SDK asks of a network F. ``scm_sdk.export.check.check_model`` says which of it fails, and where.
+    """Requirements of a network F. ``scm_sdk.export.check.check_model`` names the violated one and its source line.
 
-    * Each sample of a batch on its own: no batch norm in training mode, no fixed batch size.
-    * A smooth function of ``t``, in forward-mode derivatives too where it is distilled in continuous time: attention as
-      MatMul and Softmax, since the fused kernels have none.
-    * The same operators whatever the inputs hold: no ``if`` on a tensor's value, no ``.item()``.
-    * Sines, cosines, exponentials of the time and of nothing else: the time is a constant of each step of a graph, and
-      half precision would not survive them.
+    * Samples of a batch are independent: no batch norm in training mode, no fixed batch size.
+    * F is a smooth function of ``t``; continuous-time distillation also needs forward-mode derivatives: write attention
+      as MatMul and Softmax, because the fused kernels have none.
+    * The operators do not depend on tensor values: no ``if`` on a tensor, no ``.item()``.
+    * Sines, cosines and exponentials only of the time, which is a constant of each step of a graph; in half precision
+      they would be inaccurate.
     """
 
     def __call__(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
@@ -45,23 +45,23 @@ class Network(Protocol):
         Args:
             x: Noisy samples divided by ``sigma_data``, (B, *sample_shape), float32: variance 1 at every time.
             t: Times, (B,), float32, radians in [0, pi/2]: 0 is data, pi/2 is noise.
-            **conditioning: By name, axis 0 the batch: ``class_labels`` (B,) int64 if there are classes, then the
-                model's own. Training may give labels as the third argument, and the label ``num_classes`` for none.
+            **conditioning: By name, axis 0 is the batch: ``class_labels`` (B,) int64 if there are classes, then custom
+                inputs. Training may pass labels as the third argument, and the label ``num_classes`` for "no label".
         """
         ...
 
 
 class OwnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="own"):
-    """What a checkpoint says of a network whose code is not part of this package.
+    """Config of a custom network in a checkpoint.
 
     Attributes:
-        name: Name under which it is registered; the class's own name where it is not.
+        name: Registered name; the class name if it is not registered.
         sample_shape: Shape of one sample, without the batch axis; any rank.
-        arguments: What the registered factory is called with; JSON values.
-        num_classes: Class labels; 0 for none.
-        conditioning: Its inputs beside x, t, class_labels and guidance_scale.
+        arguments: Arguments of the registered factory; JSON values.
+        num_classes: Number of class labels; 0 for none.
+        conditioning: Inputs in addition to x, t, class_labels and guidance_scale.
         guidance: Whether it takes ``guidance_scale`` (B,) float32.
-        dropout: Always 0: such a network keeps its own.
+        dropout: Always 0: a custom network sets its own dropout.
     """
 
     name: str
@@ -84,10 +84,10 @@ def register_network(name: str) -> Callable[[Factory], Factory]:
     """Return a decorator that registers a class, or a function that returns a module, under a name.
 
     Args:
-        name: What checkpoints call it; best with your package's name in front.
+        name: Name in checkpoints, preferably with the package name as a prefix.
 
     Raises:
-        ConfigError: If another is registered under that name.
+        ConfigError: If another network has this name.
     """
     return NETWORKS.register(name)
 
@@ -102,15 +102,15 @@ def own_config(
     conditioning: tuple[TensorSpec, ...] = (),
     guidance: bool = False,
 ) -> OwnConfig:
-    """Describe a module; ``ConsistencyModel(network=...)`` does it with these arguments.
+    """Return the config of a module; ``ConsistencyModel(network=...)`` passes these arguments.
 
     Args:
         network: The module.
         sample_shape: Shape of one sample, without the batch axis; any rank.
-        name: Name of its factory; found by the module's class when empty.
-        arguments: What the factory is called with to make it again; JSON values.
-        num_classes: Class labels; 0 for none.
-        conditioning: Inputs beside x, t, class_labels and guidance_scale.
+        name: Name of its factory; default: by the class of the module.
+        arguments: Arguments of the factory; JSON values.
+        num_classes: Number of class labels; 0 for none.
+        conditioning: Inputs in addition to x, t, class_labels and guidance_scale.
         guidance: Whether it takes ``guidance_scale``.
     """
     return OwnConfig(
@@ -124,10 +124,10 @@ def own_config(
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
-    """Return what ``torch.compile`` or data parallelism wraps; None where the module is no wrapper."""
+    """Return the module inside a wrapper of ``torch.compile`` or data parallelism; None if it is not a wrapper."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return cast(nn.Module, module.module)
-    inner = module._modules.get("_orig_mod")  # the class of torch.compile's takes seconds to import
+    inner = module._modules.get("_orig_mod")  # importing the class of torch.compile's wrapper takes seconds
     return inner
 
 
@@ -142,6 +142,6 @@ def make_own_network(config: OwnConfig) -> nn.Module:
     """Call the factory that a config names.
 
     Raises:
-        ConfigError: If none is registered, or it does not take the config's arguments.
+        ConfigError: If the name is not registered, or the factory refuses the arguments.
     """
     return NETWORKS.make(config.name, config.arguments)

@@ -63,7 +63,7 @@ class _Block(Block):
         return out if self.attention is None else self.attention(out)
 
     def _resample(self, x: Tensor) -> Tensor:
-        """Halve or double a map with a box filter, before anything is convolved."""
+        """Halve or double a map with a box filter, before the convolution."""
         if self.place.resample == "up":
             return functional.interpolate(x, scale_factor=2.0, mode="nearest")
         return functional.avg_pool2d(x, 2) if self.place.resample == "down" else x

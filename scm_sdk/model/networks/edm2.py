@@ -1,8 +1,8 @@
 """The magnitude-preserving U-Net for ImageNet: EDM2 in its configuration G, with the three sCM changes.
 
-With ``double_norm=False`` it modulates as it was: ``y * (1 + gain * linear(emb))``. With it, the paper's rule takes
-that place, ``norm(y) * pnorm(s) + pnorm(b)`` with the norm over channels. The paper gives the parameter counts of the
-former and the formula of the latter; both are here.
+With ``double_norm=False`` the modulation is that of EDM2, ``y * (1 + gain * linear(emb))``; otherwise that of the sCM
+paper, ``norm(y) * pnorm(s) + pnorm(b)`` with the norm over channels. The paper gives the parameter counts of the former
+and the formula of the latter.
 
 Shape letters: B batch, C channels, H height, W width, E embedding, N places.
 Source: Karras et al. 2024, arXiv 2312.02696, sections 2 and B; arXiv 2410.11081, section 4.1.
@@ -102,10 +102,10 @@ class EDM2(TimeNetwork):
         self.time_linear = MPConv(channels, emb_channels, 0)
         classes = config.num_classes
         self.label_linear = MPConv(classes, emb_channels, 0, scale=math.sqrt(classes)) if classes else None
-        # Its gain starts at zero: a student begins as the teacher whose weights it is given.
+        # The gain starts at zero, so that a student with the weights of its teacher computes the same as the teacher.
         self.guidance_linear = MPConv(channels, emb_channels, 0, learned_gain=True) if config.guidance else None
 
-        self.conv_in = MPConv(config.in_channels + 1, channels, 3)  # one channel of ones takes the place of biases
+        self.conv_in = MPConv(config.in_channels + 1, channels, 3)  # one channel of ones replaces biases
         self.down, self.middle, self.up = (
             nn.ModuleList(_Block(config, place) for place in part) for part in places(config, attention_up="all")
         )

@@ -1,4 +1,4 @@
-"""Layers of the sCM networks, with nothing that breaks a JVP or an export.
+"""Layers of the sCM networks; all support JVPs and export.
 
 Of the paper's three changes the modulation is here, doubly normalized: ``y = norm(x) * pnorm(s(t)) + pnorm(b(t))``; the
 time is embedded in ``conditioning``.
@@ -25,7 +25,7 @@ _HALF = (torch.float16, torch.bfloat16)
 def pixel_norm(x: Tensor, *, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """Divide by the root mean square over ``dim``, the channels: ``x / sqrt(mean_c(x^2) + eps)``.
 
-    Never computed in less than float32: in half precision the squares would overflow.
+    Computed in at least float32, because the squares would overflow in half precision.
     """
     if x.dtype in _HALF:
         return pixel_norm(x.float(), dim=dim, eps=eps).to(x.dtype)
@@ -41,7 +41,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (B, C, ...)."""
-        if x.dtype in _HALF:  # the native kernel would give its tangent another dtype
+        if x.dtype in _HALF:  # the native kernel would return a tangent of another dtype
             return self.forward(x.float()).to(x.dtype)
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return super().forward(x.contiguous())

@@ -1,9 +1,8 @@
-"""Magnitude-preserving layers: unit variance in, unit variance out, whatever the weights.
+"""Magnitude-preserving layers: unit-variance inputs give unit-variance outputs for any weights.
 
-A layer's weight is normalized whenever it is used. Training also normalizes what is stored, before each iteration
-(``normalize_weights_``), so that the effective learning rate is the optimizer's. For inference and export the
-normalized weights take the place of the stored ones once and for all (``bake_weights_``): what is left is a plain
-convolution.
+The weight of a layer is normalized on every use. Training also normalizes the stored weights before each iteration
+(``normalize_weights_``), so that the effective learning rate is that of the optimizer. For inference and export the
+normalized weights permanently replace the stored ones (``bake_weights_``), which leaves plain convolutions.
 
 Source: Karras et al. 2024, arXiv 2312.02696, section 2 and appendix B.
 """
@@ -38,13 +37,13 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def mp_sum(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Blend two uncorrelated tensors, ``share`` of b, into one of their magnitude."""
+    """Blend two uncorrelated tensors with ``share`` of b; the result has their magnitude."""
     norm = math.hypot(1 - share, share)
     return a * ((1 - share) / norm) + b * (share / norm)
 
 
 def mp_cat(a_BCHW: Tensor, b_BCHW: Tensor, share: float) -> Tensor:
-    """Concatenate channels, b to have ``share`` of the influence however many channels it has."""
+    """Concatenate channels; b has ``share`` of the influence for any number of channels."""
     num_a, num_b = a_BCHW.shape[1], b_BCHW.shape[1]
     scale = math.sqrt((num_a + num_b) / ((1 - share) ** 2 + share**2))
     weight_a, weight_b = scale * (1 - share) / math.sqrt(num_a), scale * share / math.sqrt(num_b)
@@ -52,14 +51,14 @@ def mp_cat(a_BCHW: Tensor, b_BCHW: Tensor, share: float) -> Tensor:
 
 
 class MPConv(nn.Module):
-    """A convolution, or a linear layer where ``kernel`` is 0, without bias and with normalized weights.
+    """A convolution, or a linear layer if ``kernel`` is 0, without bias and with normalized weights.
 
     Args:
-        in_channels: Channels in.
-        out_channels: Channels out.
-        kernel: Its side, odd; 0 for a linear layer.
-        learned_gain: Multiply by a number that is learned and starts at 0.
-        scale: Multiply by this number.
+        in_channels: Input channels.
+        out_channels: Output channels.
+        kernel: Kernel size, odd; 0 for a linear layer.
+        learned_gain: Multiply the output by a learned scalar, initialized to 0.
+        scale: Constant factor of the output.
     """
 
     def __init__(
@@ -67,17 +66,17 @@ class MPConv(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel] * (2 if kernel else 0)))
-        # One element and no scalar: FSDP2 splits parameters along their first axis.
+        # Shape (1,), not (): FSDP2 splits parameters along their first axis.
         self.gain = nn.Parameter(torch.zeros(1)) if learned_gain else None
         self.scale, self.padding = scale, kernel // 2
         self.baked = False
 
     def plain_weight(self) -> Tensor:
-        """Return the weight that is applied, like ``weight``."""
+        """Return the effective weight, like ``weight``."""
         return self.weight if self.baked else self.weight * self.factor()
 
     def factor(self) -> Tensor:
-        """Return what each output channel's weights are multiplied by, (out_channels, 1, ...).
+        """Return the factor of the weights of each output channel, (out_channels, 1, ...).
 
         It is ``gain * scale / sqrt(n) / (eps + ||w|| / sqrt(n))`` for n weights in a channel.
         """
@@ -96,9 +95,9 @@ class MPConv(nn.Module):
 
 @torch.no_grad()
 def normalize_weights_(network: nn.Module) -> None:
-    """Normalize the stored weights, in place: before each training iteration. What the network computes stays.
+    """Normalize the stored weights in place, before each training iteration. The output of the network is unchanged.
 
-    A step of its own and not part of ``forward``, because a forward-mode derivative allows no writing there.
+    A separate step, because forward-mode differentiation does not allow in-place writes in ``forward``.
     """
     for layer in _mp_layers(network):
         layer.weight.copy_(normalize(layer.weight, tuple(range(1, layer.weight.ndim))))
@@ -106,10 +105,10 @@ def normalize_weights_(network: nn.Module) -> None:
 
 @torch.no_grad()
 def bake_weights_(network: nn.Module) -> None:
-    """Replace each normalized weight by what it comes to, gains included, in place and for good.
+    """Replace each stored weight permanently by its effective value, including gains.
 
-    The network computes the same with convolutions alone. It takes no second copy of the weights; the network can
-    neither be trained nor saved afterwards. Networks without such layers, and baked ones, are left as they are.
+    The network computes the same with plain convolutions. No second copy of the weights is made. The network can
+    neither be trained nor saved afterwards. Networks without such layers and baked networks are unchanged.
     """
     for layer in _mp_layers(network):
         if not layer.baked:
@@ -119,7 +118,7 @@ def bake_weights_(network: nn.Module) -> None:
 
 
 def baked(network: nn.Module) -> nn.Module:
-    """Return a network with baked weights: itself if nothing is left to bake, else a copy."""
+    """Return a network with baked weights: the network itself if it is baked, else a copy."""
     if all(layer.baked for layer in _mp_layers(network)):
         return network
     network = copy.deepcopy(network)
@@ -128,7 +127,7 @@ def baked(network: nn.Module) -> nn.Module:
 
 
 def require_unbaked(network: nn.Module) -> None:
-    """Refuse a network whose weights are not the checkpoint's any more.
+    """Refuse a network whose weights were baked and differ from its checkpoint.
 
     Raises:
         ConfigError: If it is baked.

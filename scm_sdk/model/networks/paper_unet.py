@@ -18,18 +18,18 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Attributes:
         image_size: Height and width, pixels of the image or of the latent.
         in_channels: Channels of a sample.
-        channels: Channels that ``channel_mult`` multiplies; also the size of the time's sinusoids.
+        channels: Base number of channels, multiplied by ``channel_mult``; also the number of time features.
         channel_mult: Factor on ``channels`` for each resolution, highest first.
-        num_blocks: Residual blocks for each resolution on the way down; one more on the way up.
-        attention_resolutions: Resolutions that have attention; the lowest always has one block of it.
-        head_channels: Channels of one attention head; one head where a map has fewer.
-        num_classes: Class labels; 0 for none.
+        num_blocks: Residual blocks per resolution of the encoder; the decoder has one more.
+        attention_resolutions: Resolutions with attention; the lowest always has one attention block.
+        head_channels: Channels of one attention head; a map with fewer channels has one head.
+        num_classes: Number of class labels; 0 for none.
         guidance: Whether the guidance scale is an input.
         dropout: Share of activations dropped in training.
         dropout_resolution: Largest resolution with dropout; 0 for all.
-        double_norm: Adaptive double normalization; False is the network as it was before the paper.
+        double_norm: Adaptive double normalization; False is the original network.
         time_max_period: ``max_period`` of the time embedding.
-        time_fourier_scale: Scale of Fourier features of the time in its place; 0 for none. For ablations.
+        time_fourier_scale: Scale of Fourier features of the time, which replace the sinusoids; 0 for none.
     """
 
     image_size: int
@@ -86,7 +86,7 @@ class PaperUNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Place(NamedTuple):
-    """Where a block stands: its channels, the map it makes, and what it does beside convolving."""
+    """Position of a block: its channels, its output map, resampling and attention."""
 
     in_channels: int
     out_channels: int
@@ -99,11 +99,11 @@ class Place(NamedTuple):
 def places(
     config: PaperUNetConfig, *, attention_up: Literal["all", "last"]
 ) -> tuple[list[Place], list[Place], list[Place]]:
-    """Return the blocks on the way down, in the middle and on the way up.
+    """Return the blocks of the encoder, the middle and the decoder.
 
     Args:
         config: The network.
-        attention_up: Which blocks of a resolution with attention have it on the way up.
+        attention_up: Decoder blocks with attention, at a resolution with attention.
     """
     widths = [config.channels * mult for mult in config.channel_mult]
     resolution = config.image_size
@@ -132,10 +132,10 @@ def places(
 
 
 class Block(nn.Module):
-    """What both networks' blocks are: called with a map (B, C, H, W) and the embedding (B, E).
+    """A block of either network: called with a map (B, C, H, W) and the embedding (B, E).
 
     Attributes:
-        place: Where it stands.
+        place: Position of the block.
     """
 
     def __init__(self, place: Place) -> None:
@@ -152,15 +152,15 @@ def walk(
     *,
     join: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Go through the blocks of ``places`` and return the last map.
+    """Run the blocks of ``places`` and return the last map.
 
     Args:
-        down: Blocks on the way down.
-        middle: Blocks in the middle.
-        up: Blocks on the way up.
+        down: Encoder blocks.
+        middle: Middle blocks.
+        up: Decoder blocks.
         h: The first map, (B, C, H, W).
         emb: The embedding, (B, E).
-        join: Concatenates a map and the one of its size on the way down.
+        join: Concatenates a decoder map and the encoder map of the same size.
     """
     skips = [h]
     for block in down:

@@ -14,8 +14,8 @@ from .unet import UNetConfig
 def pixels16(num_classes: int = 0, in_channels: int = 3) -> UNetConfig:
     """16x16 pixel art: 1.5M parameters, trained on two CPU cores in about two hours.
 
-    Squares of 2x2 pixels are folded into channels, so that the trunk works on 8x8 and 4x4 maps that
-    keep a CPU's matrix units busy. The parts of an avatar have fixed places: hence ``learned_position``.
+    Squares of 2x2 pixels are folded into channels, so that the trunk works on 8x8 and 4x4 maps, which are efficient on
+    a CPU. The parts of an avatar have fixed positions, hence ``learned_position``.
     """
     return UNetConfig(
         image_size=16,
@@ -34,8 +34,8 @@ def pixels16(num_classes: int = 0, in_channels: int = 3) -> UNetConfig:
 def avatars16(num_classes: int = 0, in_channels: int = 3) -> TransformerConfig:
     """16x16 pixel art: a transformer of 1.9M parameters over 4x4 patches.
 
-    On a CPU a training step takes two thirds of ``pixels16``'s time (192 against 290 ms), and after as many steps
-    small noise is removed more exactly.
+    On a CPU a training step takes two thirds of the time of ``pixels16`` (192 vs 290 ms), and small noise is removed
+    more accurately after the same number of steps.
     """
     return TransformerConfig(
         image_size=16,
@@ -46,7 +46,7 @@ def avatars16(num_classes: int = 0, in_channels: int = 3) -> TransformerConfig:
 
 
 def pixels32(num_classes: int = 0, in_channels: int = 3) -> UNetConfig:
-    """32x32 pictures, Fashion-MNIST for one: 6M parameters."""
+    """32x32 images, for example Fashion-MNIST: 6M parameters."""
     return UNetConfig(
         image_size=32,
         in_channels=in_channels,
@@ -61,7 +61,7 @@ def pixels32(num_classes: int = 0, in_channels: int = 3) -> UNetConfig:
 
 
 def tiny(num_classes: int = 0, image_size: int = 8, in_channels: int = 1) -> UNetConfig:
-    """8x8 digits: 0.1M parameters, for tests and first tries."""
+    """8x8 digits: 0.1M parameters, for tests."""
     return UNetConfig(
         image_size=image_size,
         in_channels=in_channels,
@@ -76,9 +76,9 @@ def tiny(num_classes: int = 0, image_size: int = 8, in_channels: int = 1) -> UNe
 
 
 def cifar10(num_classes: int = 0, in_channels: int = 3) -> DDPMppConfig:
-    """32x32 pictures as the paper trains CIFAR-10, unconditional: DDPM++, 60.1M parameters.
+    """The paper's network for CIFAR-10, 32x32 images, unconditional: DDPM++, 60.1M parameters.
 
-    55.7M of them without the double normalization.
+    Without double normalization 55.7M.
     """
     return DDPMppConfig(image_size=32, num_classes=num_classes, in_channels=in_channels)
 
@@ -106,7 +106,7 @@ def imagenet64_xl(num_classes: int = 1000, in_channels: int = 3) -> EDM2Config:
 def imagenet512_s(num_classes: int = 1000, in_channels: int = 4, guidance: bool = False) -> EDM2Config:
     """512x512 pictures as 64x64 latents of 4 channels: EDM2-S.
 
-    With ``guidance`` the student of a guided teacher, which takes the guidance scale as an input.
+    With ``guidance`` the network takes the guidance scale as an input, as the student of a guided teacher.
     """
     return EDM2Config(channels=192, num_classes=num_classes, in_channels=in_channels, guidance=guidance)
 

@@ -1,9 +1,8 @@
 """A transformer over patches of pixels, with the three sCM changes (``conditioning``, ``layers``).
 
-Every layer is a linear map of each patch or attention between them, with the channels last: one matrix product for a
-whole batch, which is what a CPU computes fastest (as 1x1 convolutions, patch by patch, the same network took 1.2 times
-as long). For small pictures whose parts have fixed places. One modulation is shared by all blocks, each of which adds
-a table of its own (as in PixArt-alpha, arXiv 2310.00426).
+Every layer is a linear map of each patch or attention between patches, with the channels last: one matrix product per
+batch, which is fastest on a CPU (1x1 convolutions took 1.2 times as long). For small images whose parts have fixed
+positions. All blocks share one modulation, to which each block adds a table (as in PixArt-alpha, arXiv 2310.00426).
 
 Shape letters: B batch, N patches, C channels, P channels of a patch's pixels, E embedding.
 """
@@ -31,12 +30,12 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         depth: Blocks of attention and MLP.
         mlp_ratio: Hidden channels of an MLP as a multiple of ``channels``.
         head_channels: Channels of one attention head.
-        patch_size: Side of the squares of pixels that are one place of the trunk.
-        num_classes: Class labels; 0 for none.
-        dropout: Share of the MLPs' activations dropped in training.
-        double_norm: Adaptive double normalization; False normalizes the places alone, for ablations.
+        patch_size: Side of a patch, pixels.
+        num_classes: Number of class labels; 0 for none.
+        dropout: Share of MLP activations dropped in training.
+        double_norm: Adaptive double normalization; False normalizes only the patches, for ablations.
         time_max_period: ``max_period`` of the time embedding.
-        time_fourier_scale: Scale of Fourier features of the time in its place; 0 for none. For ablations.
+        time_fourier_scale: Scale of Fourier features of the time, which replace the sinusoids; 0 for none.
         guidance: Whether the guidance scale is an input.
     """
 
@@ -99,8 +98,8 @@ class _Block(nn.Module):
     def _attend(self, x_BNC: Tensor) -> Tensor:
         """Attend between all patches.
 
-        Queries, keys and values have a layer each: TensorRT-RTX splits the int8 weights of one for all three in
-        half precision.
+        Queries, keys and values have separate layers, because TensorRT-RTX computes a joint int8 layer in half
+        precision.
         """
         B, N, _ = x_BNC.shape
         q, k, v = (layer(x_BNC).reshape(B, N, self.num_heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -110,7 +109,7 @@ class _Block(nn.Module):
 def _modulate(x_BNC: Tensor, scale_BC: Tensor, shift_BC: Tensor, *, double: bool) -> Tensor:
     """Return ``pnorm(x) * pnorm(scale) + pnorm(shift)``: adaptive double normalization, patch by patch.
 
-    Without ``double`` scale and shift are taken as they are; then a shift begins small, not as large as the patches.
+    Without ``double``, scale and shift are not normalized, and the initial shift is small.
     """
     if double:
         scale_BC, shift_BC = pixel_norm(scale_BC), pixel_norm(shift_BC)
@@ -138,7 +137,7 @@ class Transformer(Conditioned):
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.modulation_out = nn.Linear(channels, 2 * channels)
         self.patch_out = zero_(nn.Linear(channels, patch_channels))
-        with torch.no_grad():  # scales and gates begin at 1, shifts in some direction
+        with torch.no_grad():  # scales and gates start at 1, shifts in a random direction
             for layer, ones in ((self.modulation, (0, 2, 3, 5)), (self.modulation_out, (0,))):
                 bias = layer.bias.view(-1, channels).normal_(std=0.1)
                 bias[list(ones)] = 1.0

@@ -1,6 +1,6 @@
 """The U-Net for small pixel models: similar to DDPM++, with the three sCM changes (``conditioning``, ``layers``).
 
-``UNetConfig`` is all there is to know about one; ``presets`` holds named ones.
+``UNetConfig`` describes a network; ``presets`` holds named ones.
 
 Shape letters: B batch, C channels, H height, W width, E embedding.
 """
@@ -26,17 +26,16 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         in_channels: Channels of a sample.
         channels: Channels at the highest resolution of the trunk.
         channel_mult: Factor on ``channels`` for each resolution, highest first.
-        num_blocks: Residual blocks for each resolution on the way down; one more on the way up.
+        num_blocks: Residual blocks per resolution of the encoder; the decoder has one more.
         attention_resolutions: Resolutions (of the trunk) that have attention.
         head_channels: Channels of one attention head.
         patch_size: Pixels are folded into channels in squares of this side before the trunk.
-        num_classes: Class labels; 0 for none.
+        num_classes: Number of class labels; 0 for none.
         dropout: Share of activations dropped in training.
-        learned_position: Add a learned map to the trunk's input; for pictures whose parts have
-            fixed places.
+        learned_position: Add a learned map to the trunk's input, for images whose parts have fixed positions.
         double_norm: Adaptive double normalization; False is plain AdaGN, for ablations.
         time_max_period: ``max_period`` of the time embedding.
-        time_fourier_scale: Scale of Fourier features of the time in its place; 0 for none. For ablations.
+        time_fourier_scale: Scale of Fourier features of the time, which replace the sinusoids; 0 for none.
         guidance: Whether the guidance scale is an input.
     """
 
@@ -87,7 +86,7 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class _Stage(nn.Module):
-    """A residual block and, where the resolution asks for it, attention."""
+    """A residual block, with attention at some resolutions."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, resolution: int) -> None:
         super().__init__()
