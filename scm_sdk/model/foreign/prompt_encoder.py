@@ -1,4 +1,4 @@
-"""The text encoder of a SANA-Sprint pipeline: encodes prompts as ``SanaSprintPipeline`` does, without other components."""
+"""The text encoder of a SANA-Sprint pipeline, which encodes prompts as ``SanaSprintPipeline`` does."""
 
 from __future__ import annotations
 
