@@ -176,14 +176,8 @@ def train_config(
         options["init_from"] = str(teacher)
     elif run.method != TEACHER:
         options["teacher"] = str(teacher)
-    return TrainConfig(
-        data=data,
-        network=network,
-        batch_size=budget.batch_size,
-        num_iterations=iterations,
-        seed=run.seed,
-        **options,
-    )
+    options.update(data=data, network=network, batch_size=budget.batch_size, num_iterations=iterations, seed=run.seed)
+    return TrainConfig.from_settings(options)
 
 
 def iterations_for(seconds: float, *, step: float, block: float) -> int:

@@ -54,7 +54,7 @@ TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
 
 def plain_step(run: Run, teacher: torch.nn.Module) -> Callable[[Batch, int], torch.Tensor]:
     """Return Algorithm 1 with two passes of the student, as one writes it from the paper."""
-    student, sigma_data, c = run.state.network, run.config.sigma_data, run.config.tangent_c
+    student, sigma_data, c = run.state.network, run.config.sigma_data, run.config.tangent.c
     logvar = run.state.modules["logvar"]
 
     def loss(batch: Batch, iteration: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ def plain_step(run: Run, teacher: torch.nn.Module) -> Callable[[Batch, int], tor
             inputs = (x_t / sigma_data, t)
             tangents = (cos * sin * dxdt / sigma_data, (cos * sin).flatten())
             F, dF = torch.func.jvp(lambda x, t: student(x, t, labels), inputs, tangents)[:2]
-            r = min(1.0, iteration / run.config.tangent_warmup)
+            r = min(1.0, iteration / run.config.tangent.warmup_iterations)
             g = -(cos**2) * (sigma_data * F - dxdt) - r * (cos * sin * x_t + sigma_data * dF)
             g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + c)
         residual = student(x_t / sigma_data, t, labels) - F - g
@@ -89,7 +89,7 @@ def step_of(run: Run, feed: Feed, loss: Callable[[Batch, int], torch.Tensor]) ->
         run.optimizer.zero_grad(set_to_none=True)
         found = loss(batch, iteration)
         found.backward()  # type: ignore[no-untyped-call]
-        clip_gradients(run.parameters, run.config.grad_clip)
+        clip_gradients(run.parameters, run.config.optimizer.grad_clip)
         run.move()
         run.state.iteration += 1
         return float(found.detach()), waited
@@ -119,9 +119,8 @@ def main(
         for name in dict.fromkeys((PLAIN, *names)):
             way = WAYS[name]
             start = {"teacher" if way["objective"] == "scd" else "init_from": str(teacher)}
-            config = TrainConfig(
-                **{"data": source, "batch_size": batch_size, "tangent_warmup": 100, "optimizer": "adam", **start, **way}
-            )
+            common = {"data": source, "batch_size": batch_size, "tangent_warmup": 100, "optimizer": "adam"}
+            config = TrainConfig.from_settings({**common, **start, **way})
             folder = Path(stack.enter_context(TemporaryDirectory()))
             run = build(resolve(config, data), folder, Scale(), world)
             feed = stack.enter_context(Feed(run.config, data))

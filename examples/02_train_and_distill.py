@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from scm_sdk.model.networks.presets import tiny
-from scm_sdk.train.config import DataConfig, TrainConfig
+from scm_sdk.train.config import DataConfig, OptimizerConfig, TangentConfig, TrainConfig
 from scm_sdk.train.loop import Hooks, train
 
 
@@ -29,7 +29,8 @@ def main(out: Path, iterations: int = 40) -> None:
     train(teacher, out / "teacher", hooks)
     student = TrainConfig(
         objective="scd", data=data, teacher=str(out / "teacher"), num_iterations=iterations,
-        optimizer="radam", learning_rate=5e-4, tangent_norm="rms", tangent_warmup=100,
+        optimizer=OptimizerConfig(name="radam", learning_rate=5e-4),
+        tangent=TangentConfig(norm="rms", warmup_iterations=100),
     )  # fmt: skip
     model = train(student, out / "student", hooks)
     print(f"{out / 'student'}: {sum(p.numel() for p in model.parameters())} parameters")

@@ -19,7 +19,7 @@ from scm_sdk.export.engines.add import add_engines
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.networks.conditioning import PositionalEmbedding
 from scm_sdk.model.networks.custom import register_network
-from scm_sdk.train.config import TrainConfig
+from scm_sdk.train.config import TangentConfig, TrainConfig
 from scm_sdk.train.objectives.base import Batch, consistency_loss, sample_times
 
 SHAPES = {"sound": (1, 64), "video": (2, 4, 8, 8)}  # (C, samples) and (C, frames, height, width)
@@ -48,13 +48,13 @@ def main(out: Path, kind: str, iterations: int = 20) -> None:
     shape = SHAPES[kind]
     size = {"channels": shape[0], "axes": len(shape) - 1}
     model = ConsistencyModel(network=Waves(**size), arguments=size, sigma_data=0.5, sample_shape=shape)
-    config = TrainConfig(objective="sct", network=model.config.network, tangent_norm="rms")
+    config = TrainConfig(objective="sct", network=model.config.network, tangent=TangentConfig(norm="rms"))
     optimizer, draw = torch.optim.RAdam(model.parameters(), lr=1e-3), torch.Generator().manual_seed(0)
     for i in range(iterations):
         phase = torch.rand((16, *[1] * len(shape)), generator=draw) * 6.28
         x_0 = 0.7 * torch.sin(phase + torch.arange(shape[-1]) / 4).expand(16, *shape)  # deviation 0.5
         z = 0.5 * torch.randn(x_0.shape, generator=draw)
-        batch = Batch(x_0=x_0, z=z, t=sample_times(16, config, draw), class_labels=None)
+        batch = Batch(x_0=x_0, z=z, t=sample_times(16, config.noise, draw, sigma_data=0.5), class_labels=None)
         loss, _ = consistency_loss(model.network, None, None, batch, config, warmup=i / iterations)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

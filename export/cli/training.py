@@ -52,7 +52,7 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
 
     from scm_sdk.errors import ConfigError
     from scm_sdk.model.networks.presets import PRESETS
-    from scm_sdk.train.config import DataConfig
+    from scm_sdk.train.config import DataConfig, TrainConfig
     from scm_sdk.train.data.images import load_data
 
     _require_folders(options)
@@ -68,7 +68,8 @@ def train(preset: str, double_norm: bool, time_fourier_scale: float, **options: 
     data = load_data(data_config)
     network = PRESETS[preset](num_classes=data.num_classes, in_channels=data.images.shape[-1])
     network = _changed(network, double_norm, time_fourier_scale)
-    _run(_config("diffusion", data_config, options, network=network), options, data)
+    settings = {**_settings(options), "objective": "diffusion", "data": data_config, "network": network}
+    _run(TrainConfig.from_settings(settings), options, data)
 
 
 @click.command()
@@ -87,6 +88,7 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
     scm-export distill -o runs/cifar10 --recipe cifar10-scd --data cifar10.npz --teacher runs/teacher
     """
     from scm_sdk.errors import ConfigError
+    from scm_sdk.train.config import TrainConfig
 
     _require_folders(options)
     options["guidance"] = _guidance(options)
@@ -112,7 +114,8 @@ def distill(no_teacher: bool, vsd_only: bool, **options: Any) -> None:
                 "--trajectory-steps is an objective of its own; leave out --discrete-step and --vsd-only."
             )
         objective = "trajectory"
-    _run(_config(objective, _data_of_teacher(options), options), options)
+    settings = {**_settings(options), "objective": objective, "data": _data_of_teacher(options)}
+    _run(TrainConfig.from_settings(settings), options)
 
 
 def _changed(network: Any, double_norm: bool, time_fourier_scale: float) -> Any:
@@ -186,18 +189,12 @@ def _data_of_teacher(options: dict[str, Any]) -> DataConfig:
     return data
 
 
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that are fields of ``TrainConfig``."""
-    from scm_sdk.train.config import TrainConfig
+def _settings(options: dict[str, Any]) -> dict[str, object]:
+    """Return the options that are settings of a run, by their names in ``TrainConfig.from_settings``."""
+    from scm_sdk.train.config import SETTINGS, TrainConfig
 
-    fields = set(TrainConfig.__struct_fields__) - {"data"}
-    return {name: value for name, value in options.items() if value is not None and name in fields}
-
-
-def _config(objective: str, data: Any, options: dict[str, Any], **more: Any) -> TrainConfig:
-    from scm_sdk.train.config import TrainConfig
-
-    return TrainConfig(objective=objective, data=data, **{**_settings(options), **more})  # type: ignore[arg-type]
+    names = {*SETTINGS, *TrainConfig.__struct_fields__} - {"data"}
+    return {name: value for name, value in options.items() if value is not None and name in names}
 
 
 def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
@@ -209,7 +206,7 @@ def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
     from scm_sdk.train.recipes import recipe
 
     base = recipe(options["recipe"])
-    if (base.objective != "diffusion") != student:
+    if base.kind.generative == student:
         verb = "train" if student else "distill"
         raise ConfigError(
             f"recipe {options['recipe']!r} has objective {base.objective!r}. Use it with: scm-export {verb}"
@@ -227,7 +224,7 @@ def _recipe_config(options: dict[str, Any], *, student: bool) -> TrainConfig:
     data = msgspec.structs.replace(
         base.data, **{field: given[name] for field, name in DATA_FIELDS.items() if name in given}
     )
-    return msgspec.structs.replace(base, data=data, **_settings(given))
+    return base.with_settings({**_settings(given), "data": data})
 
 
 def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = None) -> None:
@@ -302,4 +299,4 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
 
         print_json({"out": str(out), "last": asdict(lines[-1]) if lines else None})
     else:
-        say(f"Done: {out} is a checkpoint. Next: scm-export {'distill' if config.objective == 'diffusion' else 'onnx'}")
+        say(f"Done: {out} is a checkpoint. Next: scm-export {'distill' if config.kind.generative else 'onnx'}")

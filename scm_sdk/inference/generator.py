@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
 import numpy as np
 
+from .._util.arguments import check_names, checked_names
 from .._util.publish import undisturbed
 from ..bundle.signing import Signer
 from ..errors import BundleError, ConfigError, IntegrityError, UnknownArgument
@@ -33,11 +34,9 @@ from .request import (
     Request,
     Seeds,
     check_count,
-    check_names,
     check_num_images,
     check_output_type,
     make_request,
-    named,
 )
 from .selection import Measured, Plan
 from .session import Fallback, Opened, Opener
@@ -93,7 +92,7 @@ class Generator:
         return super().__new__(cls)
 
     @classmethod
-    @named("from_pretrained")
+    @checked_names("from_pretrained")
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -186,7 +185,7 @@ class Generator:
             opener.run_goldens(source.steps if verify == "full" else (steps,))
         return cls(source, opener, arguments)
 
-    @named("the generator")
+    @checked_names("the generator")
     def __call__(
         self,
         num_images: int = 1,
@@ -255,7 +254,7 @@ class Generator:
     def stream(
         self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool
     ) -> Iterator[GeneratorOutput | Exception]: ...
-    @named("stream")
+    @checked_names("stream")
     def stream(
         self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool = False
     ) -> Iterator[GeneratorOutput | Exception]:
@@ -279,7 +278,7 @@ class Generator:
                 raise result
             yield result
 
-    @named("batcher")
+    @checked_names("batcher")
     def batcher(self, *, max_waiting: int = 256, max_running: int | None = None) -> Batcher:
         """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``.
 
@@ -293,7 +292,7 @@ class Generator:
         beside = side_by_side(self.opened(), self.num_threads) if max_running is None else max_running
         return Batcher(self._job, self.source, max_waiting=max_waiting, max_running=beside)
 
-    @named("plan")
+    @checked_names("plan")
     def plan(self, num_inference_steps: int | None = None) -> Plan:
         """Return what could run and what runs, each with the reason; ``str()`` is a table.
 
@@ -302,7 +301,7 @@ class Generator:
         """
         return self._opener.plan(self._steps(num_inference_steps))
 
-    @named("opened")
+    @checked_names("opened")
     def opened(self, num_inference_steps: int | None = None) -> Opened:
         """Return what is open: the backend (noise in, images out), its artifact, spec and load time."""
         return self._opener.get(self._steps(num_inference_steps))
@@ -313,7 +312,7 @@ class Generator:
         threads: int | None = self._arguments["num_threads"]
         return threads
 
-    @named("warmup")
+    @checked_names("warmup")
     def warmup(self, num_images: int = 1, num_inference_steps: int | None = None) -> float:
         """Run once and throw the images away, so that the next call is not the first. Returns its ms."""
         start = perf_counter()
@@ -338,7 +337,7 @@ class Generator:
             raise
         return gen
 
-    @named("compare")
+    @checked_names("compare")
     def compare(
         self,
         reference: Generator | Backend,
@@ -375,7 +374,7 @@ class Generator:
             min_psnr_db=min_psnr_db, reason=reason,
         )  # fmt: skip
 
-    @named("benchmark")
+    @checked_names("benchmark")
     def benchmark(
         self,
         *,

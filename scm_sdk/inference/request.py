@@ -10,23 +10,20 @@ import hashlib
 import math
 import operator
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import wraps
-from types import CodeType
-from typing import Any, Literal, ParamSpec, SupportsIndex, TypedDict, TypeVar, get_args
+from typing import Any, Literal, SupportsIndex, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .._util.arguments import check_names
 from ..errors import ConfigError, ShapeError, UnknownArgument
 from ..noise import check_seed, draw_noise, standard_normal
 from ..spec import SamplerSpec
 from .conditioning import Examples
 
-P = ParamSpec("P")
-R = TypeVar("R")
 OutputType = Literal["pil", "np", "pt", "uint8", "raw"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 Labels = SupportsIndex | str | Sequence[int | str] | NDArray[Any]
@@ -212,35 +209,6 @@ def check_arguments(arguments: object, *, of: str) -> Mapping[str, Any]:
         )
     check_names(arguments, _ARGUMENTS, of=of)
     return arguments
-
-
-def check_names(given: Iterable[object], known: Sequence[str], *, of: str) -> None:
-    """Raise ``UnknownArgument`` if a keyword is none of a function's, with the nearest that is."""
-    for name in given:
-        if name not in known:
-            close = get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}."
-            raise UnknownArgument(f"{of} got {name!r}, expected one of its arguments. {hint}")
-
-
-def named(of: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a method answer an unknown keyword with ``UnknownArgument``, which names the nearest of its own.
-
-    Type checkers see the method's own signature.
-    """
-
-    def decorate(method: Callable[P, R]) -> Callable[P, R]:
-        code: CodeType = method.__code__
-        known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]  # without self
-
-        @wraps(method)
-        def checked(*args: P.args, **options: P.kwargs) -> R:
-            check_names(options, known, of=of)
-            return method(*args, **options)
-
-        return checked
-
-    return decorate
 
 
 def check_count(name: str, value: object, *, most: int | None = None) -> int:

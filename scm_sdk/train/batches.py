@@ -54,7 +54,7 @@ def draw_batch(config: TrainConfig, data: ImageData, iteration: int, rows: slice
     return Batch(
         x_0=x_0,
         z=z,
-        t=sample_times(size, config, generator)[kept],
+        t=sample_times(size, config.noise, generator, sigma_data=config.sigma_data)[kept],
         class_labels=labels,
         guidance_scale=None if guidance is None else guidance[kept],
         rows=rows,

@@ -107,7 +107,7 @@ def build(start: Prepared, out: Path, scale: Scale, world: World) -> Run:
         StableTarget(start.data, sigma_data=config.sigma_data, device=world.device) if config.stable_targets else None
     )
     logvar, vsd = LogVariance(), make_vsd(config, network, teacher, stable_target)
-    anchor = Anchor(config, stable_target) if config.anchor_weight else None
+    anchor = Anchor(config, stable_target) if config.anchor.weight else None
     heads = [logvar, *([vsd.logvar] if vsd else []), *([anchor.logvar] if anchor else [])]
     if scale.recompute:
         recompute_activations(network)
@@ -122,8 +122,9 @@ def build(start: Prepared, out: Path, scale: Scale, world: World) -> Run:
             shard(other, other, world)
     wrapped = wrap(loss, scale, world)
     parameters = [p for module in (network, *heads) for p in module.parameters()]
-    kind = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.Adam
-    optimizer = kind(parameters, lr=config.learning_rate, betas=config.betas, eps=config.epsilon)
+    its = config.optimizer
+    make_optimizer = torch.optim.RAdam if its.name == "radam" else torch.optim.Adam
+    optimizer = make_optimizer(parameters, lr=its.learning_rate, betas=its.betas, eps=its.epsilon)
     state = RunState(
         network=network,
         average=average.network,

@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import msgspec
 
+from .._util.arguments import did_you_mean
 from ..errors import ConfigError
 from ..model.consistency import NetworkConfig
 from ..spec import DEFAULT_MID_TIME
 from .averages.schedules import inverse_sqrt_decay, linear_decay, power_decay, power_exponent
 
-Objective = Literal["diffusion", "sct", "scd", "cd", "trajectory", "vsd"]
-DISTILLING = ("scd", "cd", "trajectory")
+ObjectiveName = Literal["diffusion", "sct", "scd", "cd", "trajectory", "vsd"]
 
 
-class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which images are trained on.
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What an objective needs and allows; its loss is in ``objectives.select``.
+
+    Attributes:
+        description: What it trains, for help texts.
+        teacher: Whether it distills a teacher.
+        generative: Whether it trains a diffusion model, not a consistency model.
+        data_velocity: Whether it regresses onto the velocity of the data, for which ``stable_targets`` have a mean.
+        tangent: Whether its target holds dF/dt, which ``TangentConfig`` is about.
+        anchor: Whether ``AnchorConfig`` may add a diffusion loss.
+        one_process: Whether several processes would each repeat work that is done for the whole batch.
+    """
+
+    description: str
+    teacher: Literal["required", "optional", "none"] = "none"
+    generative: bool = False
+    data_velocity: bool = False
+    tangent: bool = False
+    anchor: bool = False
+    one_process: bool = False
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "diffusion": Objective(
+        description="a TrigFlow diffusion model, the teacher (Eq. 4)", generative=True, data_velocity=True
+    ),
+    "sct": Objective(description="consistency training from data (Algorithm 1)", data_velocity=True, tangent=True),
+    "scd": Objective(
+        description="consistency distillation of a teacher (Algorithm 1)", teacher="required", tangent=True
+    ),
+    "cd": Objective(description="consistency distillation in discrete time", teacher="required", anchor=True),
+    "trajectory": Objective(
+        description="distillation onto the ends of a teacher's trajectories", teacher="required", one_process=True
+    ),
+    "vsd": Objective(description="variational score distillation alone", teacher="optional"),
+}
+"""Every objective by its name in configs."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of settings."""
+
+
+class DataConfig(Section, frozen=True, kw_only=True):
+    """The images of a run.
 
     Attributes:
         source: ``avatars`` (shipped), ``fashion-mnist`` or its held-out ``fashion-mnist-t10k``, a folder of images, an
@@ -31,89 +77,34 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rows: tuple[int, int] = (0, 0)
 
 
-class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One training run.
+class NoiseConfig(Section, frozen=True, kw_only=True):
+    """Distribution of noise levels: ln(sigma) is normal, where sigma = sigma_data tan(t) at time t.
 
     Attributes:
-        objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distills a teacher and
-            ``sct`` trains from data alone (Algorithm 1); ``cd`` distills a teacher in discrete time
-            (``discrete``) and ``trajectory`` onto the ends of its trajectories (``trajectory``); ``vsd`` is variational
-            score distillation alone.
-        data: The images.
-        network: The network; None takes the teacher's.
-        init_from: Checkpoint folder whose weights start the run, "" for random weights; where a teacher is distilled,
-            "" for the teacher's.
-        teacher: Checkpoint folder of the diffusion model that is distilled. ``vsd`` takes the exact score of the data
-            instead with ``stable_targets``.
-        sigma_data: Standard deviation of the data, data units.
-        batch_size: Samples of one iteration.
-        num_iterations: Length of the run.
-        optimizer: ``adam`` or ``radam``.
-        learning_rate: Peak learning rate.
-        betas: Moment decay rates.
-        epsilon: The optimizer's epsilon.
-        warmup_iterations: Linear learning-rate warm-up.
-        schedule: What follows: ``linear`` is a plateau and a linear fall; ``inverse_sqrt`` is EDM2's.
-        decay_fraction: Last share of the run in which the learning rate falls linearly to 1 %; 0 for none.
-        decay_reference: Iterations after which EDM2's learning rate falls, t_ref.
-        grad_clip: Largest gradient norm; larger gradients are scaled down. 0 for none.
-        ema_halflife: Half-life of the weight average, samples; shorter early in the run.
-        ema_ramp: Largest half-life as a share of the samples seen so far.
-        ema_sigma_rel: Width of a power-function average to sample with instead; 0 for the half-life's.
-        ema_profiles: Widths of power-function averages that are stored now and then, to make others from (``posthoc``).
-        ema_snapshot_every: Iterations between those.
-        p_mean: Mean of ln(sigma), where sigma = sigma_data tan(t).
+        p_mean: Mean of ln(sigma).
         p_std: Standard deviation of ln(sigma).
-        stable_targets: Regress onto the mean of all images that may lie behind a noisy sample rather
-            than the one that does (``stable_target``); for data sets that fit in memory. In ``cd``: the anchor's.
-        discrete_step: Longest step of the teacher in ``cd``, radians.
-        anchor_weight: Factor of the diffusion loss at small times beside ``cd``; 0 for none.
-        anchor_p_mean: Mean of ln(sigma) of those times.
-        anchor_p_std: Its standard deviation.
-        trajectory_steps: Steps of the teacher along one trajectory in ``trajectory``.
-        huber: Error, data units, above which the loss of ``trajectory`` grows linearly; 0 for the square.
-        mid_time: Second time of the two-step sampler that the model will have, radians.
-        vsd_weight: Factor of the VSD loss beside that of the objective; 0 for none. The paper's is 1.
-        vsd_weighting: ``learned`` is the paper's, whose pull does not fade near the teacher; ``error`` divides by the
-            teacher's error on each sample (``vsd``).
-        vsd_steps: Sampler steps whose samples VSD looks at, in turn; the paper's is 1.
-        vsd_p_mean: Mean of ln(sigma) of the comparison; the paper's is 0.4.
-        vsd_p_std: Its standard deviation; the paper's is 2.
-        vsd_learning_rate: Peak learning rate of the fake score; 0 for the student's own, as in the paper. A fake
-            score that lags behind lets the student drop modes.
-        vsd_warmup: Iterations in which only the fake score and the weighting learn: where it starts from the teacher,
-            the first differences tell nothing of the student.
-        label_dropout: Share of samples trained without their label; guidance needs a teacher that had some.
-        guidance: Scales of classifier-free guidance of the teacher, drawn evenly between the two for each sample and
-            told to the network; two equal ones are baked into a network that has no such input. 1 is no guidance.
-        dropout: Dropout of the network, replaces the network's own.
-        tangent_mode: How dF/dt is found (``tangent``): ``jvp2`` and ``jvp`` by forward differentiation apart from the
-            pass that is trained or in it, ``fd`` by central differences.
-        tangent_step: Step of the central differences, a share of cos(t) sin(t) dx/dt.
-        discrete_points: Times of a grid between whose neighbors the tangent is a difference quotient, as in the
-            paper's discrete-time ablation; 0 for continuous time.
-        tangent_norm: Norm of the tangent over one sample; ``l2`` is the paper's, ``rms`` suits
-            samples of few elements; ``clamp`` cuts each element to [-1, 1] instead.
-        tangent_c: Constant c of the tangent normalization ``g / (||g|| + c)``.
-        tangent_warmup: Iterations H over which the JVP part of the tangent is faded in.
-        normalize_tangent: False switches the normalization off, for ablations.
-        adaptive_weighting: False switches the learned weighting off, for ablations.
-        precision: Of the networks' trunks: ``fp32``, or ``bf16`` or ``fp16`` in mixed precision. Weights, time and
-            loss stay float32.
-        seed: Names the run: batches, times, noise and initial weights follow from it.
-        max_bad_steps: Consecutive non-finite steps that are skipped before the run stops.
-        compile: Use ``torch.compile`` for the loss.
     """
 
-    objective: Objective
-    data: DataConfig = DataConfig()
-    network: NetworkConfig | None = None
-    init_from: str = ""
-    teacher: str = ""
-    sigma_data: float = 0.5
-    batch_size: int = 64
-    num_iterations: int = 10_000
-    optimizer: Literal["adam", "radam"] = "adam"
+    p_mean: float = -0.8
+    p_std: float = 1.4
+
+
+class OptimizerConfig(Section, frozen=True, kw_only=True):
+    """Optimizer and learning-rate schedule.
+
+    Attributes:
+        name: ``adam`` or ``radam``.
+        learning_rate: Peak learning rate.
+        betas: Moment decay rates.
+        epsilon: Term that is added to the denominator of the update.
+        warmup_iterations: Iterations of linear learning-rate warm-up.
+        schedule: What follows: ``linear`` is a plateau and a linear decay; ``inverse_sqrt`` is EDM2's.
+        decay_fraction: Last share of the run in which the learning rate decays linearly to 1 %; 0 for none.
+        decay_reference: Iterations after which EDM2's learning rate decays, t_ref.
+        grad_clip: Largest gradient norm; larger gradients are scaled down. 0 for none.
+    """
+
+    name: Literal["adam", "radam"] = "adam"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     epsilon: float = 1e-8
@@ -122,38 +113,160 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     decay_fraction: float = 0.3
     decay_reference: int = 35_000
     grad_clip: float = 10.0
-    ema_halflife: int = 50_000
-    ema_ramp: float = 0.05
-    ema_sigma_rel: float = 0.0
-    ema_profiles: tuple[float, ...] = ()
-    ema_snapshot_every: int = 1_000
-    p_mean: float = -0.8
-    p_std: float = 1.4
-    stable_targets: bool = False
-    discrete_step: float = 0.4
-    anchor_weight: float = 0.0
-    anchor_p_mean: float = -1.5
-    anchor_p_std: float = 1.0
-    trajectory_steps: int = 12
+
+
+class AveragesConfig(Section, frozen=True, kw_only=True):
+    """Exponential moving averages of the weights.
+
+    Attributes:
+        halflife: Half-life of the average that is sampled with, samples; shorter early in the run.
+        ramp: Largest half-life as a share of the samples seen so far.
+        sigma_rel: Width of a power-function average to sample with instead; 0 for the half-life's.
+        profiles: Widths of power-function averages whose snapshots are stored, to make others from (``posthoc``).
+        snapshot_every: Iterations between snapshots.
+    """
+
+    halflife: int = 50_000
+    ramp: float = 0.05
+    sigma_rel: float = 0.0
+    profiles: tuple[float, ...] = ()
+    snapshot_every: int = 1_000
+
+
+class TangentConfig(Section, frozen=True, kw_only=True):
+    """The tangent dF/dt of ``sct`` and ``scd``.
+
+    Attributes:
+        mode: How dF/dt is computed (``tangent``): ``jvp2`` and ``jvp`` by forward differentiation apart from the pass
+            that is trained or in it, ``fd`` by central differences.
+        step: Step of the central differences, a share of cos(t) sin(t) dx/dt.
+        discrete_points: Times of a grid between whose neighbors the tangent is a difference quotient, as in the
+            paper's discrete-time ablation; 0 for continuous time.
+        norm: Norm of the tangent over one sample; ``l2`` is the paper's, ``rms`` suits samples of few elements;
+            ``clamp`` clips each element to [-1, 1] instead.
+        c: Constant c of the tangent normalization ``g / (||g|| + c)``.
+        warmup_iterations: Iterations H over which the JVP part of the tangent is faded in.
+        normalize: False switches the normalization off, for ablations.
+    """
+
+    mode: Literal["jvp", "jvp2", "fd"] = "jvp2"
+    step: float = 3e-3
+    discrete_points: int = 0
+    norm: Literal["l2", "rms", "clamp"] = "l2"
+    c: float = 0.1
+    warmup_iterations: int = 10_000
+    normalize: bool = True
+
+
+class AnchorConfig(Section, frozen=True, kw_only=True):
+    """A diffusion loss at small times that is added to the loss of ``cd``.
+
+    Attributes:
+        weight: Factor of the loss; 0 for none.
+        noise: Noise levels of the loss.
+    """
+
+    weight: float = 0.0
+    noise: NoiseConfig = NoiseConfig(p_mean=-1.5, p_std=1.0)
+
+
+class TrajectoryConfig(Section, frozen=True, kw_only=True):
+    """The objective ``trajectory``.
+
+    Attributes:
+        steps: Steps of the teacher along one trajectory.
+        huber: Error, data units, above which the loss grows linearly; 0 for the squared error.
+    """
+
+    steps: int = 12
     huber: float = 0.0
+
+
+class VsdConfig(Section, frozen=True, kw_only=True):
+    """Variational score distillation, alone or added to the loss of another objective.
+
+    Attributes:
+        weight: Factor of the VSD loss when it is added; 0 for none. The paper's is 1.
+        weighting: ``learned`` is the paper's, whose pull does not fade near the teacher; ``error`` divides by the
+            teacher's error on each sample (``objectives.vsd``).
+        steps: Sampler steps whose samples VSD compares, in turn; the paper's is 1.
+        noise: Noise levels of the comparison; the paper's are (0.4, 2).
+        learning_rate: Peak learning rate of the fake score; 0 for the student's own, as in the paper. A fake score
+            that lags behind lets the student drop modes.
+        warmup_iterations: Iterations in which only the fake score and the weighting are trained: where the fake score
+            starts from the teacher, the first differences carry no information on the student.
+    """
+
+    weight: float = 0.0
+    weighting: Literal["learned", "error"] = "learned"
+    steps: int = 1
+    noise: NoiseConfig = NoiseConfig(p_mean=0.4, p_std=2.0)
+    learning_rate: float = 0.0
+    warmup_iterations: int = 0
+
+
+class TrainConfig(Section, frozen=True, kw_only=True):
+    """One training run.
+
+    Attributes:
+        objective: ``diffusion`` trains a TrigFlow teacher (Eq. 4); ``scd`` distills a teacher and
+            ``sct`` trains from data alone (Algorithm 1); ``cd`` distills a teacher in discrete time
+            (``objectives.discrete``) and ``trajectory`` onto the ends of its trajectories (``objectives.trajectory``);
+            ``vsd`` is variational score distillation alone.
+        data: The images.
+        network: The network; None takes the teacher's.
+        init_from: Checkpoint folder whose weights start the run, "" for random weights; where a teacher is distilled,
+            "" for the teacher's.
+        teacher: Checkpoint folder of the diffusion model that is distilled. ``vsd`` takes the exact score of the data
+            instead with ``stable_targets``.
+        sigma_data: Standard deviation of the data, data units.
+        mid_time: Second time of the two-step sampler that the model will have, radians.
+        batch_size: Samples of one iteration.
+        num_iterations: Length of the run.
+        optimizer: Optimizer and learning-rate schedule.
+        averages: Moving averages of the weights.
+        noise: Noise levels that are trained on.
+        stable_targets: Regress onto the mean of all images that may lie behind a noisy sample rather
+            than the one that does (``objectives.stable_target``); for data sets that fit in memory. In ``cd``: of the
+            anchor.
+        tangent: How ``sct`` and ``scd`` compute the tangent.
+        discrete_step: Longest step of the teacher in ``cd``, radians.
+        anchor: The diffusion loss that ``cd`` may add.
+        trajectory: The objective ``trajectory``.
+        vsd: Variational score distillation.
+        label_dropout: Share of samples trained without their label; guidance needs a teacher that had some.
+        guidance: Scales of classifier-free guidance of the teacher, drawn evenly between the two for each sample and
+            an input of the network; two equal ones are baked into a network that has no such input. 1 is no guidance.
+        dropout: Dropout of the network, replaces the network's own.
+        adaptive_weighting: False switches the learned weighting off, for ablations.
+        precision: Of the networks' trunks: ``fp32``, or ``bf16`` or ``fp16`` in mixed precision. Weights, time and
+            loss stay float32.
+        seed: Random seed: batches, times, noise and initial weights follow from it.
+        max_bad_steps: Consecutive non-finite steps that are skipped before the run stops.
+        compile: Use ``torch.compile`` for the loss.
+    """
+
+    objective: ObjectiveName
+    data: DataConfig = DataConfig()
+    network: NetworkConfig | None = None
+    init_from: str = ""
+    teacher: str = ""
+    sigma_data: float = 0.5
     mid_time: float = DEFAULT_MID_TIME
-    vsd_weight: float = 0.0
-    vsd_weighting: Literal["learned", "error"] = "learned"
-    vsd_steps: int = 1
-    vsd_p_mean: float = 0.4
-    vsd_p_std: float = 2.0
-    vsd_learning_rate: float = 0.0
-    vsd_warmup: int = 0
+    batch_size: int = 64
+    num_iterations: int = 10_000
+    optimizer: OptimizerConfig = OptimizerConfig()
+    averages: AveragesConfig = AveragesConfig()
+    noise: NoiseConfig = NoiseConfig()
+    stable_targets: bool = False
+    tangent: TangentConfig = TangentConfig()
+    discrete_step: float = 0.4
+    anchor: AnchorConfig = AnchorConfig()
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    vsd: VsdConfig = VsdConfig()
     label_dropout: float = 0.0
     guidance: tuple[float, float] = (1.0, 1.0)
     dropout: float = 0.0
-    tangent_mode: Literal["jvp", "jvp2", "fd"] = "jvp2"
-    tangent_step: float = 3e-3
-    discrete_points: int = 0
-    tangent_norm: Literal["l2", "rms", "clamp"] = "l2"
-    tangent_c: float = 0.1
-    tangent_warmup: int = 10_000
-    normalize_tangent: bool = True
     adaptive_weighting: bool = True
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
@@ -161,45 +274,34 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     compile: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "num_iterations", "max_bad_steps", "ema_halflife", "vsd_steps", "trajectory_steps")
-        for name in (*counts, "ema_snapshot_every", "decay_reference"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more.")
-        positive = ("learning_rate", "sigma_data", "p_std", "epsilon", "tangent_c", "ema_ramp", "vsd_p_std")
-        for name in (*positive, "discrete_step", "anchor_p_std", "tangent_step"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0.")
-        for name in ("label_dropout", "dropout", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a share in [0, 1].")
-        not_negative = ("warmup_iterations", "tangent_warmup", "vsd_warmup", "vsd_weight", "vsd_learning_rate")
-        for name in (*not_negative, "anchor_weight", "huber", "grad_clip", "discrete_points", "ema_sigma_rel"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more.")
-        if self.objective != "vsd" and (self.objective in DISTILLING) != bool(self.teacher):
+        self._check_ranges()
+        kind = self.kind
+        if kind.teacher != "optional" and (kind.teacher == "required") != bool(self.teacher):
+            distilling = [name for name, one in OBJECTIVES.items() if one.teacher == "required"]
             raise ConfigError(
-                f"objective is {self.objective!r} and teacher {self.teacher!r}: {', '.join(DISTILLING)} distill a "
+                f"objective is {self.objective!r} and teacher {self.teacher!r}: {', '.join(distilling)} distill a "
                 "teacher, a checkpoint folder; 'diffusion' and 'sct' have none."
             )
-        if self.anchor_weight and self.objective != "cd":
+        if self.anchor.weight and not kind.anchor:
             raise ConfigError(
-                f"anchor_weight is {self.anchor_weight} with objective {self.objective!r}, expected 0: "
+                f"anchor.weight is {self.anchor.weight} with objective {self.objective!r}, expected 0: "
                 "it goes with 'cd'."
             )
-        if self.objective == "diffusion" and self.vsd_weight:
-            raise ConfigError(f"vsd_weight is {self.vsd_weight} for a diffusion model, expected 0: VSD distills one.")
+        if kind.generative and self.vsd.weight:
+            raise ConfigError(f"vsd.weight is {self.vsd.weight} for a diffusion model, expected 0: VSD distills one.")
         if self.uses_vsd and bool(self.teacher) == self.stable_targets:
             raise ConfigError(
                 "VSD follows one score: expected a teacher, or stable_targets for the data's exact one, not both and "
                 "not neither."
             )
-        if self.stable_targets and self.objective in ("scd", "trajectory"):
+        if self.stable_targets and not (kind.data_velocity or kind.anchor or self.uses_vsd):
             raise ConfigError(
                 f"stable_targets replace the data's velocity; {self.objective!r} follows its teacher's. Leave them out."
             )
-        if self.discrete_points == 1 or (self.discrete_points and self.objective not in ("sct", "scd")):
+        points = self.tangent.discrete_points
+        if points == 1 or (points and not kind.tangent):
             raise ConfigError(
-                f"discrete_points is {self.discrete_points} with objective {self.objective!r}, expected 0, or 2 or "
+                f"tangent.discrete_points is {points} with objective {self.objective!r}, expected 0, or 2 or "
                 "more with 'scd' or 'sct', whose tangent it replaces."
             )
         if not 0 < self.guidance[0] <= self.guidance[1]:
@@ -208,19 +310,39 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(
                 f"guidance is {self.guidance} without a teacher, expected (1, 1): it is the teacher that is guided."
             )
-        for sigma_rel in (*self.ema_profiles, *([self.ema_sigma_rel] if self.ema_sigma_rel else [])):
+        averages = self.averages
+        for sigma_rel in (*averages.profiles, *([averages.sigma_rel] if averages.sigma_rel else [])):
             power_exponent(sigma_rel)
-        if len(set(self.ema_profiles)) < len(self.ema_profiles):
-            raise ConfigError(f"ema_profiles are {self.ema_profiles}, expected each width once.")
+        if len(set(averages.profiles)) < len(averages.profiles):
+            raise ConfigError(f"averages.profiles are {averages.profiles}, expected each width once.")
         if self.network is None and not self.first_weights:
             raise ConfigError("a run needs a network or init_from, a checkpoint folder; both are absent.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}, expected 0 <= seed < 2**32.")
 
+    def _check_ranges(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if (value := _get(self, name)) < 1:
+                raise ConfigError(f"{name} is {value}, expected 1 or more.")
+        for name in _POSITIVE:
+            if not (value := _get(self, name)) > 0:
+                raise ConfigError(f"{name} is {value}, expected more than 0.")
+        for name in _SHARES:
+            if not 0 <= (value := _get(self, name)) <= 1:
+                raise ConfigError(f"{name} is {value}, expected a share in [0, 1].")
+        for name in _NOT_NEGATIVE:
+            if not (value := _get(self, name)) >= 0:
+                raise ConfigError(f"{name} is {value}, expected 0 or more.")
+
+    @property
+    def kind(self) -> Objective:
+        """What the objective needs and allows."""
+        return OBJECTIVES[self.objective]
+
     @property
     def uses_vsd(self) -> bool:
         """Whether there is a fake score."""
-        return self.objective == "vsd" or self.vsd_weight > 0
+        return self.objective == "vsd" or self.vsd.weight > 0
 
     @property
     def guided(self) -> bool:
@@ -238,20 +360,42 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.init_from or self.teacher
 
     def learning_rate_at(self, iteration: int) -> float:
-        """Return the learning rate of an iteration: warm-up, then what ``schedule`` says."""
-        warmup = self.warmup_iterations
-        if self.schedule == "inverse_sqrt":
-            return self.learning_rate * inverse_sqrt_decay(iteration, warmup=warmup, reference=self.decay_reference)
-        total, decay = self.num_iterations, self.decay_fraction * self.num_iterations
-        return self.learning_rate * linear_decay(iteration, warmup=warmup, decay=decay, total=total)
+        """Return the learning rate of an iteration: warm-up, then what ``optimizer.schedule`` says."""
+        its = self.optimizer
+        warmup = its.warmup_iterations
+        if its.schedule == "inverse_sqrt":
+            return its.learning_rate * inverse_sqrt_decay(iteration, warmup=warmup, reference=its.decay_reference)
+        total, decay = self.num_iterations, its.decay_fraction * self.num_iterations
+        return its.learning_rate * linear_decay(iteration, warmup=warmup, decay=decay, total=total)
 
     def ema_decay_at(self, iteration: int) -> float:
         """Return the weight average's decay of an iteration."""
-        if self.ema_sigma_rel:
-            return power_decay(self.ema_sigma_rel, iteration)
+        if self.averages.sigma_rel:
+            return power_decay(self.averages.sigma_rel, iteration)
         seen = (iteration + 1) * self.batch_size
-        halflife = min(float(self.ema_halflife), self.ema_ramp * seen)
+        halflife = min(float(self.averages.halflife), self.averages.ramp * seen)
         return float(0.5 ** (self.batch_size / max(halflife, 1e-8)))
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, object]) -> TrainConfig:
+        """Make a config from settings by their names on the command line and in old records: see ``SETTINGS``.
+
+        Args:
+            settings: Values by name, for example ``{"objective": "diffusion", "learning_rate": 1e-3}``; a field of
+                ``TrainConfig`` itself may be given by its own name.
+
+        Raises:
+            ConfigError: If there is no such setting, its type is wrong, or a value breaks the contract.
+        """
+        return _from_plain(_nested(_checked_names(settings), {}))
+
+    def with_settings(self, settings: Mapping[str, object]) -> TrainConfig:
+        """Return this config with other values for some settings, named as in ``from_settings``.
+
+        Raises:
+            ConfigError: If there is no such setting, its type is wrong, or a value breaks the contract.
+        """
+        return _from_plain(_nested(_checked_names(settings), msgspec.to_builtins(self)))
 
     def to_json(self) -> str:
         """Return indented JSON."""
@@ -259,12 +403,92 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TrainConfig:
-        """Parse what ``to_json`` wrote.
+        """Parse what ``to_json`` wrote, also before settings had sections.
 
         Raises:
             ConfigError: If it cannot be read or a value breaks the contract.
         """
         try:
-            return msgspec.json.decode(text, type=cls)
-        except msgspec.MsgspecError as exc:
+            plain = msgspec.json.decode(text, type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise ConfigError(f"training config cannot be read: {exc}.") from exc
+        return _from_plain(_nested(plain, {}))
+
+
+SETTINGS: Mapping[str, tuple[str, ...]] = {
+    **{
+        name: ("optimizer", name)
+        for name in (
+            "learning_rate", "betas", "epsilon", "warmup_iterations", "schedule", "decay_fraction", "decay_reference",
+            "grad_clip",
+        )
+    },
+    **{f"ema_{name}": ("averages", name) for name in AveragesConfig.__struct_fields__},
+    **{name: ("noise", name) for name in NoiseConfig.__struct_fields__},
+    **{f"tangent_{name}": ("tangent", name) for name in ("mode", "step", "norm", "c")},
+    "tangent_warmup": ("tangent", "warmup_iterations"),
+    "discrete_points": ("tangent", "discrete_points"),
+    "normalize_tangent": ("tangent", "normalize"),
+    "anchor_weight": ("anchor", "weight"),
+    "anchor_p_mean": ("anchor", "noise", "p_mean"),
+    "anchor_p_std": ("anchor", "noise", "p_std"),
+    "trajectory_steps": ("trajectory", "steps"),
+    "huber": ("trajectory", "huber"),
+    **{f"vsd_{name}": ("vsd", name) for name in ("weight", "weighting", "steps", "learning_rate")},
+    "vsd_warmup": ("vsd", "warmup_iterations"),
+    "vsd_p_mean": ("vsd", "noise", "p_mean"),
+    "vsd_p_std": ("vsd", "noise", "p_std"),
+}  # fmt: skip
+"""Path of each setting in ``TrainConfig`` by its flat name, of the command line and of records before sections."""
+_AT_LEAST_ONE = (
+    "batch_size", "num_iterations", "max_bad_steps", "averages.halflife", "averages.snapshot_every", "vsd.steps",
+    "trajectory.steps", "optimizer.decay_reference",
+)  # fmt: skip
+_POSITIVE = (
+    "optimizer.learning_rate", "optimizer.epsilon", "sigma_data", "noise.p_std", "tangent.c", "tangent.step",
+    "averages.ramp", "vsd.noise.p_std", "anchor.noise.p_std", "discrete_step",
+)  # fmt: skip
+_SHARES = ("label_dropout", "dropout", "optimizer.decay_fraction")
+_NOT_NEGATIVE = (
+    "optimizer.warmup_iterations", "optimizer.grad_clip", "tangent.warmup_iterations", "tangent.discrete_points",
+    "vsd.warmup_iterations", "vsd.weight", "vsd.learning_rate", "anchor.weight", "trajectory.huber",
+    "averages.sigma_rel",
+)  # fmt: skip
+
+
+def _get(config: TrainConfig, path: str) -> float:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    number: float = value
+    return number
+
+
+def _checked_names(settings: Mapping[str, object]) -> Mapping[str, object]:
+    known = (*SETTINGS, *TrainConfig.__struct_fields__)
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"there is no training setting {name!r}. {did_you_mean(name, known)}")
+    return settings
+
+
+def _nested(settings: Mapping[str, object], into: dict[str, Any]) -> dict[str, Any]:
+    """Put settings at their places in a nested config of built-in types; names that are not flat stay as they are."""
+    for name, value in settings.items():
+        path = SETTINGS.get(name, (name,))
+        if name == "optimizer" and isinstance(value, str):  # its name, as command line and old records have it
+            path = ("optimizer", "name")
+        at = into
+        for section in path[:-1]:
+            at = at.setdefault(section, {})
+            if not isinstance(at, dict):
+                raise ConfigError(f"training config has {section} = {at!r}, expected an object with {path[-1]}.")
+        at[path[-1]] = msgspec.to_builtins(value)
+    return into
+
+
+def _from_plain(plain: dict[str, Any]) -> TrainConfig:
+    try:
+        return msgspec.convert(plain, TrainConfig)
+    except msgspec.MsgspecError as exc:
+        raise ConfigError(f"training config cannot be read: {exc}.") from exc

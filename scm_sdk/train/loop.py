@@ -163,7 +163,7 @@ def _iterate(run: Run, out: Path, hooks: Hooks) -> ConsistencyModel:
             elif log.bad >= config.max_bad_steps:
                 raise TrainError(
                     f"{log.bad} steps in a row had a loss or gradient that is not finite, at iteration "
-                    f"{state.iteration}. Lower the learning rate or lengthen tangent_warmup."
+                    f"{state.iteration}. Lower the learning rate or fade the tangent in for longer: --tangent-warmup."
                 )
             run.profiles.update(state.iteration)
             state.iteration += 1
@@ -238,7 +238,7 @@ def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
     run.optimizer.zero_grad(set_to_none=True)
     loss_sum = residual_sum = 0.0
     for number, part in enumerate(split(batch, parts, run.world.device)):
-        if run.stable_target is not None and config.objective in ("diffusion", "sct"):
+        if run.stable_target is not None and config.kind.data_velocity:
             part = run.stable_target(part)
         seed_dropout(config, iteration, run.world.rank * parts + number)
         with reducing(run.loss, last=number == parts - 1):
@@ -248,7 +248,7 @@ def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
         loss_sum += float(loss.detach())
         residual_sum += float(residual)
     unscale(run.parameters, config.precision)
-    norm = clip_gradients(run.parameters, config.grad_clip or math.inf)
+    norm = clip_gradients(run.parameters, config.optimizer.grad_clip or math.inf)
     told = [float(stop == signal.SIGTERM), float(stop == signal.SIGINT)]
     loss_mean, residual_mean, terms, ints = run.world.mean([loss_sum / parts, residual_sum / parts, *told])
     stop = signal.SIGTERM if terms else signal.SIGINT if ints else 0

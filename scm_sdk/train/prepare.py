@@ -78,7 +78,7 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
             + (theirs if config.network is None else "Choose the label column the network was made for (--label).")
         )
     for model, folder in ((initial, config.first_weights), (teacher, config.teacher)):
-        if model is not None and config.objective != "diffusion":
+        if model is not None and not config.kind.generative:
             _check_classes(model, folder, data)
     model_config = ModelConfig(
         network=network,
@@ -88,9 +88,9 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
         provenance={
             "data": describe_data(config.data),
             "license": data.license or "other",
-            "objective": config.objective + ("+vsd" if config.vsd_weight else ""),
+            "objective": config.objective + ("+vsd" if config.vsd.weight else ""),
             "software": f"scm-sdk {__version__}",
-            **({"discrete_points": str(config.discrete_points)} if config.discrete_points else {}),
+            **({"discrete_points": str(config.tangent.discrete_points)} if config.tangent.discrete_points else {}),
             **_about_guidance(config),
         },
     )
@@ -177,7 +177,7 @@ def _with_guidance_input(network: NetworkConfig, config: TrainConfig) -> Network
 
 def _about_guidance(config: TrainConfig) -> dict[str, str]:
     """Return what a model's provenance says of guidance: whether it can be guided, or has been."""
-    if config.objective == "diffusion":
+    if config.kind.generative:
         return {LABEL_DROPOUT: f"{config.label_dropout:g}"} if config.label_dropout else {}
     return {"guidance": " to ".join(f"{scale:g}" for scale in sorted(set(config.guidance)))} if config.guided else {}
 
@@ -230,11 +230,23 @@ def _claim(config: TrainConfig, out: Path) -> None:
     if not path.exists():
         atomic_write_bytes(path, config.to_json().encode() + b"\n", error=TrainError)
         return
-    there = msgspec.to_builtins(read_run(out))
-    here = msgspec.to_builtins(config)
+    there = dict(_flat(msgspec.to_builtins(read_run(out))))
+    here = dict(_flat(msgspec.to_builtins(config)))
     here["compile"] = there["compile"]  # how it runs, not what it is
-    if differ := [f"{key}: {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]:
+    keys = [*here, *(key for key in there if key not in here)]
+    if differ := [
+        f"{key}: {there.get(key)} there, {here.get(key)} here" for key in keys if here.get(key) != there.get(key)
+    ]:
         raise TrainError(
             f"{out} holds a run with other settings ({'; '.join(differ)}). "
             "Use the same settings to go on with it, or another folder for a new run."
         )
+
+
+def _flat(plain: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Return the values of a nested config by their dotted names."""
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -139,4 +139,5 @@ def recipe(name: str) -> TrainConfig:
         if kind == "scd-vsd":
             settings["init_from"] = f"runs/{before}scd"
     objective = {"teacher": "diffusion", "scd-vsd": "scd"}.get(kind, kind)
-    return TrainConfig(objective=objective, data=data, network=msgspec.structs.replace(network, **changes), **settings)  # type: ignore[arg-type]
+    network = msgspec.structs.replace(network, **changes)
+    return TrainConfig.from_settings({"objective": objective, "data": data, "network": network, **settings})

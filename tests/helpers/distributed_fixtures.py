@@ -61,7 +61,7 @@ def config(room: Path, objective: str, **changes) -> "TrainConfig":
         "init_from": first,
         "teacher": "" if objective in ("diffusion", "sct") else first,
     }
-    return TrainConfig(**{**base, **changes})
+    return TrainConfig.from_settings({**base, **changes})
 
 
 def job(run: "TrainConfig", out: Path, scale: "Scale", **more) -> dict:

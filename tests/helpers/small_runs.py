@@ -14,7 +14,9 @@ from scm_sdk.train.prepare import resolve
 
 def config(npz: Path, **changes: Any) -> TrainConfig:
     base = {"data": DataConfig(source=str(npz), label="kind"), "network": tiny(num_classes=3), "batch_size": 4}
-    return TrainConfig(**{"objective": "diffusion", **base, "num_iterations": 4, "warmup_iterations": 0, **changes})
+    return TrainConfig.from_settings(
+        {"objective": "diffusion", **base, "num_iterations": 4, "warmup_iterations": 0, **changes}
+    )
 
 
 def fresh(npz: Path, out: Path, seed: int = 0, **changes: Any) -> Run:

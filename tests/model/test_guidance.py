@@ -10,7 +10,7 @@ from scm_sdk.errors import ConfigError, TrainError
 from scm_sdk.model.consistency import ConsistencyModel, ModelConfig, make_network
 from scm_sdk.model.guidance import GuidedNetwork
 from scm_sdk.model.networks.presets import tiny
-from scm_sdk.train.config import TrainConfig
+from scm_sdk.train.config import OptimizerConfig, TrainConfig
 from scm_sdk.train.data.images import ImageData
 from scm_sdk.train.data.samples import sample_teacher, write_samples
 from scm_sdk.train.loop import train
@@ -53,7 +53,7 @@ def test_the_formula_sample_by_sample_in_one_call():
 
 def run(**changes) -> TrainConfig:
     base = {"objective": "scd", "teacher": "teacher", "network": NETWORK, "batch_size": 6, "num_iterations": 2}
-    return TrainConfig(**{**base, "tangent_warmup": 0, **changes})
+    return TrainConfig.from_settings({**base, "tangent_warmup": 0, **changes})
 
 
 def test_scales_are_drawn_evenly_and_by_iteration():
@@ -122,7 +122,12 @@ def data() -> ImageData:
 def teacher(tmp_path_factory, data):
     out = tmp_path_factory.mktemp("teacher")
     config = TrainConfig(
-        objective="diffusion", network=NETWORK, batch_size=6, num_iterations=2, label_dropout=0.2, warmup_iterations=0
+        objective="diffusion",
+        network=NETWORK,
+        batch_size=6,
+        num_iterations=2,
+        label_dropout=0.2,
+        optimizer=OptimizerConfig(warmup_iterations=0),
     )
     train(config, out, data=data)
     return out

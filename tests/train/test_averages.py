@@ -20,7 +20,7 @@ from scm_sdk.model.networks.presets import tiny
 from scm_sdk.train.averages.average import average_models
 from scm_sdk.train.averages.posthoc import Snapshot, profile, reconstruct, solve_weights
 from scm_sdk.train.averages.schedules import inverse_sqrt_decay, power_decay, power_exponent
-from scm_sdk.train.config import TrainConfig
+from scm_sdk.train.config import AveragesConfig, OptimizerConfig, TrainConfig
 from scm_sdk.train.data.images import ImageData
 from scm_sdk.train.loop import Hooks, train
 
@@ -63,8 +63,9 @@ def run(tmp_path_factory):
     rng = np.random.default_rng(0)
     data = ImageData(images=rng.integers(0, 256, (32, 8, 8, 1), np.uint8))
     config = TrainConfig(
-        objective="diffusion", network=tiny(), batch_size=4, num_iterations=ITERATIONS, learning_rate=0.02,
-        warmup_iterations=0, ema_profiles=(*KEPT, LATER), ema_snapshot_every=1, ema_sigma_rel=0.1,
+        objective="diffusion", network=tiny(), batch_size=4, num_iterations=ITERATIONS,
+        optimizer=OptimizerConfig(learning_rate=0.02, warmup_iterations=0),
+        averages=AveragesConfig(profiles=(*KEPT, LATER), snapshot_every=1, sigma_rel=0.1),
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         train(config, out, Hooks(on_step=_stop_at(5)), data)

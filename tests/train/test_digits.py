@@ -11,7 +11,7 @@ from scm_sdk.evaluate.quality.quality import feature_stats, frechet_distance
 from scm_sdk.model.networks.unet import UNetConfig
 from scm_sdk.model.sampler import Sampler
 from scm_sdk.noise import draw_noise
-from scm_sdk.train.config import DataConfig, TrainConfig
+from scm_sdk.train.config import AveragesConfig, DataConfig, NoiseConfig, OptimizerConfig, TangentConfig, TrainConfig
 from scm_sdk.train.data.samples import sample_teacher
 from scm_sdk.train.loop import train
 
@@ -72,16 +72,21 @@ def test_student_beats_its_teacher_in_one_step(digits, tmp_path, threads, size):
     teacher = train(
         TrainConfig(
             objective="diffusion", data=data, network=network, batch_size=size.batch_sizes[0],
-            num_iterations=size.iterations[0], learning_rate=size.learning_rates[0],
-            warmup_iterations=size.iterations[0] // 7, ema_halflife=3000, stable_targets=True, p_std=1.6,
+            num_iterations=size.iterations[0], stable_targets=True, noise=NoiseConfig(p_std=1.6),
+            optimizer=OptimizerConfig(
+                learning_rate=size.learning_rates[0], warmup_iterations=size.iterations[0] // 7
+            ),
+            averages=AveragesConfig(halflife=3000),
         ),
         tmp_path / "teacher",
     )  # fmt: skip
     student = train(
         TrainConfig(
             objective="scd", data=data, teacher=str(tmp_path / "teacher"), batch_size=size.batch_sizes[1],
-            num_iterations=size.iterations[1], optimizer="radam", learning_rate=size.learning_rates[1], p_mean=-1.0,
-            tangent_norm="rms", tangent_warmup=size.iterations[1] * 2 // 5, warmup_iterations=0, ema_halflife=3000,
+            num_iterations=size.iterations[1], noise=NoiseConfig(p_mean=-1.0),
+            optimizer=OptimizerConfig(name="radam", learning_rate=size.learning_rates[1], warmup_iterations=0),
+            tangent=TangentConfig(norm="rms", warmup_iterations=size.iterations[1] * 2 // 5),
+            averages=AveragesConfig(halflife=3000),
         ),
         tmp_path / "student",
     )  # fmt: skip

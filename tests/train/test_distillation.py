@@ -1,6 +1,5 @@
 """Distillation without a tangent: in discrete time, and onto the ends of the teacher's trajectories."""
 
-import msgspec
 import pytest
 import torch
 from torch import nn
@@ -10,7 +9,7 @@ from scm_sdk.model.networks.presets import tiny
 from scm_sdk.model.trigflow import add_noise, expand_time
 from scm_sdk.train.config import TrainConfig
 from scm_sdk.train.objectives.base import Batch, LogVariance
-from scm_sdk.train.objectives.discrete import MIN_TIME, Anchor, Draw, discrete_loss, teacher_step
+from scm_sdk.train.objectives.discrete import MIN_TIME, Anchor, DiscreteDraw, discrete_loss, teacher_step
 from scm_sdk.train.objectives.trajectory import Trajectories, trajectory_loss
 
 SIGMA, MEAN, SPREAD = 0.5, 0.3, 0.2
@@ -104,12 +103,12 @@ def test_below_the_least_time_the_teacher_is_followed() -> None:
 
 def run(**changes) -> TrainConfig:
     base = {"objective": "cd", "teacher": "runs/teacher", "network": tiny(num_classes=3), "batch_size": 8}
-    return TrainConfig(**{**base, **changes})
+    return TrainConfig.from_settings({**base, **changes})
 
 
 def test_a_draw_is_a_function_of_seed_and_iteration() -> None:
     config, shape = run(discrete_step=0.3, anchor_weight=1.0), torch.Size((8, 1, 8, 8))
-    one, same, other = (Draw.of(config, shape, i) for i in (5, 5, 6))
+    one, same, other = (DiscreteDraw.of(config, shape, i) for i in (5, 5, 6))
     assert torch.equal(one.step, same.step) and torch.equal(one.z, same.z) and torch.equal(one.t, same.t)
     assert not torch.equal(one.step, other.step) and not torch.equal(one.z, other.z)
     assert one.step.min() >= 0.1 and one.step.max() <= 0.3
@@ -119,7 +118,7 @@ def test_the_anchor_is_the_diffusion_loss_of_the_data() -> None:
     config = run(anchor_weight=1.0, anchor_p_mean=0.0)
     anchor, labels = Anchor(config, None), None
     x_0 = torch.full((8, 1, 4, 4), MEAN)
-    draw = Draw.of(config, x_0.shape, 0)
+    draw = DiscreteDraw.of(config, x_0.shape, 0)
     b = Batch(x_0=x_0, z=torch.zeros_like(x_0), t=torch.ones(8), class_labels=labels)
 
     def exact(x, t, class_labels=None):
@@ -184,14 +183,14 @@ def test_a_trajectory_begins_where_the_sampler_does_and_blocks_move_the_times_be
     [
         ({"teacher": "", "init_from": "x"}, "scd, cd, trajectory distill a teacher"),
         ({"discrete_step": 0.0}, "discrete_step is 0.0, expected more than 0"),
-        ({"objective": "trajectory", "trajectory_steps": 0}, "trajectory_steps is 0, expected 1 or more"),
+        ({"objective": "trajectory", "trajectory_steps": 0}, r"trajectory\.steps is 0, expected 1 or more"),
         ({"objective": "trajectory", "huber": -0.1}, "huber is -0.1, expected 0 or more"),
         ({"objective": "trajectory", "stable_targets": True}, "'trajectory' follows its teacher's"),
-        ({"anchor_weight": -1.0}, "anchor_weight is -1.0, expected 0 or more"),
+        ({"anchor_weight": -1.0}, r"anchor\.weight is -1\.0, expected 0 or more"),
         ({"objective": "scd", "anchor_weight": 1.0}, "it goes with 'cd'"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        msgspec.structs.replace(run(), **changes)
+        run().with_settings(changes)
         run(**changes)

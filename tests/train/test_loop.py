@@ -15,7 +15,7 @@ from scm_sdk.model.networks.presets import tiny
 from scm_sdk.train import build
 from scm_sdk.train.averages.ema import update_ema
 from scm_sdk.train.batches import draw_batch
-from scm_sdk.train.config import DataConfig, TrainConfig
+from scm_sdk.train.config import DataConfig, OptimizerConfig, TrainConfig
 from scm_sdk.train.data.images import ImageData, load_data
 from scm_sdk.train.loop import Hooks, train
 from scm_sdk.train.objectives import trajectory
@@ -34,7 +34,7 @@ def config(npz, **changes) -> TrainConfig:
         "label_dropout": 0.2,
         "dropout": 0.1,
     }
-    return TrainConfig(**{**base, **changes})
+    return TrainConfig.from_settings({**base, **changes})
 
 
 def weights(folder):
@@ -214,8 +214,8 @@ def test_a_run_learns(tmp_path):
     residuals = {"before": 0.0, "after": 0.0}
     for seed in range(3):
         run = TrainConfig(
-            objective="diffusion", network=tiny(), batch_size=8, num_iterations=60, warmup_iterations=2,
-            learning_rate=3e-3, seed=seed,
+            objective="diffusion", network=tiny(), batch_size=8, num_iterations=60,
+            optimizer=OptimizerConfig(warmup_iterations=2, learning_rate=3e-3), seed=seed,
         )  # fmt: skip
         judge = draw_batch(msgspec.structs.replace(run, batch_size=256), data, 999)
         after = train(run, tmp_path / str(seed), data=data)
@@ -262,7 +262,7 @@ def test_batches_are_epochs_in_seeded_order(npz):
 
 def test_times_follow_the_proposal(npz):
     run = config(npz, batch_size=4000, p_mean=-1.0, p_std=1.4)
-    t = sample_times(4000, run, torch.Generator().manual_seed(0)).double()
+    t = sample_times(4000, run.noise, torch.Generator().manual_seed(0), sigma_data=run.sigma_data).double()
     tau = (run.sigma_data * t.tan()).log()
     assert t.dtype == torch.float64 and float(tau.mean()) == pytest.approx(-1.0, abs=0.07)
     assert float(tau.std()) == pytest.approx(1.4, abs=0.05)

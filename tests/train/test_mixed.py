@@ -10,7 +10,7 @@ import torch
 from scm_sdk.model.consistency import make_network
 from scm_sdk.model.networks.edm2 import EDM2Config
 from scm_sdk.model.networks.presets import tiny
-from scm_sdk.train.config import TrainConfig
+from scm_sdk.train.config import OptimizerConfig, TrainConfig
 from scm_sdk.train.data.images import ImageData
 from scm_sdk.train.loop import Hooks, train
 from scm_sdk.train.objectives.tangent import scaled_jvp
@@ -84,7 +84,12 @@ def test_a_run_in_half_precision_follows_the_one_in_single(tmp_path, precision):
     lines = {}
     for kind in ("fp32", precision):
         config = TrainConfig(
-            objective="diffusion", network=tiny(), batch_size=8, num_iterations=4, warmup_iterations=0, precision=kind
+            objective="diffusion",
+            network=tiny(),
+            batch_size=8,
+            num_iterations=4,
+            precision=kind,
+            optimizer=OptimizerConfig(warmup_iterations=0),
         )
         logged = []
         train(config, tmp_path / kind, Hooks(on_log=logged.append, log_every=1), data)

@@ -31,12 +31,14 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_edm2_recipes_are_the_tables(name):
     c = recipe(name)
-    found = (c.num_iterations, c.learning_rate, c.dropout, c.p_mean, c.p_std, c.ema_sigma_rel)
+    its, tangent = c.optimizer, c.tangent
+    found = (c.num_iterations, its.learning_rate, c.dropout, c.noise.p_mean, c.noise.p_std, c.averages.sigma_rel)
     assert found == pytest.approx(TABLES[name])
     latents = "512" in name
-    assert (c.batch_size, c.betas, c.epsilon, c.optimizer) == (2048, (0.9, 0.99), 1e-11, "adam")
-    assert (c.schedule, c.decay_reference) == ("inverse_sqrt", 70_000 if latents else 35_000)
-    assert (c.tangent_norm, c.tangent_c, c.tangent_warmup, c.grad_clip, c.precision) == ("l2", 0.1, 10_000, 0.0, "fp16")
+    assert (c.batch_size, its.betas, its.epsilon, its.name) == (2048, (0.9, 0.99), 1e-11, "adam")
+    assert (its.schedule, its.decay_reference) == ("inverse_sqrt", 70_000 if latents else 35_000)
+    assert (tangent.norm, tangent.c, tangent.warmup_iterations) == ("l2", 0.1, 10_000)
+    assert (its.grad_clip, c.precision) == (0.0, "fp16")
     assert c.network is not None and c.network.dropout == c.dropout
     assert c.label_dropout == (0.1 if latents and "teacher" in name else 0.0)
     guided = latents and "scd" in name
@@ -54,10 +56,11 @@ def test_edm2_recipes_are_the_tables(name):
 )
 def test_cifar10_recipes_are_the_tables(kind, optimizer, rate, betas, dropout, p):
     c = recipe(f"cifar10-{kind}")
-    assert (c.optimizer, c.learning_rate, c.betas, c.dropout, (c.p_mean, c.p_std)) == (
+    its = c.optimizer
+    assert (its.name, its.learning_rate, its.betas, c.dropout, (c.noise.p_mean, c.noise.p_std)) == (
         optimizer, rate, betas, dropout, p
     )  # fmt: skip
-    assert (c.batch_size, c.epsilon, c.ema_halflife, c.num_iterations) == (512, 1e-8, 500_000, 400_000)
+    assert (c.batch_size, its.epsilon, c.averages.halflife, c.num_iterations) == (512, 1e-8, 500_000, 400_000)
     if kind != "teacher":
         assert c.learning_rate_at(0) == c.learning_rate_at(399_999) == 1e-4
 
@@ -84,11 +87,12 @@ def test_a_dry_run_prints_the_recipe_with_what_was_given_in_its_place():
     _, printed = dry("distill", "--recipe", "cifar10-scd")
     assert TrainConfig.from_json(json.dumps(printed)) == recipe("cifar10-scd")
     _, printed = dry("distill", "--recipe", "imagenet512-s-scd", "--lr", "0.5", "--data", "mine", "--guidance", "1.5")
-    assert (printed["learning_rate"], printed["data"]["source"], printed["data"]["label"]) == (0.5, "mine", "folder")
+    assert printed["optimizer"]["learning_rate"] == 0.5
+    assert (printed["data"]["source"], printed["data"]["label"]) == ("mine", "folder")
     assert (printed["guidance"], printed["network"]["guidance"]) == ([1.5, 1.5], False)
     assert printed["num_iterations"] == 200_000
     _, printed = dry("train", "--recipe", "cifar10-teacher", "--no-double-norm", "--ema-profile", "0.1")
-    assert printed["network"]["double_norm"] is False and printed["ema_profiles"] == [0.1]
+    assert printed["network"]["double_norm"] is False and printed["averages"]["profiles"] == [0.1]
     _, printed = dry("train", "--recipe", "cifar10-teacher", "--time-fourier-scale", "16")
     assert printed["network"]["time_fourier_scale"] == 16 and printed["network"]["double_norm"] is True
 
@@ -115,10 +119,11 @@ def test_every_stabilizer_can_be_switched_off_from_the_command_line():
         "distill", "--recipe", "cifar10-scd", "--no-tangent-normalization", "--no-adaptive-weighting",
         "--tangent-warmup", "0", "--tangent", "fd", "--precision", "bf16",
     )  # fmt: skip
-    names = ("normalize_tangent", "adaptive_weighting", "tangent_warmup", "tangent_mode", "precision")
-    assert [printed[name] for name in names] == [False, False, 0, "fd", "bf16"]
+    tangent = printed["tangent"]
+    assert [tangent[name] for name in ("normalize", "warmup_iterations", "mode")] == [False, 0, "fd"]
+    assert [printed[name] for name in ("adaptive_weighting", "precision")] == [False, "bf16"]
     _, printed = dry("distill", "--recipe", "cifar10-scd", "--tangent-norm", "clamp", "--discrete-points", "1024")
-    assert (printed["tangent_norm"], printed["discrete_points"]) == ("clamp", 1024)
+    assert (printed["tangent"]["norm"], printed["tangent"]["discrete_points"]) == ("clamp", 1024)
 
 
 def test_fourier_features_make_the_derivative_grow_as_the_paper_says():

@@ -62,7 +62,7 @@ def npzs(tmp_path):
 
 def config(**changes) -> TrainConfig:
     base = {"objective": "diffusion", "network": tiny(num_classes=3, in_channels=3), "batch_size": 4}
-    return TrainConfig(**{**base, "num_iterations": 5, **changes})
+    return TrainConfig.from_settings({**base, "num_iterations": 5, **changes})
 
 
 @pytest.mark.parametrize("kind, label", [("tars", "cls"), ("npzs", "kind")])

@@ -14,7 +14,7 @@ from scm_sdk.model.networks.presets import tiny
 from scm_sdk.model.networks.transformer import TransformerConfig
 from scm_sdk.model.networks.unet import UNet
 from scm_sdk.model.solvers import karras_times
-from scm_sdk.train.config import TrainConfig
+from scm_sdk.train.config import TangentConfig, TrainConfig
 from scm_sdk.train.objectives.base import Batch, LogVariance, consistency_loss, diffusion_loss, weighted_residual
 from scm_sdk.train.objectives.tangent import grid_times, normalize_tangent, scaled_difference, scaled_jvp, tangent
 
@@ -98,7 +98,8 @@ def test_normalization_bounds_each_sample(scale, c):
 
 
 def config(**changes) -> TrainConfig:
-    return TrainConfig(objective="scd", teacher="teacher", network=tiny(num_classes=3), **changes)
+    base = {"objective": "scd", "teacher": "teacher", "network": tiny(num_classes=3)}
+    return TrainConfig.from_settings({**base, **changes})
 
 
 def transcription(net, teacher, logvar, b, *, r, c=0.1):
@@ -170,7 +171,7 @@ def test_finite_differences_in_float32_are_good_to_about_a_hundredth(network):
         network.float()
         try:
             single = [value.float() for value in (x_t, b.t, dxdt)]
-            found = scaled_difference(bound, *single, sigma_data=SD, step=config().tangent_step).double()
+            found = scaled_difference(bound, *single, sigma_data=SD, step=config().tangent.step).double()
         finally:
             network.double()
     error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
@@ -232,10 +233,12 @@ def test_dropout_masks_are_shared_between_the_passes(mode, points):
             p.add_(torch.randn_like(p) * 0.2)
     net.train()
     b = dataclasses.replace(make_batch(dtype=torch.float32), class_labels=None)
-    g_only = TrainConfig(objective="sct", init_from="x", network=tiny(), dropout=0.5, tangent_c=1e12, tangent_mode=mode)
+    g_only = TrainConfig(
+        objective="sct", init_from="x", network=tiny(), dropout=0.5, tangent=TangentConfig(c=1e12, mode=mode)
+    )
     _, residual = consistency_loss(net, None, None, b, g_only, 1.0)
     assert float(residual) < 1e-10
-    free = msgspec.structs.replace(g_only, tangent_c=0.1, discrete_points=points)
+    free = g_only.with_settings({"tangent_c": 0.1, "discrete_points": points})
     runs = []
     for _ in range(2):
         torch.manual_seed(5)

@@ -13,7 +13,7 @@ from scm_sdk.train.config import DataConfig, TrainConfig
 from scm_sdk.train.data.images import load_data
 from scm_sdk.train.objectives.base import Batch
 from scm_sdk.train.objectives.stable_target import StableTarget
-from scm_sdk.train.objectives.vsd import Draw, Vsd, exact_score, teacher_score
+from scm_sdk.train.objectives.vsd import Vsd, VsdDraw, exact_score, teacher_score
 
 SIGMA = 0.5
 
@@ -21,7 +21,7 @@ SIGMA = 0.5
 def run(**changes) -> TrainConfig:
     base = {"objective": "vsd", "network": tiny(), "batch_size": 64, "num_iterations": 1000, "stable_targets": True}
     base |= {"learning_rate": 0.03, "warmup_iterations": 0, "decay_fraction": 0.5}
-    return TrainConfig(**{**base, **changes})
+    return TrainConfig.from_settings({**base, **changes})
 
 
 class Gaussian(nn.Module):
@@ -97,7 +97,7 @@ def test_the_student_comes_nearer_to_the_data(weighting: str) -> None:
     for seed in range(4):
         student, plan = Shift(0.8), run(vsd_weighting=weighting, seed=seed, learning_rate=0.01)
         vsd = Vsd(plan, Gaussian(0.8), teacher_score(Gaussian(-0.5), sigma_data=SIGMA))
-        optimizer = torch.optim.Adam([student.mean, *vsd.logvar.parameters()], lr=plan.learning_rate)
+        optimizer = torch.optim.Adam([student.mean, *vsd.logvar.parameters()], lr=plan.optimizer.learning_rate)
         for iteration in range(200):
             optimizer.zero_grad()
             vsd(student, batch(), iteration)[0].backward()
@@ -107,9 +107,9 @@ def test_the_student_comes_nearer_to_the_data(weighting: str) -> None:
     assert sum(distances) / len(distances) < 1.3 / 2, "half the distance that it started at"
 
 
-def drawn_and_made(student: nn.Module, plan: TrainConfig, vsd: Vsd) -> tuple[Draw, torch.Tensor]:
+def drawn_and_made(student: nn.Module, plan: TrainConfig, vsd: Vsd) -> tuple[VsdDraw, torch.Tensor]:
     """Return what iteration 5 drew, and the samples that the student made of it in one step."""
-    draw = Draw.of(plan, batch().x_0.shape, 5)
+    draw = VsdDraw.of(plan, batch().x_0.shape, 5)
     t = torch.full((64,), vsd._times[0])
     x_t = add_noise(torch.zeros_like(draw.z), draw.noises[0], t)
     return draw, predict_data(x_t, student(x_t / SIGMA, t), t, sigma_data=SIGMA).detach()
@@ -195,12 +195,12 @@ def test_only_the_fake_score_learns_during_its_warmup() -> None:
     [
         ({"stable_targets": False}, "VSD follows one score"),
         ({"teacher": "x"}, "VSD follows one score"),
-        ({"objective": "diffusion", "vsd_weight": 1.0}, "vsd_weight is 1.0 for a diffusion model"),
-        ({"objective": "sct", "vsd_weight": -1.0}, "vsd_weight is -1.0, expected 0 or more"),
-        ({"vsd_steps": 0}, "vsd_steps is 0, expected 1 or more"),
+        ({"objective": "diffusion", "vsd_weight": 1.0}, r"vsd\.weight is 1\.0 for a diffusion model"),
+        ({"objective": "sct", "vsd_weight": -1.0}, r"vsd\.weight is -1\.0, expected 0 or more"),
+        ({"vsd_steps": 0}, r"vsd\.steps is 0, expected 1 or more"),
     ],
 )
 def test_impossible_configs(changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
         run(**changes)
-    assert msgspec.json.decode(run().to_json())["vsd_p_mean"] == 0.4
+    assert msgspec.json.decode(run().to_json())["vsd"]["noise"] == {"p_mean": 0.4, "p_std": 2.0}

@@ -38,7 +38,7 @@ class Profiles:
     """Power-function averages of one run, and their snapshots.
 
     Args:
-        config: The run; ``ema_profiles`` are the averages' widths.
+        config: The run; ``averages.profiles`` are the averages' widths.
         network: Its weights at the start; what it becomes is seen in ``update``.
         out: The run's folder; snapshots go to ``ema/`` in it.
         world: The processes of the run.
@@ -46,7 +46,7 @@ class Profiles:
 
     def __init__(self, config: TrainConfig, network: nn.Module, out: Path, world: World | None = None) -> None:
         self._config, self._network, self._out, self._world = config, network, out, world or World()
-        self._averages = {s: deepcopy(network).eval().requires_grad_(False) for s in config.ema_profiles}
+        self._averages = {s: deepcopy(network).eval().requires_grad_(False) for s in config.averages.profiles}
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return what a checkpoint keeps, by name."""
@@ -58,7 +58,7 @@ class Profiles:
         Raises:
             TrainError: If a snapshot is due and cannot be written.
         """
-        done, every = iteration + 1, self._config.ema_snapshot_every
+        done, every = iteration + 1, self._config.averages.snapshot_every
         for sigma_rel, average in self._averages.items():
             update_ema(average, self._network, power_decay(sigma_rel, iteration))
             if done % every == 0 or done == self._config.num_iterations:

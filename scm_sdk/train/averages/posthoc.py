@@ -101,7 +101,7 @@ def reconstruct(out: str | Path, sigma_rel: float, *, iteration: int | None = No
     """Return a run's power-function average of a width that it need not have tracked.
 
     Args:
-        out: The run's folder; it was trained with ``ema_profiles``.
+        out: The run's folder; it was trained with ``averages.profiles``.
         sigma_rel: The wanted width.
         iteration: Iterations the average looks back on; the last snapshot's when None.
 

@@ -15,7 +15,7 @@ from ...model.guidance import GuidedNetwork
 from ...model.sampler import Sampler
 from ...model.solvers import karras_times, sample_ode
 from ...noise import draw_noise
-from ..config import Objective
+from ..config import OBJECTIVES, ObjectiveName
 
 COLUMNS = 8
 TEACHER_STEPS = 18
@@ -54,7 +54,7 @@ def sample_teacher(
     return sample_ode(velocity, noise, times, sigma_data=model.sigma_data, order=2)
 
 
-def write_samples(model: ConsistencyModel, objective: Objective, folder: Path, iteration: int) -> None:
+def write_samples(model: ConsistencyModel, objective: ObjectiveName, folder: Path, iteration: int) -> None:
     """Write one PNG grid: a row for each label (or four rows), and for students 1 and 2 steps."""
     rows = model.config.num_classes or 4
     labels = np.repeat(np.arange(rows, dtype=np.int64), COLUMNS)
@@ -64,7 +64,7 @@ def write_samples(model: ConsistencyModel, objective: Objective, folder: Path, i
     if model.config.guidance:
         told.append(torch.full((len(labels),), model.config.default_guidance, device=device))
     seeds = list(range(len(labels)))
-    if objective == "diffusion":
+    if OBJECTIVES[objective].generative:
         noise = torch.from_numpy(draw_noise(model.spec(1), seeds)[0]).to(device)
         grids = [sample_teacher(model, noise, class_labels)]
     else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...model.networks.conditioning import PositionalEmbedding
 from ...model.trigflow import add_noise, rotate, true_velocity
-from ..config import TrainConfig
+from ..config import NoiseConfig, TrainConfig
 from .tangent import Network, discrete_tangent, grid_times, normalize_tangent, scaled_difference, scaled_jvp, tangent
 
 ConditionedNetwork = Callable[..., Tensor]
@@ -97,18 +97,10 @@ def seeded_generator(seed: int, iteration: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed_seed(seed, iteration, stream))
 
 
-def sample_times(
-    count: int,
-    config: TrainConfig,
-    generator: torch.Generator,
-    *,
-    p_mean: float | None = None,
-    p_std: float | None = None,
-) -> Tensor:
-    """Draw times, (B,), radians, float32, with ``ln(sigma_data tan t) ~ N(p_mean, p_std^2)``, the config's if None."""
-    p_mean, p_std = config.p_mean if p_mean is None else p_mean, config.p_std if p_std is None else p_std
-    tau = torch.randn(count, generator=generator, dtype=torch.float64) * p_std + p_mean
-    return torch.arctan(tau.exp() / config.sigma_data).float()
+def sample_times(count: int, noise: NoiseConfig, generator: torch.Generator, *, sigma_data: float) -> Tensor:
+    """Draw times, (B,), radians, float32, with ``ln(sigma_data tan t) ~ N(p_mean, p_std^2)``."""
+    tau = torch.randn(count, generator=generator, dtype=torch.float64) * noise.p_std + noise.p_mean
+    return torch.arctan(tau.exp() / sigma_data).float()
 
 
 def weighted_residual(residual: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,10 +150,10 @@ def consistency_loss(
         config: The run: how the tangent is found and what is done to it.
         warmup: Factor r in [0, 1] of the tangent's part that holds dF/dt.
     """
-    sigma_data = config.sigma_data
+    sigma_data, settings = config.sigma_data, config.tangent
     s = None
-    if config.discrete_points:
-        t, s = grid_times(batch.t, config.discrete_points, sigma_data=sigma_data)
+    if settings.discrete_points:
+        t, s = grid_times(batch.t, settings.discrete_points, sigma_data=sigma_data)
         batch = replace(batch, t=t)
     student = _with_same_masks(bind(network, batch), batch) if config.dropout else bind(network, batch)
     t = batch.t
@@ -171,11 +163,11 @@ def consistency_loss(
             dxdt = true_velocity(batch.x_0, batch.z, t)
         else:
             dxdt = sigma_data * bind(teacher, batch)(x_t / sigma_data, t)
-    if config.tangent_mode == "jvp2" and s is None:
+    if settings.mode == "jvp2" and s is None:
         with torch.no_grad():
             reference, scaled_dF = scaled_jvp(student, x_t, t, dxdt, sigma_data=sigma_data)
         F = student(x_t / sigma_data, t)
-    elif config.tangent_mode == "jvp" and s is None:
+    elif settings.mode == "jvp" and s is None:
         F, scaled_dF = scaled_jvp(student, x_t, t, dxdt, sigma_data=sigma_data)
         reference = F.detach()
     else:
@@ -187,11 +179,11 @@ def consistency_loss(
             F_s = student(x_s / sigma_data, s)
             g = discrete_tangent(reference, F_s, x_t, t, s, dxdt, sigma_data=sigma_data, warmup=warmup)
         else:
-            if config.tangent_mode == "fd":
-                scaled_dF = scaled_difference(student, x_t, t, dxdt, sigma_data=sigma_data, step=config.tangent_step)
+            if settings.mode == "fd":
+                scaled_dF = scaled_difference(student, x_t, t, dxdt, sigma_data=sigma_data, step=settings.step)
             g = tangent(reference, scaled_dF.detach(), x_t, t, dxdt, sigma_data=sigma_data, warmup=warmup)
-        if config.normalize_tangent:
-            g = normalize_tangent(g, norm=config.tangent_norm, c=config.tangent_c)
+        if settings.normalize:
+            g = normalize_tangent(g, norm=settings.norm, c=settings.c)
         target = reference + g
     return weighted_residual(F - target, logvar(t) if logvar else None)
 

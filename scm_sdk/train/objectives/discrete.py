@@ -10,7 +10,7 @@ Steps are long and random, up to ``discrete_step`` radians: what the teacher kno
 thousand iterations, where the tangent of continuous time, which looks an infinitesimal step ahead, takes far more.
 The price is the error of the teacher's step. There is no JVP and no tangent normalization.
 
-Beside it ``anchor_weight`` puts the diffusion loss at small times: there the posterior is all but a point, the
+``anchor.weight`` adds the diffusion loss at small times: there the posterior is all but a point, the
 trajectory's end its mean, and data says more exactly than a teacher what that is.
 
 Source: Song et al., 2023, arXiv 2303.01469, algorithm 2, in TrigFlow's terms; steps as in arXiv 2410.11081, app. E.
@@ -44,8 +44,8 @@ Without an end that does not move, the student below would drift, and everything
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
-    """The random part of one iteration beside its batch: a pure function of the run's seed and the iteration.
+class DiscreteDraw:
+    """Random numbers of one iteration in addition to its batch: a pure function of the run's seed and the iteration.
 
     Attributes:
         step: Lengths of the teacher's steps, (B,), radians.
@@ -58,14 +58,14 @@ class Draw:
     t: Tensor
 
     @classmethod
-    def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> Draw:
+    def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> DiscreteDraw:
         """Draw what an iteration sees."""
         generator = seeded_generator(config.seed, iteration, stream=2)
         share = 1 / 3 + 2 / 3 * torch.rand(shape[0], generator=generator)
         return cls(
             step=config.discrete_step * share,
             z=torch.randn(shape, generator=generator) * config.sigma_data,
-            t=sample_times(shape[0], config, generator, p_mean=config.anchor_p_mean, p_std=config.anchor_p_std),
+            t=sample_times(shape[0], config.anchor.noise, generator, sigma_data=config.sigma_data),
         )
 
 
@@ -130,7 +130,7 @@ class Anchor:
         self._config, self._target = config, target
         self.logvar = LogVariance()
 
-    def __call__(self, network: ConditionedNetwork, batch: Batch, draw: Draw) -> Tensor:
+    def __call__(self, network: ConditionedNetwork, batch: Batch, draw: DiscreteDraw) -> Tensor:
         """Return the loss, a scalar; of the batch images and labels count."""
         batch = replace(batch, z=draw.z, t=draw.t)
         if self._target is not None:

@@ -1,6 +1,6 @@
 """Distillation onto the endpoints of the teacher's trajectories.
 
-From noise the teacher's equation is solved once, in ``trajectory_steps`` second-order steps; each of its states x_t
+From noise the teacher's equation is solved once, in ``trajectory.steps`` second-order steps; each of its states x_t
 then is a sample whose target is known:
 
     f(x_t, t) = x_end            where x_end is the trajectory's own end
@@ -58,8 +58,8 @@ class Points:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What the teacher is told of trajectories: their labels and guidance scales, (B,) each, or None."""
+class TrajectoryConditions:
+    """Conditioning of trajectories: labels and guidance scales, (B,) each, or None."""
 
     class_labels: Tensor | None
     guidance_scale: Tensor | None
@@ -86,7 +86,7 @@ class Trajectories:
 
     def times(self, shift: float) -> tuple[float, ...]:
         """Return the times of a block's trajectories, radians, falling to 0: a grid moved by ``shift`` of a step."""
-        steps, sigma_data = self._config.trajectory_steps, self._config.sigma_data
+        steps, sigma_data = self._config.trajectory.steps, self._config.sigma_data
         return karras_times(steps, sigma_data, sigma_min=SIGMA_MIN, shift=shift)
 
     def __call__(self, iteration: int, device: torch.device | None = None) -> Points:
@@ -96,27 +96,29 @@ class Trajectories:
             self._solve(block, device)
         size = self._config.batch_size
         state, sample = self._order[at * size : (at + 1) * size].unbind(1)
-        told = take(self._told, sample, self._ends.device)
+        conditions = take(self._conditions, sample, self._ends.device)
         return Points(
             x_t=self._states[state, sample],
             t=self._times[state],
             end=self._ends[sample],
-            class_labels=told.class_labels,
-            guidance_scale=told.guidance_scale,
+            class_labels=conditions.class_labels,
+            guidance_scale=conditions.guidance_scale,
         )
 
     def _solve(self, block: int, device: torch.device | None) -> None:
-        config, steps = self._config, self._config.trajectory_steps
+        config, steps = self._config, self._config.trajectory.steps
         generator = seeded_generator(config.seed, block, stream=3)
         count = math.ceil(self._iterations * config.batch_size / steps)
         labels = torch.randint(self._num_classes, (count,), generator=generator) if self._num_classes else None
         noise = torch.randn((count, *self._shape), generator=generator).to(device)
         times = self.times(float(torch.rand((), generator=generator)))
         guidance = sample_guidance(config, count, block, stream=6)
-        self._told = take(Told(class_labels=labels, guidance_scale=guidance), slice(None), noise.device)
+        self._conditions = take(
+            TrajectoryConditions(class_labels=labels, guidance_scale=guidance), slice(None), noise.device
+        )
         size = config.batch_size  # one large batch would not fit into a processor's cache
         parts = [slice(at, at + size) for at in range(0, count, size)]
-        followed = [self._follow(noise[part], take(self._told, part, noise.device), times) for part in parts]
+        followed = [self._follow(noise[part], take(self._conditions, part, noise.device), times) for part in parts]
         states = torch.cat(followed, dim=1)
         self._states, self._ends = states[:-1], states[-1]
         self._times = torch.tensor(times[:-1], dtype=torch.float32)
@@ -124,8 +126,8 @@ class Trajectories:
         self._order = torch.stack([order // count, order % count], dim=1)
         self._block = block
 
-    def _follow(self, noise: Tensor, told: Told, times: tuple[float, ...]) -> Tensor:
-        sigma_data, teacher = self._config.sigma_data, bind(self._teacher, told)
+    def _follow(self, noise: Tensor, conditions: TrajectoryConditions, times: tuple[float, ...]) -> Tensor:
+        sigma_data, teacher = self._config.sigma_data, bind(self._teacher, conditions)
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
             return teacher(x_t / sigma_data, t)

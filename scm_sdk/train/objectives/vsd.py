@@ -66,8 +66,8 @@ def exact_score(target: StableTarget, *, sigma_data: float) -> Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
-    """The random part of one iteration: a pure function of the run's seed and the iteration.
+class VsdDraw:
+    """Random numbers of one iteration: a pure function of the run's seed and the iteration.
 
     Attributes:
         noises: Noise of each sampler step, (B, ...), standard deviation ``sigma_data``.
@@ -84,7 +84,7 @@ class Draw:
     t: Tensor
 
     @classmethod
-    def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> Draw:
+    def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> VsdDraw:
         """Draw what an iteration sees."""
         generator = seeded_generator(config.seed, iteration, stream=1)
 
@@ -92,11 +92,11 @@ class Draw:
             return torch.randn(shape, generator=generator) * config.sigma_data
 
         return cls(
-            noises=tuple(noise() for _ in range(config.vsd_steps)),
+            noises=tuple(noise() for _ in range(config.vsd.steps)),
             fake_z=noise(),
-            fake_t=sample_times(shape[0], config, generator),
+            fake_t=sample_times(shape[0], config.noise, generator, sigma_data=config.sigma_data),
             z=noise(),
-            t=sample_times(shape[0], config, generator, p_mean=config.vsd_p_mean, p_std=config.vsd_p_std),
+            t=sample_times(shape[0], config.vsd.noise, generator, sigma_data=config.sigma_data),
         )
 
 
@@ -115,10 +115,9 @@ class Vsd:
         self._call_fake = in_precision(self.fake, config.precision)
         self.fake_logvar, self.logvar = LogVariance(), LogVariance()
         self._learned = [*self.fake.parameters(), *self.fake_logvar.parameters()]
-        self.optimizer = torch.optim.Adam(
-            self._learned, lr=config.learning_rate, betas=config.betas, eps=config.epsilon
-        )
-        self._times = default_times(config.vsd_steps, sigma_data=config.sigma_data, mid_time=config.mid_time)
+        its = config.optimizer
+        self.optimizer = torch.optim.Adam(self._learned, lr=its.learning_rate, betas=its.betas, eps=its.epsilon)
+        self._times = default_times(config.vsd.steps, sigma_data=config.sigma_data, mid_time=config.mid_time)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return what a checkpoint keeps, by name."""
@@ -133,19 +132,19 @@ class Vsd:
             iteration: Which draw; of several sampler steps one is trained at a time, in turn.
         """
         config = self._config
-        draw = drawn_for(batch, config, lambda shape: Draw.of(config, shape, iteration))
-        images = self._generate(bind(network, batch), draw, step=iteration % config.vsd_steps)
+        draw = drawn_for(batch, config, lambda shape: VsdDraw.of(config, shape, iteration))
+        images = self._generate(bind(network, batch), draw, step=iteration % config.vsd.steps)
         self._learn(replace(batch, x_0=images.detach(), z=draw.fake_z, t=draw.fake_t), iteration)
         with torch.no_grad():
             noisy = replace(batch, x_0=images.detach(), z=draw.z, t=draw.t)
             x_t = add_noise(noisy.x_0, noisy.z, noisy.t)
             F = self._score(noisy)
             difference = F - bind(self._call_fake, noisy)(x_t / config.sigma_data, draw.t)
-            if config.vsd_weighting == "error":
+            if config.vsd.weighting == "error":
                 estimate = predict_data(x_t, F, draw.t, sigma_data=config.sigma_data)
                 difference = difference * self._per_error(noisy.x_0 - estimate, draw.t)
-        moved = images.detach() if iteration < config.vsd_warmup else images
-        logvar = self.logvar(draw.t) if config.vsd_weighting == "learned" else None
+        moved = images.detach() if iteration < config.vsd.warmup_iterations else images
+        logvar = self.logvar(draw.t) if config.vsd.weighting == "learned" else None
         return weighted_residual(moved - images.detach() + difference, logvar)
 
     def _per_error(self, error: Tensor, t: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ class Vsd:
         size = error.abs().flatten(1).mean(dim=1).clamp_min(LEAST_ERROR)
         return expand_time(self._config.sigma_data * torch.sin(t) / size, error)
 
-    def _generate(self, network: Network, draw: Draw, *, step: int) -> Tensor:
+    def _generate(self, network: Network, draw: VsdDraw, *, step: int) -> Tensor:
         """Return the student's samples after a sampler step; the gradient goes through that call only."""
         sigma_data, x_0 = self._config.sigma_data, torch.zeros_like(draw.z)
         for k in range(step + 1):
@@ -165,12 +164,12 @@ class Vsd:
 
     def _learn(self, batch: Batch, iteration: int) -> None:
         """Fit the fake score to the student's samples; a step that is not finite is left out."""
-        factor = self._config.vsd_learning_rate / self._config.learning_rate or 1.0
+        factor = self._config.vsd.learning_rate / self._config.optimizer.learning_rate or 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate_at(iteration) * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss, _ = diffusion_loss(self._call_fake, self.fake_logvar, batch, sigma_data=self._config.sigma_data)
         loss.backward()  # type: ignore[no-untyped-call]
-        if torch.isfinite(nn.utils.clip_grad_norm_(self._learned, self._config.grad_clip or math.inf)):
+        if torch.isfinite(nn.utils.clip_grad_norm_(self._learned, self._config.optimizer.grad_clip or math.inf)):
             self.optimizer.step()
             normalize_weights_(self.fake)

@@ -69,13 +69,13 @@ def check_scale(config: TrainConfig, scale: Scale, world: World) -> None:
             "VSD takes a step of its own inside each iteration and goes with one process and --accumulate 1 only. "
             "Leave it out, or run it in one process."
         )
-    consistency = config.objective in ("sct", "scd") and not config.discrete_points
-    if scale.recompute and consistency and config.tangent_mode == "jvp":
+    continuous = config.kind.tangent and not config.tangent.discrete_points
+    if scale.recompute and continuous and config.tangent.mode == "jvp":
         raise ConfigError(
             "--recompute does not go with a tangent of one pass, --tangent jvp: activations cannot be computed "
             "again inside a JVP. Use jvp2, which computes the tangent without gradient first."
         )
-    if config.objective == "trajectory" and (world.size > 1 or sharded):
+    if config.kind.one_process and (world.size > 1 or sharded):
         raise ConfigError(
             "--trajectory-steps solves a block of trajectories at a time, which every process would do alike: it goes "
             "with one process only. Leave out torchrun, or distill by --discrete-step or sCD."

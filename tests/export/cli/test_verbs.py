@@ -86,19 +86,15 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
         "--stable-targets", "--mid-time", 0.7, "--sample-every", 0,
     )  # fmt: skip
     discrete = json.loads((tmp_path / "cd" / "train.json").read_text())
-    assert [discrete[key] for key in ("objective", "discrete_step", "anchor_weight", "mid_time")] == [
-        "cd",
-        0.3,
-        0.5,
-        0.7,
-    ]
+    assert [discrete[key] for key in ("objective", "discrete_step", "mid_time")] == ["cd", 0.3, 0.7]
+    assert discrete["anchor"]["weight"] == 0.5
     run(
         "distill", "-o", tmp_path / "ends", *target[:2], *common, "--trajectory-steps", 3, "--huber", 0.03,
         "--vsd", 2, "--vsd-weighting", "error", "--sample-every", 0,
     )  # fmt: skip
     ends = json.loads((tmp_path / "ends" / "train.json").read_text())
-    assert [ends[key] for key in ("objective", "trajectory_steps", "huber")] == ["trajectory", 3, 0.03]
-    assert [ends[key] for key in ("vsd_weight", "vsd_weighting")] == [2, "error"]
+    assert (ends["objective"], ends["trajectory"]) == ("trajectory", {"steps": 3, "huber": 0.03})
+    assert (ends["vsd"]["weight"], ends["vsd"]["weighting"]) == (2, "error")
     assert "leave out --discrete-step and --vsd-only" in one_line(
         run("distill", "-o", tmp_path / "x", *target[:2], "--discrete-step", 0.3, "--trajectory-steps", 3, code=2)
     )
