@@ -7,8 +7,7 @@ import argparse
 
 import numpy as np
 
-from scm_sdk import Generator
-from scm_sdk.errors import BundleError
+from scm_sdk import BundleError, Generator
 
 
 def main(bundle: str) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scm_sdk.model.networks.presets import tiny
-from scm_sdk.train.config import DataConfig, OptimizerConfig, TangentConfig, TrainConfig
-from scm_sdk.train.loop import Hooks, train
+from scm_sdk.model import PRESETS
+from scm_sdk.train import DataConfig, Hooks, OptimizerConfig, TangentConfig, TrainConfig, train
 
 
 def main(out: Path, iterations: int = 40) -> None:
@@ -25,7 +24,9 @@ def main(out: Path, iterations: int = 40) -> None:
     data = DataConfig(source=str(out / "crosses.npz"), label="kind")
     hooks = Hooks(on_log=lambda line: print(f"{line.iteration}: residual {line.residual:.4f}"), log_every=20)
 
-    teacher = TrainConfig(objective="diffusion", data=data, network=tiny(num_classes=2), num_iterations=iterations)
+    teacher = TrainConfig(
+        objective="diffusion", data=data, network=PRESETS["tiny"](num_classes=2), num_iterations=iterations
+    )
     train(teacher, out / "teacher", hooks)
     student = TrainConfig(
         objective="scd", data=data, teacher=str(out / "teacher"), num_iterations=iterations,

@@ -8,29 +8,23 @@ Run it again: what would come out the same is left alone. `scm-export all` does 
 import argparse
 from pathlib import Path
 
-from scm_sdk import Generator
-from scm_sdk.bundle.archive import pack
-from scm_sdk.engines.targets import resolve_target
-from scm_sdk.errors import BackendUnavailable
-from scm_sdk.export.build_all import build_all
-from scm_sdk.export.diagnose.validate import prove
-from scm_sdk.export.engines.add import add_engines
+from scm_sdk import BackendUnavailable, Bundle, Generator, add_engines, build_all, validate
 
 
 def main(checkpoint: Path, bundle: Path) -> None:
-    """Export, lower, build, prove, pack; the bundle's README.md records each step."""
+    """Export, lower, build, validate, pack; the bundle's README.md records each step."""
     build_all(checkpoint, bundle, precisions=["fp16"], max_batch=4, on_stage=print)
     try:
-        for engine in add_engines(bundle, [resolve_target("l4")], precisions=["fp16"], steps=[1]):
+        for engine in add_engines(bundle, ["l4"], precisions=["fp16"], steps=[1]):
             print(f"{engine.path}: {'there already' if engine.unchanged else 'built'}")
     except BackendUnavailable as exc:  # TensorRT-RTX has no wheel for this machine
         print(f"no engine: {exc}")
 
-    for parity in prove(bundle, num_seeds=8, batches=[4]):
+    for parity in validate(bundle, num_seeds=8, batches=[4]):
         print(f"{parity.candidate}: {parity.overall.psnr_db:.1f} dB, passed: {bool(parity)}")
         parity.raise_if_failed()
 
-    file = pack(bundle, bundle.with_suffix(".scmz"))
+    file = Bundle.open(bundle).pack(bundle.with_suffix(".scmz"))
     with Generator.from_pretrained(file) as gen:  # a folder, a .scmz file or a hub id
         print(gen.plan())
         print(gen(num_images=4, seed=0).info.artifact)

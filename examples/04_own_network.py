@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scm_sdk import Generator
-from scm_sdk.engines.targets import resolve_target
-from scm_sdk.errors import BackendUnavailable
-from scm_sdk.evaluate.parity.validate import validate_bundle
-from scm_sdk.export.bundle_export import export_bundle
-from scm_sdk.export.check import check_model
-from scm_sdk.export.engines.add import add_engines
-from scm_sdk.model.consistency import ConsistencyModel
-from scm_sdk.model.networks.conditioning import PositionalEmbedding
-from scm_sdk.model.networks.custom import register_network
-from scm_sdk.train.config import TangentConfig, TrainConfig
-from scm_sdk.train.objectives.base import Batch, consistency_loss, sample_times
+from scm_sdk import (
+    BackendUnavailable,
+    ConsistencyModel,
+    Generator,
+    add_engines,
+    check_model,
+    export_bundle,
+    register_network,
+    validate,
+)
+from scm_sdk.model import PositionalEmbedding
+from scm_sdk.train import Batch, TangentConfig, TrainConfig, consistency_loss, sample_times
 
 SHAPES = {"sound": (1, 64), "video": (2, 4, 8, 8)}  # (C, samples) and (C, frames, height, width)
 
@@ -44,7 +44,7 @@ class Waves(nn.Module):
 
 
 def main(out: Path, kind: str, iterations: int = 20) -> None:
-    """Train, check, export, prove, run and build one kind."""
+    """Train, check, export, validate, run and build one kind."""
     shape = SHAPES[kind]
     size = {"channels": shape[0], "axes": len(shape) - 1}
     model = ConsistencyModel(network=Waves(**size), arguments=size, sigma_data=0.5, sample_shape=shape)
@@ -62,13 +62,13 @@ def main(out: Path, kind: str, iterations: int = 20) -> None:
 
     check_model(model.eval().requires_grad_(False))  # names what is wrong, and where
     export_bundle(model, out / kind, max_batch=4, overwrite=True)
-    for parity in validate_bundle(out / kind):
+    for parity in validate(out / kind):
         parity.raise_if_failed()
     with Generator.from_pretrained(out / kind, backend="onnxruntime") as gen:
         samples = gen(num_images=3, seed=0, output_type="raw").images
         print(f"{kind}: {samples.shape} from {gen.opened().row.artifact}, deviation {samples.std():.2f}")
     try:
-        (engine,) = add_engines(out / kind, [resolve_target("a10")], precisions=["fp32"], steps=[1])
+        (engine,) = add_engines(out / kind, ["a10"], precisions=["fp32"], steps=[1])
         print(f"{kind}: {engine.path}, built without a GPU")
     except BackendUnavailable as exc:
         print(exc)

@@ -10,11 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.errors import ScmError
-from scm_sdk.evaluate.latency.measure import measure
-from scm_sdk.export.diagnose.validate import prove
-from scm_sdk.inference.generator import Generator
+from scm_sdk import Bundle, Generator, ScmError, measure, validate
 
 BUDGET = "onnxruntime:p90=2s@b1"  # of a CI machine, generous: it catches a graph that fell off its fast path
 
@@ -26,7 +22,7 @@ def main(bundle: Path, report: Path) -> int:
         results["build_id"] = Bundle.open(bundle, verify="digest").manifest.build_id
         # Every graph that can run here against PyTorch on the same noise, and its structure against the checkpoint.
         # Nothing is written into the bundle: what CI passed is what it was given.
-        parities = prove(bundle, num_seeds=8, batches=[4], record=False)
+        parities = validate(bundle, num_seeds=8, batches=[4], record=False)
         results["parity"] = {p.candidate: {"psnr_db": p.overall.psnr_db, "passed": bool(p)} for p in parities}
         for parity in parities:
             parity.raise_if_failed()

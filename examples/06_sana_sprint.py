@@ -14,8 +14,7 @@ import torch
 from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from scm_sdk import Generator
-from scm_sdk.export.sana import import_sana
+from scm_sdk import Generator, import_sana
 
 WORDS = {name: i for i, name in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"])}
 

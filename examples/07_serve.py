@@ -19,9 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from scm_sdk import Generator
-from scm_sdk.errors import ConfigError, QueueFull, ScmError
-from scm_sdk.inference.batcher import Batcher
+from scm_sdk import Batcher, ConfigError, Generator, QueueFull, ScmError
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
 """Run the whole export: checkpoint, bundle, precisions, engines, validation; running it again resumes.
 
 Each part adds what is missing or would come out differently and leaves the rest, so an interruption costs
-at most the part that it hit, and a second run with the same arguments does nothing but prove.
+at most the part that it hit, and a second run with the same arguments only validates.
 """
 
 from __future__ import annotations
@@ -9,36 +9,41 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
+from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.progress import Progress
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.engine_record import Flavour
 from scm_sdk.bundle.manifest import MANIFEST_NAME
-from scm_sdk.engines.targets import Target
+from scm_sdk.engines.targets import Target, resolve_targets
 from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.parity.validate import MIN_PSNR_DB
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 
 from .bundle_export import export_bundle, is_current
-from .engines.add import EngineVariant, add_engines, check_targets
+from .engines.add import AddOptions, EngineVariant, add_engines, check_targets
 from .precision.half import LowPrecision, default_plan
 from .precision.int8_variants import Int8, QuantizeOptions, add_int8
 from .precision.probe import bundle_examples
 from .precision.variants import Variant, add_cpu_form, add_precision
 from .sana import MAX_BATCH as PIPELINE_BATCH
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 MARGIN_DB = 2.0
 """Decibels by which int8 is to be above its gate on the images that it is chosen on: those it is judged on vary so."""
 
 
+@checked_names("build_all", AddOptions)
 def build_all(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     precisions: Sequence[Precision] = ("fp16", "int8"),
-    targets: Sequence[Target] = (),
+    targets: Sequence[Target | str] = (),
     flavour: Flavour = "tensorrt_rtx",
     steps: Sequence[int] = (),
     max_batch: int | None = None,
@@ -47,7 +52,7 @@ def build_all(
     on_stage: Progress = lambda _: None,
     on_variant: Callable[[Variant], object] = lambda _: None,
     on_engine: Callable[[EngineVariant], object] = lambda _: None,
-    **engine_options: Any,
+    **engine_options: Unpack[AddOptions],
 ) -> Bundle:
     """Make or complete a bundle.
 
@@ -56,7 +61,7 @@ def build_all(
             another, whose checkpoint is taken.
         out: The bundle. One that was exported from other weights or for other samplers is exported anew.
         precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
-        targets: GPUs to build engines for; () builds none.
+        targets: GPUs, also by name, to build engines for; () builds none.
         flavour: Which library builds them.
         steps: Numbers of steps; () is those that ``out`` was exported for, else 1 and 2.
         max_batch: Largest batch; None is that of ``out``, else 32, or 8 of a pipeline.
@@ -66,7 +71,7 @@ def build_all(
         on_stage: Called with a few words for each stage; the steps of a search are a ``progress.Step``.
         on_variant: Called with each graph of lower precision.
         on_engine: Called with each engine.
-        engine_options: More arguments of ``add_engines``.
+        **engine_options: More arguments of ``add_engines``.
 
     Returns:
         The bundle. Proof is another call: ``scm_sdk.evaluate.parity.validate.validate_bundle``.
@@ -80,9 +85,10 @@ def build_all(
         raise ConfigError(
             f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp32-cpu, fp16, bf16, int8 or int8-cpu."
         )
+    gpus = resolve_targets(targets) if targets else ()
     wanted = [p for p in precisions if p not in CPU_PRECISIONS]
-    if targets and wanted:
-        check_targets(targets, flavour)
+    if gpus and wanted:
+        check_targets(gpus, flavour)
     folder = Path(checkpoint)
     if (folder / MANIFEST_NAME).is_file():
         from scm_sdk.model.sharing import find_checkpoint
@@ -109,8 +115,8 @@ def build_all(
                 target_db=None if cpu else target_db or MIN_PSNR_DB[kind] + MARGIN_DB,
             )
             _tell(add_int8(out, options, examples=examples, progress=on_stage), on_variant)
-    if targets and wanted:
-        add_engines(out, targets, flavour=flavour, precisions=wanted, on_engine=on_engine,
+    if gpus and wanted:
+        add_engines(out, gpus, flavour=flavour, precisions=wanted, on_engine=on_engine,
                     on_skip=lambda line: on_stage(f"skip {line}"), **engine_options)  # fmt: skip
     return Bundle.open(out, verify="none")
 

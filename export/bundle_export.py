@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.files import atomic_write_bytes, remove_leftovers, sha256_file
 from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
@@ -80,6 +81,7 @@ def plan_samplers(
     return tuple(model.spec(n, renoise=renoise, max_batch=max_batch) for n in steps)
 
 
+@checked_names("export_bundle")
 def export_bundle(
     checkpoint: str | Path | ConsistencyModel,
     out: str | Path,

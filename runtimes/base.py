@@ -86,7 +86,7 @@ def name_inputs(spec: SamplerSpec, noise: Sequence[Any], conditioning: Mapping[s
     return {tensor.name: named[tensor.name] for tensor in inputs}
 
 
-def check_images(spec: SamplerSpec, images: Any, batch: int, *, backend: str) -> np.ndarray:
+def check_images(spec: SamplerSpec, images: object, batch: int, *, backend: str) -> np.ndarray:
     """Check what a library returned: a float32 array (B, *image_shape), or raise ``BackendFailure``."""
     shape = (batch, *spec.image_shape)
     if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.float32:

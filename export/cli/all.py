@@ -68,7 +68,7 @@ def build(
     from scm_sdk.engines.targets import resolve_targets
 
     from ..build_all import build_all
-    from ..diagnose.validate import prove
+    from ..diagnose.validate import validate as validate_model
     from ..precision.probe import bundle_examples
 
     variants: list[Variant] = []
@@ -98,7 +98,7 @@ def build(
     results = []
     if validate:
         examples = None if prompts is None else bundle_examples(out, prompts)
-        results = prove(out, examples=examples, on_result=lambda parity: say(str(parity)), on_skip=on_skip)
+        results = validate_model(out, examples=examples, on_result=lambda parity: say(str(parity)), on_skip=on_skip)
     proved = Bundle.open(out, verify="none")
     manifest = proved.manifest
     size = sum(entry.size for entry in manifest.files)

@@ -32,7 +32,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     from scm_sdk.inference.generator import Generator
 
     from ..bundle_export import export_bundle
-    from ..diagnose.validate import prove
+    from ..diagnose.validate import validate
     from ..engines.add import add_engines
     from ..precision.half import default_plan
     from ..precision.variants import add_precision
@@ -58,7 +58,9 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         say(f"   No engine: TensorRT-RTX is not installed ({install_command('tensorrt-rtx')})")
 
     say("3. Validate: everything that can run here against PyTorch, on the same noise and labels")
-    results = prove(bundle, on_result=lambda parity: say(f"   {parity}"), on_skip=lambda line: say(f"   skip  {line}"))
+    results = validate(
+        bundle, on_result=lambda parity: say(f"   {parity}"), on_skip=lambda line: say(f"   skip  {line}")
+    )
     for parity in results:
         parity.raise_if_failed()
     pictures, timings = [], []

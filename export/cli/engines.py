@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..engines.add import EngineVariant
     from ..engines.builder import Progress
+    from ..engines.options import HardwareCompatibility
 
 
 @click.command()
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 def engine(
     bundle: Path, names: tuple[str, ...], flavour: Flavour, precisions: tuple[Precision, ...], steps: tuple[int, ...],
     batch: tuple[int, int, int] | None, one_for_all: bool, workspace: int | None, optimization_level: int | None,
-    hardware_compatibility: str, version_compatible: bool, weight_streaming: bool, allow_mismatch: bool, as_json: bool,
+    hardware_compatibility: HardwareCompatibility, version_compatible: bool, weight_streaming: bool,
+    allow_mismatch: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build TensorRT engines of a bundle and count their kernels.
 

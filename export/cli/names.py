@@ -42,7 +42,7 @@ class Name(_ParamType):
         """Return what the help shows for the value."""
         return f"[{'|'.join(self.names)}]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name, or fail with the known ones."""
         if value in self.names:
             return str(value)
@@ -60,7 +60,7 @@ class Name(_ParamType):
 class BackendName(Name):
     """A backend whose library is installed."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name, fail with the known ones, or raise ``BackendUnavailable``: exit code 7."""
         from scm_sdk._util.lazy import install_command, is_installed
         from scm_sdk.errors import BackendUnavailable
@@ -85,7 +85,7 @@ class BackendAndPrecision(_ParamType):
         """Return what the help shows for the value."""
         return "NAME[:PRECISION]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the value with both names checked."""
         backend, colon, precision = str(value).partition(":")
         BACKEND.convert(backend, param, ctx)
@@ -105,7 +105,7 @@ class OutputPath(_Path):
         super().__init__(path_type=Path)
         self._replaces = replaces
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path, or fail if a bundle holds it."""
         from scm_sdk.bundle.manifest import MANIFEST_NAME
 
@@ -122,7 +122,7 @@ class TargetName(_ParamType):
 
     name = "gpu"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name, or fail with close ones."""
         from scm_sdk.engines.targets import resolve_target
         from scm_sdk.errors import ConfigError

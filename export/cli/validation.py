@@ -78,10 +78,10 @@ def validate(
     """
     from scm_sdk.evaluate.latency.contract import check_budgets
 
-    from ..diagnose.validate import prove
+    from ..diagnose.validate import validate as validate_model
     from ..precision.probe import bundle_examples
 
-    results = prove(
+    results = validate_model(
         bundle, backends=backends, precisions=precisions, steps=steps, num_seeds=num_seeds,
         first_seed=first_seed, batches=batches or None, threshold=threshold, min_psnr_db=min_psnr, reason=reason,
         record=record,

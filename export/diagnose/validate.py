@@ -6,30 +6,34 @@ structure has no such allowance, so both must pass.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from scm_sdk._util.arguments import checked_names
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ExportError, UnsupportedGraphError
 from scm_sdk.evaluate.parity.compare import Parity
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.parity.validate import ValidateOptions, validate_bundle
 from scm_sdk.inference.conditioning import Examples
 
 from ..graph.io import read_model
 from .diagnose import Diagnosis, diagnose
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from scm_sdk.model.consistency import ConsistencyModel
 
 
-def prove(
-    path: Path,
+@checked_names("validate", ValidateOptions)
+def validate(
+    path: str | os.PathLike[str],
     *,
     examples: Examples | None = None,
     on_note: Callable[[str], object] = lambda _: None,
-    **options: Any,
+    **options: Unpack[ValidateOptions],
 ) -> list[Parity]:
     """Compare everything that can run here with the checkpoint, look into each graph, and record both.
 
@@ -38,7 +42,10 @@ def prove(
         examples: What the model is told, for example prompts; None draws it.
         on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked;
             and for each result that was not recorded.
-        **options: Those of ``validate_bundle``, without ``examine``.
+        **options: More arguments of ``scm_sdk.evaluate.parity.validate.validate_bundle``.
+
+    Returns:
+        One comparison for each number of steps, backend and precision.
 
     Raises:
         ScmError: What ``validate_bundle`` raises.

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import extend_bundle, open_to_extend, recipe_of
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, Flavour
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.engines.compatibility import is_trusted
-from scm_sdk.engines.targets import Target, resolve_target
+from scm_sdk.engines.targets import Target, resolve_target, resolve_targets
 from scm_sdk.engines.tensorrt import load_flavour
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, UnsupportedGraphError
 from scm_sdk.spec import CPU_PRECISIONS, Precision
@@ -23,7 +24,10 @@ from scm_sdk.spec import CPU_PRECISIONS, Precision
 from ..precision.variants import sha256_of
 from .builder import Progress
 from .cache import cached_engine
-from .options import EngineOptions
+from .options import BuilderOptions, EngineOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,19 @@ class EngineVariant:
         return {**vars(self), "record": msgspec.to_builtins(self.record)}
 
 
+class AddOptions(BuilderOptions, total=False):
+    """Keywords of ``add_engines`` that ``build_all`` takes, too; ``add_engines`` says what each means."""
+
+    one_for_all: bool
+    batch: tuple[int, int, int] | None
+    allow_mismatch: bool
+    on_build: Callable[[str], Progress | None]
+
+
+@checked_names("add_engines", BuilderOptions)
 def add_engines(
     path: str | os.PathLike[str],
-    targets: Sequence[Target],
+    targets: Sequence[Target | str],
     *,
     flavour: Flavour = "tensorrt_rtx",
     precisions: Sequence[Precision] = (),
@@ -64,7 +78,7 @@ def add_engines(
     on_engine: Callable[[EngineVariant], object] = lambda _: None,
     on_build: Callable[[str], Progress | None] = lambda _: None,
     on_skip: Callable[[str], object] | None = None,
-    **options: Any,
+    **options: Unpack[BuilderOptions],
 ) -> list[EngineVariant]:
     """Build engines from a bundle's graphs into the bundle.
 
@@ -72,7 +86,7 @@ def add_engines(
 
     Args:
         path: The bundle.
-        targets: GPUs; () with TensorRT is the GPU of this machine.
+        targets: GPUs, also by name, such as ``"l4"`` or ``"sm_89"``; () with TensorRT is the GPU of this machine.
         flavour: Which library.
         precisions: Graphs to build from; () is all but those for CPUs.
         steps: Only these numbers of steps; () is all.
@@ -83,7 +97,7 @@ def add_engines(
         on_build: Called with an engine's path before it is built; returns its progress callback.
         on_skip: Called with a line for each engine that no such GPU could run, or that only another GPU can build,
             and the others are built; None raises instead.
-        options: More of ``EngineOptions``.
+        **options: For the builder; see ``EngineOptions``.
 
     Raises:
         ConfigError: If the bundle has no such graph, or a target is not the flavour's to build.
@@ -93,9 +107,9 @@ def add_engines(
     """
     bundle = open_to_extend(path)
     library = load_flavour(flavour, purpose=f"building a {flavour} engine")
-    targets = targets or _this_machine(flavour)
-    _check_buildable(targets, flavour)
-    groups = _groups(targets, one_for_all)
+    gpus = resolve_targets(targets) if targets else _this_machine(flavour)
+    _check_buildable(gpus, flavour)
+    groups = _groups(gpus, one_for_all)
     if on_skip is not None:
         groups = [group for group in groups if not _is_elsewhere(group, flavour, on_skip)]
     jobs = []  # every refusal comes before the first build

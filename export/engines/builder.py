@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.engines.tensorrt import make_logger
+from scm_sdk.engines.tensorrt import LibraryObject, make_logger
 from scm_sdk.errors import BackendUnavailable, ConfigError, ExportError, IncompatibleEngineError, ScmError
 from scm_sdk.errors import UnsupportedGraphError as Unsupported
 from scm_sdk.spec import SamplerSpec
@@ -78,7 +79,7 @@ class Build:
 
     def __init__(
         self,
-        library: Any,
+        library: ModuleType,
         graph: Path,
         spec: SamplerSpec,
         options: EngineOptions,
@@ -175,7 +176,7 @@ class Build:
                 atomic_write_bytes(self.timing_cache, bytes(memoryview(blob)))
 
 
-def give_timing_cache(config: Any, path: Path) -> None:
+def give_timing_cache(config: LibraryObject, path: Path) -> None:
     """Let a build use the times in a file, and take new ones; a damaged or foreign file counts as empty."""
     try:
         old = path.read_bytes()
@@ -216,7 +217,13 @@ def held_signals() -> Iterator[list[int]]:
         signal.raise_signal(received[0])
 
 
-def make_monitor(library: Any, progress: Progress, received: Sequence[int] = ()) -> Any:
+class ProgressMonitor(Protocol):
+    """A progress monitor of one of the libraries; ``stopped_by`` is why the build was stopped, or None."""
+
+    stopped_by: BaseException | None
+
+
+def make_monitor(library: ModuleType, progress: Progress, received: Sequence[int] = ()) -> ProgressMonitor:
     """Return the library's progress monitor, which reports to ``progress`` and stops when it says so.
 
     Args:
@@ -228,7 +235,7 @@ def make_monitor(library: Any, progress: Progress, received: Sequence[int] = ())
         An object with ``stopped_by``: the exception to raise when the build was stopped, or None.
     """
 
-    class Monitor(library.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.stopped_by: BaseException | None = None

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 import msgspec
 
 from scm_sdk.bundle.engine_record import Flavour
 from scm_sdk.engines.targets import AHEAD_OF_TIME
 from scm_sdk.errors import ConfigError
+
+HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
+
+
+class BuilderOptions(TypedDict, total=False):
+    """Keywords of ``add_engines`` for the builder; ``EngineOptions`` says what each means."""
+
+    workspace_bytes: int | None
+    optimization_level: int | None
+    hardware_compatibility: HardwareCompatibility
+    version_compatible: bool
+    weight_streaming: bool
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +42,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     batch: tuple[int, int, int]
     workspace_bytes: int | None = None
     optimization_level: int | None = None
-    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
+    hardware_compatibility: HardwareCompatibility = "none"
     version_compatible: bool = False
     weight_streaming: bool = False
 

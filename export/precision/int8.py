@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from .half import PRECISION_KEY, conditioning_nodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from numpy.typing import DTypeLike
 
 OUTPUT_AXIS = {"Conv": 0, "Gemm": 1, "MatMul": -1}
 """What can be quantized, and which axis of its weight counts the output channels (of Gemm without transB)."""
@@ -191,7 +192,7 @@ def quantize_array(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(ratio), -QMAX, QMAX).astype(np.int8)
 
 
-def scale_for(largest: np.ndarray | float, dtype: Any) -> np.ndarray:
+def scale_for(largest: np.ndarray | float, dtype: DTypeLike) -> np.ndarray:
     """Return scales with which ±``largest`` is at most ±127, in the type of the graph; 1 where there is nothing.
 
     A type with few digits rounds the scale: up, so that nothing is clipped. Rounding to the nearest would clip the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from .half import PRECISION_KEY
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import onnxruntime
 
 
 class Session:
@@ -27,7 +28,7 @@ class Session:
         fixed: Inputs that every run is given beside its own.
     """
 
-    def __init__(self, session: Any, precision: str, fixed: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, precision: str, fixed: Mapping[str, np.ndarray] | None = None) -> None:
         self._session, self._precision, self._fixed = session, precision, dict(fixed or {})
 
     def fix(self, feeds: Mapping[str, np.ndarray]) -> Session:

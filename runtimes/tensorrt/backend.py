@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +26,11 @@ from scm_sdk.spec import SamplerSpec
 from ..base import check_images, check_inputs, check_num_threads, name_inputs
 from .context import Lane, own_errors
 from .context_pool import LanePool
-from .device_memory import Cuda, OutOfMemory
+from .device_memory import Cuda, Handle, OutOfMemory
 from .engine_file import read_engine, rebuild
+
+if TYPE_CHECKING:
+    import torch
 
 _RUNTIME = "runtime"
 _VALIDITY = {
@@ -108,7 +111,7 @@ class TrtBackend:
             images = lane.run(feeds)
         return check_images(self.spec, images, batch, backend=self.name)
 
-    def sample_torch(self, noise: Sequence[Any], conditioning: Mapping[str, Any]) -> Any:
+    def sample_torch(self, noise: Sequence[object], conditioning: Mapping[str, object]) -> torch.Tensor:
         """Run on tensors that are on the GPU already, without a copy and without waiting for the GPU.
 
         Args:
@@ -146,7 +149,7 @@ class TrtBackend:
         self._engine = None
         self._keep_runtime_cache()
 
-    def _enqueue(self, addresses: Mapping[str, int], batch: int, stream: Any) -> None:
+    def _enqueue(self, addresses: Mapping[str, int], batch: int, stream: Handle) -> None:
         """Put the engine's work between what lies in the caller's stream and what will."""
         with self._pool.lane(batch, buffers=False) as lane:
             lane.bind(addresses)
@@ -171,7 +174,7 @@ class TrtBackend:
         record = buffers and self.name == "tensorrt"
         return Lane(self._cuda, context, self.spec, batch, record=record, buffers=buffers, rebuild=rebuild(self.record))
 
-    def _check_tensor(self, name: str, tensor: Any, batch: int, dtype: str) -> None:
+    def _check_tensor(self, name: str, tensor: torch.Tensor, batch: int, dtype: str) -> None:
         wanted = next(t for t in self.spec.inputs if t.name == name)
         shape = (batch, *wanted.shape)
         if tuple(tensor.shape) != shape or dtype != wanted.dtype or str(tensor.device) != self.device:

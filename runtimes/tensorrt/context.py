@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import numpy as np
 
+from scm_sdk.engines.tensorrt import LibraryObject
 from scm_sdk.errors import BackendFailure, ScmError
 from scm_sdk.spec import SamplerSpec
 
-from .device_memory import Buffer, Cuda
+from .device_memory import Buffer, Cuda, Handle
 
 
 @contextmanager
@@ -47,7 +47,7 @@ class Lane:
     def __init__(
         self,
         cuda: Cuda,
-        context: Any,
+        context: LibraryObject,
         spec: SamplerSpec,
         batch: int,
         *,
@@ -56,7 +56,7 @@ class Lane:
         rebuild: str = "",
     ) -> None:
         self.batch, self.has_buffers = batch, buffers
-        self.stream: Any = None
+        self.stream: Handle = None
         self._cuda, self._context, self._spec = cuda, context, spec
         self._record, self._runs, self._graph = record, 0, None
         self._buffers: dict[str, Buffer] = {}

@@ -11,6 +11,8 @@ from scm_sdk._util.gpu import gpus
 from scm_sdk._util.lazy import require
 from scm_sdk.errors import BackendFailure, BackendUnavailable
 
+Handle = Any
+"""A stream, event or graph of cuda-bindings, whose types have no stubs; only passed on."""
 _RETRY = "Try a smaller batch_size; see: scm-export doctor"
 _OUT_OF_MEMORY, _OLD_DRIVER = 2, 35
 """``cudaErrorMemoryAllocation`` and ``cudaErrorInsufficientDriver``, which also says that there is no driver."""
@@ -57,15 +59,15 @@ class Cuda:
         free, _ = self._check(self.api.cudaMemGetInfo(), "asking for free memory")
         return int(free)
 
-    def stream(self) -> Any:
+    def stream(self) -> Handle:
         """Return a new stream that does not wait for the default one."""
         return self._check(self.api.cudaStreamCreateWithFlags(self.api.cudaStreamNonBlocking), "making a stream")
 
-    def synchronize(self, stream: Any) -> None:
+    def synchronize(self, stream: Handle) -> None:
         """Wait until a stream's work is done."""
         self._check(self.api.cudaStreamSynchronize(stream), "running the engine")
 
-    def order(self, first: Any, then: Any) -> None:
+    def order(self, first: Handle, then: Handle) -> None:
         """Let what is put into ``then`` wait for what is in ``first``; nothing waits on the host."""
         event = self._check(self.api.cudaEventCreateWithFlags(self.api.cudaEventDisableTiming), "making an event")
         try:
@@ -74,12 +76,12 @@ class Cuda:
         finally:
             self.api.cudaEventDestroy(event)
 
-    def begin_capture(self, stream: Any) -> None:
+    def begin_capture(self, stream: Handle) -> None:
         """Record what is put into a stream instead of running it; other threads go on."""
         mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check(self.api.cudaStreamBeginCapture(stream, mode), "capturing a graph")
 
-    def end_capture(self, stream: Any) -> Any:
+    def end_capture(self, stream: Handle) -> Handle:
         """Return the graph that was recorded, ready to be launched."""
         graph = self._check(self.api.cudaStreamEndCapture(stream), "capturing a graph")
         try:
@@ -87,11 +89,11 @@ class Cuda:
         finally:
             self.api.cudaGraphDestroy(graph)
 
-    def launch(self, graph: Any, stream: Any) -> None:
+    def launch(self, graph: Handle, stream: Handle) -> None:
         """Run a recorded graph."""
         self._check(self.api.cudaGraphLaunch(graph, stream), "launching a graph")
 
-    def destroy(self, *, stream: Any = None, graph: Any = None) -> None:
+    def destroy(self, *, stream: Handle | None = None, graph: Handle | None = None) -> None:
         """Give a stream or a graph back."""
         if graph is not None:
             self.api.cudaGraphExecDestroy(graph)
@@ -127,13 +129,13 @@ class Buffer:
         raw = memoryview((ctypes.c_byte * self.nbytes).from_address(self._pinned))
         self.host: np.ndarray = np.frombuffer(raw, dtype=dtype).reshape(shape)
 
-    def upload(self, stream: Any) -> None:
+    def upload(self, stream: Handle) -> None:
         """Copy host to GPU."""
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyHostToDevice
         answer = self._cuda.api.cudaMemcpyAsync(self.device, self._pinned, self.nbytes, kind, stream)
         self._cuda._check(answer, "copying to the GPU")
 
-    def download(self, stream: Any) -> None:
+    def download(self, stream: Handle) -> None:
         """Copy GPU to host."""
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         answer = self._cuda.api.cudaMemcpyAsync(self._pinned, self.device, self.nbytes, kind, stream)

@@ -28,27 +28,32 @@ def check_names(given: Iterable[object], known: Sequence[str], *, of: str) -> No
             raise UnknownArgument(f"{of} got {name!r}, expected one of its arguments. {hint}")
 
 
-def checked_names(of: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checked_names(of: str, *options: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function or method refuse an unknown keyword with ``UnknownArgument``, as ``check_names`` does.
 
     Type checkers see the function's own signature.
 
     Args:
         of: What the message calls the function.
+        *options: Each ``TypedDict`` that the function unpacks into keywords.
     """
+    unpacked = tuple(name for kind in options for name in kind.__annotations__)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        known = tuple(
-            name
-            for name, parameter in signature(function).parameters.items()
-            if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-            and name not in ("self", "cls")
+        known = (
+            tuple(
+                name
+                for name, parameter in signature(function).parameters.items()
+                if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+                and name not in ("self", "cls")
+            )
+            + unpacked
         )
 
         @wraps(function)
-        def checked(*args: P.args, **options: P.kwargs) -> R:
-            check_names(options, known, of=of)
-            return function(*args, **options)
+        def checked(*args: P.args, **keywords: P.kwargs) -> R:
+            check_names(keywords, known, of=of)
+            return function(*args, **keywords)
 
         return checked
 

@@ -13,13 +13,17 @@ in the last one, where its weight is 0. A bundle holds ``scheduler/scheduler_con
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from .._util.lazy import require
 from ..errors import ConfigError
 from ..spec import SamplerSpec
+
+if TYPE_CHECKING:
+    import diffusers
+    import torch
 
 SCHEDULER_PATH = "scheduler/scheduler_config.json"
 SCHEDULER_CLASS = "SCMScheduler"
@@ -40,7 +44,7 @@ def scheduler_json(spec: SamplerSpec) -> bytes:
     return msgspec.json.format(msgspec.json.encode(scheduler_config(spec)), indent=2) + b"\n"
 
 
-def diffusers_scheduler(spec: SamplerSpec, *, device: Any = None) -> Any:
+def diffusers_scheduler(spec: SamplerSpec, *, device: str | torch.device | None = None) -> diffusers.SCMScheduler:
     """Return a ``diffusers.SCMScheduler`` with a sampler's times, ready for the first step.
 
     Args:

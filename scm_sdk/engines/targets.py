@@ -102,12 +102,14 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def resolve_target(name: str) -> Target:
+def resolve_target(name: str | Target) -> Target:
     """Find a GPU by its name (``l4``, ``rtx4090``) or its capability (``sm_89``, ``8.9``).
 
     Raises:
         ConfigError: If there is none; the message lists close names.
     """
+    if isinstance(name, Target):
+        return name
     text = name.strip().lower().replace("-", "").replace(" ", "")
     if text in TARGETS:
         return TARGETS[text]
@@ -122,7 +124,7 @@ def resolve_target(name: str) -> Target:
     )
 
 
-def resolve_targets(names: Sequence[str]) -> tuple[Target, ...]:
+def resolve_targets(names: Sequence[str | Target]) -> tuple[Target, ...]:
     """Find several; two names of one compute capability count once, the first.
 
     Raises:

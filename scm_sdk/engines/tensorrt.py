@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import re
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .._util.lazy import require
 from ..errors import BackendUnavailable
@@ -24,7 +25,7 @@ _KEPT_MESSAGES = 500
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
-def load_flavour(flavour: Flavour, *, purpose: str) -> Any:
+def load_flavour(flavour: Flavour, *, purpose: str) -> ModuleType:
     """Import one of the two libraries.
 
     Args:
@@ -42,7 +43,7 @@ def load_flavour(flavour: Flavour, *, purpose: str) -> Any:
                 return importlib.import_module("tensorrt_rtx_bindings")
             except ImportError:
                 return require("tensorrt_rtx", extra=EXTRAS[flavour], purpose=purpose)
-    library: Any = require("tensorrt", extra=EXTRAS[flavour], purpose=purpose)
+    library = require("tensorrt", extra=EXTRAS[flavour], purpose=purpose)
     if version_tuple(library.__version__)[:2] < MIN_TENSORRT:
         least = ".".join(map(str, MIN_TENSORRT))
         raise BackendUnavailable(
@@ -57,7 +58,23 @@ def version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
 
 
-def make_logger(library: Any, *, kernels: bool = False) -> Any:
+LibraryObject = Any
+"""An object of TensorRT's or TensorRT-RTX's bindings, which have no stubs."""
+
+
+class Logger(Protocol):
+    """A logger of one of the libraries that keeps what it hears."""
+
+    kernels: list[str]
+
+    def errors(self) -> list[str]:
+        """Return the errors kept, each once."""
+
+    def warnings(self) -> list[str]:
+        """Return the warnings kept, each once."""
+
+
+def make_logger(library: ModuleType, *, kernels: bool = False) -> Logger:
     """Return a logger for one of the libraries that keeps the last warnings and errors that it hears.
 
     The libraries do not hold it: whoever made it keeps it as long as what it was given to.
@@ -70,14 +87,14 @@ def make_logger(library: Any, *, kernels: bool = False) -> Any:
         An object with ``errors()``, ``warnings()`` and ``kernels``, the texts that name kernels.
     """
 
-    class Collector(library.ILogger):  # type: ignore[misc]
+    class Collector(library.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             # Bounded: an engine may run, and be warned about, for months.
             self.messages: deque[tuple[str, str]] = deque(maxlen=_KEPT_MESSAGES)
             self.kernels: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: object, message: str) -> None:
             name = str(severity).rpartition(".")[2]
             if name in _KEPT_SEVERITIES:
                 self.messages.append((name, message))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
@@ -45,6 +44,8 @@ from .sources import Source, open_source
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ..evaluate.latency.measure import Latency
+    from ..evaluate.parity.compare import Parity
     from .batcher import Batcher
 
 Verify = Literal["none", "digest", "smoke", "full"]
@@ -348,7 +349,7 @@ class Generator:
         threshold: float | None = None,
         min_psnr_db: float | None = None,
         reason: str = "",
-    ) -> Any:
+    ) -> Parity:
         """Compare with a reference on the same noise.
 
         The gate is that of the lower precision of the two, the same as ``scm-export validate`` applies.
@@ -363,13 +364,15 @@ class Generator:
             reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate; every report prints it.
 
         Returns:
-            ``scm_sdk.evaluate.parity.compare.Parity``; see ``scm_sdk.evaluate.parity.compare.compare``.
+            The largest difference and whether it passes; see ``scm_sdk.compare``.
 
         Raises:
             ConfigError: If the two are different samplers, or a looser gate comes without a reason.
             BackendError: If one of them cannot run.
         """
-        return import_module("scm_sdk.evaluate.parity.compare").compare(
+        from ..evaluate.parity.compare import compare
+
+        return compare(
             self, reference, seeds=seeds, batches=batches, num_inference_steps=num_inference_steps, threshold=threshold,
             min_psnr_db=min_psnr_db, reason=reason,
         )  # fmt: skip
@@ -385,7 +388,7 @@ class Generator:
         budget: str | None = None,
         num_inference_steps: int | None = None,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Any:
+    ) -> Latency:
         """Measure everything the plan accepts, interleaved, and go by it where this generator's backend is ``"auto"``.
 
         The times are kept for generators that are opened later on this machine; one warning says where they cannot be.
@@ -400,16 +403,18 @@ class Generator:
             progress: Called as f(rounds_done, rounds).
 
         Returns:
-            ``scm_sdk.evaluate.latency.measure.Latency``: one entry ``backend:artifact`` for each; ``str()`` is a table.
+            One entry ``backend:artifact`` for each; ``str()`` is a table.
 
         Raises:
             ConfigError: If an argument is unknown (``UnknownArgument``) or out of its range.
             BackendError: If a candidate cannot run.
         """
+        from ..evaluate.latency.measure import measure
+
         steps = self._steps(num_inference_steps)
         candidates = self._opener.open_accepted(steps)
         try:
-            latency = import_module("scm_sdk.evaluate.latency.measure").measure(
+            latency = measure(
                 {f"{o.row.backend}:{o.row.artifact}": o.backend for o in candidates},
                 batch=batch,
                 rounds=rounds,

@@ -16,6 +16,8 @@ from ..images import to_pil, to_uint8
 from .request import OutputType, Request
 from .selection import PlanRow
 
+Images = Any
+"""A list of PIL images, a NumPy array or a PyTorch tensor: what ``output_type`` names."""
 _SHOWN = 8
 Progress = bool | Callable[[int, int], object]
 
@@ -72,7 +74,7 @@ class GeneratorOutput:
         info: What ran.
     """
 
-    images: Any
+    images: Images
     seeds: tuple[int, ...]
     class_labels: tuple[int, ...] | None
     info: GenerationInfo
@@ -115,7 +117,7 @@ def make_output(request: Request, raw: np.ndarray, output_type: OutputType, info
     return GeneratorOutput(images=images, seeds=request.seeds, class_labels=request.class_labels, info=info)
 
 
-def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: OutputType) -> Any:
+def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: OutputType) -> Images:
     """Turn (N, C, ...) float32 in data units into what ``output_type`` names.
 
     Samples may have any rank where that is ``raw``, ``np`` (channels last) or ``pt``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -49,7 +49,14 @@ MAX_PARAMETERS = 2**34
 """Maximum number of parameters of a network; ten times the largest preset."""
 
 
-def check_bounds(config: Any) -> None:
+class _Config(Protocol):
+    __struct_fields__: ClassVar[tuple[str, ...]]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+
+
+def check_bounds(config: _Config) -> None:
     """Refuse a config with a field out of its bounds.
 
     Args:
@@ -65,7 +72,7 @@ def check_bounds(config: Any) -> None:
         raise ConfigError(f"sample_shape is {shape}, {math.prod(shape)} numbers, expected at most {MAX_SAMPLE}.")
 
 
-def check_bound(name: str, value: Any) -> None:
+def check_bound(name: str, value: object) -> None:
     """Refuse a value out of the bounds of ``name``, if ``BOUNDS`` has it; see ``check_bounds``."""
     if name not in BOUNDS:
         return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import msgspec
 from torch import Tensor, nn
 
+from .._util.arguments import check_names
 from ..errors import ConfigError, ShapeError
 from ..spec import DEFAULT_MID_TIME, Renoise, SamplerSpec, TensorSpec, default_times
 from .bounds import check_bounds, check_num_parameters
@@ -20,6 +21,9 @@ from .networks.edm2 import EDM2, EDM2Config
 from .networks.transformer import Transformer, TransformerConfig
 from .networks.unet import UNet, UNetConfig
 from .trigflow import predict_data
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NetworkConfig = UNetConfig | TransformerConfig | DDPMppConfig | EDM2Config | OwnConfig | DiffusersConfig
 
@@ -116,6 +120,28 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return getattr(self.network, "conditioning", ())
 
 
+class OwnOptions(TypedDict, total=False):
+    """Keywords of ``ConsistencyModel`` for a network of your own.
+
+    Those of ``own_config``, then fields of ``ModelConfig``, both of which say what each means.
+    """
+
+    sample_shape: tuple[int, ...]
+    name: str
+    arguments: dict[str, Any]
+    num_classes: int
+    conditioning: tuple[TensorSpec, ...]
+    guidance: bool
+    sigma_data: float
+    class_names: tuple[str, ...]
+    value_range: tuple[float, float]
+    output: Literal["pixels", "latents"]
+    mid_time: float
+    guidance_range: tuple[float, float]
+    default_guidance: float
+    provenance: dict[str, str]
+
+
 class ConsistencyModel(nn.Module):
     """``f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t)`` around a network F.
 
@@ -142,7 +168,7 @@ class ConsistencyModel(nn.Module):
         config: ModelConfig | None = None,
         network: nn.Module | None = None,
         decoder: Decoder | None = None,
-        **own: Any,
+        **own: Unpack[OwnOptions],
     ) -> None:
         super().__init__()
         self.config = _own_model_config(network, own) if config is None else config
@@ -284,12 +310,13 @@ class ConsistencyModel(nn.Module):
         return push_model(self, repo_id, revision=revision, private=private, message=message, create_pr=create_pr)
 
 
-def _own_model_config(network: nn.Module | None, own: dict[str, Any]) -> ModelConfig:
+def _own_model_config(network: nn.Module | None, own: OwnOptions) -> ModelConfig:
     if network is None or "sample_shape" not in own:
         raise ConfigError(
             "a model needs a config, or a network with its sample_shape, for example "
             "ConsistencyModel(network=my_module, sigma_data=0.5, sample_shape=(1, 256))."
         )
     fields = set(ModelConfig.__struct_fields__) - {"network"}
-    described = own_config(network, **{name: value for name, value in own.items() if name not in fields})
-    return ModelConfig(network=described, **{name: value for name, value in own.items() if name in fields})
+    check_names(own, tuple(OwnOptions.__annotations__), of="ConsistencyModel")
+    described = own_config(network, **{name: value for name, value in own.items() if name not in fields})  # type: ignore[arg-type]
+    return ModelConfig(network=described, **{name: value for name, value in own.items() if name in fields})  # type: ignore[arg-type]

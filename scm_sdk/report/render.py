@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__
 from .._util.files import atomic_write_bytes
 from .._util.lazy import require
+from .._version import __version__
 from ..bundle.card import markdown_text
 from ..bundle.manifest import Artifact, Manifest, ParityRecord
 from ..evaluate.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR

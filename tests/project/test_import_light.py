@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -41,15 +42,14 @@ def test_the_command_is_light() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert scm_sdk.__all__ == [
-        "Bundle",
-        "ConsistencyModel",
-        "Generator",
-        "Sampler",
-        "SamplerSpec",
-        "__version__",
-    ]
-    assert dir(scm_sdk) == scm_sdk.__all__
+    errors = {name for name in scm_sdk.__all__ if re.search("Error|QueueFull|Unavailable|BackendFailure|Unknown", name)}
+    assert sorted(set(scm_sdk.__all__) - errors) == [
+        "Batcher", "Bundle", "ConsistencyModel", "Decoder", "Generator", "GeneratorOutput", "Identity", "Latency",
+        "ModelConfig", "Parity", "Plan", "Precision", "PublicKey", "Sampler", "SamplerSpec", "TensorSpec",
+        "__version__", "add_engines", "build_all", "check_model", "compare", "diffusers_scheduler", "draw_noise",
+        "export_bundle", "import_sana", "measure", "register_network", "validate",
+    ]  # fmt: skip
+    assert len(errors) == 17 and set(scm_sdk.__all__) <= set(dir(scm_sdk))
 
 
 @pytest.mark.parametrize("name", scm_sdk.__all__)
@@ -58,6 +58,8 @@ def test_each_public_name_is_there_and_at_home(name: str) -> None:
     if name == "__version__":
         assert value == importlib.import_module("scm_sdk._version").__version__
     else:
+        if name == "Precision":  # a Literal
+            return
         assert value.__name__ == name
         assert value.__doc__
         assert value is getattr(importlib.import_module(value.__module__), name)

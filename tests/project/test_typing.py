@@ -10,12 +10,18 @@ RIGHT = """
 from collections.abc import Iterator, Mapping
 from typing import Any
 import numpy as np
-from scm_sdk import Generator
+from scm_sdk import ConsistencyModel, Generator, Latency, Parity, add_engines, build_all, compare, measure, validate
 gen = Generator.from_pretrained("model", backend="onnxruntime", num_threads=1)
 gen(4, "red", seed=[1, 2, 3, 4], output_type="np").images
 gen(num_images=2, class_labels=np.array([0, 1]), guidance_scale=[1.0, 2.0], progress=True)
 gen.reopen(precision="fp16", verify="none").compare(gen, threshold=0.1, reason="why").raise_if_failed()
-gen.benchmark(batch=8, rounds=10, progress=print).entries
+latency: Latency = gen.benchmark(batch=8, rounds=10, progress=print)
+latency.raise_if_over()
+parity: Parity = compare(gen, gen, threshold=0.1, reason="why")
+measure({"one": gen}, batch=1, rounds=20).to_dict()
+build_all("checkpoint", "out", precisions=["fp16"], targets=["l4"], weight_streaming=True)
+add_engines("out", ["l4"], workspace_bytes=3, hardware_compatibility="none")
+validate("out", num_seeds=8, batches=[4], record=False)[0].raise_if_failed()
 def requests() -> Iterator[Mapping[str, Any]]:
     yield {"seed": 1}
 for out in gen.stream(requests()):
@@ -27,7 +33,7 @@ with gen.batcher(max_waiting=8) as batcher:
     batcher.submit(seed=3, output_type="raw").result().images
 """
 WRONG = """
-from scm_sdk import Generator
+from scm_sdk import Generator, add_engines, build_all, compare, measure, validate
 gen = Generator.from_pretrained("model")
 batcher = gen.batcher()
 Generator("model")
@@ -45,6 +51,14 @@ batcher(nope=2)
 batcher.submit(sed=3)
 batcher.submit(batch_size=2)
 batcher.submit(seed="3")
+add_engines("out", [], workspace_byts=3)
+add_engines("out", [], hardware_compatibility="all")
+build_all("checkpoint", "out", optimisation_level=3)
+validate("out", num_seed=8)
+compare(gen, gen, treshold=1)
+measure({"one": gen}, round=3)
+number: int = gen.benchmark()
+number = gen.compare(gen)
 """
 CONFIG = """
 [mypy]

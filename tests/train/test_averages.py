@@ -162,8 +162,10 @@ def test_edm2s_learning_rate():
     rate = [inverse_sqrt_decay(n - 1, warmup=100, reference=1000) for n in (1, 50, 100, 1000, 4000)]
     assert rate == pytest.approx([0.01, 0.5, 1.0, 1.0, 0.5])
     config = TrainConfig(
-        objective="diffusion", network=tiny(), learning_rate=0.1, schedule="inverse_sqrt", warmup_iterations=0,
-        decay_reference=25,
+        objective="diffusion", network=tiny(),
+        optimizer=OptimizerConfig(
+            learning_rate=0.1, schedule="inverse_sqrt", warmup_iterations=0, decay_reference=25
+        ),
     )  # fmt: skip
     assert config.learning_rate_at(99) == pytest.approx(0.05)
 

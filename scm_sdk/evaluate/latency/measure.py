@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._util.arguments import checked_names
 from ...errors import ConfigError, LatencyError
 from ...inference.backends import Backend
 from ...inference.generator import Generator
@@ -147,6 +148,7 @@ class Latency:
         return {**asdict(self), "passed": bool(self)}
 
 
+@checked_names("measure")
 def measure(
     candidates: Mapping[str, Generator | Backend | Callable[[], object]],
     *,

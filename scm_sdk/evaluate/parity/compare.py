@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._util.arguments import checked_names
 from ...bundle.manifest import PSNR_CAP, ParityRecord
 from ...errors import ConfigError, ParityError
 from ...inference.backends import Backend
@@ -206,6 +207,7 @@ class Parity:
         }
 
 
+@checked_names("compare")
 def compare(
     candidate: Generator | Backend,
     reference: Generator | Backend | ReferenceRun,

@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import TypedDict, get_args
 
+from ..._util.arguments import checked_names
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import Artifact, ParityRecord
 from ...bundle.verify import is_borrowed
@@ -28,6 +29,24 @@ Examine = Callable[[Artifact], tuple[str, tuple[float, ...]]]
 """What looks into an artifact: its structural fault, "" if none, and the PSNR after each step, () if unknown."""
 
 
+class ValidateOptions(TypedDict, total=False):
+    """Keywords that ``validate_bundle`` and ``scm_sdk.validate`` share; the former says what each means."""
+
+    backends: Sequence[str]
+    precisions: Sequence[Precision]
+    steps: Sequence[int]
+    num_seeds: int
+    first_seed: int
+    batches: Sequence[int | None] | None
+    threshold: float | None
+    min_psnr_db: float | None
+    reason: str
+    on_result: Callable[[Parity], object]
+    on_skip: Callable[[str], object]
+    record: bool
+
+
+@checked_names("validate_bundle")
 def validate_bundle(
     path: str | os.PathLike[str],
     *,

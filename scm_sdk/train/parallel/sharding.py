@@ -8,7 +8,7 @@ the gradients would never be averaged, without a word.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -130,7 +130,7 @@ def wrap(loss: LossModule, scale: Scale, world: World) -> nn.Module:
     return DistributedDataParallel(loss, device_ids=devices)
 
 
-def reducing(module: nn.Module, *, last: bool) -> Any:
+def reducing(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """Return the context of one part's backward pass: DDP sends gradients round after the last part of a batch.
 
     FSDP2 does so after each, since it would otherwise keep the whole gradient in every process.

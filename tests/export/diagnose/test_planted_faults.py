@@ -24,7 +24,7 @@ from scm_sdk.export.diagnose.bisect import bisect
 from scm_sdk.export.diagnose.diagnose import diagnose
 from scm_sdk.export.diagnose.intermediate import inner_values, read_values
 from scm_sdk.export.diagnose.localize import localize
-from scm_sdk.export.diagnose.validate import prove
+from scm_sdk.export.diagnose.validate import validate
 from scm_sdk.export.graph.io import read_model, write_model
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.int8_variants import QuantizeOptions, add_int8
@@ -204,5 +204,5 @@ def test_a_graph_with_other_names_is_said_not_to_be_looked_into(ladder: Path, tm
                 value.name = f"other_{value.name}"
     replace_graph(path, other)
     notes: list[str] = []
-    (parity,) = prove(path, precisions=["fp16"], num_seeds=5, batches=[None], on_note=notes.append)
+    (parity,) = validate(path, precisions=["fp16"], num_seeds=5, batches=[None], on_note=notes.append)
     assert parity.fault == "" and parity.psnr_by_step == () and "was not looked into" in notes[0]
