@@ -15,7 +15,25 @@ if TYPE_CHECKING:
     from .bundle.bundle import Bundle
     from .bundle.scheduler import diffusers_scheduler
     from .bundle.signing import Identity, PublicKey
-    from .errors import BackendError, BackendFailure, BackendUnavailable, BundleError, ConfigError, ExportError, IncompatibleEngineError, IntegrityError, LatencyError, ParityError, QueueFull, SchemaError, ScmError, ShapeError, TrainError, UnknownArgument, UnsupportedGraphError
+    from .errors import (
+        BackendError,
+        BackendFailure,
+        BackendUnavailable,
+        BundleError,
+        ConfigError,
+        ExportError,
+        IncompatibleEngineError,
+        IntegrityError,
+        LatencyError,
+        ParityError,
+        QueueFull,
+        SchemaError,
+        ScmError,
+        ShapeError,
+        TrainError,
+        UnknownArgument,
+        UnsupportedGraphError,
+    )
     from .evaluate.latency.measure import Latency, measure
     from .evaluate.parity.compare import Parity, compare
     from .export.build_all import build_all
@@ -69,6 +87,7 @@ __all__ = [
     "TrainError",
     "UnknownArgument",
     "UnsupportedGraphError",
+    "__version__",
     "add_engines",
     "build_all",
     "check_model",
@@ -80,7 +99,6 @@ __all__ = [
     "measure",
     "register_network",
     "validate",
-    "__version__",
 ]
 
 _HOMES = {

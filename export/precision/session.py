@@ -28,7 +28,9 @@ class Session:
         fixed: Inputs that every run is given beside its own.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, precision: str, fixed: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, precision: str, fixed: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         self._session, self._precision, self._fixed = session, precision, dict(fixed or {})
 
     def fix(self, feeds: Mapping[str, np.ndarray]) -> Session:

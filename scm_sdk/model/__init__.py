@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .._util.public import lazy_names
 
 if TYPE_CHECKING:
-    from .conversions import CONVENTIONS, Convention, EDM_DENOISER, EDM_NETWORK, FLOW, SANA, VP_NOISE, VP_VELOCITY
+    from .conversions import CONVENTIONS, EDM_DENOISER, EDM_NETWORK, FLOW, SANA, VP_NOISE, VP_VELOCITY, Convention
     from .decoder import register_decoder, sd_vae_ft_mse
     from .foreign.denoiser import ModuleDenoiser, TrigFlowNetwork
     from .foreign.diffusers_folder import load_diffusers
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONVENTIONS",
-    "Convention",
     "EDM_DENOISER",
     "EDM_NETWORK",
     "FLOW",
-    "ModuleDenoiser",
     "PRESETS",
-    "PositionalEmbedding",
     "SANA",
-    "TrigFlowNetwork",
     "VP_NOISE",
     "VP_VELOCITY",
+    "Convention",
+    "ModuleDenoiser",
+    "PositionalEmbedding",
+    "TrigFlowNetwork",
     "load_diffusers",
     "register_decoder",
     "sd_vae_ft_mse",

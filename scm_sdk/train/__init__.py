@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 from .._util.public import lazy_names
 
 if TYPE_CHECKING:
-    from .config import AnchorConfig, AveragesConfig, DataConfig, NoiseConfig, OptimizerConfig, TangentConfig, TrainConfig, TrajectoryConfig, VsdConfig
+    from .config import (
+        AnchorConfig,
+        AveragesConfig,
+        DataConfig,
+        NoiseConfig,
+        OptimizerConfig,
+        TangentConfig,
+        TrainConfig,
+        TrajectoryConfig,
+        VsdConfig,
+    )
     from .loop import Hooks, StepLog, train
     from .objectives.base import Batch, consistency_loss, diffusion_loss, sample_times
     from .parallel.distributed import Scale
     from .recipes import RECIPES, recipe
 
 __all__ = [
+    "RECIPES",
     "AnchorConfig",
     "AveragesConfig",
     "Batch",
@@ -21,7 +32,6 @@ __all__ = [
     "Hooks",
     "NoiseConfig",
     "OptimizerConfig",
-    "RECIPES",
     "Scale",
     "StepLog",
     "TangentConfig",
