@@ -73,7 +73,7 @@ def draw_noise(spec: SamplerSpec, seeds: Sequence[int]) -> list[NDArray[np.float
         seeds: One seed for each sample, 0 <= seed < 2**64. Equal seeds give equal noise.
 
     Returns:
-        One array for each of ``spec.noise_inputs``, (B, *spec.sample_shape), float32.
+        One array for each of ``spec.noise_inputs``, ``(B, *spec.sample_shape)``, float32.
 
     Raises:
         ConfigError: If there is no seed or one is out of range.

@@ -15,6 +15,7 @@ import msgspec
 from .errors import ConfigError
 
 Precision = Literal["fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"]
+"""Precision of a graph or engine; those that end in ``-cpu`` are graphs for CPUs."""
 CPU_PRECISIONS: frozenset[Precision] = frozenset({"fp32-cpu", "int8-cpu"})
 """Those whose graphs are written for CPUs; no engine is built from one."""
 DType = Literal["float32", "int64"]

@@ -100,8 +100,8 @@ def test_a_dry_run_prints_the_recipe_with_what_was_given_in_its_place():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("distill", "--recipe", "cifar10-teacher"), "is of 'diffusion'. Use it with: scm-export train"),
-        (("train", "--recipe", "cifar10-sct"), "is of 'sct'. Use it with: scm-export distill"),
+        (("distill", "--recipe", "cifar10-teacher"), "'diffusion'. Use it with: scm-export train"),
+        (("train", "--recipe", "cifar10-sct"), "'sct'. Use it with: scm-export distill"),
         (
             ("distill", "--recipe", "cifar10-scd", "--guidance", "2", "--guidance-range", "1", "2"),
             "expected one of them",
