@@ -124,7 +124,7 @@ def save_png(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> No
         ShapeError: If the shape or the dtype differs from that.
         ScmError: If the file cannot be written.
     """
-    _save(array_uint8, path, {"format": "PNG"})
+    atomic_write_bytes(path, encode_picture(array_uint8, ".png"))
 
 
 def save_picture(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> None:
@@ -144,10 +144,22 @@ def save_picture(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in PICTURE_FORMATS:
         raise ConfigError(f"{os.fspath(path)} ends in {suffix!r}, expected one of {', '.join(PICTURE_FORMATS)}.")
-    _save(array_uint8, path, PICTURE_FORMATS[suffix])
+    atomic_write_bytes(path, encode_picture(array_uint8, suffix))
 
 
-def _save(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+def encode_picture(array_uint8: NDArray[np.uint8], suffix: str) -> bytes:
+    """Return one picture as the bytes of a file.
+
+    Args:
+        array_uint8: Picture, (H, W, C) with C 1 or 3, uint8.
+        suffix: The file's format, one of ``PICTURE_FORMATS``.
+
+    Raises:
+        ConfigError: If the suffix is another.
+        ShapeError: If the shape or the dtype differs from that.
+    """
+    if suffix not in PICTURE_FORMATS:
+        raise ConfigError(f"suffix is {suffix!r}, expected one of {', '.join(PICTURE_FORMATS)}.")
     fits = array_uint8.ndim == 3 and array_uint8.dtype == np.uint8 and array_uint8.shape[2] in (1, 3)
     if not fits or not array_uint8.size:
         raise ShapeError(
@@ -155,8 +167,8 @@ def _save(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str], options:
             "scm_sdk.images.to_uint8 and make_grid make such arrays."
         )
     buffer = io.BytesIO()
-    _pil(array_uint8).save(buffer, **options)
-    atomic_write_bytes(path, buffer.getvalue())
+    _pil(array_uint8).save(buffer, **PICTURE_FORMATS[suffix])
+    return buffer.getvalue()
 
 
 def _pil(picture: NDArray[np.uint8]) -> Image.Image:

@@ -25,6 +25,7 @@ from .precision import precision
 from .quantization import quantize
 from .report import report
 from .sample import merge, sample
+from .serve import serve
 from .training import distill, train
 from .validation import validate
 
@@ -50,5 +51,5 @@ assert isinstance(main, ScmGroup)
 main.add_section("Train", (train, distill, ema, average, evaluate))
 main.add_section("Export", (demo, build, import_, onnx, precision, quantize, engine))
 main.add_section("Check", (validate, selfcheck, bench, report, handover))
-main.add_section("Ship", (generate, sample, merge, inspect, bundle))
+main.add_section("Ship", (generate, sample, merge, serve, inspect, bundle))
 main.add_section("Machine", (doctor, targets, cache))

@@ -26,6 +26,10 @@ LIBRARIES = {
     "matplotlib": ("report", "draw the figures of reports"),
     "polygraphy": ("polygraphy", "exchange files with Polygraphy"),
     "huggingface_hub": ("hub", "read and write the Hugging Face hub"),
+    "starlette": ("serve", "serve a bundle"),
+    "uvicorn": ("serve", "serve a bundle"),
+    "prometheus_client": ("serve", "serve a bundle"),
+    "httpx": ("serve", "call a server"),
     "diffusers": ("diffusers", "import pipelines of diffusers"),
     "transformers": ("diffusers", "encode prompts"),
 }

@@ -268,9 +268,14 @@ def _scalar(value: Any) -> Any:
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
+def fresh_seed(count: int) -> int:
+    """Return the first of ``count`` new seeds, from the system's randomness."""
+    return secrets.randbelow(_FRESH_SEEDS - count)
+
+
 def _seeds(seed: Seeds | None, count: int) -> tuple[int, ...]:
     if seed is None:
-        seed = secrets.randbelow(_FRESH_SEEDS - count)
+        seed = fresh_seed(count)
     if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str | bytes):
         if len(seed) != count:
             raise ConfigError(f"seed holds {len(seed)} seeds, expected num_images = {count}, or one number.")

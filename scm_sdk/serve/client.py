@@ -1,0 +1,304 @@
+"""``Client``: call a server of ``scm-export serve``, again where that can help, and check what came back.
+
+    with Client("http://127.0.0.1:8000", bundle="avatars") as client:
+        result = client.generate(4, class_labels="red", seed=7, verify=True)
+        result.images[0].save("red.png")
+
+A seed names its image, so a request may be repeated without harm: the client draws the seed where none is given.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import random
+import secrets
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from .._util.lazy import require
+from ..errors import (
+    BackendFailure,
+    BackendUnavailable,
+    ConfigError,
+    IntegrityError,
+    ParityError,
+    QueueFull,
+    ScmError,
+)
+from ..inference.request import check_count, fresh_seed
+from ..noise import check_seed
+from .schemas import ErrorObject, ImageRequest, ImagesResponse, Model, ModelList
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..inference.generator import Generator
+
+T = TypeVar("T")
+REPEATED = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses after which the same request may succeed."""
+FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0
+"""Seconds before the second attempt, doubled for each further one, and at most; each is drawn between 0 and that."""
+ONE_LEVEL_DB = 48.13
+"""PSNR, dB, of a picture that is one 8-bit level off everywhere: what rounding alone can do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOutput:
+    """Images from a server.
+
+    Attributes:
+        images: PIL images, in the order of their seeds.
+        seeds: The seed of each image.
+        class_labels: The label of each image; None for an unconditional model.
+        model: Name of the model.
+        build_id: Digest of everything that decides the images.
+        attempts: Requests that were sent, 1 where none had to be repeated.
+        verified: Seed of the image that was computed again here, if one was.
+    """
+
+    images: list[Image.Image]
+    seeds: tuple[int, ...]
+    class_labels: tuple[int, ...] | None
+    model: str
+    build_id: str
+    attempts: int
+    verified: int | None = None
+
+
+class Client:
+    """Calls a server; safe for threads.
+
+    Args:
+        url: Address of the server.
+        api_key: One that the server accepts; None is the value of ``SCM_API_KEY`` in the environment, if there is one.
+        timeout: Seconds for one attempt.
+        max_retries: Further attempts after the first.
+        bundle: The same model on this machine, for ``generate(..., verify=True)``.
+
+    Raises:
+        ConfigError: If an argument is out of its range.
+        BackendUnavailable: If httpx is not here.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 5,
+        bundle: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"url is {url!r}, expected an address such as http://127.0.0.1:8000.")
+        if max_retries < 0 or not timeout > 0:
+            raise ConfigError(
+                f"max_retries is {max_retries}, timeout {timeout}, expected 0 or more, and seconds above 0."
+            )
+        self._httpx = require("httpx", extra="serve", purpose="scm_sdk.serve.client")
+        key = os.environ.get("SCM_API_KEY") if api_key is None else api_key
+        self._http = self._httpx.Client(
+            base_url=url.rstrip("/"), timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}
+        )
+        self._max_retries, self._bundle = max_retries, bundle
+        self._local: Generator | None = None
+        self._opening = threading.Lock()
+        self._model: Model | None = None
+
+    def generate(
+        self,
+        num_images: int = 1,
+        *,
+        class_labels: int | str | None = None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        verify: bool = False,
+    ) -> ClientOutput:
+        """Ask for images.
+
+        Args:
+            num_images: How many; the server has a limit.
+            class_labels: Name or number of the class of all images; None lets each seed draw its own.
+            prompt: Instead of a class, for models of text.
+            seed: Of the first image; the others follow it. None draws a new one.
+            num_inference_steps: Network calls; None is the server's default.
+            guidance_scale: For models that take one.
+            verify: Compute one of the images, drawn at random, again with ``bundle`` on this machine, and compare.
+
+        Raises:
+            ConfigError: If the server refused the request as wrong, or ``verify`` has no bundle.
+            QueueFull: If the server was full at each attempt.
+            BackendUnavailable: If no server answered.
+            BackendFailure: If the server failed at each attempt.
+            IntegrityError: If the server runs another model than ``bundle``.
+            ParityError: If the image that was computed again is another one.
+        """
+        check_count("num_images", num_images)
+        if verify and self._bundle is None:
+            raise ConfigError("verify is True without a bundle, expected Client(url, bundle=PATH) of the same model.")
+        first = fresh_seed(num_images) if seed is None else check_seed(seed)
+        asked = ImageRequest(
+            prompt=prompt,
+            label=class_labels,
+            n=num_images,
+            seed=str(first),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+        body = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not None}
+        found, attempts = self._send("POST", "/v1/images/generations", ImagesResponse, body)
+        if [image.seed for image in found.data] != list(range(first, first + num_images)):
+            raise BackendFailure(
+                f"the server answered with {len(found.data)} images of other seeds, expected {num_images} from {first}."
+            )
+        labels = [image.label for image in found.data if image.label is not None]
+        output = ClientOutput(
+            images=[_open_png(image.b64_json) for image in found.data],
+            seeds=tuple(image.seed for image in found.data),
+            class_labels=tuple(labels) if labels else None,
+            model=found.model,
+            build_id=found.build_id,
+            attempts=attempts,
+        )
+        if not verify:
+            return output
+        index = secrets.randbelow(num_images)
+        self._verify(output, index, prompt, num_inference_steps, guidance_scale)
+        return replace(output, verified=output.seeds[index])
+
+    def model(self) -> Model:
+        """Return what the server serves.
+
+        Raises:
+            ScmError: As ``generate``.
+        """
+        if self._model is None:
+            self._model = self._send("GET", "/v1/models", ModelList)[0].data[0]
+        return self._model
+
+    def close(self) -> None:
+        """Close the connections, and the model of ``verify``."""
+        self._http.close()
+        if self._local is not None:
+            self._local.close()
+            self._local = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send(self, method: str, path: str, kind: type[T], body: dict[str, Any] | None = None) -> tuple[T, int]:
+        """Send a request until it is answered; return the answer and the number of attempts."""
+        error: ScmError = BackendFailure("no attempt was made, expected at least one.")
+        for attempt in range(1, self._max_retries + 2):
+            wait = FIRST_WAIT * 2 ** (attempt - 1)
+            try:
+                response = self._http.request(method, path, json=body)
+            except self._httpx.TransportError as exc:
+                error = BackendUnavailable(
+                    f"{self._http.base_url} did not answer ({type(exc).__name__}: {exc}), {attempt} attempts, "
+                    "expected a server of scm-export serve. Is it running, and is this its address?"
+                )
+            else:
+                if response.status_code == 200:
+                    return _decode(response.content, kind), attempt
+                error = _error_of(response.status_code, response.content, attempt)
+                if response.status_code not in REPEATED:
+                    raise error
+                given = response.headers.get("retry-after", "")
+                wait = max(wait, float(given)) if given.isdecimal() else wait
+            if attempt <= self._max_retries:
+                time.sleep(random.uniform(0, min(wait, LONGEST_WAIT)))
+        raise error
+
+    def _verify(
+        self, output: ClientOutput, index: int, prompt: str | None, steps: int | None, guidance_scale: float | None
+    ) -> None:
+        """Compute one image again and compare; see ``generate``."""
+        from ..evaluate.parity.compare import MIN_PSNR_DB
+
+        served = self.model()
+        local = self._open_local()
+        if not local.source.build_id == output.build_id == served.build_id:
+            raise IntegrityError(
+                f"the server runs build {output.build_id[:12]}.., expected {local.source.build_id[:12]}.. of "
+                f"{local.source.path}. Give the bundle that it serves."
+            )
+        label = None if output.class_labels is None else output.class_labels[index]
+        seed = output.seeds[index]
+        wanted = local(
+            1, label, num_inference_steps=steps or served.default_steps, seed=[seed], output_type="uint8",
+            guidance_scale=guidance_scale, prompt=prompt,
+        ).images[0]  # fmt: skip
+        found = np.asarray(output.images[index]).reshape(wanted.shape) if _fits(output.images[index], wanted) else None
+        least = min(ONE_LEVEL_DB, MIN_PSNR_DB.get(served.precision, ONE_LEVEL_DB))
+        psnr = -np.inf if found is None else _psnr_db(found, wanted)
+        if psnr < least:
+            raise ParityError(
+                f"the server's image of seed {seed} has a PSNR of {psnr:.1f} dB against the same computed here by "
+                f"{local.opened().row.backend}, expected at least {least:.1f} dB for {served.precision}. Do not use "
+                "its images: compare its artifact where it runs, with scm-export validate"
+            )
+
+    def _open_local(self) -> Generator:
+        from ..inference.generator import Generator
+
+        with self._opening:
+            if self._local is None:
+                assert self._bundle is not None
+                self._local = Generator.from_pretrained(self._bundle)
+            return self._local
+
+
+def _decode(content: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise BackendFailure(
+            f"the server answered what is no {kind.__name__} ({exc}), expected one of this version."
+        ) from exc
+
+
+def _error_of(status: int, content: bytes, attempts: int) -> ScmError:
+    """Return the error of this package that an answer stands for."""
+    try:
+        body = msgspec.json.decode(content, type=ErrorObject).error
+        found = f"the server answered {status}, {body.code}: {body.message}"
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        found = f"the server answered {status} without an error object, expected one of scm-export serve."
+    found += f" ({attempts} attempts)" if attempts > 1 else ""
+    if status == 429:
+        return QueueFull(found)
+    return ConfigError(found) if 400 <= status < 500 and status not in REPEATED else BackendFailure(found)
+
+
+def _open_png(text: str) -> Image.Image:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
+            picture.load()
+            return picture.copy()
+    except Exception as exc:  # Pillow raises many
+        raise BackendFailure(f"the server answered what is no PNG file ({exc}), expected one.") from exc
+
+
+def _fits(picture: Image.Image, wanted: np.ndarray) -> bool:
+    return np.asarray(picture).size == wanted.size and picture.size == (wanted.shape[1], wanted.shape[0])
+
+
+def _psnr_db(found: np.ndarray, wanted: np.ndarray) -> float:
+    square = float(np.mean(np.square(found.astype(np.float64) - wanted)))
+    return 10 * np.log10(255**2 / square) if square else np.inf

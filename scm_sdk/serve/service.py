@@ -1,0 +1,397 @@
+"""``Service``: an open model and its batcher behind the HTTP API: what is accepted, what runs, what is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendFailure, ConfigError, QueueFull, ShapeError
+from ..images import encode_picture, to_uint8
+from ..inference.generator import Generator
+from ..inference.output import GeneratorOutput
+from ..spec import SamplerSpec
+from .canary import Bound, Canary, open_reference
+from .inference_protocol import is_picture, takes_prompt
+from .limits import Admission
+from .metrics import Metrics
+from .options import ServeOptions
+from .schemas import Model, PictureFormat, RequestError
+
+T = TypeVar("T")
+READY_SECONDS = 5.0
+"""For how long an inference of the readiness check counts."""
+READY_TIMEOUT = 30.0
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A checked request for images.
+
+    Attributes:
+        seeds: One for each image.
+        steps: Number of network calls.
+        labels: Names or numbers of classes: one for each image, or one for all; None draws them from the seeds.
+        others: Further arguments of ``Generator.__call__`` that hold for every image: guidance scale, prompt.
+        split: Make each image as a request of its own: it is ready on its own, and dropped on its own.
+        deadline: When the answer is due, seconds of ``time.monotonic``.
+    """
+
+    seeds: tuple[int, ...]
+    steps: int
+    labels: Any = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+    split: bool
+    deadline: float
+
+    def parts(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return the requests that it is made of: the position of each one's first image, and its arguments."""
+        size = 1 if self.split else len(self.seeds)
+        return [
+            (
+                start,
+                {
+                    "num_images": size,
+                    "seed": list(self.seeds[start : start + size]),
+                    "class_labels": self._slice(self.labels, start, size),
+                    "num_inference_steps": self.steps,
+                    "output_type": "raw",
+                    **{name: self._slice(value, start, size) for name, value in self.others.items()},
+                },
+            )
+            for start in range(0, len(self.seeds), size)
+        ]
+
+    @staticmethod
+    def _slice(value: Any, start: int, size: int) -> Any:
+        return value[start : start + size] if isinstance(value, list) else value
+
+
+class Service:
+    """An open model. Its coroutines run on one event loop.
+
+    Attributes:
+        options: What the server was started with.
+        metrics: The server's metrics.
+        admission: The images that were accepted and are not yet made.
+        model: What is served, for the API.
+        spec: The sampler of the default number of steps.
+    """
+
+    def __init__(self, gen: Generator, options: ServeOptions, canary: Canary | None, metrics: Metrics) -> None:
+        opened = gen.opened()
+        spec = opened.spec
+        name = gen.source.bundle.manifest.name if gen.source.bundle is not None else gen.source.path.name
+        self.options, self.metrics, self.spec = options, metrics, spec
+        self.admission = Admission.of(options.max_queue, options.max_images_per_key)
+        steps = options.steps or gen.source.steps
+        self.model = Model(
+            id=name,
+            build_id=gen.source.build_id,
+            backend=opened.row.backend,
+            precision=opened.row.precision,
+            steps=sorted(steps),
+            default_steps=spec.num_inference_steps,
+            size=f"{spec.image_shape[2]}x{spec.image_shape[1]}" if is_picture(spec) else None,
+            num_classes=spec.num_classes,
+            class_names=list(spec.class_names),
+            takes_prompt=takes_prompt(spec),
+            guidance_range=spec.guidance_range,
+            max_images=options.max_images,
+        )
+        self._path = gen.source.path
+        self._gen, self._canary = gen, canary
+        self._batcher = gen.batcher(max_waiting=max(options.max_queue, spec.max_batch))
+        # Draw noise, make files: short work in NumPy and zlib, which leave the interpreter to others.
+        self._threads = ThreadPoolExecutor(4, "scm-serve")
+        self._seconds_per_image = 0.05
+        self._ready: tuple[float, str | None] = (-math.inf, None)
+        self._checking = asyncio.Lock()
+        self._closed = threading.Event()
+
+    @classmethod
+    def open(cls, options: ServeOptions) -> Service:
+        """Open the model, every number of steps that is offered, and run each once.
+
+        Raises:
+            ConfigError: If the bundle does not have what the options name.
+            ScmError: If it cannot be opened.
+        """
+        gen = Generator.from_pretrained(
+            options.bundle,
+            backend=options.backend,
+            precision=options.precision,
+            device=options.device,
+            num_threads=options.num_threads,
+            trust_engines=options.trust_engines,
+            num_inference_steps=_default(options.steps),
+        )
+        canary: Canary | None = None
+        try:
+            for steps in options.steps or gen.source.steps:
+                gen(1, seed=0, num_inference_steps=steps, output_type="raw", **_probe(gen.opened(steps).spec))
+            metrics = Metrics()
+            if options.shadow:
+                bounds = {steps: Bound.of(gen, steps) for steps in options.steps or gen.source.steps}
+                canary = Canary(
+                    open_reference(gen, options), bounds, share=options.shadow, tolerated=options.shadow_samples,
+                    metrics=metrics,
+                )  # fmt: skip
+            return cls(gen, options, canary, metrics)
+        except BaseException:
+            if canary is not None:
+                canary.close()
+            gen.close()
+            raise
+
+    def close(self) -> None:
+        """Finish what was accepted and close the model; may be called twice."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._batcher.close()
+        self._threads.shutdown()
+        if self._canary is not None:
+            self._canary.close()
+        self._gen.close()
+        self.metrics.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which there should be room, as fast as images were made lately."""
+        return min(60.0, max(1.0, self.admission.images * self._seconds_per_image))
+
+    def check_steps(self, steps: int | None) -> int:
+        """Return the number of steps of a request.
+
+        Raises:
+            RequestError: If it is not offered.
+        """
+        if steps is None:
+            return self.model.default_steps
+        if steps not in self.model.steps:
+            raise RequestError(
+                "invalid_value",
+                f"num_inference_steps is {steps}, expected one of {', '.join(map(str, self.model.steps))}.",
+                param="num_inference_steps",
+            )
+        return steps
+
+    def check_count(self, count: int, param: str = "n") -> int:
+        """Return the number of images of a request.
+
+        Raises:
+            RequestError: If one request may not ask for so many.
+        """
+        if not 1 <= count <= self.options.max_images:
+            raise RequestError(
+                "invalid_value", f"{param} is {count}, expected 1..{self.options.max_images} images.", param=param
+            )
+        return count
+
+    def due(self, timeout: float | None) -> float:
+        """Return when the answer of a request is due that comes now, seconds of ``time.monotonic``."""
+        return time.monotonic() + min(self.options.deadline, timeout or math.inf)
+
+    async def run(self, call: Call, key: str) -> AsyncGenerator[tuple[int, GeneratorOutput], None]:
+        """Make the images of a request, unless there is no room.
+
+        Closing the iterator, or an error, drops what no batch has begun.
+
+        Args:
+            call: The request.
+            key: Name of the caller's key.
+
+        Yields:
+            The position of the first image, and the output, (N, *image_shape) float32 in data units; as they are ready.
+
+        Raises:
+            RequestError: If it is refused, not made in time, or wrong.
+            ScmError: If the model fails.
+        """
+        self.admission.take(len(call.seeds), key, retry_after=self.retry_after)
+        self.metrics.waiting.set(self.admission.images)
+        loop, held = asyncio.get_running_loop(), len(call.seeds)
+        futures: list[tuple[int, Future[GeneratorOutput]]] = []
+
+        def release(images: int) -> None:
+            self.admission.release(images, key)
+            self.metrics.waiting.set(self.admission.images)
+
+        def done(images: int, future: Future[GeneratorOutput]) -> None:
+            if future.cancelled():
+                self.metrics.canceled.inc(images)
+            loop.call_soon_threadsafe(release, images)
+
+        def submit() -> None:
+            nonlocal held
+            for start, arguments in call.parts():
+                future = self._batcher.submit(timeout=0, **arguments)
+                held -= arguments["num_images"]
+                future.add_done_callback(partial(done, arguments["num_images"]))
+                futures.append((start, future))
+
+        pending: dict[asyncio.Future[GeneratorOutput], int] = {}
+        submitted = loop.run_in_executor(self._threads, submit)
+        try:
+            with self._translated():
+                await asyncio.shield(submitted)
+            pending.update((asyncio.wrap_future(future), start) for start, future in futures)
+            while pending:
+                ready, _ = await asyncio.wait(
+                    pending, timeout=max(0.0, call.deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+                )
+                if not ready:
+                    raise RequestError(
+                        "deadline_exceeded", "the images were not made in time. Try again later.",
+                        retry_after=self.retry_after,
+                    )  # fmt: skip
+                for each in ready:
+                    start = pending.pop(each)
+                    with self._translated():
+                        output = each.result()
+                    self._observe(output, call, start)
+                    yield start, output
+        finally:
+            if not submitted.done():  # the caller has gone: what is still submitted is dropped, too
+                await asyncio.wait([submitted])
+            submitted.exception()  # was raised above, or nobody waits for it
+
+            for waited in pending:
+                waited.cancel()
+            for _, future in futures:
+                future.cancel()
+
+            if held:  # never submitted
+                release(held)
+
+    async def run_whole(self, call: Call, key: str) -> GeneratorOutput:
+        """Make the images of a request; return them as one output.
+
+        Arguments and errors are those of ``run``.
+        """
+        async with aclosing(self.run(call, key)) as outputs:
+            parts = [output async for _, output in in_order(outputs)]
+        labels = [label for part in parts for label in part.class_labels or ()]
+        return replace(
+            parts[0],
+            images=np.concatenate([part.images for part in parts]),
+            seeds=call.seeds,
+            class_labels=tuple(labels) if labels else None,
+        )
+
+    async def pictures(self, output: GeneratorOutput, kind: PictureFormat) -> list[bytes]:
+        """Return an output's pictures as files.
+
+        Raises:
+            BackendFailure: If one holds NaN or infinity.
+        """
+        work = partial(_files, self.arrays, output, kind)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def arrays(self, output: GeneratorOutput) -> NDArray[np.uint8]:
+        """Return an output's pictures, (N, H, W, C) uint8.
+
+        Raises:
+            BackendFailure: If one holds NaN or infinity.
+        """
+        if not np.isfinite(output.images).all():
+            raise BackendFailure(f"{output.info.backend} returned NaN or infinity for one of the seeds {output.seeds}.")
+        return to_uint8(output.images, self.spec.value_range)
+
+    async def check_ready(self) -> str | None:
+        """Return why the model is not ready, or None; an inference tells, at most one every few seconds."""
+        if self._canary is not None and self._canary.fault and not self.options.shadow_warn:
+            return self._canary.fault
+        async with self._checking:
+            then, problem = self._ready
+            if time.monotonic() - then < READY_SECONDS:
+                return problem
+            infer = partial(self._gen, 1, seed=0, output_type="raw", **_probe(self.spec))
+            try:
+                work = asyncio.get_running_loop().run_in_executor(None, infer)
+                output = await asyncio.wait_for(work, READY_TIMEOUT)
+                problem = None if np.isfinite(output.images).all() else "the model returns NaN or infinity"
+            except asyncio.TimeoutError:
+                problem = f"an inference did not end within {READY_TIMEOUT:.0f} s"
+            except Exception as exc:
+                _LOG.error("the readiness check failed", exc_info=exc)
+                problem = f"an inference failed: {type(exc).__name__}"
+            self._ready = time.monotonic(), problem
+            return problem
+
+    def _observe(self, output: GeneratorOutput, call: Call, start: int) -> None:
+        """Count an output, and let the canary have it."""
+        count, batches, sample = len(output.seeds), output.info.batches, output.info.timings["sample_ms"] / 1e3
+        self.metrics.images.inc(count)
+        for size in batches:
+            for _ in range(size if len(batches) > 1 else count):
+                self.metrics.batch_size.observe(size)
+        self.metrics.sample_seconds.observe(sample)
+        self._seconds_per_image += 0.1 * (sample / sum(batches) - self._seconds_per_image)
+        if self._canary is not None:
+            for i in range(count):
+                others = {n: v[start + i] if isinstance(v, list) else v for n, v in call.others.items()}
+                self._canary.offer(output, i, others)
+
+    def _translated(self) -> _Translated:
+        return _Translated(self)
+
+
+async def in_order(parts: AsyncGenerator[tuple[int, T], None]) -> AsyncGenerator[tuple[int, T], None]:
+    """Wait for all parts of an answer; yield them by position."""
+    for part in sorted([part async for part in parts], key=lambda part: part[0]):
+        yield part
+
+
+class _Translated:
+    """Turns what the caller did wrong into a ``RequestError`` without paths of this machine."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
+        if isinstance(exc, QueueFull):
+            raise RequestError("queue_full", str(exc), retry_after=self._service.retry_after) from exc
+        if isinstance(exc, ConfigError | ShapeError):
+            text = str(exc).replace(str(self._service._path), "the model")
+            raise RequestError("invalid_value", text) from exc
+
+
+def _probe(spec: SamplerSpec) -> dict[str, Any]:
+    """Return what an inference that needs no request says beside its seed."""
+    probe: dict[str, Any] = {}
+    if spec.guidance_range is not None and spec.default_guidance is None:
+        probe["guidance_scale"] = spec.guidance_range[0]
+    made = {t.name: np.zeros((1, *t.shape), t.dtype) for t in spec.conditioning if t.kind == "values"}
+    return probe | ({"conditioning": made} if made else {})
+
+
+def _files(arrays: Any, output: GeneratorOutput, kind: PictureFormat) -> list[bytes]:
+    return [encode_picture(picture, f".{kind}") for picture in arrays(output)]
+
+
+def _default(steps: tuple[int, ...]) -> int | None:
+    """Return the default number of steps where some are named: 2 where it is among them, else the first."""
+    return None if not steps else 2 if 2 in steps else steps[0]

@@ -1,0 +1,192 @@
+"""Bundles that are served in a moment, and servers of ``scm-export serve`` in a process of their own."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from helpers.toy_bundles import write_linear_graph
+from scm_sdk.bundle.bundle import publish_bundle, write_bundle
+from scm_sdk.bundle.manifest import Artifact, ParityRecord
+from scm_sdk.spec import SamplerSpec, default_times
+
+NAMES = ("cat", "dog", "robot")
+SHAPE = (3, 8, 8)
+
+
+def write_served_bundle(
+    path: Path, *, steps: tuple[int, ...] = (1, 2), matmuls: int = 0, half_gain: float | None = None, **changes: Any
+) -> Path:
+    """Write a bundle of linear graphs, labels cat, dog and robot, largest batch 4.
+
+    Args:
+        path: The folder.
+        steps: One graph for each.
+        matmuls: Each batch first multiplies so many 512x512 matrices, some milliseconds each.
+        half_gain: Gain of a further graph that the manifest calls fp16 and records as compared; right is 0.5.
+        changes: Fields of the specs.
+    """
+    fields = {"sample_shape": SHAPE, "num_classes": 3, "class_names": NAMES, "max_batch": 4} | changes
+    specs = [SamplerSpec(times=default_times(count), **fields) for count in steps]
+    gains = {"fp32": 0.5} | ({} if half_gain is None else {"fp16": half_gain})
+    artifacts, parity = [], []
+    with publish_bundle(path) as folder:
+        for precision, gain in gains.items():
+            for spec in specs:
+                relative = f"onnx/{precision}/{spec.num_inference_steps}step/model.onnx"
+                write_linear_graph(folder / relative, spec, gain=gain)
+                if matmuls:
+                    slow_down(folder / relative, matmuls)
+                artifacts.append(
+                    Artifact(
+                        path=relative, format="onnx", precision=precision, num_inference_steps=spec.num_inference_steps
+                    )
+                )
+                exact = precision == "fp32"
+                parity.append(
+                    ParityRecord(
+                        artifact=relative,
+                        reference="checkpoint",
+                        backend="onnxruntime",
+                        gate="max_abs" if exact else "psnr_p05_db",
+                        threshold=1e-5 if exact else 55.0,
+                        noise_floor=1e-6,
+                        max_abs=1e-6,
+                        num_samples=32,
+                        passed=True,
+                    )
+                )
+        write_bundle(folder, name="linear", samplers=specs, artifacts=artifacts, parity=parity)
+    return path
+
+
+def slow_down(graph: Path, matmuls: int) -> None:
+    """Let a linear graph multiply matrices of 512x512 that depend on its noise and change nothing."""
+    import numpy as np
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(str(graph))
+    body, last = model.graph, "work_0"
+    body.initializer.append(numpy_helper.from_array(np.full((512, 512), 1 / 512, np.float32), "ones_512"))
+    body.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
+    nodes = [
+        helper.make_node("ReduceMax", [body.input[0].name], ["largest"], keepdims=0),
+        helper.make_node("Mul", ["ones_512", "largest"], [last]),
+    ]
+    for i in range(matmuls):
+        nodes.append(helper.make_node("MatMul", [last, "ones_512"], [f"work_{i + 1}"]))
+        last = f"work_{i + 1}"
+    nodes += [
+        helper.make_node("ReduceMax", [last], ["result"], keepdims=0),
+        helper.make_node("Mul", ["result", "zero"], ["nothing"]),
+    ]
+    final = body.node[-1]  # Identity
+    nodes.append(helper.make_node("Add", [final.input[0], "nothing"], ["with_nothing"]))
+    final.input[0] = "with_nothing"
+    rest = list(body.node)[:-1]
+    del body.node[:]
+    body.node.extend([*rest, *nodes, final])
+    onnx.save(model, str(graph))
+
+
+@dataclass
+class RunningServer:
+    """A server in a process of its own.
+
+    Attributes:
+        process: It.
+        url: Its address.
+        lines: What it wrote on stderr so far.
+        http: A client of it, for any number of threads.
+    """
+
+    process: subprocess.Popen[str]
+    url: str
+    lines: list[str]
+    http: httpx.Client
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    def connect(self) -> socket.socket:
+        """Return an open connection."""
+        return socket.create_connection(self.address, timeout=30)
+
+    def end(self) -> int:
+        """Send SIGTERM; return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's samples with these labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        text = self.http.get("/metrics").text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+@contextmanager
+def running(bundle: Path, *options: str, timeout: float = 120) -> Iterator[RunningServer]:
+    """Run ``scm-export serve BUNDLE`` on a free port of this machine until the context ends."""
+    command = [sys.executable, "-m", "scm_sdk.export.cli", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    lines: list[str] = []
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stderr is not None
+        stderr, started = process.stderr, threading.Event()
+
+        def read() -> None:
+            for line in stderr:
+                lines.append(line.rstrip())
+                if re.match(r"http://\S+ serves ", line):
+                    started.set()
+            started.set()
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            assert started.wait(timeout), lines
+            found = next((m for line in lines if (m := re.match(r"(http://\S+) serves ", line))), None)
+            assert found, "\n".join(lines)
+            url = found[1].replace("0.0.0.0", "127.0.0.1")
+            limits = httpx.Limits(max_connections=None)
+            with httpx.Client(base_url=url, limits=limits, timeout=60) as http:
+                yield RunningServer(process, url, lines, http)
+        finally:
+            process.kill()
+            reader.join()
+
+
+def eventually(check: Any, *, timeout: float = 30) -> None:
+    """Wait until a check is true."""
+    until = time.monotonic() + timeout
+    while not check():
+        assert time.monotonic() < until, "it did not become true"
+        time.sleep(0.02)
+
+
+def open_files() -> int:
+    """Return how many files this process may open."""
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
