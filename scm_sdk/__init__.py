@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .model.networks.custom import register_network
     from .model.sampler import Sampler
     from .noise import draw_noise
+    from .serve.client import Client, ClientOutput
     from .spec import Precision, SamplerSpec, TensorSpec
 
 __all__ = [
@@ -60,6 +61,8 @@ __all__ = [
     "Batcher",
     "Bundle",
     "BundleError",
+    "Client",
+    "ClientOutput",
     "ConfigError",
     "ConsistencyModel",
     "Decoder",
@@ -108,6 +111,8 @@ _HOMES = {
     "Batcher": ".inference.batcher",
     "Bundle": ".bundle.bundle",
     "BundleError": ".errors",
+    "Client": ".serve.client",
+    "ClientOutput": ".serve.client",
     "ConfigError": ".errors",
     "ConsistencyModel": ".model.consistency",
     "Decoder": ".model.decoder",

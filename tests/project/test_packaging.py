@@ -97,7 +97,7 @@ def test_the_wheel_holds_every_module_and_all_data(tmp_path: Path) -> None:
     held = {name for name in names if ".dist-info/" not in name}
     data = {path for path in sources() if path.startswith("scm_sdk/assets/")} | {"scm_sdk/py.typed"}
     assert "scm_sdk/assets/pixel_art_16.npz" in data
-    assert held == sources(".py") | sources(".j2") | data
+    assert held == sources(".py") | sources(".j2") | sources(".html") | data
 
 
 def test_the_license_is_apache_2_in_full(project: dict[str, Any]) -> None:

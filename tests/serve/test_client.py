@@ -15,7 +15,7 @@ from helpers.servers import RunningServer, running, write_served_bundle
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, IntegrityError, ParityError, QueueFull
 from scm_sdk.inference.generator import Generator
 from scm_sdk.serve import client as module
-from scm_sdk.serve.client import Client
+from scm_sdk import Client
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def front_of(server: RunningServer, *faults: int) -> Iterator[tuple[str, list[bytes]]]:
-    """A proxy that answers its first requests with these statuses, 0 for a closed connection, and passes on the rest."""
+    """A proxy that answers its first requests with these statuses, 0 for a closed connection; it passes the rest on."""
     left, bodies = list(faults), list[bytes]()
 
     class Handler(BaseHTTPRequestHandler):
@@ -105,9 +105,7 @@ def test_an_image_is_computed_again(server: RunningServer, served_bundle: Path) 
         assert out.verified in out.seeds
 
 
-def test_a_server_of_another_model_or_with_wrong_images_is_found_out(
-    server: RunningServer, tmp_path: Path
-) -> None:
+def test_a_server_of_another_model_or_with_wrong_images_is_found_out(server: RunningServer, tmp_path: Path) -> None:
     other = write_served_bundle(tmp_path / "other", sigma_data=0.4)
     with Client(server.url, bundle=other) as client, pytest.raises(IntegrityError, match="build"):
         client.generate(verify=True)
