@@ -57,7 +57,7 @@ def serve(options: ServeOptions, *, on_start: Callable[[str], object] = lambda a
             _serve_by_workers(options, listening, on_start)
             return
         with Service.open(options) as service:
-            server = uvicorn.Server(_Config(make_app(service, keys), options))
+            server = _Server(_Config(make_app(service, keys), options))
             on_start(_address(listening))
             try:
                 server.run(sockets=[listening])
@@ -102,6 +102,7 @@ class _Config(uvicorn.Config):
 
     def __init__(self, app: Callable[..., Any], options: ServeOptions) -> None:
         self.read_timeout = options.read_timeout
+        self.ending = False
         super().__init__(
             app,
             factory=options.workers > 1,
@@ -122,6 +123,17 @@ class _Config(uvicorn.Config):
         )
 
 
+class _Server(uvicorn.Server):
+    """Lets connections know of the end that are accepted while it begins, which would else be kept."""
+
+    config: _Config
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End; see ``TimedProtocol.shutdown``."""
+        self.config.ending = True
+        await super().shutdown(sockets)
+
+
 class TimedProtocol(H11Protocol):
     """HTTP/1.1 of uvicorn with the time limits that it lacks: for a request's headers, and for a client that reads."""
 
@@ -132,6 +144,8 @@ class TimedProtocol(H11Protocol):
         """Begin to wait for headers."""
         super().connection_made(transport)
         self._start()
+        if self.config.ending:
+            self.shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing more."""
@@ -159,6 +173,7 @@ class TimedProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         """End after the answer; an idle connection after a moment in which a request may still be read."""
+        self.config.ending = True  # in a worker process, whose server is uvicorn's own
         if self._is_idle:
             self.loop.call_later(LATE_SECONDS, self._shutdown_now)
         else:

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from helpers.toy_bundles import write_linear_graph
 from scm_sdk.bundle.bundle import publish_bundle, write_bundle
 from scm_sdk.bundle.manifest import Artifact, ParityRecord
 from scm_sdk.spec import SamplerSpec, default_times
+
+if TYPE_CHECKING:
+    import httpx
 
 NAMES = ("cat", "dog", "robot")
 SHAPE = (3, 8, 8)
@@ -114,7 +115,7 @@ class RunningServer:
     process: subprocess.Popen[str]
     url: str
     lines: list[str]
-    http: httpx.Client
+    http: "httpx.Client"
 
     @property
     def address(self) -> tuple[str, int]:
@@ -147,6 +148,8 @@ class RunningServer:
 @contextmanager
 def running(bundle: Path, *options: str, timeout: float = 120) -> Iterator[RunningServer]:
     """Run ``scm-export serve BUNDLE`` on a free port of this machine until the context ends."""
+    import httpx
+
     command = [sys.executable, "-m", "scm_sdk.export.cli", "serve", str(bundle), "--port", "0", "--threads", "1"]
     lines: list[str] = []
     with subprocess.Popen(

@@ -1,12 +1,16 @@
 """What tests of the server share."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from helpers.servers import RunningServer, running, write_served_bundle
 from scm_sdk.inference.generator import Generator
+
+if find_spec("starlette") is None:  # the extra serve, which the extra test brings
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

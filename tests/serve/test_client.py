@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from helpers.servers import RunningServer, running, write_served_bundle
+from scm_sdk import Client
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, IntegrityError, ParityError, QueueFull
 from scm_sdk.inference.generator import Generator
 from scm_sdk.serve import client as module
-from scm_sdk import Client
 
 
 @pytest.fixture(autouse=True)
