@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from .._util.arguments import check_names
 from .._version import __version__
 from ..errors import ScmError, UnknownArgument
-from ..inference.request import check_names
 
 MAX_PROMPT = 4000
 """Characters of a prompt or a label's name."""
