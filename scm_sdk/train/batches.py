@@ -1,7 +1,7 @@
 """The batch of an iteration: a pure function of the run's seed, the data and the iteration.
 
-The random numbers are always drawn for the whole batch; a process keeps the rows that are its own. Hence batches are
-the same whatever the number of processes and of parts that a batch is split into.
+The random numbers are always drawn for the global batch; a process keeps its rows. Batches therefore do not depend on
+the number of processes and of gradient accumulation parts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Drawn = TypeVar("Drawn")
 
 
 def draw_batch(config: TrainConfig, data: ImageData, iteration: int, rows: slice | None = None) -> Batch:
-    """Return what an iteration sees.
+    """Return the batch of an iteration.
 
     Args:
         config: The run.
         data: Its images.
-        iteration: From 0.
-        rows: Which of the batch's samples; all of them when None. Only their images are read.
+        iteration: Iteration, from 0.
+        rows: Rows of the global batch; None for all. Only their images are read.
     """
     count, size = len(data), config.batch_size
     positions = np.arange(iteration * size, (iteration + 1) * size)
@@ -79,7 +79,7 @@ def take(drawn: Drawn, rows: slice | Tensor, device: torch.device) -> Drawn:
 
 
 def drawn_for(batch: Batch, config: TrainConfig, draw: Callable[[torch.Size], Drawn]) -> Drawn:
-    """Draw more random numbers for an iteration: for its whole batch, of which the rows in hand are kept."""
+    """Draw further random numbers for the global batch of an iteration and keep the rows of ``batch``."""
     if batch.rows is None:
         return take(draw(batch.x_0.shape), slice(None), batch.x_0.device)
     whole = torch.Size((config.batch_size, *batch.x_0.shape[1:]))
@@ -87,7 +87,7 @@ def drawn_for(batch: Batch, config: TrainConfig, draw: Callable[[torch.Size], Dr
 
 
 def split(batch: Batch, parts: int, device: torch.device) -> list[Batch]:
-    """Split a batch into equal parts on a device; each knows which rows of the whole batch it has."""
+    """Split a batch into equal parts on a device; each part records its rows of the global batch."""
     if parts == 1:
         return [take(batch, slice(None), device)]
     size = len(batch.x_0) // parts
@@ -99,17 +99,17 @@ def split(batch: Batch, parts: int, device: torch.device) -> list[Batch]:
 
 
 def seed_dropout(config: TrainConfig, iteration: int, part: int) -> None:
-    """Seed what the network drops in one part of an iteration's batch, counted over all processes."""
+    """Seed the dropout of one part of an iteration's batch, counted over all processes."""
     torch.manual_seed(mixed_seed(config.seed, iteration, 4, part) if part else (config.seed << 31) + iteration)
 
 
 class Feed(AbstractContextManager["Feed"]):
-    """Hands out the batches of a run; images that come from disk are read one iteration ahead.
+    """Provides the batches of a run; images on disk are read one iteration ahead.
 
     Args:
         config: The run.
         data: Its images.
-        rows: Which of each batch's samples; all of them when None.
+        rows: Rows of each global batch; None for all.
     """
 
     def __init__(self, config: TrainConfig, data: ImageData, rows: slice | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Build a run: its networks, losses and optimizer, arranged for its processes."""
+"""Build a run: networks, losses and optimizer, distributed over its processes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .prepare import Prepared
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything that one process of a run holds.
+    """The objects of a run in one process.
 
     Attributes:
-        config: What is run.
-        scale: How it is spread out.
+        config: The run.
+        scale: Its distribution over processes.
         world: The processes.
         data: The images.
         stable_target: Replaces data by posterior means, or None.
-        loss: ``(batch, iteration) -> (loss, residual)``, as the module that DDP or FSDP2 wraps.
-        parameters: What the optimizer moves, in its order.
-        optimizer: Of the student and the weighting heads.
-        average: The averaged model; each process's share of it where the run is sharded.
-        profiles: The averages that others are made from.
-        state: Everything of it that changes.
+        loss: ``(batch, iteration) -> (loss, residual)``, the module that DDP or FSDP2 wraps.
+        parameters: Parameters of the optimizer, in its order.
+        optimizer: Optimizer of the student and the weighting heads.
+        average: The averaged model; the shard of this process in a sharded run.
+        profiles: The stored averages for post-hoc reconstruction.
+        state: The mutable state of the run.
     """
 
     config: TrainConfig
@@ -58,23 +58,23 @@ class Run:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds only a share."""
+        """Whether each process holds only a shard."""
         return self.scale.parallel == "fsdp"
 
     @property
     def rows(self) -> slice | None:
-        """Which samples of each batch are this process's; None for all."""
+        """Rows of each batch of this process; None for all."""
         share = self.config.batch_size // self.world.size
         return None if self.world.size == 1 else slice(self.world.rank * share, (self.world.rank + 1) * share)
 
     def move(self) -> None:
-        """Take the optimizer's step and let the average follow."""
+        """Perform the optimizer step and update the average."""
         self.optimizer.step()
         normalize_weights_(self.state.network)
         update_ema(self.average.network, self.state.network, self.config.ema_decay_at(self.state.iteration))
 
     def gathered(self) -> ConsistencyModel:
-        """Return the averaged model, whole on process 0 and with how far it is trained; all processes must call it."""
+        """Return the averaged model, complete on process 0, with the training state; all processes must call it."""
         about = {"iteration": str(self.state.iteration), "num_iterations": str(self.config.num_iterations)}
         config = self.average.config
         self.average.config = msgspec.structs.replace(config, provenance={**config.provenance, **about})
@@ -89,7 +89,7 @@ class Run:
 
 
 def build(start: Prepared, out: Path, scale: Scale, world: World) -> Run:
-    """Make a run's networks, losses and optimizer, with the weights it starts from."""
+    """Create the networks with their initial weights, the losses and the optimizer of a run."""
     config, sharded = start.config, scale.parallel == "fsdp"
     torch.manual_seed(config.seed)
     network = _arrange(ConsistencyModel(start.model_config).network.train(), config)
@@ -152,9 +152,9 @@ def build(start: Prepared, out: Path, scale: Scale, world: World) -> Run:
 
 
 def _arrange(module: nn.Module, config: TrainConfig) -> nn.Module:
-    """Put the weights in channels-last layout when compiled and leave them as they are when not.
+    """Use the channels-last layout for weights if the loss is compiled.
 
-    Without the compiler each group normalization would copy back and forth between the layouts.
+    Without the compiler each group normalization would convert between the layouts.
     """
     if not config.compile:
         return module

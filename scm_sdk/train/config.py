@@ -1,4 +1,4 @@
-"""``TrainConfig``: everything that determines the result of a run, as one frozen, JSON-serializable value."""
+"""``TrainConfig``: the settings that determine the result of a run; frozen and JSON-serializable."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The training loop: draw a batch, step, average, log, checkpoint; running it again resumes.
+"""The training loop: draw a batch, step, average, log, checkpoint. A second start resumes.
 
-A run lives in one folder: ``train.json`` (what it is), ``state.safetensors`` or ``state-ITERATION/`` (where it stands),
+A run is one folder: ``train.json`` (settings), ``state.safetensors`` or ``state-ITERATION/`` (training state),
 ``config.json`` + ``diffusion_pytorch_model.safetensors`` (the averaged model, loadable at any time),
-``log.jsonl`` and ``samples/``. Every iteration's randomness is a function of (seed, iteration), and the state is the
-last thing that a checkpoint writes: log, samples and model of an iteration are on disk before its state is. So a run
-that was interrupted, or killed at any moment, ends with the same files as one that was not; of the log, only the
-seconds differ. Under ``torchrun`` the processes of ``distributed`` share the work of each iteration.
+``log.jsonl`` and ``samples/``. The random numbers of an iteration are a function of (seed, iteration), and a checkpoint
+writes the state last, after log, samples and model. A run that was interrupted or killed at any moment therefore ends
+with the same files as an uninterrupted one; only the seconds in the log differ. Under ``torchrun`` the processes of
+``distributed`` share the work of each iteration.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _MAX_LINE_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class StepLog:
-    """What one logged iteration looked like.
+    """One line of the log.
 
     Attributes:
-        iteration: Iterations done.
-        loss: Weighted loss, mean since the last log.
-        residual: Unweighted mean square of the residual, mean since the last log.
-        grad_norm: Gradient norm before clipping, largest since the last log.
+        iteration: Completed iterations.
+        loss: Weighted loss, mean since the last line.
+        residual: Unweighted mean square of the residual, mean since the last line.
+        grad_norm: Gradient norm before clipping, maximum since the last line.
         learning_rate: Learning rate.
-        skipped: Non-finite steps skipped so far.
-        seconds: Seconds of training so far, over all sittings.
+        skipped: Total skipped non-finite steps.
+        seconds: Total seconds of training, over all starts.
     """
 
     iteration: int
@@ -71,11 +71,11 @@ class StepLog:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the caller wants to see while a run goes on. Of several processes only the first reports.
+    """Callbacks and intervals of a run. Of several processes only the first reports.
 
     Attributes:
         on_start: Called with the completed config and the data before the first iteration.
-        on_step: Called after every iteration with the iterations done; on every process.
+        on_step: Called after every iteration with the number of completed iterations, on every process.
         on_log: Called with each log line.
         on_sample: Called with the averaged model and the iteration when samples are due.
         log_every: Iterations between log lines.
@@ -99,27 +99,27 @@ def train(
     data: ImageData | None = None,
     scale: Scale | None = None,
 ) -> ConsistencyModel:
-    """Run training to its end, from the start or from where an earlier call stopped.
+    """Run training to its end, from the start or from the last checkpoint.
 
     Args:
-        config: The run. An existing run in ``out`` must have the same.
-        out: The run's folder; on several machines one that they share.
-        hooks: What to report on the way.
-        data: What ``load_data(config.data)`` returned, where the caller has it already.
-        scale: How to spread it over the processes that torchrun started, and each iteration over time.
+        config: The run. An existing run in ``out`` must have the same config.
+        out: The run's folder; on several machines on a shared disk.
+        hooks: Callbacks and intervals.
+        data: Result of ``load_data(config.data)``, if the caller has loaded it.
+        scale: Distribution over the processes of torchrun, and gradient accumulation.
 
-    On Ctrl-C (SIGINT) and on SIGTERM it finishes the iteration and saves. A second Ctrl-C ends a single process at
-    once, unsaved. Threads other than the main one receive no signals.
+    On Ctrl-C (SIGINT) and SIGTERM the run finishes the iteration and saves. A second Ctrl-C ends a single process at
+    once without saving. Only the main thread receives signals.
 
     Returns:
-        The averaged model, as it lies in ``out``. Of several processes of a sharded run only the first has it whole.
+        The averaged model as saved in ``out``. In a sharded run only the first process has the complete model.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C.
         SystemExit: With code 143, after SIGTERM.
-        TrainError: If the data does not fit, the folder holds another run, too many steps in a row are not finite,
-            a disk is full, or another process was lost. What was saved before stays.
-        ConfigError: If the run cannot be spread out so.
+        TrainError: If the data does not match, the folder holds another run, too many consecutive steps are not finite,
+            a disk is full, or another process was lost. Earlier checkpoints stay.
+        ConfigError: If the run cannot be distributed in this way.
     """
     out, scale = Path(out), scale or Scale()
     with joined(scale) as world:
@@ -128,12 +128,12 @@ def train(
             hooks, config, images = hooks or Hooks(), start.config, start.data
             world.on_main(lambda: hooks.on_start(config, images))
             run = build(start, out, scale, world)
-            del start  # its models would stay in memory for the whole run
+            del start  # the loaded models would stay in memory during the run
             return _iterate(run, out, hooks)
 
 
 def _prepare(config: TrainConfig, data: ImageData | None, scale: Scale, world: World) -> Prepared:
-    """Load what a run starts from, and refuse one that cannot be spread out so."""
+    """Load data and initial models, and refuse an unsupported distribution."""
     start = resolve(config, data)
     check_scale(start.config, scale, world)
     return start
@@ -141,14 +141,14 @@ def _prepare(config: TrainConfig, data: ImageData | None, scale: Scale, world: W
 
 @contextmanager
 def _claimed(config: TrainConfig, out: Path, world: World) -> Iterator[None]:
-    """Let process 0 hold the run's folder for all."""
+    """Lock the run's folder on process 0 for all processes."""
     with ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(claimed_folder(config, out)))
         yield
 
 
 def _iterate(run: Run, out: Path, hooks: Hooks) -> ConsistencyModel:
-    """Run what is left of a run's iterations, log and save on the way."""
+    """Run the remaining iterations with logging and checkpoints."""
     config, state, world = run.config, run.state, run.world
     load_run(out, state, world)
     if state.iteration >= config.num_iterations:
@@ -183,7 +183,7 @@ def _iterate(run: Run, out: Path, hooks: Hooks) -> ConsistencyModel:
 
 
 def _finished(run: Run, out: Path) -> ConsistencyModel:
-    """Return the model of a run that is done, and write it again where the folder does not hold it."""
+    """Return the model of a finished run, and write it if the folder does not hold it."""
     if run.state.iteration > run.config.num_iterations:
         raise not_resumable(
             out, f"it has done {run.state.iteration} iterations, expected at most {run.config.num_iterations}"
@@ -206,7 +206,7 @@ def _save_model(model: ConsistencyModel, out: Path) -> None:
 
 
 def _is_saved(model: ConsistencyModel, out: Path) -> bool:
-    """Return whether a folder holds just this model."""
+    """Return whether a folder holds exactly this model."""
     try:
         if read_config(out / CONFIG_NAME) != model.config:
             return False
@@ -218,7 +218,7 @@ def _is_saved(model: ConsistencyModel, out: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """The gradient of one iteration, the same on every process: loss, residual, norm; the signal to stop by, or 0."""
+    """Result of one iteration, equal on every process: loss, residual, gradient norm, stop signal or 0."""
 
     loss: float
     residual: float
@@ -231,7 +231,7 @@ class _Step:
 
 
 def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
-    """Compute an iteration's gradient: that of the mean loss over the whole batch, part by part, over all processes."""
+    """Compute the gradient of the mean loss over the global batch, in parts and over all processes."""
     config, iteration, parts = run.config, run.state.iteration, run.scale.accumulate
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate_at(iteration)
@@ -243,7 +243,7 @@ def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
         seed_dropout(config, iteration, run.world.rank * parts + number)
         with reducing(run.loss, last=number == parts - 1):
             loss, residual = run.loss(part, iteration)
-            if loss.requires_grad:  # nothing of it does in the warm-up of VSD alone
+            if loss.requires_grad:  # during the warm-up of VSD alone, no loss depends on the student
                 (loss / parts * loss_scale(config.precision)).backward()
         loss_sum += float(loss.detach())
         residual_sum += float(residual)
@@ -256,7 +256,7 @@ def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
 
 
 def _checkpoint(run: Run, out: Path, log: _Log) -> None:
-    """Save the averaged model, then where the run stands: from then on, nothing before it is done again."""
+    """Save the averaged model, then the state, from which the run resumes."""
     model = run.gathered()
     run.world.on_main(lambda: _save_model(model, out))
     log.keep()
@@ -264,7 +264,7 @@ def _checkpoint(run: Run, out: Path, log: _Log) -> None:
 
 
 class _Log:
-    """The run's log: means over a window of iterations, one JSON line each; process 0 alone writes it."""
+    """The run's log: one JSON line per window of iterations; only process 0 writes it."""
 
     def __init__(self, run: Run, out: Path, hooks: Hooks) -> None:
         self._run, self._hooks, self._path = run, hooks, out / LOG_FILE
@@ -273,7 +273,7 @@ class _Log:
         run.world.on_main(self._trim)
 
     def take(self, step: _Step) -> None:
-        """Count a step; ``bad`` is how many in a row were not finite."""
+        """Record a step; ``bad`` is the number of consecutive non-finite steps."""
         if step.finite:
             self._run.state.window.append((step.loss, step.residual, step.norm))
             self.bad = 0
@@ -282,7 +282,7 @@ class _Log:
             self.bad += 1
 
     def write(self) -> None:
-        """Write and report the line of the window, unless no step of it was finite."""
+        """Write and report the line of the window, unless none of its steps was finite."""
         state = self._run.state
         steps, state.window = state.window, []
         if not steps or not self._run.world.is_main:
@@ -302,7 +302,7 @@ class _Log:
         self._hooks.on_log(line)
 
     def keep(self) -> None:
-        """Have the log outlast a power cut, and let the state know the seconds."""
+        """Flush the log to disk, and store the seconds in the state."""
         self._run.state.seconds = time.monotonic() - self._started
         if self._run.world.is_main and self._path.exists():
             with self._writing() as stream:
@@ -320,7 +320,7 @@ class _Log:
             ) from exc
 
     def _trim(self) -> None:
-        """Drop what was logged after the last checkpoint, which is run again, and what a power cut left in pieces."""
+        """Drop lines after the last checkpoint, which are repeated, and lines truncated by a power loss."""
         if not self._path.exists():
             return
         try:
@@ -334,7 +334,7 @@ class _Log:
 
 
 def _iteration_of(line: bytes) -> int:
-    """Return the iteration of a line of the log; 0 for what is none."""
+    """Return the iteration of a line of the log; 0 for an invalid line."""
     try:
         return msgspec.json.decode(line, type=_Logged).iteration if line.endswith(b"\n") else 0
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

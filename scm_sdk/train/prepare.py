@@ -1,4 +1,4 @@
-"""Prepare a run: load what its config names, complete the config, and claim the run's folder."""
+"""Prepare a run: load its data and models, complete its config, and lock its folder."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LOCK_FILE = ".lock"
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run starts from.
+    """Inputs of a run.
 
     Attributes:
         config: The run, with its network filled in.
-        model_config: The config of the model that it makes.
+        model_config: The config of the trained model.
         data: The images.
         initial: The model whose weights start the run, or None for random weights.
-        teacher: The model that is distilled, or None.
+        teacher: The distilled model, or None.
     """
 
     config: TrainConfig
@@ -45,14 +45,14 @@ class Prepared:
 
 
 def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
-    """Load the data and the models a config names and complete the config from them.
+    """Load the data and the models of a config and complete the config from them.
 
     Args:
         config: The run.
-        data: What ``load_data(config.data)`` returned, where the caller has it already.
+        data: Result of ``load_data(config.data)``, if the caller has loaded it.
 
     Raises:
-        ConfigError: If data, network and models do not belong together.
+        ConfigError: If data, network and models do not match.
         TrainError: If the data cannot be read.
     """
     data = load_data(config.data) if data is None else data
@@ -106,7 +106,7 @@ def resolve(config: TrainConfig, data: ImageData | None = None) -> Prepared:
 
 
 def _presets_for(data: ImageData) -> str:
-    """Name the presets that take such images."""
+    """Return the names of the presets for images of this shape."""
     height, width, channels = data.images.shape[1:]
     names = []
     for name, make in PRESETS.items():
@@ -119,7 +119,7 @@ def _presets_for(data: ImageData) -> str:
 
 
 def _check_classes(model: ConsistencyModel, folder: str, data: ImageData) -> None:
-    """Refuse to distill a model of other classes: label 3 of the one would be label 3 of the other."""
+    """Refuse to distill a model with other classes, because equal label numbers would mean different classes."""
     theirs = model.config.class_names
     if theirs and data.class_names and theirs != data.class_names:
         raise ConfigError(
@@ -130,14 +130,14 @@ def _check_classes(model: ConsistencyModel, folder: str, data: ImageData) -> Non
 
 
 def _load(folder: str, config: TrainConfig) -> ConsistencyModel:
-    """Load a checkpoint of ours, or a denoiser that diffusers saved as a TrigFlow model of the run's ``sigma_data``."""
+    """Load a checkpoint, or a diffusers denoiser as a TrigFlow model with the run's ``sigma_data``."""
     if is_diffusers_folder(Path(folder)):
         return load_diffusers(folder, sigma_data=config.sigma_data)
     return ConsistencyModel.from_pretrained(folder)
 
 
 def _check_alike(model: ConsistencyModel, folder: str, wanted: ModelConfig, *, weights: bool) -> None:
-    """Weights go into the same network; a teacher is only asked, and may be another one of the same samples."""
+    """Refuse initial weights of another network; a teacher may be another network for the same samples."""
     more = model.config.guidance and not wanted.guidance
     if weights and (more or _shape(model.config.network) != _shape(wanted.network)):
         raise ConfigError(f"the network of {folder} differs from the run's; give models of one shape.")
@@ -148,16 +148,16 @@ def _check_alike(model: ConsistencyModel, folder: str, wanted: ModelConfig, *, w
 
 
 def _shape(network: NetworkConfig) -> dict[str, object]:
-    """Return what decides which weights fit: all but the dropout and a guidance input, which may be added."""
+    """Return the fields that decide whether weights match: all except dropout and the optional guidance input."""
     fields: dict[str, object] = msgspec.to_builtins(network)
     return {name: value for name, value in fields.items() if name not in ("dropout", "dropout_resolution", "guidance")}
 
 
 def _with_guidance_input(network: NetworkConfig, config: TrainConfig) -> NetworkConfig:
-    """Give a student that is to be told the guidance scale an input for it.
+    """Add a guidance input to a student that takes the guidance scale.
 
     Raises:
-        ConfigError: If it has one and would not be told, or can have none.
+        ConfigError: If the network has a guidance input that the run does not use, or cannot have one.
     """
     has = getattr(network, "guidance", False)
     if has and not config.takes_guidance:
@@ -183,7 +183,7 @@ def _about_guidance(config: TrainConfig) -> dict[str, str]:
 
 
 def _check_labels(config: TrainConfig, network: NetworkConfig) -> None:
-    """Refuse what the data cannot give: it has class labels, and a label for none only where the network knows one."""
+    """Refuse inputs that the data does not provide: it has class labels, and "no label" only for some networks."""
     if asked := [tensor.name for tensor in getattr(network, "conditioning", ())]:
         raise ConfigError(
             f"the network takes {', '.join(asked)}, but the data has class labels alone. Bind those inputs in Python "
@@ -197,12 +197,10 @@ def _check_labels(config: TrainConfig, network: NetworkConfig) -> None:
 
 @contextmanager
 def claimed_folder(config: TrainConfig, out: Path) -> Iterator[None]:
-    """Hold a run's folder: no other process may train in it, and it holds this run's config.
-
-    What a process that was killed here left half written is deleted.
+    """Lock a run's folder, check its config, and delete partial files of killed processes.
 
     Raises:
-        TrainError: If another process holds it, it holds a run with another config, or it cannot be
+        TrainError: If another process holds the lock, the folder holds a run with another config, or it cannot be
             written.
     """
     try:

@@ -1,7 +1,7 @@
 """The paper's runs as named configs: ``scm-export train --recipe cifar10-teacher --dry-run`` prints one.
 
-Numbers are those of the paper's tables 4 and 5; a value that they leave open is marked where it stands. Folders are
-only defaults: a student looks for its teacher where the teacher's recipe would have put it.
+Values are those of the paper's tables 4 and 5; values that the tables do not state are marked. Folders are defaults: a
+student expects its teacher in the output folder of the teacher's recipe.
 
 Source: arXiv 2410.11081, appendix G; learning-rate ramp and averages as in EDM2, arXiv 2312.02696.
 """
@@ -22,7 +22,7 @@ _SIZES = ("s", "m", "l", "xl", "xxl")
 
 
 class _Column(msgspec.Struct, frozen=True, kw_only=True):
-    """One table's row for all sizes: teacher iterations in thousands, learning rates, dropouts, averages."""
+    """One column of the tables: teacher iterations in thousands, learning rates, dropouts, averages."""
 
     thousands: tuple[int, ...]
     learning_rate: tuple[float, ...]
@@ -53,7 +53,7 @@ _IMAGENET512 = _Column(
 def _cifar10(kind: str) -> dict[str, Any]:
     common = {"batch_size": 512, "epsilon": 1e-8, "grad_clip": 0.0, "decay_fraction": 0.0, "ema_halflife": 500_000}
     if kind == "teacher":
-        # Table 4 names no ramp: EDM's, 10 million images.
+        # Table 4 states no warm-up: EDM's, 10 million images.
         teacher = {"optimizer": "adam", "learning_rate": 1e-3, "betas": (0.9, 0.999), "warmup_iterations": 19_531}
         return {**common, **teacher, "dropout": 0.13, "p_mean": -1.2, "p_std": 1.2, "num_iterations": 400_000}
     student = {"optimizer": "radam", "learning_rate": 1e-4, "betas": (0.9, 0.99), "warmup_iterations": 0}
@@ -87,13 +87,13 @@ def _edm2(table: _Column, size: int, kind: str, *, latents: bool) -> dict[str, A
         }  # fmt: skip
     if kind == "scd-vsd":  # appendix C, from the sCD student; its fake score is trained at the student's times
         settings |= {"vsd_weight": 1.0, "num_iterations": 20_000}
-    # Enough that any width from 0.03 to 0.25 can be made of them, without terabytes of snapshots.
+    # Sufficient to reconstruct any width from 0.03 to 0.25 without terabytes of snapshots.
     settings["ema_snapshot_every"] = settings["num_iterations"] // 32
     return settings
 
 
 def _names() -> dict[str, tuple[str, str]]:
-    """Return each recipe's preset and kind."""
+    """Return the preset and the kind of each recipe."""
     named = {f"cifar10-{kind}": ("cifar10", kind) for kind in ("teacher", "sct", "scd")}
     for size in _SIZES:
         for family, kinds in (
@@ -109,10 +109,10 @@ RECIPES = _names()
 
 
 def recipe(name: str) -> TrainConfig:
-    """Return a recipe's config, with its network and with folders by their usual names.
+    """Return the config of a recipe with its network and default folders.
 
     Raises:
-        ConfigError: If there is no such recipe.
+        ConfigError: If the recipe does not exist.
     """
     if name not in RECIPES:
         raise ConfigError(

@@ -18,13 +18,13 @@ _TEXT = re.compile(r"(?P<source>.+), label (?P<label>.+?)(?:, rows (?P<first>\d+
 
 
 def describe_data(config: DataConfig) -> str:
-    """Return what a model's provenance says of its data: the last part of the source's path, label, rows."""
+    """Return the provenance entry of training data: the file name of the source, label, rows."""
     rows = "" if config.rows == (0, 0) else f", rows {config.rows[0]}..{config.rows[1] - 1}"
     return f"{Path(config.source).name}, label {config.label or 'none'}{rows}"
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of a run afterwards; its config may be of another version and have other fields."""
+    """Fields of a recorded run that are read later; its config may have another version and other fields."""
 
     objective: str
     data: DataConfig
@@ -32,7 +32,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def recorded(folder: Path) -> Recorded | None:
-    """Return what the run in a folder was; None where there is none, or none that can be read."""
+    """Return the recorded run of a folder; None if it is missing or unreadable."""
     try:
         return msgspec.json.decode(read_regular(folder / CONFIG_FILE, most=CONFIG_MAX_BYTES), type=Recorded)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -40,7 +40,7 @@ def recorded(folder: Path) -> Recorded | None:
 
 
 def read_run(folder: Path) -> TrainConfig | None:
-    """Return the config of the run in a folder; None where there is none.
+    """Return the config of the run in a folder; None if there is none.
 
     Raises:
         TrainError: If it cannot be read.
@@ -57,13 +57,13 @@ def read_run(folder: Path) -> TrainConfig | None:
 
 
 def recorded_data(folder: Path, provenance: Mapping[str, object]) -> DataConfig | None:
-    """Return which data a model was trained on, by its run's config or by its provenance; None where neither says.
+    """Return the training data of a model from its run or its provenance; None if unknown.
 
     A provenance names a file without its folder.
 
     Args:
-        folder: Of the run, checkpoint or bundle.
-        provenance: The model's.
+        folder: Folder of the run, checkpoint or bundle.
+        provenance: Provenance of the model.
     """
     if (run := recorded(folder)) is not None:
         return run.data

@@ -1,7 +1,7 @@
 """The mean of the weights of several runs with a common start (model soup).
 
-Runs that go on from one checkpoint end in one basin of the loss, each off its middle by what its last batches happened
-to be. Their mean is nearer to it, at no cost when the model runs.
+Runs that continue from one checkpoint end in one basin of the loss, each displaced from its center by its last batches.
+Their mean is closer to the center, at no cost at inference.
 
 Source: Wortsman et al., 2022, "Model soups", arXiv 2203.05482, the uniform soup.
 """
@@ -19,15 +19,15 @@ from ...model.consistency import ConsistencyModel
 
 
 def average_models(folders: Sequence[str | Path]) -> ConsistencyModel:
-    """Return the model whose weights are the mean of several checkpoints', summed in float64.
+    """Return the model with the mean weights of several checkpoints, summed in float64.
 
     Args:
-        folders: What ``ConsistencyModel.from_pretrained`` takes, two or more; the first one's config is kept, with
-            the iterations of the run that is furthest from its end.
+        folders: Two or more models, as ``ConsistencyModel.from_pretrained`` takes them; the config of the first is
+            kept, with the iterations of the least finished run.
 
     Raises:
         ConfigError: If there are fewer than two, or they differ in more than weights and provenance.
-        BundleError: If one cannot be loaded.
+        BundleError: If a model cannot be loaded.
     """
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} model is given, expected two or more to average.")
@@ -53,7 +53,7 @@ def average_models(folders: Sequence[str | Path]) -> ConsistencyModel:
 
 
 def _trained(provenance: Mapping[str, str]) -> float:
-    """Return the share of its iterations that a run has done; 1 where the model does not say."""
+    """Return the completed share of a run's iterations; 1 if unknown."""
     try:
         return int(provenance["iteration"]) / int(provenance["num_iterations"])
     except (KeyError, ValueError, ZeroDivisionError):
@@ -61,7 +61,7 @@ def _trained(provenance: Mapping[str, str]) -> float:
 
 
 def _require_alike(first: ConsistencyModel, other: ConsistencyModel, name: str, other_name: str) -> None:
-    """Refuse models whose weights do not mean the same: all but their provenance must agree."""
+    """Refuse models with different configs; only the provenance may differ."""
     mine, its = (msgspec.to_builtins(msgspec.structs.replace(m.config, provenance={})) for m in (first, other))
     differing = sorted(key for key in mine if mine[key] != its[key])
     if differing:

@@ -1,7 +1,7 @@
 """Exponential moving averages of weights: for sampling, and power-function profiles for post-hoc reconstruction.
 
-A power-function average (EDM2) has a width relative to the length of the run, ``sigma_rel``. Two of them, stored now
-and then, are enough to make any other of the run afterwards: ``posthoc`` does.
+A power-function average (EDM2) has a width relative to the length of the run, ``sigma_rel``. From two of them, stored
+at intervals, ``posthoc`` reconstructs any other average of the run.
 
 Source: EDM2, arXiv 2312.02696, section 3.
 """
@@ -49,11 +49,11 @@ class Profiles:
         self._averages = {s: deepcopy(network).eval().requires_grad_(False) for s in config.averages.profiles}
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return what a checkpoint keeps, by name."""
+        """Return the modules of a checkpoint by name."""
         return {f"ema_{sigma_rel:g}": module for sigma_rel, module in self._averages.items()}
 
     def update(self, iteration: int) -> None:
-        """Take the weights after an iteration in, also where its step was skipped: the profile counts iterations.
+        """Update the averages after an iteration, also after a skipped step, because the profile counts iterations.
 
         Raises:
             TrainError: If a snapshot is due and cannot be written.
@@ -73,7 +73,7 @@ def write_snapshot(out: Path, weights: Mapping[str, Tensor], *, sigma_rel: float
     """Write ``ema/ITERATION-SIGMA_REL.safetensors`` in a run's folder, atomically.
 
     Raises:
-        TrainError: If the disk refuses.
+        TrainError: If it cannot be written.
     """
     about = json.dumps({"sigma_rel": sigma_rel, "iteration": iteration})
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}

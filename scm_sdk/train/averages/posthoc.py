@@ -1,11 +1,11 @@
 """Post-hoc EMA: reconstruct a power-function average of any width from stored snapshots.
 
-An average is a weighted sum of the weights of all iterations: its *profile*. A sum of snapshots has the sum of their
-profiles, so the sum whose profile is nearest to the wanted one, by least squares, is the average itself as far as the
-snapshots allow. How far that is follows from the profiles alone, and is told.
+An average is a weighted sum of the weights of all iterations; the factors are its *profile*. A sum of snapshots has the
+sum of their profiles, so the least-squares fit of profiles gives the best approximation of the wanted average. Its
+error follows from the profiles and is reported.
 
-EDM2 states profiles as functions of a continuous time; here they are those of the iterations themselves, so that a
-profile that the snapshots span is met exactly.
+EDM2 defines profiles as functions of continuous time; here they are functions of the iteration, so that a profile in
+the span of the snapshots is reproduced exactly.
 
 Source: EDM2, arXiv 2312.02696, section 3.2 and appendix C.
 """
@@ -35,16 +35,16 @@ from .ema import SNAPSHOT_FOLDER, SNAPSHOT_METADATA
 from .schedules import power_exponent
 
 MAX_ERROR = 0.1
-"""Largest distance between the wanted profile and the one that is made, relative to the wanted one's size."""
+"""Maximum relative distance between the wanted and the reconstructed profile."""
 BINS = 1 << 13
-"""Bins of a profile at most."""
+"""Maximum number of bins of a profile."""
 RCOND = 1e-6
-"""Singular values of the profiles, relative to the largest, below which a direction is left out: there, factors
-would be so large that the rounding of the stored float32 weights shows."""
+"""Relative singular value of the profiles below which a direction is dropped, because its factors would amplify the
+rounding of the stored float32 weights."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A stored average: its width and the iterations it looks back on."""
+    """A stored average: its width and its number of iterations."""
 
     sigma_rel: float
     iteration: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
@@ -52,14 +52,14 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """An average made afterwards.
+    """A reconstructed average.
 
     Attributes:
-        model: It, as a model.
-        sigma_rel: Its width.
-        iteration: Iterations it looks back on.
-        num_snapshots: Snapshots it is made from.
-        error: Distance between its profile and the wanted one, relative to the wanted one's size.
+        model: Model with the averaged weights.
+        sigma_rel: Relative width.
+        iteration: Number of averaged iterations.
+        num_snapshots: Number of snapshots in the sum.
+        error: Relative distance between its profile and the wanted one.
     """
 
     model: ConsistencyModel
@@ -70,11 +70,11 @@ class Reconstruction:
 
 
 def profile(snapshot: Snapshot, edges: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the share that the weights between two edges have in an average, (len(edges) - 1,); from 0 on, 1 in all.
+    """Return the profile of an average per bin, (len(edges) - 1,); the sum over all iterations is 1.
 
     Args:
         snapshot: The average.
-        edges: Rising iterations; iteration i lies between i - 1 and i.
+        edges: Rising iterations; iteration i is between the edges i - 1 and i.
     """
     power = power_exponent(snapshot.sigma_rel) + 1.0
     shares: NDArray[np.float64] = np.diff(np.minimum(edges / snapshot.iteration, 1.0) ** power)
@@ -82,14 +82,14 @@ def profile(snapshot: Snapshot, edges: NDArray[np.int64]) -> NDArray[np.float64]
 
 
 def solve_weights(snapshots: Sequence[Snapshot], wanted: Snapshot) -> tuple[NDArray[np.float64], float]:
-    """Return the factor of each snapshot, (K,), float64, which sum to 1, and the relative error of their profile."""
+    """Return the factor of each snapshot, (K,), float64, with sum 1, and the relative error of the profile."""
     times = [each.iteration for each in (*snapshots, wanted)]
-    # Every iteration by itself in a short run; in a long one neighbors share a bin, within which profiles are flat.
+    # One bin per iteration in a short run; in a long run neighbors share a bin, within which profiles are flat.
     edges = np.unique([*times, *np.linspace(0, max(times), min(max(times), BINS) + 1).astype(np.int64)])
     width = np.sqrt(np.diff(edges))
     columns = np.stack([profile(each, edges) / width for each in snapshots], axis=1)
     target = profile(wanted, edges) / width
-    # What does not change in a run must come out as it is: the factors' sum is held at 1, the last takes up the rest.
+    # Constant weights must be reproduced, so the sum of the factors is 1; the last factor takes the remainder.
     basis, rest = columns[:, :-1] - columns[:, -1:], target - columns[:, -1]
     sizes = np.linalg.norm(basis, axis=0)
     first = np.linalg.lstsq(basis / sizes, rest, rcond=RCOND)[0] / sizes
@@ -98,16 +98,16 @@ def solve_weights(snapshots: Sequence[Snapshot], wanted: Snapshot) -> tuple[NDAr
 
 
 def reconstruct(out: str | Path, sigma_rel: float, *, iteration: int | None = None) -> Reconstruction:
-    """Return a run's power-function average of a width that it need not have tracked.
+    """Reconstruct a run's power-function average of any width.
 
     Args:
         out: The run's folder; it was trained with ``averages.profiles``.
         sigma_rel: The wanted width.
-        iteration: Iterations the average looks back on; the last snapshot's when None.
+        iteration: Number of averaged iterations; None for the last snapshot.
 
     Raises:
         ConfigError: If there is no average of this width.
-        TrainError: If the folder holds no snapshots, or they do not reach the wanted average.
+        TrainError: If the folder holds no snapshots, or the error exceeds ``MAX_ERROR``.
         IntegrityError: If a snapshot is damaged or belongs to another network.
     """
     out = Path(out)
@@ -160,7 +160,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[Snapshot, Any]:
 def _sum(
     like: dict[str, Tensor], archives: list[Any], factors: NDArray[np.float64], paths: list[Path]
 ) -> dict[str, Tensor]:
-    """Add the snapshots up in float64, one tensor at a time: the files need not fit in memory together."""
+    """Sum the snapshots in float64, one tensor at a time to limit memory."""
     weights = {}
     for name, expected in like.items():
         total = torch.zeros(expected.shape, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""Training images: folders, arrays, shards and the pictures that a run draws."""
+"""Training images: folders, arrays, shards; sample images of a run."""

@@ -1,6 +1,6 @@
 """Training images: the shipped avatars, Fashion-MNIST, a folder, an npz file, or shards.
 
-They are held in memory as uint8 and normalized batch by batch; those in ``shards`` stay on disk.
+Images are kept in memory as uint8 and normalized per batch; those in ``shards`` stay on disk.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ FASHION_NAMES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 FASHION_FILES = {"fashion-mnist": "train", "fashion-mnist-t10k": "t10k"}
-"""Source by source the first part of its files' names: 60,000 pictures, and the 10,000 that are held out."""
+"""Prefix of the file names by source: 60,000 training images, and 10,000 held-out images."""
 HAIR_NAMES = (
     "blue", "black", "brown", "chestnut", "burgundy", "auburn", "light brown", "green", "dark blond", "red", "blond",
 )  # fmt: skip
-"""What people call the avatars' eleven hair colors, in the order of ``hairColor_names``."""
+"""Color names of the avatars' eleven hair colors, in the order of ``hairColor_names``."""
 AVATARS = ("avatars", "pixel_art_16.npz")
 MAX_BYTES = 16 << 30
 
 
 class Images(Protocol):
-    """An array (N, H, W, C), or what stands in for one: some rows of it are an array, a slice need not be."""
+    """An array (N, H, W, C) or an object like it: indexing with rows returns an array, a slice may be lazy."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,10 +64,9 @@ class ImageData:
             latents, in any range.
         labels: (N,), int64, or None.
         class_names: Name of each label, or ().
-        label_values: The names as the data has them, where people call them something else: the
-            avatars' exact colors.
-        license: SPDX identifier of the images' license, or "" where it is not known.
-        ignored: Number of files of the source that are not trained on, by their ending.
+        label_values: The names in the data if they differ from ``class_names``, for example the avatars' exact colors.
+        license: SPDX identifier of the images' license, or "" if unknown.
+        ignored: Number of skipped files of the source, by extension.
     """
 
     images: Images
@@ -86,7 +85,7 @@ class ImageData:
         return len(self.class_names)
 
     def describe(self) -> str:
-        """Return how many images there are, of which size, and the classes, for people."""
+        """Return the number and size of the images and the classes as text."""
         height, width, channels = self.images.shape[1:]
         classes = f", {self.num_classes} classes: {shortened(self.class_names)}" if self.class_names else ", no labels"
         ignored = ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()))
@@ -98,11 +97,11 @@ class ImageData:
 
         Args:
             first: The first row.
-            last: The last plus one.
-            what: What the rows are, for the error.
+            last: The last row plus one.
+            what: Description of the rows for the error.
 
         Raises:
-            ConfigError: If there are no such rows.
+            ConfigError: If the rows do not exist.
         """
         if not 0 <= first < last <= len(self):
             raise ConfigError(
@@ -120,11 +119,11 @@ class ImageData:
 
 
 def load_data(config: DataConfig) -> ImageData:
-    """Load what a config names.
+    """Load the images of a config.
 
     Raises:
-        ConfigError: If there is no such source, label column or range of rows.
-        TrainError: If the source is unreadable, or holds images of unequal shape or a NaN.
+        ConfigError: If the source, the label column or the rows do not exist.
+        TrainError: If the source is unreadable, or its images have different shapes or hold NaN.
     """
     if config.source == AVATARS[0]:
         data = _read_npz(Path(str(files("scm_sdk.assets") / AVATARS[1])), config.label)
@@ -145,7 +144,7 @@ def load_data(config: DataConfig) -> ImageData:
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:
-    """Return a list of names for people: the first of them, and how many follow."""
+    """Return the first names of a list and the number of the others, as text."""
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -171,13 +170,13 @@ def _read_npy(path: Path, label: str) -> ImageData:
             raise ValueError("it is an npz")
     except TrainError:
         raise
-    except Exception as exc:  # as of an npz
+    except Exception as exc:  # as in an npz
         raise TrainError(f"{path} cannot be read as an npy array: {type(exc).__name__}: {exc}.") from exc
     return ImageData(images=_checked(images, str(path)))
 
 
 def _check_bytes(path: Path, size: int) -> None:
-    """Refuse an array that would not fit into memory."""
+    """Refuse an array that does not fit in memory."""
     if size > MAX_BYTES:
         raise TrainError(
             f"{path} holds {size} bytes in one array, expected at most {MAX_BYTES >> 30} GiB. Split it into several "
@@ -205,7 +204,7 @@ def _read_npz(path: Path, label: str) -> ImageData:
                 raise ValueError(f"{label!r} is no array")
     except (ConfigError, TrainError):
         raise
-    except Exception as exc:  # NumPy, zipfile and zlib have a dozen kinds for damaged and foreign files
+    except Exception as exc:  # NumPy, zipfile and zlib raise a dozen types for damaged and other files
         raise TrainError(f"{path} cannot be read as an npz of arrays: {type(exc).__name__}: {exc}.") from exc
     if given.shape != (len(images),) or given.dtype.kind not in "iub":
         raise TrainError(
@@ -305,12 +304,12 @@ def _read_folder(folder: Path, label: str) -> ImageData:
 
 
 def _pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the pictures of a folder and its sub-folders, sorted, and the number of other files by their ending.
+    """Return the sorted image files of a folder and its subfolders, and the number of other files by extension.
 
-    Links are followed; what is hidden is left out and counted.
+    Links are followed; hidden files are skipped and counted.
 
     Raises:
-        TrainError: If links lead in a circle, or a folder cannot be read.
+        TrainError: If links form a cycle, or a folder cannot be read.
     """
     paths: list[Path] = []
     ignored: Counter[str] = Counter()
@@ -336,7 +335,7 @@ def _pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def _class_of(path: Path, folder: Path) -> str:
-    """Return the class of a picture: the one folder between it and the data's."""
+    """Return the class of an image: the folder between it and the data folder."""
     between = path.relative_to(folder).parts[:-1]
     if len(between) != 1:
         raise TrainError(

@@ -1,8 +1,8 @@
 """Decode image files for training, from folders and shards.
 
-Pictures become 8-bit gray or RGB. Those of 16 bits keep their range and lose their lower bits. The orientation that a
-camera noted is applied. Transparent pixels show white. What would be read in part (animations), or by a guess at its
-range (32-bit and floating pictures), is refused.
+Images become 8-bit gray or RGB. 16-bit images keep their range and lose their lower bits. The EXIF orientation is
+applied. Transparent pixels become white. Animations, of which only a part would be read, and 32-bit and floating-point
+images, whose range is unknown, are refused.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 BACKGROUND = (255, 255, 255)
-"""What transparent pixels show."""
+"""Color of transparent pixels."""
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F"})
 
 
 def look_at(content: bytes, *, max_pixels: int) -> tuple[int, int, int]:
-    """Return height, width and channels of a picture: 1 channel for gray, 3 for the rest.
+    """Return height, width and channels of an image: 1 channel for gray, else 3.
 
     Raises:
-        ValueError: If it is no picture that is trained on, or has more pixels; says why.
+        ValueError: If it is not a supported image, or is too large; with the reason.
     """
     with _opened(content) as image:
         if image.width * image.height > max_pixels:
@@ -40,18 +40,18 @@ def look_at(content: bytes, *, max_pixels: int) -> tuple[int, int, int]:
 
 
 def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
-    """Decode a picture.
+    """Decode an image file.
 
     Args:
-        file: Its path, or its content.
-        shape: (H, W, C) that it must have, checked before it is decoded. With 3 channels a gray picture becomes RGB;
-            with 1 a colored one is refused. None takes any size, in RGB.
+        file: Path or content of the file.
+        shape: Required (H, W, C), checked before decoding. With 3 channels a gray image is converted to RGB; with 1 a
+            color image is refused. None accepts any size, in RGB.
 
     Returns:
         Pixels, (H, W, C), uint8.
 
     Raises:
-        ValueError: If it cannot be read, or has another shape; says why.
+        ValueError: If it cannot be read, or has another shape; with the reason.
     """
     with _opened(file) as image:
         if shape is not None and sorted(image.size) != sorted(shape[:2]):
@@ -70,7 +70,7 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
 
 @contextmanager
 def _opened(file: Path | bytes) -> Iterator[Image]:
-    """Open a picture; whatever Pillow raises over it becomes a ``ValueError``."""
+    """Open an image; any exception of Pillow becomes a ``ValueError``."""
     from PIL import Image
 
     try:
@@ -82,20 +82,22 @@ def _opened(file: Path | bytes) -> Iterator[Image]:
             yield image
     except ValueError:
         raise
-    except Exception as exc:  # SyntaxError, struct.error, zlib.error, DecompressionBombError and more, by format
+    except (
+        Exception
+    ) as exc:  # SyntaxError, struct.error, zlib.error, DecompressionBombError and others, depending on the format
         raise ValueError(f"{type(exc).__name__}: {exc}") from exc
 
 
 def _shape(image: Image) -> tuple[int, int, int]:
-    """Return height, width and channels of a picture that lies as the camera says; PNG is decoded for that."""
+    """Return height, width and channels after applying the EXIF orientation; PNG is decoded for that."""
     width, height = image.size
-    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # the orientation: turned by 90 degrees
+    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # orientations with a rotation by 90 degrees
         width, height = height, width
     return height, width, 1 if image.mode in _GREY or image.mode.startswith("I;16") else 3
 
 
 def _flat(image: Image) -> Image:
-    """Return a picture of 8 bits without transparency."""
+    """Convert an image to 8 bits without transparency."""
     from PIL import Image
 
     if image.mode.startswith("I"):

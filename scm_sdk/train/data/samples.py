@@ -19,7 +19,7 @@ from ..config import OBJECTIVES, ObjectiveName
 
 COLUMNS = 8
 TEACHER_STEPS = 18
-"""Second-order steps of the teacher: 35 network calls, the paper's setting for CIFAR-10."""
+"""Second-order steps of a teacher: 35 network calls, the paper's setting for CIFAR-10."""
 
 
 @torch.inference_mode()

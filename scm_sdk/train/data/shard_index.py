@@ -25,7 +25,7 @@ IMAGES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 LABEL = "cls"
 NAMES_FILE = "class_names.txt"
 MAX_HEADER_BYTES = 1 << 20
-"""Most that a tar's header may claim for itself: long names and extended attributes."""
+"""Maximum size of tar header extensions (long names, extended attributes), bytes."""
 MAX_LABEL_BYTES = 32
 MAX_CLASSES = 1 << 20
 MAX_NAMES_BYTES = 1 << 26
@@ -33,13 +33,13 @@ MAX_NAMES_BYTES = 1 << 26
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Index:
-    """Where the images of a folder's shards lie.
+    """Index of the images in a folder of shards.
 
     Attributes:
-        images: They.
-        labels: Label of each, (N,), int64, or None.
+        images: The images.
+        labels: Label of each image, (N,), int64, or None.
         class_names: Name of each label, or ().
-        ignored: Number of files of other kinds, by their ending.
+        ignored: Number of skipped files, by extension.
     """
 
     images: ShardImages
@@ -64,7 +64,7 @@ def _shards(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Shard:
-    """What one shard holds: how images are stored, (H, W, C) and dtype of one, offsets and lengths, labels, names."""
+    """Content of one shard: storage format, (H, W, C) and dtype of an image, offsets and lengths, labels, names."""
 
     stored: str | np.dtype[Any]
     sample_shape: tuple[int, int, int]
@@ -76,15 +76,15 @@ class _Shard:
 
 
 def index_shards(folder: Path, label: str) -> Index:
-    """Look through a folder's shards, in the order of their names.
+    """Index the shards of a folder in the order of their names.
 
     Args:
-        folder: With ``*.tar`` or ``*.npz`` files.
+        folder: Folder with ``*.tar`` or ``*.npz`` files.
         label: "" for none; ``cls`` for tar shards, a column for npz shards.
 
     Raises:
-        ConfigError: If there is no such label.
-        TrainError: If a shard is damaged, a sample lacks its image or label, or something is larger than allowed.
+        ConfigError: If the label does not exist.
+        TrainError: If a shard is damaged, a sample lacks its image or label, or a limit is exceeded.
     """
     paths, places, labels = _shards(folder), array("q"), array("q")
     ignored = _others(folder)
@@ -128,10 +128,10 @@ def index_shards(folder: Path, label: str) -> Index:
 
 
 def _others(folder: Path) -> Counter[str]:
-    """Count the files beside shards, by their ending.
+    """Count the other files next to shards, by extension.
 
     Raises:
-        TrainError: If one of them is data, too, so that it is not clear what to train on.
+        TrainError: If one of them is also training data, which makes the source ambiguous.
     """
     kinds = {path.suffix.lower(): path for path in folder.iterdir() if path.is_file() and path.name != NAMES_FILE}
     data = [kind for kind in kinds if kind in {".tar", ".npz"} | SUFFIXES]
@@ -148,7 +148,7 @@ def _others(folder: Path) -> Counter[str]:
 
 
 class _HeadersOnly(io.RawIOBase):
-    """A tar file of which no more than headers are read, however long they say they are."""
+    """A tar file with limits on the size of its headers."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -218,7 +218,7 @@ def _index_tar(path: Path, label: str) -> _Shard | None:
 
 
 def _look_at(content: bytes, stored: str) -> tuple[tuple[int, int, int], np.dtype[Any]]:
-    """Return (H, W, C) and dtype of an image, without decoding it."""
+    """Return (H, W, C) and dtype of an image without decoding it."""
     if stored == ARRAYS:
         shape, dtype = read_npy_header(io.BytesIO(content))
         return as_sample_shape(shape), dtype
@@ -280,7 +280,7 @@ def _names_in(stream: IO[bytes], archive: zipfile.ZipFile, name: str) -> tuple[s
 
 
 def _array_in(stream: IO[bytes], archive: zipfile.ZipFile, name: str) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-    """Return where an array's data starts in an npz file, its shape and its dtype."""
+    """Return the data offset, shape and dtype of an array in an npz file."""
     if f"{name}.npy" not in archive.namelist():
         raise ValueError(f"it has no array {name!r}, only {sorted(archive.namelist())[:8]}")
     about = archive.getinfo(f"{name}.npy")
@@ -298,7 +298,7 @@ def _array_in(stream: IO[bytes], archive: zipfile.ZipFile, name: str) -> tuple[i
 
 
 def _class_names(folder: Path, stored: tuple[str, ...], last: int) -> tuple[str, ...]:
-    """Return the classes' names: of ``class_names.txt``, of the shards, or their numbers."""
+    """Return the class names from ``class_names.txt`` or the shards, or the class numbers."""
     path = folder / NAMES_FILE
     source: Path = folder
     names = stored or tuple(map(str, range(last + 1)))
@@ -315,10 +315,10 @@ def _class_names(folder: Path, stored: tuple[str, ...], last: int) -> tuple[str,
 
 
 def check_class_names(names: tuple[str, ...], source: object) -> tuple[str, ...]:
-    """Return the names of classes, each of which must be there once.
+    """Check that class names are unique and printable.
 
     Raises:
-        TrainError: If one is empty, there twice, or cannot be printed.
+        TrainError: If a name is empty, not unique, or unprintable.
     """
     counts = Counter(names)
     for number, name in enumerate(names):

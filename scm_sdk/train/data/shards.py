@@ -1,13 +1,13 @@
 """Datasets that do not fit in memory: a folder of tar or npz shards.
 
 Tar shards follow webdataset's convention: the files of one sample share their name up to the first dot, ``0007.png``
-beside ``0007.cls``. What is made at the start is an index: which shard, where in it, how long. Then each image can be
-read by itself, so batches are the same as those of images in memory: a seeded order of the whole data set, a pure
-function of the iteration, whatever the number of processes. (A stream with a shuffle buffer, as webdataset's own reader
-has, would depend on how many workers there are, and could go on after an interruption only by reading it all again.)
+and ``0007.cls``. At the start an index of shard, offset and length is built. Each image can then be read on its own, so
+batches equal those of images in memory: a seeded permutation of the data set and a pure function of the iteration, for
+any number of processes. (A stream with a shuffle buffer, as in webdataset's reader, would depend on the number of
+workers, and could resume only by reading everything again.)
 
-Shards may come from anywhere: nothing is unpacked to disk, nothing is a pickle, and sizes are checked before memory is
-taken.
+Shards are untrusted: nothing is unpacked to disk, pickles are not read, and sizes are checked before memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .pictures import decode_picture
 
 ARRAYS = "npy"
 MAX_SAMPLE_BYTES = 64 << 20
-"""Largest stored image, and largest decoded one."""
+"""Maximum size of a stored and of a decoded image, bytes."""
 READERS = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardImages:
-    """Images in shards; stands where an array (N, H, W, C) of them would.
+    """Images in shards, with the interface of an array (N, H, W, C).
 
     Attributes:
         paths: The shards.
         places: Shard, offset and length in bytes of each image, (N, 3), int64.
-        sample_shape: (H, W, C) of each.
-        dtype: uint8, or float32 where the shards hold floating arrays.
-        stored: How one is stored: ``image`` file, ``npy`` file, or the bytes of an array of this dtype.
+        sample_shape: (H, W, C) of an image.
+        dtype: uint8, or float32 if the shards hold floating-point arrays.
+        stored: Storage format: ``image`` file, ``npy`` file, or the bytes of an array of this dtype.
     """
 
     paths: tuple[Path, ...]
@@ -66,7 +66,7 @@ class ShardImages:
         """Return some images as an array (B, H, W, C), or, for a slice, the images without reading them.
 
         Raises:
-            TrainError: If one cannot be read, has another shape than the first, or is not finite.
+            TrainError: If an image cannot be read, differs in shape from the first, or is not finite.
         """
         if isinstance(rows, slice):
             return replace(self, places=self.places[rows])
@@ -94,7 +94,7 @@ def decode(content: bytes, stored: str | np.dtype[Any], shape: tuple[int, int, i
     """Return one image as (H, W, C), uint8 or float32; its shape is checked before it is decoded.
 
     Raises:
-        ValueError: If it is broken or has another shape.
+        ValueError: If it is damaged or has another shape.
     """
     if stored == "image":
         return decode_picture(content, shape=shape)
@@ -119,10 +119,10 @@ def decode(content: bytes, stored: str | np.dtype[Any], shape: tuple[int, int, i
 
 
 def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Read the header of an npy file and leave the stream at its data.
+    """Read the header of an npy file and position the stream at its data.
 
     Raises:
-        ValueError: If it is none, or of Fortran order, or not of uint8, integers or floats.
+        ValueError: If it is not an npy header, or has Fortran order or an unsupported dtype.
     """
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
@@ -135,10 +135,10 @@ def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def as_sample_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return (H, W, C) of one image's array.
+    """Return (H, W, C) of the array of one image.
 
     Raises:
-        ValueError: If it is none, or too large.
+        ValueError: If it is not the shape of an image, or too large.
     """
     whole = (*shape, 1) if len(shape) == 2 else shape
     if len(whole) != 3 or min(whole) < 1 or np.prod(whole, dtype=np.float64) > MAX_SAMPLE_BYTES:

@@ -1,8 +1,7 @@
 """The losses: TrigFlow diffusion (Eq. 4) and continuous-time consistency (Algorithm 1).
 
-Both draw a time, mix data with noise, and fit the network under an adaptive weight that a small head
-learns beside it. The consistency losses differ in one line: where the trajectory's velocity comes
-from, the data (sCT) or a teacher (sCD).
+Both draw a time, mix data with noise, and fit the network under an adaptive weight that is learned by a small head. The
+consistency losses differ only in the velocity of the trajectory: that of the data (sCT) or of a teacher (sCD).
 
 Source: arXiv 2410.11081, sections 3 and 4, appendices A and D.
 """
@@ -27,10 +26,10 @@ ConditionedNetwork = Callable[..., Tensor]
 
 
 class LogVariance(nn.Module):
-    """The adaptive weight's head: log variance of the residual at each time, -w(t) in the paper.
+    """Head of the adaptive weight: log variance of the residual at each time, -w(t) in the paper.
 
-    Training only. It starts at 0 and is made anew for every run: a teacher's says nothing about
-    consistency residuals.
+    For training only. It is initialized to 0 in every run, because the head of a teacher does not apply to consistency
+    residuals.
     """
 
     def __init__(self, channels: int = 128) -> None:
@@ -48,16 +47,15 @@ class LogVariance(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one iteration sees. A pure function of the run's seed, the data and the iteration.
+    """Inputs of one iteration, a pure function of the run's seed, the data and the iteration.
 
     Attributes:
         x_0: Clean samples, (B, ...), data units.
         z: Noise of standard deviation ``sigma_data``, (B, ...), data units.
         t: Times, (B,), radians, float32.
         class_labels: Labels, (B,), int64, or None.
-        guidance_scale: Guidance scales, (B,), float32, that teacher and student are told; None where the student takes
-            none.
-        rows: Which samples of the iteration's whole batch these are; None for all of them.
+        guidance_scale: Guidance scales, (B,), float32, inputs of teacher and student; None without this input.
+        rows: Rows of the global batch; None for all.
     """
 
     x_0: Tensor
@@ -69,7 +67,7 @@ class Batch:
 
 
 class Conditions(Protocol):
-    """What a batch tells networks beside x and t."""
+    """Network inputs of a batch in addition to x and t."""
 
     @property
     def class_labels(self) -> Tensor | None:
@@ -81,19 +79,19 @@ class Conditions(Protocol):
 
 
 def bind(network: ConditionedNetwork, batch: Conditions) -> Network:
-    """Return a network as a function of x and t alone, with the batch's labels and guidance scales."""
+    """Return a network as a function of x and t, with the labels and guidance scales of the batch."""
     if batch.guidance_scale is None:
         return lambda x, t: network(x, t, batch.class_labels)
     return lambda x, t: network(x, t, batch.class_labels, guidance_scale=batch.guidance_scale)
 
 
 def mixed_seed(*words: int) -> int:
-    """Return a seed of torch's, 63 bits, that depends on all words, the first of them a run's seed."""
+    """Return a 63-bit seed for torch from several words; the first is the run's seed."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seeded_generator(seed: int, iteration: int, stream: int) -> torch.Generator:
-    """Return a generator that is a function of a run's seed, the iteration and who draws: each has its own stream."""
+    """Return a random generator for a run's seed, an iteration and a named stream."""
     return torch.Generator().manual_seed(mixed_seed(seed, iteration, stream))
 
 
@@ -114,7 +112,7 @@ def weighted_residual(residual: Tensor, logvar: Tensor | None) -> tuple[Tensor, 
 
 
 def weighted_mean(loss_B: Tensor, logvar_B: Tensor | None) -> Tensor:
-    """Return the batch's mean of ``e^w loss - w``, ``w = -logvar``; of the losses themselves without a weight."""
+    """Return the batch mean of ``e^w loss - w``, ``w = -logvar``; without a head, the mean of the losses."""
     return (loss_B if logvar_B is None else loss_B * torch.exp(-logvar_B) + logvar_B).mean()
 
 
@@ -138,17 +136,17 @@ def consistency_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the sCM loss (Algorithm 1), as ``weighted_residual`` does.
 
-    The target is ``F- + g``, without gradient; the student's own output is the reference point F- (theta^- =
-    stopgrad(theta)). All calls of the student see the same dropout mask, or dF/dt would not be the derivative of the F
-    that is trained.
+    The target is ``F- + g``, without gradient; the output of the student is the reference F- (theta^- =
+    stopgrad(theta)). All calls of the student use the same dropout mask, otherwise dF/dt would not be the derivative of
+    the trained F.
 
     Args:
         network: The student.
-        teacher: The diffusion model whose velocity is followed (sCD), or None for the data's (sCT).
-        logvar: The adaptive weight's head, or None.
-        batch: What the iteration sees.
-        config: The run: how the tangent is found and what is done to it.
-        warmup: Factor r in [0, 1] of the tangent's part that holds dF/dt.
+        teacher: The diffusion model that gives the velocity (sCD), or None for the data (sCT).
+        logvar: Head of the adaptive weight, or None.
+        batch: Inputs of the iteration.
+        config: The run, with the settings of the tangent.
+        warmup: Factor r in [0, 1] of the part of the tangent with dF/dt.
     """
     sigma_data, settings = config.sigma_data, config.tangent
     s = None
@@ -189,7 +187,7 @@ def consistency_loss(
 
 
 def _with_same_masks(student: Network, batch: Batch) -> Network:
-    """Return the student such that every call drops the same activations."""
+    """Return the student with the same dropout mask in every call."""
     masks = torch.cuda if batch.x_0.is_cuda else torch
     state = masks.get_rng_state()
 

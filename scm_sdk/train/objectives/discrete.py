@@ -1,14 +1,14 @@
 """Consistency distillation in discrete time.
 
-The student at a time t is fitted to itself at an earlier time s on the same trajectory of the teacher:
+The student at time t is fitted to its own output at a smaller time s on the same trajectory of the teacher:
 
     x_s = one second-order step of the teacher from x_t
     F*  = (cos(t) x_t - f-(x_s, s)) / (sigma_d sin(t))                so that f(x_t, t) = f-(x_s, s)
 
-At the least time and below it, the teacher's own estimate is the trajectory's end: that is what holds the chain.
-Steps are long and random, up to ``discrete_step`` radians: what the teacher knows reaches the largest times in a few
-thousand iterations, where the tangent of continuous time, which looks an infinitesimal step ahead, takes far more.
-The price is the error of the teacher's step. There is no JVP and no tangent normalization.
+At and below the smallest time the target is the teacher's estimate, which anchors the chain. Steps are long and random,
+up to ``discrete_step`` radians: information from the teacher reaches the largest times in a few thousand iterations;
+the continuous-time tangent, with its infinitesimal step, needs far more. The cost is the error of the teacher's step.
+There is no JVP and no tangent normalization.
 
 ``anchor.weight`` adds the diffusion loss at small times: there the posterior is all but a point, the
 trajectory's end its mean, and data says more exactly than a teacher what that is.
@@ -39,8 +39,8 @@ from .stable_target import StableTarget
 from .tangent import Network
 
 MIN_TIME = 0.02
-"""Radians; trajectories are followed down to here, where what is left of the noise is below one part in fifty.
-Without an end that does not move, the student below would drift, and everything above it with it."""
+"""Smallest time of the chain, radians, where less than 2 % of the noise remains. Without a fixed end the student would
+drift at smaller times, and then at all larger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class DiscreteDraw:
     Attributes:
         step: Lengths of the teacher's steps, (B,), radians.
         z: Noise of the anchor, (B, ...), standard deviation ``sigma_data``.
-        t: Its times, (B,), radians.
+        t: Times of the anchor, (B,), radians.
     """
 
     step: Tensor
@@ -70,13 +70,13 @@ class DiscreteDraw:
 
 
 def teacher_step(teacher: Network, x_t: Tensor, t: Tensor, s: Tensor, *, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """Follow the teacher's trajectory from times ``t`` to ``s`` with one second-order step.
+    """Step along the teacher's trajectory from times ``t`` to ``s`` with one second-order step.
 
     Args:
         teacher: The diffusion model, labels already bound.
         x_t: Noisy samples, (B, ...), data units.
         t: Their times, (B,), radians.
-        s: Times to go to, (B,), radians, at most ``t``.
+        s: Target times, (B,), radians, at most ``t``.
         sigma_data: Standard deviation of the data.
 
     Returns:
@@ -99,11 +99,11 @@ def discrete_loss(
     """Return the discrete-time consistency loss, as ``weighted_residual`` does.
 
     Args:
-        network: The student; its own output at ``s`` is the reference point, without gradient.
-        teacher: The diffusion model whose trajectories are followed.
-        logvar: The adaptive weight's head, or None.
-        batch: What the iteration sees.
-        step: How far ``s`` lies below ``t``, (B,), radians; never below ``MIN_TIME``.
+        network: The student; its output at ``s`` is the reference, without gradient.
+        teacher: The diffusion model that defines the trajectories.
+        logvar: Head of the adaptive weight, or None.
+        batch: Inputs of the iteration.
+        step: Differences ``t - s``, (B,), radians; ``s`` is at least ``MIN_TIME``.
         sigma_data: Standard deviation of the data.
     """
     t, student = batch.t, bind(network, batch)
@@ -119,7 +119,7 @@ def discrete_loss(
 
 
 class Anchor:
-    """The diffusion loss at small times, with a weighting of its own.
+    """The diffusion loss at small times, with a separate adaptive weight.
 
     Args:
         config: The run.

@@ -1,4 +1,4 @@
-"""Guided distillation: the student learns the guided teacher at a given or random scale.
+"""Guided distillation: the student learns the guided teacher at a fixed or random scale.
 
 Source: arXiv 2410.11081, sections 5.2 and G.2.
 """
@@ -19,18 +19,18 @@ from ..record import recorded
 from .base import seeded_generator
 
 LABEL_DROPOUT = "label_dropout"
-"""Key of a model's provenance: the share of samples that it was trained on without their label."""
+"""Provenance key of the share of samples that were trained without their label."""
 
 
 def guided_teacher(teacher: Callable[..., Tensor], config: TrainConfig, num_classes: int) -> Callable[..., Tensor]:
-    """Return the teacher as a run follows it: as it is, or with guidance."""
+    """Return the teacher of a run, with or without guidance."""
     if not config.guided:
         return teacher
     return GuidedNetwork(teacher, num_classes=num_classes, scale=config.guidance[0])
 
 
 def sample_guidance(config: TrainConfig, count: int, iteration: int, stream: int = 5) -> Tensor | None:
-    """Draw an iteration's guidance scales, (count,), float32, which the student is told; None where it takes none."""
+    """Draw the guidance scales of an iteration, (count,), float32, an input of the student; None without it."""
     if not config.takes_guidance:
         return None
     low, high = config.guidance
@@ -38,9 +38,9 @@ def sample_guidance(config: TrainConfig, count: int, iteration: int, stream: int
 
 
 def start_from(network: nn.Module, initial: nn.Module) -> None:
-    """Give a network the weights of another of its shape, which may lack the branch of the guidance scale.
+    """Load the weights of a network of the same shape, which may lack the guidance branch.
 
-    That branch keeps what it begins with, which adds nothing: the student starts as the teacher.
+    The guidance branch keeps its initial weights, which contribute zero: the student starts as the teacher.
     """
     weights = initial.state_dict()
     if getattr(network, "guidance_linear", None) is not None and getattr(initial, "guidance_linear", None) is None:
@@ -50,14 +50,14 @@ def start_from(network: nn.Module, initial: nn.Module) -> None:
 
 
 def require_guidable(model: ConsistencyModel, folder: str | Path) -> None:
-    """Refuse to guide a model that never saw a sample without its label: what it says of those would be noise.
+    """Refuse guidance for a model without label dropout, whose output without label is meaningless.
 
     Args:
         model: A diffusion model.
-        folder: Where it was loaded from; a run's folder also says how it was trained.
+        folder: The folder it was loaded from; the folder of a run also records its settings.
 
     Raises:
-        TrainError: If it has no labels, or was not trained without them, or does not say.
+        TrainError: If the model has no labels, or label dropout was not used or not recorded.
     """
     if not model.config.num_classes:
         raise TrainError(f"the teacher {folder} has no labels, expected some: guidance points to a label.")

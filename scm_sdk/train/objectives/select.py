@@ -24,12 +24,12 @@ from .vsd import Vsd, exact_score, teacher_score
 def make_vsd(
     config: TrainConfig, network: nn.Module, teacher: nn.Module | None, stable_target: StableTarget | None
 ) -> Vsd | None:
-    """Return a run's variational score distillation, or None if it has none."""
+    """Return the VSD loss of a run, or None."""
     if not config.uses_vsd:
         return None
     if teacher is not None:
         start = teacher
-        if config.takes_guidance:  # a student that is told the scale has a fake score that is told it too
+        if config.takes_guidance:  # if the student takes the scale as an input, so does the fake score
             start = deepcopy(network)
             start_from(start, teacher)
         followed = _followed(config, teacher)
@@ -79,7 +79,7 @@ def loss_function(
     weightings are their own.
 
     Raises:
-        ConfigError: If a tangent with dropout is to be compiled.
+        ConfigError: If a tangent with dropout is compiled.
     """
     if config.compile and config.dropout and config.kind.tangent:
         raise ConfigError(
@@ -107,7 +107,7 @@ def loss_function(
 
 
 def _followed(config: TrainConfig, teacher: nn.Module | None) -> ConditionedNetwork | None:
-    """Return the teacher as a run follows it."""
+    """Return the teacher of a run."""
     if teacher is None:
         return None
     classes = config.network.num_classes if config.network is not None else 0

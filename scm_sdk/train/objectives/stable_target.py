@@ -1,9 +1,8 @@
 """Exact regression targets for data sets that fit in memory.
 
-A batch's own ``x_0`` is one draw from the posterior of its noisy sample; the losses are minimized by
-the posterior's mean. Over a finite data set that mean is a softmax over all images, so it can stand
-in for the draw: the same minimum, without the draw's variance, which at large ``t`` is nearly all of
-the residual and hides what is left to learn there.
+``x_0`` of a batch is one draw from the posterior of its noisy sample; the losses are minimized by the posterior mean.
+For a finite data set this mean is a softmax over all images and can replace the draw: the minimum is the same, without
+the variance of the draw, which dominates the residual at large ``t``.
 
 Source: Xu, Tong and Jaakkola, "Stable Target Field", arXiv 2302.00670, with the whole data set as
 the reference batch.
@@ -25,15 +24,15 @@ MAX_ELEMENTS = 1 << 28
 
 
 class StableTarget:
-    """Replaces a batch's ``(x_0, z)`` by their means given ``x_t``; ``x_t`` itself stays what it was.
+    """Replaces ``(x_0, z)`` of a batch by their posterior means; ``x_t`` is unchanged.
 
     Args:
         data: All images of the run.
         sigma_data: Standard deviation of the data, data units.
-        device: Where the batches lie; the CPU when None.
+        device: Device of the batches; None is the CPU.
 
     Raises:
-        TrainError: If the data is too large to be compared with every batch.
+        TrainError: If the data set exceeds ``MAX_ELEMENTS``.
     """
 
     def __init__(self, data: ImageData, *, sigma_data: float, device: torch.device | None = None) -> None:
@@ -53,7 +52,7 @@ class StableTarget:
         x_0, z, t = batch.x_0.flatten(1), batch.z.flatten(1), batch.t[:, None]
         cos, sin = torch.cos(t), torch.sin(t)
         x_t = cos * x_0 + sin * z
-        # -||x_t - cos x_j||^2 / (2 sigma^2 sin^2), less what does not depend on j.
+        # -||x_t - cos x_j||^2 / (2 sigma^2 sin^2), without the terms that do not depend on j.
         logits = (x_t @ self._images.T) * cos - 0.5 * cos.square() * self._square_norms
         logits = logits / (self._sigma_data * sin).square()
         if self._labels is not None and batch.class_labels is not None:

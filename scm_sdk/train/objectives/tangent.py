@@ -4,11 +4,11 @@
     g        = cos(t) df/dt, with the second part faded in by r
     dF/dt    = grad_x F . (dx/dt) / sigma_d + dF/dt|_x                  along (x_t / sigma_d, t)
 
-The prior weight 1 / (sigma_d tan t) is already inside ``g``: do not weight the loss by it again.
+``g`` includes the prior weight 1 / (sigma_d tan t): do not apply it to the loss again.
 The JVP carries cos(t) sin(t) in its tangents, so nothing grows near t = 0 or t = pi/2. (The paper's
 text has a sigma_d too many in these tangents; its Algorithm 1 is right.)
 
-``scaled_difference`` finds dF/dt without forward differentiation, ``discrete_tangent`` goes without dF/dt.
+``scaled_difference`` computes dF/dt without forward-mode differentiation; ``discrete_tangent`` does not need dF/dt.
 
 Source: arXiv 2410.11081, section 4 and Algorithm 1.
 """
@@ -50,17 +50,16 @@ def scaled_difference(
 ) -> Tensor:
     """Return ``cos(t) sin(t) dF/dt`` along the trajectory by a central difference, (B, ...), unitless.
 
-    Two calls of the network, for attention or wrappers that have no forward derivative. Since the direction carries
-    cos(t) sin(t), the times stay between 0 and pi/2. The error is of order ``step^2``, and in float32 of rounding
-    divided by it.
+    Two calls of the network, for attention or wrappers without a forward derivative. Because the direction has the
+    factor cos(t) sin(t), the times stay between 0 and pi/2. The error is O(``step^2``) plus rounding / ``step``.
 
     Args:
-        network: As for ``scaled_jvp``; need not be differentiable.
+        network: As for ``scaled_jvp``; not necessarily differentiable.
         x_t: Noisy samples, (B, ...), data units.
         t: Times, (B,), radians.
         dxdt: Velocity of the trajectory, (B, ...), data units.
         sigma_data: Standard deviation of the data.
-        step: Share of ``cos(t) sin(t) dx/dt`` to go to either side.
+        step: Relative step along ``cos(t) sin(t) dx/dt`` in both directions.
     """
     dt_B = step * torch.cos(t) * torch.sin(t)
     dx = expand_time(dt_B, x_t) * dxdt / sigma_data
@@ -69,14 +68,14 @@ def scaled_difference(
 
 
 def grid_times(t: Tensor, count: int, *, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """Move times up to the grid of the discrete-time ablation and return them with their neighbors below, each (B,).
+    """Round times up to the grid of the discrete-time ablation; return them and their lower neighbors, each (B,).
 
-    The grid is EDM's, ``count`` noise levels and 0. A time of the grid is as likely as all those below it and above its
-    neighbor were.
+    The grid is EDM's, ``count`` noise levels and 0. The probability of a grid time is that of the interval down to its
+    lower neighbor.
 
     Args:
-        t: Times, (B,), radians; those above the grid go to its last.
-        count: Times of the grid beside 0, at least 2.
+        t: Times, (B,), radians; those above the grid are set to the largest grid time.
+        count: Number of nonzero grid times, at least 2.
         sigma_data: Standard deviation of the data.
 
     Source: arXiv 2410.11081, appendix E; the shares as in arXiv 2310.14189, section 3.5.
@@ -111,7 +110,7 @@ def discrete_tangent(
         s: Earlier times, (B,), radians.
         dxdt: Velocity at t, (B, ...), data units.
         sigma_data: Standard deviation of the data.
-        warmup: Factor r in [0, 1] on the part that the JVP has in continuous time.
+        warmup: Factor r in [0, 1] of the part that corresponds to the JVP in continuous time.
 
     Source: arXiv 2410.11081, appendix E.
     """
@@ -140,7 +139,7 @@ def tangent(
         t: Times, (B,), radians.
         dxdt: Velocity, (B, ...), data units.
         sigma_data: Standard deviation of the data.
-        warmup: Factor r in [0, 1] on the part that holds the JVP.
+        warmup: Factor r in [0, 1] of the part with the JVP.
     """
     t = expand_time(t, x_t)
     cos, sin = torch.cos(t), torch.sin(t)
@@ -150,9 +149,9 @@ def tangent(
 def normalize_tangent(g: Tensor, *, norm: Literal["l2", "rms", "clamp"], c: float) -> Tensor:
     """Return ``g / (||g|| + c)`` with the norm over each sample, (B, ...).
 
-    ``l2`` is the paper's. ``rms`` divides it by the square root of the number of elements, so that
-    c and the step have the same meaning for every sample size; better for tiny samples. ``clamp`` cuts
-    each element to [-1, 1] instead, which the paper found about as good; c has no part in it.
+    ``l2`` is the paper's norm. ``rms`` divides it by the square root of the number of elements, so that c does not
+    depend on the sample size; better for small samples. ``clamp`` clips each element to [-1, 1] instead, which the
+    paper found similarly good; it does not use c.
     """
     if norm == "clamp":
         return g.clamp(-1.0, 1.0)

@@ -3,15 +3,15 @@
 From noise the teacher's equation is solved once, in ``trajectory.steps`` second-order steps; each of its states x_t
 then is a sample whose target is known:
 
-    f(x_t, t) = x_end            where x_end is the trajectory's own end
+    f(x_t, t) = x_end            where x_end is the end of the trajectory
 
-Nothing is bootstrapped: what the student gets wrong at one time is no target at another, so it learns as fast at the
-largest times as at the small ones. A trajectory of K steps costs 2K - 1 calls of the teacher without gradient and
-gives K samples, so the teacher costs two calls a sample, as it does in ``discrete``.
+Without bootstrapping, errors of the student at one time are not targets at another, so it learns as fast at large times
+as at small ones. A trajectory of K steps costs 2K - 1 calls of the teacher without gradient and gives K samples, two
+calls per sample as in ``discrete``.
 
-Source: Luhmann and Luhmann, 2021, arXiv 2101.02388, for the first state; all states, since a consistency model is
-asked at any time. The loss that is robust against the few samples at the border between two modes is the
-pseudo-Huber loss of Song and Dhariwal, 2023, arXiv 2310.14189, here for each element.
+Source: Luhmann and Luhmann, 2021, arXiv 2101.02388, for the first state; here for all states, because a consistency
+model is evaluated at any time. The pseudo-Huber loss of Song and Dhariwal, 2023, arXiv 2310.14189, applied per element,
+is robust against the few samples at the border between two modes.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from .base import ConditionedNetwork, LogVariance, bind, seeded_generator, weigh
 from .guidance import sample_guidance
 
 SIGMA_MIN = 0.01
-"""Least noise level of a trajectory, data units."""
+"""Smallest noise level of a trajectory, data units."""
 BLOCK_ITERATIONS = 512
-"""Iterations that share one block of trajectories. With 64 the states of one trajectory come so close together that the
-student learns the block by heart and forgets it with the next."""
+"""Iterations that share one block of trajectories. With 64 the states of a trajectory are used in quick succession, and
+the student overfits each block."""
 BLOCK_ELEMENTS = 1 << 25
-"""Elements of a block's states at most: 128 MiB."""
+"""Maximum number of elements of a block's states: 128 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """States on trajectories and where they lead.
+    """States on trajectories and their end points.
 
     Attributes:
         x_t: States, (B, ...), data units.
         t: Their times, (B,), radians, float32.
-        end: The ends of their trajectories, (B, ...), data units.
+        end: End points of their trajectories, (B, ...), data units.
         class_labels: Labels, (B,), int64, or None.
         guidance_scale: Guidance scales of the trajectories, (B,), float32, or None.
     """
@@ -66,13 +66,13 @@ class TrajectoryConditions:
 
 
 class Trajectories:
-    """Hands out each iteration's points: a pure function of the run's seed and the iteration.
+    """Provides the points of each iteration, a pure function of the run's seed and the iteration.
 
     Args:
         config: The run.
         teacher: The diffusion model.
         sample_shape: Shape of one sample.
-        num_classes: Labels, drawn with equal shares; 0 for none.
+        num_classes: Number of labels, drawn uniformly; 0 for none.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Trajectories:
         return karras_times(steps, sigma_data, sigma_min=SIGMA_MIN, shift=shift)
 
     def __call__(self, iteration: int, device: torch.device | None = None) -> Points:
-        """Return an iteration's points; its block is computed, on a device, when it is not the last one asked for."""
+        """Return the points of an iteration on a device; the last block is cached."""
         block, at = divmod(iteration, self._iterations)
         if block != self._block:
             self._solve(block, device)
@@ -138,20 +138,20 @@ class Trajectories:
 def trajectory_loss(
     network: ConditionedNetwork, logvar: LogVariance | None, points: Points, *, sigma_data: float, huber: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of the student's estimates of the ends and their mean square error, data units squared.
+    """Return the loss of the student's estimates of the end points and their mean squared error, data units squared.
 
     Args:
         network: The student.
-        logvar: The adaptive weight's head, or None.
-        points: What the iteration sees.
+        logvar: Head of the adaptive weight, or None.
+        points: Inputs of the iteration.
         sigma_data: Standard deviation of the data.
-        huber: Error, data units, above which the loss grows linearly; 0 for the square.
+        huber: Error, data units, above which the loss grows linearly; 0 for the squared error.
     """
     F = bind(network, points)(points.x_t / sigma_data, points.t)
     error = (predict_data(points.x_t, F, points.t, sigma_data=sigma_data) - points.end).flatten(1)
     square_B = error.square().mean(dim=1)
     if huber:
         loss_B = ((error.square() + huber**2).sqrt() - huber).mean(dim=1)
-    else:  # of F, which is of one size at all times
+    else:  # in terms of F, whose magnitude is the same at all times
         loss_B = square_B / (sigma_data * torch.sin(points.t)).square()
     return weighted_mean(loss_B, logvar(points.t) if logvar else None), square_B.detach().mean()

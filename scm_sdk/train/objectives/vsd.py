@@ -1,18 +1,18 @@
 """Variational score distillation: move the distribution of the student's samples onto the data distribution.
 
-A *fake score*, a diffusion model of what the student makes just now, is trained beside the student by Eq. 4. Where it
-and the data's score disagree on a noisy sample of the student, the student is moved along the difference. The data's
-score is the teacher's or, for data that fits in memory, the exact one. Beside another loss this sharpens samples;
-alone it tends to drop modes.
+A *fake score*, a diffusion model of the student's current samples, is trained together with the student by Eq. 4. On
+noisy samples of the student, the student moves along the difference between the fake score and the data's score, which
+is that of the teacher or, for data in memory, the exact one. Combined with another loss this sharpens samples; alone it
+tends to drop modes.
 
-Two weightings of the difference. The paper's is learned: it divides by what the difference is on average at that time.
-So it pulls as hard when the student is as good as the teacher as at the start, when most of what differs is the fake
-score's own error: near the teacher the student does not settle, it walks to and fro by steps of the learning rate. Let
-that fall, or end such a run early (the paper's is 20,000 iterations beside another loss). Dividing by the teacher's
-error on the very sample instead lets the pull fade as the student gets better.
+There are two weightings of the difference. The paper's is learned and divides by the mean difference at that time. Its
+gradient does not shrink when the student is as good as the teacher and most of the difference is the error of the fake
+score: near the teacher the student does not converge and moves by steps of the learning rate. Decay the learning rate
+or end such a run early (the paper uses 20,000 iterations together with another loss). Dividing by the teacher's error
+on each sample instead reduces the gradient as the student improves.
 
-Sources: arXiv 2410.11081, appendix C (adaptive VSD, sCD+VSD), one fake-score step for each step of the student. The
-other weighting: Yin et al., 2023, "DMD", arXiv 2311.18828, Eq. 8, who put it beside a fit of trajectories.
+Sources: arXiv 2410.11081, appendix C (adaptive VSD, sCD+VSD), one fake-score step per step of the student. The other
+weighting: Yin et al., 2023, "DMD", arXiv 2311.18828, Eq. 8, combined with a regression onto trajectories.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from .stable_target import StableTarget
 from .tangent import Network
 
 LEAST_ERROR = 1e-3
-"""Mean absolute error of the teacher, data units, that still weights: at the smallest times it is rounding."""
+"""Lower bound of the teacher's mean absolute error, data units; at the smallest times it is only rounding."""
 Score = Callable[[Batch], Tensor]
-"""From a batch, of which ``x_t``, ``t`` and labels count, to F: the velocity at x_t over sigma_data, (B, ...)."""
+"""Maps ``x_t``, ``t`` and labels of a batch to F: the velocity at x_t divided by sigma_data, (B, ...)."""
 
 
 def teacher_score(teacher: ConditionedNetwork, *, sigma_data: float) -> Score:
@@ -56,7 +56,7 @@ def teacher_score(teacher: ConditionedNetwork, *, sigma_data: float) -> Score:
 
 
 def exact_score(target: StableTarget, *, sigma_data: float) -> Score:
-    """Return the score of the training data itself, every image of which is looked at."""
+    """Return the exact score of the training data, computed over all images."""
 
     def score(batch: Batch) -> Tensor:
         mean = target(batch)
@@ -71,10 +71,10 @@ class VsdDraw:
 
     Attributes:
         noises: Noise of each sampler step, (B, ...), standard deviation ``sigma_data``.
-        fake_z: Noise that the fake score learns from.
-        fake_t: Its times, (B,), radians.
+        fake_z: Noise for training the fake score.
+        fake_t: Times for training the fake score, (B,), radians.
         z: Noise of the comparison.
-        t: Its times.
+        t: Times of the comparison, (B,), radians.
     """
 
     noises: tuple[Tensor, ...]
@@ -101,12 +101,12 @@ class VsdDraw:
 
 
 class Vsd:
-    """The fake score with its optimizer, and the loss that it gives the student.
+    """The fake score with its optimizer, and the VSD loss of the student.
 
     Args:
         config: The run.
-        network: What the fake score starts from, the teacher's weights or the student's; copied.
-        score: The data's score.
+        network: Initial weights of the fake score, those of the teacher or the student; copied.
+        score: The score of the data.
     """
 
     def __init__(self, config: TrainConfig, network: nn.Module, score: Score) -> None:
@@ -120,16 +120,16 @@ class Vsd:
         self._times = default_times(config.vsd.steps, sigma_data=config.sigma_data, mid_time=config.mid_time)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return what a checkpoint keeps, by name."""
+        """Return the modules of a checkpoint by name."""
         return {"fake": self.fake, "fake_logvar": self.fake_logvar, "vsd_logvar": self.logvar}
 
     def __call__(self, network: ConditionedNetwork, batch: Batch, iteration: int) -> tuple[Tensor, Tensor]:
-        """Let the fake score take its step, then return the student's loss and mean square difference.
+        """Train the fake score for one step, then return the student's loss and mean squared difference.
 
         Args:
             network: The student.
-            batch: Its labels count.
-            iteration: Which draw; of several sampler steps one is trained at a time, in turn.
+            batch: A batch, of which the labels are used.
+            iteration: Iteration; it selects the draw and, in turn, one of several sampler steps.
         """
         config = self._config
         draw = drawn_for(batch, config, lambda shape: VsdDraw.of(config, shape, iteration))
@@ -148,7 +148,7 @@ class Vsd:
         return weighted_residual(moved - images.detach() + difference, logvar)
 
     def _per_error(self, error: Tensor, t: Tensor) -> Tensor:
-        """Return what makes a difference of F one of estimated samples, over their mean absolute error, (B, 1, ...)."""
+        """Return the factor from a difference of F to one of samples, divided by the mean absolute error, (B, 1, ...)."""
         size = error.abs().flatten(1).mean(dim=1).clamp_min(LEAST_ERROR)
         return expand_time(self._config.sigma_data * torch.sin(t) / size, error)
 

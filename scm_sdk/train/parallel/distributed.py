@@ -1,8 +1,8 @@
 """The processes of a distributed run: rank, agreement, and errors when one is lost.
 
-``torchrun`` starts the processes; a run that was not started by it is one process and needs none of this. Every
-process computes the same random numbers and takes its own rows of them, so what a run ends with does not depend on how
-many processes there were, up to the order of summation. Process 0 alone writes and prints.
+``torchrun`` starts the processes; any other run is a single process. Every process computes the same random numbers and
+takes its rows, so the result does not depend on the number of processes, up to the order of summation. Only process 0
+writes and prints.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ import torch.distributed as dist
 from ...errors import ConfigError, ScmError, TrainError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process through its environment."""
+"""Environment variables that torchrun sets in each process."""
 _EXCHANGING = ("torch.distributed.", "torch.nn.parallel.distributed", "torch.autograd.graph")
-"""Modules of torch that run while tensors go from process to process."""
+"""Modules of torch that communicate between processes."""
 Value = TypeVar("Value")
 
 
 class ToldByProcessZero(TrainError):
-    """Process 0 raises the same failure and tells it; the others end in silence."""
+    """Raised on other processes when process 0 reports the failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How a run is spread out. It says how the run is computed and not what: it may differ each time one goes on.
+    """Distribution of a run over processes. It does not change the result and may differ between starts.
 
     Attributes:
-        parallel: ``ddp`` holds everything in each process; ``fsdp`` (FSDP2) holds a share of the weights, averages,
-            teacher and optimizer in each and gathers one block at a time.
-        accumulate: Parts that each process splits its share of a batch into; their gradients are summed.
-        recompute: Compute the blocks' activations again in the backward pass rather than keep them. The tangent is
-            computed before that, without gradient.
-        device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is one and the run has several processes.
-        timeout: Seconds after which a process that waits for the others gives up.
+        parallel: ``ddp`` replicates everything in each process; ``fsdp`` (FSDP2) shards weights, averages, teacher and
+            optimizer, and gathers one block at a time.
+        accumulate: Number of parts of the batch of a process; their gradients are summed.
+        recompute: Recompute the activations of the blocks in the backward pass instead of storing them. The tangent is
+            computed before, without gradient.
+        device: ``cpu``, ``cuda``, or ``auto``: CUDA if available and the run has several processes.
+        timeout: Seconds after which a waiting process gives up.
     """
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -64,12 +64,12 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes of a run.
 
     Attributes:
-        rank: This process, from 0.
-        size: How many there are.
-        device: Where this one computes.
+        rank: Rank of this process, from 0.
+        size: Number of processes.
+        device: Device of this process.
     """
 
     rank: int = 0
@@ -82,7 +82,7 @@ class World:
         return self.rank == 0
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """Return the mean of each number over all processes; every process gets the same."""
+        """Return the mean of each number over all processes, on every process."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -90,10 +90,10 @@ class World:
         return [float(value) for value in total / self.size]
 
     def together(self, action: Callable[[], Value]) -> Value:
-        """Do something on every process and go on only where all of them could.
+        """Run an action on every process and continue only if all succeeded.
 
         Raises:
-            ScmError: On process 0, its own or the first other's.
+            ScmError: On process 0: its own error or that of the first failed process.
             ToldByProcessZero: On the other processes.
         """
         if self.size == 1:
@@ -114,7 +114,7 @@ class World:
         raise TrainError(f"process {failed[0][0]} of {self.size}: {failed[0][1]}")
 
     def gather(self, value: Value) -> list[Value]:
-        """Return every process's value, by rank, on every process; values are pickled."""
+        """Return the values of all processes by rank, on every process; values are pickled."""
         found: list[Any] = [value]
         if self.size > 1:
             found *= self.size
@@ -122,10 +122,10 @@ class World:
         return found
 
     def on_main(self, action: Callable[[], Value]) -> Value:
-        """Do something on process 0 while the others wait, and give its value, which is pickled, to all.
+        """Run an action on process 0 while the others wait, and return its pickled value on all processes.
 
         Raises:
-            ScmError: What the action raised; on the other processes ``ToldByProcessZero``.
+            ScmError: The error of the action; ``ToldByProcessZero`` on the other processes.
         """
         value = self.together(lambda: action() if self.is_main else None)
         if self.size == 1:
@@ -137,20 +137,20 @@ class World:
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the first that torchrun started, or was not started by it at all."""
+    """Return whether this process has rank 0, or was not started by torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(scale: Scale) -> Iterator[World]:
-    """Join the processes that torchrun started; one process alone where it did not.
+    """Join the processes of torchrun; without torchrun a single process.
 
     Yields:
         The world.
 
     Raises:
-        TrainError: If a process needs a GPU that is not there, the others do not come, or one is lost on the way.
-        ConfigError: If torchrun is to start processes again and they could not find each other then.
+        TrainError: If a GPU is missing, the other processes do not join, or one is lost.
+        ConfigError: If torchrun is configured to restart processes that could not find each other.
     """
     if not all(name in os.environ for name in LAUNCHED):
         yield World(device=_device(scale.device, local_rank=0, alone=True))
@@ -193,7 +193,7 @@ def _device(kind: str, *, local_rank: int, alone: bool) -> torch.device:
 
 
 def _check_restarts() -> None:
-    """Refuse restarts that cannot work: torchrun's own store keeps the addresses of the processes before.
+    """Refuse restarts that cannot work, because torchrun's store keeps the addresses of the previous processes.
 
     Source: github.com/pytorch/pytorch/issues/135712; seen with PyTorch 2.13.
     """
@@ -207,9 +207,9 @@ def _check_restarts() -> None:
 
 
 def _is_about_the_others(exc: RuntimeError) -> bool:
-    """Whether torch raised an error where processes exchange tensors. Gloo's errors have no class of their own.
+    """Return whether an error of torch was raised during communication. Gloo's errors have no specific class.
 
-    That is in ``torch.distributed``, and in the backward pass, from which DDP sends gradients round.
+    Communication happens in ``torch.distributed`` and in the backward pass, where DDP reduces gradients.
     """
     if isinstance(exc, dist.DistError | torch.OutOfMemoryError):
         return isinstance(exc, dist.DistError)
@@ -220,16 +220,16 @@ def _is_about_the_others(exc: RuntimeError) -> bool:
 
 @contextmanager
 def stop_signals(world: World) -> Iterator[Callable[[], int]]:
-    """Turn Ctrl-C and SIGTERM into a wish to stop: a run ends after an iteration, all its processes after the same.
+    """Convert Ctrl-C and SIGTERM to a stop request: all processes end after the same iteration.
 
-    A second Ctrl-C interrupts a single process at once, as Python does it.
+    A second Ctrl-C raises KeyboardInterrupt in a single process at once.
 
     Yields:
-        The signal that asked this process to stop; 0 for none.
+        The number of the received signal; 0 for none.
     """
     asked = 0
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0  # no other thread is told of signals
+        yield lambda: 0  # only the main thread receives signals
         return
 
     def note(number: int, _: FrameType | None) -> None:

@@ -1,9 +1,9 @@
-"""The state of a run as shares: each process writes its own, any number of processes reads them.
+"""The sharded state of a run: each process writes its shard, any number of processes can read them.
 
-``torch.distributed.checkpoint`` splits the work; its Hugging Face storage writes safetensors, so that nothing is a
-pickle. A checkpoint is a folder ``state-ITERATION`` that appears when it is whole; the one before it goes afterwards.
-``counters.json`` in it has the sha256 of each share, which the processes take and check together.
-On several machines the run's folder must be one that they share.
+``torch.distributed.checkpoint`` splits the work; its Hugging Face storage writes safetensors instead of pickles. A
+checkpoint is a folder ``state-ITERATION`` that appears when it is complete; the previous one is then deleted.
+``counters.json`` in it has the sha256 of each shard, which the processes compute and check together. On several
+machines the run's folder must be on a shared disk.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class _Shares(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None:
-    """Write a run's state, as a file or as shares; what was there before stays until the new one is whole.
+    """Write the state of a run, as a file or as shards; the previous state stays until the new one is complete.
 
     Raises:
-        TrainError: If a disk refuses, on any process; the earlier state is still there.
+        TrainError: If it cannot be written on any process; the previous state stays.
     """
     if not sharded:
         world.on_main(lambda: _write_file(out, state))
@@ -65,7 +65,7 @@ def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None
 
 
 def load_run(out: Path, state: RunState, world: World) -> None:
-    """Fill ``state`` from the newest that was written, in whichever form and by however many processes.
+    """Load the newest state, in either form and from any number of processes.
 
     Raises:
         IntegrityError: If it is damaged or belongs to another network.
@@ -99,7 +99,7 @@ def _write_shares(folder: str, target: Path, state: RunState, world: World) -> N
 
 
 def _sums(folder: Path, world: World) -> dict[str, str]:
-    """Return the sha256 of this process's part of a folder's shares, by name."""
+    """Return the sha256 of the shards that this process checks, by name."""
     paths = sorted(folder.glob("*.safetensors"))
     return {path.name: sha256_file(path) for path in paths[world.rank :: world.size]}
 
@@ -142,19 +142,19 @@ def _read_shares(folder: Path, state: RunState, world: World) -> None:
 
 @contextmanager
 def _one_may_be_alone() -> Iterator[None]:
-    """Keep torch from warning that a single process reads or writes: it may."""
+    """Suppress torch's warning about a single process, which is allowed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 def _reasons(exc: Any) -> str:
-    """Return what the processes met, each reason once."""
+    """Return the errors of the processes, each text once."""
     return "; ".join(dict.fromkeys(str(error) or type(error).__name__ for error, _ in exc.failures.values()))
 
 
 def _newest(out: Path) -> Path | None:
-    """Return the state with the most iterations. A file that does not tell is taken, so that its damage is told."""
+    """Return the state with the most iterations. An unreadable file is returned too, so that its damage is reported."""
     found = [(int(path.name.partition("-")[2]), path) for path in _folders(out)]
     file = out / STATE_FILE
     if file.exists():
@@ -167,12 +167,12 @@ def _newest(out: Path) -> Path | None:
 
 
 def _folders(out: Path) -> list[Path]:
-    """Return the whole checkpoints of a run."""
+    """Return the complete checkpoints of a run."""
     return [path for path in out.glob("state-*") if FOLDER.fullmatch(path.name) and (path / COUNTERS_FILE).is_file()]
 
 
 def _remove_all_but(out: Path, kept: Path) -> None:
-    """Delete other states. The newest is found without that, so a refusal is no failure."""
+    """Delete other states. An undeletable one is ignored, because the newest state is used anyway."""
     for path in _folders(out):
         if path != kept:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Wrap networks for several processes: DDP, FSDP2, activation checkpointing.
 
-The loss with its tangent runs inside the wrapped module's ``forward``, where the hooks that gather weights and reduce
-gradients see every call. A JVP over the wrapper would pass DDP's buffer broadcast, and one under it no hook at all:
-the gradients would never be averaged, without a word.
+The loss with its tangent runs inside ``forward`` of the wrapped module, where the hooks that gather weights and reduce
+gradients apply to every call. A JVP over the wrapper would differentiate DDP's buffer broadcast; a JVP under it would
+bypass the hooks, and the gradients would silently not be averaged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Compute = Callable[[Batch, int], tuple[Tensor, Tensor]]
 
 
 class LossModule(nn.Module):
-    """A run's loss as a module that owns what it trains.
+    """The loss of a run as a module that holds the trained modules.
 
     Args:
         network: The student.
-        heads: What else is trained by the loss.
+        heads: Further trained modules.
         compute: ``(batch, iteration) -> (loss, residual)``; calls the network and the heads.
     """
 
@@ -46,11 +46,11 @@ class LossModule(nn.Module):
 
 
 def check_scale(config: TrainConfig, scale: Scale, world: World) -> None:
-    """Refuse what would not give the result of one process, by name.
+    """Refuse options whose result would differ from that of one process.
 
     Raises:
-        ConfigError: If the batch cannot be split evenly, or an option does not go with several processes, with FSDP2
-            or with parts of a batch.
+        ConfigError: If the batch cannot be split evenly, or an option does not support several processes, FSDP2 or
+            gradient accumulation.
     """
     parts = world.size * scale.accumulate
     if config.batch_size % parts:
@@ -85,7 +85,7 @@ def check_scale(config: TrainConfig, scale: Scale, world: World) -> None:
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """Return the large parts of a network, in order: its children, lists opened, that have children themselves."""
+    """Return the blocks of a network in order: its children, including those in lists, that have children."""
     opened: list[nn.Module] = []
     for child in network.children():
         opened.extend(child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else [child])
@@ -93,10 +93,10 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def recompute_activations(network: nn.Module) -> None:
-    """Make the blocks of a network forget their activations; the backward pass computes them again.
+    """Recompute the activations of a network's blocks in the backward pass.
 
-    Only where gradients are recorded: the JVP under ``no_grad`` keeps nothing anyway, and inside a JVP with gradients
-    torch's checkpointing fails.
+    Only if gradients are recorded: the JVP under ``no_grad`` stores nothing, and inside a JVP with gradients torch's
+    checkpointing fails.
     """
     for block in blocks_of(network):
         block.forward = partial(_forgetting, block.forward)
@@ -120,7 +120,7 @@ def shard(module: nn.Module, network: nn.Module, world: World) -> None:
 
 
 def wrap(loss: LossModule, scale: Scale, world: World) -> nn.Module:
-    """Return the module that is called in place of the loss. It must be kept: a DDP that is gone reduces nothing."""
+    """Wrap the loss. The caller must keep the returned module, because a deleted DDP module does not reduce gradients."""
     if scale.parallel == "fsdp":
         shard(loss, loss.network, world)
         return loss
@@ -133,24 +133,24 @@ def wrap(loss: LossModule, scale: Scale, world: World) -> nn.Module:
 def reducing(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """Return the context of one part's backward pass: DDP sends gradients round after the last part of a batch.
 
-    FSDP2 does so after each, since it would otherwise keep the whole gradient in every process.
+    FSDP2 reduces after each part, because otherwise every process would store the full gradient.
     """
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
 
 
 def local(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Return the part of each parameter that this process holds: all of it where nothing is sharded."""
+    """Return the shard of each parameter in this process; the full parameter without sharding."""
     return (p.to_local() if hasattr(p, "to_local") else p for p in parameters)
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to a norm and return what it was, the same on every process."""
+    """Clip the gradient norm and return the norm before clipping, equal on every process."""
     norm: Any = nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def gathered_state(module: nn.Module, world: World) -> dict[str, Tensor] | None:
-    """Return a module's whole state dict on process 0 and None elsewhere; all processes must call it."""
+    """Return the full state dict of a module on process 0 and None elsewhere; all processes must call it."""
     tensors = {}
     for name, tensor in module.state_dict().items():
         whole = tensor.detach()

@@ -1,8 +1,8 @@
 """The training state: everything that changes during a run, as named tensors in one file.
 
-The weights, the averages, the weighting heads and the optimizers' moments lie in one safetensors file. Where they are
-split over several processes, ``sharded_state`` keeps the same tensors in a folder. A checksum covers all of it: what
-goes on from a damaged state would end elsewhere without a word.
+Weights, averages, weighting heads and optimizer moments are in one safetensors file. For sharded runs ``sharded_state``
+stores the same tensors in a folder. A checksum covers everything, because a run that resumes from a damaged state would
+silently give another result.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ UNREADABLE = (
     SafetensorError, msgspec.MsgspecError, OSError, LookupError, TypeError, ValueError, RuntimeError, RecursionError,
     MemoryError,
 )  # fmt: skip
-"""What a damaged or foreign state raises while it is read."""
+"""Exceptions for a damaged or unrelated state."""
 MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
-"""What Adam and RAdam keep for each parameter: a number, and two tensors of the parameter's shape."""
+"""State of Adam and RAdam per parameter: a step count and two tensors of the parameter's shape."""
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The numbers of a state; ``RunState`` has them, too."""
+    """The counters of a state; ``RunState`` has the same fields."""
 
     iteration: Annotated[int, msgspec.Meta(ge=0)]
     skipped: Annotated[int, msgspec.Meta(ge=0)]
@@ -46,13 +46,13 @@ class RunState:
     """Everything that changes during a run.
 
     Attributes:
-        network: The weights that are trained.
-        average: Their moving average.
-        modules: What else has weights, by name.
-        optimizers: With their moments, by name.
-        iteration: Iterations done.
-        skipped: Non-finite steps skipped.
-        seconds: Seconds of training, over all sittings.
+        network: The trained network.
+        average: Its moving average.
+        modules: Further modules with weights, by name.
+        optimizers: Optimizers with their moments, by name.
+        iteration: Completed iterations.
+        skipped: Skipped non-finite steps.
+        seconds: Seconds of training, over all starts.
         window: Loss, residual and gradient norm of each finite step since the last line of the log.
     """
 
@@ -70,11 +70,11 @@ class RunState:
         return {"network": self.network, "average": self.average, **self.modules}
 
     def counters(self) -> Counters:
-        """Return the numbers beside the tensors."""
+        """Return the counters."""
         return Counters(iteration=self.iteration, skipped=self.skipped, seconds=self.seconds, window=self.window)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name; those of a sharded run are the shares of this process (DTensor)."""
+        """Return all tensors by name; in a sharded run the shards of this process (DTensor)."""
         tensors: dict[str, Tensor] = {}
         for prefix, module in self.parts().items():
             for name, tensor in module.state_dict().items():
@@ -86,13 +86,13 @@ class RunState:
         return tensors
 
     def blanks(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Return zeros to read the named tensors into, split over the processes as this run's are.
+        """Return empty tensors to load the named tensors into, sharded like those of this run.
 
         Args:
-            shapes: Name and whole shape of each stored tensor.
+            shapes: Name and full shape of each stored tensor.
 
         Raises:
-            KeyError, ValueError: If they are not this run's.
+            KeyError, ValueError: If names or shapes are not those of this run.
         """
         like: dict[str, Tensor] = {}
         for prefix, module in self.parts().items():
@@ -110,10 +110,10 @@ class RunState:
         return {name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) for name, tensor in like.items()}
 
     def fill(self, tensors: Mapping[str, Tensor], counters: Counters) -> None:
-        """Take over what ``tensors`` and ``counters`` returned, in this or in a run of other processes.
+        """Load the results of ``tensors`` and ``counters``, also from a run with another number of processes.
 
         Raises:
-            KeyError, TypeError, ValueError, RuntimeError: If they are not this run's, or not finite.
+            KeyError, TypeError, ValueError, RuntimeError: If they do not match this run, or are not finite.
         """
         if counters.skipped > counters.iteration:
             raise ValueError(f"{counters.skipped} of {counters.iteration} iterations were skipped")
@@ -145,7 +145,7 @@ def save_state(out: Path, state: RunState) -> None:
     """Write ``state.safetensors`` atomically.
 
     Raises:
-        TrainError: If the disk refuses; the earlier state is still there.
+        TrainError: If it cannot be written; the previous state stays.
     """
     tensors, counters = state.tensors(), msgspec.json.encode(state.counters()).decode()
     data = save(tensors, metadata=sealed(tensors, counters))
@@ -153,7 +153,7 @@ def save_state(out: Path, state: RunState) -> None:
 
 
 def load_state(out: Path, state: RunState) -> None:
-    """Fill ``state`` from ``state.safetensors``, if it exists.
+    """Load ``state.safetensors``, if it exists.
 
     Raises:
         IntegrityError: If the file is damaged or belongs to another network.
@@ -185,7 +185,7 @@ def sealed(tensors: Mapping[str, Tensor], counters: str) -> dict[str, str]:
     """Return the metadata of a ``state.safetensors``: the sha256 of counters and tensors, then the counters as JSON.
 
     The digest covers names, dtypes, shapes and values in the order of the names. It is one entry, because safetensors
-    writes several in an order that changes from run to run.
+    does not keep the order of several.
     """
     found = hashlib.sha256(counters.encode())
     for name, tensor in sorted(tensors.items()):
@@ -195,10 +195,10 @@ def sealed(tensors: Mapping[str, Tensor], counters: str) -> dict[str, str]:
 
 
 def check_tensor(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Refuse a stored tensor that is not of the run's shape and dtype, or not finite.
+    """Check shape, dtype and finiteness of a stored tensor.
 
     Raises:
-        ValueError: If it is so; says why.
+        ValueError: If one is wrong; with the reason.
     """
     if (tensor.shape, tensor.dtype) != (shape, dtype):
         raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the run's is {tuple(shape)} {dtype}")
@@ -208,7 +208,7 @@ def check_tensor(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtyp
 
 
 def not_resumable(path: Path, reason: object) -> IntegrityError:
-    """Return the error of a state that cannot be read or is another run's."""
+    """Return the error for a state that cannot be read or belongs to another run."""
     return IntegrityError(f"{path} cannot be resumed from: {reason}. Delete it to start again, or copy it again.")
 
 
@@ -217,12 +217,12 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _split_like(tensor: Tensor, own: Any) -> Tensor:
-    """Return this process's share of a whole tensor where its own is a share, else the tensor itself."""
+    """Return this process's shard of a full tensor if the target is sharded, else the tensor."""
     if not hasattr(own, "full_tensor") or hasattr(tensor, "full_tensor") or own.shape != tensor.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    # Every process has read the whole, so nothing is sent.
+    # Every process has read the full tensor, so nothing is communicated.
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
