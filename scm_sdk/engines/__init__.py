@@ -1,1 +1,1 @@
-"""What describes a TensorRT engine: GPU targets, the two NVIDIA libraries, compatibility with this machine."""
+"""TensorRT engines: GPU targets, the two NVIDIA libraries, compatibility with a machine."""

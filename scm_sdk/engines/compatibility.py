@@ -1,7 +1,7 @@
 """Decide from an engine's record whether it can run on this machine, before its library is loaded.
 
-An engine is executable code that its library takes on faith, and fits one library version, one kind of system and
-some GPUs. Plans and backends ask the same questions here.
+An engine is executable code that its library does not check, and fits one library version, one platform and some GPUs.
+Plans and backends share these checks.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineHost:
-    """What decides whether engines run on this machine.
+    """Properties of a machine that decide whether engines run on it.
 
     Attributes:
-        gpu: The GPU; None without one.
-        versions: Installed version of each flavour; None where it is not installed.
+        gpu: The GPU; None without a GPU.
+        versions: Installed version of each flavour; None if it is not installed.
         platform: ``<system>-<machine>``.
-        trusts: Whether an engine of this sha256 may be run.
-        no_gpu: Why ``gpu`` is None, where it is.
+        trusts: Returns whether an engine with this sha256 may run.
+        no_gpu: Reason why ``gpu`` is None.
     """
 
     gpu: Gpu | None
@@ -61,8 +61,8 @@ class EngineHost:
         """Describe this machine.
 
         Args:
-            device: ``cuda`` or ``cuda:N``; None is the first GPU, and ``cpu`` is none.
-            trust_engines: Run engines wherever they come from.
+            device: ``cuda`` or ``cuda:N``; None is the first GPU, ``cpu`` no GPU.
+            trust_engines: Run engines of any origin.
         """
         kind, _, number = (device or "cuda").partition(":")
         gpu = current_gpu(int(number) if number.isdecimal() else 0) if kind == "cuda" else None
@@ -94,10 +94,10 @@ def installed_version(flavour: str) -> str | None:
 
 
 def is_trusted(engine_sha256: str) -> bool:
-    """Return whether this user built an engine on this machine, or trusts all (``SCM_TRUST_ENGINES=1``).
+    """Return whether this user built an engine on this machine, or trusts all engines (``SCM_TRUST_ENGINES=1``).
 
     Raises:
-        ConfigError: If ``SCM_TRUST_ENGINES`` is neither a yes nor a no.
+        ConfigError: If ``SCM_TRUST_ENGINES`` is neither on nor off.
     """
     return is_on(TRUST_VARIABLE) or was_built_here(engine_sha256)
 
@@ -105,7 +105,7 @@ def is_trusted(engine_sha256: str) -> bool:
 def was_built_here(engine_sha256: str) -> bool:
     """Return whether this user built an engine on this machine.
 
-    Its marker is a keyed digest, so that a file that somebody else put there says nothing.
+    The marker of an engine is a keyed digest, which another user cannot forge.
     """
     if not re.fullmatch("[0-9a-f]{64}", engine_sha256):
         return False
@@ -122,9 +122,9 @@ def was_built_here(engine_sha256: str) -> bool:
 
 
 def remember_built(engine_sha256: str) -> None:
-    """Keep that this user built an engine on this machine; its file may lie anywhere, and leave the cache.
+    """Record that this user built an engine on this machine, independently of the location of its file.
 
-    Where that cannot be kept, one warning says so.
+    If the record cannot be stored, one warning says so.
     """
     if was_built_here(engine_sha256):
         return
@@ -144,7 +144,7 @@ def _marker(key: bytes, engine_sha256: str) -> bytes:
 
 
 def _read_key(folder: Path) -> bytes | None:
-    """Return the user's key, if its file is one that nobody else can read or write."""
+    """Return the user's key if no other user can read or write its file."""
     try:
         state = os.lstat(folder / _KEY)
         if hasattr(os, "geteuid") and (state.st_uid != os.geteuid() or state.st_mode & 0o077):
@@ -158,16 +158,16 @@ def _read_key(folder: Path) -> bytes | None:
 
 
 def _make_key(folder: Path) -> bytes:
-    """Write a new key, or return that of a process that was faster.
+    """Write a new key, or return the key of a concurrent process.
 
     Raises:
-        OSError: If it cannot be written, or what lies there cannot be used.
+        OSError: If it cannot be written, or an existing file cannot be used.
     """
     handle, name = tempfile.mkstemp(prefix=".key.", dir=folder)  # mode 0600
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(secrets.token_bytes(_KEY_BYTES))
-        os.link(name, folder / _KEY)  # fails where there is one
+        os.link(name, folder / _KEY)  # fails if the file exists
     except FileExistsError:
         pass
     finally:
@@ -186,7 +186,7 @@ def rebuild_command(flavour: Flavour, gpu: Gpu | None = None) -> str:
 
 
 def why_not(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | None:
-    """Return why an engine cannot run on a machine, with what to do; None if nothing speaks against it."""
+    """Return why an engine cannot run on a machine, with advice; None if it can."""
     version, gpu = host.versions.get(flavour), host.gpu
     rebuild = rebuild_command(flavour, gpu)
     if facts.platform != host.platform:
@@ -207,7 +207,7 @@ def why_not(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | Non
 
 
 def doubt(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str:
-    """Return what may make an engine slower than it could be here; "" if nothing."""
+    """Return a reason why an engine may be slower than necessary on this machine, or ""."""
     same = host.gpu is None or not facts.gpu or facts.gpu == host.gpu.name
     if flavour == "tensorrt" and facts.hardware_compatibility == "none" and not same and host.gpu is not None:
         return f"tuned on a {facts.gpu}, this is a {host.gpu.name}"

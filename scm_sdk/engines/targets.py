@@ -1,7 +1,7 @@
 """GPU targets by name: compute capability, precisions, and which builder supports them.
 
-Plain facts; nothing here needs a GPU or a library. Sources: NVIDIA's table of compute capabilities, and for
-``ahead_of_time`` the capabilities that TensorRT-RTX 1.7 names (measured: each of them builds on a CPU).
+Data only, without a GPU or a library. Sources: NVIDIA's table of compute capabilities, and for ``ahead_of_time`` the
+capabilities of TensorRT-RTX 1.7 (verified: each of them builds on a CPU).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ AHEAD_OF_TIME = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A kind of GPU.
+    """A GPU model.
 
     Attributes:
-        name: How users call it.
-        title: Its full name.
+        name: Name for options.
+        title: Full name.
         compute_capability: Two numbers, for example ``8.0``.
     """
 
@@ -48,7 +48,7 @@ class Target:
         return ("fp32", "fp16", "int8", *(["bf16"] if version >= (8, 0) else []))
 
     def unbuildable(self, flavour: str) -> str:
-        """Return why a flavour builds no engine for it at all, or ""."""
+        """Return why a flavour cannot build any engine for this GPU, or ""."""
         if flavour == "tensorrt_rtx" and not self.ahead_of_time:
             return (
                 f"TensorRT-RTX cannot build for {self.name} ({self.compute_capability}), only for compute capability "
@@ -57,10 +57,10 @@ class Target:
         return ""
 
     def lacks(self, precision: str, flavour: str) -> str:
-        """Return why engines of a precision are not built for it, or "".
+        """Return why engines of a precision cannot be built for this GPU, or "".
 
-        That TensorRT-RTX 1.7 lacks float32 matrix products on Turing, and dequantizes INT8 convolutions there
-        without saying so, was measured.
+        Measured: on Turing, TensorRT-RTX 1.7 has no float32 matrix products and silently dequantizes INT8
+        convolutions.
         """
         if precision not in self.precisions:
             return f"{self.name} cannot compute {precision}, which needs compute capability 8.0"
@@ -70,7 +70,7 @@ class Target:
 
     @property
     def note(self) -> str:
-        """What a user should know before building for it; empty as a rule."""
+        """Note for users before building for this GPU; usually empty."""
         if self.compute_capability == "8.0":
             return "not in TensorRT-RTX's support matrix: prefer tensorrt on the GPU"
         return "" if self.ahead_of_time else "tensorrt only, on such a GPU"
@@ -106,7 +106,7 @@ def resolve_target(name: str | Target) -> Target:
     """Find a GPU by its name (``l4``, ``rtx4090``) or its capability (``sm_89``, ``8.9``).
 
     Raises:
-        ConfigError: If there is none; the message lists close names.
+        ConfigError: If the name is unknown; the message lists close names.
     """
     if isinstance(name, Target):
         return name
@@ -128,7 +128,7 @@ def resolve_targets(names: Sequence[str | Target]) -> tuple[Target, ...]:
     """Find several; two names of one compute capability count once, the first.
 
     Raises:
-        ConfigError: If one is unknown or there is none.
+        ConfigError: If a name is unknown or the list is empty.
     """
     if not names:
         raise ConfigError("no target was given, expected at least one. See: scm-export targets")

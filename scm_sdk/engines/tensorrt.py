@@ -1,7 +1,7 @@
 """Load TensorRT or TensorRT-RTX, and translate their log messages.
 
-They share one Python interface. ``tensorrt`` builds on the GPU that will run the engine; ``tensorrt_rtx``
-builds ahead of time on any machine and finishes when the engine is loaded.
+Both have the same Python interface. ``tensorrt`` builds on the GPU that will run the engine; ``tensorrt_rtx`` builds
+ahead of time on any machine and completes the compilation when the engine is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..bundle.engine_record import Flavour
 
 MIN_TENSORRT = (10, 12)
-"""The first whose strong typing is complete and lasts: weak typing is gone in 11."""
+"""Minimum version: the first with complete strong typing. Version 11 removed weak typing."""
 _KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING")
 _KEPT_MESSAGES = 500
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
@@ -29,14 +29,14 @@ def load_flavour(flavour: Flavour, *, purpose: str) -> ModuleType:
     """Import one of the two libraries.
 
     Args:
-        flavour: Which.
-        purpose: What it is needed for; the subject of the message.
+        flavour: The library.
+        purpose: What needs the library; the subject of the message.
 
     Raises:
-        BackendUnavailable: If it is absent or too old.
+        BackendUnavailable: If it is missing or too old.
     """
     if flavour == "tensorrt_rtx":
-        try:  # the bindings' wheel alone, without the package that renames it
+        try:  # only the wheel of the bindings, without the package that renames it
             return importlib.import_module("tensorrt_rtx")
         except ImportError:
             try:
@@ -77,11 +77,11 @@ class Logger(Protocol):
 def make_logger(library: ModuleType, *, kernels: bool = False) -> Logger:
     """Return a logger for one of the libraries that keeps the last warnings and errors that it hears.
 
-    The libraries do not hold it: whoever made it keeps it as long as what it was given to.
+    The libraries hold no reference to the logger: keep it as long as the objects that use it.
 
     Args:
         library: The library.
-        kernels: Keep what names kernels too, all of it: for a build, which ends.
+        kernels: Also keep all messages that name kernels; for a build.
 
     Returns:
         An object with ``errors()``, ``warnings()`` and ``kernels``, the texts that name kernels.
@@ -90,7 +90,7 @@ def make_logger(library: ModuleType, *, kernels: bool = False) -> Logger:
     class Collector(library.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            # Bounded: an engine may run, and be warned about, for months.
+            # Bounded, because an engine may run and log warnings for months.
             self.messages: deque[tuple[str, str]] = deque(maxlen=_KEPT_MESSAGES)
             self.kernels: list[str] = []
 

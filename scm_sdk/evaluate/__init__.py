@@ -1,1 +1,1 @@
-"""Parity, latency and quality: the measurements that gates are made of."""
+"""Parity, latency and quality: the measurements behind the gates."""

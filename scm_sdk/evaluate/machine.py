@@ -1,4 +1,4 @@
-"""Describe the machine that a number was measured on."""
+"""Description of the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .._util.processor import cpu_name
 
 
 def peak_rss_mib() -> float | None:
-    """Return the largest resident memory this process ever had, MiB; None where the system does not say."""
+    """Return the peak resident memory of this process, MiB; None if the system does not report it."""
     try:
-        # Linux: getrusage would report a parent's peak too, which survives fork and exec.
+        # Linux: getrusage would include the peak of the parent, which survives fork and exec.
         with open("/proc/self/status") as stream:
             return next(int(line.split()[1]) / 2**10 for line in stream if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
@@ -27,7 +27,7 @@ def peak_rss_mib() -> float | None:
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what a reader must know before comparing milliseconds."""
+    """Return the properties of the machine that affect latencies."""
     gpus_here = [f"{gpu.name} (driver for CUDA {gpu.driver})" for gpu in gpus()]
     return {
         "system": f"{platform.system()} {platform.machine()}",

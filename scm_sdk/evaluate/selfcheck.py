@@ -1,7 +1,7 @@
 """Self-checks: properties of any consistency model and backend, without data and without a reference.
 
-Each check is a property that follows from the mathematics or from what the SDK promises; a number is held against what
-is allowed, and both are told. They do not say that pictures are good: an untrained network passes.
+Each check is a property that follows from the mathematics or from the documented behavior; the measured value and its
+limit are reported. The checks do not measure image quality: an untrained network passes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAME = {"fp32": 1e-3, "fp32-cpu": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5}
-"""Largest difference of one sample in two batches, units of sigma_data. Other batch sizes may run other kernels, whose
-last bits differ; a low precision now and then rounds those to its next step (int8 of the shipped model: 0.07)."""
+"""Largest difference of one sample in two batches, units of sigma_data. Other batch sizes may use other kernels, whose
+last bits differ; a reduced precision may round these to another level (int8 of the shipped model: 0.07)."""
 TRAJECTORY_TIMES, TRAJECTORY_END = 16, 0.2
 """Times of one trajectory, and its last one, radians."""
 _EMPTY = 0.05
-"""Root mean square of samples below which they hold nothing, units of sigma_data."""
+"""Minimum root mean square of samples, units of sigma_data; below, they are empty."""
 EXTREME_SEEDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63, 2**64 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One property.
+    """Result of one check.
 
     Attributes:
-        name: Which.
-        passed: Whether it holds; None where it cannot be asked here, and ``text`` says why.
-        value: What was measured.
-        allowed: What it may be at most.
-        text: The property in words.
+        name: Name of the check.
+        passed: Whether the property holds; None if it cannot be checked here, for the reason in ``text``.
+        value: Measured value.
+        allowed: Limit of the value.
+        text: Description of the property.
     """
 
     name: str
@@ -68,7 +68,7 @@ def selfcheck(generator: Generator, *, num_samples: int = 16) -> list[Check]:
     Raises:
         BackendError: If the backend cannot run.
     """
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is a finding, not a warning
+    with np.errstate(invalid="ignore", over="ignore"):  # non-finite values are a result, not a warning
         return list(_checks(generator, max(2, num_samples)))
 
 
@@ -113,7 +113,7 @@ def _labels_matter(backend: Backend, spec: SamplerSpec, request: Request, images
 
 
 def _steps_agree(generator: Generator, request: Request) -> Check:
-    """One and two steps from the same noise must be nearer to each other than to those of other noise."""
+    """One and two steps from the same noise must be closer to each other than to samples of other noise."""
     if not {1, 2} <= set(generator.source.steps) and generator.opened().row.backend != "torch":
         return _cannot("steps", "there are no 1-step and 2-step samplers")
     own = {tensor.name: request.conditioning[tensor.name] for tensor in request.spec.conditioning}
@@ -135,7 +135,7 @@ def _steps_agree(generator: Generator, request: Request) -> Check:
 
 
 def _mathematics(generator: Generator, request: Request, images: NDArray[np.float32]) -> Iterator[Check]:
-    """What only a network that can be asked at any time tells: PyTorch's."""
+    """Checks that need the network at arbitrary times, which only PyTorch provides."""
     opened = generator.opened()
     if opened.row.backend != "torch":
         for name in ("boundary", "variance", "consistency"):
@@ -157,7 +157,7 @@ def _mathematics(generator: Generator, request: Request, images: NDArray[np.floa
 
 
 def _variance(x_0: Tensor, z: Tensor, spec: SamplerSpec) -> Check:
-    """Pictures do not have sigma_data each: their own deviation s decides, sqrt(cos^2 s^2 + sin^2 sigma_data^2)."""
+    """The standard deviation of x_t must be sqrt(cos^2 s^2 + sin^2 sigma_data^2) for samples of deviation s."""
     import torch
 
     from ..model.trigflow import add_noise
@@ -168,16 +168,16 @@ def _variance(x_0: Tensor, z: Tensor, spec: SamplerSpec) -> Check:
     for t in (0.2, 0.8, 1.1, 1.5):
         wanted = math.hypot(math.cos(t) * s, math.sin(t) * spec.sigma_data)
         ratios.append(float(add_noise(x_0, z, torch.full((1,), t, device=z.device)).std()) / wanted)
-    # Of n values the standard deviation is known to 1 / sqrt(2 n): five of those.
+    # The standard error of a standard deviation of n values is 1 / sqrt(2 n); allow five.
     text = "standard deviation of x_t, made of the model's own pictures, over what it must be, less 1"
     return _at_most("variance", max(abs(r - 1) for r in ratios), 5 / math.sqrt(2 * x_0.numel()), text)
 
 
 def _consistency(model: Any, z: Tensor, given: dict[str, Tensor], spec: SamplerSpec) -> Check:
-    """Follow the model's own trajectory from noise and ask for its end at each time: it should stay the same.
+    """Follow the model's trajectory from noise and compare its end estimates, which should be constant.
 
-    From (x_t, t) to the next time along the arc through the estimate f(x_t, t) and the noise that it implies. The gate
-    is loose, since an untrained network has no trajectories worth the name: neighbors must agree better than seeds do.
+    From (x_t, t) to the next time along the arc through the estimate f(x_t, t) and its implied noise. The gate is loose
+    because an untrained network has no consistent trajectories: neighbors must agree better than different seeds do.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""Read weights from untrusted pickles: the pickle is parsed as data, and none of its code runs."""
+"""Read weights from untrusted pickles: the pickle is parsed as data, and none of its code is executed."""

@@ -1,4 +1,4 @@
-"""The names that a pickle may contain, and the stand-ins for them."""
+"""Allowed globals of a pickle, and their placeholders."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from ..errors import BundleError
 
 MAX_STEPS = 3_000_000
-"""Instructions in one file; EDM's largest networks take a tenth of that."""
+"""Maximum number of instructions in one file; EDM's largest networks need a tenth."""
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What stands in for one global.
+    """Placeholder of one global.
 
     Attributes:
-        call: Makes the stand-in of ``global(*args)``; None where the global is never called.
-        new: Makes the stand-in of ``global.__new__(global)``; None where that is not allowed.
+        call: Returns the placeholder of ``global(*args)``; None if calls are not allowed.
+        new: Returns the placeholder of ``global.__new__(global)``; None if it is not allowed.
     """
 
     call: Callable[..., Any] | None = None
@@ -26,13 +26,13 @@ class Allowed:
 
 
 class Buildable:
-    """A stand-in that may be given a state, once."""
+    """A placeholder that accepts a state once."""
 
     def build(self, state: Any) -> None:
-        """Take the state that the pickle gives.
+        """Set the state from the pickle.
 
         Raises:
-            ValueError: If it is not of the form that this stand-in knows.
+            ValueError: If the state has another form.
         """
         raise ValueError("takes no state")
 
@@ -47,15 +47,15 @@ class Known:
 
 @dataclass
 class Budget:
-    """Steps that are left, shared by the pickles inside a pickle."""
+    """Remaining instructions, shared by nested pickles."""
 
     steps: int = MAX_STEPS
 
     def spend(self, where: str) -> None:
-        """Take one step.
+        """Count one instruction.
 
         Raises:
-            BundleError: If there is none left.
+            BundleError: If none are left.
         """
         self.steps -= 1
         if self.steps < 0:

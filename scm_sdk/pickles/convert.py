@@ -18,17 +18,17 @@ from .edm2_layout import Shape, edm2_shapes
 from .network import PickledNetwork, read_network
 
 SOURCE_LICENSE = "CC-BY-NC-SA-4.0"
-"""What NVIDIA publishes the EDM and EDM2 weights under; the form of the file is that of their code."""
+"""License of NVIDIA's EDM and EDM2 weights, whose file format this module reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What was written.
+    """Result of a conversion.
 
     Attributes:
-        path: The folder.
-        network: What was read.
-        license: License of the weights, an SPDX id or the user's words.
+        path: Output folder.
+        network: The network from the pickle.
+        license: License of the weights, an SPDX id or text of the user.
         stated: Whether the user gave the license.
         source_sha256: Digest of the pickle.
     """
@@ -41,7 +41,7 @@ class Converted:
 
     @property
     def license_line(self) -> str:
-        """One sentence on what may be done with the weights."""
+        """One sentence about the permitted use of the weights."""
         if self.stated:
             return f"License of the weights, as stated at import: {self.license}."
         return (
@@ -59,23 +59,23 @@ def convert_pickle(
     expected: Mapping[str, Shape] | None = None,
     overwrite: bool = False,
 ) -> Converted:
-    """Write a network's tensors, under the names its own ``state_dict()`` gives them, as safetensors.
+    """Write the tensors of a network as safetensors, with the names of its ``state_dict()``.
 
-    float16 stays float16; bfloat16 is widened to float32, which loses nothing.
+    float16 is kept; bfloat16 is widened to float32 without loss.
 
     Args:
-        path: The pickle. Nothing in it is run.
+        path: The pickle. Nothing in it is executed.
         out: Folder of ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``README.md``.
-        entry: Which of the file's networks.
-        license: License of the weights; that of NVIDIA's published weights when empty.
-        expected: Name and shape of every tensor that must be there, and no other. When absent, an EDM2 network's
-            are derived from its arguments; of other classes every parameter and buffer is taken as it is stored.
-        overwrite: Replace a folder that an import wrote.
+        entry: Name of the network in the file.
+        license: License of the weights; default: that of NVIDIA's published weights.
+        expected: Name and shape of every tensor. By default those of an EDM2 network are derived from its arguments; of
+            other classes every stored parameter and buffer is written.
+        overwrite: Replace the folder of an earlier import.
 
     Raises:
         BundleError: If the file is refused, or ``out`` may not be replaced or cannot be written.
         IntegrityError: If the file is damaged, a tensor is missing, too many or misshapen, or a weight is not finite.
-        ConfigError: If the file has no such network.
+        ConfigError: If the file has no network of this name.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -105,10 +105,10 @@ def convert_pickle(
 def is_converted(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, entry: str = "ema", license: str = ""
 ) -> bool:
-    """Return whether ``convert_pickle`` with these arguments would write to ``out`` what is there.
+    """Return whether ``out`` already holds the result of ``convert_pickle`` with these arguments.
 
     Raises:
-        ScmError: What ``convert_pickle`` raises.
+        ScmError: As ``convert_pickle``.
     """
     folder = Path(out)
     try:
@@ -126,10 +126,10 @@ def is_converted(
 
 
 def check_tensors(network: PickledNetwork, expected: Mapping[str, Shape], *, where: str) -> None:
-    """Hold the tensors' names and shapes to those that an architecture has; nothing is checked where there are none.
+    """Check names and shapes of tensors against an architecture, if given.
 
     Raises:
-        IntegrityError: If one is missing, too many or of another shape; the message names the first of each.
+        IntegrityError: If tensors are missing, unexpected or of another shape; the message names the first of each.
     """
     found = {name: tensor.shape for name, tensor in network.tensors.items()}
     if not expected or found == dict(expected):

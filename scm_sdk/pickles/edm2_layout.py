@@ -1,6 +1,6 @@
 """Names and shapes of the tensors of an EDM2 network, for a strict check of a file.
 
-Derived from the architecture and held, in the tests, to the published numbers of parameters of all sizes.
+Derived from the architecture; the tests compare it with the published numbers of parameters of all sizes.
 Source: Karras et al. 2024, arXiv 2312.02696, appendix B and table 6.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 CLASS_NAME = "Precond"
 MAX_BLOCKS = 1024
-"""Blocks of one side of a network; the largest that is published has 12."""
+"""Maximum number of blocks of the encoder or decoder; the largest published network has 12."""
 Shape = tuple[int, ...]
 
 
@@ -19,10 +19,10 @@ def edm2_shapes(arguments: Mapping[str, Any]) -> dict[str, Shape]:
     """Return name and shape of each tensor of an EDM2 network.
 
     Args:
-        arguments: What it was made with; absent ones have EDM2's defaults.
+        arguments: Constructor arguments; missing ones have EDM2's defaults.
 
     Raises:
-        ValueError: If one is not of EDM2's kind.
+        ValueError: If an argument is invalid for EDM2.
     """
     resolution, channels = _int(arguments, "img_resolution"), _int(arguments, "img_channels")
     labels, width = _int(arguments, "label_dim"), _int(arguments, "model_channels", 192)

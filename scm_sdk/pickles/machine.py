@@ -1,8 +1,8 @@
 """A pickle interpreter that calls only functions of an allow list.
 
-Python's own unpickler is a machine that imports and calls whatever the file says. This one knows the same
-instructions, but a global is only a key into an ``Allowed`` table of inert stand-ins; one that is not there ends
-the reading with its name. It never imports, allocates no more than the file holds, and counts its steps.
+Python's unpickler imports and calls whatever the file names. This interpreter has the same instructions, but a global
+is only a key into an ``Allowed`` table of inert placeholders; an unknown global raises an error with its name. It never
+imports, allocates no more than the size of the file, and limits the number of instructions.
 
 Instructions that protocols 2 to 5 do not write (the text forms of protocol 0, instances of old classes, the
 extension registry) are refused by name.
@@ -31,19 +31,19 @@ def read_pickle(
     """Read one pickle.
 
     Args:
-        data: Bytes that hold it.
+        data: Bytes with the pickle.
         table: Allowed globals by ``module.name``.
-        where: What it is called in messages.
-        budget: Steps that are left.
-        at: Where it begins.
-        persistent: Stands in for persistent ids; None refuses them.
+        where: Name of the file in messages.
+        budget: Remaining instructions.
+        at: Start offset.
+        persistent: Resolves persistent ids; None refuses them.
 
     Returns:
-        The object, and where the pickle ends. Bytes stay views of ``data``.
+        The object, and the end offset of the pickle. Bytes are views of ``data``.
 
     Raises:
-        BundleError: If it names a global that is not in the table, or does what no network needs.
-        IntegrityError: If it is truncated or no pickle.
+        BundleError: If it names a global that is not in the table, or uses an instruction that no network needs.
+        IntegrityError: If it is truncated or not a pickle.
     """
     return _Machine(data, table, where, budget, at, persistent).run()
 
@@ -124,7 +124,7 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise ValueError("expected a dict and pairs")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Text alone: Python salts its hashes, so that nobody can choose keys that collide.
+            # Only text keys: Python salts their hashes, which prevents chosen collisions.
             if type(key) is not str:
                 raise ValueError(f"a key of type {type(key).__name__}, expected text")
             target[key] = value
@@ -138,7 +138,7 @@ class _Machine:
         else:
             raise ValueError("expected a list, or a set of text")
 
-    # What would be calls
+    # Instructions that would call
 
     def _global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
@@ -175,7 +175,7 @@ class _Machine:
             self._refuse(self.at, "a persistent id, which names something outside the file")
         self.stack.append(self.persistent(self.stack.pop()))
 
-    # Endings
+    # End of a pickle
 
     def _refuse(self, at: int, what: str) -> NoReturn:
         raise BundleError(

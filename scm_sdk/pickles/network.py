@@ -1,7 +1,7 @@
 """Read the networks of an EDM- or EDM2-style ``.pkl``: class name, arguments and tensors.
 
-Such a file is a dict (``ema``, ``encoder``, ``loss_fn``, ``dataset_kwargs``) of objects that carry the whole source of
-their class, which Python's unpickler would execute. Here the source is skipped.
+Such a file is a dict (``ema``, ``encoder``, ``loss_fn``, ``dataset_kwargs``) of objects with the source code of their
+class, which Python's unpickler would execute. Here the source is skipped.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .tensors import (
 )
 
 MAX_FILE_BYTES = 16 << 30
-"""The largest known file, EDM2's XXL in float32, has 6 GB."""
+"""Maximum file size, bytes. The largest known file, EDM2's XXL in float32, has 6 GB."""
 MAX_NAMES = 500_000
-"""Names of modules, tensors and attributes together; EDM's largest networks have 30 thousand."""
+"""Maximum number of modules, tensors and attributes; EDM's largest networks have 30 thousand."""
 MAX_DEPTH = 32
 _MAX_FACTS = 10_000
 
@@ -41,11 +41,11 @@ class PickledNetwork:
     """One network of a file.
 
     Attributes:
-        entry: Its key in the file, for example ``ema``.
-        class_name: Name of its class.
-        arguments: What it was made with, JSON values; what JSON cannot hold is left out.
+        entry: Key in the file, for example ``ema``.
+        class_name: Name of the class.
+        arguments: Constructor arguments as JSON values; others are dropped.
         tensors: Parameters and persistent buffers, by the names of its ``state_dict()``.
-        facts: The rest of the file, JSON values: the data set's options, the encoder's numbers.
+        facts: Other content of the file as JSON values: options of the data set, numbers of the encoder.
     """
 
     entry: str
@@ -61,7 +61,7 @@ class PickledNetwork:
 
 
 class _Object(Buildable):
-    """Stands in for a module or another object: the name of its class, and its attributes."""
+    """Placeholder of a module or another object: the name of its class, and its attributes."""
 
     def __init__(self, class_name: str) -> None:
         self.class_name = class_name
@@ -74,16 +74,16 @@ class _Object(Buildable):
 
 
 def read_network(path: str | os.PathLike[str], *, entry: str = "ema") -> PickledNetwork:
-    """Read a network's weights; run nothing.
+    """Read the weights of a network without executing anything.
 
     Args:
         path: The file.
-        entry: Which of the file's networks.
+        entry: Name of the network in the file.
 
     Raises:
-        BundleError: If there is no such file, it is too large, or it holds a global that no network's file needs.
-        IntegrityError: If it is truncated or no such pickle.
-        ConfigError: If it has no network of that name.
+        BundleError: If the file does not exist, is too large, or names an unknown global.
+        IntegrityError: If it is truncated or not such a pickle.
+        ConfigError: If it has no network of this name.
     """
     path = Path(path)
     data = _map(path)
@@ -110,7 +110,7 @@ def read_network(path: str | os.PathLike[str], *, entry: str = "ema") -> Pickled
         tensors=tensors,
         facts=_Facts().mapping({key: value for key, value in root.items() if key != entry}),
     )
-    # A stored byte may be named by many tensors; a real file names each about once.
+    # Many tensors may share stored bytes; a genuine file uses each about once.
     if found.nbytes > 2 * len(data):
         raise BundleError(
             f"{path} would unfold to {found.nbytes} bytes of tensors, its own size is {len(data)}, expected no more "
@@ -121,7 +121,7 @@ def read_network(path: str | os.PathLike[str], *, entry: str = "ema") -> Pickled
 
 def _map(path: Path) -> memoryview:
     try:
-        if not path.is_file():  # a pipe would keep us waiting
+        if not path.is_file():  # a pipe would block
             raise BundleError(f"{path} is no file, expected a network's pickle. Check the path.")
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -141,7 +141,7 @@ def _map(path: Path) -> memoryview:
 
 
 def _table(where: str, budget: Budget) -> Mapping[str, Allowed]:
-    """Everything that such a file may name. Both spellings of numpy's module: it moved in version 2."""
+    """All allowed globals, with both module names of numpy, which changed in version 2."""
     table = {
         "torch_utils.persistence._reconstruct_persistent_obj": Allowed(call=_persistent_object),
         "dnnlib.util.EasyDict": Allowed(call=dict_of_pairs, new=dict),
@@ -154,7 +154,7 @@ def _table(where: str, budget: Budget) -> Mapping[str, Allowed]:
         "numpy.dtype": Allowed(call=StoredDtype),
         "_codecs.encode": Allowed(call=bytes_of_text),
     }
-    for module in ("builtins", "__builtin__"):  # protocols 2 and 3 name what later ones have instructions for
+    for module in ("builtins", "__builtin__"):  # protocols 2 and 3 use globals where later ones have instructions
         table[f"{module}.set"] = Allowed(call=set_of_text)
         table[f"{module}.bytes"] = Allowed(call=no_bytes)
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -166,35 +166,35 @@ def _table(where: str, budget: Budget) -> Mapping[str, Allowed]:
 
 
 def set_of_text(*arguments: Any) -> set[str]:
-    """Stand in for ``set([...])``."""
+    """Placeholder of ``set([...])``."""
     if len(arguments) != 1 or type(arguments[0]) is not list or not all(type(item) is str for item in arguments[0]):
         raise ValueError("a set made from something else than a list of text")
     return set(arguments[0])
 
 
 def bytes_of_text(*arguments: Any) -> memoryview:
-    """Stand in for ``codecs.encode(text, "latin1")``, the bytes of protocol 2."""
+    """Placeholder of ``codecs.encode(text, "latin1")``, the bytes of protocol 2."""
     if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] != "latin1":
         raise ValueError("bytes made from something else than text in latin1")
     return memoryview(arguments[0].encode("latin1"))
 
 
 def no_bytes(*arguments: Any) -> memoryview:
-    """Stand in for ``bytes()``."""
+    """Placeholder of ``bytes()``."""
     if arguments:
         raise ValueError("bytes made by a call with arguments")
     return memoryview(b"")
 
 
 def dict_of_pairs(*arguments: Any) -> dict[str, Any]:
-    """Stand in for ``OrderedDict()`` and ``EasyDict()``; their items follow as instructions of their own."""
+    """Placeholder of ``OrderedDict()`` and ``EasyDict()``; their items follow as separate instructions."""
     if arguments:
         raise ValueError("a dict made from something else than its items")
     return {}
 
 
 def _persistent_object(meta: Any) -> _Object:
-    """Keep class name and state; ``module_src``, the code, stays where it is."""
+    """Keep class name and state; drop the source code, ``module_src``."""
     if type(meta) is not dict or meta.get("type") != "class" or type(meta.get("class_name")) is not str:
         raise ValueError("an object of an unknown form")
     if not meta["class_name"].isidentifier() or len(meta["class_name"]) > 200:
@@ -205,7 +205,7 @@ def _persistent_object(meta: Any) -> _Object:
 
 
 def _walk(network: _Object, where: str) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield what ``state_dict()`` of the real module would hold, in its order."""
+    """Yield the content of ``state_dict()`` of the module, in its order."""
     seen, waiting = 0, [("", network, 0)]
     while waiting:
         prefix, module, depth = waiting.pop()
@@ -213,7 +213,7 @@ def _walk(network: _Object, where: str) -> Iterator[tuple[str, StoredTensor]]:
         parameters, buffers, modules = (state.get(name) for name in ("_parameters", "_buffers", "_modules"))
         if type(parameters) is not dict or type(buffers) is not dict or type(modules) is not dict:
             raise IntegrityError(f"{where}: module {prefix or '(root)'} holds no parameters. Copy the file again.")
-        # A module may be named from many places, so the work is counted before it is done.
+        # A module may be referenced many times, so the work is counted in advance.
         seen += 1 + len(state) + len(parameters) + len(buffers) + len(modules)
         if seen > MAX_NAMES or depth > MAX_DEPTH:
             raise BundleError(
@@ -248,7 +248,7 @@ def _check_name(name: str, prefix: str, where: str) -> None:
 
 
 class _Facts:
-    """Turns what surrounds the weights into JSON values, and stops where there are too many or they nest too deep."""
+    """Converts the other content of the file to JSON values, with limits on size and depth."""
 
     def __init__(self) -> None:
         self.left = _MAX_FACTS

@@ -26,15 +26,15 @@ STORAGE_DTYPES = {
     "DoubleStorage": ("float64", 8), "LongStorage": ("int64", 8), "IntStorage": ("int32", 4),
     "ShortStorage": ("int16", 2), "CharStorage": ("int8", 1), "ByteStorage": ("uint8", 1), "BoolStorage": ("bool", 1),
 }  # fmt: skip
-"""Name as safetensors has it, and bytes of one element, by torch's class."""
+"""safetensors dtype and bytes per element, by torch storage class."""
 _MAX_SIZE = 2**48
-"""Elements that no tensor has."""
+"""Maximum number of elements of a tensor."""
 _STORAGES = {f"torch.{name}": Allowed() for name in STORAGE_DTYPES}
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Elements in a row: ``data`` holds ``count`` of them."""
+    """A storage: ``data`` holds ``count`` elements."""
 
     dtype: str
     element_bytes: int
@@ -48,13 +48,13 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor that lies in the file.
+    """A tensor of the file.
 
     Attributes:
-        storage: Its elements and perhaps others.
-        offset: Element at which it begins.
-        shape: Its shape.
-        strides: Elements between neighbors of each axis.
+        storage: Storage that holds its elements.
+        offset: Index of its first element.
+        shape: Shape.
+        strides: Stride of each axis, elements.
     """
 
     storage: Storage
@@ -72,7 +72,7 @@ class StoredTensor:
         size = self.storage.element_bytes
         flat = np.frombuffer(self.storage.data, dtype=f"<u{size}")[self.offset :]
         strides = tuple(stride * size for stride in self.strides)
-        # The reader of the pickle has checked that the last element lies inside.
+        # rebuild_tensor has checked that the last element is inside the storage.
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides).tobytes()
 
     def numpy(self) -> NDArray[Any]:
@@ -85,7 +85,7 @@ class StoredTensor:
 
 
 def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
-    """Stand in for ``torch._utils._rebuild_tensor_v2``; what it says on gradients is dropped.
+    """Placeholder of ``torch._utils._rebuild_tensor_v2``; gradient information is dropped.
 
     Raises:
         ValueError: If the tensor is not inside its storage.
@@ -104,14 +104,14 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
 
 
 def rebuild_parameter(tensor: Any, *_: Any) -> StoredTensor:
-    """Stand in for ``torch._utils._rebuild_parameter``: the tensor itself."""
+    """Placeholder of ``torch._utils._rebuild_parameter``: the tensor."""
     if not isinstance(tensor, StoredTensor):
         raise ValueError("a parameter without a tensor")
     return tensor
 
 
 def storage_reader(where: str, budget: Budget) -> Callable[[Any], Storage]:
-    """Return what stands in for ``torch.storage._load_from_bytes``: a reader of torch's older file form."""
+    """Return the placeholder of ``torch.storage._load_from_bytes``: a reader of torch's older file format."""
 
     def read(data: Any) -> Storage:
         if not isinstance(data, memoryview):
@@ -162,7 +162,7 @@ def _declare(persistent_id: Any) -> _Declared:
 
 
 class StoredDtype(Buildable):
-    """Stands in for ``numpy.dtype``: plain numbers of at most 8 bytes."""
+    """Placeholder of ``numpy.dtype``: numbers of at most 8 bytes."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         if type(code) is not str or code not in {
@@ -183,20 +183,20 @@ class StoredDtype(Buildable):
         self.dtype = np.dtype(code)
 
     def build(self, state: Any) -> None:
-        """Take the byte order."""
+        """Set the byte order."""
         order = state[1] if type(state) is tuple and len(state) > 1 else None
         if order not in ("<", "|", "="):
             raise ValueError("an array of a big-endian machine")
 
 
 class StoredArray(Buildable):
-    """Stands in for ``numpy.ndarray``."""
+    """Placeholder of ``numpy.ndarray``."""
 
     def __init__(self, *_: Any) -> None:
         self.array: NDArray[Any] | None = None
 
     def build(self, state: Any) -> None:
-        """Take ``(version, shape, dtype, is_fortran, bytes)``."""
+        """Set ``(version, shape, dtype, is_fortran, bytes)``."""
         if self.array is not None or type(state) is not tuple or len(state) != 5:
             raise ValueError("an array of an unknown form")
         _, shape, dtype, is_fortran, data = state
@@ -210,7 +210,7 @@ class StoredArray(Buildable):
 
 
 def array_of_buffer(*arguments: Any) -> StoredArray:
-    """Stand in for numpy's ``_frombuffer(bytes, dtype, shape, order)``, which protocol 5 names."""
+    """Placeholder of numpy's ``_frombuffer(bytes, dtype, shape, order)``, which protocol 5 uses."""
     if len(arguments) != 4 or arguments[3] not in ("C", "F"):
         raise ValueError("an array of an unknown form")
     data, dtype, shape, order = arguments
@@ -220,7 +220,7 @@ def array_of_buffer(*arguments: Any) -> StoredArray:
 
 
 def read_scalar(dtype: Any, data: Any) -> float | int:
-    """Stand in for ``numpy.core.multiarray.scalar``: a Python number."""
+    """Placeholder of ``numpy.core.multiarray.scalar``: a Python number."""
     if not isinstance(dtype, StoredDtype) or not isinstance(data, memoryview) or len(data) != dtype.dtype.itemsize:
         raise ValueError("a number of an unknown form")
     value = np.frombuffer(data, dtype.dtype.newbyteorder("<"))[0].item()
@@ -228,7 +228,7 @@ def read_scalar(dtype: Any, data: Any) -> float | int:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """Return a shape; also of no elements, its other sizes must be those of an array that could be."""
+    """Return a valid shape; for an empty array the other axes are limited too."""
     shape = _sizes(value)
     if math.prod(size or 1 for size in shape) >= _MAX_SIZE:
         raise ValueError(f"a shape of {shape}")

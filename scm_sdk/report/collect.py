@@ -1,4 +1,4 @@
-"""Collect the content of a report: the bundle's records, and what is compared and timed now."""
+"""Collect the content of a report: records of the bundle, and current comparisons and timings."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from ..spec import Precision, SamplerSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What one artifact makes of the report's seeds, beside the reference.
+    """Images of one artifact for the seeds of the report.
 
     Attributes:
         name: ``<backend> <precision>``.
-        steps: Its number of steps.
-        precision: Its precision.
-        artifact: Its path.
-        images: (N, *image_shape) float32, data units.
-        difference: From the reference; None for the reference itself.
+        steps: Number of steps.
+        precision: Precision of the artifact.
+        artifact: Path of the artifact.
+        images: ``(N, *image_shape)`` float32, data units.
+        difference: Difference from the reference; None for the reference.
     """
 
     name: str
@@ -57,25 +57,25 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a report shows.
+    """Content of a report.
 
     Attributes:
         path: The bundle.
-        manifest: What it records.
-        seeds: Seeds of the pictures.
-        labels: Their labels' names, or ().
-        pictures: Of every artifact that runs here, the reference first for each number of steps.
-        latencies: One for each batch size, of everything that runs here with ``timed_steps``.
+        manifest: Manifest of the bundle.
+        seeds: Seeds of the images.
+        labels: Names of their labels, or ().
+        pictures: Images of every artifact that runs here, the reference first for each number of steps.
+        latencies: One per batch size, for everything that runs here with ``timed_steps``.
         timed_steps: Steps of the timed samplers.
         engines: Build record of each engine, by path.
-        left_out: Why an artifact has no pictures, one line each.
-        machine: Where all this was measured.
-        status: What the model is: its kind, how far it was trained, whether its quality was measured.
-        date: When the report was made, UTC, ``YYYY-MM-DD HH:MM``.
-        versions: Of this package and of the libraries that ran the model here, by import name.
+        left_out: Reason why an artifact has no images, one line each.
+        machine: Description of the machine.
+        status: State of the model: its kind, the length of its training, whether its quality was measured.
+        date: Date of the report, UTC, ``YYYY-MM-DD HH:MM``.
+        versions: Versions of scm-sdk and of the libraries that ran the model, by import name.
         card: The model card, Markdown; "" if the bundle has none.
-        checks: Self-checks of PyTorch and of each backend, by name; of ``timed_steps``.
-        quality: Kept scores, as ``evaluate --keep`` wrote them.
+        checks: Self-checks of PyTorch and of each backend, by name; for ``timed_steps``.
+        quality: Stored scores, as ``evaluate --keep`` wrote them.
     """
 
     path: Path
@@ -101,11 +101,11 @@ class Report:
 
     @property
     def steps(self) -> list[int]:
-        """Numbers of steps that have pictures."""
+        """Numbers of steps that have images."""
         return sorted({each.steps for each in self.pictures})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON: everything but the pictures."""
+        """Return plain data for JSON: everything except the images."""
         return {
             "bundle": str(self.path),
             "manifest": msgspec.to_builtins(self.manifest),
@@ -141,21 +141,21 @@ def collect(
     checks: bool = True,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Run everything that can run here and gather what the bundle records.
+    """Run everything that can run here and collect the records of the bundle.
 
     Args:
         path: The bundle.
-        backends: Those to run beside PyTorch; () is every one that can run here.
-        num_images: Pictures of each artifact.
-        batches: Batch sizes to time; those above the samplers' largest fall away.
-        rounds: Interleaved rounds of each; 0 times nothing.
+        backends: Backends to run in addition to PyTorch; () is every one that can run here.
+        num_images: Number of images of each artifact.
+        batches: Batch sizes to time; those above the largest batch of the samplers are dropped.
+        rounds: Interleaved rounds of each; 0 for no timing.
         checks: Whether to run the self-checks of each backend.
-        progress: Called with a few words for each stage.
+        progress: Called with a short text for each stage.
 
     Raises:
         BundleError: If the bundle is damaged.
-        ConfigError: If it has no checkpoint to compare with, or makes no pictures, or no backend has such a name.
-        BackendError: If PyTorch, which runs the reference, is not here.
+        ConfigError: If it has no checkpoint to compare with, its samples are not images, or a backend is unknown.
+        BackendError: If PyTorch, which runs the reference, is not installed.
     """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
@@ -226,7 +226,7 @@ def _versions(pictures: list[Pictures]) -> dict[str, str]:
 
 
 def _draw(generator: Generator, request: Request) -> NDArray[np.float32]:
-    """Return a request's images as the backend gives them: NaN is shown here, not refused."""
+    """Return the images of a request without checks: NaN is shown in a report, not refused."""
     side = Side.of(generator, None)
     return side.run(request, side.spec.max_batch)
 
@@ -246,7 +246,7 @@ def _checks(path: Path, pictures: list[Pictures], progress: Progress) -> dict[st
 
 
 def _pairs(bundle: Bundle, steps: int, backends: Sequence[str]) -> list[tuple[str, Precision]]:
-    """Return each backend that is wanted and precision that a number of steps has, once."""
+    """Return each wanted pair of backend and precision for a number of steps, once."""
     found = {
         (name, a.precision): None
         for a in bundle.manifest.artifacts
@@ -257,7 +257,7 @@ def _pairs(bundle: Bundle, steps: int, backends: Sequence[str]) -> list[tuple[st
 
 
 def _open(path: Path, backend: str, precision: Precision, steps: int) -> Generator:
-    with warnings.catch_warnings():  # that it failed its gate is in the report
+    with warnings.catch_warnings():  # the report shows that it failed its gate
         warnings.filterwarnings("ignore", message=".*recorded parity failed", category=RuntimeWarning)
         return Generator.from_pretrained(
             path, backend=backend, precision=precision, num_inference_steps=steps, verify="none"

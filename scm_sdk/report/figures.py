@@ -16,11 +16,11 @@ COLORS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#65
 _INK = "#475569"
 _ARROW = {"arrowstyle": "->", "color": "#94a3b8", "lw": 0.8}
 _LETTER, _GAP = 0.059, 0.6
-"""Of the provenance, inches: a letter at 8 points, and the room for arrows between two columns."""
+"""Dimensions of the provenance figure, inches: a letter at 8 points, and the gap for arrows between two columns."""
 
 
 def psnr_bars(report: Report) -> str:
-    """PSNR of each artifact and PyTorch, dB; longer is closer."""
+    """PSNR of each artifact and PyTorch, dB; higher is closer."""
     rows = [(f"{p.name}, {p.steps} step{'s' * (p.steps > 1)}", p.difference.psnr_db, p.precision)
             for p in report.pictures if p.difference is not None]  # fmt: skip
     figure, axes = _figure(7, 0.8 + 0.34 * len(rows))
@@ -38,7 +38,7 @@ def psnr_bars(report: Report) -> str:
 
 
 def error_histogram(report: Report, steps: int) -> str:
-    """How large the errors of single values are, on a logarithmic axis; every value is in some bin."""
+    """Histogram of the errors of single values on a logarithmic axis; every value is in a bin."""
     figure, axes = _figure(7, 2.9)
     reference = next(p.images for p in report.pictures if p.steps == steps and p.difference is None)
     edges = np.logspace(-9, 1, 90)
@@ -46,7 +46,7 @@ def error_histogram(report: Report, steps: int) -> str:
     shown = [p for p in report.pictures if p.steps == steps and p.difference is not None]
     for color, each in zip(cycle(COLORS), shown, strict=False):
         errors = np.abs(each.images.astype(np.float64) - reference).ravel() / sigma
-        errors = np.nan_to_num(errors, nan=edges[-1])  # what is no number, and what is off the axis: the last bin
+        errors = np.nan_to_num(errors, nan=edges[-1])  # NaN and values beyond the axis are in the last bin
         counts, _ = np.histogram(np.clip(errors, edges[0], edges[-1]), bins=edges)
         axes.stairs(counts / errors.size, edges, fill=True, alpha=0.25, color=color)
         axes.stairs(counts / errors.size, edges, color=color, label=each.name, linewidth=1.4)
@@ -59,7 +59,7 @@ def error_histogram(report: Report, steps: int) -> str:
 
 
 def throughput(report: Report) -> str:
-    """Images each second against the batch size."""
+    """Images per second by batch size."""
     figure, axes = _figure(7, 3.0)
     batches = [latency.batch for latency in report.latencies]
     names = [timing.name for timing in report.latencies[0]] if report.latencies else []
@@ -75,7 +75,7 @@ def throughput(report: Report) -> str:
 
 
 def _legend(axes: Any) -> None:
-    """Name the curves above them, where none lies under a name."""
+    """Place the names of the curves above them, without covering a curve."""
     axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
 
@@ -96,7 +96,7 @@ def latency_strips(report: Report) -> str:
 
 
 def provenance(manifest: Manifest) -> str:
-    """Which file was made from which: sources on the left."""
+    """Dependency graph of the files: sources on the left."""
     sources = {entry.path: entry.built_from for entry in manifest.files}
     shown = [path for path, entry in sources.items() if entry or any(path in s for s in sources.values())]
     depth: dict[str, int] = {}
@@ -122,7 +122,7 @@ def provenance(manifest: Manifest) -> str:
         for source in place.keys() & sources[path]:
             (x0, y0), (x1, y1) = place[source], place[path]
             axes.annotate("", (x1 - 0.04, y1), (x0 + len(source) * _LETTER + 0.04, y0), arrowprops=_ARROW)
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # an arrow that passes does not strike it out
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # a passing arrow does not cross the text
     for path, (x, y) in place.items():
         axes.text(x, y, path, fontsize=8, va="center", color="#0f172a", parse_math=False, bbox=behind)
     axes.set_xlim(-0.05, width + 0.05)

@@ -42,20 +42,20 @@ GLOSSARY = {
     "engine": "a TensorRT program, built for one kind of GPU",
     "kernels": "GPU programs that an engine runs; counted from the build log and compared with the graph",
 }
-"""Words of the report and what they mean."""
+"""Glossary of the report."""
 
 
 def paths_of(path: Path) -> tuple[Path, Path, Path]:
-    """Return the files of a report by the HTML file that was asked for: HTML, Markdown, JSON."""
+    """Return the paths of a report from its HTML path: HTML, Markdown, JSON."""
     return path.with_suffix(".html"), path.with_suffix(".md"), path.with_suffix(".json")
 
 
 def write_report(report: Report, path: Path) -> tuple[Path, Path, Path]:
-    """Write the three forms side by side and return their paths: HTML, Markdown, JSON.
+    """Write the three files and return their paths: HTML, Markdown, JSON.
 
     Args:
-        report: What was collected.
-        path: The HTML file; the others get its name with their own ending.
+        report: The collected report.
+        path: The HTML file; the others have the same name with another extension.
 
     Raises:
         BackendUnavailable: If jinja2 or matplotlib is not installed.
@@ -114,9 +114,9 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def verdict(manifest: Manifest) -> dict[str, str]:
-    """Return what a bundle may claim: ``kind`` (pass, fail or none) and ``text``.
+    """Return the verdict on a bundle: ``kind`` (pass, fail or none) and ``text``.
 
-    It passes only if each graph and engine has a comparison on record, all passed, and no gate was loosened.
+    It passes only if each graph and engine has a recorded comparison, all passed, and no gate was loosened.
     """
     there = {artifact.path for artifact in manifest.artifacts if artifact.format != "safetensors"}
     records = [record for record in manifest.parity if record.artifact in there]
@@ -135,7 +135,7 @@ def verdict(manifest: Manifest) -> dict[str, str]:
 
 
 def next_steps(report: Report) -> list[dict[str, str]]:
-    """Return what is left to do with a bundle, most urgent first: ``text`` and, if there is one, a ``command``."""
+    """Return the next steps for a bundle, most urgent first: ``text`` and optionally a ``command``."""
     manifest, path = report.manifest, shlex.quote(str(report.path))
     steps = [{"text": text, "command": ""} for text in report.status.training_warnings]
     found = verdict(manifest)["kind"]
@@ -167,7 +167,7 @@ def next_steps(report: Report) -> list[dict[str, str]]:
 
 
 def unproved(manifest: Manifest) -> list[Artifact]:
-    """Return the graphs and engines that no comparison on record is about."""
+    """Return the graphs and engines without a recorded comparison."""
     compared = {record.artifact for record in manifest.parity}
     return [a for a in manifest.artifacts if a.format != "safetensors" and a.path not in compared]
 
@@ -238,7 +238,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
     if report.latencies:
         fastest = min(report.latencies[0], key=lambda timing: timing.median_ms)
         steady = report.latencies[0].stable
-        ratio = f"{fastest.speedup:.1f}× PyTorch, " if steady else ""  # of times that vary, a ratio says little
+        ratio = f"{fastest.speedup:.1f}× PyTorch, " if steady else ""  # ratios of unstable times are not meaningful
         cards.append(
             {
                 "value": f"{fastest.median_ms:.2f} ms",

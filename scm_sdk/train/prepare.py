@@ -176,7 +176,7 @@ def _with_guidance_input(network: NetworkConfig, config: TrainConfig) -> Network
 
 
 def _about_guidance(config: TrainConfig) -> dict[str, str]:
-    """Return what a model's provenance says of guidance: whether it can be guided, or has been."""
+    """Return the provenance entries about guidance: whether the model can be guided, or was."""
     if config.kind.generative:
         return {LABEL_DROPOUT: f"{config.label_dropout:g}"} if config.label_dropout else {}
     return {"guidance": " to ".join(f"{scale:g}" for scale in sorted(set(config.guidance)))} if config.guided else {}
@@ -230,7 +230,7 @@ def _claim(config: TrainConfig, out: Path) -> None:
         return
     there = dict(_flat(msgspec.to_builtins(read_run(out))))
     here = dict(_flat(msgspec.to_builtins(config)))
-    here["compile"] = there["compile"]  # how it runs, not what it is
+    here["compile"] = there["compile"]  # settings that do not change the result
     keys = [*here, *(key for key in there if key not in here)]
     if differ := [
         f"{key}: {there.get(key)} there, {here.get(key)} here" for key in keys if here.get(key) != there.get(key)

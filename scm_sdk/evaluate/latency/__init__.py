@@ -1,1 +1,1 @@
-"""Measure latency, and hold it to a budget."""
+"""Measure latency and enforce budgets."""

@@ -1,4 +1,4 @@
-"""A latency budget as it is written on a command line: ``p95=25ms@b1``."""
+"""Latency budgets in the command-line format ``p95=25ms@b1``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from ...errors import ConfigError
 
 P99_ROUNDS = 100
-"""A 99th percentile needs at least this many samples; of fewer it is their maximum by another name."""
+"""Minimum number of samples for a 99th percentile; with fewer it would be their maximum."""
 _FORM = re.compile(r"(?:(?P<name>.+):)?(?P<stat>\w+)=(?P<number>[0-9]*\.?[0-9]+)(?P<unit>us|ms|s)@b(?P<batch>[0-9]+)")
 _STATISTICS: dict[str, Literal["median", "p90", "p95", "p99"]] = {
     "median": "median",
@@ -26,10 +26,10 @@ class Budget:
     """One limit.
 
     Attributes:
-        statistic: What is limited.
-        limit_ms: Its largest value.
-        batch: The batch it holds for.
-        name: The candidate it binds; None binds every one.
+        statistic: The limited statistic.
+        limit_ms: Maximum of the statistic, ms.
+        batch: Batch size of the measurement.
+        name: The limited candidate; None for all candidates.
     """
 
     statistic: Literal["median", "p90", "p95", "p99"]
@@ -39,10 +39,10 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read one budget.
+        """Parse one budget.
 
         Raises:
-            ConfigError: If it is not of the form ``[name:]p95=25ms@b1``.
+            ConfigError: If it does not have the form ``[name:]p95=25ms@b1``.
         """
         match = _FORM.fullmatch(text.strip())
         if match is None or match["stat"] not in _STATISTICS:
@@ -60,10 +60,10 @@ class Budget:
 
 
 def parse_budgets(text: str | None, *, batch: int, rounds: int, names: tuple[str, ...]) -> tuple[Budget, ...]:
-    """Read budgets, separated by commas, and check that this measurement can decide them.
+    """Parse comma-separated budgets and check that this measurement can decide them.
 
     Raises:
-        ConfigError: If one is malformed, about another batch or an unknown candidate, or needs more rounds.
+        ConfigError: If a budget is malformed, for another batch or an unknown candidate, or needs more rounds.
     """
     budgets = tuple(Budget.parse(part) for part in text.split(",")) if text else ()
     for budget in budgets:

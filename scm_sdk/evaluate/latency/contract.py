@@ -17,15 +17,15 @@ ROUNDS = 50
 
 
 def keep_budgets(path: str | os.PathLike[str], text: str) -> Bundle:
-    """Store budgets in a bundle, in place of those it has.
+    """Store budgets in a bundle; existing ones are replaced.
 
     Args:
         path: The bundle.
-        text: One or more with commas, ``[BACKEND[:PRECISION]:]p95=25ms@b1``; "" removes them all. Without a backend it
-            binds what ``backend="auto"`` takes.
+        text: Comma-separated budgets, ``[BACKEND[:PRECISION]:]p95=25ms@b1``; "" removes all. Without a backend it
+            limits the choice of ``backend="auto"``.
 
     Raises:
-        ConfigError: If one cannot be read, or is about a backend that there is not.
+        ConfigError: If a budget cannot be parsed, or names an unknown backend.
         BundleError: If the bundle is damaged or cannot be written.
     """
     bundle = Bundle.open(path)
@@ -41,7 +41,7 @@ def keep_budgets(path: str | os.PathLike[str], text: str) -> Bundle:
 
 
 def check_budgets(path: str | os.PathLike[str], *, on_skip: Callable[[str], object] = lambda _: None) -> list[Latency]:
-    """Measure what a bundle's budgets are about, one run for each batch size.
+    """Measure the candidates of a bundle's budgets, one run per batch size.
 
     Args:
         path: The bundle.
@@ -51,7 +51,7 @@ def check_budgets(path: str | os.PathLike[str], *, on_skip: Callable[[str], obje
         One measurement for each batch; ``raise_if_over`` makes it a gate.
 
     Raises:
-        ConfigError: If a budget is about a batch that the samplers do not allow.
+        ConfigError: If a budget is for a batch that the samplers do not allow.
         BackendError: If a backend fails.
     """
     budgets = [(text, Budget.parse(text)) for text in Bundle.open(path, verify="none").manifest.budgets]

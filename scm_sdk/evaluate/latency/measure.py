@@ -1,8 +1,8 @@
 """Measure the latency of one batch, interleaved between candidates.
 
-Candidates run interleaved, one call each per round, starting with another one each round, so that
-whatever disturbs the machine disturbs all of them alike; ratios come from the same rounds. First calls
-are kept apart, warm-up lasts until the times are stable, and every raw sample is kept.
+Candidates run interleaved, one call each per round in rotating order, so that disturbances of the machine affect all of
+them equally; ratios are computed within rounds. First calls are reported separately, warm-up lasts until the times are
+stable, and every raw sample is kept.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _RESAMPLES_AT_ONCE = 200
 def bootstrap_median(samples: NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile-bootstrap interval of the median, from 2,000 resamples.
 
-    It takes the samples as independent; on a machine whose load drifts they are not, and the interval
-    is then too narrow. The interleaved ratios suffer less from that than the medians.
+    It assumes independent samples; on a machine with drifting load the interval is too narrow. The interleaved ratios
+    are less affected than the medians.
     """
     draw = np.random.default_rng(seed)
     parts = [
@@ -48,7 +48,7 @@ WARMUP_LIMIT = 50
 STABLE_WITHIN = 0.05
 """Warm-up ends when the medians of two successive windows of every candidate differ by less than this."""
 LEAST_ROUNDS = 5
-"""However slow the candidates are, so many rounds are measured."""
+"""Minimum number of rounds, also for slow candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +56,19 @@ class Timing:
     """The latency of one candidate. Intervals are 95 % bootstrap intervals.
 
     Attributes:
-        name: Its name.
+        name: Name of the candidate.
         batch: Images in a call.
-        load_ms: How long it took to open; None where that is not known.
+        load_ms: Time to open the candidate, ms; None if unknown.
         first_call_ms: The first call, which allocates and tunes.
         samples_ms: Every measured call in order.
-        median_ms: Their median.
+        median_ms: Median of ``samples_ms``.
         median_interval_ms: Interval of the median.
         p90_ms: 90th percentile.
         p95_ms: 95th percentile.
-        p99_ms: 99th percentile; None with fewer than 100 samples, which hold no such thing.
+        p99_ms: 99th percentile; None with fewer than 100 samples.
         images_per_s: ``batch`` over the median.
         speedup: Median over rounds of (time of the first candidate / time of this one).
-        speedup_interval: Interval of that.
+        speedup_interval: Interval of ``speedup``.
     """
 
     name: str
@@ -88,18 +88,18 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Measured latencies. True if every budget was kept; iterates over its timings.
+    """Measured latencies. True if every budget was met; iterates over its timings.
 
     Attributes:
-        timings: One for each candidate, in the order given.
+        timings: One per candidate, in the given order.
         batch: Images in a call.
         rounds: Measured calls of each candidate.
-        warmup_rounds: Calls thrown away after the first one.
-        stable: Whether the times were stable when measuring began.
-        peak_rss_mib: Largest memory of the whole process so far, MiB; None where the system does not say.
+        warmup_rounds: Discarded rounds after the first call.
+        stable: Whether the times were stable at the start of the measurement.
+        peak_rss_mib: Peak resident memory of the process so far, MiB; None if the system does not report it.
         over_budget: One line for each budget that was exceeded.
-        exceeded: Names of the candidates that these lines are about.
-        machine: What it ran on.
+        exceeded: Names of the candidates in these lines.
+        machine: Description of the machine.
     """
 
     timings: tuple[Timing, ...]
@@ -136,7 +136,7 @@ class Latency:
         return "\n".join([*lines, f"batch {self.batch}, {self.rounds} rounds{steady}", *self.over_budget])
 
     def raise_if_over(self) -> None:
-        """Raise ``LatencyError`` unless every budget was kept."""
+        """Raise ``LatencyError`` unless every budget was met."""
         if self.over_budget:
             raise LatencyError(
                 f"{'; '.join(self.over_budget)}. Measure again on an idle machine, take fewer steps "
@@ -164,23 +164,22 @@ def measure(
     """Measure candidates against each other, interleaved in this process.
 
     Args:
-        candidates: By name. A backend, and a generator, is timed from noise arrays to image arrays; a
-            function is called as it is and stands for ``batch`` images. The first is what the
-            others' ``speedup`` refers to.
+        candidates: By name. Backends and generators are timed from noise arrays to image arrays; a function is called
+            without arguments and counts as ``batch`` images. ``speedup`` is relative to the first candidate.
         batch: Images in a call.
         rounds: Measured calls of each, 2 or more; p99 needs 100.
-        warmup: Rounds thrown away after the first call; None goes on until stable, at most 50.
-        max_seconds: Of slow candidates fewer rounds, 5 at least: those that begin within this time, and as long for
-            the warm-up. None measures all. Not beside a budget, which all rounds decide.
-        budget: For example ``"p95=25ms@b1"``, or ``"onnxruntime:p95=25ms@b1"`` for one candidate only;
-            several with commas. Without a name it binds every candidate.
-        num_inference_steps: Which sampler of a generator; None is its default.
-        end_to_end: Time generators from a seed to 8-bit images instead.
+        warmup: Discarded rounds after the first call; None continues until stable, at most 50.
+        max_seconds: Time limit of the measurement and of the warm-up: only rounds that start within it, at least 5.
+            None for no limit. Not allowed with a budget, which needs all rounds.
+        budget: For example ``"p95=25ms@b1"``, or ``"onnxruntime:p95=25ms@b1"`` for one candidate; several separated by
+            commas. Without a name it applies to every candidate.
+        num_inference_steps: Number of steps of generators; None is the default of each.
+        end_to_end: Time generators from a seed to 8-bit images.
         progress: Called as f(rounds_done, rounds).
 
     Raises:
-        ConfigError: If there is no candidate, a number is out of range, or the budget cannot be read
-            or is about another batch or candidate.
+        ConfigError: If there is no candidate, a number is out of range, or the budget cannot be parsed or is for
+            another batch or candidate.
         BackendError: If a candidate cannot run.
     """
     if not candidates:
@@ -225,7 +224,7 @@ def measure(
 def _call(
     candidate: Generator | Backend | Callable[[], object], batch: int, steps: int | None, end_to_end: bool
 ) -> Callable[[], object]:
-    """Return the function to time; everything that is not to be timed is done here."""
+    """Return the function to time, after the untimed preparation."""
     if isinstance(candidate, Generator) and end_to_end:
         return lambda: candidate(batch, num_inference_steps=steps, seed=0, output_type="uint8", batch_size=batch)
     backend = candidate.opened(steps).backend if isinstance(candidate, Generator) else candidate
@@ -252,13 +251,13 @@ def _time_ms(call: Callable[[], object]) -> float:
 
 def _round(calls: Mapping[str, Callable[[], object]], samples: Mapping[str, list[float]], number: int) -> None:
     names = list(calls)
-    shift = number % len(names)  # so that each comes first equally often
+    shift = number % len(names)  # each candidate is first equally often
     for name in names[shift:] + names[:shift]:
         samples[name].append(_time_ms(calls[name]))
 
 
 def _timer(seconds: float | None) -> Callable[[], bool]:
-    """Return what says whether so many seconds are over; None never are."""
+    """Return a function that tells whether a time limit is over; with None it never is."""
     began = perf_counter_ns()
     return lambda: seconds is not None and perf_counter_ns() - began >= seconds * 1e9
 
@@ -266,7 +265,7 @@ def _timer(seconds: float | None) -> Callable[[], bool]:
 def _warm_up(
     calls: Mapping[str, Callable[[], object]], rounds: int | None, is_over: Callable[[], bool]
 ) -> tuple[int, bool]:
-    """Run until stable or over, or for exactly ``rounds``; return the rounds and whether it was stable at the end."""
+    """Run until stable or out of time, or exactly ``rounds``; return the rounds and whether the times were stable."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     number = stable = 0
     while number < (WARMUP_LIMIT if rounds is None else rounds) and not (rounds is None and (stable or is_over())):

@@ -1,8 +1,8 @@
 """Parity: compare the images of a candidate with those of its reference on the same noise and labels.
 
-Each batch split is compared. In the reference's own precision the threshold is derived from the noise floor, the
-difference of the reference from itself on the same samples (``reference``): below it two right programs cannot be
-told apart. A lower precision is another program on purpose; it must reach a minimum PSNR.
+Each batch split is compared. For fp32 the threshold is derived from the noise floor, the difference of the reference
+from itself on the same samples (``reference``), which correct programs also show. A reduced precision computes
+different values by design and must reach a minimum PSNR.
 """
 
 from __future__ import annotations
@@ -26,50 +26,50 @@ from .difference import Difference, difference
 from .reference import ReferenceRun, Side, run_reference
 
 ROUNDING_FLOOR = 1e-5
-"""Least threshold, units of sigma_data. Two right fp32 programs order a network's sums differently;
-on the U-Nets of this package that gave 1e-6 to 3e-6, also where the reference repeats itself bit for bit."""
+"""Minimum threshold, units of sigma_data. Correct fp32 programs sum in different orders; on the built-in U-Nets the
+difference is 1e-6 to 3e-6, also if the reference is bitwise reproducible."""
 FLOOR_FACTOR = 4.0
-"""A candidate may differ this many times as much as the reference does from itself: its kernels may round more often,
-and the largest of a few draws falls short of what is possible."""
+"""Factor on the noise floor: the kernels of a candidate may round more often, and the maximum of a few draws is below
+the possible maximum."""
 
 MIN_PSNR_DB: Mapping[str, float] = {
     "fp32-cpu": 100.0, "fp16": 55.0, "bf16": 40.0, "int8": 35.0, "int8-cpu": 30.0,
 }  # fmt: skip
 """PSNR that 95 % of the samples of each precision but fp32 must reach, dB over the declared value range.
 
-A candidate passes unless its samples show that fewer do: it fails where the whole interval of ``psnr_p05_db`` lies
-below. So one of which 95 % or more do fails with a probability of at most 5 %, whatever the number of samples, and one
-of which fewer do fails the more surely the more samples there are. Few samples prove little; the record says how many.
-fp32-cpu computes in float32 another way and has 123 dB or more. 55 dB is half a level of an 8-bit picture (root mean
-square), 35 dB four and a half levels. A network that magnifies rounding loses more than a smooth one: half of FP16's
-loss can be the noise's own rounding. Of 5,120 samples of the shipped model, after 1 and 2 steps, 95 % reach 64.9 and
-59.8 dB in FP16; ``benchmarks/fresh_seeds.py`` judges ten blocks of fresh seeds."""
+A candidate passes unless its samples show that fewer do: it fails if the whole interval of ``psnr_p05_db`` is below. A
+candidate of which 95 % or more do fails with a probability of at most 5 % for any number of samples; a worse one fails
+more surely with more samples. Few samples prove little; the record holds their number. fp32-cpu computes float32 in
+another order and has 123 dB or more. 55 dB is half a level of an 8-bit image (root mean square), 35 dB four and a half
+levels. Networks that amplify rounding lose more: half of FP16's loss can come from rounding the noise. Of 5,120 samples
+of the shipped model, after 1 and 2 steps, 95 % reach 64.9 and 59.8 dB in FP16; ``benchmarks/fresh_seeds.py`` evaluates
+ten blocks of fresh seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """Whether a candidate computes what its reference computes. True if it does.
+    """Comparison of a candidate with its reference. True if the candidate passed.
 
     Attributes:
-        candidate: Artifact path of the candidate, or its type where it has none.
-        candidate_backend: What ran it.
-        reference: The same of the reference.
-        reference_backend: What ran that.
+        candidate: Artifact path of the candidate, or its type if it has no path.
+        candidate_backend: Backend of the candidate.
+        reference: Artifact path of the reference, or its type.
+        reference_backend: Backend of the reference.
         num_inference_steps: Network calls for each sample.
-        seeds: The samples that were compared, in each batch split.
-        gate: What decides, ``max_abs`` or ``psnr_p05_db``.
+        seeds: Seeds of the compared samples, in each batch split.
+        gate: The deciding statistic, ``max_abs`` or ``psnr_p05_db``.
         threshold: Largest ``overall.max_abs`` that passes, units of sigma_data; or the PSNR that 95 % of the samples
             must reach, dB.
-        is_stricter: Whether that was given, and is stricter than the gate that would have been taken.
+        is_stricter: Whether the caller gave a threshold that is stricter than the default.
         noise_floor: Largest difference between the reference and itself, units of sigma_data.
-        reason: Why the threshold is not the derived one, if it was set by hand.
+        reason: Reason for a threshold that was set manually.
         overall: The difference over every batch split.
         by_batch: The difference for each batch size.
         rung: The candidate of the rung below, "" for the first.
         step: The difference from that candidate: what this rung alone costs.
-        images: What the candidate made, by batch size.
-        fault: What is wrong with the candidate's structure, whatever its numbers say; "" where nothing was found.
-        psnr_by_step: PSNR of the estimate after each step, dB; () where it was not looked at.
+        images: Images of the candidate by batch size.
+        fault: Structural fault of the candidate, independent of the statistics; "" if none was found.
+        psnr_by_step: PSNR of the estimate after each step, dB; () if not measured.
     """
 
     candidate: str
@@ -117,7 +117,7 @@ class Parity:
 
     @property
     def numbers_pass(self) -> bool:
-        """Whether the gate's numbers were met, whatever the structure."""
+        """Whether the statistics met the gate, regardless of the structure."""
         if not self.overall.finite:
             return False
         if self.gate == "psnr_p05_db":
@@ -136,11 +136,11 @@ class Parity:
 
     @property
     def worst_seed(self) -> int:
-        """Seed of the sample that holds ``max_abs``."""
+        """Seed of the sample with ``max_abs``."""
         return self.overall.worst_seed
 
     def raise_if_failed(self) -> None:
-        """Raise ``ParityError``, with the numbers, unless the gate was met."""
+        """Raise ``ParityError`` with the statistics unless the gate was met."""
         if self:
             return
         what = f"{self.candidate} on {self.candidate_backend}, {self.num_inference_steps} steps,"
@@ -166,7 +166,7 @@ class Parity:
         )
 
     def record(self) -> ParityRecord:
-        """Return what a manifest keeps of it; NaN becomes the largest float."""
+        """Return the record for a manifest; NaN becomes the largest float."""
         low, high = self.overall.psnr_p05_interval_db
         return ParityRecord(
             artifact=self.candidate,
@@ -175,7 +175,7 @@ class Parity:
             gate=self.gate,
             threshold=self.threshold,
             noise_floor=self.noise_floor,
-            # JSON has no NaN: the largest float says "did not even give numbers" and fails every gate.
+            # JSON has no NaN: the largest float stands for non-finite results and fails every gate.
             max_abs=self.max_abs if self.overall.finite else float(np.finfo(np.float64).max),
             psnr_db=min(self.overall.psnr_db, PSNR_CAP) if self.overall.finite else 0.0,
             worst_psnr_db=min(self.overall.worst_psnr_db, PSNR_CAP) if self.overall.finite else 0.0,
@@ -298,14 +298,14 @@ def compare(
 
 
 def describe_percentile(found: Difference, num_samples: int) -> str:
-    """Return what the samples show of a reduced precision, in words."""
+    """Describe the result for a reduced precision."""
     low, high = found.psnr_p05_interval_db
     interval = f"{low:.1f} to {high:.1f}" if math.isfinite(low) else f"at most {high:.1f}"
     return f"95 % of {num_samples} samples reach {found.psnr_p05_db:.1f} dB (of all: {interval} dB, 95 % confidence)"
 
 
 def _bounded(db: float) -> float:
-    """Return decibels that JSON can hold; what is no number is 0."""
+    """Return decibels for JSON; NaN becomes 0."""
     return min(max(db, 0.0), PSNR_CAP) if not math.isnan(db) else 0.0
 
 

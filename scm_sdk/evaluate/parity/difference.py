@@ -1,12 +1,11 @@
 """Differences of two sets of samples as numbers: pure functions of arrays, in float64.
 
-Absolute differences are in units of ``sigma_data``, the data's standard deviation, so that a number
-means the same for every model. PSNR and SSIM use the declared value range, not what an image happens
-to span. Nothing is clipped except for the 8-bit comparison, which is that of the final pictures.
+Absolute differences are in units of ``sigma_data``, so that they are comparable between models. PSNR and SSIM use the
+declared value range, not the range of an image. Nothing is clipped except for the 8-bit comparison of final images.
 
-A reduced precision is judged by ``psnr_p05_db``, the PSNR that 95 % of the samples reach. Of a few-step sampler a few
-samples in a hundred turn into another picture when they are rounded. They decide the mean over all samples and its
-worst, so that both depend on which samples, and the worst on how many; a quantile does not.
+A reduced precision is judged by ``psnr_p05_db``, the PSNR that 95 % of the samples reach. With a few-step sampler a few
+samples in a hundred turn into another image when they are rounded. They dominate the mean and the worst sample, which
+therefore depend on the choice and the number of samples; a quantile does not.
 """
 
 from __future__ import annotations
@@ -26,30 +25,30 @@ from ...spec import SamplerSpec
 _WINDOW, _SIGMA = 11, 1.5
 _K1, _K2 = 0.01, 0.03
 PERCENT_BELOW = 5
-"""Percent of the samples that may lie below ``psnr_p05_db``."""
+"""Percentage of the samples that may be below ``psnr_p05_db``."""
 DOUBT = 0.05
-"""Probability with which each end of ``psnr_p05_interval_db`` may be on the wrong side of the true percentile."""
+"""Probability that an end of ``psnr_p05_interval_db`` is on the wrong side of the true percentile."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far candidate samples are from reference samples.
+    """Differences between candidate samples and reference samples.
 
     Attributes:
         max_abs: Largest absolute difference, units of sigma_data; NaN if not finite.
         mean_abs: Mean absolute difference, units of sigma_data.
         relative_l2: Norm of the difference over the norm of the reference.
-        psnr_db: Peak signal to noise ratio, peak = the value range's width; infinite when equal.
-        worst_psnr_db: The same of the sample for which it is lowest; it falls as the number of samples grows.
+        psnr_db: Peak signal-to-noise ratio, the peak is the width of the value range; infinite if equal.
+        worst_psnr_db: Lowest PSNR of a single sample; it falls with the number of samples.
         psnr_p05_db: The PSNR that 95 % of the samples reach: at most 5 % have less. A seed that occurs several times,
             in several batch splits, counts once, by its lowest.
-        psnr_p05_interval_db: Between what the 5th percentile of all samples lies, each end with 95 % confidence;
-            ``-inf`` below where there are too few samples (58 or fewer) to tell. See ``percentile_interval``.
-        ssim: Mean structural similarity of the pictures; None for what is no picture.
-        uint8_mismatch: Share of 8-bit values that differ; None for what is no picture.
-        uint8_max_step: Largest difference in 8-bit levels; None for what is no picture.
-        finite: Whether neither side holds NaN or infinity.
-        worst_seed: Seed of the sample that holds ``max_abs``, or of the first that is not finite.
+        psnr_p05_interval_db: Confidence interval of the 5th percentile, each end with 95 % confidence; the lower end is
+            ``-inf`` for 58 or fewer samples. See ``percentile_interval``.
+        ssim: Mean structural similarity; None for samples that are not images.
+        uint8_mismatch: Share of different 8-bit values; None for samples that are not images.
+        uint8_max_step: Largest difference in 8-bit levels; None for samples that are not images.
+        finite: Whether both sides are finite.
+        worst_seed: Seed of the sample with ``max_abs``, or of the first non-finite sample.
     """
 
     max_abs: float
@@ -74,11 +73,11 @@ class Difference:
 def difference(
     candidate: NDArray[np.float32], reference: NDArray[np.float32], seeds: Sequence[int], spec: SamplerSpec
 ) -> Difference:
-    """Measure the difference of samples that were made from the same noise.
+    """Measure the difference of samples from the same noise.
 
     Args:
-        candidate: (N, *spec.image_shape), float32, data units, not clipped.
-        reference: The same of the reference.
+        candidate: ``(N, *spec.image_shape)``, float32, data units, not clipped.
+        reference: Samples of the reference, in the same form.
         seeds: Seed of each sample.
         spec: Scale and value range.
 
@@ -137,19 +136,18 @@ def difference(
 
 
 def percentile_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Estimate the 5th percentile of a distribution from a sample, whatever the distribution.
+    """Estimate the 5th percentile of any distribution from a sample.
 
-    Of N independent values, the number below the true percentile is binomial, B(N, 0.05). So the value at rank k lies
-    above the percentile with the probability that fewer than k are below it, and both ends are ranks with at most
-    ``DOUBT`` of being on its wrong side. The upper end is at most the median: few values show little, but more than
-    half of them below is never chance.
+    Of N independent values, the number below the true percentile is binomial, B(N, 0.05). The value at rank k is above
+    the percentile with the probability that fewer than k values are below it, and both ends are ranks that are on the
+    wrong side with a probability of at most ``DOUBT``. The upper end is at most the median, so that a candidate with
+    more than half of its values below always fails.
 
     Args:
         values: At least one.
 
     Returns:
-        The largest value that at most 5 % of the values are below, the lower end, -inf if there are too few values, and
-        the upper end.
+        The percentile of the sample, the lower end (-inf if there are too few values), and the upper end.
 
     Source: David & Nagaraja, "Order Statistics", section 7.1, distribution-free confidence intervals for quantiles.
     """
@@ -158,7 +156,9 @@ def percentile_interval(values: Sequence[float]) -> tuple[float, float, float]:
     steps = np.concatenate([[0.0], np.log((count - k + 1) / k)])
     log_pmf = np.cumsum(steps) + np.arange(count + 1) * math.log(share / (1 - share)) + count * math.log(1 - share)
     cdf = np.cumsum(np.exp(log_pmf))
-    low = int(np.searchsorted(cdf, DOUBT, side="right"))  # ranks, from 1: as many may be at or below the percentile
+    low = int(
+        np.searchsorted(cdf, DOUBT, side="right")
+    )  # ranks from 1: the number of values that may be at or below the percentile
     high = min(int(np.searchsorted(cdf, 1 - DOUBT - 1e-9)), (count - 1) // 2) + 1
     rank = count * PERCENT_BELOW // 100 + 1
     return ordered[rank - 1], ordered[low - 1] if low else -math.inf, ordered[high - 1]
@@ -181,15 +181,15 @@ def _psnr_db(mean_square: float, width: float) -> float:
 
 
 def ssim(a: NDArray[np.float64], b: NDArray[np.float64], value_width: float) -> float:
-    """Mean structural similarity of pictures, 1 when they are equal.
+    """Mean structural similarity of images, 1 if they are equal.
 
-    Gaussian window of 11 pixels, sigma 1.5, only where it lies wholly inside; a picture smaller than
-    that gets the largest odd window it holds. Channels count alike.
+    Gaussian window of 11 pixels, sigma 1.5, only at positions inside the image; a smaller image uses its largest odd
+    window. Channels have equal weight.
 
     Args:
         a: (N, C, H, W), float64.
-        b: The same.
-        value_width: Distance of the lowest and the highest possible value.
+        b: (N, C, H, W), float64.
+        value_width: Difference of the highest and the lowest possible value.
 
     Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
     """

@@ -1,10 +1,10 @@
 """The reference run of a comparison: its images on given noise, and its noise floor.
 
-The noise floor is how far a right program may be from the reference. Rounding is chaotic: a network magnifies it by a
-factor that differs from sample to sample by two orders of magnitude, so it must be measured on the samples that are
-compared. Each rerun of the reference moves every value of the noise by one unit in the last place, up or down at
-random. Nobody can say which of the two runs is right, and every rounding that follows is drawn anew. This holds for any
-backend, device, batch size and number of samples.
+The noise floor is the difference that a correct program may have from the reference. A network amplifies rounding by a
+factor that differs between samples by two orders of magnitude, so the floor is measured on the compared samples. Each
+rerun of the reference perturbs every value of the noise by one unit in the last place, up or down at random, which also
+changes every later rounding; both runs are equally correct. The method applies to any backend, device, batch size and
+number of samples.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from ...spec import SamplerSpec
 
 NUM_SEEDS = 32
 NUM_RERUNS = 8
-"""Reruns of the reference. One sample alone is compared with the largest of eight: with four, 5 of 1,024 right samples
-of the shipped model differed from ONNX Runtime by more than ``FLOOR_FACTOR`` times that, with eight none did."""
+"""Reruns of the reference. With four, 5 of 1,024 single samples of the shipped model differed between PyTorch and
+ONNX Runtime by more than ``FLOOR_FACTOR`` times the floor; with eight, none did."""
 LEAST_RERUNS, RERUN_SECONDS = 2, 60.0
 """After ``LEAST_RERUNS``, no rerun starts later than this many seconds after the first."""
 SPLITS: tuple[int | None, ...] = (1, 3, None)
-"""Batch splits that are compared where none are named; those larger than the largest batch fall away."""
+"""Default batch splits; those above the largest batch are dropped."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a generator's open backend, or a backend that was given as it is.
+    """One side of a comparison: the open backend of a generator, or a given backend.
 
-    The precision of the latter is not known: "".
+    The precision of a given backend is unknown: "".
     """
 
     backend: Backend
@@ -49,7 +49,7 @@ class Side:
 
     @classmethod
     def of(cls, given: Generator | Backend, steps: int | None) -> Side:
-        """Take a generator's backend for a number of steps, or a backend as it is."""
+        """Return the side of a generator with a number of steps, or of a backend."""
         if isinstance(given, Generator):
             opened = given.opened(steps)
             row = opened.row
@@ -69,7 +69,7 @@ class Side:
         """Run a request in batches of one size, with its noise changed by ``move``.
 
         Returns:
-            The images, (N, *image_shape), float32.
+            The images, ``(N, *image_shape)``, float32.
         """
         parts = []
         for at in range(0, len(request), batch_size):
@@ -80,9 +80,9 @@ class Side:
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """What a reference computes for a request, batch split by batch split, and how far it is from itself.
+    """Images of a reference for a request, for each batch split, and its noise floor.
 
-    Made once by ``run_reference`` for any number of candidates.
+    Created once by ``run_reference`` for any number of candidates.
     """
 
     spec: SamplerSpec
@@ -103,14 +103,14 @@ def run_reference(
     most: int | None = None,
     examples: Examples | None = None,
 ) -> ReferenceRun:
-    """Run a reference on what candidates will be compared on.
+    """Run a reference for comparisons with candidates.
 
     Args:
-        reference: What they should compute.
+        reference: The reference: a generator or an open backend.
         seeds: The samples; None is 0..31, or as many as the largest batch. Labels are drawn from the seeds.
         batches: Batch splits to run, None among them is the largest; None is 1, 3 and the largest.
-        num_inference_steps: Which sampler of a generator; None is its default.
-        examples: What the model is told; None draws it.
+        num_inference_steps: Number of steps of a generator; None is its default.
+        examples: Conditioning inputs; None draws them.
         most: Largest batch, if the candidates allow less than the reference.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Seed ranges: reduced precisions are made, chosen and judged on disjoint ranges.
+"""Seed ranges: reduced precisions are calibrated, selected and judged on disjoint ranges.
 
-A graph that is judged on the samples that it was tuned on passes by its tuning. ``calibration`` measures ranges
-on ``CALIBRATION``, ``precision.probe`` compares plans on ``SELECTION``, and the parity gate (``validate``) judges on
-``JUDGMENT``, from its first seed on or from any other (``validate --first-seed``).
+A graph must not be judged on the samples that tuned it. ``calibration`` measures ranges on ``CALIBRATION``,
+``precision.probe`` compares plans on ``SELECTION``, and the parity gate (``validate``) judges on ``JUDGMENT``, from its
+first seed or another one (``validate --first-seed``).
 """
 
 from __future__ import annotations

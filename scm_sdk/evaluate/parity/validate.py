@@ -1,4 +1,4 @@
-"""The parity gate of a bundle: compares every graph and engine with the checkpoint it was made from and records it."""
+"""The parity gate of a bundle: compares every graph and engine with its checkpoint and records the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .seeds import JUDGMENT
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 Examine = Callable[[Artifact], tuple[str, tuple[float, ...]]]
-"""What looks into an artifact: its structural fault, "" if none, and the PSNR after each step, () if unknown."""
+"""Diagnoses an artifact: returns its structural fault or "", and the PSNR after each step, () if unknown."""
 
 
 class ValidateOptions(TypedDict, total=False):
@@ -66,26 +66,25 @@ def validate_bundle(
     on_note: Callable[[str], object] = lambda _: None,
     record: bool = True,
 ) -> list[Parity]:
-    """Compare each backend's artifacts with the torch checkpoint and write the results into the manifest.
+    """Compare the artifacts of each backend with the torch checkpoint and write the results into the manifest.
 
-    A failure is recorded like a success, so that ``backend="auto"`` never takes what failed. A comparison on fewer
-    seeds or batch splits than the one on record, or by a stricter gate than the precision's own, does not replace it,
-    unless the structure of the graph has a fault. Nothing is recorded in a bundle in a cache, that of the hub or of
-    ``.scmz`` files, nor in one that cannot be written.
+    Failures are recorded too, so that ``backend="auto"`` never takes a failed artifact. A comparison on fewer seeds or
+    batch splits than the recorded one, or by a stricter gate than the default, does not replace it, unless the
+    structure of the graph has a fault. Nothing is recorded in a cached or read-only bundle.
 
     Args:
         path: The bundle.
-        backends: Candidates; () is every backend that can run here. One that is named must run.
-        precisions: Only these; () is all.
+        backends: Candidates; () is every backend that can run here. A named backend must run.
+        precisions: Only these precisions; () is all.
         steps: Only graphs and engines with these numbers of steps; () is all.
-        num_seeds: Samples for each batch split; more where the largest batch needs more.
+        num_seeds: Samples for each batch split; at least the largest batch.
         first_seed: Seed of the first sample; the others follow. All lie in ``seeds.JUDGMENT``.
         batches: Batch splits, None among them is the largest; None is 1, 3 and the largest.
         threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
         min_psnr_db: PSNR that 95 % of the samples of lower precisions must reach, dB; None is ``MIN_PSNR_DB``.
-        reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate's own.
-        examples: What the model is told, for example prompts; None draws it.
-        examine: Looks into each artifact that ran; a fault that it finds fails the comparison, whatever its numbers.
+        reason: Reason for a ``threshold`` or ``min_psnr_db`` that is looser than the default.
+        examples: Conditioning inputs, for example prompts; None draws them.
+        examine: Diagnoses each artifact that ran; a fault fails the comparison regardless of the statistics.
         on_result: Called with each comparison.
         on_skip: Called with a line for each artifact that cannot run here.
         on_note: Called with a line for each result that was not recorded, with the reason.
@@ -97,7 +96,7 @@ def validate_bundle(
     Raises:
         ConfigError: If the bundle has nothing to compare, a seed is out of range, or a looser gate comes without a
             reason.
-        BackendError: If a backend that was named cannot run here, or nothing can.
+        BackendError: If a named backend cannot run here, or no backend can.
     """
     bundle = Bundle.open(path)
     candidates = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
@@ -197,7 +196,7 @@ def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], 
 
 
 def _lesser(parity: Parity, new: ParityRecord, old: ParityRecord) -> str:
-    """Return why a result does not replace the one on record; "" if it does."""
+    """Return why a result does not replace the recorded one; "" if it does."""
     if parity.fault:
         return ""
     if new.num_samples < old.num_samples or not set(old.batches) <= set(new.batches):
@@ -209,13 +208,13 @@ def _lesser(parity: Parity, new: ParityRecord, old: ParityRecord) -> str:
 
 
 def _rung(pair: tuple[str, Precision]) -> tuple[bool, int, str]:
-    """Order the ladder: graphs before engines, each from the highest precision down."""
+    """Sort key: graphs before engines, each from the highest precision to the lowest."""
     backend, precision = pair
     return BACKENDS[backend].runs_engines, get_args(Precision).index(precision), backend
 
 
 def open_candidate(path: str | os.PathLike[str], backend: str, precision: Precision, steps: int) -> Generator:
-    """Open a candidate without the warning that it failed last time: this is the next time."""
+    """Open a candidate without the warning about its recorded failure, because it is compared again."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*recorded parity failed", category=RuntimeWarning)
         return Generator.from_pretrained(

@@ -1,4 +1,4 @@
-"""A folder cache of arrays that are slow to compute, keyed by their inputs."""
+"""A folder cache of arrays, keyed by their inputs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def cached(
     dtype: type[np.generic],
     make: Callable[[], NDArray[Any]],
 ) -> NDArray[Any]:
-    """Read an array, or make it and keep it. A file is whole or absent: an interrupted run leaves no half.
+    """Read an array from the cache, or compute and store it atomically.
 
     Args:
-        folder: Where ``<kind>-<key>.npz`` lies, made when absent; None keeps nothing.
-        kind: What it holds, ``features`` or ``pictures``.
+        folder: Folder of ``<kind>-<key>.npz``, created if missing; None caches nothing.
+        kind: Kind of array, ``features`` or ``pictures``.
         key: sha256 of everything that decides the array.
-        shape: Its shape.
-        dtype: Its type.
-        make: Makes it.
+        shape: Shape of the array.
+        dtype: dtype of the array.
+        make: Computes the array.
 
     Raises:
-        IntegrityError: If the file is damaged or of something else.
+        IntegrityError: If the file is damaged or holds another array.
     """
     if folder is None:
         return make()
@@ -51,7 +51,7 @@ def cached(
 
 def _read(path: Path, kind: str, key: str, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     try:
-        # From memory: np.load leaves the file open when it is not an archive.
+        # From memory, because np.load leaves a file open that is not an archive.
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             array, found = archive[kind], str(archive["key"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:

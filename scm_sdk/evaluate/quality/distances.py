@@ -1,6 +1,6 @@
 """Frechet and kernel distance, precision and recall of two sets of features, in numpy.
 
-``evaluate/quality.py`` feeds them with the features of pictures; any other (N, D) features will do.
+``quality.py`` calls them with features of images; they work with any (N, D) features.
 
 Source: Heusel et al., 2017, arXiv 1706.08500 (Frechet distance); Binkowski et al., 2018, arXiv
 1801.01401 (KID); Zaremba et al., 2013, arXiv 1307.1954 (the block estimator and its interval); Kynkäänniemi et
@@ -86,7 +86,7 @@ def frechet_distance(stats_a: FeatureStats, stats_b: FeatureStats) -> float:
             "Compute both with the same feature network."
         )
     values, vectors = np.linalg.eigh(stats_a.cov)
-    kept = values > values[-1] * 1e-13  # with N < D most directions are empty: leave them out
+    kept = values > values[-1] * 1e-13  # with N < D most directions are empty: drop them
     root = vectors[:, kept] * np.sqrt(values[kept].clip(min=0))
     product = root.T @ stats_b.cov @ root
     cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
@@ -101,8 +101,8 @@ def kernel_distance(
     """Return the kernel distance (KID) of two sets of features and its 95 % confidence interval.
 
     Both sets are shuffled and cut into disjoint blocks; each pair of blocks gives one unbiased
-    estimate with the kernel ``(x . y / D + 1)^3``. The estimates are independent, which makes the
-    Student interval around their mean an honest one. Real sets score around 0, also below it.
+    estimate with the kernel ``(x . y / D + 1)^3``. The estimates are independent, so the Student
+    interval around their mean is valid. Real sets score around 0, also below it.
 
     Args:
         features_a: (N, D).
@@ -124,13 +124,13 @@ def kernel_distance(
 def kernel_distance_delta(
     features_a: FloatArray, features_b: FloatArray, reference: FloatArray, *, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Return by how much ``a`` is further from the reference than ``b``, KID, and its 95 % interval.
+    """Return the KID of ``a`` minus that of ``b``, both to the reference, and its 95 % interval.
 
-    The same blocks of all three are compared, so that what ``a`` and ``b`` share, such as their seeds, cancels: the
-    interval is far narrower than the two of ``kernel_distance``.
+    All three use the same blocks, so that variation shared by ``a`` and ``b``, such as seeds, cancels: the interval is
+    far narrower than those of ``kernel_distance``.
 
     Args:
-        features_a: (N, D), for example of a lower precision.
+        features_a: (N, D), for example of a reduced precision.
         features_b: (N, D), of the same seeds and labels.
         reference: (M, D), of real pictures.
         seed: Of the shuffle.

@@ -99,7 +99,7 @@ def pooled_features(weights: Folded, x_BCHW: Tensor) -> Tensor:
     """Return the spatial mean of the last feature map.
 
     Args:
-        weights: What ``fold_weights`` returned.
+        weights: Result of ``fold_weights``.
         x_BCHW: Pictures, (B, 3, H, W), float32, ``(x - 127) / 128`` of values in 0..255.
 
     Returns:

@@ -1,7 +1,6 @@
 """Compute features of images, with an optional cache.
 
-Which network makes them is the caller's choice, see ``evaluate/nets.py``; ``evaluate/quality.py`` turns the
-features into distances.
+The caller chooses the network, see ``nets.py``; ``quality.py`` computes distances from the features.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ Progress = Callable[[int, int], object]
 
 
 def check_images(images: NDArray[Any], *, name: str) -> None:
-    """Refuse what is not a stack of 8-bit pictures.
+    """Check that an array is a stack of 8-bit images.
 
     Args:
         images: Expected (N, H, W, 3) or (N, H, W, 1), uint8.
-        name: What to call it in the message.
+        name: Name of the array in the message.
 
     Raises:
-        ShapeError: If the shape or the dtype differs, or there is no picture.
+        ShapeError: If the shape or the dtype differs, or there is no image.
     """
     if images.dtype != np.uint8:
         raise ShapeError(
@@ -100,11 +99,11 @@ def cached_features(
     net: FeatureNet | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
-    """Compute features, or read them from the folder ``cache`` where they lie under their content's key.
+    """Compute features, or read them from the cache by the key of their content.
 
     Args:
         images: As for ``extract_features``.
-        cache: A folder for ``features-<key>.npz`` files, made when absent; None caches nothing.
+        cache: Folder of ``features-<key>.npz`` files, created if missing; None caches nothing.
         net: As for ``extract_features``.
         progress: As for ``extract_features``; called once when the features were cached.
 

@@ -1,4 +1,4 @@
-"""Load and check the real images that generated ones are compared with."""
+"""Load and check the real images for the comparison with generated ones."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 _DEFAULT_LABEL = {"avatars": "hairColor"}
 MAX_ROWS = 10_000
-"""Rows on either side where none are named."""
+"""Default maximum number of rows of each set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Real pictures, uint8 (N, H, W, C), and their labels in the model's own order.
+    """Real images, uint8 (N, H, W, C), and their labels in the order of the model.
 
     Attributes:
-        reference: Held-out pictures, or their statistics.
-        labels: Labels of the held-out pictures, (N,) int64; None where labels are not judged.
-        other: Other real pictures, for the floor and to learn how labels look.
-        other_labels: Labels of these.
-        colors: Each label's exact color by the model's number of it; () where labels are no colors.
-        about: Which data and rows these are, for people.
+        reference: Held-out images, or their statistics.
+        labels: Labels of the held-out images, (N,) int64; None if labels are not scored.
+        other: Other real images, for the real-vs-real distance and for fitting the label reader.
+        other_labels: Labels of ``other``.
+        colors: Exact color of each label of the model; () if labels are not colors.
+        about: Description of data and rows.
     """
 
     reference: NDArray[np.uint8] | FeatureStats
@@ -58,24 +58,25 @@ def load_held_out(
     stats: Path | None = None,
     trained_on: DataConfig | None = None,
 ) -> HeldOut:
-    """Load what a model's pictures are compared with, and refuse what would fail after the sampling.
+    """Load the real images for a model, and raise errors before the sampling starts.
 
-    What is None is taken from ``trained_on``: its source and label, its rows as the real ones, and the rows after them
-    as the held-out ones, at most 10,000 each. Where no rows were held out, halves of the data are compared.
+    Arguments that are None default to ``trained_on``: its source and label, its rows as the real ones, and the rows
+    after them as the held-out ones, at most 10,000 each. If no rows were held out, halves of the data are compared.
 
     Args:
-        spec: The model's sampler: size, channels and labels of its pictures.
-        net: The network that statistics must be of.
-        source: Data source, as ``train`` takes it.
-        label: Label column, "" for none; where nothing is known, None takes the shipped data's if the model has labels.
+        spec: Sampler of the model: size, channels and labels of its images.
+        net: The feature network, which statistics must match.
+        source: Data source, as for ``train``.
+        label: Label column, "" for none; if nothing is recorded, None is that of the shipped data for a model with
+            labels.
         reference_rows: Held-out rows.
         real_rows: Other real rows.
-        stats: File of statistics in place of the held-out rows.
-        trained_on: What the model was trained on, from ``recorded_data``.
+        stats: File of statistics that replace the held-out rows.
+        trained_on: Training data of the model, from ``recorded_data``.
 
     Raises:
-        ConfigError: If the model makes no such pictures, its labels are not the data's, the rows overlap or are few, or
-            neither a source is given nor the model's known.
+        ConfigError: If images or labels of model and data do not match, the rows overlap or are too few, or the source
+            is neither given nor recorded.
         TrainError: If the data cannot be read.
         IntegrityError: If the statistics cannot be read.
     """
@@ -153,7 +154,7 @@ def _rows(rows: tuple[int, int]) -> str:
 
 
 def _order(spec: SamplerSpec, names: tuple[str, ...]) -> NDArray[np.int64]:
-    """Return the model's number of each of the data's labels, matched by name."""
+    """Return the number in the model of each label of the data, matched by name."""
     own = spec.class_names
     if not own and spec.num_classes == len(names):
         return np.arange(len(names), dtype=np.int64)

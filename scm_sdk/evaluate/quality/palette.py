@@ -1,17 +1,17 @@
 """Recognize the label of a pixel-art image from its colors, without a network.
 
-Where a class label *is* a color (hair, skin, clothing or background of the avatars), the truth of
-a generated picture can be checked exactly: the color is a palette entry, and where in the picture
-it lies is known from real pictures. ``fit_label_reader`` learns the second part, ``label_accuracy``
-compares requested with read labels, ``palette_share`` tells how many pixels are palette colors.
+If a class label is a color (hair, skin, clothing or background of the avatars), generated images can be checked
+exactly: the color is a palette entry, and its position in the image is known from real images. ``fit_label_reader``
+learns the positions, ``label_accuracy`` compares requested with read labels, ``palette_share`` measures the share of
+palette colors.
 
 The model of one pixel x at position p under label k, with the pixels taken as independent:
 
     L_k(x, p) = prior_p * Normal(x; color_k, NOISE^2) + (1 - prior_p) * other(x)
 
 ``prior_p`` is how often the labeled part covers p in real pictures, ``other`` a coarse histogram of
-all colors that are not the labeled part's, ``NOISE`` allows for a generator's color noise: two of
-the brown hair colors differ by 10 of 255 in one channel, but a picture shows dozens of such pixels.
+all other colors, ``NOISE`` allows for color noise of a generator: two of the brown hair colors
+differ by 10 of 255 in one channel, but an image shows dozens of such pixels.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .features import check_images
 NOISE = 6.0
 """Assumed standard deviation of a generated pixel around its palette color, of 255."""
 MIN_MARGIN = 3.0
-"""Natural-log odds between the best label and the next below which a picture is undecided."""
+"""Minimum natural-log odds between the best label and the next; below, an image is undecided."""
 UNDECIDED = -1
 
 _BINS = 64  # cells per channel of the histogram of other colors,
-_LEVELS = 256 // _BINS  # each this wide
-_STRAY = 1e-2  # share of pixels that may have any color: bounds what one odd pixel can say
+_LEVELS = 256 // _BINS  # width of a cell
+_STRAY = 1e-2  # share of pixels with arbitrary colors: limits the influence of one pixel
 _CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelReader:
-    """What ``fit_label_reader`` learned from real pictures.
+    """Label reader fitted to real images.
 
     Attributes:
         names: Label names in order, each ``#rrggbb``.
@@ -92,7 +92,7 @@ class LabelReader:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelAccuracy:
-    """How often generated pictures show the label that was asked for.
+    """Agreement of generated images with their requested labels.
 
     Attributes:
         accuracy: Share of pictures whose read label is the requested one; undecided ones count as wrong.
@@ -110,7 +110,7 @@ class LabelAccuracy:
 
 
 def parse_colors(names: Sequence[str]) -> NDArray[np.uint8]:
-    """Turn names like ``#603a14`` into (K, 3) uint8.
+    """Parse names like ``#603a14`` to (K, 3) uint8.
 
     Raises:
         ConfigError: If a name is not ``#rrggbb``, or there are fewer than two.
@@ -125,7 +125,7 @@ def parse_colors(names: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def fit_label_reader(images: NDArray[np.uint8], labels: NDArray[np.integer], names: Sequence[str]) -> LabelReader:
-    """Learn from real pictures where the labeled color lies and which other colors there are.
+    """Learn the position of the labeled color and the other colors from real images.
 
     Args:
         images: (N, H, W, 3), uint8, real pictures; a few thousand suffice.
@@ -134,7 +134,7 @@ def fit_label_reader(images: NDArray[np.uint8], labels: NDArray[np.integer], nam
 
     Raises:
         ShapeError: If ``images`` are not color pictures or ``labels`` are not one per picture.
-        ConfigError: If the names are not colors, or the pictures do not show the labels' colors.
+        ConfigError: If the names are not colors, or the images do not show the colors of their labels.
     """
     check_images(images, name="the")
     if images.shape[3] != 3:
@@ -160,7 +160,7 @@ def fit_label_reader(images: NDArray[np.uint8], labels: NDArray[np.integer], nam
 
 
 def label_accuracy(images: NDArray[np.uint8], labels: NDArray[np.integer], reader: LabelReader) -> LabelAccuracy:
-    """Compare the labels that were asked for with those that the pictures show.
+    """Compare the requested labels with those that the images show.
 
     Args:
         images: (N, H, W, 3), uint8, generated.
@@ -195,8 +195,7 @@ def palette_share(images: NDArray[np.uint8], real: NDArray[np.uint8], *, distanc
         distance: Largest difference in any channel, of 255.
 
     Returns:
-        Share in [0, 1]. A picture data set with few colors makes this sharp: print beside it the
-        share of uniformly random colors, which is the volume of the palette.
+        Share in [0, 1]. For reference, report it with the share for uniformly random colors, the volume of the palette.
 
     Raises:
         ShapeError: If a set is not 8-bit color pictures.
@@ -217,11 +216,11 @@ def palette_share(images: NDArray[np.uint8], real: NDArray[np.uint8], *, distanc
 
 
 def _blur(cells: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spread color cells by NOISE, as the labeled colors are: else a noisy pixel can only be theirs."""
+    """Blur color cells by NOISE like the labeled colors; otherwise noisy pixels would favor the labels."""
     center = np.arange(_BINS) * _LEVELS
     kernel = np.exp(((center[:, None] - center) / NOISE) ** 2 / -2)
-    kernel /= kernel.sum(axis=0)  # columns sum to 1: no mass leaves at the edges
-    for _ in range(3):  # one axis per round; the result's axes end up in their old order
+    kernel /= kernel.sum(axis=0)  # columns sum to 1: no mass is lost at the edges
+    for _ in range(3):  # one axis per round; the axes end in their original order
         cells = np.tensordot(cells, kernel, axes=(0, 1))
     return cells
 

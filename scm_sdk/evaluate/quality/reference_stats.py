@@ -1,6 +1,6 @@
 """Reference statistics as files in EDM's format: an ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D).
 
-Ours also say by which network, of how many pictures and of which size they are; where a file says so it must fit.
+Files of scm-sdk also record the network and the number and size of the images; recorded values must match.
 
 Source: Karras et al., 2022, arXiv 2206.00364, whose published reference files hold these two arrays.
 """
@@ -20,19 +20,19 @@ from .nets import FeatureNet
 
 
 def read_stats(path: Path, net: FeatureNet, picture: tuple[int, ...]) -> FeatureStats:
-    """Read statistics that pictures are to be compared with.
+    """Read reference statistics.
 
     Args:
         path: The file.
-        net: The network that the pictures' features come from.
-        picture: Shape of one picture, (H, W, C).
+        net: The feature network.
+        picture: Shape of one image, (H, W, C).
 
     Returns:
-        Mean and covariance; ``count`` is 0 where the file does not say it.
+        Mean and covariance; ``count`` is 0 if the file does not record it.
 
     Raises:
         IntegrityError: If the file cannot be read or holds no statistics.
-        ConfigError: If they are of another network, other weights, another dimension or another size of pictures.
+        ConfigError: If network, weights, dimension or image size differ.
     """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:

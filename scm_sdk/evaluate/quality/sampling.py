@@ -1,6 +1,6 @@
-"""Generate the images to be scored in blocks that are stored, so that an interrupted run resumes.
+"""Generate the images for scoring in cached blocks, so that an interrupted run resumes.
 
-Seed i has label i modulo the number of classes, so a picture does not depend on how many are drawn.
+Seed i has label i modulo the number of classes, so an image does not depend on the number of images.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Generated pictures and how they were made.
+    """Generated images and their sampler.
 
     Attributes:
         images: (N, H, W, C), uint8.
         class_labels: (N,), int64, or None.
-        sampler: What made them, for people.
+        sampler: Description of the sampler.
         network_calls: Network evaluations for each picture.
     """
 
@@ -66,13 +66,13 @@ def sample_student(
         num_inference_steps: Network calls for each picture.
         backend: As for ``Generator``.
         precision: As for ``Generator``.
-        guidance_scale: For models that have this input; the model's own where it is None.
-        cache: Folder in which finished blocks are kept, by what made them; None keeps nothing.
+        guidance_scale: For models with this input; None is the default of the model.
+        cache: Folder for finished blocks, keyed by their sampler; None caches nothing.
         progress: Called with (pictures done, pictures in all).
 
     Raises:
         BackendError: If the backend cannot run.
-        IntegrityError: If a kept block is damaged.
+        IntegrityError: If a cached block is damaged.
     """
     with Generator.from_pretrained(
         path, backend=backend, precision=precision, num_inference_steps=num_inference_steps
@@ -112,9 +112,9 @@ def sample_diffusion(
     """Draw seeds 0..N-1 from a teacher with the second-order solver, ``2 num_steps - 1`` calls each, twice if guided.
 
     Raises:
-        TrainError: If it is to be guided, and was not trained without labels.
+        TrainError: If guidance is requested for a model without label dropout.
         BundleError: If there is no checkpoint.
-        IntegrityError: If a kept block is damaged.
+        IntegrityError: If a cached block is damaged.
     """
     import torch
 

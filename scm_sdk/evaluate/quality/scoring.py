@@ -1,7 +1,6 @@
 """Score a model: distance to held-out images, and agreement of images with requested labels.
 
-Sampling, real pictures and metrics are elsewhere; this room only brings them together, for ``scm-export evaluate``
-and for the quality gates.
+Combines sampling, real images and metrics for ``scm-export evaluate`` and the quality gates.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How good a sampler is.
+    """Scores of a sampler.
 
     Attributes:
-        sampler: What made the pictures.
+        sampler: Description of the sampler.
         network_calls: Network evaluations for each picture.
-        quality: Distances to held-out pictures, with floors.
-        against: Data and rows that these are compared with, in words.
-        labels: Share of pictures that show the label asked for; None where labels are no colors.
-        labels_real: The same reader on real pictures: the ceiling.
+        quality: Distances to held-out images.
+        against: Description of the data and rows of the comparison.
+        labels: Share of images that show the requested label; None if labels are not colors.
+        labels_real: The same share for real images, an upper bound.
         palette: Share of pixels near a palette color; None for data without a palette.
     """
 
@@ -45,12 +44,12 @@ class Score:
     palette: float | None = None
 
     def raise_if_worse(self, max_kid_delta: float) -> None:
-        """Raise unless the whole interval of the KID beside the first precision lies within a limit.
+        """Raise unless the interval of the KID increase over the first precision is within a limit.
 
-        What has nothing beside it passes.
+        The first precision itself passes.
 
         Raises:
-            ParityError: If it is surely above the limit, or too few pictures leave it open.
+            ParityError: If the increase is above the limit, or too few images leave it undecided.
         """
         delta, interval = self.quality.kid_delta, self.quality.kid_delta_interval
         if delta is None or interval is None or interval[1] <= max_kid_delta:
@@ -76,18 +75,18 @@ def score(
     samples: Samples, real: HeldOut, *, net: FeatureNet, beside: Samples | None = None, cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Score:  # fmt: skip
-    """Hold samples against real pictures.
+    """Score samples against real images.
 
     Args:
         samples: From ``sample_student`` or ``sample_diffusion``.
-        real: From ``load_held_out``, of the same model.
+        real: From ``load_held_out`` for the same model.
         net: The feature network.
-        beside: The same seeds made another way, to tell how much worse these are.
-        cache: Folder for features of real pictures.
+        beside: Samples of the same seeds from another sampler, for the KID increase.
+        cache: Folder for features of real images.
         progress: Called with (pictures done, pictures in all).
 
     Raises:
-        ConfigError: If ``beside`` is of another number of pictures.
+        ConfigError: If ``beside`` has another number of images.
     """
     count = len(samples.images)
     if beside is not None and len(beside.images) != count:

@@ -55,7 +55,7 @@ def sample_teacher(
 
 
 def write_samples(model: ConsistencyModel, objective: ObjectiveName, folder: Path, iteration: int) -> None:
-    """Write one PNG grid: a row for each label (or four rows), and for students 1 and 2 steps."""
+    """Write one PNG grid with a row per label (or four rows); for students with 1 and 2 steps."""
     rows = model.config.num_classes or 4
     labels = np.repeat(np.arange(rows, dtype=np.int64), COLUMNS)
     device = next(model.parameters()).device

@@ -59,7 +59,7 @@ class DiscreteDraw:
 
     @classmethod
     def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> DiscreteDraw:
-        """Draw what an iteration sees."""
+        """Draw the random inputs of an iteration."""
         generator = seeded_generator(config.seed, iteration, stream=2)
         share = 1 / 3 + 2 / 3 * torch.rand(shape[0], generator=generator)
         return cls(
@@ -131,7 +131,7 @@ class Anchor:
         self.logvar = LogVariance()
 
     def __call__(self, network: ConditionedNetwork, batch: Batch, draw: DiscreteDraw) -> Tensor:
-        """Return the loss, a scalar; of the batch images and labels count."""
+        """Return the loss, a scalar, for the images and labels of the batch."""
         batch = replace(batch, z=draw.z, t=draw.t)
         if self._target is not None:
             batch = self._target(batch)

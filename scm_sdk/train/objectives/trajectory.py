@@ -85,7 +85,7 @@ class Trajectories:
         self._block = -1
 
     def times(self, shift: float) -> tuple[float, ...]:
-        """Return the times of a block's trajectories, radians, falling to 0: a grid moved by ``shift`` of a step."""
+        """Return the times of a block's trajectories, radians, falling to 0: a grid shifted by ``shift`` of a step."""
         steps, sigma_data = self._config.trajectory.steps, self._config.sigma_data
         return karras_times(steps, sigma_data, sigma_min=SIGMA_MIN, shift=shift)
 
@@ -116,7 +116,7 @@ class Trajectories:
         self._conditions = take(
             TrajectoryConditions(class_labels=labels, guidance_scale=guidance), slice(None), noise.device
         )
-        size = config.batch_size  # one large batch would not fit into a processor's cache
+        size = config.batch_size  # one large batch would not fit in the processor cache
         parts = [slice(at, at + size) for at in range(0, count, size)]
         followed = [self._follow(noise[part], take(self._conditions, part, noise.device), times) for part in parts]
         states = torch.cat(followed, dim=1)

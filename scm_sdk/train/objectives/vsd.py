@@ -85,7 +85,7 @@ class VsdDraw:
 
     @classmethod
     def of(cls, config: TrainConfig, shape: torch.Size, iteration: int) -> VsdDraw:
-        """Draw what an iteration sees."""
+        """Draw the random inputs of an iteration."""
         generator = seeded_generator(config.seed, iteration, stream=1)
 
         def noise() -> Tensor:
@@ -148,12 +148,12 @@ class Vsd:
         return weighted_residual(moved - images.detach() + difference, logvar)
 
     def _per_error(self, error: Tensor, t: Tensor) -> Tensor:
-        """Return the factor from a difference of F to one of samples, divided by the mean absolute error, (B, 1, ...)."""
+        """Return the factor from a difference of F to one of samples, over their mean absolute error, (B, 1, ...)."""
         size = error.abs().flatten(1).mean(dim=1).clamp_min(LEAST_ERROR)
         return expand_time(self._config.sigma_data * torch.sin(t) / size, error)
 
     def _generate(self, network: Network, draw: VsdDraw, *, step: int) -> Tensor:
-        """Return the student's samples after a sampler step; the gradient goes through that call only."""
+        """Return the student's samples after a sampler step, with the gradient of that step only."""
         sigma_data, x_0 = self._config.sigma_data, torch.zeros_like(draw.z)
         for k in range(step + 1):
             with torch.set_grad_enabled(k == step):
@@ -163,7 +163,7 @@ class Vsd:
         return x_0
 
     def _learn(self, batch: Batch, iteration: int) -> None:
-        """Fit the fake score to the student's samples; a step that is not finite is left out."""
+        """Fit the fake score to the student's samples; a non-finite step is skipped."""
         factor = self._config.vsd.learning_rate / self._config.optimizer.learning_rate or 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate_at(iteration) * factor

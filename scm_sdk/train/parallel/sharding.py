@@ -120,7 +120,7 @@ def shard(module: nn.Module, network: nn.Module, world: World) -> None:
 
 
 def wrap(loss: LossModule, scale: Scale, world: World) -> nn.Module:
-    """Wrap the loss. The caller must keep the returned module, because a deleted DDP module does not reduce gradients."""
+    """Wrap the loss. The caller must keep the returned module: a deleted DDP module does not reduce gradients."""
     if scale.parallel == "fsdp":
         shard(loss, loss.network, world)
         return loss
