@@ -65,7 +65,7 @@ def main(bundle: Path, callers: tuple[int, ...], seconds: float, rounds: int, ba
     with ExitStack() as stack:
         gen = stack.enter_context(Generator.from_pretrained(bundle, backend=backend, num_threads=1))
         wide = stack.enter_context(Generator.from_pretrained(bundle, backend=backend))
-        batcher, wide_batcher = (stack.enter_context(g.batcher(max_waiting=max(callers))) for g in (gen, wide))
+        batcher, wide_batcher = (stack.enter_context(g.batcher(max_queue_size=max(callers))) for g in (gen, wide))
         label = 0 if gen.opened().spec.num_classes else None
         ways: dict[str, Ask] = {
             "calls": lambda seed: gen(1, label, seed=seed, output_type="uint8"),

@@ -106,7 +106,7 @@ class Server(ThreadingHTTPServer):
 def main(bundle: str, port: int) -> None:
     """Serve on this machine alone until interrupted or terminated."""
     # One thread for each call, so that batches run side by side; leave it out for a model that needs all cores.
-    with Generator.from_pretrained(bundle, num_threads=1) as gen, gen.batcher(max_waiting=64) as batcher:
+    with Generator.from_pretrained(bundle, num_threads=1) as gen, gen.batcher(max_queue_size=64) as batcher:
         gen.warmup()
         Handler.batcher = batcher
         with Server(("127.0.0.1", port)) as server:

@@ -67,7 +67,7 @@ def build_all(
         max_batch: Largest batch; None is that of ``out``, else 32, or 8 of a pipeline.
         target_db: PSNR that 95 % of the images are to reach in int8, dB, for which the fewest layers are left out; None
             is ``MARGIN_DB`` above the gate's.
-        prompts: What the model is told while precisions are made; see ``examples.read_examples``. None draws it.
+        prompts: File of conditioning inputs for calibration; see ``read_examples``. None draws them from the seed.
         on_stage: Called with a few words for each stage; the steps of a search are a ``progress.Step``.
         on_variant: Called with each graph of lower precision.
         on_engine: Called with each engine.

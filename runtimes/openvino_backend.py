@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from scm_sdk._util.lazy import require
-from scm_sdk._util.processor import calls_side_by_side, limited_threads
+from scm_sdk._util.processor import concurrent_calls, limited_threads
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
 from scm_sdk.spec import SamplerSpec
 
@@ -80,7 +80,7 @@ class OpenVINOBackend:
         # Not pinned to cores: two models in one process would be pinned to the same ones.
         self._settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
         if num_threads is not None:
-            streams = calls_side_by_side(num_threads)
+            streams = concurrent_calls(num_threads)
             self._settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}
         elif (limit := limited_threads()) is not None:
             self._settings |= {"INFERENCE_NUM_THREADS": limit}

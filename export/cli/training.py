@@ -232,7 +232,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
 
     from scm_sdk.train.data.samples import write_samples
     from scm_sdk.train.loop import Hooks, StepLog, train
-    from scm_sdk.train.parallel.distributed import Scale, ToldByProcessZero, is_main_process
+    from scm_sdk.train.parallel.distributed import RemoteError, Scale, is_main_process
     from scm_sdk.train.prepare import resolve
     from scm_sdk.train.record import describe_data
 
@@ -282,7 +282,7 @@ def _run(config: TrainConfig, options: dict[str, Any], data: ImageData | None = 
         )
         try:
             train(config, out, hooks, data, scale)
-        except ToldByProcessZero as exc:
+        except RemoteError as exc:
             sys.exit(exc.exit_code)
         except KeyboardInterrupt:
             if main:

@@ -161,7 +161,7 @@ def diagnose(
         spec: What the sampler should be.
         exact: The float32 graph of the same sampler, to compare what is stored under no name of the checkpoint.
         seeds: Samples to look at, two or more; labels are drawn from the seeds.
-        examples: What the model is told; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
     Raises:
         ExportError: If the graph lacks the names.

@@ -39,7 +39,7 @@ def validate(
 
     Args:
         path: The bundle.
-        examples: What the model is told, for example prompts; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
         on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked;
             and for each result that was not recorded.
         **options: More arguments of ``scm_sdk.evaluate.parity.validate.validate_bundle``.

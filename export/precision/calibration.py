@@ -48,7 +48,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         seed: Which ones.
         percentile: Share of |x| inside the range, percent; for ``percentile``.
         graph_sha256: Digest of the graph that ran.
-        conditioning: What the model was told beside labels and guidance; "" where it takes nothing else.
+        conditioning: Source of the conditioning inputs; "" for a model that takes labels and guidance only.
         ranges: Largest absolute value to represent, by the name of the node that reads it.
     """
 
@@ -104,7 +104,7 @@ def calibrate(
         seed: Which ones: noise is drawn from seeds ``CALIBRATION.start + seed * MAX_SAMPLES + i``.
         percentile: For ``percentile``, percent.
         batch_size: Pictures at once; bounds memory.
-        examples: What the model is told; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
         progress: Called with batches done and in all.
 
     Returns:
@@ -163,7 +163,7 @@ def calibration_seeds(spec: SamplerSpec, *, num_samples: int, seed: int, batch_s
 
 
 def describe_conditioning(spec: SamplerSpec, examples: Examples | None) -> str:
-    """Return what the model is told, for the record; "" where it takes nothing but labels and guidance."""
+    """Return the source of the conditioning inputs; "" for a model that takes labels and guidance only."""
     if not spec.conditioning:
         return ""
     if examples is not None:

@@ -50,7 +50,7 @@ def quantize_for_cpu(
         num_samples: Pictures to calibrate on, drawn as ``calibrate`` draws them.
         seed: Which ones.
         batch_size: Pictures at once.
-        examples: What the model is told; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
     Raises:
         ConfigError: If the plan does not fit the graph, or leaves no layer to quantize.

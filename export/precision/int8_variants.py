@@ -83,7 +83,7 @@ def add_int8(
         path: The bundle.
         options: How; the defaults when absent.
         steps: Only graphs with these numbers of steps; () is all.
-        examples: What the model is told while it is measured, for example prompts; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
         progress: Called with a few words for each stage.
 
     Raises:
@@ -119,8 +119,8 @@ def add_int8(
             files = [plan_path, *_write_calibration(draft, source, measured)]
             layers = choose_layers(read_model(source.graph), plan)
             notes = [f"{layers.share()} in int8", *(f"not {name}: {why}" for name, why in _left_out(layers.left))]
-            if (told := describe_conditioning(source.spec, examples)) and examples is None:
-                notes.append(f"calibrated on {told}: give --prompts for ranges of real ones")
+            if (conditioning := describe_conditioning(source.spec, examples)) and examples is None:
+                notes.append(f"calibrated on {conditioning}: give --prompts for ranges of real ones")
             variants.append(add_graph(draft, model, source, options.precision, probe, built_from=files, notes=notes))
     return variants
 

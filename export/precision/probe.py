@@ -62,7 +62,7 @@ class Probe:
             are, the less a plan is fitted to these.
         batch_size: How many run at once; bounds memory.
         num_threads: Threads of ONNX Runtime; None leaves it the choice.
-        examples: What the model is told; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
     Raises:
         BackendUnavailable: If onnxruntime or onnx_ir is not installed.

@@ -80,7 +80,7 @@ def choose_factors(
             more where 128 are halved.
         seed: Which ones.
         batch_size: Pictures at once; bounds memory.
-        examples: What the model is told; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
         progress: Called with batches done and in all.
 
     Raises:

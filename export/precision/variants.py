@@ -81,7 +81,7 @@ def add_precision(
             fp16, which a CPU can run.
         steps: Only graphs with these numbers of steps; () is all.
         num_samples: Pictures for the quick look and the search; 0 looks at none, for graphs that run for minutes.
-        examples: What the model is told in those pictures; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
         progress: Called with a few words for each stage.
 
     Returns:
@@ -135,7 +135,7 @@ def add_cpu_form(
         path: The bundle.
         steps: Only graphs with these numbers of steps; () is all.
         num_samples: Pictures for the quick look; 0 looks at none.
-        examples: What the model is told in those pictures; None draws it.
+        examples: Conditioning inputs, for example prompts; None draws them from the seed.
         progress: Called with a few words for each stage.
 
     Raises:

@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: one backend for both libraries.
 
-Each batch size has lanes of its own (``context_pool``): a context with fixed shapes, a stream, and buffers. A thread
-takes a free lane or makes one. With TensorRT a lane records a CUDA graph on its second run; TensorRT-RTX records
+Each batch size has execution contexts (``context_pool``), each with fixed shapes, a stream, and buffers. A thread
+takes a free one or makes one. With TensorRT a context records a CUDA graph on its second run; TensorRT-RTX records
 graphs itself. This file runs on a GPU only; what is checked before that is in ``engine_file``.
 """
 
@@ -18,14 +18,14 @@ import numpy as np
 from scm_sdk._util.cache_dir import trusted_folder, writable_folder
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.bundle.engine_record import BuildRecord
-from scm_sdk.engines.compatibility import EngineHost, doubt, is_trusted
+from scm_sdk.engines.compatibility import EngineHost, is_trusted, performance_warning
 from scm_sdk.engines.tensorrt import EXTRAS, load_flavour, make_logger
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, ScmError, ShapeError
 from scm_sdk.spec import SamplerSpec
 
 from ..base import check_images, check_inputs, check_num_threads, name_inputs
-from .context import Lane, own_errors
-from .context_pool import LanePool
+from .context import ExecutionContext, own_errors
+from .context_pool import ContextPool
 from .device_memory import Cuda, Handle, OutOfMemory
 from .engine_file import read_engine, rebuild
 
@@ -96,8 +96,8 @@ class TrtBackend:
         self._gpu_name = host.gpu.name if host.gpu is not None else "none"
         with own_errors("preparing the engine"):
             self._config = self._runtime_config()
-        self._pool = LanePool(self._make_lane, name=self.name)
-        if slower := doubt(self.record.flavour, self.record.facts, host):
+        self._pool = ContextPool(self._make_context, name=self.name)
+        if slower := performance_warning(self.record.flavour, self.record.facts, host):
             warnings.warn(
                 f"{artifact_path}: {slower}; it may be slower than one built here", RuntimeWarning, stacklevel=4
             )
@@ -107,8 +107,8 @@ class TrtBackend:
         feeds = check_inputs(self.spec, noise, conditioning)
         batch = len(noise[0])
         self._check_batch(batch)
-        with self._pool.lane(batch) as lane:
-            images = lane.run(feeds)
+        with self._pool.context(batch) as context:
+            images = context.run(feeds)
         return check_images(self.spec, images, batch, backend=self.name)
 
     def sample_torch(self, noise: Sequence[object], conditioning: Mapping[str, object]) -> torch.Tensor:
@@ -151,13 +151,13 @@ class TrtBackend:
 
     def _enqueue(self, addresses: Mapping[str, int], batch: int, stream: Handle) -> None:
         """Put the engine's work between what lies in the caller's stream and what will."""
-        with self._pool.lane(batch, buffers=False) as lane:
-            lane.bind(addresses)
-            self._cuda.order(stream, lane.stream)
-            lane.execute()
-            self._cuda.order(lane.stream, stream)
+        with self._pool.context(batch, buffers=False) as context:
+            context.bind(addresses)
+            self._cuda.order(stream, context.stream)
+            context.execute()
+            self._cuda.order(context.stream, stream)
 
-    def _make_lane(self, batch: int, buffers: bool) -> Lane:
+    def _make_context(self, batch: int, buffers: bool) -> ExecutionContext:
         self._cuda.use()
         with own_errors("making a context"):
             context = (
@@ -172,7 +172,9 @@ class TrtBackend:
                 "Close what else runs there, or build it for smaller batches."
             )
         record = buffers and self.name == "tensorrt"
-        return Lane(self._cuda, context, self.spec, batch, record=record, buffers=buffers, rebuild=rebuild(self.record))
+        return ExecutionContext(
+            self._cuda, context, self.spec, batch, record=record, buffers=buffers, rebuild=rebuild(self.record)
+        )
 
     def _check_tensor(self, name: str, tensor: torch.Tensor, batch: int, dtype: str) -> None:
         wanted = next(t for t in self.spec.inputs if t.name == name)

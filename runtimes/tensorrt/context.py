@@ -28,12 +28,12 @@ def own_errors(doing: str) -> Iterator[None]:
         ) from exc
 
 
-class Lane:
-    """A context for one batch size with everything it touches.
+class ExecutionContext:
+    """An execution context for one batch size, with its stream, memory and recorded graph.
 
     Args:
         cuda: The GPU.
-        context: A fresh execution context; the lane owns it.
+        context: A new execution context of the library, which this object owns.
         spec: The sampler.
         batch: Its batch size.
         record: Whether to record a CUDA graph on the second run.
@@ -131,7 +131,7 @@ class Lane:
         self._buffers[output].download(self.stream)
 
     def _capture(self) -> None:
-        """Record copies and work as one graph; where that fails the lane goes on without, and says so."""
+        """Record copies and work as one graph; where that fails the context goes on without, and says so."""
         try:
             self._cuda.begin_capture(self.stream)
             try:

@@ -8,63 +8,63 @@ from contextlib import contextmanager
 
 from scm_sdk.errors import BackendFailure
 
-from .context import Lane
+from .context import ExecutionContext
 from .device_memory import OutOfMemory
 
-MAX_IDLE_LANES = 8
-"""Lanes that are kept for the next call; the longest unused goes first."""
+MAX_IDLE_CONTEXTS = 8
+"""Execution contexts that are kept for the next call; the longest unused goes first."""
 
 
-class LanePool:
+class ContextPool:
     """Safe for threads.
 
     Args:
-        make: Makes a lane of a batch size, with or without buffers of its own.
+        make: Makes a context of a batch size, with or without buffers of its own.
         name: Of the backend; the subject of messages.
     """
 
-    def __init__(self, make: Callable[[int, bool], Lane], *, name: str) -> None:
+    def __init__(self, make: Callable[[int, bool], ExecutionContext], *, name: str) -> None:
         self._make, self._name = make, name
-        self._idle: list[Lane] = []
+        self._idle: list[ExecutionContext] = []
         self._running = 0
         self._closed = False
         self._changed = threading.Condition()
         self._making = threading.Lock()  # an engine is asked for one context at a time
 
     @contextmanager
-    def lane(self, batch: int, *, buffers: bool = True) -> Iterator[Lane]:
-        """Lend a lane; one whose use fails is not lent again.
+    def context(self, batch: int, *, buffers: bool = True) -> Iterator[ExecutionContext]:
+        """Lend a context; one whose use fails is not lent again.
 
         Raises:
-            BackendFailure: If the pool is closed, or a lane cannot be made.
+            BackendFailure: If the pool is closed, or a context cannot be made.
         """
         with self._changed:
             if self._closed:
                 raise BackendFailure(f"this {self._name} backend was closed, expected an open one. Open it again.")
             self._running += 1
-            lane = next((x for x in self._idle if (x.batch, x.has_buffers) == (batch, buffers)), None)
-            if lane is not None:
-                self._idle.remove(lane)
+            context = next((x for x in self._idle if (x.batch, x.has_buffers) == (batch, buffers)), None)
+            if context is not None:
+                self._idle.remove(context)
         kept = False
         try:
-            lane = lane or self._new(batch, buffers)
-            yield lane
+            context = context or self._new(batch, buffers)
+            yield context
             kept = True
         finally:
             try:
-                if lane is not None and not kept:
-                    lane.close()
+                if context is not None and not kept:
+                    context.close()
             finally:  # else ``close`` would wait for ever
-                self._return(lane if kept else None)
+                self._return(context if kept else None)
 
     def close(self) -> None:
-        """Wait for the lanes that are lent, then close all."""
+        """Wait for the contexts that are lent, then close all."""
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: self._running == 0)
         self._drop_idle()
 
-    def _new(self, batch: int, buffers: bool) -> Lane:
+    def _new(self, batch: int, buffers: bool) -> ExecutionContext:
         with self._making:
             try:
                 return self._make(batch, buffers)
@@ -73,11 +73,11 @@ class LanePool:
                     raise
                 return self._make(batch, buffers)
 
-    def _return(self, lane: Lane | None) -> None:
+    def _return(self, context: ExecutionContext | None) -> None:
         with self._changed:
-            if lane is not None:
-                self._idle.append(lane)
-            dropped = self._idle.pop(0) if len(self._idle) > MAX_IDLE_LANES else None
+            if context is not None:
+                self._idle.append(context)
+            dropped = self._idle.pop(0) if len(self._idle) > MAX_IDLE_CONTEXTS else None
         try:
             if dropped is not None:
                 dropped.close()
@@ -87,9 +87,9 @@ class LanePool:
                 self._changed.notify_all()
 
     def _drop_idle(self) -> int:
-        """Close the lanes that nobody uses; return how many there were."""
+        """Close the contexts that nobody uses; return how many there were."""
         with self._changed:
-            lanes, self._idle = self._idle, []
-        for lane in lanes:
-            lane.close()
-        return len(lanes)
+            contexts, self._idle = self._idle, []
+        for context in contexts:
+            context.close()
+        return len(contexts)

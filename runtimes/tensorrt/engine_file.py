@@ -9,7 +9,7 @@ import msgspec
 from scm_sdk._util.files import sha256_bytes
 from scm_sdk._util.lazy import install_command
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, BuildRecord
-from scm_sdk.engines.compatibility import EngineHost, rebuild_command, why_not
+from scm_sdk.engines.compatibility import EngineHost, incompatibility_reason, rebuild_command
 from scm_sdk.engines.tensorrt import EXTRAS
 from scm_sdk.errors import BackendUnavailable, IncompatibleEngineError, IntegrityError
 from scm_sdk.spec import SamplerSpec
@@ -38,7 +38,7 @@ def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildR
             f"{path} has {size} bytes, expected {record.engine_bytes}: it was cut short. {rebuild(record)}"
         )
     _check_spec(path, record, spec)
-    if (reason := why_not(record.flavour, record.facts, host)) is not None:
+    if (reason := incompatibility_reason(record.flavour, record.facts, host)) is not None:
         if host.versions.get(record.flavour) is None:
             hint = install_command(EXTRAS[record.flavour])
             raise BackendUnavailable(f"{path}: {reason}, expected {record.facts.library_version}. Install it: {hint}")

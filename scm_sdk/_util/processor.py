@@ -35,7 +35,7 @@ def limited_threads() -> int | None:
     return cores if cores < (os.cpu_count() or 1) else None
 
 
-def calls_side_by_side(num_threads: int | None) -> int:
+def concurrent_calls(num_threads: int | None) -> int:
     """Return how many calls of this number of threads can run concurrently; 1 if a call uses all cores."""
     return 1 if num_threads is None else max(1, usable_cores() // num_threads)
 

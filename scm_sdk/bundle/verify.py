@@ -32,7 +32,7 @@ BUILD_ROLES: frozenset[Role] = frozenset({"weights", "config", "graph", "graph-d
 """Roles of the files that decide the images; cards, goldens and reports only describe them."""
 
 
-def is_borrowed(folder: Path) -> bool:
+def in_cache(folder: Path) -> bool:
     """Return whether a bundle is in a cache, of the hub or of scm-sdk, where it must not be changed."""
     if (folder / MANIFEST_NAME).is_symlink():  # the layout of snapshots of huggingface_hub
         return True
@@ -45,7 +45,7 @@ def require_own(folder: Path) -> None:
     Raises:
         BundleError: If the bundle is in a cache.
     """
-    if is_borrowed(folder):
+    if in_cache(folder):
         raise BundleError(
             f"{folder} lies in a cache, expected a bundle of your own to write to. Copy it first: scm-export bundle "
             "unpack MODEL -o FOLDER"

@@ -185,7 +185,7 @@ def rebuild_command(flavour: Flavour, gpu: Gpu | None = None) -> str:
     return f"scm-export engine BUNDLE{target}" + ("" if ahead else " --flavor tensorrt")
 
 
-def why_not(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | None:
+def incompatibility_reason(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | None:
     """Return why an engine cannot run on a machine, with advice; None if it can."""
     version, gpu = host.versions.get(flavour), host.gpu
     rebuild = rebuild_command(flavour, gpu)
@@ -206,7 +206,7 @@ def why_not(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | Non
     return None
 
 
-def doubt(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str:
+def performance_warning(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str:
     """Return a reason why an engine may be slower than necessary on this machine, or ""."""
     same = host.gpu is None or not facts.gpu or facts.gpu == host.gpu.name
     if flavour == "tensorrt" and facts.hardware_compatibility == "none" and not same and host.gpu is not None:

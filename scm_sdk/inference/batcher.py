@@ -27,7 +27,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .._util.forked import check_process
-from .._util.processor import calls_side_by_side
+from .._util.processor import concurrent_calls
 from ..errors import BackendFailure, ConfigError, QueueFull
 from .backends import BACKENDS
 from .batching import Job, Ran, finish, first_batch, run_jobs
@@ -46,11 +46,11 @@ _THREAD = "scm-batcher"
 _LOG = logging.getLogger(__name__)
 
 
-def side_by_side(opened: Opened, num_threads: int | None) -> int:
+def concurrent_batches(opened: Opened, num_threads: int | None) -> int:
     """Return how many batches fit beside one another, each on ``num_threads`` cores; a call on a GPU takes it all."""
     info = BACKENDS.get(opened.row.backend)
     alone = opened.device != "cpu" or (info is not None and info.one_at_a_time)
-    return 1 if alone else calls_side_by_side(num_threads)
+    return 1 if alone else concurrent_calls(num_threads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,17 +69,22 @@ class Batcher:
     Args:
         prepare: Checks the arguments of a call.
         source: The model on disk.
-        max_waiting: Images that may wait; a longer request is accepted when nothing else waits.
-        max_running: Batches that may run side by side.
+        max_queue_size: Largest number of images that wait; a longer request is accepted when nothing else waits.
+        max_concurrent_batches: Largest number of batches that run at the same time.
     """
 
     def __init__(
-        self, prepare: Callable[[Mapping[str, Any]], Job], source: Source, *, max_waiting: int, max_running: int
+        self,
+        prepare: Callable[[Mapping[str, Any]], Job],
+        source: Source,
+        *,
+        max_queue_size: int,
+        max_concurrent_batches: int,
     ) -> None:
-        self._max_waiting = check_count("max_waiting", max_waiting)
-        check_count("max_running", max_running)
+        self._max_queue_size = check_count("max_queue_size", max_queue_size)
+        check_count("max_concurrent_batches", max_concurrent_batches)
         self._prepare = prepare
-        self._queue = _Queue(source, max_waiting=max_waiting, max_running=max_running)
+        self._queue = _Queue(source, max_queue_size=max_queue_size, max_concurrent_batches=max_concurrent_batches)
         weakref.finalize(self, self._queue.stop).atexit = False  # the threads hold the queue, not the batcher
 
     def submit(
@@ -88,7 +93,8 @@ class Batcher:
         """Queue a request and return at once, or when there is room.
 
         Args:
-            num_images: How many; no more than ``max_waiting`` or 16 of the model's largest batches, whichever is more.
+            num_images: Number of images; at most ``max_queue_size`` or 16 of the model's largest
+                batches, whichever is more.
             timeout: Seconds to wait for room in the queue; 0 refuses at once, None waits without a limit.
             **arguments: The others of ``Generator.__call__``, without ``progress`` and ``batch_size``.
 
@@ -152,7 +158,7 @@ class Batcher:
     def _make_job(self, of: str, num_images: int, options: RequestOptions) -> Job:
         check_process(self._queue.pid, "batcher")  # before the lock, which a thread of the other process may hold
         job = self._prepare(check_arguments({"num_images": num_images, **options}, of=of))
-        if len(job) > (most := max(self._max_waiting, LONGEST_BATCHES * job.batch_size)):
+        if len(job) > (most := max(self._max_queue_size, LONGEST_BATCHES * job.batch_size)):
             raise ConfigError(
                 f"num_images is {len(job)}, expected at most {most} in one request: others would wait for it. Split it."
             )
@@ -166,16 +172,18 @@ class _Queue:
         pid: The process that made it.
     """
 
-    def __init__(self, source: Source, *, max_waiting: int, max_running: int) -> None:
+    def __init__(self, source: Source, *, max_queue_size: int, max_concurrent_batches: int) -> None:
         self.pid = os.getpid()
-        self._source, self._max_waiting = source, max_waiting
-        self._free = self._max_running = max_running
+        self._source, self._max_queue_size = source, max_queue_size
+        self._free = self._max_concurrent_batches = max_concurrent_batches
         self._waiting: deque[_Ticket] = deque()
         self._closed = self._canceling = False
         self._changed = threading.Condition()
         # One more than may run: it makes the pictures of the batch before. Daemons: a batcher that is never closed must
         # not keep the program from ending.
-        self._workers = [threading.Thread(target=self._work, name=_THREAD, daemon=True) for _ in range(max_running + 1)]
+        self._workers = [
+            threading.Thread(target=self._work, name=_THREAD, daemon=True) for _ in range(max_concurrent_batches + 1)
+        ]
         for worker in self._workers:
             worker.start()
 
@@ -196,7 +204,7 @@ class _Queue:
                 if left is not None and left <= 0:
                     raise QueueFull(
                         f"{self.waiting} images wait, expected room for {len(job)} within {timeout} s and "
-                        f"max_waiting = {self._max_waiting}. Try again later, or wait longer."
+                        f"max_queue_size = {self._max_queue_size}. Try again later, or wait longer."
                     )
                 self._changed.wait(left)
             self._waiting.append(ticket)
@@ -222,7 +230,7 @@ class _Queue:
             if worker is not threading.current_thread():
                 worker.join()
         with self._changed:  # callers that run their own
-            self._changed.wait_for(lambda: self._free == self._max_running)
+            self._changed.wait_for(lambda: self._free == self._max_concurrent_batches)
 
     def stop(self, *, cancel_waiting: bool = False) -> None:
         """Take no more jobs. Waits for nothing: the garbage collector calls it, on any thread and in any process."""
@@ -243,7 +251,7 @@ class _Queue:
         if self._closed:
             raise BackendFailure("this batcher was closed, expected an open one. Make another: gen.batcher()")
         waiting = self.waiting
-        return not waiting or waiting + images <= self._max_waiting
+        return not waiting or waiting + images <= self._max_queue_size
 
     def _forget_cancelled(self) -> None:
         for ticket in [ticket for ticket in self._waiting if ticket.future.cancelled()]:

@@ -280,18 +280,22 @@ class Generator:
             yield result
 
     @checked_names("batcher")
-    def batcher(self, *, max_waiting: int = 256, max_running: int | None = None) -> Batcher:
+    def batcher(self, *, max_queue_size: int = 256, max_concurrent_batches: int | None = None) -> Batcher:
         """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``.
 
         Args:
-            max_waiting: Images that may wait.
-            max_running: Batches that may run side by side; None is as many as the cores hold calls of
-                ``num_threads``, and one where a call takes all cores, a GPU, or the backend runs one at a time.
+            max_queue_size: Largest number of images that wait.
+            max_concurrent_batches: Largest number of batches that run at the same time; None is as many as the cores
+                hold calls of ``num_threads``, and 1 where a call takes all cores, a GPU, or the backend runs one at a
+                time.
         """
-        from .batcher import Batcher, side_by_side  # here, as its futures are slow to import
+        from .batcher import Batcher, concurrent_batches  # here, as its futures are slow to import
 
-        beside = side_by_side(self.opened(), self.num_threads) if max_running is None else max_running
-        return Batcher(self._job, self.source, max_waiting=max_waiting, max_running=beside)
+        if max_concurrent_batches is None:
+            max_concurrent_batches = concurrent_batches(self.opened(), self.num_threads)
+        return Batcher(
+            self._job, self.source, max_queue_size=max_queue_size, max_concurrent_batches=max_concurrent_batches
+        )
 
     @checked_names("plan")
     def plan(self, num_inference_steps: int | None = None) -> Plan:

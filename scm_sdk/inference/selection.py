@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, overload
 from .._util.gpu import current_gpu
 from .._util.lazy import install_command, is_installed
 from ..bundle.manifest import Artifact, ParityRecord
-from ..engines.compatibility import TRUST_VARIABLE, EngineHost, why_not
+from ..engines.compatibility import TRUST_VARIABLE, EngineHost, incompatibility_reason
 from ..errors import BackendError, BackendUnavailable, ConfigError, IncompatibleEngineError, printable
 from .backends import BACKENDS, backend_info
 from .sources import Source
@@ -158,11 +158,11 @@ def make_plan(
     if host is None and any(artifact.engine is not None for artifact in artifacts):
         host = EngineHost.here(device=device)
 
-    def engine_doubt(artifact: Artifact) -> str | None:
-        return _engine_doubt(artifact, device, host, sha256(artifact.path))
+    def engine_incompatibility(artifact: Artifact) -> str | None:
+        return _engine_incompatibility(artifact, device, host, sha256(artifact.path))
 
     rows = [
-        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured or {}, engine_doubt)
+        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured or {}, engine_incompatibility)
         for name, info in BACKENDS.items()
         for artifact in artifacts
         if artifact.format in info.opens
@@ -194,7 +194,7 @@ def _judge(
     precision: str,
     parity: Sequence[ParityRecord],
     measured: Mapping[tuple[str, str], Measured],
-    engine_doubt: Callable[[Artifact], str | None],
+    engine_incompatibility: Callable[[Artifact], str | None],
 ) -> PlanRow:
     """One row: the first thing that speaks against the pair, or what speaks for it."""
     info = BACKENDS[name]
@@ -211,7 +211,7 @@ def _judge(
         against = info.unfit[artifact.precision]
     elif not is_installed(info.library):
         against = f"{info.library} is not installed: {install_command(info.extra)}"
-    elif info.runs_engines and (unfit := engine_doubt(artifact)) is not None:
+    elif info.runs_engines and (unfit := engine_incompatibility(artifact)) is not None:
         against = unfit
     elif failed and wanted == "auto":
         against = _failure(failed[0])
@@ -230,13 +230,15 @@ def _judge(
     )
 
 
-def _engine_doubt(artifact: Artifact, device: str | None, host: EngineHost | None, sha256: str) -> str | None:
+def _engine_incompatibility(artifact: Artifact, device: str | None, host: EngineHost | None, sha256: str) -> str | None:
     """Return what speaks against running an engine here, or None."""
     if artifact.engine is None or host is None:
         return "the manifest does not say where this engine runs; build it again: scm-export engine"
     if device is not None and device.partition(":")[0] != "cuda":
         return f"device={device!r} was asked for, engines run on GPUs"
-    unfit = why_not("tensorrt" if artifact.format == "tensorrt" else "tensorrt_rtx", artifact.engine, host)
+    unfit = incompatibility_reason(
+        "tensorrt" if artifact.format == "tensorrt" else "tensorrt_rtx", artifact.engine, host
+    )
     if unfit is None and not host.trusts(sha256):
         return (
             "an engine is executable code and this one was not built here; if you trust where it comes from: "

@@ -113,7 +113,7 @@ class Service:
         )
         self._path = gen.source.path
         self._gen, self._canary = gen, canary
-        self._batcher = gen.batcher(max_waiting=max(options.max_queue, spec.max_batch))
+        self._batcher = gen.batcher(max_queue_size=max(options.max_queue, spec.max_batch))
         # Draw noise, make files: short work in NumPy and zlib, which leave the interpreter to others.
         self._threads = ThreadPoolExecutor(4, "scm-serve")
         self._seconds_per_image = 0.05

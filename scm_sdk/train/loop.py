@@ -123,10 +123,10 @@ def train(
     """
     out, scale = Path(out), scale or Scale()
     with joined(scale) as world:
-        start = world.together(lambda: _prepare(config, data, scale, world))
+        start = world.run_on_all(lambda: _prepare(config, data, scale, world))
         with _claimed(start.config, out, world):
             hooks, config, images = hooks or Hooks(), start.config, start.data
-            world.on_main(lambda: hooks.on_start(config, images))
+            world.run_on_main(lambda: hooks.on_start(config, images))
             run = build(start, out, scale, world)
             del start  # the loaded models would stay in memory during the run
             return _iterate(run, out, hooks)
@@ -143,7 +143,7 @@ def _prepare(config: TrainConfig, data: ImageData | None, scale: Scale, world: W
 def _claimed(config: TrainConfig, out: Path, world: World) -> Iterator[None]:
     """Lock the run's folder on process 0 for all processes."""
     with ExitStack() as stack:
-        world.on_main(lambda: stack.enter_context(claimed_folder(config, out)))
+        world.run_on_main(lambda: stack.enter_context(claimed_folder(config, out)))
         yield
 
 
@@ -174,7 +174,7 @@ def _iterate(run: Run, out: Path, hooks: Hooks) -> ConsistencyModel:
                 log.write()
             if hooks.sample_every and (last or state.iteration % hooks.sample_every == 0):
                 model = run.gathered()
-                world.on_main(partial(hooks.on_sample, model, state.iteration))
+                world.run_on_main(partial(hooks.on_sample, model, state.iteration))
             if last or stop or state.iteration % hooks.checkpoint_every == 0:
                 _checkpoint(run, out, log)
             if stop and not last:
@@ -194,7 +194,7 @@ def _finished(run: Run, out: Path) -> ConsistencyModel:
         if not _is_saved(model, out):
             _save_model(model, out)
 
-    run.world.on_main(repair)
+    run.world.run_on_main(repair)
     return model
 
 
@@ -249,8 +249,8 @@ def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
         residual_sum += float(residual)
     unscale(run.parameters, config.precision)
     norm = clip_gradients(run.parameters, config.optimizer.grad_clip or math.inf)
-    told = [float(stop == signal.SIGTERM), float(stop == signal.SIGINT)]
-    loss_mean, residual_mean, terms, ints = run.world.mean([loss_sum / parts, residual_sum / parts, *told])
+    signals = [float(stop == signal.SIGTERM), float(stop == signal.SIGINT)]
+    loss_mean, residual_mean, terms, ints = run.world.mean([loss_sum / parts, residual_sum / parts, *signals])
     stop = signal.SIGTERM if terms else signal.SIGINT if ints else 0
     return _Step(loss=loss_mean, residual=residual_mean, norm=norm, stop=stop)
 
@@ -258,7 +258,7 @@ def _step(run: Run, batch: Batch, *, stop: int) -> _Step:
 def _checkpoint(run: Run, out: Path, log: _Log) -> None:
     """Save the averaged model, then the state, from which the run resumes."""
     model = run.gathered()
-    run.world.on_main(lambda: _save_model(model, out))
+    run.world.run_on_main(lambda: _save_model(model, out))
     log.keep()
     save_run(out, run.state, run.world, sharded=run.sharded)
 
@@ -270,7 +270,7 @@ class _Log:
         self._run, self._hooks, self._path = run, hooks, out / LOG_FILE
         self._started = time.monotonic() - run.state.seconds
         self.bad = 0
-        run.world.on_main(self._trim)
+        run.world.run_on_main(self._trim)
 
     def take(self, step: _Step) -> None:
         """Record a step; ``bad`` is the number of consecutive non-finite steps."""

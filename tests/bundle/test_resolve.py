@@ -13,7 +13,7 @@ from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import extend_bundle
 from scm_sdk.bundle.manifest import MANIFEST_NAME
 from scm_sdk.bundle.resolve import locate
-from scm_sdk.bundle.verify import is_borrowed
+from scm_sdk.bundle.verify import in_cache
 from scm_sdk.errors import BundleError
 from scm_sdk.evaluate.latency.contract import keep_budgets
 from scm_sdk.export.cli import main
@@ -94,7 +94,7 @@ def test_a_bundle_in_the_hubs_cache_is_compared_and_not_written_to(
     assert refused.exit_code == 6 and "scm-export bundle unpack MODEL -o FOLDER" in refused.output
     assert contents(hub_cache) == before
     copied = run("bundle", "unpack", "hf:someone/unet", "-o", tmp_path / "mine")
-    assert copied.exit_code == 0 and not is_borrowed(tmp_path / "mine"), copied.output
+    assert copied.exit_code == 0 and not in_cache(tmp_path / "mine"), copied.output
     assert contents(tmp_path / "mine") == contents(unet_bundle)
     assert not (tmp_path / "mine" / MANIFEST_NAME).is_symlink()
 
@@ -103,7 +103,7 @@ def test_an_unpacked_archive_is_not_written_to(linear: Path, tmp_path: Path) -> 
     archive = pack(linear, tmp_path / "linear.scmz")
     assert run("inspect", archive, "--json").exit_code == 0
     folder = locate(archive)
-    assert is_borrowed(folder) and not is_borrowed(linear)
+    assert in_cache(folder) and not in_cache(linear)
     with pytest.raises(BundleError, match="lies in a cache"), extend_bundle(folder):
         pass
 

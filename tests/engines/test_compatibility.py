@@ -10,7 +10,14 @@ from scm_sdk._util.cache_dir import cache_folder
 from scm_sdk._util.gpu import Gpu, current_gpu, gpus
 from scm_sdk.bundle.manifest import Artifact, EngineFacts, ParityRecord
 from scm_sdk.engines import compatibility
-from scm_sdk.engines.compatibility import EngineHost, doubt, installed_version, is_trusted, this_platform, why_not
+from scm_sdk.engines.compatibility import (
+    EngineHost,
+    incompatibility_reason,
+    installed_version,
+    is_trusted,
+    performance_warning,
+    this_platform,
+)
 from scm_sdk.engines.tensorrt import version_tuple
 from scm_sdk.inference import selection
 
@@ -37,11 +44,11 @@ def gpu(capability: str, name: str = "NVIDIA X") -> Gpu:
 
 
 def test_what_fits() -> None:
-    assert why_not("tensorrt_rtx", FACTS, HOST) is None
+    assert incompatibility_reason("tensorrt_rtx", FACTS, HOST) is None
     plus = facts(library_version="11.4.0.106", compute_capabilities=("8.0",), hardware_compatibility="ampere_plus")
-    assert why_not("tensorrt", plus, HOST) is None
+    assert incompatibility_reason("tensorrt", plus, HOST) is None
     newer = facts(library_version="10.13.0.35", version_compatible=True)
-    assert why_not("tensorrt", newer, HOST) is None
+    assert incompatibility_reason("tensorrt", newer, HOST) is None
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_what_fits() -> None:
     ],
 )
 def test_what_does_not_fit_and_the_command_that_helps(flavour, engine, machine, reason) -> None:
-    found = why_not(flavour, engine, machine)
+    found = incompatibility_reason(flavour, engine, machine)
     assert found is not None and reason in found
     if "built" in found:
         assert "scm-export engine BUNDLE --target sm_" in found
@@ -71,24 +78,34 @@ def test_what_does_not_fit_and_the_command_that_helps(flavour, engine, machine, 
 def test_the_command_names_the_flavour_that_builds_there() -> None:
     h100, t4 = gpu("9.0", "NVIDIA H100"), gpu("7.5", "T4")
     old = facts(library_version="10.13.0.35")
-    assert str(why_not("tensorrt", old, HOST)).endswith("scm-export engine BUNDLE --target sm_86 --flavor tensorrt")
-    assert str(why_not("tensorrt_rtx", FACTS, host(gpu=t4))).endswith("scm-export engine BUNDLE --target sm_75")
+    assert str(incompatibility_reason("tensorrt", old, HOST)).endswith(
+        "scm-export engine BUNDLE --target sm_86 --flavor tensorrt"
+    )
+    assert str(incompatibility_reason("tensorrt_rtx", FACTS, host(gpu=t4))).endswith(
+        "scm-export engine BUNDLE --target sm_75"
+    )
     # TensorRT-RTX builds nothing for an H100.
-    assert str(why_not("tensorrt_rtx", FACTS, host(gpu=h100))).endswith("BUNDLE --target sm_90 --flavor tensorrt")
+    assert str(incompatibility_reason("tensorrt_rtx", FACTS, host(gpu=h100))).endswith(
+        "BUNDLE --target sm_90 --flavor tensorrt"
+    )
 
 
 def test_a_number_that_no_gpu_has_is_not_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "gpus", lambda: (A10,))
     monkeypatch.setattr(compatibility, "current_gpu", lambda index: A10 if index == 0 else None)
     ninth = dataclasses.replace(HOST, gpu=None, no_gpu=EngineHost.here(device="cuda:9").no_gpu)
-    assert why_not("tensorrt_rtx", FACTS, ninth) == "no GPU cuda:9 here, only cuda:0 (NVIDIA A10)"
+    assert incompatibility_reason("tensorrt_rtx", FACTS, ninth) == "no GPU cuda:9 here, only cuda:0 (NVIDIA A10)"
     assert EngineHost.here(device="cuda:0").gpu == A10
 
 
 def test_an_engine_of_another_board_is_slower_not_wrong() -> None:
     tuned = facts(gpu="NVIDIA A10G")
-    assert doubt("tensorrt", tuned, HOST) == "tuned on a NVIDIA A10G, this is a NVIDIA A10"
-    assert doubt("tensorrt_rtx", tuned, HOST) == doubt("tensorrt", facts(gpu="NVIDIA A10"), HOST) == ""
+    assert performance_warning("tensorrt", tuned, HOST) == "tuned on a NVIDIA A10G, this is a NVIDIA A10"
+    assert (
+        performance_warning("tensorrt_rtx", tuned, HOST)
+        == performance_warning("tensorrt", facts(gpu="NVIDIA A10"), HOST)
+        == ""
+    )
 
 
 def test_trust_is_given_by_name_or_by_having_built_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,12 +232,12 @@ def test_the_shipped_model_passes_whatever_the_seeds_and_the_batches(avatars_bun
             assert parity.threshold < 1e-3, "a fault moves samples by more"
 
 
-def test_each_rung_is_also_held_against_the_one_below(ort: Generator, reference: Generator) -> None:
+def test_each_precision_is_also_compared_with_the_one_above(ort: Generator, reference: Generator) -> None:
     run = run_reference(reference, seeds=range(6))
     first = compare(ort, run)
-    second = compare(ort, run, below=first)
-    assert first.step is None and first.rung == "" and first.overall.max_abs > 0
-    assert second.rung == "onnx/fp32/2step/model.onnx on onnxruntime"
+    second = compare(ort, run, baseline=first)
+    assert first.step is None and first.baseline == "" and first.overall.max_abs > 0
+    assert second.baseline == "onnx/fp32/2step/model.onnx on onnxruntime"
     assert second.step is not None and second.step.max_abs == 0, "the same graph twice"
     assert second.to_dict()["step"]["max_abs"] == 0 and "images" not in second.to_dict()
 

@@ -1,6 +1,6 @@
 """A GPU that is played: the library's engine and the driver as a recorder on host memory.
 
-It shows that shapes and addresses are set before the engine runs, that each batch has its own lane, that a graph is
+It shows that shapes and addresses are set before the engine runs, that each batch has its own context, that a graph is
 captured once, and that everything is given back. ``test_gpu.py`` runs the real thing.
 """
 

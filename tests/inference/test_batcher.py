@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from helpers.batching import BOTH, PLAIN, requests, same, wrong
 from scm_sdk import Generator
 from scm_sdk.errors import BackendFailure, ConfigError, QueueFull, ScmError
-from scm_sdk.inference.batcher import side_by_side
+from scm_sdk.inference.batcher import concurrent_batches
 from scm_sdk.inference.output import GeneratorOutput
 from scm_sdk.noise import draw_noise
 
@@ -67,7 +67,7 @@ def test_callers_get_what_they_would_alone(ort: Generator, asked: list[dict[str,
         except ScmError as exc:
             return exc
 
-    with ort.batcher(max_waiting=10) as batcher, ThreadPoolExecutor(8) as pool:
+    with ort.batcher(max_queue_size=10) as batcher, ThreadPoolExecutor(8) as pool:
         same(list(pool.map(ask, asked)), asked, ort)
 
 
@@ -80,7 +80,7 @@ def test_a_crowd(gen: Generator, callers: int) -> None:
         for n in range(64)
     ]
     expected = [gen(**request) for request in asked]
-    with gen.batcher(max_waiting=8) as batcher, ThreadPoolExecutor(callers) as pool:
+    with gen.batcher(max_queue_size=8) as batcher, ThreadPoolExecutor(callers) as pool:
         for call in (gen, batcher):
             for out, alone in zip(pool.map(lambda request: call(**request), asked), expected, strict=True):  # noqa: B023
                 assert out.seeds == alone.seeds
@@ -89,7 +89,7 @@ def test_a_crowd(gen: Generator, callers: int) -> None:
 
 def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None:
     done: list[int] = []
-    with gen.batcher(max_running=1) as batcher:
+    with gen.batcher(max_concurrent_batches=1) as batcher:
         futures = [batcher.submit(seed=0, num_images=2)]
         assert gate.entered.acquire(timeout=20)
         futures += [batcher.submit(seed=n) for n in (10, 11, 12, 13, 14)]
@@ -106,7 +106,7 @@ def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None
 
 
 def test_a_caller_with_nothing_before_it_runs_its_own(gen: Generator, gate: Gate) -> None:
-    with gen.batcher(max_running=1) as batcher, ThreadPoolExecutor(1, "caller") as pool:
+    with gen.batcher(max_concurrent_batches=1) as batcher, ThreadPoolExecutor(1, "caller") as pool:
         first = pool.submit(batcher, seed=0)
         assert gate.entered.acquire(timeout=20)
         later = [batcher.submit(seed=n) for n in (1, 2)]
@@ -119,7 +119,7 @@ def test_a_caller_with_nothing_before_it_runs_its_own(gen: Generator, gate: Gate
 
 
 def test_batches_run_side_by_side(gen: Generator, gate: Gate) -> None:
-    with gen.batcher(max_running=2) as batcher:
+    with gen.batcher(max_concurrent_batches=2) as batcher:
         futures = []
         for n in range(2):  # the second does not wait for the first
             futures.append(batcher.submit(seed=n))
@@ -130,8 +130,8 @@ def test_batches_run_side_by_side(gen: Generator, gate: Gate) -> None:
         gate.open.set()
         assert [future.result(20).seeds for future in futures] == [(n,) for n in range(5)]
     assert sorted(gate.batches) == [1, 1, 3]
-    with pytest.raises(ConfigError, match="max_running is 0"):
-        gen.batcher(max_running=0)
+    with pytest.raises(ConfigError, match="max_concurrent_batches is 0"):
+        gen.batcher(max_concurrent_batches=0)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_as_many_side_by_side_as_cores_hold(
     opened = gen.opened()
     monkeypatch.setattr(opened.backend, "device", device)
     row = dataclasses.replace(opened.row, backend=backend)
-    assert side_by_side(dataclasses.replace(opened, row=row), num_threads) == batches
+    assert concurrent_batches(dataclasses.replace(opened, row=row), num_threads) == batches
 
 
 def test_given_noise_is_packed_with_seeds(gen: Generator, gate: Gate) -> None:
-    with gen.batcher(max_running=1) as batcher:
+    with gen.batcher(max_concurrent_batches=1) as batcher:
         first = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         named = batcher.submit(seed=7, class_labels=1, output_type="raw")
@@ -169,12 +169,12 @@ def test_given_noise_is_packed_with_seeds(gen: Generator, gate: Gate) -> None:
 
 
 def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
-    with gen.batcher(max_waiting=3, max_running=1) as batcher:
+    with gen.batcher(max_queue_size=3, max_concurrent_batches=1) as batcher:
         running = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         held = batcher.submit(seed=1, num_images=2)
         for timeout in (0, 0.01):
-            with pytest.raises(QueueFull, match=r"2 images wait, expected room for 2 within .*max_waiting = 3"):
+            with pytest.raises(QueueFull, match=r"2 images wait, expected room for 2 within .*max_queue_size = 3"):
                 batcher.submit(seed=2, num_images=2, timeout=timeout)
         assert held.cancel(), "a canceled request makes room at once"
         large = batcher.submit(seed=3, num_images=8, timeout=0)
@@ -184,12 +184,12 @@ def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
             assert patient.result(20).seeds == (4,)
         assert len(large.result(20).images) == 8
         assert running.result(20).seeds == (0,)
-    with pytest.raises(ConfigError, match="max_waiting is 0"):
-        gen.batcher(max_waiting=0)
+    with pytest.raises(ConfigError, match="max_queue_size is 0"):
+        gen.batcher(max_queue_size=0)
 
 
 def test_a_cancelled_request_is_never_computed(gen: Generator, gate: Gate) -> None:
-    with gen.batcher(max_running=1) as batcher:
+    with gen.batcher(max_concurrent_batches=1) as batcher:
         running = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         futures = [batcher.submit(seed=n) for n in range(1, 4)]
@@ -205,7 +205,7 @@ def test_a_cancelled_request_is_never_computed(gen: Generator, gate: Gate) -> No
 def test_an_error_reaches_its_own_request_only(gen: Generator, gate: Gate) -> None:
     """Label 2 makes the library raise for the whole batch; the others are run again without it."""
     gate.fault = 2
-    with gen.batcher(max_running=1) as batcher:
+    with gen.batcher(max_concurrent_batches=1) as batcher:
         first = batcher.submit(seed=0, class_labels=0)
         assert gate.entered.acquire(timeout=20)
         futures = [batcher.submit(seed=n, class_labels=n) for n in (1, 2, 0)]
@@ -223,7 +223,7 @@ def test_an_error_reaches_its_own_request_only(gen: Generator, gate: Gate) -> No
 
 def test_one_bad_image_does_not_spoil_the_batch(gen: Generator, gate: Gate) -> None:
     loud = [np.full((1, 3, 4, 4), 3e38, np.float32)] * 2  # finite, but its sum is not
-    with gen.batcher(max_running=1) as batcher:
+    with gen.batcher(max_concurrent_batches=1) as batcher:
         futures = [batcher.submit(seed=0)]
         assert gate.entered.acquire(timeout=20)
         futures += [batcher.submit(seed=1, class_labels=0), batcher.submit(noise=loud, class_labels=0)]
@@ -249,7 +249,7 @@ def test_closing_finishes_what_waits(gen: Generator) -> None:
 
 
 def test_closing_waits_for_a_caller_that_runs_its_own(gen: Generator, gate: Gate) -> None:
-    batcher = gen.batcher(max_running=1)
+    batcher = gen.batcher(max_concurrent_batches=1)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(batcher, seed=0)
         assert gate.entered.acquire(timeout=20)
@@ -261,7 +261,7 @@ def test_closing_waits_for_a_caller_that_runs_its_own(gen: Generator, gate: Gate
 
 
 def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Generator, gate: Gate) -> None:
-    with pytest.raises(KeyError), gen.batcher(max_running=1) as batcher:
+    with pytest.raises(KeyError), gen.batcher(max_concurrent_batches=1) as batcher:
         running = batcher.submit(seed=0)
         assert gate.entered.acquire(timeout=20)
         waiting = batcher.submit(seed=1)
@@ -273,7 +273,7 @@ def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Gen
 
 
 def test_closing_wakes_who_waits_for_room(gen: Generator, gate: Gate) -> None:
-    batcher = gen.batcher(max_waiting=1, max_running=1)
+    batcher = gen.batcher(max_queue_size=1, max_concurrent_batches=1)
     running = batcher.submit(seed=0)
     assert gate.entered.acquire(timeout=20)
     batcher.submit(seed=1)
@@ -288,7 +288,7 @@ def test_closing_wakes_who_waits_for_room(gen: Generator, gate: Gate) -> None:
 
 
 def test_closing_answers_who_waits_in_the_queue_with_an_error_of_this_package(gen: Generator, gate: Gate) -> None:
-    batcher = gen.batcher(max_running=1)
+    batcher = gen.batcher(max_concurrent_batches=1)
     running = batcher.submit(seed=0)
     assert gate.entered.acquire(timeout=20)
     with ThreadPoolExecutor(9) as pool:
@@ -308,7 +308,7 @@ def test_closing_answers_who_waits_in_the_queue_with_an_error_of_this_package(ge
 
 
 def test_a_long_request_leaves_room_for_others_and_ends_when_the_batcher_is_closed(gen: Generator, gate: Gate) -> None:
-    batcher = gen.batcher(max_running=1)
+    batcher = gen.batcher(max_concurrent_batches=1)
     long = batcher.submit(64, seed=0)
     assert gate.entered.acquire(timeout=20)
     second = batcher.submit(8, seed=100)
@@ -324,7 +324,7 @@ def test_a_long_request_leaves_room_for_others_and_ends_when_the_batcher_is_clos
 def test_closing_ends_a_long_request_after_its_batch_where_it_is_told_to(
     wait: bool, gen: Generator, gate: Gate
 ) -> None:
-    batcher = gen.batcher(max_running=1)
+    batcher = gen.batcher(max_concurrent_batches=1)
     long = batcher.submit(64, seed=0)
     assert gate.entered.acquire(timeout=20)
     assert not long.cancel(), "it runs"
@@ -353,7 +353,7 @@ def test_a_callback_that_raises_ends_no_thread_and_no_other_callback(
         raise error("from a callback")
 
     called = list[int]()
-    with gen.batcher(max_running=1) as batcher:
+    with gen.batcher(max_concurrent_batches=1) as batcher:
         futures = [batcher.submit(64 if n == 0 else 1, seed=n) for n in range(4)]
         for n, future in enumerate(futures):
             future.add_done_callback(fail)
@@ -375,7 +375,7 @@ def test_a_callback_on_its_own_thread_may_end_it(gen: Generator) -> None:
 
 
 def test_who_waits_for_a_cancelled_future_is_woken(gen: Generator, gate: Gate) -> None:
-    with gen.batcher(max_running=1) as batcher:
+    with gen.batcher(max_concurrent_batches=1) as batcher:
         futures = [batcher.submit(seed=0)]
         assert gate.entered.acquire(timeout=20)
         futures += [batcher.submit(seed=n) for n in (1, 2)]  # these wait for the first
@@ -386,7 +386,7 @@ def test_who_waits_for_a_cancelled_future_is_woken(gen: Generator, gate: Gate) -
 
 def test_a_batcher_that_nobody_holds_answers_and_ends_its_threads(gen: Generator, gate: Gate) -> None:
     before = threading.active_count()
-    batcher = gen.batcher(max_running=2)
+    batcher = gen.batcher(max_concurrent_batches=2)
     workers = batcher._queue._workers
     futures = [batcher.submit(seed=n) for n in range(3)]
     assert gate.entered.acquire(timeout=20)

@@ -89,7 +89,10 @@ def test_where_too_many_wait_one_is_refused_at_once(unet_bundle: Path, monkeypat
         backend = gen.opened().backend
         sample = backend.sample
         monkeypatch.setattr(backend, "sample", lambda *inputs: go.wait(30) and sample(*inputs))
-        with gen.batcher(max_waiting=1, max_running=1) as batcher, example.Server(("127.0.0.1", 0)) as server:
+        with (
+            gen.batcher(max_queue_size=1, max_concurrent_batches=1) as batcher,
+            example.Server(("127.0.0.1", 0)) as server,
+        ):
             example.Handler.batcher = batcher
             threading.Thread(target=server.serve_forever).start()
             held = [batcher.submit(seed=0)]

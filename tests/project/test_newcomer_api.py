@@ -44,7 +44,7 @@ def gen(bundle: Path):
     [
         (lambda gen: gen.benchmark(bacth=8), "benchmark", "batch"),
         (lambda gen: gen(num_image=4), "the generator", "num_images"),
-        (lambda gen: gen.batcher(max_wating=4), "batcher", "max_waiting"),
+        (lambda gen: gen.batcher(max_queue_sise=4), "batcher", "max_queue_size"),
         (lambda gen: gen.compare(gen, treshold=1), "compare", "threshold"),
         (lambda gen: gen.plan(num_steps=1), "plan", "num_inference_steps"),
         (lambda gen: gen.warmup(num_image=1), "warmup", "num_images"),
@@ -134,7 +134,7 @@ def test_giant_requests_are_refused_before_anything_is_built(gen: Generator) -> 
     words = TensorSpec(name="prompt_embeds", shape=(300, 2304))
     with pytest.raises(ConfigError, match="expected at most 1553 in one request"):
         make_request(msgspec.structs.replace(SPEC, conditioning=(words,)), num_images=10**4)
-    with gen.batcher(max_waiting=8) as batcher:
+    with gen.batcher(max_queue_size=8) as batcher:
         for call in (batcher, batcher.submit):
             with pytest.raises(ConfigError, match="num_images is 1000000000"):
                 call(10**9)

@@ -13,7 +13,7 @@ from scm_sdk.inference.backends import open_backend
 from scm_sdk.inference.generator import Generator
 from scm_sdk.inference.latency_cache import recall, remember
 from scm_sdk.inference.selection import Measured
-from scm_sdk.runtimes.tensorrt.context_pool import MAX_IDLE_LANES, LanePool
+from scm_sdk.runtimes.tensorrt.context_pool import MAX_IDLE_CONTEXTS, ContextPool
 
 GRAPH = "onnx/fp32/2step/model.onnx"
 
@@ -36,11 +36,11 @@ def test_the_execution_context_that_was_unused_longest_goes_first() -> None:
         return made.setdefault(batch, Context(batch, buffers))
 
     def use(batch: int) -> None:
-        with pool.lane(batch):
+        with pool.context(batch):
             pass
 
-    pool = LanePool(make, name="tensorrt")
-    for batch in range(MAX_IDLE_LANES):
+    pool = ContextPool(make, name="tensorrt")
+    for batch in range(MAX_IDLE_CONTEXTS):
         use(batch)
     use(0), use(2)  # now the most recent
     gone = []

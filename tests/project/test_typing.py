@@ -28,7 +28,7 @@ for out in gen.stream(requests()):
     out.images
 for either in gen.stream([{"seed": 1}], return_exceptions=True):
     print(either)
-with gen.batcher(max_waiting=8) as batcher:
+with gen.batcher(max_queue_size=8) as batcher:
     batcher(2, seed=1, class_labels="red", timeout=1.0).seeds
     batcher.submit(seed=3, output_type="raw").result().images
 """
@@ -46,7 +46,7 @@ gen.reopen(bakend="torch")
 gen.reopen(verify="sha")
 gen.compare(gen, treshold=1)
 gen.stream([1])
-gen.batcher(max_wating=3)
+gen.batcher(max_queue_sise=3)
 batcher(nope=2)
 batcher.submit(sed=3)
 batcher.submit(batch_size=2)

@@ -1,4 +1,4 @@
-"""Lanes of the TensorRT backend when something fails, memory is short, or threads meet: nothing is lost or kept."""
+"""Execution contexts of the TensorRT backend under failures, low memory and threads: nothing is lost or kept."""
 
 import threading
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from helpers.engine_helpers import record_of
 from helpers.played_gpu import Context, PlayedBuffer, inputs
 from scm_sdk.errors import BackendFailure
-from scm_sdk.runtimes.tensorrt.context_pool import MAX_IDLE_LANES
+from scm_sdk.runtimes.tensorrt.context_pool import MAX_IDLE_CONTEXTS
 from scm_sdk.runtimes.tensorrt.device_memory import OutOfMemory
 from scm_sdk.spec import SamplerSpec
 
@@ -76,7 +76,7 @@ def test_idle_lanes_go_when_memory_is_full(played, spec: SamplerSpec) -> None:
     recorder.create_execution_context = lambda config=None: None if len(recorder.live) > 1 else create()  # type: ignore
     noise, labels = inputs(spec, 3)
     np.testing.assert_array_equal(backend.sample(noise, labels), noise[0])
-    assert [lane.batch for lane in backend._pool._idle] == [3]
+    assert [context.batch for context in backend._pool._idle] == [3]
     backend.close()
     assert recorder.live == set()
 
@@ -101,7 +101,7 @@ def test_close_waits_for_the_call_that_runs(played, spec: SamplerSpec, monkeypat
     assert inside.wait(10)
     closer.start()
     closer.join(0.2)
-    assert closer.is_alive() and recorder.live, "the call still uses its lane"
+    assert closer.is_alive() and recorder.live, "the call still uses its context"
     go_on.set()
     caller.join(10), closer.join(10)
     np.testing.assert_array_equal(found[0], noise[0])
@@ -111,12 +111,12 @@ def test_close_waits_for_the_call_that_runs(played, spec: SamplerSpec, monkeypat
 def test_idle_lanes_are_few(played, spec: SamplerSpec) -> None:
     make, recorder = played
     backend = make()
-    threads = [threading.Thread(target=lambda: backend.sample(*inputs(spec, 2))) for _ in range(3 * MAX_IDLE_LANES)]
+    threads = [threading.Thread(target=lambda: backend.sample(*inputs(spec, 2))) for _ in range(3 * MAX_IDLE_CONTEXTS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 1 <= len(backend._pool._idle) <= MAX_IDLE_LANES
+    assert 1 <= len(backend._pool._idle) <= MAX_IDLE_CONTEXTS
     backend.close()
     assert recorder.live == set()
 

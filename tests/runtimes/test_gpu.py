@@ -130,7 +130,7 @@ def test_a_recorded_graph_gives_the_same_bits(fp16: Generator, flavour: str) -> 
     first, *others = (backend.sample(*inputs) for _ in range(4))
     assert all(np.array_equal(first, other) for other in others)
     if flavour == "tensorrt":
-        assert all(lane._graph is not None for lane in backend._pool._idle if lane.batch == 2)
+        assert all(context._graph is not None for context in backend._pool._idle if context.batch == 2)
 
 
 def test_threads_get_their_own_images(fp16: Generator) -> None:
@@ -157,7 +157,7 @@ def test_tensors_stay_on_the_gpu(fp16: Generator) -> None:
         again = [backend.sample_torch(on_gpu, labels) for _ in range(3)]
     side.synchronize()
     assert all(torch.equal(x, images) for x in again) and torch.cuda.current_device() == device
-    assert sum(not lane.has_buffers for lane in backend._pool._idle) == 1, "one lane serves them all"
+    assert sum(not context.has_buffers for context in backend._pool._idle) == 1, "one context serves them all"
     with pytest.raises(ShapeError, match=r"noise.* on cpu, expected .* on cuda:0"):
         backend.sample_torch([x.cpu() for x in on_gpu], labels)
 

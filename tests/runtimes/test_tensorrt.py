@@ -62,13 +62,13 @@ def test_the_callers_memory_is_used_in_the_order_of_its_stream(played, spec: Sam
         recorder.memory |= {addresses["noise_0"]: noise[0] + base, addresses["class_labels"]: labels["class_labels"]}
         backend._enqueue(addresses, 2, "theirs")
         np.testing.assert_array_equal(recorder.memory[addresses[spec.output_name]], noise[0] + base)
-    (lane,) = backend._pool._idle
-    once = [("order", "theirs", lane.stream), ("execute", 1, lane.stream), ("order", lane.stream, "theirs")]
-    assert recorder.calls == once * 2, "one lane for both, and nobody waits for the GPU"
+    (context,) = backend._pool._idle
+    once = [("order", "theirs", context.stream), ("execute", 1, context.stream), ("order", context.stream, "theirs")]
+    assert recorder.calls == once * 2, "one context for both, and nobody waits for the GPU"
     backend.sample(noise, labels)
-    assert recorder.contexts == 2, "a lane with memory of its own is another"
+    assert recorder.contexts == 2, "a context with memory of its own is another"
     before = recorder.live.copy()
-    with pytest.raises(KeyError), backend._pool.lane(2, buffers=False):
+    with pytest.raises(KeyError), backend._pool.context(2, buffers=False):
         raise KeyError
     assert len(recorder.live) == len(before) - 1, "what failed is not lent again"
     backend.close()

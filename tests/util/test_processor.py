@@ -91,7 +91,7 @@ def test_a_real_quota() -> None:
     try:
         (group / "cpu.cfs_quota_us").write_text("50000")
         script = f'echo $$ > {group}/cgroup.procs; exec "$@"'
-        code = "from scm_sdk._util.processor import calls_side_by_side as c, usable_cores as u; print(u(), c(1))"
+        code = "from scm_sdk._util.processor import concurrent_calls as c, usable_cores as u; print(u(), c(1))"
         done = run_python(code, under=[shutil.which("sh") or "sh", "-c", script, "sh"])
         assert done.stdout.split() == ["1", "1"], done.stderr
     finally:

@@ -65,8 +65,8 @@ class Parity:
         reason: Reason for a threshold that was set manually.
         overall: The difference over every batch split.
         by_batch: The difference for each batch size.
-        rung: The candidate of the rung below, "" for the first.
-        step: The difference from that candidate: what this rung alone costs.
+        baseline: Name of the candidate of the next higher precision, "" for the first.
+        step: The difference from the baseline: what this precision alone costs.
         images: Images of the candidate by batch size.
         fault: Structural fault of the candidate, independent of the statistics; "" if none was found.
         psnr_by_step: PSNR of the estimate after each step, dB; () if not measured.
@@ -85,7 +85,7 @@ class Parity:
     reason: str
     overall: Difference
     by_batch: dict[int, Difference]
-    rung: str = ""
+    baseline: str = ""
     step: Difference | None = None
     images: Mapping[int, NDArray[np.float32]] = field(default_factory=dict, repr=False, compare=False)
     fault: str = ""
@@ -106,7 +106,7 @@ class Parity:
             gate,
         ]
         if self.step is not None:
-            parts.append(f"{self.step.psnr_db:.1f} dB from {self.rung}")
+            parts.append(f"{self.step.psnr_db:.1f} dB vs {self.baseline}")
         if self.psnr_by_step:
             parts.append(f"after each step {', '.join(f'{db:.1f}' for db in self.psnr_by_step)} dB")
         if self.reason:
@@ -218,7 +218,7 @@ def compare(
     threshold: float | None = None,
     min_psnr_db: float | None = None,
     reason: str = "",
-    below: Parity | None = None,
+    baseline: Parity | None = None,
 ) -> Parity:
     """Run both on the same noise and measure the difference.
 
@@ -234,7 +234,8 @@ def compare(
             precision, the threshold ``max(ROUNDING_FLOOR, FLOOR_FACTOR * noise_floor)``.
         reason: Why ``threshold`` is looser than the derived one, or ``min_psnr_db`` than the precision's own (than the
             lowest of all where a backend does not say its precision); every report prints it.
-        below: The rung below, compared with the same reference run: what does this one alone cost?
+        baseline: The candidate of the next higher precision, compared with the same reference run; its difference from
+            this one is reported.
 
     Returns:
         The comparison; call ``raise_if_failed`` to make it a gate.
@@ -291,8 +292,8 @@ def compare(
         reason=reason,
         overall=apart(wanted),
         by_batch={size: difference(found[size], wanted[size], request.seeds, reference.spec) for size in sizes},
-        rung="" if below is None else f"{below.candidate} on {below.candidate_backend}",
-        step=None if below is None or not set(sizes) <= set(below.images) else apart(below.images),
+        baseline="" if baseline is None else f"{baseline.candidate} on {baseline.candidate_backend}",
+        step=None if baseline is None or not set(sizes) <= set(baseline.images) else apart(baseline.images),
         images=found,
     )
 

@@ -12,7 +12,7 @@ from typing import TypedDict, get_args
 from ..._util.arguments import checked_names
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import Artifact, ParityRecord
-from ...bundle.verify import is_borrowed
+from ...bundle.verify import in_cache
 from ...errors import BackendUnavailable, BundleError, ConfigError, IncompatibleEngineError
 from ...inference.backends import BACKENDS
 from ...inference.conditioning import Examples
@@ -129,9 +129,9 @@ def validate_bundle(
                 if a.num_inference_steps == count
                 if (name in backends and a.format in info.opens if backends else info.takes(a))
             },
-            key=_rung,
+            key=_precision_order,
         )
-        below: Parity | None = None
+        baseline: Parity | None = None
         with Generator.from_pretrained(path, backend="torch", num_inference_steps=count, verify="none") as reference:
             most = reference.opened().spec.max_batch
             sizes = SPLITS if batches is None else batches
@@ -148,14 +148,14 @@ def validate_bundle(
                 continue
             with candidate:
                 exact = precision == "fp32"
-                below = compare(
+                baseline = compare(
                     candidate, run, threshold=threshold if exact else None, min_psnr_db=None if exact else min_psnr_db,
-                    reason=reason, below=below,
+                    reason=reason, baseline=baseline,
                 )  # fmt: skip
-            fault, by_step = examine(by_path[below.candidate])
-            below = replace(below, fault=fault, psnr_by_step=by_step)
-            results.append(below)
-            on_result(below)
+            fault, by_step = examine(by_path[baseline.candidate])
+            baseline = replace(baseline, fault=fault, psnr_by_step=by_step)
+            results.append(baseline)
+            on_result(baseline)
     if not results:
         raise BackendUnavailable(f"nothing of {bundle.path} can run here, expected one backend: {'; '.join(skipped)}")
     if record:
@@ -173,7 +173,7 @@ def _seeds(first: int, count: int) -> range:
 
 
 def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], object]) -> None:
-    if is_borrowed(bundle.path):
+    if in_cache(bundle.path):
         on_note(f"nothing was recorded: {bundle.path} is in a cache")
         return
     before = {(r.artifact, r.reference, r.backend): r for r in bundle.manifest.parity}
@@ -207,7 +207,7 @@ def _lesser(parity: Parity, new: ParityRecord, old: ParityRecord) -> str:
     return ""
 
 
-def _rung(pair: tuple[str, Precision]) -> tuple[bool, int, str]:
+def _precision_order(pair: tuple[str, Precision]) -> tuple[bool, int, str]:
     """Sort key: graphs before engines, each from the highest precision to the lowest."""
     backend, precision = pair
     return BACKENDS[backend].runs_engines, get_args(Precision).index(precision), backend

@@ -66,7 +66,9 @@ class Profiles:
 
     def _snapshot(self, average: nn.Module, sigma_rel: float, iteration: int) -> None:
         weights = gathered_state(average, self._world)
-        self._world.on_main(lambda: write_snapshot(self._out, weights or {}, sigma_rel=sigma_rel, iteration=iteration))
+        self._world.run_on_main(
+            lambda: write_snapshot(self._out, weights or {}, sigma_rel=sigma_rel, iteration=iteration)
+        )
 
 
 def write_snapshot(out: Path, weights: Mapping[str, Tensor], *, sigma_rel: float, iteration: int) -> None:

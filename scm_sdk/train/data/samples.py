@@ -60,9 +60,9 @@ def write_samples(model: ConsistencyModel, objective: ObjectiveName, folder: Pat
     labels = np.repeat(np.arange(rows, dtype=np.int64), COLUMNS)
     device = next(model.parameters()).device
     class_labels = torch.from_numpy(labels).to(device) if model.config.num_classes else None
-    told = [] if class_labels is None else [class_labels]
+    conditioning = [] if class_labels is None else [class_labels]
     if model.config.guidance:
-        told.append(torch.full((len(labels),), model.config.default_guidance, device=device))
+        conditioning.append(torch.full((len(labels),), model.config.default_guidance, device=device))
     seeds = list(range(len(labels)))
     if OBJECTIVES[objective].generative:
         noise = torch.from_numpy(draw_noise(model.spec(1), seeds)[0]).to(device)
@@ -73,7 +73,7 @@ def write_samples(model: ConsistencyModel, objective: ObjectiveName, folder: Pat
             spec = model.spec(steps)
             inputs = [torch.from_numpy(noise).to(device) for noise in draw_noise(spec, seeds)]
             with torch.inference_mode():
-                grids.append(Sampler(model, spec)(*inputs, *told))
+                grids.append(Sampler(model, spec)(*inputs, *conditioning))
     pixels = [make_grid(to_uint8(g.cpu().numpy(), model.config.value_range), COLUMNS, scale=3) for g in grids]
     gap = np.full((pixels[0].shape[0], 12, pixels[0].shape[2]), 255, np.uint8)
     joined = pixels[0] if len(pixels) == 1 else np.concatenate([pixels[0], gap, pixels[1]], axis=1)

@@ -31,7 +31,7 @@ _EXCHANGING = ("torch.distributed.", "torch.nn.parallel.distributed", "torch.aut
 Value = TypeVar("Value")
 
 
-class ToldByProcessZero(TrainError):
+class RemoteError(TrainError):
     """Raised on other processes when process 0 reports the failure."""
 
 
@@ -89,12 +89,12 @@ class World:
         dist.all_reduce(total)
         return [float(value) for value in total / self.size]
 
-    def together(self, action: Callable[[], Value]) -> Value:
+    def run_on_all(self, action: Callable[[], Value]) -> Value:
         """Run an action on every process and continue only if all succeeded.
 
         Raises:
             ScmError: On process 0: its own error or that of the first failed process.
-            ToldByProcessZero: On the other processes.
+            RemoteError: On the other processes.
         """
         if self.size == 1:
             return action()
@@ -108,7 +108,7 @@ class World:
         if not failed:
             return value
         if not self.is_main:
-            raise ToldByProcessZero(failed[0][1]) from mine
+            raise RemoteError(failed[0][1]) from mine
         if mine is not None:
             raise mine
         raise TrainError(f"process {failed[0][0]} of {self.size}: {failed[0][1]}")
@@ -121,13 +121,13 @@ class World:
             dist.all_gather_object(found, value)
         return found
 
-    def on_main(self, action: Callable[[], Value]) -> Value:
+    def run_on_main(self, action: Callable[[], Value]) -> Value:
         """Run an action on process 0 while the others wait, and return its pickled value on all processes.
 
         Raises:
-            ScmError: The error of the action; ``ToldByProcessZero`` on the other processes.
+            ScmError: The error of the action; ``RemoteError`` on the other processes.
         """
-        value = self.together(lambda: action() if self.is_main else None)
+        value = self.run_on_all(lambda: action() if self.is_main else None)
         if self.size == 1:
             return value  # type: ignore[return-value]
         box: list[Any] = [value]

@@ -45,7 +45,7 @@ def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None
         TrainError: If it cannot be written on any process; the previous state stays.
     """
     if not sharded:
-        world.on_main(lambda: _write_file(out, state))
+        world.run_on_main(lambda: _write_file(out, state))
         return
     target = out / f"state-{state.iteration:08d}"
     with ExitStack() as stack:
@@ -54,14 +54,14 @@ def save_run(out: Path, state: RunState, world: World, *, sharded: bool) -> None
             folder = stack.enter_context(atomic_folder(target, overwrite=True, marker=COUNTERS_FILE, error=TrainError))
             return str(folder)
 
-        folder = world.on_main(begin)
+        folder = world.run_on_main(begin)
         _write_shares(folder, target, state, world)
-        sums = world.gather(world.together(lambda: _sums(Path(folder), world)))
+        sums = world.gather(world.run_on_all(lambda: _sums(Path(folder), world)))
         shares = _Shares(counters=state.counters(), sha256={name: each[name] for each in sums for name in each})
         text = msgspec.json.encode(shares)
-        world.on_main(lambda: atomic_write_bytes(Path(folder) / COUNTERS_FILE, text, error=TrainError))
-        world.on_main(stack.close)
-    world.on_main(lambda: _remove_all_but(out, target))
+        world.run_on_main(lambda: atomic_write_bytes(Path(folder) / COUNTERS_FILE, text, error=TrainError))
+        world.run_on_main(stack.close)
+    world.run_on_main(lambda: _remove_all_but(out, target))
 
 
 def load_run(out: Path, state: RunState, world: World) -> None:
@@ -70,11 +70,11 @@ def load_run(out: Path, state: RunState, world: World) -> None:
     Raises:
         IntegrityError: If it is damaged or belongs to another network.
     """
-    newest = world.on_main(lambda: _newest(out))
+    newest = world.run_on_main(lambda: _newest(out))
     if newest is not None and newest.name != STATE_FILE:
         _read_shares(newest, state, world)
     else:
-        world.together(lambda: load_state(out, state))
+        world.run_on_all(lambda: load_state(out, state))
 
 
 def _write_file(out: Path, state: RunState) -> None:
@@ -121,23 +121,23 @@ def _read_shares(folder: Path, state: RunState, world: World) -> None:
                     raise ValueError(f"{name} does not have the sha256 of {COUNTERS_FILE}")
             stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
             shapes = {name: torch.Size(about.size) for name, about in stored.items()}
-            return shares.counters, dict(state.blanks(shapes))
+            return shares.counters, dict(state.empty_like(shapes))
         except UNREADABLE as exc:
             raise not_resumable(folder, exc) from exc
 
     def end() -> None:
         try:
-            state.fill(tensors, counters)
+            state.load(tensors, counters)
         except UNREADABLE as exc:
             raise not_resumable(folder, exc) from exc
 
-    counters, tensors = world.together(begin)
+    counters, tensors = world.run_on_all(begin)
     try:
         with _one_may_be_alone():
             load(tensors, storage_reader=reader, no_dist=world.size == 1)
     except CheckpointException as exc:  # the same on every process
         raise not_resumable(folder, _reasons(exc)) from exc
-    world.together(end)
+    world.run_on_all(end)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class RunState:
                     tensors[f"{prefix}.{index}.{name}"] = tensor.detach().contiguous()
         return tensors
 
-    def blanks(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    def empty_like(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Return empty tensors to load the named tensors into, sharded like those of this run.
 
         Args:
@@ -109,7 +109,7 @@ class RunState:
                 raise ValueError(f"{name} is {tuple(shapes[name])}, the run's is {tuple(tensor.shape)}")
         return {name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) for name, tensor in like.items()}
 
-    def fill(self, tensors: Mapping[str, Tensor], counters: Counters) -> None:
+    def load(self, tensors: Mapping[str, Tensor], counters: Counters) -> None:
         """Load the results of ``tensors`` and ``counters``, also from a run with another number of processes.
 
         Raises:
@@ -167,7 +167,7 @@ def load_state(out: Path, state: RunState) -> None:
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         if about != sealed(tensors, about["counters"].partition(" ")[2]):
             raise ValueError("its content does not have the sha256 that it states")
-        state.fill(tensors, read_counters(about))
+        state.load(tensors, read_counters(about))
     except UNREADABLE as exc:
         raise not_resumable(path, exc) from exc
 
