@@ -17,7 +17,7 @@ SHARED := -n auto --maxprocesses 4 --dist loadfile
 READY  := $(VENV)/.ready-$(EXTRAS)
 DOCS   := build/docs
 
-.PHONY: demo check docs types test test-slow test-hostile test-matrix test-lowest test-latest gpu lint lock clean
+.PHONY: demo check docs types test test-slow test-hostile test-matrix test-edge run-edge test-lowest test-latest gpu lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -47,6 +47,14 @@ test-lowest:
 test-latest:
 	rm -f .venv-latest/.ready*
 	$(MAKE) test VENV=.venv-latest PYTHON="$(NEWEST)" CONSTRAINTS=/dev/null PIP_OPTIONS="--upgrade --upgrade-strategy eager"
+
+# Exports to the runtimes of phones and embedded machines, in an environment of its own: heavy, and litert-torch needs an
+# older typing-extensions than the others.
+test-edge:
+	$(MAKE) run-edge VENV=.venv-edge EXTRAS=test-edge CONSTRAINTS=constraints-edge.txt
+
+run-edge: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow" tests/export/edge tests/runtimes/test_edge_backends.py
 
 # The default tests under the conditions of other machines: kernels, threads, order, seeds, locale, user, path.
 test-matrix: $(READY)
@@ -79,6 +87,7 @@ lock:
 	.venv-lock/bin/python -m pip install --quiet uv==0.13.9
 	$(RESOLVE) --universal --constraint constraints.in --output-file constraints.txt \
 		--extra cpu --extra gpu --extra tensorrt --extra bench --extra test --group dev
+	$(RESOLVE) --universal --constraint constraints.in --output-file constraints-edge.txt --extra test-edge
 	$(RESOLVE) --universal --resolution lowest-direct --output-file constraints-lowest.txt --extra cpu --extra test
 
 # Made once for a set of extras, and again when pyproject.toml or the constraints change. onnxruntime and onnxruntime-gpu
@@ -93,4 +102,4 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lock .venv-lowest .venv-latest build dist *.egg-info
+	rm -rf $(VENV) .venv-edge .venv-lock .venv-lowest .venv-latest build dist *.egg-info

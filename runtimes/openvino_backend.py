@@ -142,7 +142,7 @@ class OpenVINOBackend:
                 model = self._model.clone()
                 batch = size or self._openvino.Dimension(1, self.spec.max_batch)
                 model.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in model.inputs})
-                with _same_signal_stack():
+                with same_signal_stack():
                     compiled = self._core.compile_model(model, "CPU", self._settings)
                 self._compiled[size] = _Compiled(compiled)
             return self._compiled[size]
@@ -173,7 +173,7 @@ class _SignalStack(ctypes.Structure):
 
 
 @contextmanager
-def _same_signal_stack() -> Iterator[None]:
+def same_signal_stack() -> Iterator[None]:
     """Give the thread back the alternate signal stack that it has now.
 
     Where there is such a stack (``faulthandler`` makes one), OpenVINO's CPU plugin replaces it while it compiles, and

@@ -13,6 +13,7 @@ from .bundles import bundle
 from .checking import selfcheck
 from .demo import demo
 from .doctor import doctor
+from .edge import edge
 from .engines import cache, engine, targets
 from .evaluation import evaluate
 from .generation import generate
@@ -49,7 +50,7 @@ def main() -> None:
 
 assert isinstance(main, ScmGroup)
 main.add_section("Train", (train, distill, ema, average, evaluate))
-main.add_section("Export", (demo, build, import_, onnx, precision, quantize, engine))
+main.add_section("Export", (demo, build, import_, onnx, precision, quantize, engine, edge))
 main.add_section("Check", (validate, selfcheck, bench, report, handover))
 main.add_section("Ship", (generate, sample, merge, serve, inspect, bundle))
 main.add_section("Machine", (doctor, targets, cache))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SPEC = SamplerSpec(times=default_times(1), sample_shape=(1, 2, 2), max_batch=2)
 """Sampler of ``assets/trial.onnx``, whose image is ``GAIN`` times the noise."""
 GAIN = 0.5
+_ASSETS = {"litert": "trial.tflite", "executorch": "trial.pte"}
+"""The same sampler in other formats, written by ``tests/export/edge/write_trials.py``."""
 
 
 def try_backend(name: str) -> str:
@@ -36,10 +38,24 @@ def try_backend(name: str) -> str:
     """
     if name == "torch":
         return _try_torch()
-    with as_file(files("scm_sdk.assets") / "trial.onnx") as graph, tempfile.TemporaryDirectory() as temp:
+    asset = files("scm_sdk.assets") / _ASSETS.get(name, "trial.onnx")
+    with as_file(asset) as artifact, tempfile.TemporaryDirectory() as temp:
         if BACKENDS[name].runs_engines:
-            return _try_engine(name, graph, Path(temp))
-        return _run(open_backend(name, graph, SPEC))
+            return _try_engine(name, artifact, Path(temp))
+        if name == "openvino_ir":
+            artifact = _as_ir(artifact, Path(temp))
+        return _run(open_backend(name, artifact, SPEC))
+
+
+def _as_ir(graph: Path, folder: Path) -> Path:
+    """Convert a graph to OpenVINO IR for one sample."""
+    from scm_sdk._util.lazy import require
+
+    openvino = require("openvino", extra="openvino", purpose="backend 'openvino_ir'")
+    model = openvino.Core().read_model(graph)
+    model.reshape([1, *SPEC.sample_shape])
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return folder / "model.xml"
 
 
 def _run(backend: Backend) -> str:

@@ -31,10 +31,13 @@ def installed_version(module: str) -> str:
     """Return the version of the distribution that provides a module, or "unknown"."""
     from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
-    try:
-        return version(packages_distributions().get(module, [module.replace(".", "-")])[0])
-    except PackageNotFoundError:
-        return "unknown"
+    brought = packages_distributions()
+    for name in (*brought.get(module, ()), module.replace(".", "-"), *brought.get(module.partition(".")[0], ())):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 def outdated(*modules: str) -> dict[str, str]:

@@ -33,6 +33,9 @@ _EXTRAS: dict[Format, str] = {
     "safetensors": "torch",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
+    "openvino_ir": "openvino",
+    "litert": "litert",
+    "executorch": "executorch",
 }
 """Extras that run each artifact format, the default first."""
 

@@ -20,8 +20,23 @@ SIGNATURE_NAME = "scm_signature.json"
 SCHEMA_VERSION = 2
 """Manifests of version 1 have no ``digests``; they are read, and rewritten in the current version."""
 
-Role = Literal["weights", "config", "graph", "graph-data", "engine", "golden", "report", "card", "plan", "calibration"]
-Format = Literal["safetensors", "onnx", "tensorrt", "tensorrt_rtx"]
+Role = Literal[
+    "weights", "config", "graph", "graph-data", "engine", "edge", "golden", "report", "card", "plan", "calibration"
+]
+Format = Literal[
+    "safetensors", "onnx", "tensorrt", "tensorrt_rtx", "litert", "executorch", "openvino_ir", "coreml", "mnn"
+]
+FOLDER_FORMATS: frozenset[Format] = frozenset({"safetensors", "coreml"})
+"""Formats whose artifact is a folder."""
+SUFFIXES: dict[Format, str] = {
+    "onnx": ".onnx",
+    "litert": ".tflite",
+    "executorch": ".pte",
+    "openvino_ir": ".xml",
+    "coreml": ".mlpackage",
+    "mnn": ".mnn",
+}
+"""How the name of an artifact ends. Libraries go by the name: another one is another format to them."""
 
 PSNR_CAP = 999.0
 """Maximum PSNR, dB: JSON has no infinity, and different float32 images are far below."""
@@ -74,7 +89,7 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """An input of a backend: a PyTorch checkpoint, a graph or an engine.
 
     Attributes:
-        path: The file that a backend opens; for ``safetensors`` the folder.
+        path: The file that a backend opens; for ``FOLDER_FORMATS`` the folder.
         format: File format, which determines the backends.
         precision: Precision of the artifact.
         num_inference_steps: Its number of steps; 0 means any (a checkpoint is unrolled on demand).
@@ -257,6 +272,7 @@ _OF_NAME: dict[str, Role] = {
     ".engine": "engine",
 }
 _OF_FOLDER: dict[str, Role] = {
+    "edge": "edge",
     "golden": "golden",
     "reports": "report",
     "precision": "plan",

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import msgspec
 
 from ..errors import ConfigError
-from .manifest import Artifact, FileEntry, Format, Manifest, files_of
+from .manifest import FOLDER_FORMATS, Artifact, FileEntry, Format, Manifest, files_of
 
 BACKEND_FORMATS: dict[str, Format] = {
     "torch": "safetensors",
@@ -16,6 +16,9 @@ BACKEND_FORMATS: dict[str, Format] = {
     "openvino": "onnx",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt_rtx",
+    "litert": "litert",
+    "executorch": "executorch",
+    "openvino_ir": "openvino_ir",
 }
 """Artifact format of each backend."""
 
@@ -23,7 +26,7 @@ BACKEND_FORMATS: dict[str, Format] = {
 def artifact_name(artifact: Artifact) -> str:
     """Return the name of an artifact: its folder, or the file if it is next to the manifest."""
     folder = PurePosixPath(artifact.path).parent.as_posix()
-    return artifact.path if artifact.format == "safetensors" or folder == "." else folder
+    return artifact.path if artifact.format in FOLDER_FORMATS or folder == "." else folder
 
 
 def cut(manifest: Manifest, only: Sequence[str]) -> Manifest:

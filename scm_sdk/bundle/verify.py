@@ -23,7 +23,7 @@ from .._util.files import check_relative, safe_join, sha256_file, unreadable
 from .._util.publish import finish_interrupted, has_journal
 from ..errors import BundleError, IntegrityError, SchemaError
 from .goldens import check_safetensors
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, SIGNATURE_NAME, FileEntry, Manifest, Role
+from .manifest import FOLDER_FORMATS, MANIFEST_NAME, SCHEMA_VERSION, SIGNATURE_NAME, SUFFIXES, FileEntry, Manifest, Role
 
 MANIFEST_MAX_BYTES = 8 << 20
 REPAIR = "Copy the bundle again, or export it again."
@@ -128,15 +128,17 @@ def check_manifest(manifest: Manifest) -> None:
     if both := known & {path.casefold() for path in folders}:
         raise SchemaError(f"{MANIFEST_NAME} lists {_some(both)} as a file and as a folder, expected one. {REPAIR}")
     for artifact in manifest.artifacts:
-        where = folders if artifact.format == "safetensors" else files
+        where = folders if artifact.format in FOLDER_FORMATS else files
         if artifact.path not in where:
             raise SchemaError(
                 f"artifact {artifact.path!r} ({artifact.format}) is none of the listed files or folders: "
                 f"{_some(where)}. {REPAIR}"
             )
-        if artifact.format == "onnx" and not artifact.path.endswith(".onnx"):
+        if not artifact.path.endswith(suffix := SUFFIXES.get(artifact.format, "")):
             # Libraries choose the format by the name: .ort and .xml are other formats that reference files differently.
-            raise SchemaError(f"artifact {artifact.path!r} is said to be an ONNX graph, expected NAME.onnx. {REPAIR}")
+            raise SchemaError(
+                f"artifact {artifact.path!r} is said to be of format {artifact.format}, expected NAME{suffix}. {REPAIR}"
+            )
     steps = [spec.num_inference_steps for spec in manifest.samplers]
     if not steps or len(set(steps)) != len(steps):
         raise SchemaError(

@@ -109,6 +109,28 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was
         opens=("safetensors",),
         one_at_a_time=True,
     ),
+    # Of phones and embedded machines: artifacts of scm-export edge, each for one batch size.
+    "openvino_ir": BackendInfo(
+        module="scm_sdk.runtimes.openvino_ir_backend",
+        library="openvino",
+        extra="openvino",
+        opens=("openvino_ir",),
+        one_at_a_time=True,
+    ),
+    "litert": BackendInfo(
+        module="scm_sdk.runtimes.litert_backend",
+        library="ai_edge_litert",
+        extra="litert",
+        opens=("litert",),
+        one_at_a_time=True,
+    ),
+    "executorch": BackendInfo(
+        module="scm_sdk.runtimes.executorch_backend",
+        library="executorch.runtime",
+        extra="executorch",
+        opens=("executorch",),
+        one_at_a_time=True,
+    ),
 }
 
 

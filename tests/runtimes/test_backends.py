@@ -24,7 +24,7 @@ from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
 GRAPH_BACKENDS = [name for name, info in BACKENDS.items() if "onnx" in info.opens]
-CPU_BACKENDS = sorted(name for name, info in BACKENDS.items() if not info.runs_engines)
+CPU_BACKENDS = sorted(name for name, info in BACKENDS.items() if {"onnx", "safetensors"} & set(info.opens))
 SPEC = SamplerSpec(times=(1.56, 1.1), sample_shape=(3, 4, 4), num_classes=3, max_batch=4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
