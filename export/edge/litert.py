@@ -24,8 +24,8 @@ def export(source: EdgeSource, path: Path) -> tuple[str, ...]:
             litert_torch.convert(module, (), feeds).export(str(path))
     except Exception as exc:  # its own, torch's and those of its C++ parts share no base class
         raise ExportError(
-            f"litert-torch {installed_version('litert_torch')} cannot convert this sampler: {str(exc).strip()[:500]}. Expected "
-            "operators that it knows; run the ONNX graph with another runtime."
+            f"litert-torch {installed_version('litert_torch')} cannot convert this sampler: {str(exc).strip()[:500]}. "
+            "Expected operators that it knows; run the ONNX graph with another runtime."
         ) from exc
     narrowed = [tensor.name for tensor in source.spec.inputs if tensor.dtype == "int64"]
     return (f"{', '.join(narrowed)}: int32 in this file",) if narrowed else ()

@@ -81,6 +81,7 @@ def arguments_of(verb: str, root: Path, out: Path) -> list[str] | None:
         "precision": [bundle, "--steps", "1", "--num-samples", "2"],
         "quantize": [bundle, "--steps", "1", "--num-samples", "8"],
         "engine": [bundle, "--target", "a100", "--precision", "fp16", "--steps", "1"],
+        "edge": [bundle, "--runtime", "openvino_ir", "--steps", "1"],
         "validate": [bundle, "--num-seeds", "4", "--batch", "2", "--precision", "fp32", "--backend", "onnxruntime"],
         "selfcheck": [bundle, "--num-samples", "2"],
         "bench": [bundle, "--batch", "1", "--rounds", "10", "--backend", "onnxruntime"],
