@@ -132,6 +132,7 @@ class Gate:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         state = scope["state"]
         endpoint = getattr(scope.get("route"), "path", "other")
+        path = scope["raw_path"].decode("latin-1")[:200]  # as it was sent, without line ends
         metrics = self._service.metrics
         metrics.requests.labels(endpoint, str(status)).inc()
         metrics.seconds.labels(endpoint).observe(seconds)
@@ -140,11 +141,11 @@ class Gate:
         failed = state.get("failure")
         LOG.log(
             logging.ERROR if failed else logging.DEBUG if scope["path"] in QUIET else logging.INFO,
-            "%s %s %d", scope["method"], scope["path"][:200], status,
+            "%s %s %d", scope["method"], path, status,
             exc_info=failed,
             extra={
                 "fields": {
-                    "request_id": state["request_id"], "method": scope["method"], "path": scope["path"][:200],
+                    "request_id": state["request_id"], "method": scope["method"], "path": path,
                     "status": status, "ms": round(seconds * 1e3, 2), "client": (scope.get("client") or ("",))[0],
                     "key": state["key"], "code": code, "images": state.get("images", 0),
                 }

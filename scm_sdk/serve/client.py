@@ -243,12 +243,13 @@ class Client:
             guidance_scale=guidance_scale, prompt=prompt,
         ).images[0]  # fmt: skip
         found = np.asarray(output.images[index]).reshape(wanted.shape) if _fits(output.images[index], wanted) else None
-        least = min(ONE_LEVEL_DB, MIN_PSNR_DB.get(served.precision, ONE_LEVEL_DB))
+        row = local.opened().row
+        least = min(ONE_LEVEL_DB, *(MIN_PSNR_DB.get(p, ONE_LEVEL_DB) for p in (served.precision, row.precision)))
         psnr = -np.inf if found is None else _psnr_db(found, wanted)
         if psnr < least:
             raise ParityError(
                 f"the server's image of seed {seed} has a PSNR of {psnr:.1f} dB against the same computed here by "
-                f"{local.opened().row.backend}, expected at least {least:.1f} dB for {served.precision}. Do not use "
+                f"{row.backend} {row.precision}, expected at least {least:.1f} dB for {served.precision}. Do not use "
                 "its images: compare its artifact where it runs, with scm-export validate"
             )
 

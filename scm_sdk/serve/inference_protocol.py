@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..inference.prompts import EMBEDS
 from ..spec import SamplerSpec
 from .schemas import MAX_PROMPT, RequestError
 
@@ -127,7 +128,7 @@ def picture_shape(spec: SamplerSpec) -> tuple[int, int, int]:
 
 def takes_prompt(spec: SamplerSpec) -> bool:
     """Return whether a sampler makes pictures of a text."""
-    return any(tensor.name == "prompt_embeds" for tensor in spec.conditioning)
+    return any(tensor.name == EMBEDS for tensor in spec.conditioning)
 
 
 def _described(name: str, datatype: str, shape: Sequence[int] = ()) -> Tensor:

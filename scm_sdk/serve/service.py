@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -21,6 +22,7 @@ from ..errors import BackendFailure, ConfigError, QueueFull, ShapeError
 from ..images import encode_picture, to_uint8
 from ..inference.generator import Generator
 from ..inference.output import GeneratorOutput
+from ..inference.prompts import EMBEDS, MASK
 from ..spec import SamplerSpec
 from .canary import Bound, Canary, open_reference
 from .inference_protocol import is_picture, takes_prompt
@@ -94,6 +96,7 @@ class Service:
         opened = gen.opened()
         spec = opened.spec
         name = gen.source.bundle.manifest.name if gen.source.bundle is not None else gen.source.path.name
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "model"  # it is a part of paths
         self.options, self.metrics, self.spec = options, metrics, spec
         self.admission = Admission.of(options.max_queue, options.max_images_per_key)
         steps = options.steps or gen.source.steps
@@ -140,6 +143,7 @@ class Service:
         )
         canary: Canary | None = None
         try:
+            _check_inputs(gen)
             for steps in options.steps or gen.source.steps:
                 gen(1, seed=0, num_inference_steps=steps, output_type="raw", **_probe(gen.opened(steps).spec))
             metrics = Metrics()
@@ -377,6 +381,21 @@ class _Translated:
         if isinstance(exc, ConfigError | ShapeError):
             text = str(exc).replace(str(self._service._path), "the model")
             raise RequestError("invalid_value", text) from exc
+
+
+def _check_inputs(gen: Generator) -> None:
+    """Refuse a model that no request could give what it needs."""
+    names = {tensor.name for tensor in gen.opened().spec.conditioning}
+    if unknown := names - {EMBEDS, MASK}:
+        raise ConfigError(
+            f"the model at {gen.source.path} needs the inputs {', '.join(sorted(unknown))}, expected class labels, a "
+            "guidance scale or a prompt, which requests can name. Serve it with Generator in a program of your own."
+        )
+    if names and gen.source.text_encoder is None:
+        raise ConfigError(
+            f"the model at {gen.source.path} makes pictures of a text and came without its text encoder, expected "
+            "both. Import it again with the text encoder."
+        )
 
 
 def _probe(spec: SamplerSpec) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Options, API keys, hosts and origins, the queue of images; and a server that other machines may reach."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.serve.limits import Admission, ApiKeys, check_caller, check_host, check_origin
 from scm_sdk.serve.options import ServeOptions
 from scm_sdk.serve.schemas import RequestError
+from scm_sdk.serve.server import listen
 
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -127,3 +129,9 @@ def test_a_server_for_others_asks_for_a_key_everywhere_but_in_probes_and_the_pag
         named["Host"] = "other.example"
         assert server.http.get("/v1/models", headers=named).status_code == 421
         assert not [line for line in server.lines if KEY in line]
+
+
+def test_answers_are_sent_without_delay(served_bundle: Path) -> None:
+    """Else asyncio leaves Nagle's algorithm on, and each answer waits 40 ms for an acknowledgment."""
+    with listen(ServeOptions(bundle=served_bundle, port=0)) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
