@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from helpers.servers import NAMES, RunningServer
+from helpers.servers import NAMES, RunningServer, eventually
 from scm_sdk.images import encode_picture
 from scm_sdk.inference.generator import Generator
 from scm_sdk.serve.schemas import CODES
@@ -158,8 +158,9 @@ def test_request_ids_are_kept_and_logged(server: RunningServer) -> None:
     assert answer.headers["x-request-id"] == "trace-1"
     other = server.http.get("/v1/models", headers={"X-Request-Id": "a\tb"})
     assert re.fullmatch("[0-9a-f]{16}", other.headers["x-request-id"])
-    logged = [json.loads(line) for line in server.lines if '"trace-1"' in line]
-    assert [(line["path"], line["status"], line["level"]) for line in logged] == [("/v1/models", 200, "info")]
+    eventually(lambda: any('"trace-1"' in line for line in server.lines))
+    (logged,) = [json.loads(line) for line in server.lines if '"trace-1"' in line]
+    assert (logged["path"], logged["status"], logged["level"]) == ("/v1/models", 200, "info")
 
 
 def test_probes_run_an_inference_whatever_the_host_is_called(server: RunningServer) -> None:
