@@ -10,7 +10,12 @@ from scm_sdk import Generator, Sampler
 from scm_sdk.bundle.scheduler import diffusers_scheduler
 from scm_sdk.spec import SamplerSpec
 
-PEERS = ("onnxruntime", "eager", "channels_last", "compile", "ort_loop", "diffusers", "openvino")
+PEERS = (
+    "onnxruntime", "eager", "channels_last", "compile", "ort_loop", "diffusers", "openvino",
+    "generator_bf16", "openvino_default", "eager_bf16", "compile_bf16",
+)  # fmt: skip
+REDUCED = frozenset({"generator_bf16", "openvino_default", "eager_bf16", "compile_bf16"})
+"""Those that may compute in less than float32: their PSNR stands beside their time."""
 
 Inputs = tuple[list[np.ndarray], np.ndarray]
 Peer = Callable[[Inputs], np.ndarray]
@@ -30,8 +35,10 @@ def generator(gen: Generator, spec: SamplerSpec) -> Peer:
 
 
 def on_torch(gen: Generator, spec: SamplerSpec, kind: str) -> Peer:
-    """PyTorch: as it is, with the channels last, or compiled."""
+    """PyTorch: as it is, with the channels last, or compiled; ``_bf16`` by autocast."""
     import torch
+
+    low, kind = kind.endswith("_bf16"), kind.removesuffix("_bf16")
 
     sampler = Sampler(model_of(gen), spec)
     if kind == "channels_last":
@@ -41,9 +48,9 @@ def on_torch(gen: Generator, spec: SamplerSpec, kind: str) -> Peer:
 
     def run(inputs: Inputs) -> np.ndarray:
         noise, labels = inputs
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
             tensors = [torch.from_numpy(x).to(memory_format=layout) for x in noise]
-            return np.asarray(run_sampler(*tensors, torch.from_numpy(labels)).numpy())
+            return np.asarray(run_sampler(*tensors, torch.from_numpy(labels)).float().numpy())
 
     return run
 
@@ -102,13 +109,14 @@ def diffusers_loop(gen: Generator, spec: SamplerSpec) -> Peer:
     return run
 
 
-def openvino(gen: Generator, spec: SamplerSpec, threads: int | None) -> Peer:
-    """The same sampler graph, compiled for each batch by OpenVINO in float32."""
+def openvino(gen: Generator, spec: SamplerSpec, threads: int | None, *, hint: str | None) -> Peer:
+    """The same sampler graph, compiled for each batch by OpenVINO, in the precision of a hint or of its own choice."""
     import openvino as ov
 
     core = ov.Core()
     path = gen.source.locate(gen.opened(spec.num_inference_steps).row.artifact)
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    settings |= {"INFERENCE_PRECISION_HINT": hint} if hint else {}
     settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     compiled: dict[int, Any] = {}
 
@@ -138,6 +146,8 @@ def open_peers(
 ) -> Iterator[tuple[str, Peer | str]]:
     """Make each peer, or say in a word why it is not here."""
     for name in names:
+        if name == "generator_bf16":  # opened for each batch, like the generator
+            continue
         try:
             if name == "onnxruntime":
                 yield name, generator(gen, spec)
@@ -145,8 +155,8 @@ def open_peers(
                 yield name, ort_loop(gen, spec, work, threads)
             elif name == "diffusers":
                 yield name, diffusers_loop(gen, spec)
-            elif name == "openvino":
-                yield name, openvino(gen, spec, threads)
+            elif name in ("openvino", "openvino_default"):
+                yield name, openvino(gen, spec, threads, hint="f32" if name == "openvino" else None)
             else:
                 yield name, on_torch(gen, spec, name)
         except ImportError as exc:

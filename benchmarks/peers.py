@@ -4,7 +4,8 @@ r"""Is ``Generator`` faster than the other ways to run the same model on a CPU? 
     taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/peers.py scm-demo/avatars --threads 1 \
         --json benchmarks/results/peers-avatars.json
 
-All get the same noise and labels, and must return the same float32 images to within 1e-4 of ``sigma_data``:
+All get the same noise and labels. Those of float32 must return the same images to within 1e-4 of ``sigma_data``; beside
+the time of the others stands their PSNR against them, since a default may be bfloat16:
 
 * ``generator``     this package, what ``auto`` takes in float32 (``fp32`` or ``fp32-cpu``) once
   ``gen.benchmark(batch=...)`` measured here; the whole call
@@ -12,45 +13,57 @@ All get the same noise and labels, and must return the same float32 images to wi
 * ``eager``, ``channels_last``, ``compile``   PyTorch on ``scm_sdk.model.Sampler``
 * ``ort_loop``      the network alone as an ONNX file and the steps in Python, as optimum runs diffusion models
 * ``diffusers``     diffusers' ``SCMScheduler`` around the PyTorch network
-* ``openvino``      OpenVINO on the bundle's own sampler graph, fixed to the batch
+* ``openvino``      OpenVINO on the bundle's own sampler graph, fixed to the batch, in float32
+* ``openvino_default``   the same without a hint: OpenVINO chooses the precision by the CPU
+* ``generator_bf16``   this package, the fastest with ``precision="bf16"``
+* ``eager_bf16``, ``compile_bf16``   PyTorch under autocast
 
 One call of each per round, first another one each round; ratios come from the same rounds. With ``--threads 1`` they
 are of processor time, which other programs on the machine hardly stretch; otherwise of wall time. The share of the peak
-is the model's multiplications and additions over the time, against what a float32 matrix product reaches here.
+is the model's multiplications and additions over the time, against what a float32 matrix product reaches here. A file
+holds results of one class of CPU: one of another class is not overwritten.
 """
 
 import json
+import math
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from peer_ways import PEERS, Inputs, Peer, generator, model_of, open_peers
+from peer_ways import PEERS, REDUCED, Inputs, Peer, generator, model_of, open_peers
+from result_files import check_class
 
 from scm_sdk import Generator, Sampler
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk._util.processor import usable_cores
 from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.errors import BackendUnavailable
 from scm_sdk.evaluate.machine import describe_machine
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec
 
 TOLERANCE = 1e-4
+OURS = {"generator": ("fp32", "fp32-cpu"), "generator_bf16": ("bf16",)}
+"""What this package is timed as, each the fastest of these precisions."""
 LIBRARIES = ("scm-sdk", "torch", "onnxruntime", "diffusers", "openvino", "numpy")
 
 
-def fastest_generator(bundle: Path, steps: int, batch: int, threads: int | None) -> Generator:
-    """Open what ``auto`` takes in float32 after everything that passed ``validate`` was measured here at this batch."""
+def fastest_generator(
+    bundle: Path, steps: int, batch: int, threads: int | None, precisions: tuple[str, ...] = ("fp32", "fp32-cpu")
+) -> Generator:
+    """Open what ``auto`` takes in these precisions after all that passed ``validate`` was measured at this batch."""
     options: dict[str, Any] = {"num_threads": threads, "num_inference_steps": steps}
-    made = {a.precision for a in Bundle.open(bundle, verify="none").artifacts(format="onnx")}
+    made = {a.precision for a in Bundle.open(bundle, verify="none").artifacts(format="onnx")} | {"bf16"}
     times: dict[str, float] = {}
-    for precision in ("fp32", "fp32-cpu"):
+    for precision in precisions:
         if precision in made:
             with Generator.from_pretrained(bundle, precision=precision, **options) as gen:
                 if all(row.backend == "torch" for row in gen.plan().accepted):
@@ -83,12 +96,18 @@ def gflop(gen: Generator, spec: SamplerSpec) -> float:
     return float(counter.get_total_flops()) / 1e9
 
 
-def compare(peers: dict[str, Peer], inputs: Inputs, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Time each peer once a round, ms; drop those that fail or differ."""
-    want = peers["generator"](inputs)
+def compare(
+    peers: dict[str, Peer], inputs: Inputs, rounds: int, clock: Callable[[], float], value_range: tuple[float, float]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Time each peer once a round, ms, and return the PSNR of those that may compute in less than float32, dB."""
+    want, psnr = peers["generator"](inputs), {}
     for name, peer in list(peers.items()):
-        off = float(np.abs(peer(inputs) - want).max())
-        if not off <= TOLERANCE:
+        difference = peer(inputs) - want
+        off = float(np.abs(difference).max())
+        if name in REDUCED:
+            span = value_range[1] - value_range[0]
+            psnr[name] = 10 * math.log10(span**2 / max(float(np.square(difference, dtype=np.float64).mean()), 1e-20))
+        elif not off <= TOLERANCE:
             raise click.ClickException(f"{name} differs by {off:.1e}, expected at most {TOLERANCE:.0e}")
         peer(inputs)
     times: dict[str, list[float]] = {name: [] for name in peers}
@@ -98,7 +117,7 @@ def compare(peers: dict[str, Peer], inputs: Inputs, rounds: int, clock: Callable
             began = clock()
             peers[name](inputs)
             times[name].append((clock() - began) * 1e3)
-    return times
+    return times, psnr
 
 
 @click.command()
@@ -125,13 +144,14 @@ def main(
     """Time the ways to run BUNDLE's model."""
     import torch
 
+    check_class(out)
     if threads:
         torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     results = []
     peak = peak_gflops(clock)
     print(
-        f"matrix product {peak:.1f} GFLOP/s;  {'steps batch':<12}{'peer':<14}{'median ms':>10}{'ratio':>8}{'peak':>7}"
+        f"matrix product {peak:.1f} GFLOP/s;  {'steps batch':<12}{'peer':<17}{'median ms':>10}{'ratio':>8}{'peak':>7}"
     )
     chosen = {}
     with Generator.from_pretrained(bundle, backend="onnxruntime", precision="fp32", num_threads=threads) as gen:
@@ -145,20 +165,30 @@ def main(
             peers = {name: peer for name, peer in opened.items() if not isinstance(peer, str)}
             for batch in batches:
                 inputs = (draw_noise(spec, range(batch)), np.arange(batch, dtype=np.int64) % spec.num_classes)
-                with fastest_generator(bundle, steps, batch, threads) as fastest:
-                    row = fastest.opened().row
-                    chosen[f"{steps} steps, batch {batch}"] = f"{row.backend} {row.precision}"
-                    ways = {"generator": generator(fastest, spec), **peers}
-                    times = compare(ways, inputs, max(3, rounds // round(batch**0.6)), clock)
+                with ExitStack() as stack:
+                    ways: dict[str, Peer] = {}
+                    for name, precisions in OURS.items():
+                        if name in ("generator", *names):
+                            try:
+                                own = fastest_generator(bundle, steps, batch, threads, precisions)
+                            except BackendUnavailable as exc:  # no bf16 on this CPU
+                                absent[name] = str(exc)
+                                continue
+                            row = stack.enter_context(own).opened().row
+                            chosen[f"{name}, {steps} steps, batch {batch}"] = f"{row.backend} {row.precision}"
+                            ways[name] = generator(own, spec)
+                    rounds_here = max(3, rounds // round(batch**0.6))
+                    times, psnr = compare({**ways, **peers}, inputs, rounds_here, clock, spec.value_range)
                 for name, samples in times.items():
                     # How many times as long as the generator's in the same round.
                     ratio = statistics.median(a / b for a, b in zip(samples, times["generator"], strict=True))
                     share = per_image * batch / (statistics.median(samples) / 1e3) / peak
-                    line = f"{steps} {batch:<10}{name:<14}{statistics.median(samples):>10.2f}{ratio:>8.2f}{share:>7.0%}"
-                    print(f"{'':<33}{line}", flush=True)
+                    line = f"{steps} {batch:<10}{name:<17}{statistics.median(samples):>10.2f}{ratio:>8.2f}{share:>7.0%}"
+                    print(f"{'':<33}{line}{f'{psnr[name]:>9.1f} dB' if name in psnr else ''}", flush=True)
                     results.append(
                         {"steps": steps, "batch": batch, "peer": name, "time_over_generator": ratio}
-                        | {"share_of_peak": share, "samples_ms": [round(x, 4) for x in samples]}
+                        | {"share_of_peak": share, "psnr_db": psnr.get(name)}
+                        | {"samples_ms": [round(x, 4) for x in samples]}
                     )
     record = {
         "command": shlex.join(["python", *sys.argv]),

@@ -1,6 +1,6 @@
 """From which size on do Winograd's products beat a 3x3 convolution on this CPU? Pairs of calls in one process.
 
-    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/winograd.py --json benchmarks/results/winograd.json
+    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/winograd.py --json benchmarks/results/winograd-avx512_bf16.json
 
 Chains of four convolutions, each with filters of its own, as they are and as ``scm-export precision --to fp32-cpu``
 rewrites them, with one thread of ONNX Runtime and of OpenVINO. Times are of the processor; the ratio is the median over
@@ -20,6 +20,7 @@ from unittest import mock
 import click
 import numpy as np
 import onnx_ir as ir
+from result_files import check_class
 
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.evaluate.machine import describe_machine
@@ -109,6 +110,7 @@ def compare(channels: int, side: int, batch: int, rounds: int) -> list[dict[str,
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for the raw samples.")
 def main(rounds: int, out: Path | None) -> None:
     """Time both forms of a 3x3 convolution over sizes."""
+    check_class(out)
     print(f"{'channels side batch':<22}{'library':<14}{'conv ms':>9}{'products ms':>13}{'gain':>7}{'error':>10}")
     rows = []
     for size in SIZES:

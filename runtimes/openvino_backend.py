@@ -5,8 +5,10 @@ takes about a second, so a small graph is compiled for the sizes of ``FIXED_SIZE
 a batch is run in parts of these sizes, and a part that lacks a few pictures repeats its last one. A large graph is
 compiled once for all sizes, since each would hold the weights again.
 
-It computes in float32, but for the layers that a graph of precision ``int8-cpu`` quantizes. Which precisions it is not
-given, and why, stands in ``scm_sdk.inference.backends.BACKENDS``.
+It computes a graph as it is written: fp32 in float32, bf16 in bf16 with the graph's own float32 islands, ``int8-cpu``
+in float32 but for the layers that are quantized. Asked for bf16, it computes an fp32 graph in bf16, and chooses itself
+what stays float32: marks on nodes do not reach its matrix products (2026.4), so islands need a bf16 graph. Which
+precisions it is not given, and why, stands in ``scm_sdk.inference.backends.BACKENDS``.
 
 Threads: ``sample`` may be called from many; each call takes an idle request of the library or makes one. The library
 runs one at a time in each of its streams, so there is a stream for every call that the cores hold.
@@ -28,7 +30,7 @@ import numpy as np
 from scm_sdk._util.lazy import require
 from scm_sdk._util.processor import concurrent_calls, limited_threads
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
-from scm_sdk.spec import SamplerSpec
+from scm_sdk.spec import Precision, SamplerSpec
 
 from .base import SPEC_KEY, check_artifact, check_graph, check_images, check_inputs, check_num_threads, cuda_index
 
@@ -43,8 +45,20 @@ _PLACE = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?")
 _MOST_SAID = 400
 
 
+def cannot_compute(precision: str) -> str:
+    """Return why OpenVINO cannot compute in a precision on this CPU, as it says itself; "" if it can."""
+    openvino: Any = require("openvino", extra="openvino", purpose="backend 'openvino'")
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "" if precision.upper() in able else f"openvino computes {', '.join(sorted(able))} here, not {precision}"
+
+
 def open_backend(
-    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
+    artifact_path: Path,
+    spec: SamplerSpec,
+    *,
+    device: str | None = None,
+    num_threads: int | None = None,
+    precision: Precision | None = None,
 ) -> OpenVINOBackend:
     """Load a sampler graph, check it against ``spec`` and compile it for one image.
 
@@ -53,12 +67,13 @@ def open_backend(
         spec: What the manifest says the graph is.
         device: ``"cpu"`` or None.
         num_threads: Threads of one call; None leaves OpenVINO's own choice, within the cores of a container.
+        precision: ``"bf16"`` computes an fp32 graph in it; None computes a graph as it is written.
 
     Raises:
         BackendUnavailable: If openvino or the device is not here, or it has no kernel for a node.
         IntegrityError: If the file is missing, damaged, or is not the graph the manifest describes.
     """
-    return OpenVINOBackend(artifact_path, spec, device=device, num_threads=num_threads)
+    return OpenVINOBackend(artifact_path, spec, device=device, num_threads=num_threads, precision=precision)
 
 
 class OpenVINOBackend:
@@ -68,7 +83,13 @@ class OpenVINOBackend:
     device = "cpu"
 
     def __init__(
-        self, artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
+        self,
+        artifact_path: Path,
+        spec: SamplerSpec,
+        *,
+        device: str | None = None,
+        num_threads: int | None = None,
+        precision: Precision | None = None,
     ) -> None:
         openvino = require("openvino", extra="openvino", purpose="backend 'openvino'")
         check_num_threads(num_threads)
@@ -78,7 +99,11 @@ class OpenVINOBackend:
                 f"device is {device!r}, but backend 'openvino' runs on the CPU. Use device='cpu', or another backend."
             )
         # Not pinned to cores: two models in one process would be pinned to the same ones.
-        self._settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
+        self._settings: dict[str, str | int] = {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+        }
         if num_threads is not None:
             streams = concurrent_calls(num_threads)
             self._settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}

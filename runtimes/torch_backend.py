@@ -3,6 +3,9 @@
 Opens a checkpoint folder (``config.json`` + safetensors) and unrolls it over ``spec.times``, so any
 number of steps runs. fp32 means fp32: TF32 is switched off while it runs, for convolutions and matrix products.
 
+Asked for bf16, on a CPU, it computes convolutions and matrix products in it, by autocast, and stores their weights in
+it. Float32 stay norms, sums and the embedding of the time, as in training (``scm_sdk.train.parallel.mixed``).
+
 Threads: ``sample`` may be called from many threads and runs one call at a time, because the number
 of CPU threads and the TF32 switch belong to the whole process.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -24,7 +27,7 @@ from scm_sdk._util.processor import limited_threads
 from scm_sdk.bundle.layout import DECODER_FOLDER, INDEX_NAME
 from scm_sdk.bundle.verify import stamp
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
-from scm_sdk.spec import SamplerSpec
+from scm_sdk.spec import Precision, SamplerSpec
 
 from .base import check_artifact, check_images, check_inputs, check_num_threads, first_line
 
@@ -47,8 +50,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
+def cannot_compute(precision: str) -> str:
+    """Return why PyTorch cannot compute in a precision on this CPU, as it says itself; "" if it can."""
+    torch: Any = require("torch", extra="torch", purpose="backend 'torch'")
+    able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)  # what its own compiler asks
+    if torch.backends.mkldnn.is_available() and able is not None and able():
+        return ""
+    return f"torch {torch.__version__} has no {precision} kernels for this CPU"
+
+
 def open_backend(
-    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
+    artifact_path: Path,
+    spec: SamplerSpec,
+    *,
+    device: str | None = None,
+    num_threads: int | None = None,
+    precision: Precision | None = None,
 ) -> TorchBackend:
     """Load a checkpoint folder and unroll it.
 
@@ -57,16 +74,19 @@ def open_backend(
         spec: The sampler to run.
         device: A torch device such as ``"cuda"`` or ``"cuda:1"``; None is ``"cpu"``.
         num_threads: CPU threads of one call; None leaves torch's own choice, within the cores of a container.
+        precision: ``"bf16"`` computes convolutions and matrix products in it, on a CPU; None computes in float32.
 
     Raises:
         BackendUnavailable: If torch or the device is not here.
         BundleError: If the folder is missing or its files are damaged.
     """
-    return TorchBackend(artifact_path, spec, device=device, num_threads=num_threads)
+    return TorchBackend(artifact_path, spec, device=device, num_threads=num_threads, precision=precision)
 
 
-def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
+def load_model(folder: Path, *, device: str | None = None, precision: Precision | None = None) -> ConsistencyModel:
     """Load a checkpoint in evaluation mode, or return the copy that is already in use.
+
+    With ``precision="bf16"`` the weights of a layer are stored in it when autocast first calls the layer.
 
     Raises:
         BackendUnavailable: If torch or the device is not here.
@@ -79,7 +99,7 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
     is_pipeline = (folder / INDEX_NAME).is_file()
     files = folder.rglob("*") if is_pipeline else [*folder.iterdir(), *(folder / DECODER_FOLDER).glob("*")]
     stamps = tuple(sorted((str(file), stamp(file)) for file in files if file.is_file()))
-    key = (str(folder.resolve()), stamps, str(target))
+    key = (str(folder.resolve()), stamps, str(target), precision)
     with _LOADING:
         model = _MODELS.get(key)
         if model is None:
@@ -88,6 +108,10 @@ def load_model(folder: Path, *, device: str | None = None) -> ConsistencyModel:
 
             model = ConsistencyModel.from_pretrained(folder).eval().requires_grad_(False).to(target)
             bake_weights_(model.network)
+            if precision == "bf16":
+                for module in model.modules():
+                    if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                        module.register_forward_pre_hook(_store_low)
             _MODELS[key] = model
     return model
 
@@ -104,6 +128,7 @@ class TorchBackend:
         *,
         device: str | None = None,
         num_threads: int | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self._torch = require("torch", extra="torch", purpose="backend 'torch'")
         check_num_threads(num_threads)
@@ -112,7 +137,12 @@ class TorchBackend:
         self._num_threads = num_threads
         from scm_sdk.model.sampler import Sampler
 
-        model = load_model(artifact_path, device=device)
+        if precision is not None and self.device != "cpu":
+            raise BackendUnavailable(
+                f"device is {device!r}, but backend 'torch' computes {precision} on CPUs. Use device='cpu'."
+            )
+        self._precision = precision
+        model = load_model(artifact_path, device=device, precision=precision)
         self._sampler: Any = Sampler(model, spec).eval().to(self.device)
 
     def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -122,7 +152,7 @@ class TorchBackend:
         if sampler is None:
             raise BackendFailure("this torch backend was closed, expected an open one. Open the generator again.")
         try:
-            with _RUNNING, torch.inference_mode(), self._settings():
+            with _RUNNING, torch.inference_mode(), self._settings(), self._arithmetic():
                 tensors = [torch.tensor(array, device=self.device) for array in feeds.values()]
                 images = sampler(*tensors).to("cpu", torch.float32).numpy()
         except ScmError:
@@ -145,6 +175,15 @@ class TorchBackend:
     def close(self) -> None:
         """Drop the weights; the last sampler that uses them frees the memory."""
         self._sampler = None
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self._precision is None:
+            return nullcontext()
+        # Without its cache: the weights are stored in bf16, and what else is cast is made anew by each call.
+        autocast: AbstractContextManager[Any] = self._torch.autocast(
+            "cpu", dtype=self._torch.bfloat16, cache_enabled=False
+        )
+        return autocast
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
@@ -182,6 +221,14 @@ def _full_precision(torch: Any) -> Iterator[None]:
     finally:
         for (where, name, _), value in zip(switches, before, strict=True):
             setattr(where, name, value)
+
+
+def _store_low(module: Any, inputs: object) -> None:
+    """Store a layer's weight as autocast would cast it for each call; where it is off, the layer stays float32."""
+    import torch
+
+    if torch.is_autocast_enabled("cpu") and module.weight.dtype == torch.float32:
+        module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
 def _device(torch: Any, device: str | None) -> Any:

@@ -1,15 +1,20 @@
 """``python -m scm_sdk.export.cli._trial BACKEND``: run a tiny sampler on one backend and print what happened.
 
-It is a separate process because a broken library may crash it.
+With ``--gain`` it times matrix products instead and prints, as JSON, how many times as fast as in float32 each lower
+precision is. It is a separate process because a broken library may crash it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +33,7 @@ SPEC = SamplerSpec(times=default_times(1), sample_shape=(1, 2, 2), max_batch=2)
 GAIN = 0.5
 _ASSETS = {"litert": "trial.tflite", "executorch": "trial.pte"}
 """The same sampler in other formats, written by ``tests/export/edge/write_trials.py``."""
+_GAIN_SHAPE, _GAIN_LAYERS, _GAIN_ROUNDS = (256, 1024), 4, 10
 
 
 def try_backend(name: str) -> str:
@@ -103,9 +109,67 @@ def _try_torch() -> str:
     return RUNS if bool(torch.isfinite(images).all()) else "computes NaN. Install it again"
 
 
+def gains(name: str) -> dict[str, float]:
+    """Return how many times as fast as in float32 a backend computes matrix products on this CPU, by precision."""
+    from scm_sdk._util.processor import BF16_CLASSES, INT8_CLASSES, cpu_class
+
+    make = {"openvino": _openvino_products, "torch": _torch_products}.get(name)
+    if make is None:
+        return {}
+    can_bf16 = cpu_class() in BF16_CLASSES and not BACKENDS[name].cannot_compute("bf16")
+    wanted = ["bf16"] * can_bf16 + ["int8"] * (cpu_class() in INT8_CLASSES and name == "openvino")
+    ways = {precision: make(precision) for precision in ("fp32", *wanted)}
+    times: dict[str, list[float]] = {precision: [] for precision in ways}
+    for _ in range(_GAIN_ROUNDS):
+        for precision, run in ways.items():
+            began = perf_counter()
+            run()
+            times[precision].append(perf_counter() - began)
+    # The first round of each prepares its kernels.
+    ratios = {p: [a / b for a, b in zip(times["fp32"][1:], times[p][1:], strict=True)] for p in wanted}
+    return {precision: round(median(each), 2) for precision, each in ratios.items()}
+
+
+def _openvino_products(precision: str) -> Callable[[], object]:
+    import openvino
+    from openvino import opset13 as ops
+
+    rng = np.random.default_rng(0)
+    rows, width = _GAIN_SHAPE
+    x = last = ops.parameter([rows, width], np.float32)
+    for _ in range(_GAIN_LAYERS):
+        weight = ops.constant(rng.standard_normal((width, width), np.float32) / np.float32(width**0.5))
+        if precision == "int8":
+            last = ops.fake_quantize(last, *map(np.float32, (-4, 4, -4, 4)), 256)
+            weight = ops.fake_quantize(weight, *map(np.float32, (-0.2, 0.2, -0.2, 0.2)), 255)
+        last = ops.matmul(last, weight, False, False)
+    settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    model = openvino.Model([last], [x], "products")
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    inputs = rng.standard_normal((rows, width), np.float32)
+    return lambda: request.infer([inputs])
+
+
+def _torch_products(precision: str) -> Callable[[], object]:
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator, (rows, width) = torch.Generator().manual_seed(0), _GAIN_SHAPE
+    weights = [torch.randn(width, width, generator=generator).div(width**0.5).to(dtype) for _ in range(_GAIN_LAYERS)]
+    x = torch.randn(rows, width, generator=generator).to(dtype)
+
+    def run() -> object:
+        last = x
+        for weight in weights:
+            last = last @ weight
+        return last
+
+    return run
+
+
 if __name__ == "__main__":
     try:
-        answer = try_backend(sys.argv[1])
+        answer = json.dumps(gains(sys.argv[2])) if sys.argv[1] == "--gain" else try_backend(sys.argv[1])
     except ScmError as exc:
         answer = f"does not run: {exc}"
     except Exception as exc:  # of the library; its reason is what the user needs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -28,8 +29,9 @@ _TRIAL_SECONDS = 120
 def doctor(bundle: Path | None, as_json: bool) -> None:
     """Show this machine, its libraries and the backends that run here.
 
-    Each backend that is installed runs a tiny graph, in a process of its own. With BUNDLE: also which of its artifacts
-    would run, and why not the others.
+    Each backend that is installed runs a tiny graph, in a process of its own, and times matrix products in each
+    precision that this class of CPU computes. With BUNDLE: also which of its artifacts would run, and why not the
+    others.
 
     \b
     scm-export doctor
@@ -39,7 +41,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 
     from scm_sdk._util.gpu import gpus
     from scm_sdk._util.lazy import install_command, installed_version, is_installed, outdated
-    from scm_sdk._util.processor import cpu_name, usable_cores
+    from scm_sdk._util.processor import cpu_class, cpu_name, usable_cores
     from scm_sdk._version import __version__
     from scm_sdk.inference.backends import BACKENDS
 
@@ -51,24 +53,28 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         name: trials[name].result() if name in trials else f"not installed: {install_command(info.extra)}"
         for name, info in BACKENDS.items()
     }
+    # One after the other, and after the trials, which would slow them.
+    gains = {name: _gains(name) for name, state in states.items() if state == RUNS}
     report = {
         "scm-sdk": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
+        "cpu_class": cpu_class(),
         "cores": usable_cores(),
         "gpu": ", ".join(f"{gpu.name} (sm {gpu.compute_capability}, driver for CUDA {gpu.driver})" for gpu in gpus()),
         "libraries": found,
         "outdated": wrong,
         "backends": states,
+        "speed_over_fp32": gains,
     }
     plans = {} if bundle is None else _plans(bundle)
     if as_json:
         print_json(report | ({"plans": {steps: plan.to_dict() for steps, plan in plans.items()}} if bundle else {}))
         return
     console = make_console()
-    for key in ("scm-sdk", "python", "system", "cpu", "cores", "gpu"):
-        console.print(f"{key:<8} {report[key] or 'none found'}")
+    for key in ("scm-sdk", "python", "system", "cpu", "cpu_class", "cores", "gpu"):
+        console.print(f"{key.replace('_', ' '):<9} {report[key] or 'none found'}")
     table = make_table("library", "version", "for", "get it with")
     for name, (extra, purpose) in LIBRARIES.items():
         get_it = name in wrong or not found[name]
@@ -77,7 +83,8 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         table.add_row(name, version, purpose, install_command(extra, *options) if get_it else "")
     print_table(table)
     for name, state in states.items():
-        console.print(f"backend {name}: {state}")
+        faster = ", ".join(f"{precision} {gain:.1f}x" for precision, gain in gains.get(name, {}).items())
+        console.print(f"backend {name}: {state}{f'; matrix products, over fp32: {faster}' if faster else ''}")
     for steps, plan in plans.items():
         click.echo(f'\n{bundle}, {plural(steps, "step")}; * is what backend="auto" takes:\n{plan}')
 
@@ -94,6 +101,19 @@ def _plans(bundle: Path) -> dict[int, Plan]:
     return {
         steps: Plan([row for row in plan if row.num_inference_steps in (0, steps)]) for steps, plan in plans.items()
     }
+
+
+def _gains(backend: str) -> dict[str, float]:
+    """Return how many times as fast as in float32 a backend computes products here; nothing where that fails."""
+    command = [sys.executable, "-m", f"{__package__}._trial", "--gain", backend]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TRIAL_SECONDS, check=True
+        )
+        found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (subprocess.SubprocessError, ValueError, IndexError):
+        return {}
+    return found
 
 
 def _try(backend: str) -> str:

@@ -69,8 +69,8 @@ def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
         parity = make_table("parity of", "backend", "found", "noise floor", "samples", "verdict")
         for record in manifest.parity:
             parity.add_row(
-                record.artifact, record.backend, record.finding, f"{record.noise_floor:.1e}",
-                str(record.num_samples), "passed" if record.passed else "FAILED",
+                record.artifact, record.way, record.finding, f"{record.noise_floor:.1e}",
+                str(record.num_samples), record.verdict,
             )  # fmt: skip
         print_table(parity)
     for key, value in (*manifest.provenance.items(), *manifest.versions.items()):

@@ -1,14 +1,62 @@
-"""The processor: its name, instruction sets and usable cores."""
+"""The processor: its name, class, instruction sets and usable cores."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 
-_INT8_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "asimddp", "amx_int8"}
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_CLASSES: dict[str, set[str]] = {  # the first whose flags are all there
+    "amx_bf16": {*_AVX512, "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512_bf16": {*_AVX512, "avx512_vnni", "avx512_bf16"},
+    "avx512_vnni": {*_AVX512, "avx512_vnni"},
+    "avx512": _AVX512,
+    "avx2_vnni": {"avx2", "fma", "avx_vnni"},
+    "avx2": {"avx2", "fma"},
+    "sse4_1": {"sse4_1"},
+    "arm_bf16": {"asimd", "asimddp", "bf16"},
+    "arm_dotprod": {"asimd", "asimddp"},
+    "arm": {"asimd"},
+}
+BF16_CLASSES = frozenset({"amx_bf16", "avx512_bf16", "arm_bf16"})
+"""Classes with instructions for products of bfloat16; the others emulate it, at a fifth of the speed of float32."""
+INT8_CLASSES = frozenset({"amx_bf16", "avx512_bf16", "avx512_vnni", "avx2_vnni", "arm_bf16", "arm_dotprod"})
+"""Classes with instructions that add up products of int8 without saturating."""
+UNKNOWN_CLASS = "unknown"
+_MAX_ISA = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_BEST_OF_ISA = {  # the best class that oneDNN uses under each value of the variable
+    "SSE41": "sse4_1", "AVX": "sse4_1", "AVX2": "avx2", "AVX2_VNNI": "avx2_vnni", "AVX2_VNNI_2": "avx2_vnni",
+    "AVX512_CORE": "avx512", "AVX512_CORE_VNNI": "avx512_vnni", "AVX512_CORE_BF16": "avx512_bf16",
+    "AVX512_CORE_FP16": "avx512_bf16", "AVX10_1_512": "avx512_bf16",
+}  # fmt: skip
+
+
+def cpu_class() -> str:
+    """Return the class of the processor, by the instructions that arithmetic on it uses.
+
+    ``ONEDNN_MAX_CPU_ISA`` lowers it, as it does for OpenVINO and PyTorch; they read it when they are imported.
+
+    Returns:
+        One of ``amx_bf16``, ``avx512_bf16``, ``avx512_vnni``, ``avx512``, ``avx2_vnni``, ``avx2``, ``sse4_1``,
+        ``arm_bf16``, ``arm_dotprod`` and ``arm``; ``unknown`` where the system does not tell.
+    """
+    return class_of(_flags(), next((value for name in _MAX_ISA if (value := os.environ.get(name))), ""))
+
+
+def class_of(flags: Iterable[str], max_isa: str = "") -> str:
+    """Return the class of a processor with these flags, as ``/proc/cpuinfo`` names them.
+
+    Args:
+        flags: Its flags.
+        max_isa: Value of ``ONEDNN_MAX_CPU_ISA``; "" and values that oneDNN does not know limit nothing.
+    """
+    there, names = set(flags), list(_CLASSES)
+    best = _BEST_OF_ISA.get(max_isa.upper(), names[0])
+    return next((name for name in names[names.index(best) :] if _CLASSES[name] <= there), UNKNOWN_CLASS)
 
 
 def cpu_name() -> str:
@@ -38,12 +86,6 @@ def limited_threads() -> int | None:
 def concurrent_calls(num_threads: int | None) -> int:
     """Return how many calls of this number of threads can run concurrently; 1 if a call uses all cores."""
     return 1 if num_threads is None else max(1, usable_cores() // num_threads)
-
-
-def has_int8_dot_product() -> bool | None:
-    """Return whether the processor has int8 dot products without saturation; None if unknown."""
-    flags = next(_cpuinfo("flags"), "") or next(_cpuinfo("Features"), "")
-    return bool(_INT8_DOT_PRODUCTS & set(flags.split())) if flags else None
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -84,3 +126,9 @@ def _cpuinfo(key: str) -> Iterator[str]:
     """Yield the values of a key in /proc/cpuinfo; nothing on systems without it."""
     pairs = (line.partition(":") for line in _lines(Path("/proc/cpuinfo")))
     yield from (value.strip() for name, _, value in pairs if name.strip() == key)
+
+
+@cache
+def _flags() -> frozenset[str]:
+    """Return the processor's flags as the system names them; none where it does not tell."""
+    return frozenset((next(_cpuinfo("flags"), "") or next(_cpuinfo("Features"), "")).split())

@@ -259,7 +259,7 @@ class Bundle:
         return read_goldens(self.file(GOLDEN_PATH), self.manifest.samplers)
 
     def with_parity(self, *records: ParityRecord) -> Bundle:
-        """Record comparisons in the manifest on disk; each replaces the previous one of its artifact and backend.
+        """Record comparisons in the manifest on disk; each replaces the previous one with the same ``key``.
 
         Changes that other processes made since the bundle was opened are kept.
 
@@ -278,7 +278,7 @@ class Bundle:
                         f"{path} of {self.path} was replaced while it was being compared, expected the file that was "
                         "compared. Nothing was recorded; run the command again."
                     )
-            kept = {(r.artifact, r.reference, r.backend): r for r in (*manifest.parity, *records)}
+            kept = {r.key: r for r in (*manifest.parity, *records)}
             return msgspec.structs.replace(manifest, parity=tuple(kept.values()))
 
         return self._with(change)

@@ -200,7 +200,8 @@ def _runs(artifacts: Sequence[Artifact], parity: Sequence[ParityRecord]) -> str:
     for artifact in artifacts:
         records = [r for r in parity if r.artifact == artifact.path]
         found = "; ".join(
-            f"{r.backend}: {r.finding}{'' if r.passed else ' (FAILED)'}{f' (loosened: {r.reason})' if r.reason else ''}"
+            f"{r.way}: {r.finding}{'' if r.passed else f' ({r.verdict})'}"
+            f"{f' (loosened: {r.reason})' if r.reason else ''}"
             for r in records
         )
         steps = str(artifact.num_inference_steps or "any")

@@ -130,6 +130,9 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         worst_psnr_db: PSNR of the worst single sample, dB.
         psnr_by_step: PSNR of the estimate after each step, dB; () if not measured.
         fault: Structural fault of the artifact, independent of the statistics; "" if none was found.
+        precision: Precision that the backend computed in; "" for that of the artifact.
+        cpu_class: Class of the CPU, if the numbers depend on it: in bf16.
+        num_inference_steps: Number of steps that was compared, of an artifact that runs any number; else 0.
     """
 
     artifact: str
@@ -150,6 +153,26 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     psnr_p05_interval_db: tuple[float, float] = (0.0, 0.0)
     first_seed: int = 0
     batches: tuple[int, ...] = ()
+    precision: Precision | Literal[""] = ""
+    cpu_class: str = ""
+    num_inference_steps: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str, int]:
+        """What was compared; a newer record of the same replaces this one."""
+        return (
+            self.artifact, self.reference, self.backend, self.precision, self.cpu_class, self.num_inference_steps
+        )  # fmt: skip
+
+    @property
+    def way(self) -> str:
+        """The backend, with the precision that it computed in and the class of CPU where these matter."""
+        return describe_way(self.backend, self.precision, self.cpu_class)
+
+    @property
+    def verdict(self) -> str:
+        """``passed``, ``FAILED``, or ``not taken``: a lower precision that a backend offers is no fault of a bundle."""
+        return "passed" if self.passed else "not taken" if self.precision else "FAILED"
 
     @property
     def finding(self) -> str:
@@ -162,6 +185,11 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.gate == "psnr_db":
             return f"{self.psnr_db:.1f} dB of at least {self.threshold:.0f} dB"
         return f"{self.max_abs:.1e} of {self.threshold:.1e} allowed"
+
+
+def describe_way(backend: str, precision: str = "", cpu_class: str = "") -> str:
+    """Return how an artifact is run, in words: ``openvino in bf16 (avx512_bf16)``."""
+    return backend + (f" in {precision}" if precision else "") + (f" ({printable(cpu_class)})" if cpu_class else "")
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ import platform
 import sys
 
 from .._util.gpu import gpus
-from .._util.processor import cpu_name
+from .._util.processor import cpu_class, cpu_name
 
 
 def peak_rss_mib() -> float | None:
@@ -32,6 +32,7 @@ def describe_machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": cpu_name(),
+        "cpu_class": cpu_class(),
         "cpus": str(os.cpu_count()),
         "python": platform.python_version(),
         **({"gpu": ", ".join(gpus_here)} if gpus_here else {}),

@@ -13,7 +13,7 @@ import numpy as np
 from .._util.forked import survive_fork
 from ..bundle.manifest import Artifact
 from ..errors import ConfigError
-from ..spec import SamplerSpec
+from ..spec import Precision, SamplerSpec
 
 __all__ = ["BACKENDS", "Backend", "BackendInfo", "backend_info", "open_backend"]
 
@@ -60,6 +60,8 @@ class BackendInfo:
         library: Import name of what it runs on.
         extra: The extra of this package that brings the library.
         opens: The artifact formats it can open.
+        computes: Lower precisions that it computes an artifact in on a CPU, by the artifact's own. Its module then
+            has ``cannot_compute(precision)``, which returns the reason why it cannot here, or "".
         unfit: The precisions among them that it must not run, each with the reason.
         one_at_a_time: Whether calls from several threads wait for one another.
     """
@@ -68,12 +70,22 @@ class BackendInfo:
     library: str
     extra: str
     opens: tuple[str, ...]
+    computes: Mapping[str, tuple[Precision, ...]] = field(default_factory=dict)
     unfit: Mapping[str, str] = field(default_factory=dict)
     one_at_a_time: bool = False
 
     def takes(self, artifact: Artifact) -> bool:
         """Whether it can open an artifact, and may."""
         return artifact.format in self.opens and artifact.precision not in self.unfit
+
+    def needs_cpu_class(self, precision: str, device: str | None) -> bool:
+        """Whether the numbers of a precision depend on the class of the CPU: those of bf16 that this one computes."""
+        return precision == "bf16" and bool(self.computes) and (device or "cpu") == "cpu"
+
+    def cannot_compute(self, precision: str) -> str:
+        """Return why the library cannot compute in a precision on this machine, as it says itself; "" if it can."""
+        reason: str = import_module(self.module).cannot_compute(precision)
+        return reason
 
     @property
     def runs_engines(self) -> bool:
@@ -99,14 +111,16 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was
             # It would fuse them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
             "int8": "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu",
             # In float32 all the same, and in 2026.4 a float16 product cast before it is added may come out wrong.
-            **dict.fromkeys(("fp16", "bf16"), "half precision is for GPUs; OpenVINO computes in float32: take fp32"),
+            "fp16": "fp16 is for GPUs; OpenVINO computes it in float32: take fp32, or bf16",
         },
+        computes={"fp32": ("bf16",)},
     ),
     "torch": BackendInfo(
         module="scm_sdk.runtimes.torch_backend",
         library="torch",
         extra="torch",
         opens=("safetensors",),
+        computes={"fp32": ("bf16",)},
         one_at_a_time=True,
     ),
     # Of phones and embedded machines: artifacts of scm-export edge, each for one batch size.
@@ -142,13 +156,15 @@ def open_backend(
     device: str | None = None,
     num_threads: int | None = None,
     trust_engines: bool = False,
+    precision: Precision | None = None,
 ) -> Backend:
     """Open one artifact with one backend, without a bundle or a plan.
 
-    ``trust_engines`` lets an engine run code on the host; see ``Generator.from_pretrained``.
+    ``trust_engines`` lets an engine run code on the host; see ``Generator.from_pretrained``. ``precision`` is a lower
+    one than lies in the artifact, of those that ``BackendInfo.computes`` names; None computes what lies in it.
 
     Raises:
-        ConfigError: If no backend has this name.
+        ConfigError: If no backend has this name, or it computes in no such precision.
         BackendUnavailable: If its library or the device is not here.
         BundleError: If the artifact is missing, damaged or not what ``spec`` says.
     """
@@ -156,6 +172,16 @@ def open_backend(
     options: dict[str, Any] = {"device": device, "num_threads": num_threads}
     if info.runs_engines:
         options["trust_engines"] = trust_engines
+    if precision is not None:
+        if not any(precision in each for each in info.computes.values()):
+            able = [
+                each for each, other in BACKENDS.items() if any(precision in low for low in other.computes.values())
+            ]
+            raise ConfigError(
+                f"precision is {precision!r} for backend {name!r}, expected None, or one of the backends "
+                f"{', '.join(able) or 'none'}, which compute an artifact in it."
+            )
+        options["precision"] = precision
     backend: Backend = import_module(info.module).open_backend(artifact_path, spec, **options)
     survive_fork(backend)
     return backend

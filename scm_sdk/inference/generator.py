@@ -407,7 +407,7 @@ class Generator:
             progress: Called as f(rounds_done, rounds).
 
         Returns:
-            One entry ``backend:artifact`` for each; ``str()`` is a table.
+            One entry ``PlanRow.name`` for each; ``str()`` is a table.
 
         Raises:
             ConfigError: If an argument is unknown (``UnknownArgument``) or out of its range.
@@ -419,7 +419,7 @@ class Generator:
         candidates = self._opener.open_accepted(steps)
         try:
             latency = measure(
-                {f"{o.row.backend}:{o.row.artifact}": o.backend for o in candidates},
+                {o.row.name: o.backend for o in candidates},
                 batch=batch,
                 rounds=rounds,
                 warmup=warmup,
@@ -430,10 +430,7 @@ class Generator:
         finally:
             for opened in candidates:
                 opened.backend.close()
-        medians = {
-            (o.row.backend, o.row.artifact): Measured(r.median_ms, latency.batch)
-            for o, r in zip(candidates, latency, strict=True)
-        }
+        medians = {o.row.key: Measured(r.median_ms, latency.batch) for o, r in zip(candidates, latency, strict=True)}
         self._opener.remember(medians, steps)
         return latency
 

@@ -1,7 +1,8 @@
 """Latencies measured on this machine, remembered so that ``backend="auto"`` can choose the fastest backend.
 
 One small JSON file in the cache folder, written by ``Generator.benchmark``. A time is valid
-for one build, artifact, number of steps, backend and library version, device, number of threads and processor;
+for one build, artifact, precision, number of steps, backend and library version, device, number of threads and
+processor with its class;
 anything else simply is not found. The file may be deleted at any time.
 """
 
@@ -19,10 +20,10 @@ import msgspec
 from .._util.cache_dir import cache_folder, warn_once, writable_folder
 from .._util.files import atomic_write_bytes, open_regular
 from .._util.gpu import gpus
-from .._util.processor import cpu_name, usable_cores
+from .._util.processor import cpu_class, cpu_name, usable_cores
 from ..errors import ScmError
 from .backends import BACKENDS
-from .selection import Measured
+from .selection import Measured, WayKey
 
 MAX_ENTRIES = 1000
 _MAX_BYTES = 1 << 20
@@ -37,8 +38,8 @@ def cache_path() -> Path | None:
 
 def recall(
     build_id: str, *, num_inference_steps: int, device: str | None, num_threads: int | None
-) -> dict[tuple[str, str], Measured]:
-    """Return the remembered medians by (backend, artifact path).
+) -> dict[WayKey, Measured]:
+    """Return the remembered medians by backend, artifact path and precision.
 
     A file that cannot be read counts as empty: a cache decides about speed, never about results.
     """
@@ -46,25 +47,26 @@ def recall(
     here: dict[str, str] = {}
     for key, median in _read().items():
         backend, _, rest = key.partition("|")
-        artifact, _, conditions = rest.partition("|")
+        artifact, _, rest = rest.partition("|")
+        precision, _, conditions = rest.partition("|")
         if backend not in BACKENDS:
             continue
         if backend not in here:
             here[backend] = _conditions(backend, build_id, num_inference_steps, device, num_threads)
         if conditions == here[backend]:
-            found[backend, artifact] = median
+            found[backend, artifact, precision] = median
     return found
 
 
 def remember(
-    medians: Mapping[tuple[str, str], Measured],
+    medians: Mapping[WayKey, Measured],
     build_id: str,
     *,
     num_inference_steps: int,
     device: str | None,
     num_threads: int | None,
 ) -> None:
-    """Store medians by (backend, artifact path); each takes the place of an older one, of whatever batch.
+    """Store medians by backend, artifact path and precision; each takes the place of an older one, of whatever batch.
 
     Where the cache cannot be written, one warning says so.
     """
@@ -73,8 +75,9 @@ def remember(
     if folder is None:
         return
     times = _read()
-    for (backend, artifact), median in medians.items():
-        key = f"{backend}|{artifact}|{_conditions(backend, build_id, num_inference_steps, device, num_threads)}"
+    for (backend, artifact, precision), median in medians.items():
+        conditions = _conditions(backend, build_id, num_inference_steps, device, num_threads)
+        key = f"{backend}|{artifact}|{precision}|{conditions}"
         times.pop(key, None)  # so that the newest are last and the oldest fall out first
         times[key] = median
     kept = dict(list(times.items())[-MAX_ENTRIES:])
@@ -123,7 +126,7 @@ def _ignored(path: Path, problem: str, *, what: str = "") -> dict[str, Measured]
 def _conditions(backend: str, build_id: str, steps: int, device: str | None, num_threads: int | None) -> str:
     library = BACKENDS[backend].library if backend in BACKENDS else backend
     version = _version(library) or _version(f"{library}-gpu") or "unknown"
-    machine = f"{platform.system()}-{platform.machine()}-{cpu_name()}-{usable_cores()}"
+    machine = f"{platform.system()}-{platform.machine()}-{cpu_name()}-{cpu_class()}-{usable_cores()}"
     if backend in BACKENDS and BACKENDS[backend].runs_engines:
         machine += "".join(f"-{gpu.name}-{gpu.driver}" for gpu in gpus())
     return f"{build_id}|{steps}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"

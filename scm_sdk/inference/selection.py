@@ -12,11 +12,19 @@ from typing import Any, NamedTuple, overload
 
 from .._util.gpu import current_gpu
 from .._util.lazy import install_command, is_installed
-from ..bundle.manifest import Artifact, ParityRecord
+from .._util.processor import BF16_CLASSES, cpu_class
+from ..bundle.manifest import Artifact, ParityRecord, describe_way
 from ..engines.compatibility import TRUST_VARIABLE, EngineHost, incompatibility_reason
 from ..errors import BackendError, BackendUnavailable, ConfigError, IncompatibleEngineError, printable
-from .backends import BACKENDS, backend_info
+from ..spec import Precision
+from .backends import BACKENDS, BackendInfo, backend_info
 from .sources import Source
+
+FP32_CPU_IS_FASTER = frozenset({"avx512_bf16"})
+"""Classes of CPUs on which graphs of precision ``fp32-cpu`` beat those of fp32 (``benchmarks/results/winograd-*``): an
+unmeasured plan takes them first there."""
+WayKey = tuple[str, str, str]
+"""Backend, artifact path and precision: what a measured latency is of."""
 
 
 class Measured(NamedTuple):
@@ -33,27 +41,52 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One artifact held against one backend.
+    """One artifact held against one backend, in one precision.
 
     Attributes:
         backend: Name in ``BACKENDS``.
         artifact: Path inside the bundle.
-        precision: The precision that lies in the artifact.
+        precision: What it is computed in: the precision that lies in the artifact, or a lower one.
         num_inference_steps: Its steps; 0 means any.
         accepted: Whether it may run.
         reason: Why, or why not.
         measured: Median latency remembered from this machine, if there is one.
         chosen: Whether it is the one that runs.
+        lowered: Whether the backend computes in a lower precision than lies in the artifact.
     """
 
     backend: str
     artifact: str
-    precision: str
+    precision: Precision
     num_inference_steps: int
     accepted: bool
     reason: str
     measured: Measured | None = None
     chosen: bool = False
+    lowered: bool = False
+
+    @property
+    def key(self) -> WayKey:
+        """What tells it from other rows."""
+        return self.backend, self.artifact, self.precision
+
+    @property
+    def name(self) -> str:
+        """Backend and artifact, and the precision where that is not the artifact's own."""
+        return describe_way(f"{self.backend}:{self.artifact}", self.precision if self.lowered else "")
+
+    def records(
+        self, parity: Iterable[ParityRecord], *, num_inference_steps: int, device: str | None = None
+    ) -> list[ParityRecord]:
+        """Return its recorded comparisons with so many steps; of bf16 on a CPU those made on this class of CPU."""
+        there = cpu_class() if BACKENDS[self.backend].needs_cpu_class(self.precision, device) else ""
+        wanted = (self.artifact, self.backend, self.precision if self.lowered else "", there)
+        return [
+            record
+            for record in parity
+            if (record.artifact, record.backend, record.precision, record.cpu_class) == wanted
+            and record.num_inference_steps in (0, num_inference_steps)
+        ]
 
 
 class Plan(Sequence[PlanRow]):
@@ -127,7 +160,7 @@ def make_plan(
     backend: str = "auto",
     precision: str = "auto",
     parity: Sequence[ParityRecord] = (),
-    measured: Mapping[tuple[str, str], Measured] | None = None,
+    measured: Mapping[WayKey, Measured] | None = None,
     device: str | None = None,
     host: EngineHost | None = None,
     sha256: Callable[[str], str] = lambda path: "",
@@ -139,10 +172,10 @@ def make_plan(
         num_inference_steps: The steps that are asked for.
         backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes only what is the fp32
             reference or has a recorded parity that passed; a name also takes what was never compared or
-            failed, and the reason says so.
+            failed, and the reason says so, but no precision lower than the artifact's own unless that is named, too.
         precision: ``"auto"`` or the only precision that is taken.
         parity: The recorded comparisons.
-        measured: Medians remembered from this machine by (backend, artifact path).
+        measured: Medians remembered from this machine by backend, artifact path and precision.
         device: The device that was asked for; engines run on GPUs alone.
         host: This machine, for engines; None looks at it where there are engines.
         sha256: Digest of an artifact's file, which says whether an engine is trusted.
@@ -162,11 +195,14 @@ def make_plan(
         return _engine_incompatibility(artifact, device, host, sha256(artifact.path))
 
     rows = [
-        _judge(name, artifact, num_inference_steps, backend, precision, parity, measured or {}, engine_incompatibility)
+        _judge(
+            name, artifact, computed, num_inference_steps, backend, precision, parity, measured or {},
+            engine_incompatibility, device,
+        )
         for name, info in BACKENDS.items()
         for artifact in artifacts
-        if artifact.format in info.opens
-    ]
+        for computed in precisions_of(info, artifact, artifacts)
+    ]  # fmt: skip
     accepted = [row for row in rows if row.accepted]
     # Half a measurement decides nothing: a row without a time could be faster or slower than all, and times of two
     # batches cannot be compared.
@@ -175,59 +211,102 @@ def make_plan(
         accepted.sort(key=lambda row: row.measured or times[0])
     else:
         # Engines that fit and passed first: whoever built them wants them; those for one kind of GPU before those
-        # for several. Then fp32; within that the order of BACKENDS.
+        # for several. Then float32; within that the order of BACKENDS.
         kinds = {a.path: a.engine for a in artifacts}
         accepted.sort(
-            key=lambda row: (
-                (0, len(facts.compute_capabilities)) if (facts := kinds[row.artifact]) else (1, row.precision != "fp32")
-            )
+            key=lambda row: (0, len(facts.compute_capabilities)) if (facts := kinds[row.artifact]) else (1, _order(row))
         )
     plan = Plan(accepted + [row for row in rows if not row.accepted], num_inference_steps=num_inference_steps)
     return plan.choose(accepted[0]) if accepted else plan
 
 
+def precisions_of(info: BackendInfo, artifact: Artifact, artifacts: Iterable[Artifact]) -> tuple[Precision, ...]:
+    """Return the precisions that a backend computes an artifact in: its own, then lower ones.
+
+    Where a graph was made in a lower precision, which keeps some of it in float32, that graph is taken for it.
+    """
+    if artifact.format not in info.opens:
+        return ()
+    made = {a.precision for a in artifacts if (a.format, a.num_inference_steps) == _kind(artifact)}
+    return (artifact.precision, *(low for low in info.computes.get(artifact.precision, ()) if low not in made))
+
+
+def _kind(artifact: Artifact) -> tuple[str, int]:
+    return artifact.format, artifact.num_inference_steps
+
+
+def _order(row: PlanRow) -> int:
+    """Return the place of an unmeasured row among those of graphs and checkpoints."""
+    if row.precision == "fp32-cpu" and cpu_class() in FP32_CPU_IS_FASTER:
+        return 0
+    return 1 if row.precision == "fp32" else 3 if row.lowered else 2
+
+
 def _judge(
     name: str,
     artifact: Artifact,
+    computed: Precision,
     steps: int,
     wanted: str,
     precision: str,
     parity: Sequence[ParityRecord],
-    measured: Mapping[tuple[str, str], Measured],
+    measured: Mapping[WayKey, Measured],
     engine_incompatibility: Callable[[Artifact], str | None],
+    device: str | None,
 ) -> PlanRow:
-    """One row: the first thing that speaks against the pair, or what speaks for it."""
+    """One row: the first thing that speaks against it, or what speaks for it."""
     info = BACKENDS[name]
-    records = [r for r in parity if r.artifact == artifact.path and r.backend == name]
-    failed = [r for r in records if not r.passed]
-    against = None
-    if wanted not in ("auto", name):
-        against = f"backend={wanted!r} was asked for"
-    elif precision not in ("auto", artifact.precision):
-        against = f"precision={precision!r} was asked for"
-    elif artifact.num_inference_steps not in (0, steps):
-        against = f"is a {artifact.num_inference_steps}-step graph, {steps} asked for"
-    elif artifact.precision in info.unfit:
-        against = info.unfit[artifact.precision]
-    elif not is_installed(info.library):
-        against = f"{info.library} is not installed: {install_command(info.extra)}"
-    elif info.runs_engines and (unfit := engine_incompatibility(artifact)) is not None:
-        against = unfit
-    elif failed and wanted == "auto":
-        against = _failure(failed[0])
-    elif not records and not _is_reference(artifact) and wanted == "auto":
-        against = "no recorded parity; compare it (scm-export validate) or ask for the backend by name"
-    if against is None:
-        reason = _why(artifact, records, measured.get((name, artifact.path)))
-    return PlanRow(
+    row = PlanRow(
         backend=name,
         artifact=artifact.path,
-        precision=artifact.precision,
+        precision=computed,
         num_inference_steps=artifact.num_inference_steps,
-        accepted=against is None,
-        reason=reason if against is None else against,
-        measured=measured.get((name, artifact.path)),
+        accepted=False,
+        reason="",
+        measured=measured.get((name, artifact.path, computed)),
+        lowered=computed != artifact.precision,
     )
+    records = row.records(parity, num_inference_steps=steps, device=device)
+    failed = [r for r in records if not r.passed]
+    is_reference = artifact.format == "safetensors" and computed == "fp32"
+    by_class = info.needs_cpu_class(computed, device)
+
+    def objections() -> Iterator[str | None]:
+        if wanted not in ("auto", name):
+            yield f"backend={wanted!r} was asked for"
+        if precision not in ("auto", computed):
+            yield f"precision={precision!r} was asked for"
+        if row.lowered and precision == "auto" and wanted != "auto":
+            yield f"the artifact is {artifact.precision}; precision={computed!r} was not asked for"
+        if artifact.num_inference_steps not in (0, steps):
+            yield f"is a {artifact.num_inference_steps}-step graph, {steps} asked for"
+        yield info.unfit.get(artifact.precision)
+        if not is_installed(info.library):
+            yield f"{info.library} is not installed: {install_command(info.extra)}"
+        if info.runs_engines:
+            yield engine_incompatibility(artifact)
+        yield _unfit_cpu(row, by_class=by_class, device=device)
+        if failed and wanted == "auto":
+            yield _failure(failed[0])
+        if not records and not is_reference and wanted == "auto":
+            where = f" in {computed} on this class of CPU ({cpu_class()})" if by_class else ""
+            also = " and the precision" if row.lowered else ""
+            yield f"no recorded parity{where}; compare it (scm-export validate) or ask for the backend{also} by name"
+        if by_class:  # last, as it loads the library
+            yield info.cannot_compute(computed)
+
+    against = next(filter(None, objections()), None)
+    reason = _why(row, records, is_reference=is_reference) if against is None else against
+    return replace(row, accepted=against is None, reason=reason)
+
+
+def _unfit_cpu(row: PlanRow, *, by_class: bool, device: str | None) -> str | None:
+    """Return why this machine's CPU does not compute in the row's precision, or None."""
+    if row.lowered and not by_class:
+        return f"device={device!r} was asked for, {row.precision} of this artifact is computed on CPUs"
+    if by_class and (here := cpu_class()) not in BF16_CLASSES:
+        return f"this CPU ({here}) has no bf16 instructions, expected one of {', '.join(sorted(BF16_CLASSES))}"
+    return None
 
 
 def _engine_incompatibility(artifact: Artifact, device: str | None, host: EngineHost | None, sha256: str) -> str | None:
@@ -247,8 +326,8 @@ def _engine_incompatibility(artifact: Artifact, device: str | None, host: Engine
     return unfit
 
 
-def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: Measured | None) -> str:
-    if _is_reference(artifact):
+def _why(row: PlanRow, records: Sequence[ParityRecord], *, is_reference: bool) -> str:
+    if is_reference:
         reason = "the fp32 reference"
     elif failed := [record for record in records if not record.passed]:
         reason = f"asked for by name, although {_failure(failed[0])}"
@@ -257,15 +336,12 @@ def _why(artifact: Artifact, records: Sequence[ParityRecord], measured: Measured
         reason = f"parity passed: {worst.finding}"
     else:
         reason = "asked for by name; no recorded parity"
+    measured = row.measured
     return reason if measured is None else f"{reason}; measured here: {measured.ms:.2f} ms at batch {measured.batch}"
 
 
 def _failure(record: ParityRecord) -> str:
     return f"recorded parity failed: {record.finding}"
-
-
-def _is_reference(artifact: Artifact) -> bool:
-    return artifact.format == "safetensors" and artifact.precision == "fp32"
 
 
 def nothing_accepted(
@@ -300,13 +376,14 @@ def nothing_accepted(
             f"{found}: it holds {', '.join(sorted(formats))}, {backend} opens {', '.join(info.opens)}."
             + (source.cut_note or f" Make it first: scm-export {'engine' if info.runs_engines else 'onnx'}")
         )
-    if precision not in ("auto", *(artifact.precision for artifact in source.artifacts)):
+    if precision not in ("auto", *(row.precision for row in plan)):
         return ConfigError(
             f"precision {precision!r} is not in {source.path}, expected {describe_precisions(source.artifacts)}. "
             "Choose one of them, or add it: scm-export precision, or scm-export quantize for int8." + source.cut_note
         )
     error: type[BackendError | ConfigError] = ConfigError
-    if (backend, precision) == ("auto", "auto"):
+    by_class = info is not None and info.needs_cpu_class(precision, None) and bool(fitting)
+    if (backend, precision) == ("auto", "auto") or by_class:  # a name takes all that runs here
         error = BackendUnavailable
     elif info is not None and info.runs_engines and any(row.num_inference_steps == steps for row in rows):
         error = BackendUnavailable if current_gpu() is None else IncompatibleEngineError

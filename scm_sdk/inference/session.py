@@ -27,7 +27,7 @@ from .backends import BACKENDS, Backend, backend_info, open_backend
 from .latency_cache import recall, remember
 from .output import GenerationInfo
 from .request import Request, make_example
-from .selection import Measured, Plan, PlanRow, make_plan, nothing_accepted
+from .selection import Measured, Plan, PlanRow, WayKey, make_plan, nothing_accepted
 from .sources import Source
 
 
@@ -169,7 +169,7 @@ class Opener:
         self._trust_engines = trust_engines
         self._opened: dict[int, Opened] = {}
         self._retired: list[Opened] = []
-        self._measured: dict[int, Mapping[tuple[str, str], Measured]] = {}
+        self._measured: dict[int, Mapping[WayKey, Measured]] = {}
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
@@ -214,8 +214,8 @@ class Opener:
         """What is open, in the order of opening; nothing once closed."""
         return () if self._closed or os.getpid() != self._pid else tuple(self._opened.values())
 
-    def remember(self, medians: Mapping[tuple[str, str], Measured], steps: int) -> None:
-        """Go by these medians, by (backend, artifact), from now on, and store them for later plans on this machine.
+    def remember(self, medians: Mapping[WayKey, Measured], steps: int) -> None:
+        """Go by these medians, by the rows' keys, from now on, and store them for later plans on this machine.
 
         Where another row is the best now, it is opened in place of the one that is open. Calls that are under way end
         on that one, so it is closed with the rest.
@@ -234,7 +234,7 @@ class Opener:
                 return
             plan = self._plan(steps, self._backend, self._precision)
             best = plan.accepted[0]
-            if (best.backend, best.artifact) == (before.row.backend, before.row.artifact):
+            if best.key == before.row.key:
                 self._opened[steps] = replace(before, row=best, plan=plan)
                 return
             self._opened[steps] = self._open(plan, best, steps)
@@ -262,7 +262,7 @@ class Opener:
             request = make_example(opened.spec, golden.seeds.tolist(), class_labels=labels)
             images, _, _ = opened.run(request, opened.spec.max_batch)
             worst = float(np.abs(images - golden.images).max()) / opened.spec.sigma_data
-            allowed = max([GOLDEN_TOLERANCE, *(_allowed(record) for record in self._records(opened.row))])
+            allowed = max([GOLDEN_TOLERANCE, *(_allowed(record) for record in self._records(opened.row, steps))])
             if not worst <= allowed:  # NaN fails, too
                 raise BackendFailure(
                     f"{opened.row.backend} ({opened.row.artifact}) differs from the recorded sample by "
@@ -281,8 +281,8 @@ class Opener:
             self._opened.clear()
             self._retired.clear()
 
-    def _records(self, row: PlanRow) -> Iterator[ParityRecord]:
-        return (r for r in self._source.parity if (r.artifact, r.backend) == (row.artifact, row.backend))
+    def _records(self, row: PlanRow, steps: int) -> list[ParityRecord]:
+        return row.records(self._source.parity, num_inference_steps=steps, device=self._device)
 
     def _plan(self, steps: int, backend: str, precision: str) -> Plan:
         measured = recall(
@@ -349,7 +349,7 @@ class Opener:
         load_ms = (perf_counter() - start) * 1e3
         fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}" if problems else None
         doubts = [fallback] if fallback and self._fallback == "warn" else []
-        if any(not record.passed for record in self._records(row)):
+        if any(not record.passed for record in self._records(row, steps)):
             # Only a name gets here. It must, so that the comparison can be run again.
             doubts.append(f"{row.backend} runs {row.artifact}, {row.reason}. Compare it again: scm-export validate")
         for doubt in doubts:
@@ -364,6 +364,7 @@ class Opener:
             backend = open_backend(
                 row.backend, self._source.locate(row.artifact), spec, device=self._device,
                 num_threads=self._num_threads, trust_engines=self._trust_engines,
+                precision=row.precision if row.lowered else None,
             )  # fmt: skip
             if self._source.stamps(row.artifact) == stamps:
                 return backend

@@ -98,7 +98,10 @@ def _context(report: Report) -> dict[str, Any]:
         }
         for path, record in report.engines.items()
     ]
-    parity = [{**_plain(record), "finding": record.finding, "origin": _origin(record)} for record in records]
+    parity = [
+        {**_plain(record), "way": record.way, "finding": record.finding, "origin": _origin(record)}
+        for record in records
+    ]
     return {
         "report": report,
         "verdict": verdict(report.manifest),
@@ -116,10 +119,11 @@ def _context(report: Report) -> dict[str, Any]:
 def verdict(manifest: Manifest) -> dict[str, str]:
     """Return the verdict on a bundle: ``kind`` (pass, fail or none) and ``text``.
 
-    It passes only if each graph and engine has a recorded comparison, all passed, and no gate was loosened.
+    It passes only if each graph and engine has a recorded comparison, all passed, and no gate was loosened. Lower
+    precisions in which a backend also computes them do not count.
     """
     there = {artifact.path for artifact in manifest.artifacts if artifact.format != "safetensors"}
-    records = [record for record in manifest.parity if record.artifact in there]
+    records = [record for record in manifest.parity if record.artifact in there and not record.precision]
     missing, loosened = unproved(manifest), sum(bool(record.reason) for record in records)
     if failed := sum(not record.passed for record in records):
         return {"kind": "fail", "text": f"{failed} of {len(records)} comparisons failed"}
@@ -168,7 +172,7 @@ def next_steps(report: Report) -> list[dict[str, str]]:
 
 def unproved(manifest: Manifest) -> list[Artifact]:
     """Return the graphs and engines without a recorded comparison."""
-    compared = {record.artifact for record in manifest.parity}
+    compared = {record.artifact for record in manifest.parity if not record.precision}
     return [a for a in manifest.artifacts if a.format != "safetensors" and a.path not in compared]
 
 

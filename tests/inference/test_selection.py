@@ -72,8 +72,8 @@ def test_auto_follows_what_was_measured_here(unet_copy: Path) -> None:
         assert gen(1, seed=0).images, "benchmark closes only what it opened"
     times = recall(build_id, num_inference_steps=2, device=None, num_threads=None)
     assert times == {
-        ("onnxruntime", GRAPH): (latency.timings[0].median_ms, 1),
-        ("torch", "denoiser"): (latency.timings[1].median_ms, 1),
+        ("onnxruntime", GRAPH, "fp32"): (latency.timings[0].median_ms, 1),
+        ("torch", "denoiser", "fp32"): (latency.timings[1].median_ms, 1),
     }
     # Written as if torch had won: the file decides, not the order of BACKENDS.
     path = cache_path()
@@ -104,12 +104,12 @@ def test_the_plan_holds_every_pair_that_could_be_and_prints_as_a_table(ort: Gene
         ("openvino", "onnx"),
         ("torch", "denoiser"),
     }
-    assert len({(row.backend, row.artifact) for row in plan}) == len(plan) == 5
+    assert len({row.key for row in plan}) == len(plan) == 5 + 3, "three that a CPU may also compute in bf16"
     lines = str(plan).splitlines()
     assert lines[0].split() == ["backend", "artifact", "precision", "steps", "verdict", "reason"]
     assert lines[1].startswith("*  onnxruntime") and "accepted" in lines[1]
     assert all("rejected" in line for line in lines[2:-1])
-    assert lines[-1] == "not shown: 2 with artifacts of other numbers of steps" and len(lines) == 1 + 3 + 1
+    assert lines[-1] == "not shown: 3 with artifacts of other numbers of steps" and len(lines) == 1 + 5 + 1
     assert json.loads(json.dumps(plan.to_dict()))[0]["chosen"] is True
     assert plan[0] is plan.chosen and plan[1:] == plan.rejected
     assert all(row.reason for row in plan)
@@ -147,13 +147,13 @@ def test_fp32_goes_before_other_precisions_until_measured() -> None:
     parity = [record(artifact=path) for path in "ab"]
     plan = selection.make_plan(artifacts, num_inference_steps=2, parity=parity)
     assert [row.artifact for row in plan.accepted] == ["b", "a"]
-    half = {("onnxruntime", "a"): Measured(1.0, 1)}
+    half = {("onnxruntime", "a", "int8"): Measured(1.0, 1)}
     plan = selection.make_plan(artifacts, num_inference_steps=2, parity=parity, measured=half)
     assert [row.artifact for row in plan.accepted] == ["b", "a"]
-    apart = half | {("onnxruntime", "b"): Measured(2.0, 8)}
+    apart = half | {("onnxruntime", "b", "fp32"): Measured(2.0, 8)}
     plan = selection.make_plan(artifacts, num_inference_steps=2, parity=parity, measured=apart)
     assert [row.artifact for row in plan.accepted] == ["b", "a"], "times of two batches cannot be compared"
-    both = half | {("onnxruntime", "b"): Measured(2.0, 1)}
+    both = half | {("onnxruntime", "b", "fp32"): Measured(2.0, 1)}
     plan = selection.make_plan(artifacts, num_inference_steps=2, parity=parity, measured=both)
     assert [row.artifact for row in plan.accepted] == ["a", "b"]
     plan = selection.make_plan(artifacts, num_inference_steps=2, parity=parity, precision="int8", measured=both)

@@ -164,7 +164,7 @@ def test_a_measurement_counts_for_the_generator_that_made_it(bundle: Path, monke
         assert all(row.measured is not None and row.measured.batch == 2 for row in gen.plan().accepted)
         assert gen.opened().row == gen.plan().chosen
         # The same with times that choose the other one, as if this machine were another.
-        rows = {(row.backend, row.artifact): row.measured for row in gen.plan().accepted}
+        rows = {row.key: row.measured for row in gen.plan().accepted}
         times = {key: latency_cache.Measured(1.0 if key[0] == other else 9.0, 2) for key in rows}
         gen._opener.remember(times, 1)
         assert gen.opened().row.backend == other and gen.plan().chosen == gen.opened().row

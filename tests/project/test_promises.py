@@ -68,7 +68,7 @@ def test_openvino_compiles_each_size_once(linear_graph: Callable[..., None], tmp
 
 def test_a_latency_belongs_to_its_number_of_threads() -> None:
     where = {"num_inference_steps": 2, "device": None}
-    key = ("onnxruntime", GRAPH)
+    key = ("onnxruntime", GRAPH, "fp32")
     for threads, ms in [(None, 1.0), (1, 2.0), (4, 3.0)]:
         remember({key: Measured(ms, 1)}, "build", num_threads=threads, **where)
     assert [recall("build", num_threads=threads, **where).get(key) for threads in (None, 1, 4, 2)] == [

@@ -1,4 +1,4 @@
-"""How many cores a container gives, as control groups of both versions say."""
+"""The processor's class, and how many cores a container gives, as control groups of both versions say."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from helpers.containers import run_python
 from scm_sdk._util import processor
-from scm_sdk._util.processor import usable_cores
+from scm_sdk._util.processor import BF16_CLASSES, INT8_CLASSES, class_of, cpu_class, usable_cores
 from scm_sdk.spec import SamplerSpec
 
 CPU = Path("/sys/fs/cgroup/cpu")
@@ -96,3 +96,39 @@ def test_a_real_quota() -> None:
         assert done.stdout.split() == ["1", "1"], done.stderr
     finally:
         group.rmdir()
+
+
+AVX2 = "sse4_1 avx avx2 fma"
+AVX512 = f"{AVX2} avx512f avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "max_isa", "name", "bf16", "int8"),
+    [
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8", "", "amx_bf16", True, True),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8", "AVX512_CORE_BF16", "avx512_bf16", True, True),
+        (f"{AVX512} avx512_vnni avx512_bf16 avx_vnni", "DEFAULT", "avx512_bf16", True, True),
+        (f"{AVX512} avx512_vnni avx512_bf16", "avx512_core_vnni", "avx512_vnni", False, True),
+        (f"{AVX512} avx512_vnni avx512_bf16", "AVX512_CORE", "avx512", False, False),
+        (f"{AVX512} avx512_vnni avx512_bf16", "no such value", "avx512_bf16", True, True),
+        (f"{AVX2} avx512f avx512_bf16", "", "avx2", False, False),
+        (f"{AVX2} avx_vnni", "", "avx2_vnni", False, True),
+        (f"{AVX2} avx_vnni", "AVX2", "avx2", False, False),
+        ("fp asimd asimddp bf16 sve", "AVX2", "arm_bf16", True, True),
+        ("fp asimd", "", "arm", False, False),
+        ("", "", "unknown", False, False),
+    ],
+)
+def test_the_class_is_what_the_flags_and_the_limit_allow(
+    flags: str, max_isa: str, name: str, bf16: bool, int8: bool
+) -> None:
+    assert class_of(flags.split(), max_isa) == name
+    assert (name in BF16_CLASSES, name in INT8_CLASSES) == (bf16, int8)
+
+
+def test_the_class_of_this_machine_is_limited_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(processor, "_flags", lambda: frozenset(AVX512.split()))
+    for value, name in (("", "avx512"), ("AVX2", "avx2"), ("SSE41", "sse4_1")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", value)
+        assert cpu_class() == name

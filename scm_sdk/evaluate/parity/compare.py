@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..._util.arguments import checked_names
-from ...bundle.manifest import PSNR_CAP, ParityRecord
+from ...bundle.manifest import PSNR_CAP, ParityRecord, describe_way
 from ...errors import ConfigError, ParityError
 from ...inference.backends import Backend
 from ...inference.generator import Generator
-from ...spec import SamplerSpec
+from ...spec import Precision, SamplerSpec
 from .difference import Difference, difference
 from .reference import ReferenceRun, Side, run_reference
 
@@ -70,6 +70,11 @@ class Parity:
         images: Images of the candidate by batch size.
         fault: Structural fault of the candidate, independent of the statistics; "" if none was found.
         psnr_by_step: PSNR of the estimate after each step, dB; () if not measured.
+        precision: Precision that the backend computed in; "" for that of the candidate.
+        cpu_class: Class of the CPU, if the numbers depend on it.
+        any_steps: Whether the candidate runs any number of steps.
+        required: Whether a failure counts. False for a lower precision that a backend also offers: a failure is
+            recorded, and the precision is never chosen.
     """
 
     candidate: str
@@ -90,6 +95,10 @@ class Parity:
     images: Mapping[int, NDArray[np.float32]] = field(default_factory=dict, repr=False, compare=False)
     fault: str = ""
     psnr_by_step: tuple[float, ...] = ()
+    precision: Precision | Literal[""] = ""
+    cpu_class: str = ""
+    any_steps: bool = False
+    required: bool = True
 
     def __bool__(self) -> bool:
         return not self.fault and self.numbers_pass
@@ -100,7 +109,8 @@ class Parity:
         else:
             gate = f"at most {self.threshold:.1e} allowed (noise floor {self.noise_floor:.1e})"
         parts = [
-            f"{'pass' if self else 'FAIL'}  {self.candidate} on {self.candidate_backend}: max {self.max_abs:.2e}, "
+            f"{'pass' if self else 'FAIL' if self.required else 'not taken'}  {self.candidate} on {self.way}: "
+            f"max {self.max_abs:.2e}, "
             f"mean {self.overall.mean_abs:.1e}, PSNR {self.overall.psnr_db:.1f} dB, {self.num_samples} seeds x batches "
             f"{', '.join(map(str, self.by_batch))}",
             gate,
@@ -114,6 +124,11 @@ class Parity:
         if self.fault:
             parts.append(self.fault)
         return "; ".join(parts)
+
+    @property
+    def way(self) -> str:
+        """The candidate's backend, with the precision that it computed in and the class of CPU where these matter."""
+        return describe_way(self.candidate_backend, self.precision, self.cpu_class)
 
     @property
     def numbers_pass(self) -> bool:
@@ -140,10 +155,10 @@ class Parity:
         return self.overall.worst_seed
 
     def raise_if_failed(self) -> None:
-        """Raise ``ParityError`` with the statistics unless the gate was met."""
-        if self:
+        """Raise ``ParityError`` with the statistics unless the gate was met or is not required."""
+        if self or not self.required:
             return
-        what = f"{self.candidate} on {self.candidate_backend}, {self.num_inference_steps} steps,"
+        what = f"{self.candidate} on {self.way}, {self.num_inference_steps} steps,"
         if not self.overall.finite:
             found = f"{what} or its reference gives NaN or infinity (first at seed {self.worst_seed})"
         else:
@@ -188,6 +203,9 @@ class Parity:
             batches=tuple(self.by_batch),
             passed=bool(self),
             reason=self.reason,
+            precision=self.precision,
+            cpu_class=self.cpu_class,
+            num_inference_steps=self.num_inference_steps if self.any_steps else 0,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -292,9 +310,12 @@ def compare(
         reason=reason,
         overall=apart(wanted),
         by_batch={size: difference(found[size], wanted[size], request.seeds, reference.spec) for size in sizes},
-        baseline="" if baseline is None else f"{baseline.candidate} on {baseline.candidate_backend}",
+        baseline="" if baseline is None else f"{baseline.candidate} on {baseline.way}",
         step=None if baseline is None or not set(sizes) <= set(baseline.images) else apart(baseline.images),
         images=found,
+        precision=one.lowered,
+        cpu_class=one.cpu_class,
+        any_steps=one.any_steps,
     )
 
 

@@ -13,16 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._util.processor import cpu_class
 from ...errors import ConfigError
-from ...inference.backends import Backend
+from ...inference.backends import BACKENDS, Backend
 from ...inference.conditioning import Examples
 from ...inference.generator import Generator
 from ...inference.request import Request, make_example
-from ...spec import SamplerSpec
+from ...spec import Precision, SamplerSpec
 
 NUM_SEEDS = 32
 NUM_RERUNS = 8
@@ -38,7 +40,9 @@ SPLITS: tuple[int | None, ...] = (1, 3, None)
 class Side:
     """One side of a comparison: the open backend of a generator, or a given backend.
 
-    The precision of a given backend is unknown: "".
+    The precision of a given backend is unknown: "". ``lowered`` is the precision if the backend computes in a lower one
+    than that of the artifact, ``cpu_class`` the class of this CPU if the numbers depend on it, ``any_steps`` whether
+    the artifact runs any number of steps.
     """
 
     backend: Backend
@@ -46,6 +50,9 @@ class Side:
     name: str
     artifact: str
     precision: str = ""
+    lowered: Precision | Literal[""] = ""
+    cpu_class: str = ""
+    any_steps: bool = False
 
     @classmethod
     def of(cls, given: Generator | Backend, steps: int | None) -> Side:
@@ -53,7 +60,12 @@ class Side:
         if isinstance(given, Generator):
             opened = given.opened(steps)
             row = opened.row
-            return cls(opened.backend, opened.spec, row.backend, row.artifact, row.precision)
+            by_class = BACKENDS[row.backend].needs_cpu_class(row.precision, opened.device)
+            return cls(
+                opened.backend, opened.spec, row.backend, row.artifact, row.precision,
+                lowered=row.precision if row.lowered else "", cpu_class=cpu_class() if by_class else "",
+                any_steps=row.num_inference_steps == 0,
+            )  # fmt: skip
         kind = type(given).__name__
         if not isinstance(given, Backend):
             raise ConfigError(f"{kind} cannot be compared, expected a Generator or an object with spec and sample.")

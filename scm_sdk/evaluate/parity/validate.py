@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypedDict, get_args
+from typing import NamedTuple, TypedDict, get_args
 
 from ..._util.arguments import checked_names
 from ...bundle.bundle import Bundle
@@ -17,7 +17,7 @@ from ...errors import BackendUnavailable, BundleError, ConfigError, Incompatible
 from ...inference.backends import BACKENDS
 from ...inference.conditioning import Examples
 from ...inference.generator import Generator
-from ...inference.selection import describe_precisions
+from ...inference.selection import describe_precisions, precisions_of
 from ...spec import Precision
 from .compare import MIN_PSNR_DB as MIN_PSNR_DB
 from .compare import Parity, compare
@@ -72,6 +72,9 @@ def validate_bundle(
     batch splits than the recorded one, or by a stricter gate than the default, does not replace it, unless the
     structure of the graph has a fault. Nothing is recorded in a cached or read-only bundle.
 
+    A graph or checkpoint is compared in its own precision and, where a backend also computes it in a lower one on this
+    CPU, in that: a failure of that one is recorded, and is none of the bundle's unless ``precisions`` names it.
+
     Args:
         path: The bundle.
         backends: Candidates; () is every backend that can run here. A named backend must run.
@@ -99,13 +102,12 @@ def validate_bundle(
         BackendError: If a named backend cannot run here, or no backend can.
     """
     bundle = Bundle.open(path)
-    candidates = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
-    candidates = [
-        a
-        for a in candidates
-        if (not precisions or a.precision in precisions) and (not steps or a.num_inference_steps in steps)
+    ways = [
+        way
+        for way in _ways(bundle.manifest.artifacts)
+        if (not precisions or way.precision in precisions) and (not steps or way.num_inference_steps in steps)
     ]
-    if not candidates and (precisions or steps):
+    if not ways and (precisions or steps):
         there = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
         asked = [*precisions, *(f"{count} steps" for count in steps)]
         raise ConfigError(
@@ -113,22 +115,21 @@ def validate_bundle(
             f"{describe_precisions(there) or 'none: it has only a checkpoint'}. Choose one of them, or add it: "
             "scm-export precision, or scm-export quantize for int8"
         )
-    if not candidates or not bundle.artifacts(format="safetensors"):
-        missing = "checkpoint to compare with" if candidates else "graph to validate"
+    if not ways or not bundle.artifacts(format="safetensors"):
+        missing = "checkpoint to compare with" if ways else "graph to validate"
         note = bundle.manifest.cut_note or " Make it from a checkpoint: scm-export onnx"
         raise ConfigError(f"{bundle.path} holds no {missing}.{note}")
+    by_path = {artifact.path: artifact for artifact in bundle.manifest.artifacts}
     results: list[Parity] = []
     skipped: list[str] = []
-    by_path = {artifact.path: artifact for artifact in candidates}
-    for count in sorted({artifact.num_inference_steps for artifact in candidates}):
-        pairs = sorted(
-            {
-                (name, a.precision)
-                for a in candidates
-                for name, info in BACKENDS.items()
-                if a.num_inference_steps == count
-                if (name in backends and a.format in info.opens if backends else info.takes(a))
-            },
+    for count in sorted({way.num_inference_steps for way in ways}):
+        chosen = sorted(
+            (
+                way
+                for way in ways
+                if way.num_inference_steps == count
+                if (way.backend in backends if backends else BACKENDS[way.backend].takes(way.artifact))
+            ),
             key=_precision_order,
         )
         baseline: Parity | None = None
@@ -137,23 +138,28 @@ def validate_bundle(
             sizes = SPLITS if batches is None else batches
             seeds = _seeds(first_seed, max([num_seeds, *(most if size is None else size for size in sizes)]))
             run = run_reference(reference, seeds=seeds, batches=batches, examples=examples)
-        for backend, precision in pairs:
+        for way in chosen:
             try:
-                candidate = open_candidate(path, backend, precision, count)
+                candidate = open_candidate(path, way.backend, way.precision, count)
             except (BackendUnavailable, IncompatibleEngineError) as exc:
+                if way.lowered and not precisions:
+                    continue  # nobody made it, nobody asked for it
                 if backends:
                     raise
                 skipped.append(str(exc))
                 on_skip(skipped[-1])
                 continue
             with candidate:
-                exact = precision == "fp32"
+                exact = way.precision == "fp32"
                 baseline = compare(
                     candidate, run, threshold=threshold if exact else None, min_psnr_db=None if exact else min_psnr_db,
                     reason=reason, baseline=baseline,
                 )  # fmt: skip
-            fault, by_step = examine(by_path[baseline.candidate])
-            baseline = replace(baseline, fault=fault, psnr_by_step=by_step)
+            # In a lower precision it is the same graph, which is looked into in its own.
+            fault, by_step = ("", ()) if way.lowered else examine(by_path[baseline.candidate])
+            baseline = replace(
+                baseline, fault=fault, psnr_by_step=by_step, required=bool(precisions) or not way.lowered
+            )
             results.append(baseline)
             on_result(baseline)
     if not results:
@@ -176,14 +182,14 @@ def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], 
     if in_cache(bundle.path):
         on_note(f"nothing was recorded: {bundle.path} is in a cache")
         return
-    before = {(r.artifact, r.reference, r.backend): r for r in bundle.manifest.parity}
+    before = {r.key: r for r in bundle.manifest.parity}
     records = []
     for parity in results:
         new = parity.record()
-        old = before.get((new.artifact, new.reference, new.backend))
+        old = before.get(new.key)
         lesser = _lesser(parity, new, old) if old is not None else ""
         if lesser:
-            on_note(f"{new.artifact} on {new.backend}: not recorded, {lesser}")
+            on_note(f"{new.artifact} on {new.way}: not recorded, {lesser}")
         else:
             records.append(new)
     try:
@@ -207,10 +213,41 @@ def _lesser(parity: Parity, new: ParityRecord, old: ParityRecord) -> str:
     return ""
 
 
-def _precision_order(pair: tuple[str, Precision]) -> tuple[bool, int, str]:
+class _Way(NamedTuple):
+    """A candidate: one artifact, one backend, one precision, one number of steps."""
+
+    backend: str
+    artifact: Artifact
+    precision: Precision
+    num_inference_steps: int
+
+    @property
+    def lowered(self) -> bool:
+        return self.precision != self.artifact.precision
+
+
+def _ways(artifacts: Sequence[Artifact]) -> list[_Way]:
+    """Return every graph and engine in its own precision, and the lower precisions that backends also compute.
+
+    Artifacts with equal precision and number of steps, such as engines for several GPUs, have one entry: the one that
+    the plan selects is compared.
+    """
+    counts = sorted({a.num_inference_steps for a in artifacts} - {0})
+    found = {
+        (name, precision, count): _Way(name, artifact, precision, count)
+        for count in counts
+        for name, info in BACKENDS.items()
+        for artifact in artifacts
+        if artifact.num_inference_steps in (0, count)
+        for precision in precisions_of(info, artifact, artifacts)
+        if artifact.format != "safetensors" or precision != artifact.precision
+    }
+    return list(found.values())
+
+
+def _precision_order(way: _Way) -> tuple[bool, int, str]:
     """Sort key: graphs before engines, each from the highest precision to the lowest."""
-    backend, precision = pair
-    return BACKENDS[backend].runs_engines, get_args(Precision).index(precision), backend
+    return BACKENDS[way.backend].runs_engines, get_args(Precision).index(way.precision), way.backend
 
 
 def open_candidate(path: str | os.PathLike[str], backend: str, precision: Precision, steps: int) -> Generator:
