@@ -4,7 +4,7 @@
     python benchmarks/gpu.py runs/mine --json gpu.json        # a checkpoint of yours
 
 One JSON file, written anew after each stage: for each engine its build time, peak memory, size, census and difference
-from PyTorch, and for each batch the raw, interleaved samples. A flavour that fails is on record with its reason, the
+from PyTorch, and for each batch the raw, interleaved samples. A flavor that fails is on record with its reason, the
 others go on; the command then exits 1. Compare ratios across machines, never milliseconds.
 """
 
@@ -24,7 +24,7 @@ from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.lazy import is_installed
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.bundle.engine_record import Flavour
+from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.engines.targets import Target, resolve_target
 from scm_sdk.errors import BackendError
 from scm_sdk.evaluate.latency.measure import Latency, measure
@@ -35,7 +35,7 @@ from scm_sdk.export.engines.add import EngineVariant, add_engines
 from scm_sdk.inference.generator import Generator
 from scm_sdk.spec import Precision
 
-FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
+FLAVORS: tuple[Flavor, ...] = ("tensorrt", "tensorrt_rtx")
 
 
 class Report:
@@ -86,20 +86,20 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
     """Build, prove and time the engines of CHECKPOINT, the shipped model when absent."""
     gpu = current_gpu()
     report = Report(out)
-    installed = [flavour for flavour in FLAVOURS if is_installed(flavour)]
+    installed = [flavor for flavor in FLAVORS if is_installed(flavor)]
     if gpu is None or not installed:
         lacking = "no GPU" if gpu is None else "neither tensorrt nor tensorrt_rtx"
         sys.exit(f"this machine has {lacking}, expected a GPU and one of the two. See: scm-export doctor")
     report.record["gpu"] = vars(gpu)
     target = resolve_target(gpu.compute_capability)
-    flavours = []
-    for flavour in FLAVOURS:
-        if flavour not in installed:
-            report.skip(f"{flavour} is not installed")
-        elif reason := target.unbuildable(flavour):
-            report.skip(f"{flavour}: {reason}")
+    flavors = []
+    for flavor in FLAVORS:
+        if flavor not in installed:
+            report.skip(f"{flavor} is not installed")
+        elif reason := target.unbuildable(flavor):
+            report.skip(f"{flavor}: {reason}")
         else:
-            flavours.append(flavour)
+            flavors.append(flavor)
     fp32: list[Precision] = ["fp32"]
     precisions: list[Precision] = ["fp16", "int8"]
     precisions += ["bf16"] * ("bf16" in target.precisions)
@@ -108,14 +108,14 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
         source = checkpoint or Path(str(files("scm_sdk.assets") / "avatars"))
         with report.stage("graphs"):
             build_all(source, bundle, precisions=precisions, steps=[steps], max_batch=max(batches), on_stage=print)
-        for flavour in flavours:
+        for flavor in flavors:
             for precision in [*fp32, *precisions]:  # each alone: one that fails costs no other
-                if reason := target.lacks(precision, flavour):
+                if reason := target.lacks(precision, flavor):
                     report.skip(reason)
                 else:
-                    _prove(report, bundle, target, flavour, precision)
+                    _prove(report, bundle, target, flavor, precision)
         with report.stage("latency"):
-            for batch, latency in _time(report, bundle, flavours, [*fp32, *precisions], batches, rounds):
+            for batch, latency in _time(report, bundle, flavors, [*fp32, *precisions], batches, rounds):
                 report.record["latency"].append(latency.to_dict())
                 report.save()
                 for timing in latency:
@@ -125,8 +125,8 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
         sys.exit(f"{len(report.record['failures'])} stages failed; the rest is in {out}")
 
 
-def _prove(report: Report, bundle: Path, target: Target, flavour: Flavour, precision: Precision) -> None:
-    """Build a flavour's engines of one precision and hold them against PyTorch."""
+def _prove(report: Report, bundle: Path, target: Target, flavor: Flavor, precision: Precision) -> None:
+    """Build a flavor's engines of one precision and hold them against PyTorch."""
     made: list[EngineVariant] = []
 
     def keep(engine: EngineVariant) -> None:
@@ -134,12 +134,12 @@ def _prove(report: Report, bundle: Path, target: Target, flavour: Flavour, preci
         made.append(engine)
         report.record["engines"].append(engine.to_dict())
 
-    with report.stage(f"{flavour} {precision} engines"):
-        add_engines(bundle, [target], flavour=flavour, precisions=[precision], on_engine=keep)
+    with report.stage(f"{flavor} {precision} engines"):
+        add_engines(bundle, [target], flavor=flavor, precisions=[precision], on_engine=keep)
     if made:
-        with report.stage(f"{flavour} {precision} parity"):
+        with report.stage(f"{flavor} {precision} parity"):
             results = validate_bundle(
-                bundle, backends=[flavour], precisions=[precision],
+                bundle, backends=[flavor], precisions=[precision],
                 on_result=lambda parity: report.record["parity"].append(parity.to_dict()),
             )  # fmt: skip
             for parity in results:
@@ -154,7 +154,7 @@ def _show(engine: EngineVariant) -> None:
 def _time(
     report: Report,
     bundle: Path,
-    flavours: Sequence[Flavour],
+    flavors: Sequence[Flavor],
     precisions: Sequence[Precision],
     batches: Sequence[int],
     rounds: int,
@@ -164,7 +164,7 @@ def _time(
         {"backend": "torch", "device": "cuda"}, {"backend": "onnxruntime", "device": "cuda", "precision": "fp32"},
     ]  # fmt: skip
     built = {(artifact.format, artifact.precision) for artifact in Bundle.open(bundle, verify="none").artifacts()}
-    wanted += [{"backend": f, "precision": p} for f in flavours for p in precisions if (f, p) in built]
+    wanted += [{"backend": f, "precision": p} for f in flavors for p in precisions if (f, p) in built]
     opened: dict[str, Generator] = {}
     with ExitStack() as stack:
         for options in wanted:
@@ -172,7 +172,7 @@ def _time(
             try:
                 opened[name] = stack.enter_context(Generator.from_pretrained(bundle, verify="none", **options))
             except BackendError as exc:
-                if options["backend"] in flavours:
+                if options["backend"] in flavors:
                     report.fail(f"opening {name}", exc)
                 else:  # only something to compare with
                     report.skip(f"{name}: {exc}")

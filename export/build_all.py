@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, get_args
 from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.progress import Progress
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.bundle.engine_record import Flavour
+from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.bundle.manifest import MANIFEST_NAME
 from scm_sdk.engines.targets import Target, resolve_targets
 from scm_sdk.errors import ConfigError
@@ -44,7 +44,7 @@ def build_all(
     *,
     precisions: Sequence[Precision] = ("fp16", "int8"),
     targets: Sequence[Target | str] = (),
-    flavour: Flavour = "tensorrt_rtx",
+    flavor: Flavor = "tensorrt_rtx",
     steps: Sequence[int] = (),
     max_batch: int | None = None,
     target_db: float | None = None,
@@ -62,7 +62,7 @@ def build_all(
         out: The bundle. One that was exported from other weights or for other samplers is exported anew.
         precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
         targets: GPUs, also by name, to build engines for; () builds none.
-        flavour: Which library builds them.
+        flavor: Which library builds them.
         steps: Numbers of steps; () is those that ``out`` was exported for, else 1 and 2.
         max_batch: Largest batch; None is that of ``out``, else 32, or 8 of a pipeline.
         target_db: PSNR that 95 % of the images are to reach in int8, dB, for which the fewest layers are left out; None
@@ -88,7 +88,7 @@ def build_all(
     gpus = resolve_targets(targets) if targets else ()
     wanted = [p for p in precisions if p not in CPU_PRECISIONS]
     if gpus and wanted:
-        check_targets(gpus, flavour)
+        check_targets(gpus, flavor)
     folder = Path(checkpoint)
     if (folder / MANIFEST_NAME).is_file():
         from scm_sdk.model.sharing import find_checkpoint
@@ -116,7 +116,7 @@ def build_all(
             )
             _tell(add_int8(out, options, examples=examples, progress=on_stage), on_variant)
     if gpus and wanted:
-        add_engines(out, gpus, flavour=flavour, precisions=wanted, on_engine=on_engine,
+        add_engines(out, gpus, flavor=flavor, precisions=wanted, on_engine=on_engine,
                     on_skip=lambda line: on_stage(f"skip {line}"), **engine_options)  # fmt: skip
     return Bundle.open(out, verify="none")
 

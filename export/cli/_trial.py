@@ -26,7 +26,7 @@ from scm_sdk.spec import SamplerSpec, default_times
 from .doctor import RUNS
 
 if TYPE_CHECKING:
-    from scm_sdk.bundle.engine_record import Flavour
+    from scm_sdk.bundle.engine_record import Flavor
 
 SPEC = SamplerSpec(times=default_times(1), sample_shape=(1, 2, 2), max_batch=2)
 """Sampler of ``assets/trial.onnx``, whose image is ``GAIN`` times the noise."""
@@ -74,10 +74,10 @@ def _run(backend: Backend) -> str:
 
 def _try_engine(name: str, graph: Path, folder: Path) -> str:
     from scm_sdk._util.gpu import current_gpu
-    from scm_sdk.engines.tensorrt import load_flavour, make_logger
+    from scm_sdk.engines.tensorrt import load_flavor, make_logger
 
-    flavour: Flavour = "tensorrt" if name == "tensorrt" else "tensorrt_rtx"
-    library = load_flavour(flavour, purpose=f"backend {name!r}")
+    flavor: Flavor = "tensorrt" if name == "tensorrt" else "tensorrt_rtx"
+    library = load_flavor(flavor, purpose=f"backend {name!r}")
     gpu = current_gpu()
     if gpu is None:
         if name == "tensorrt":
@@ -89,7 +89,7 @@ def _try_engine(name: str, graph: Path, folder: Path) -> str:
     from ..engines.engine import build_engine
     from ..engines.options import EngineOptions
 
-    options = EngineOptions(flavour=flavour, compute_capabilities=(gpu.compute_capability,), batch=(1, 2, 2))
+    options = EngineOptions(flavor=flavor, compute_capabilities=(gpu.compute_capability,), batch=(1, 2, 2))
     build_engine(graph, folder / "engine", options)
     return _run(open_backend(name, folder / "engine" / ENGINE_NAME, SPEC, trust_engines=True))
 

@@ -16,7 +16,7 @@ from .names import STEPS, OutputPath, TargetName, one_of
 from .precision import summary as variant_summary
 
 if TYPE_CHECKING:
-    from scm_sdk.bundle.engine_record import Flavour
+    from scm_sdk.bundle.engine_record import Flavor
     from scm_sdk.spec import Precision
 
     from ..engines.add import EngineVariant
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
               type=one_of("precision", "fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"),
               help="Precision to add; may be repeated.")  # fmt: skip
-@click.option("--flavor", "flavour", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
+@click.option("--flavor", "flavor", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
               help="Library that builds the engines.")  # fmt: skip
 @click.option(
     "--steps",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--validate/--no-validate", default=True, help="Compare everything that can run here with PyTorch.")
 @json_option
 def build(
-    checkpoint: Path, out: Path, names: tuple[str, ...], precisions: tuple[Precision, ...], flavour: Flavour,
+    checkpoint: Path, out: Path, names: tuple[str, ...], precisions: tuple[Precision, ...], flavor: Flavor,
     steps: tuple[int, ...], max_batch: int | None, workspace: int | None, target_psnr: float | None,
     prompts: Path | None, validate: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -89,7 +89,7 @@ def build(
 
     with stage_lines() as on_stage:
         made = build_all(
-            checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavour=flavour,
+            checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavor=flavor,
             steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
             on_stage=on_stage, on_variant=on_variant, on_engine=on_engine,
             on_build=BuildBars().start, workspace_bytes=workspace * 2**20 if workspace else None,

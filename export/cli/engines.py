@@ -12,7 +12,7 @@ from .common import json_option, make_table, plural, print_json, print_table, pr
 from .names import PRECISION, STEPS, TargetName, one_of
 
 if TYPE_CHECKING:
-    from scm_sdk.bundle.engine_record import Flavour
+    from scm_sdk.bundle.engine_record import Flavor
     from scm_sdk.spec import Precision
 
     from ..engines.add import EngineVariant
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     type=TargetName(),
     help="GPU to build for, as l4, rtx4090 or sm_86; may be repeated; default: the GPU of this machine.",
 )
-@click.option("--flavor", "flavour", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
+@click.option("--flavor", "flavor", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
               help="tensorrt_rtx builds anywhere; tensorrt on the GPU that runs the engine.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, type=PRECISION,
               help="Precision of the graphs to build from; may be repeated; default: all.")  # fmt: skip
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @click.option("--allow-mismatch", is_flag=True, help="Keep an engine whose kernels are not in the graph's precision.")
 @json_option
 def engine(
-    bundle: Path, names: tuple[str, ...], flavour: Flavour, precisions: tuple[Precision, ...], steps: tuple[int, ...],
+    bundle: Path, names: tuple[str, ...], flavor: Flavor, precisions: tuple[Precision, ...], steps: tuple[int, ...],
     batch: tuple[int, int, int] | None, one_for_all: bool, workspace: int | None, optimization_level: int | None,
     hardware_compatibility: HardwareCompatibility, version_compatible: bool, weight_streaming: bool,
     allow_mismatch: bool, as_json: bool,
@@ -70,11 +70,11 @@ def engine(
     targets = resolve_targets(names) if names else ()
     gpu = None if names else current_gpu()
     for target in targets if gpu is None else (resolve_target(gpu.compute_capability),):
-        if target.note and flavour == "tensorrt_rtx" and not target.unbuildable(flavour):
+        if target.note and flavor == "tensorrt_rtx" and not target.unbuildable(flavor):
             say(f"  note: {target.name}: {target.note}")
     bars = BuildBars()
     variants = add_engines(
-        bundle, targets, flavour=flavour, precisions=precisions, steps=steps, one_for_all=one_for_all, batch=batch,
+        bundle, targets, flavor=flavor, precisions=precisions, steps=steps, one_for_all=one_for_all, batch=batch,
         allow_mismatch=allow_mismatch, on_engine=lambda v: None if as_json else say(f"  {summary(v)}"),
         on_build=bars.start, on_skip=None if precisions else lambda line: say(f"  skip {line}"),
         workspace_bytes=workspace * 2**20 if workspace else None,
@@ -255,4 +255,4 @@ def _what(record: object) -> str:
         return "unreadable"
     capabilities = ", ".join(record.facts.compute_capabilities)
     steps = record.spec.num_inference_steps
-    return f"{record.flavour} {record.facts.library_version}, {capabilities}, {record.precision}, {steps} steps"
+    return f"{record.flavor} {record.facts.library_version}, {capabilities}, {record.precision}, {steps} steps"

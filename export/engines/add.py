@@ -13,11 +13,11 @@ from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import extend_bundle, open_to_extend, recipe_of
-from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, Flavour
+from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, Flavor
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.engines.compatibility import is_trusted
 from scm_sdk.engines.targets import Target, resolve_target, resolve_targets
-from scm_sdk.engines.tensorrt import load_flavour
+from scm_sdk.engines.tensorrt import load_flavor
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, UnsupportedGraphError
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 
@@ -69,7 +69,7 @@ def add_engines(
     path: str | os.PathLike[str],
     targets: Sequence[Target | str],
     *,
-    flavour: Flavour = "tensorrt_rtx",
+    flavor: Flavor = "tensorrt_rtx",
     precisions: Sequence[Precision] = (),
     steps: Sequence[int] = (),
     one_for_all: bool = False,
@@ -87,7 +87,7 @@ def add_engines(
     Args:
         path: The bundle.
         targets: GPUs, also by name, such as ``"l4"`` or ``"sm_89"``; () with TensorRT is the GPU of this machine.
-        flavour: Which library.
+        flavor: Which library.
         precisions: Graphs to build from; () is all but those for CPUs.
         steps: Only these numbers of steps; () is all.
         one_for_all: One engine that holds all targets, instead of one each; TensorRT-RTX alone.
@@ -100,22 +100,22 @@ def add_engines(
         **options: For the builder; see ``EngineOptions``.
 
     Raises:
-        ConfigError: If the bundle has no such graph, or a target is not the flavour's to build.
+        ConfigError: If the bundle has no such graph, or a target is not the flavor's to build.
         UnsupportedGraphError: If a target cannot compute a precision.
         ExportError: If an engine cannot be built, or is not what its graph asks for.
         BundleError: If the bundle is damaged or cannot be written.
     """
     bundle = open_to_extend(path)
-    library = load_flavour(flavour, purpose=f"building a {flavour} engine")
-    gpus = resolve_targets(targets) if targets else _this_machine(flavour)
-    _check_buildable(gpus, flavour)
+    library = load_flavor(flavor, purpose=f"building a {flavor} engine")
+    gpus = resolve_targets(targets) if targets else _this_machine(flavor)
+    _check_buildable(gpus, flavor)
     groups = _groups(gpus, one_for_all)
     if on_skip is not None:
-        groups = [group for group in groups if not _is_elsewhere(group, flavour, on_skip)]
+        groups = [group for group in groups if not _is_elsewhere(group, flavor, on_skip)]
     jobs = []  # every refusal comes before the first build
     for graph in _graphs(bundle, precisions, steps):
         for group in groups:
-            lacking = [lack for target in group if (lack := target.lacks(graph.precision, flavour))]
+            lacking = [lack for target in group if (lack := target.lacks(graph.precision, flavor))]
             if lacking and not allow_mismatch:
                 if on_skip is None:
                     raise UnsupportedGraphError(f"{lacking[0]}. Choose another --precision, or leave this target out.")
@@ -123,12 +123,12 @@ def add_engines(
                 continue
             largest = bundle.spec(graph.num_inference_steps).max_batch
             chosen = EngineOptions(
-                flavour=flavour,
+                flavor=flavor,
                 compute_capabilities=tuple(target.compute_capability for target in group),
                 batch=batch or (1, min(8, largest), largest),
                 **options,
             )
-            jobs.append((graph, engine_path(flavour, group, graph), chosen))
+            jobs.append((graph, engine_path(flavor, group, graph), chosen))
     made = []
     for graph, engine, chosen in jobs:
         made.append(_add(path, graph, engine, chosen, library.__version__, allow_mismatch, on_build))
@@ -136,10 +136,10 @@ def add_engines(
     return made
 
 
-def engine_path(flavour: Flavour, group: Sequence[Target], graph: Artifact) -> str:
+def engine_path(flavor: Flavor, group: Sequence[Target], graph: Artifact) -> str:
     """Return where an engine lies in a bundle."""
     sm = "-".join(target.sm for target in group)
-    return f"engines/{flavour}-{sm}-{graph.precision}-{graph.num_inference_steps}step/{ENGINE_NAME}"
+    return f"engines/{flavor}-{sm}-{graph.precision}-{graph.num_inference_steps}step/{ENGINE_NAME}"
 
 
 def _add(
@@ -175,7 +175,7 @@ def _add(
             draft.add(
                 Artifact(
                     path=engine,
-                    format=options.flavour,
+                    format=options.flavor,
                     precision=graph.precision,
                     num_inference_steps=graph.num_inference_steps,
                     engine=record.facts,
@@ -184,7 +184,7 @@ def _add(
                 [graph.path],
                 files=[record_path],
             )
-            draft.versions[options.flavour] = version
+            draft.versions[options.flavor] = version
     return EngineVariant(
         path=engine,
         precision=graph.precision,
@@ -202,32 +202,32 @@ def _acceptable(data: bytes, allow_mismatch: bool) -> BuildRecord | None:
     return record if fits and is_trusted(record.engine_sha256) else None
 
 
-def check_targets(targets: Sequence[Target], flavour: Flavour) -> None:
+def check_targets(targets: Sequence[Target], flavor: Flavor) -> None:
     """Refuse what cannot be built before anything long begins.
 
     Raises:
-        ConfigError: If a flavour does not build for a target.
+        ConfigError: If a flavor does not build for a target.
         BackendUnavailable: If its library is not here, or it needs a GPU and there is none.
     """
-    _check_buildable(targets, flavour)
-    load_flavour(flavour, purpose=f"building {flavour} engines")
-    if flavour == "tensorrt" and targets and current_gpu() is None:
+    _check_buildable(targets, flavor)
+    load_flavor(flavor, purpose=f"building {flavor} engines")
+    if flavor == "tensorrt" and targets and current_gpu() is None:
         raise BackendUnavailable(
             f"engines for {targets[0].name} were asked of TensorRT, expected its GPU: it builds where the engine runs, "
             "and no GPU is here. Build there, or use --flavor tensorrt_rtx."
         )
 
 
-def _check_buildable(targets: Sequence[Target], flavour: Flavour) -> None:
+def _check_buildable(targets: Sequence[Target], flavor: Flavor) -> None:
     for target in targets:
-        if reason := target.unbuildable(flavour):
+        if reason := target.unbuildable(flavor):
             raise ConfigError(f"{reason}. Build with --flavor tensorrt on such a GPU, or leave this target out.")
 
 
-def _is_elsewhere(group: Sequence[Target], flavour: Flavour, on_skip: Callable[[str], object]) -> bool:
+def _is_elsewhere(group: Sequence[Target], flavor: Flavor, on_skip: Callable[[str], object]) -> bool:
     """Return, and say, whether TensorRT would have to build on another GPU than this machine's."""
     gpu = current_gpu()
-    if flavour != "tensorrt" or gpu is None or any(t.compute_capability == gpu.compute_capability for t in group):
+    if flavor != "tensorrt" or gpu is None or any(t.compute_capability == gpu.compute_capability for t in group):
         return False
     names = ", ".join(f"{target.name} ({target.compute_capability})" for target in group)
     on_skip(f"{names}: TensorRT builds on the GPU that runs the engine, this {gpu.name} is {gpu.compute_capability}")
@@ -256,11 +256,11 @@ def _groups(targets: Sequence[Target], one_for_all: bool) -> list[tuple[Target, 
     return [tuple(targets)] if one_for_all else [(target,) for target in targets]
 
 
-def _this_machine(flavour: Flavour) -> tuple[Target, ...]:
+def _this_machine(flavor: Flavor) -> tuple[Target, ...]:
     gpu = current_gpu()
     if gpu is None:
         raise IncompatibleEngineError(
-            f"no target was given and this machine has no GPU, expected one of them for {flavour}. Name targets, for "
+            f"no target was given and this machine has no GPU, expected one of them for {flavor}. Name targets, for "
             "example --target l4; see: scm-export targets"
         )
     return (resolve_target(gpu.compute_capability),)

@@ -97,7 +97,7 @@ class Build:
         try:
             self.builder = trt.Builder(self.log)
         except TypeError as exc:  # the library is there, but could not start
-            raise explain([*self.log.errors(), str(exc)], doing=f"starting {self.options.flavour}") from exc
+            raise explain([*self.log.errors(), str(exc)], doing=f"starting {self.options.flavor}") from exc
         self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self.parser = trt.OnnxParser(self.network, self.log)
         # From the file, so that weights beside it are found; an empty file parses well and has no output.
@@ -135,7 +135,7 @@ class Build:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
         if options.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        if options.flavour == "tensorrt_rtx":
+        if options.flavor == "tensorrt_rtx":
             config.num_compute_capabilities = len(options.compute_capabilities)
             for i, capability in enumerate(options.compute_capabilities):
                 name = "SM" + capability.replace(".", "")
@@ -157,7 +157,7 @@ class Build:
         TensorRT-RTX 1.7.1 keeps it in the process (measured): after a build for 7.5 that failed, the next one for 8.0
         was compiled for 7.5, without a word, and only INT8 showed it in the census.
         """
-        if self.options.flavour != "tensorrt_rtx":
+        if self.options.flavor != "tensorrt_rtx":
             return
         trt = self.trt
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -169,7 +169,7 @@ class Build:
         self.builder.build_serialized_network(network, config)
 
     def _keep_timing_cache(self, config: Any) -> None:
-        if self.timing_cache is not None and self.options.flavour == "tensorrt":
+        if self.timing_cache is not None and self.options.flavor == "tensorrt":
             cache = config.get_timing_cache()
             blob = cache.serialize() if cache is not None else None
             if blob is not None:

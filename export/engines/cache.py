@@ -27,7 +27,7 @@ from scm_sdk._util.lazy import require
 from scm_sdk._util.locks import FolderLock, try_lock, wait_for_lock
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord
 from scm_sdk.engines.compatibility import remember_built, was_built_here
-from scm_sdk.engines.tensorrt import load_flavour
+from scm_sdk.engines.tensorrt import load_flavor
 from scm_sdk.errors import ExportError, ScmError
 
 from .builder import Progress
@@ -140,8 +140,8 @@ def engine_key(graph: Path, options: EngineOptions) -> str:
     Raises:
         BackendUnavailable: If the library that would build it is absent.
     """
-    library = load_flavour(options.flavour, purpose=f"building a {options.flavour} engine")
-    gpu = current_gpu() if options.flavour == "tensorrt" else None
+    library = load_flavor(options.flavor, purpose=f"building a {options.flavor} engine")
+    gpu = current_gpu() if options.flavor == "tensorrt" else None
     facts = {
         "graph": graph_digest(graph),
         "options": msgspec.to_builtins(options),
@@ -252,8 +252,8 @@ def _remove(folder: Path) -> None:
 def _timing_cache(options: EngineOptions) -> Path | None:
     """Return where TensorRT keeps kernel times for this version and GPU; its header refuses any other."""
     gpu = current_gpu()
-    if options.flavour != "tensorrt" or gpu is None:
+    if options.flavor != "tensorrt" or gpu is None:
         return None
-    version = load_flavour(options.flavour, purpose="the timing cache").__version__
+    version = load_flavor(options.flavor, purpose="the timing cache").__version__
     folder = writable_folder("timing", purpose="TensorRT measures its kernels again for each engine")
     return folder and folder / f"{version}-{gpu.name.replace(' ', '_')}.cache"

@@ -19,7 +19,7 @@ from scm_sdk._util.peak_memory import PeakMemory
 from scm_sdk._util.publish import atomic_folder
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, EngineTensor
 from scm_sdk.bundle.manifest import EngineFacts
-from scm_sdk.engines.tensorrt import load_flavour
+from scm_sdk.engines.tensorrt import load_flavor
 from scm_sdk.errors import ConfigError, ExportError, IncompatibleEngineError
 from scm_sdk.spec import Precision, SamplerSpec
 
@@ -64,7 +64,7 @@ def build_engine(
         ExportError: If the graph cannot be read or built, or the kernels are not what the graph asks for.
         IncompatibleEngineError: If TensorRT is asked for another GPU than this machine's.
     """
-    library = load_flavour(options.flavour, purpose=f"building a {options.flavour} engine")
+    library = load_flavor(options.flavor, purpose=f"building a {options.flavor} engine")
     model = read_model(graph)
     spec, precision = _identity(model, graph)
     if options.batch[2] > spec.max_batch:
@@ -82,7 +82,7 @@ def build_engine(
             "know why, keep it with --allow-mismatch."
         )
     record = BuildRecord(
-        flavour=options.flavour,
+        flavor=options.flavor,
         facts=EngineFacts(
             library_version=library.__version__,
             compute_capabilities=options.compute_capabilities,
@@ -137,7 +137,7 @@ def _identity(model: ir.Model, graph: Path) -> tuple[SamplerSpec, Precision]:
 
 def _check_gpu(options: EngineOptions) -> str:
     """Return the name of the GPU that the engine is tuned on; "" ahead of time."""
-    if options.flavour == "tensorrt_rtx":
+    if options.flavor == "tensorrt_rtx":
         return ""
     gpu = current_gpu()
     if gpu is not None and gpu.compute_capability not in options.compute_capabilities:
@@ -155,7 +155,7 @@ def _census(
     """Return what was built, what was planned, how the two differ, and what could not be seen."""
     planned, _, _ = planned_census(model, batch_one=build.options.batch[2] == 1)
     census = take_census(model, build.log.kernels)
-    tensorrt = build.options.flavour == "tensorrt"
+    tensorrt = build.options.flavor == "tensorrt"
     if census is None and tensorrt:  # on the GPU the engine itself can be asked
         runtime = library.Runtime(build.log)  # an engine does not keep its runtime
         loaded = runtime.deserialize_cuda_engine(engine)

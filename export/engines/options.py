@@ -6,7 +6,7 @@ from typing import Literal, TypedDict
 
 import msgspec
 
-from scm_sdk.bundle.engine_record import Flavour
+from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.engines.targets import AHEAD_OF_TIME
 from scm_sdk.errors import ConfigError
 
@@ -27,7 +27,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How an engine is built.
 
     Attributes:
-        flavour: Which library builds it and will run it.
+        flavor: Which library builds it and will run it.
         compute_capabilities: GPUs it is for; several only ahead of time.
         batch: Smallest, best and largest batch.
         workspace_bytes: Most memory that a kernel may use at run time; None leaves it to the library.
@@ -37,7 +37,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         weight_streaming: Whether weights may stay in host memory.
     """
 
-    flavour: Flavour = "tensorrt_rtx"
+    flavor: Flavor = msgspec.field(default="tensorrt_rtx", name="flavour")  # as build records spell it
     compute_capabilities: tuple[str, ...]
     batch: tuple[int, int, int]
     workspace_bytes: int | None = None
@@ -54,12 +54,12 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ConfigError(f"optimization_level is {self.optimization_level}, expected 0 to 5.")
         if not self.compute_capabilities:
             raise ConfigError("compute_capabilities is empty, expected at least one, such as 8.6.")
-        if self.flavour == "tensorrt" and len(self.compute_capabilities) > 1:
+        if self.flavor == "tensorrt" and len(self.compute_capabilities) > 1:
             raise ConfigError(
                 f"TensorRT was asked for {', '.join(self.compute_capabilities)}, expected one GPU: it builds on the "
-                "GPU that runs the engine. Build once on each, or use flavour tensorrt_rtx."
+                "GPU that runs the engine. Build once on each, or use flavor tensorrt_rtx."
             )
-        if self.flavour == "tensorrt_rtx":
+        if self.flavor == "tensorrt_rtx":
             absent = [c for c in self.compute_capabilities if c not in AHEAD_OF_TIME]
             if absent:
                 raise ConfigError(

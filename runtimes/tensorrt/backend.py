@@ -19,7 +19,7 @@ from scm_sdk._util.cache_dir import trusted_folder, writable_folder
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.bundle.engine_record import BuildRecord
 from scm_sdk.engines.compatibility import EngineHost, is_trusted, performance_warning
-from scm_sdk.engines.tensorrt import EXTRAS, load_flavour, make_logger
+from scm_sdk.engines.tensorrt import EXTRAS, load_flavor, make_logger
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, ScmError, ShapeError
 from scm_sdk.spec import SamplerSpec
 
@@ -83,12 +83,12 @@ class TrtBackend:
         index = _index(device)
         host = EngineHost.here(device=f"cuda:{index}", trust_engines=trust_engines)
         self.record, blob = read_engine(artifact_path, spec, host)
-        self.name = self.record.flavour
+        self.name = self.record.flavor
         self.device = f"cuda:{index}"
         self.spec = spec
         self._path = artifact_path
-        self._trt = load_flavour(self.record.flavour, purpose=f"backend {self.record.flavour!r}")
-        self._cuda = Cuda(index, extra=EXTRAS[self.record.flavour])
+        self._trt = load_flavor(self.record.flavor, purpose=f"backend {self.record.flavor!r}")
+        self._cuda = Cuda(index, extra=EXTRAS[self.record.flavor])
         self._log = make_logger(self._trt)
         self._trusted = trust_engines or is_trusted(self.record.engine_sha256)
         self._engine = self._deserialize(blob)
@@ -97,7 +97,7 @@ class TrtBackend:
         with own_errors("preparing the engine"):
             self._config = self._runtime_config()
         self._pool = ContextPool(self._make_context, name=self.name)
-        if slower := performance_warning(self.record.flavour, self.record.facts, host):
+        if slower := performance_warning(self.record.flavor, self.record.facts, host):
             warnings.warn(
                 f"{artifact_path}: {slower}; it may be slower than one built here", RuntimeWarning, stacklevel=4
             )

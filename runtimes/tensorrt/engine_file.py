@@ -38,9 +38,9 @@ def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildR
             f"{path} has {size} bytes, expected {record.engine_bytes}: it was cut short. {rebuild(record)}"
         )
     _check_spec(path, record, spec)
-    if (reason := incompatibility_reason(record.flavour, record.facts, host)) is not None:
-        if host.versions.get(record.flavour) is None:
-            hint = install_command(EXTRAS[record.flavour])
+    if (reason := incompatibility_reason(record.flavor, record.facts, host)) is not None:
+        if host.versions.get(record.flavor) is None:
+            hint = install_command(EXTRAS[record.flavor])
             raise BackendUnavailable(f"{path}: {reason}, expected {record.facts.library_version}. Install it: {hint}")
         if host.gpu is None and reason == host.no_gpu:
             raise BackendUnavailable(
@@ -58,7 +58,7 @@ def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildR
 
 def rebuild(record: BuildRecord | None = None) -> str:
     """Return what to do about an engine that is not what it should be."""
-    return f"Build it again: {rebuild_command(record.flavour)}" if record else "Build it again: scm-export engine"
+    return f"Build it again: {rebuild_command(record.flavor)}" if record else "Build it again: scm-export engine"
 
 
 def _read_record(path: Path) -> BuildRecord:

@@ -18,7 +18,7 @@ BUILD_RECORD_NAME = "build.json"
 ENGINE_NAME = "model.engine"
 SCHEMA_VERSION = 1
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
+Flavor = Literal["tensorrt", "tensorrt_rtx"]
 
 
 class EngineTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         schema_version: Version of this schema.
-        flavour: The library that built it and must run it.
+        flavor: The library that built it and must run it.
         facts: GPUs, platform and library version that it runs on.
         engine_sha256: Digest of the engine file.
         engine_bytes: Size of the engine file.
@@ -59,7 +59,7 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     schema_version: int = SCHEMA_VERSION
-    flavour: Flavour
+    flavor: Flavor = msgspec.field(name="flavour")  # as records spell it
     facts: EngineFacts
     engine_sha256: str
     engine_bytes: int

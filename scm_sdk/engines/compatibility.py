@@ -21,7 +21,7 @@ from .._util.cache_dir import trusted_folder, warn_once, writable_folder
 from .._util.files import atomic_write_bytes, open_regular
 from .._util.gpu import Gpu, current_gpu, gpus
 from .._util.switches import is_on
-from ..bundle.engine_record import Flavour
+from ..bundle.engine_record import Flavor
 from ..bundle.manifest import EngineFacts
 from ..errors import ScmError
 from .targets import AHEAD_OF_TIME
@@ -44,7 +44,7 @@ class EngineHost:
 
     Attributes:
         gpu: The GPU; None without a GPU.
-        versions: Installed version of each flavour; None if it is not installed.
+        versions: Installed version of each flavor; None if it is not installed.
         platform: ``<system>-<machine>``.
         trusts: Returns whether an engine with this sha256 may run.
         no_gpu: Reason why ``gpu`` is None.
@@ -70,7 +70,7 @@ class EngineHost:
         return cls(
             gpu=gpu,
             no_gpu=f"no GPU {device} here, only {others}" if others else cls.no_gpu,
-            versions={flavour: installed_version(flavour) for flavour in _PACKAGES},
+            versions={flavor: installed_version(flavor) for flavor in _PACKAGES},
             platform=this_platform(),
             trusts=lambda sha256: trust_engines or is_trusted(sha256),
         )
@@ -81,11 +81,11 @@ def this_platform() -> str:
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
-def installed_version(flavour: str) -> str | None:
-    """Return the version of a flavour from its package's metadata, without importing it."""
+def installed_version(flavor: str) -> str | None:
+    """Return the version of a flavor from its package's metadata, without importing it."""
     from importlib import metadata  # inside: it loads Python's e-mail package
 
-    for package in _PACKAGES[flavour]:
+    for package in _PACKAGES[flavor]:
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -178,24 +178,24 @@ def _make_key(folder: Path) -> bytes:
     return key
 
 
-def rebuild_command(flavour: Flavour, gpu: Gpu | None = None) -> str:
+def rebuild_command(flavor: Flavor, gpu: Gpu | None = None) -> str:
     """Return the command that builds an engine again, for a GPU if one is given."""
     target = f" --target sm_{gpu.compute_capability.replace('.', '')}" if gpu is not None else ""
-    ahead = flavour == "tensorrt_rtx" and (gpu is None or gpu.compute_capability in AHEAD_OF_TIME)
+    ahead = flavor == "tensorrt_rtx" and (gpu is None or gpu.compute_capability in AHEAD_OF_TIME)
     return f"scm-export engine BUNDLE{target}" + ("" if ahead else " --flavor tensorrt")
 
 
-def incompatibility_reason(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str | None:
+def incompatibility_reason(flavor: Flavor, facts: EngineFacts, host: EngineHost) -> str | None:
     """Return why an engine cannot run on a machine, with advice; None if it can."""
-    version, gpu = host.versions.get(flavour), host.gpu
-    rebuild = rebuild_command(flavour, gpu)
+    version, gpu = host.versions.get(flavor), host.gpu
+    rebuild = rebuild_command(flavor, gpu)
     if facts.platform != host.platform:
         return f"built for {facts.platform}, this is {host.platform}; build it here: {rebuild}"
     if version is None:
-        return f"{flavour} is not installed"
+        return f"{flavor} is not installed"
     if not _version_fits(facts, version):
         least = " or later" if facts.version_compatible else ""
-        return f"built with {flavour} {facts.library_version}{least}, {version} is installed; build it again: {rebuild}"
+        return f"built with {flavor} {facts.library_version}{least}, {version} is installed; build it again: {rebuild}"
     if gpu is None:
         return host.no_gpu
     if not _gpu_fits(facts, gpu):
@@ -206,10 +206,10 @@ def incompatibility_reason(flavour: Flavour, facts: EngineFacts, host: EngineHos
     return None
 
 
-def performance_warning(flavour: Flavour, facts: EngineFacts, host: EngineHost) -> str:
+def performance_warning(flavor: Flavor, facts: EngineFacts, host: EngineHost) -> str:
     """Return a reason why an engine may be slower than necessary on this machine, or ""."""
     same = host.gpu is None or not facts.gpu or facts.gpu == host.gpu.name
-    if flavour == "tensorrt" and facts.hardware_compatibility == "none" and not same and host.gpu is not None:
+    if flavor == "tensorrt" and facts.hardware_compatibility == "none" and not same and host.gpu is not None:
         return f"tuned on a {facts.gpu}, this is a {host.gpu.name}"
     return ""
 

@@ -47,16 +47,16 @@ class Target:
         version = tuple(int(part) for part in self.compute_capability.split("."))
         return ("fp32", "fp16", "int8", *(["bf16"] if version >= (8, 0) else []))
 
-    def unbuildable(self, flavour: str) -> str:
-        """Return why a flavour cannot build any engine for this GPU, or ""."""
-        if flavour == "tensorrt_rtx" and not self.ahead_of_time:
+    def unbuildable(self, flavor: str) -> str:
+        """Return why a flavor cannot build any engine for this GPU, or ""."""
+        if flavor == "tensorrt_rtx" and not self.ahead_of_time:
             return (
                 f"TensorRT-RTX cannot build for {self.name} ({self.compute_capability}), only for compute capability "
                 f"{', '.join(AHEAD_OF_TIME)}"
             )
         return ""
 
-    def lacks(self, precision: str, flavour: str) -> str:
+    def lacks(self, precision: str, flavor: str) -> str:
         """Return why engines of a precision cannot be built for this GPU, or "".
 
         Measured: on Turing, TensorRT-RTX 1.7 has no float32 matrix products and silently dequantizes INT8
@@ -64,7 +64,7 @@ class Target:
         """
         if precision not in self.precisions:
             return f"{self.name} cannot compute {precision}, which needs compute capability 8.0"
-        if flavour == "tensorrt_rtx" and self.compute_capability == "7.5" and precision != "fp16":
+        if flavor == "tensorrt_rtx" and self.compute_capability == "7.5" and precision != "fp16":
             return f"TensorRT-RTX has no {precision} kernels for {self.name} (7.5)"
         return ""
 

@@ -16,7 +16,7 @@ from .._util.lazy import require
 from ..errors import BackendUnavailable
 
 if TYPE_CHECKING:
-    from ..bundle.engine_record import Flavour
+    from ..bundle.engine_record import Flavor
 
 MIN_TENSORRT = (10, 12)
 """Minimum version: the first with complete strong typing. Version 11 removed weak typing."""
@@ -25,25 +25,25 @@ _KEPT_MESSAGES = 500
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
-def load_flavour(flavour: Flavour, *, purpose: str) -> ModuleType:
+def load_flavor(flavor: Flavor, *, purpose: str) -> ModuleType:
     """Import one of the two libraries.
 
     Args:
-        flavour: The library.
+        flavor: The library.
         purpose: What needs the library; the subject of the message.
 
     Raises:
         BackendUnavailable: If it is missing or too old.
     """
-    if flavour == "tensorrt_rtx":
+    if flavor == "tensorrt_rtx":
         try:  # only the wheel of the bindings, without the package that renames it
             return importlib.import_module("tensorrt_rtx")
         except ImportError:
             try:
                 return importlib.import_module("tensorrt_rtx_bindings")
             except ImportError:
-                return require("tensorrt_rtx", extra=EXTRAS[flavour], purpose=purpose)
-    library = require("tensorrt", extra=EXTRAS[flavour], purpose=purpose)
+                return require("tensorrt_rtx", extra=EXTRAS[flavor], purpose=purpose)
+    library = require("tensorrt", extra=EXTRAS[flavor], purpose=purpose)
     if version_tuple(library.__version__)[:2] < MIN_TENSORRT:
         least = ".".join(map(str, MIN_TENSORRT))
         raise BackendUnavailable(

@@ -99,7 +99,7 @@ NEEDS_MORE: dict[str, Callable[[Path], object]] = {
     "report": collect,
     "precision": lambda path: add_cpu_form(path, steps=[1]),
     "engine": lambda path: add_engines(
-        path, flavour="tensorrt_rtx", targets=resolve_targets(["8.9"]), precisions=["fp16"]
+        path, flavor="tensorrt_rtx", targets=resolve_targets(["8.9"]), precisions=["fp16"]
     ),
     "handover": lambda path: write_handover(path, path.parent / "handover", steps=2, precision="fp16"),
 }

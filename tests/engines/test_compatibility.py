@@ -52,7 +52,7 @@ def test_what_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flavour", "engine", "machine", "reason"),
+    ("flavor", "engine", "machine", "reason"),
     [
         ("tensorrt_rtx", FACTS, host(platform="windows-amd64"), "built for linux-x86_64, this is windows-amd64"),
         ("tensorrt_rtx", FACTS, host(versions={}), "tensorrt_rtx is not installed"),
@@ -68,14 +68,14 @@ def test_what_fits() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_and_the_command_that_helps(flavour, engine, machine, reason) -> None:
-    found = incompatibility_reason(flavour, engine, machine)
+def test_what_does_not_fit_and_the_command_that_helps(flavor, engine, machine, reason) -> None:
+    found = incompatibility_reason(flavor, engine, machine)
     assert found is not None and reason in found
     if "built" in found:
         assert "scm-export engine BUNDLE --target sm_" in found
 
 
-def test_the_command_names_the_flavour_that_builds_there() -> None:
+def test_the_command_names_the_flavor_that_builds_there() -> None:
     h100, t4 = gpu("9.0", "NVIDIA H100"), gpu("7.5", "T4")
     old = facts(library_version="10.13.0.35")
     assert str(incompatibility_reason("tensorrt", old, HOST)).endswith(

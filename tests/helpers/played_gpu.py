@@ -187,12 +187,12 @@ def play(engine: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., T
     monkeypatch.setattr("scm_sdk.runtimes.tensorrt.context.Buffer", PlayedBuffer)
     monkeypatch.setattr(TrtBackend, "_deserialize", lambda self, blob: recorder)
 
-    def make(flavour: str = "tensorrt_rtx") -> TrtBackend:
-        if flavour == "tensorrt":
-            rewrite(engine, flavour="tensorrt")
+    def make(flavor: str = "tensorrt_rtx") -> TrtBackend:
+        if flavor == "tensorrt":
+            rewrite(engine, flavor="tensorrt")
             here = host(versions={"tensorrt": record_of(engine).facts.library_version})
             monkeypatch.setattr(EngineHost, "here", classmethod(lambda cls, **_: here))
-            monkeypatch.setattr(backend, "load_flavour", lambda flavour, purpose: trt)
+            monkeypatch.setattr(backend, "load_flavor", lambda flavor, purpose: trt)
         return open_backend(engine, spec)
 
     return make, recorder

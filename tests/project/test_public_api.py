@@ -126,5 +126,5 @@ def test_unpacked_options_are_those_of_the_function_that_takes_them() -> None:
     given = inspect.signature(validate_bundle).parameters
     assert set(ValidateOptions.__annotations__) == set(given) - {"path", "examples", "examine", "on_note"}
     fields = dict(zip(EngineOptions.__struct_fields__, EngineOptions.__annotations__.values(), strict=True))
-    builder = set(fields) - {"flavour", "compute_capabilities", "batch"}
+    builder = set(fields) - {"flavor", "compute_capabilities", "batch"}
     assert set(BuilderOptions.__annotations__) == builder

@@ -80,7 +80,7 @@ def test_an_engine_of_another_sampler_is_refused(engine: Path, spec: SamplerSpec
         ({}, {"versions": {"tensorrt_rtx": "1.8.0.1"}}, IncompatibleEngineError, r"1\.8\.0\.1 is installed"),
         ({}, {"gpu": Gpu(index=0, name="T4", compute_capability="7.5", memory_bytes=1, driver="12.0")},
          IncompatibleEngineError, r"built for 8\.9, this T4 is 7\.5; .*--target sm_75"),
-        ({"flavour": "tensorrt"}, {}, BackendUnavailable, r"pip install 'tensorrt>="),
+        ({"flavor": "tensorrt"}, {}, BackendUnavailable, r"pip install 'tensorrt>="),
     ],
 )  # fmt: skip
 def test_each_reason_has_its_own_message(engine, spec, changes, machine, error, message) -> None:
@@ -182,7 +182,7 @@ def test_host_code_runs_only_from_who_is_trusted(engine, spec, monkeypatch: pyte
     monkeypatch.setattr(backend, "Cuda", lambda index, extra: None)
     monkeypatch.setattr(backend, "is_trusted", lambda sha256: False)
     fake = types.SimpleNamespace(Runtime=Runtime, EngineValidity=trt.EngineValidity, ILogger=trt.ILogger)
-    monkeypatch.setattr(backend, "load_flavour", lambda flavour, purpose: fake)
+    monkeypatch.setattr(backend, "load_flavor", lambda flavor, purpose: fake)
     with pytest.raises(IncompatibleEngineError):
         open_backend(engine, spec)
     assert allowed == [False], "a plain engine needs no such leave"

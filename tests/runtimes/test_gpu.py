@@ -1,6 +1,6 @@
 """The real thing, on a machine with a CUDA GPU: ``make gpu``.
 
-Every test runs for each flavour that is installed and builds for this GPU; where one does not, or there is no GPU,
+Every test runs for each flavor that is installed and builds for this GPU; where one does not, or there is no GPU,
 it is skipped with the reason. ``test_trt_backend.py`` and its neighbors hold what can be shown without.
 """
 
@@ -18,7 +18,7 @@ from scm_sdk import Generator
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.lazy import install_command, is_installed
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.bundle.engine_record import Flavour
+from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.engines.targets import resolve_target
 from scm_sdk.engines.tensorrt import EXTRAS
 from scm_sdk.errors import BackendError, ShapeError
@@ -42,8 +42,8 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module", params=["tensorrt_rtx", "tensorrt"])
-def flavour(request: pytest.FixtureRequest) -> Flavour:
-    name: Flavour = request.param
+def flavor(request: pytest.FixtureRequest) -> Flavor:
+    name: Flavor = request.param
     gpu = current_gpu()
     if gpu is None:
         pytest.skip("no GPU, or no NVIDIA driver")
@@ -55,7 +55,7 @@ def flavour(request: pytest.FixtureRequest) -> Flavour:
 
 
 @pytest.fixture(scope="module")
-def compute_capability(flavour: str) -> str:
+def compute_capability(flavor: str) -> str:
     gpu = current_gpu()
     assert gpu is not None
     return gpu.compute_capability
@@ -63,56 +63,56 @@ def compute_capability(flavour: str) -> str:
 
 @pytest.fixture(scope="module")
 def bundle(
-    flavour: Flavour, compute_capability: str, unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+    flavor: Flavor, compute_capability: str, unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Every precision that this GPU knows, as engines built for it."""
-    path = Path(shutil.copytree(unet_bundle, tmp_path_factory.mktemp(flavour) / "bundle"))
+    path = Path(shutil.copytree(unet_bundle, tmp_path_factory.mktemp(flavor) / "bundle"))
     for precision in ["fp16"] + ["bf16"] * (float(compute_capability) >= 8):
         add_precision(path, default_plan(precision), num_samples=1)
     add_int8(path, QuantizeOptions(precision="int8", base="fp16"))
-    add_engines(path, [resolve_target(compute_capability)], flavour=flavour, on_skip=print)
+    add_engines(path, [resolve_target(compute_capability)], flavor=flavor, on_skip=print)
     return path
 
 
 @pytest.fixture
-def fp16(bundle: Path, flavour: str) -> Iterator[Generator]:
-    with Generator.from_pretrained(bundle, backend=flavour, precision="fp16", verify="none") as gen:
+def fp16(bundle: Path, flavor: str) -> Iterator[Generator]:
+    with Generator.from_pretrained(bundle, backend=flavor, precision="fp16", verify="none") as gen:
         yield gen
 
 
-def test_engines_compute_what_the_checkpoint_computes(bundle: Path, flavour: Flavour, compute_capability: str) -> None:
+def test_engines_compute_what_the_checkpoint_computes(bundle: Path, flavor: Flavor, compute_capability: str) -> None:
     held = Bundle.open(bundle)
     target = resolve_target(compute_capability)
-    graphs = [a for a in held.artifacts(format="onnx") if not target.lacks(a.precision, flavour)]
-    engines = held.artifacts(format=flavour)
+    graphs = [a for a in held.artifacts(format="onnx") if not target.lacks(a.precision, flavor)]
+    engines = held.artifacts(format=flavor)
     assert len(engines) == len(graphs) >= 2
     names = {engine.precision for engine in engines}
     coarse = sorted(names & {"bf16", "int8"})
-    results = validate_bundle(bundle, backends=[flavour], precisions=sorted(names - set(coarse)))
+    results = validate_bundle(bundle, backends=[flavor], precisions=sorted(names - set(coarse)))
     if coarse:
         why = "an untrained net: its int8 graph itself is below the gate's 40 dB"
-        results += validate_bundle(bundle, backends=[flavour], precisions=coarse, min_psnr_db=25, reason=why)
+        results += validate_bundle(bundle, backends=[flavor], precisions=coarse, min_psnr_db=25, reason=why)
     assert {r.candidate for r in results} == {engine.path for engine in engines}
     for parity in results:
         parity.raise_if_failed()
 
 
-def test_auto_takes_a_proved_engine(bundle: Path, flavour: str) -> None:
-    validate_bundle(bundle, backends=[flavour], precisions=["fp16"])
+def test_auto_takes_a_proved_engine(bundle: Path, flavor: str) -> None:
+    validate_bundle(bundle, backends=[flavor], precisions=["fp16"])
     with Generator.from_pretrained(bundle) as gen:
-        assert gen(seed=0).info.backend == flavour, gen.plan()
+        assert gen(seed=0).info.backend == flavor, gen.plan()
 
 
 def test_the_plan_says_why_another_gpus_engine_does_not_run(
-    bundle: Path, flavour: str, compute_capability: str, tmp_path: Path
+    bundle: Path, flavor: str, compute_capability: str, tmp_path: Path
 ) -> None:
-    if flavour != "tensorrt_rtx":
+    if flavor != "tensorrt_rtx":
         pytest.skip("TensorRT builds for the GPU it runs on only")
     other = "8.9" if compute_capability != "8.9" else "8.6"
     both = Path(shutil.copytree(bundle, tmp_path / "both"))
     add_engines(both, [resolve_target(other)], precisions=["fp16"], steps=[1])
-    with Generator.from_pretrained(both, backend=flavour, precision="fp16", num_inference_steps=1) as gen:
-        chosen, *others = (row for row in gen.plan() if row.precision == "fp16" and row.backend == flavour)
+    with Generator.from_pretrained(both, backend=flavor, precision="fp16", num_inference_steps=1) as gen:
+        chosen, *others = (row for row in gen.plan() if row.precision == "fp16" and row.backend == flavor)
     assert chosen.accepted and compute_capability.replace(".", "") in chosen.artifact
     assert any(other in row.reason for row in others)
 
@@ -124,12 +124,12 @@ def test_a_seed_names_an_image_in_every_batch(fp16: Generator) -> None:
     np.testing.assert_allclose(together, alone, atol=1 / 255)
 
 
-def test_a_recorded_graph_gives_the_same_bits(fp16: Generator, flavour: str) -> None:
+def test_a_recorded_graph_gives_the_same_bits(fp16: Generator, flavor: str) -> None:
     backend: Any = fp16.opened().backend
     inputs = make_request(backend.spec, num_images=2, seed=7).inputs(0, 2)
     first, *others = (backend.sample(*inputs) for _ in range(4))
     assert all(np.array_equal(first, other) for other in others)
-    if flavour == "tensorrt":
+    if flavor == "tensorrt":
         assert all(context._graph is not None for context in backend._pool._idle if context.batch == 2)
 
 
@@ -162,11 +162,11 @@ def test_tensors_stay_on_the_gpu(fp16: Generator) -> None:
         backend.sample_torch([x.cpu() for x in on_gpu], labels)
 
 
-def test_closing_gives_the_memory_back(bundle: Path, flavour: str) -> None:
-    cuda = Cuda(0, extra=EXTRAS[flavour])
+def test_closing_gives_the_memory_back(bundle: Path, flavor: str) -> None:
+    cuda = Cuda(0, extra=EXTRAS[flavor])
 
     def round_trip() -> None:
-        with Generator.from_pretrained(bundle, backend=flavour, precision="fp16", verify="none") as gen:
+        with Generator.from_pretrained(bundle, backend=flavor, precision="fp16", verify="none") as gen:
             for batch in (1, 2, 3):
                 gen(batch, seed=0, output_type="raw")
 
@@ -178,12 +178,12 @@ def test_closing_gives_the_memory_back(bundle: Path, flavour: str) -> None:
 
 
 def test_an_engine_from_elsewhere_needs_trust(
-    bundle: Path, flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, flavor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another-home"))
     with pytest.raises(BackendError, match="trust_engines=True"):
-        Generator.from_pretrained(bundle, backend=flavour, precision="fp16")
-    with Generator.from_pretrained(bundle, backend=flavour, precision="fp16", trust_engines=True) as gen:
+        Generator.from_pretrained(bundle, backend=flavor, precision="fp16")
+    with Generator.from_pretrained(bundle, backend=flavor, precision="fp16", trust_engines=True) as gen:
         assert np.isfinite(gen(seed=0, output_type="raw").images).all()
 
 

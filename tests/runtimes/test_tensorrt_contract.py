@@ -59,7 +59,7 @@ RTX_ONLY = {
     ("IRuntimeCache", "deserialize"),
     ("IRuntimeCache", "serialize"),
 }
-"""Touched only where the flavour is TensorRT-RTX."""
+"""Touched only where the flavor is TensorRT-RTX."""
 
 
 def touched() -> set[tuple[str, str]]:

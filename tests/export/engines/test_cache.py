@@ -151,7 +151,7 @@ def test_a_mismatch_is_let_pass_only_as_long_as_it_is_asked_for(graphs: Path, tm
     assert loose.record.census["mismatches"] and not loose.unchanged
     (again,) = add_engines(path, targets, allow_mismatch=True, **turing)
     assert again.unchanged
-    monkeypatch.setattr(Target, "lacks", lambda self, precision, flavour: "")  # asked, so that the census decides
+    monkeypatch.setattr(Target, "lacks", lambda self, precision, flavor: "")  # asked, so that the census decides
     with pytest.raises(ExportError, match="is not what the graph asks for"):
         add_engines(path, targets, **turing)
 

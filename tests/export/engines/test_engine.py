@@ -172,7 +172,7 @@ def test_options_are_checked_before_anything_is_built(graphs: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"cannot build for compute capability 9\.0, expected one of 7\.5"):
         options("9.0")
     with pytest.raises(ConfigError, match="expected one GPU"):
-        options("8.0", "8.6", flavour="tensorrt")
+        options("8.0", "8.6", flavor="tensorrt")
     with pytest.raises(ConfigError, match="expected 0 to 5"):
         options(optimization_level=9)
     with pytest.raises(ConfigError, match="Use --flavor tensorrt"):
@@ -208,25 +208,25 @@ def test_tensorrt_itself_is_missing_here_and_says_so(graphs: Path) -> None:
         import tensorrt  # noqa: F401
     except ImportError:
         with pytest.raises(BackendUnavailable, match=r"pip install 'tensorrt>="):
-            add_engines(graphs, resolve_targets(["h100"]), flavour="tensorrt")
+            add_engines(graphs, resolve_targets(["h100"]), flavor="tensorrt")
 
 
 def test_what_cannot_be_built_is_said_before_the_export(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match=r"cannot build for h100 \(9\.0\).*--flavor tensorrt on such a GPU"):
         build_all(unet_checkpoint, tmp_path / "bundle", targets=resolve_targets(["a100", "h100"]))
-    monkeypatch.setattr(add, "load_flavour", lambda flavour, purpose: None)
+    monkeypatch.setattr(add, "load_flavor", lambda flavor, purpose: None)
     if current_gpu() is None:
         with pytest.raises(BackendUnavailable, match=r"engines for a100 were asked of TensorRT.*no GPU is here"):
-            build_all(unet_checkpoint, tmp_path / "bundle", targets=resolve_targets(["a100"]), flavour="tensorrt")
+            build_all(unet_checkpoint, tmp_path / "bundle", targets=resolve_targets(["a100"]), flavor="tensorrt")
     assert not (tmp_path / "bundle").exists()
 
 
 def test_tensorrt_skips_what_only_another_gpu_can_build(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Gpu(index=0, name="NVIDIA A10", compute_capability="8.6", memory_bytes=1, driver="13.0")
     monkeypatch.setattr(add, "current_gpu", lambda: here)
-    monkeypatch.setattr(add, "load_flavour", lambda flavour, purpose: None)
+    monkeypatch.setattr(add, "load_flavor", lambda flavor, purpose: None)
     lines: list[str] = []
-    assert add_engines(graphs, resolve_targets(["a100", "l4"]), flavour="tensorrt", on_skip=lines.append) == []
+    assert add_engines(graphs, resolve_targets(["a100", "l4"]), flavor="tensorrt", on_skip=lines.append) == []
     assert lines[0] == "a100 (8.0): TensorRT builds on the GPU that runs the engine, this NVIDIA A10 is 8.6"
     assert len(lines) == 2
     run = CliRunner().invoke(main, ["engine", str(graphs), "--target", "a100", "--flavor", "tensorrt"])
