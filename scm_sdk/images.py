@@ -10,6 +10,7 @@ import io
 import math
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,7 +128,9 @@ def save_png(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> No
     atomic_write_bytes(path, encode_picture(array_uint8, ".png"))
 
 
-def save_picture(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -> None:
+def save_picture(
+    array_uint8: NDArray[np.uint8], path: str | os.PathLike[str], *, texts: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write one picture in the format that the file's suffix names, whole or not at all.
 
     JPEG and WebP are lossy: the file holds other levels than the array.
@@ -135,6 +138,7 @@ def save_picture(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -
     Args:
         array_uint8: Picture, (H, W, C) with C 1 or 3, uint8.
         path: The file; its suffix is one of ``PICTURE_FORMATS``.
+        texts: Keyword and text of each tEXt chunk of a PNG file, Latin-1; the other formats have no such place.
 
     Raises:
         ConfigError: If the suffix is another.
@@ -144,15 +148,18 @@ def save_picture(array_uint8: NDArray[np.uint8], path: str | os.PathLike[str]) -
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in PICTURE_FORMATS:
         raise ConfigError(f"{os.fspath(path)} ends in {suffix!r}, expected one of {', '.join(PICTURE_FORMATS)}.")
-    atomic_write_bytes(path, encode_picture(array_uint8, suffix))
+    atomic_write_bytes(path, encode_picture(array_uint8, suffix, texts=texts))
 
 
-def encode_picture(array_uint8: NDArray[np.uint8], suffix: str) -> bytes:
+def encode_picture(
+    array_uint8: NDArray[np.uint8], suffix: str, *, texts: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """Return one picture as the bytes of a file.
 
     Args:
         array_uint8: Picture, (H, W, C) with C 1 or 3, uint8.
         suffix: The file's format, one of ``PICTURE_FORMATS``.
+        texts: As in ``save_picture``.
 
     Raises:
         ConfigError: If the suffix is another.
@@ -166,8 +173,14 @@ def encode_picture(array_uint8: NDArray[np.uint8], suffix: str) -> bytes:
             f"picture is {array_uint8.shape} {array_uint8.dtype}, expected (H, W, C) uint8 with C = 1 or 3. "
             "scm_sdk.images.to_uint8 and make_grid make such arrays."
         )
-    buffer = io.BytesIO()
-    _pil(array_uint8).save(buffer, **PICTURE_FORMATS[suffix])
+    buffer, options = io.BytesIO(), dict(PICTURE_FORMATS[suffix])
+    if suffix == ".png" and texts:
+        from PIL.PngImagePlugin import PngInfo
+
+        options["pnginfo"] = PngInfo()
+        for keyword, text in texts.items():
+            options["pnginfo"].add_text(keyword, text)
+    _pil(array_uint8).save(buffer, **options)
     return buffer.getvalue()
 
 

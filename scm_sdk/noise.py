@@ -1,7 +1,8 @@
 """The noise contract ``scm-noise-v1``: how a seed becomes the noise of an image.
 
 Noise is a pure function of (seed, step, element). Nothing else enters: not the batch, not the
-position in it, no backend, no device, no state. Another language can repeat it from this page:
+position in it, no backend, no device, no state. ``docs/noise.md`` is the normative text, with test vectors, for other
+languages; ``scm.js`` of ``scm-export web`` follows it. In short:
 
 1. **Counter.** A sample of n numbers has ceil(n / 4) blocks. Block b of step s is Philox4x32-10
    of counter words (b, s, 0, 0) under key words (seed mod 2^32, seed div 2^32); it gives four

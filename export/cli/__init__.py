@@ -29,6 +29,7 @@ from .sample import merge, sample
 from .serve import serve
 from .training import distill, train
 from .validation import validate
+from .web import web
 
 __all__ = ["EXIT_CODES", "main"]
 
@@ -52,5 +53,5 @@ assert isinstance(main, ScmGroup)
 main.add_section("Train", (train, distill, ema, average, evaluate))
 main.add_section("Export", (demo, build, import_, onnx, precision, quantize, engine, edge))
 main.add_section("Check", (validate, selfcheck, bench, report, handover))
-main.add_section("Ship", (generate, sample, merge, serve, inspect, bundle))
+main.add_section("Ship", (generate, sample, merge, serve, web, inspect, bundle))
 main.add_section("Machine", (doctor, targets, cache))

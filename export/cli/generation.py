@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import json_option, plural, print_json, progress_bar, say
 from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath
+
+if TYPE_CHECKING:
+    from scm_sdk.inference.output import GeneratorOutput
 
 
 @click.command()
@@ -46,7 +50,8 @@ def generate(
 ) -> None:  # fmt: skip
     """Generate images from a bundle or a checkpoint.
 
-    The images are written as one grid, or as one file each if OUT is a folder.
+    The images are written as one grid, or as one file each if OUT is a folder. PNG metadata hold build id, seeds and
+    labels.
 
     \b
     scm-export generate avatars -o red.png --class-labels red --seed 7
@@ -86,12 +91,13 @@ def generate(
     pixels = np.asarray(result.images)
     if in_one_file:
         files = [out]
-        save_picture(make_grid(pixels, max(1, round(num_images**0.5)), scale=scale), out)
+        grid = make_grid(pixels, max(1, round(num_images**0.5)), scale=scale)
+        save_picture(grid, out, texts={"scm": _describe(result, range(num_images))})
     else:
         digits = len(str(max(result.seeds)))  # so that a listing is in the order of the seeds
         files = [out / f"{seed:0{digits}d}.png" for seed in result.seeds]
-        for image, file in zip(pixels, files, strict=True):
-            save_picture(image, file)
+        for i, (image, file) in enumerate(zip(pixels, files, strict=True)):
+            save_picture(image, file, texts={"scm": _describe(result, [i])})
     info = result.info
     for text in info.model.training_warnings:
         say(f"warning: {text}")
@@ -103,6 +109,22 @@ def generate(
         seeds = f"seed {first}" if num_images == 1 else f"seeds {first} to {last}"
         say(f"{out}: {plural(num_images, 'image')}, {seeds}, by {info.backend} {info.precision}, "
             f"{plural(info.num_inference_steps, 'step')}.")  # fmt: skip
+
+
+def _describe(result: GeneratorOutput, indices: Sequence[int]) -> str:
+    """Return what a PNG file says about the images in it, JSON; the page of ``scm-export web`` writes the same."""
+    import json
+
+    info, labels = result.info, result.class_labels
+    told = {
+        "build_id": info.build_id,
+        "seeds": [str(result.seeds[i]) for i in indices],  # text, since JSON readers lose digits of large numbers
+        "class_labels": None if labels is None else [labels[i] for i in indices],
+        "num_inference_steps": info.num_inference_steps,
+        "precision": info.precision,
+        "backend": info.backend,
+    }
+    return json.dumps(told, separators=(",", ":"))
 
 
 def _is_file(out: Path) -> bool:

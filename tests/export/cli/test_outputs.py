@@ -117,6 +117,23 @@ def seeds_and_files(model: Path, out: Path, *labels: object) -> dict[str, bytes]
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def test_png_files_name_what_made_them(unet_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    common = ["generate", unet_bundle, "--num-images", 2, "--class-labels", "dog", "--seed", 2**53, "--json"]
+    done = run(*common, "-o", tmp_path / "grid.png")
+    info = json.loads(done.stdout)["info"]
+    run(*common, "-o", tmp_path / "many")
+    run(*common, "-o", tmp_path / "grid.webp")
+    seeds = [str(2**53), str(2**53 + 1)]
+    for path, held in [("grid.png", seeds), *((f"many/{seed}.png", [seed]) for seed in seeds)]:
+        with Image.open(tmp_path / path) as picture:
+            assert json.loads(picture.text["scm"]) == {  # type: ignore[attr-defined]
+                "build_id": info["build_id"], "seeds": held, "class_labels": [1] * len(held),
+                "num_inference_steps": 2, "precision": info["precision"], "backend": info["backend"],
+            }  # fmt: skip
+
+
 def test_class_names_with_commas_and_of_digits(named: Callable[..., Path], tmp_path: Path) -> None:
     model = named("a, b", "2", "c2", "c3")
     first = seeds_and_files(model, tmp_path / "first", "--class-labels", '"a, b",2')

@@ -1,0 +1,524 @@
+/** The page: a form over `Generator`, and the proof. */
+import { Generator, ScmError, toImageData, toPng } from "./scm.js";
+import { fetchSite } from "./scm/files.js";
+
+/** @typedef {import("./scm.js").Samples} Samples */
+/** @typedef {import("./scm.js").Progress} Progress */
+
+const COUNTS = [1, 4, 9, 16];
+const SMALL = 128;
+/** Largest side, pixels, of a downloaded picture that is enlarged. */
+const DOWNLOAD = 512;
+const PHASES = { download: "Fetching", open: "Opening", generate: "Generating", prove: "Proving" };
+const NAMES = { auto: "Auto", webgpu: "WebGPU", wasm: "WebAssembly" };
+
+/** @param {string} id @returns {any} */
+const $ = (id) => document.getElementById(id);
+
+/** @type {import("./scm/types.js").Site} */
+let site;
+/** @type {{ gen: Generator, device: string, graphs: Set<string> } | undefined} */
+let loaded; // `graphs`: those that were fetched
+/** @type {AbortController | undefined} */
+let running;
+/** @type {Samples | undefined} */
+let shown;
+
+await start();
+
+async function start() {
+  try {
+    site = await fetchSite(new URL("./", import.meta.url), undefined, undefined);
+  } catch (error) {
+    $("model").textContent = "The site cannot be opened";
+    showError(error);
+    return;
+  }
+  const spec = site.samplers[0];
+  const shape = spec.output_shape.length ? spec.output_shape : spec.sample_shape;
+  document.title = `${site.name} in the browser`;
+  $("model").textContent = site.name;
+  const steps = [...new Set(site.graphs.map((graph) => graph.num_inference_steps))].sort((a, b) => a - b);
+  const precisions = [...new Set(site.graphs.map((graph) => graph.precision))];
+  const devices = Object.keys(site.runtime.devices);
+  $("facts").textContent = [
+    `${shape[2]}×${shape[1]} pixels`,
+    spec.num_classes ? `${spec.num_classes} classes` : "unconditional",
+    `${steps.join(" or ")} ${steps.length === 1 && steps[0] === 1 ? "step" : "steps"}`,
+    site.license && `license ${site.license}`,
+    `build ${site.build_id.slice(0, 12)}`,
+  ]
+    .filter(Boolean)
+    .join(" · ");
+  fill($("notes"), site.notes.map((note) => element("li", note)));
+  $("notes").hidden = !site.notes.length;
+
+  if (spec.num_classes) {
+    const names = Array.from({ length: spec.num_classes }, (_, i) => spec.class_names[i] ?? `${i}`);
+    fill($("label"), [option("", "Drawn from each seed"), ...names.map((name, i) => option(String(i), name))]);
+    $("label-field").hidden = false;
+  }
+  if (spec.guidance_range) {
+    Object.assign($("guidance"), { min: spec.guidance_range[0], max: spec.guidance_range[1] });
+    $("guidance").value = spec.default_guidance ?? spec.guidance_range[0];
+    $("guidance-field").hidden = false;
+  }
+  addChoice("count", COUNTS.map((n) => [String(n), String(n)]), "4");
+  addChoice("steps", steps.map((n) => [String(n), String(n)]), String(steps.includes(2) ? 2 : steps[0]));
+  const offered = devices.length > 1 ? ["auto", ...devices] : devices;
+  addChoice("device", offered.map((name) => [name, NAMES[/** @type {"auto"} */ (name)]]), offered[0]);
+  const kinds = precisions.length > 1 ? ["auto", ...precisions] : precisions;
+  addChoice("precision", kinds.map((name) => [name, name === "auto" ? "Auto" : name]), kinds[0]);
+  readLink();
+
+  $("form").addEventListener("submit", (/** @type {Event} */ event) => {
+    event.preventDefault();
+    void run(generate);
+  });
+  $("form").addEventListener("change", showCost);
+  $("random").addEventListener("click", () => {
+    $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+  });
+  $("cancel").addEventListener("click", () => running?.abort());
+  $("prove").addEventListener("click", () => void run(prove));
+  $("download").addEventListener("click", () => void download());
+  $("link").addEventListener("click", () => void copyLink());
+  $("controls").disabled = false;
+  $("prove").disabled = !site.goldens.length;
+  if (spec.conditioning.length) {
+    $("generate").disabled = true;
+    status("This model takes inputs that the page cannot make, such as prompt embeddings. It can be proved here; scm.js generates with it.");
+  }
+  showCost();
+  showWhat();
+}
+
+/**
+ * Run one action: the controls are off meanwhile, it can be cancelled, and an error is shown.
+ * @param {(signal: AbortSignal) => Promise<void>} action
+ */
+async function run(action) {
+  if (running) return;
+  running = new AbortController();
+  $("alert").hidden = true;
+  $("controls").disabled = $("prove").disabled = true;
+  $("cancel").hidden = $("progress").hidden = false;
+  try {
+    await action(running.signal);
+  } catch (error) {
+    if (running.signal.aborted) status("Cancelled.");
+    else {
+      status("");
+      showError(error);
+    }
+  } finally {
+    running = undefined;
+    $("controls").disabled = false;
+    $("prove").disabled = !site.goldens.length;
+    $("cancel").hidden = $("progress").hidden = true;
+    showCost();
+    showWhat();
+  }
+}
+
+/**
+ * Return the generator for the device that is chosen; another one is closed.
+ * @param {AbortSignal} signal
+ * @returns {Promise<Generator>}
+ */
+async function generator(signal) {
+  const device = value("device");
+  if (loaded?.device !== device) {
+    await loaded?.gen.close();
+    loaded = undefined;
+    const gen = await Generator.load(new URL("./", import.meta.url), {
+      device: /** @type {"auto"} */ (device),
+      signal,
+      onProgress,
+    });
+    loaded = { gen, device, graphs: new Set() };
+  }
+  return loaded.gen;
+}
+
+/** @param {AbortSignal} signal */
+async function generate(signal) {
+  const gen = await generator(signal);
+  const label = $("label").value;
+  const samples = await gen.generate({
+    seed: $("seed").value.trim(),
+    numImages: Number(value("count")),
+    classLabels: label === "" ? undefined : Number(label),
+    guidanceScale: site.samplers[0].guidance_range ? Number($("guidance").value) : undefined,
+    steps: Number(value("steps")),
+    precision: /** @type {"auto"} */ (value("precision")),
+    signal,
+    onProgress,
+  });
+  markFetched(samples);
+  show(samples);
+  const { info } = samples;
+  status(`${plural(samples.seeds.length, "image")} by ${NAMES[info.device]} in ${info.precision}, ${duration(info.medianMs)} each.`);
+  history.replaceState(null, "", linkHash());
+}
+
+/** @param {AbortSignal} signal */
+async function prove(signal) {
+  $("proofs").hidden = true;
+  $("verdict").textContent = "";
+  const gen = await generator(signal);
+  const proofs = await gen.prove({ signal, onProgress });
+  for (const proof of proofs) markFetched(proof.samples);
+  const refused = gen.info.graphs.filter((graph) => graph.refusal);
+  fill($("rows"), [...proofs.map(proofRow), ...refused.map(refusedRow)]);
+  $("proofs").hidden = false;
+  const failed = proofs.filter((proof) => !proof.passed).length;
+  const count = proofs[0].samples.seeds.length;
+  $("verdict").className = `verdict ${failed ? "fail" : "pass"}`;
+  $("verdict").textContent = failed
+    ? `${failed} of ${plural(proofs.length, "graph")} made other samples than PyTorch on ${NAMES[gen.info.device]}.`
+    : `Pass: ${plural(proofs.length, "graph")} made the recorded samples on ${NAMES[gen.info.device]}, ${count} seeds each.`;
+  status("");
+}
+
+/**
+ * @param {import("./scm.js").GraphInfo} graph That cannot run here.
+ * @returns {HTMLElement}
+ */
+function refusedRow(graph) {
+  const row = document.createElement("tr");
+  const name = element("th", `${graph.precision}, ${plural(graph.steps, "step")}`);
+  name.scope = "row";
+  const reason = cell(graph.refusal, "Reason");
+  reason.colSpan = 4;
+  row.append(name, cell("not run", ""), reason);
+  return row;
+}
+
+/** @param {Samples} samples */
+function markFetched({ info }) {
+  const graph = graphOf(info.steps, info.precision);
+  if (graph) loaded?.graphs.add(graph.path);
+}
+
+/**
+ * @param {number} steps
+ * @param {string} precision
+ */
+function graphOf(steps, precision) {
+  return site.graphs.find((each) => each.num_inference_steps === steps && each.precision === precision);
+}
+
+/** @param {Samples} samples */
+function show(samples) {
+  shown = samples;
+  const items = samples.seeds.map((seed, i) => {
+    const label = samples.classLabels && className(samples.classLabels[i]);
+    const caption = [`seed ${seed}`, label].filter(Boolean).join(" · ");
+    const button = element("button", "");
+    button.type = "button";
+    button.title = "Download PNG";
+    const canvas = picture(toImageData(samples, i), `Image of ${caption}`);
+    button.append(canvas, element("span", caption, "caption"));
+    button.addEventListener("click", () => void download(i));
+    const item = element("li", "");
+    item.append(button);
+    return item;
+  });
+  fill($("pictures"), items);
+  $("pictures").dataset.columns = Math.round(Math.sqrt(items.length));
+  const { info } = samples;
+  fill($("figures"), [
+    figure("Time per image (median)", duration(info.medianMs)),
+    figure("Noise, all images", duration(info.noiseMs)),
+    figure("Fetch and open graph", info.openMs < 5 ? "was open" : duration(info.openMs)),
+    figure("Ran on", `${NAMES[info.device]}, ${info.precision}`),
+  ]);
+  $("empty").hidden = true;
+  for (const id of ["pictures", "figures", "actions"]) $(id).hidden = false;
+}
+
+/**
+ * @param {import("./scm.js").Proof} proof
+ * @returns {HTMLElement}
+ */
+function proofRow(proof) {
+  const { samples, golden, difference, gate, threshold, thresholdSource } = proof;
+  const row = document.createElement("tr");
+  const name = element("th", `${samples.info.precision}, ${plural(samples.info.steps, "step")}`);
+  name.scope = "row";
+  const bound =
+    gate === "max_abs" ? `difference at most ${threshold.toExponential(1)}` : `PSNR at least ${threshold.toFixed(0)} dB`;
+  const boundCell = cell(bound, "Bound");
+  boundCell.append(element("span", thresholdSource, "help"));
+  const psnr = Number.isFinite(difference.psnrDb) ? `${difference.psnrDb.toFixed(1)} dB` : "equal";
+  const triples = element("div", "", "triples");
+  for (let i = 0; i < samples.seeds.length; i += 1) {
+    const triple = element("div", "", "triple");
+    triple.append(
+      picture(toImageData(golden, i), `PyTorch, seed ${samples.seeds[i]}`),
+      picture(toImageData(samples, i), `here, seed ${samples.seeds[i]}`),
+      picture(heat(proof, i), `difference, seed ${samples.seeds[i]}`),
+    );
+    triples.append(triple);
+  }
+  const pictures = cell("", "PyTorch, here, difference");
+  pictures.append(triples);
+  row.append(
+    name,
+    cell(proof.passed ? "✓ pass" : "✗ FAIL", "", proof.passed ? "pass" : "fail"),
+    cell(difference.finite ? difference.maxAbs.toExponential(2) : "not finite", "Largest difference"),
+    cell(psnr, "PSNR"),
+    boundCell,
+    pictures,
+  );
+  return row;
+}
+
+/**
+ * Return the absolute difference of a sample as a gray picture; the largest of all samples is white.
+ * @param {import("./scm.js").Proof} proof
+ * @param {number} index
+ * @returns {ImageData}
+ */
+function heat({ samples, golden }, index) {
+  const [count, channels, height, width] = samples.shape;
+  const pixels = height * width;
+  const delta = samples.images.map((x, i) => Math.abs(x - golden.images[i]));
+  let largest = 0;
+  for (const each of delta) largest = Math.max(largest, each);
+  const image = new ImageData(width, height);
+  const size = delta.length / count;
+  for (let i = 0; i < pixels; i += 1) {
+    let most = 0;
+    for (let c = 0; c < channels; c += 1) most = Math.max(most, delta[index * size + c * pixels + i]);
+    const level = largest ? Math.round((255 * most) / largest) : 0;
+    image.data.set([level, level, level, 255], i * 4);
+  }
+  return image;
+}
+
+/** @param {number} [index] One image; all when absent. */
+async function download(index) {
+  if (!shown) return;
+  const side = Math.max(shown.shape[2], shown.shape[3]);
+  const scale = Math.max(1, Math.floor(DOWNLOAD / side / (index === undefined ? Math.ceil(Math.sqrt(shown.seeds.length)) : 1)));
+  const blob = await toPng(shown, { indices: index === undefined ? undefined : [index], scale });
+  const first = shown.seeds[index ?? 0];
+  const name = site.name.replace(/[^\w.-]+/g, "-");
+  const anchor = element("a", "");
+  anchor.href = URL.createObjectURL(blob);
+  anchor.download = `${name}-${shown.info.steps}step-seed${first}.png`;
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(anchor.href), 60_000);
+}
+
+async function copyLink() {
+  const url = new URL(linkHash(), location.href).href;
+  try {
+    await navigator.clipboard.writeText(url);
+    status("Link copied. It opens this page with the same request.");
+  } catch {
+    status(`Copy this link: ${url}`);
+  }
+}
+
+/** @returns {string} */
+function linkHash() {
+  const fields = { seed: $("seed").value.trim(), n: value("count"), steps: value("steps"), label: $("label").value };
+  return `#${new URLSearchParams(Object.entries(fields).filter(([, text]) => text !== ""))}`;
+}
+
+/** Set the controls to what the link asks for; what does not fit is left out. */
+function readLink() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  if (/^\d{1,20}$/.test(asked.get("seed") ?? "")) $("seed").value = asked.get("seed");
+  const label = asked.get("label");
+  if (label && [...$("label").options].some((each) => each.value === label)) $("label").value = label;
+  for (const [key, name] of [["n", "count"], ["steps", "steps"]]) {
+    const input = [...document.getElementsByName(name)].find(
+      (each) => /** @type {HTMLInputElement} */ (each).value === asked.get(key),
+    );
+    if (input) /** @type {HTMLInputElement} */ (input).checked = true;
+  }
+}
+
+/** Say on the buttons how much is still to be fetched. */
+function showCost() {
+  const bytes = new Map(site.files.map((file) => [file.path, file.gzip_size || file.size]));
+  const sum = (/** @type {string[]} */ paths) => paths.reduce((total, path) => total + (bytes.get(path) ?? 0), 0);
+  const info = loaded?.device === value("device") ? loaded.gen.info : undefined;
+  const device = info?.device ?? (value("device") === "auto" ? "wasm" : value("device"));
+  const files = site.runtime.devices[/** @type {"wasm"} */ (device)];
+  const runtime = info || !files ? 0 : sum(Object.values(files));
+  const missing = (/** @type {(import("./scm/types.js").Graph | undefined)[]} */ graphs) =>
+    graphs.reduce((total, graph) => total + (!graph || (info && loaded?.graphs.has(graph.path)) ? 0 : sum(graph.files)), 0);
+  const automatic = info?.device === "webgpu" && info.hasShaderF16 ? "fp16" : "fp32";
+  const precision = value("precision") === "auto" ? automatic : value("precision");
+  const cost = (/** @type {number} */ total) => (total ? `, loads ${megabytes(total)}` : "");
+  $("generate").textContent = `Generate${cost(runtime + missing([graphOf(Number(value("steps")), precision)]))}`;
+  const proved = site.graphs.filter((graph) => !info?.graphs.find((each) => each.sha256 === shaOf(graph))?.refusal);
+  $("prove").textContent = `Prove it${cost(runtime + missing(proved))}`;
+}
+
+/** @param {import("./scm/types.js").Graph} graph */
+function shaOf(graph) {
+  return site.files.find((file) => file.path === graph.path)?.sha256;
+}
+
+/** Say what runs, and why. */
+function showWhat() {
+  const stored = site.files.reduce((total, file) => total + (file.gzip_size || file.size), 0);
+  /** @type {[string, string][]} */
+  const rows = [
+    ["Site", `${megabytes(stored)}, made by ${site.made_by}`],
+    ["Graphs", site.graphs.map((g) => `${g.precision} ${plural(g.num_inference_steps, "step")}`).join(", ")],
+    ["Noise", site.noise_contract],
+    ["Runtime", `${site.runtime.name} ${site.runtime.version}`],
+  ];
+  const info = loaded?.gen.info;
+  $("chip").hidden = !info;
+  if (info) {
+    $("chip").textContent =
+      info.device === "webgpu" ? `WebGPU · ${info.adapter}` : `WebAssembly · ${plural(info.threads, "thread")}`;
+    rows.push(["Device", `${NAMES[info.device]}: ${info.deviceReason}`]);
+    if (info.adapter) rows.push(["Adapter", `${info.adapter}, ${info.hasShaderF16 ? "with" : "without"} shader-f16`]);
+    rows.push(["Threads", `${info.threads}: ${info.threadsReason}`]);
+    if (shown) rows.push(["Precision", `${shown.info.precision}: ${shown.info.precisionReason}`]);
+  } else {
+    rows.push(["Device", "chosen when the model is loaded"]);
+  }
+  fill($("what"), rows.flatMap(([name, text]) => [element("dt", name), element("dd", text)]));
+}
+
+/** @param {Progress} event */
+function onProgress({ phase, name, loaded: done, total }) {
+  $("progress").value = total ? done / total : 0;
+  const amount = phase === "download" ? `${megabytes(done)} of ${megabytes(total)}` : phase === "open" ? "" : `${done} of ${total}`;
+  status(`${PHASES[phase]} ${phase === "generate" ? "images" : name} ${amount}`.trim() + "…");
+}
+
+/** @param {unknown} error */
+function showError(error) {
+  const known = error instanceof ScmError;
+  const text = error instanceof Error ? error.message : String(error);
+  fill($("alert"), [element("strong", known ? `Error: ${error.code}` : "Unexpected error"), document.createTextNode(text)]);
+  $("alert").hidden = false;
+  $("alert").scrollIntoView({ block: "nearest" });
+}
+
+/** @param {string} text */
+function status(text) {
+  $("status").textContent = text;
+}
+
+/**
+ * @param {string} id Of a fieldset.
+ * @param {string[][]} options Value and text of each.
+ * @param {string} chosen
+ */
+function addChoice(id, options, chosen) {
+  for (const [key, text] of options) {
+    const label = document.createElement("label");
+    const input = Object.assign(document.createElement("input"), { type: "radio", name: id, value: key });
+    input.checked = key === chosen;
+    label.append(input, element("span", text));
+    $(id).append(label);
+  }
+}
+
+/**
+ * @param {string} name
+ * @returns {string}
+ */
+function value(name) {
+  const checked = document.querySelector(`input[name="${name}"]:checked`);
+  return /** @type {HTMLInputElement} */ (checked).value;
+}
+
+/**
+ * @param {ImageData} image
+ * @param {string} text For screen readers.
+ * @returns {HTMLCanvasElement}
+ */
+function picture(image, text) {
+  const canvas = Object.assign(document.createElement("canvas"), { width: image.width, height: image.height });
+  canvas.getContext("2d")?.putImageData(image, 0, 0);
+  if (Math.max(image.width, image.height) <= SMALL) canvas.className = "small";
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", text);
+  return canvas;
+}
+
+/**
+ * @param {string} name
+ * @param {string} text
+ * @param {string} [className]
+ * @returns {any}
+ */
+function element(name, text, className = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  made.className = className;
+  return made;
+}
+
+/**
+ * @param {string} text
+ * @param {string} name Shown before it on a narrow screen.
+ * @param {string} [className]
+ */
+function cell(text, name, className) {
+  const made = element("td", text, className);
+  if (name) made.dataset.name = name;
+  return made;
+}
+
+/**
+ * @param {string} name
+ * @param {string} text
+ */
+function figure(name, text) {
+  const made = document.createElement("div");
+  made.append(element("dt", name), element("dd", text));
+  return made;
+}
+
+/**
+ * @param {string} key
+ * @param {string} text
+ */
+function option(key, text) {
+  return Object.assign(document.createElement("option"), { value: key, textContent: text });
+}
+
+/**
+ * @param {Element} parent
+ * @param {Node[]} children
+ */
+function fill(parent, children) {
+  parent.replaceChildren(...children);
+}
+
+/** @param {number} label */
+function className(label) {
+  return site.samplers[0].class_names[label] ?? `class ${label}`;
+}
+
+/**
+ * @param {number} count
+ * @param {string} noun
+ */
+function plural(count, noun) {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+/** @param {number} bytes */
+function megabytes(bytes) {
+  return `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
+/** @param {number} ms */
+function duration(ms) {
+  return ms < 1000 ? `${ms < 10 ? ms.toFixed(1) : ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`;
+}

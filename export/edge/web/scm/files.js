@@ -1,0 +1,224 @@
+/** Files of a site: fetched, unpacked, and compared with the sha256 of the site's manifest before anyone reads them. */
+import { ScmError, messageOf } from "./errors.js";
+
+/** Whether this is Node, which reads files of the disk and has no web workers. */
+export const IS_NODE = Boolean(/** @type {any} */ (globalThis).process?.versions?.node);
+/** Name of the site's manifest. */
+export const SITE_NAME = "scm_site.json";
+const SCHEMA_VERSION = 1;
+
+/** @typedef {import("./types.js").Site} Site */
+/** @typedef {import("./types.js").SiteFile} SiteFile */
+/** @typedef {(loaded: number, total: number) => void} OnBytes */
+
+/**
+ * Fetch and check the manifest of a site.
+ * @param {URL} base URL of the site's folder, ends with "/".
+ * @param {string | undefined} sha256 What the manifest must have, 64 hex digits; undefined accepts any.
+ * @param {AbortSignal | undefined} signal
+ * @returns {Promise<Site>}
+ */
+export async function fetchSite(base, sha256, signal) {
+  const url = new URL(SITE_NAME, base);
+  const bytes = await download(url, undefined, undefined, signal);
+  if (sha256 !== undefined) await checkDigest(SITE_NAME, bytes, sha256);
+  /** @type {Site} */
+  let site;
+  try {
+    site = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+  } catch (error) {
+    throw new ScmError("manifest", `${url} is no JSON: ${messageOf(error)}. ${REPAIR}`, error);
+  }
+  const version = site?.schema_version;
+  if (version !== SCHEMA_VERSION) {
+    throw new ScmError(
+      "manifest",
+      `${url} has schema version ${version}, this scm.js reads ${SCHEMA_VERSION}. Take scm.js and the site from one ` +
+        "version of scm-sdk.",
+    );
+  }
+  if (site.noise_contract !== "scm-noise-v1") {
+    throw new ScmError(
+      "manifest",
+      `${url} needs the noise contract ${site.noise_contract}, this scm.js has scm-noise-v1. Take a newer scm.js.`,
+    );
+  }
+  return site;
+}
+
+/**
+ * Fetch one listed file and check its size and sha256.
+ * @param {URL} base
+ * @param {SiteFile} file
+ * @param {OnBytes} [onBytes]
+ * @param {AbortSignal} [signal]
+ * @returns {Promise<Uint8Array<ArrayBuffer>>}
+ */
+export async function fetchFile(base, file, onBytes, signal) {
+  const url = new URL(file.gzip_size ? `${file.path}.gz` : file.path, base);
+  let bytes = await download(url, file.gzip_size || file.size, onBytes, signal);
+  // A server may unpack .gz files itself, which it says in a header that only the browser sees.
+  if (file.gzip_size && bytes[0] === 0x1f && bytes[1] === 0x8b) bytes = await unpack(url, bytes, file.size);
+  if (bytes.length !== file.size) {
+    throw new ScmError(
+      "integrity",
+      `${file.path} has ${bytes.length} bytes, expected ${file.size}: it is truncated or another file. ${REPAIR}`,
+    );
+  }
+  await checkDigest(file.path, bytes, file.sha256);
+  return bytes;
+}
+
+/**
+ * Return the sha256 of bytes as 64 hex digits.
+ * @param {Uint8Array<ArrayBuffer>} bytes
+ * @returns {Promise<string>}
+ */
+export async function sha256Of(bytes) {
+  if (!globalThis.crypto?.subtle) {
+    throw new ScmError(
+      "insecure-context",
+      "this page has no WebCrypto, which checks the files: browsers give it only to pages of https:// and of " +
+        "localhost. Open the page under one of these.",
+    );
+  }
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+const REPAIR = "Reload the page without the cache; if that does not help, copy the site to the server again.";
+
+/**
+ * @param {string} name
+ * @param {Uint8Array<ArrayBuffer>} bytes
+ * @param {string} expected
+ */
+async function checkDigest(name, bytes, expected) {
+  const found = await sha256Of(bytes);
+  if (found !== expected) {
+    throw new ScmError(
+      "integrity",
+      `${name} has sha256 ${found.slice(0, 16)}…, expected ${expected.slice(0, 16)}…: it was changed or damaged, and ` +
+        `is not used. ${REPAIR}`,
+    );
+  }
+}
+
+/**
+ * @param {URL} url
+ * @param {number | undefined} size Expected bytes, for progress and as a limit; undefined is unknown.
+ * @param {OnBytes} [onBytes]
+ * @param {AbortSignal} [signal]
+ * @returns {Promise<Uint8Array<ArrayBuffer>>}
+ */
+async function download(url, size, onBytes, signal) {
+  signal?.throwIfAborted();
+  if (url.protocol === "file:") {
+    const bytes = await readLocal(url);
+    onBytes?.(bytes.length, size ?? bytes.length);
+    return bytes;
+  }
+  let response;
+  try {
+    response = await fetch(url, { signal, credentials: "same-origin" });
+  } catch (error) {
+    signal?.throwIfAborted();
+    throw new ScmError(
+      "network",
+      `${url} cannot be fetched: ${messageOf(error)}. Check the connection and that the server allows this page to ` +
+        "read the file, then try again.",
+      error,
+    );
+  }
+  if (!response.ok) {
+    throw new ScmError(
+      "network",
+      `${url} cannot be fetched: the server answered ${response.status} ${response.statusText}`.trim() +
+        ". Check that the whole site was copied to the server.",
+    );
+  }
+  try {
+    return await readBody(response, size, onBytes);
+  } catch (error) {
+    signal?.throwIfAborted();
+    throw new ScmError(
+      "network",
+      `${url} ended early: ${messageOf(error)}. Check the connection, then try again.`,
+      error,
+    );
+  }
+}
+
+/**
+ * @param {Response} response
+ * @param {number | undefined} size
+ * @param {OnBytes} [onBytes]
+ * @returns {Promise<Uint8Array<ArrayBuffer>>}
+ */
+async function readBody(response, size, onBytes) {
+  if (!response.body || !onBytes || size === undefined) return new Uint8Array(await response.arrayBuffer());
+  /** @type {Uint8Array[]} */
+  const parts = [];
+  let loaded = 0;
+  onBytes(0, size);
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    loaded += value.length;
+    onBytes(Math.min(loaded, size), size);
+  }
+  const bytes = new Uint8Array(loaded);
+  let at = 0;
+  for (const part of parts) {
+    bytes.set(part, at);
+    at += part.length;
+  }
+  return bytes;
+}
+
+/**
+ * Read a file of the disk, in Node.
+ * @param {URL} url
+ * @returns {Promise<Uint8Array<ArrayBuffer>>}
+ */
+async function readLocal(url) {
+  if (!IS_NODE) {
+    throw new ScmError(
+      "network",
+      `${url} cannot be fetched: browsers read no files of the disk. Serve the folder: scm-export web --serve, or any ` +
+        "static server.",
+    );
+  }
+  const { readFile } = await import("node:fs/promises");
+  try {
+    return new Uint8Array(await readFile(url));
+  } catch (error) {
+    throw new ScmError("network", `${url} cannot be read: ${messageOf(error)}. Copy the site again.`, error);
+  }
+}
+
+/**
+ * Unpack gzip.
+ * @param {URL} url
+ * @param {Uint8Array<ArrayBuffer>} packed
+ * @param {number} size Bytes that it must have; more are refused at once.
+ * @returns {Promise<Uint8Array<ArrayBuffer>>}
+ */
+async function unpack(url, packed, size) {
+  const bytes = new Uint8Array(size);
+  let at = 0;
+  try {
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    for (const reader = stream.getReader(); ; ) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      if (at + value.length > size) throw new Error(`more than ${size} bytes`);
+      bytes.set(value, at);
+      at += value.length;
+    }
+  } catch (error) {
+    throw new ScmError("integrity", `${url} cannot be unpacked: ${messageOf(error)}. ${REPAIR}`, error);
+  }
+  return at === size ? bytes : bytes.subarray(0, at);
+}
