@@ -1,8 +1,8 @@
 """The base of all backends, and the checks between a caller and a library.
 
-``Backend`` itself is defined in ``scm_sdk.inference.backends``, below the wall, because ``Generator`` speaks
-it too; a backend's author needs only this file. A new backend is one file with an ``open_backend``
-and one line in ``scm_sdk.inference.backends.BACKENDS``.
+The protocol ``Backend`` is defined in ``scm_sdk.inference.backends``, because ``Generator`` uses it as well. A new
+backend is one file with an ``open_backend`` function that uses this module, and one entry in
+``scm_sdk.inference.backends.BACKENDS``.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ __all__ = [
 ]
 
 SPEC_KEY = "scm_spec"
-"""Key of a graph's metadata under which ``export/`` writes the spec's JSON."""
+"""Metadata key of a graph for the JSON of its spec."""
 
 
 def check_inputs(
     spec: SamplerSpec, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Refuse inputs that do not fit ``spec``, before a foreign library does so unkindly.
+    """Check inputs against ``spec``, for clearer errors than those of the libraries.
 
-    Values are not read (NaN, label range): that is ``Generator``'s work, done once for each request.
+    Values (NaN, label range) are not checked; ``Generator`` checks them once per request.
 
     Args:
-        spec: The sampler to be run.
-        noise: One (B, *sample_shape) float32 array for each of ``spec.noise_inputs``, 1 <= B <= ``spec.max_batch``.
-        conditioning: Exactly the tensors of ``spec.conditioning_inputs`` by name, (B, *shape).
+        spec: The sampler.
+        noise: One ``(B, *sample_shape)`` float32 array per ``spec.noise_inputs``, 1 <= B <= ``spec.max_batch``.
+        conditioning: Exactly the tensors of ``spec.conditioning_inputs`` by name, ``(B, *shape)``.
 
     Returns:
         Every input by name in the order of ``spec.inputs``, C-contiguous.
 
     Raises:
-        ShapeError: If an array is missing, too many, or of another shape or dtype.
+        ShapeError: If an array is missing, unexpected, or of another shape or dtype.
     """
     feeds = name_inputs(spec, noise, conditioning)
     batch = noise[0].shape[0] if noise[0].ndim else 0
@@ -71,7 +71,7 @@ def name_inputs(spec: SamplerSpec, noise: Sequence[Any], conditioning: Mapping[s
     """Return every input by name in the order of ``spec.inputs``; arrays of any library.
 
     Raises:
-        ShapeError: If one is missing or too many.
+        ShapeError: If an input is missing or unexpected.
     """
     noise_inputs, conditioning_inputs, inputs = _tensors(spec)
     if len(noise) != len(noise_inputs):
@@ -87,7 +87,7 @@ def name_inputs(spec: SamplerSpec, noise: Sequence[Any], conditioning: Mapping[s
 
 
 def check_images(spec: SamplerSpec, images: object, batch: int, *, backend: str) -> np.ndarray:
-    """Check what a library returned: a float32 array (B, *image_shape), or raise ``BackendFailure``."""
+    """Check that a library returned a float32 array ``(B, *image_shape)``, or raise ``BackendFailure``."""
     shape = (batch, *spec.image_shape)
     if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.float32:
         found = f"{images.shape} {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
@@ -101,16 +101,16 @@ def check_images(spec: SamplerSpec, images: object, batch: int, *, backend: str)
 def check_graph(
     spec: SamplerSpec, found: Sequence[tuple[str, str, tuple[object, ...]]], spec_text: str, path: Path
 ) -> None:
-    """Hold an ONNX graph's own inputs, output and metadata against the manifest's spec.
+    """Compare inputs, output and metadata of an ONNX graph with the spec of the manifest.
 
     Args:
-        spec: What the manifest says the graph is.
+        spec: The sampler in the manifest.
         found: Name, dtype and shape without the batch of each input, then of each output, as the library reads them.
-        spec_text: What stands under ``SPEC_KEY`` in the graph's metadata, or nothing.
+        spec_text: Metadata of the graph under ``SPEC_KEY``, or nothing.
         path: The graph, for messages.
 
     Raises:
-        IntegrityError: If they are of different exports.
+        IntegrityError: If they belong to different exports.
     """
     output = TensorSpec(name=spec.output_name, shape=spec.image_shape)
     expected = [_describe(t.name, t.dtype, t.shape) for t in (*spec.inputs, output)]
@@ -132,7 +132,7 @@ def check_graph(
 
 
 def check_artifact(path: Path, *, is_folder: bool = False) -> None:
-    """Raise ``IntegrityError`` unless the file (or folder) that a backend is to open is there and can be read."""
+    """Raise ``IntegrityError`` unless the artifact of a backend exists and can be read."""
     if not (path.is_dir() if is_folder else path.is_file()):
         kind = "folder" if is_folder else "file"
         raise IntegrityError(f"{path} is not there, expected a {kind}. Export the bundle again or copy it whole.")
@@ -141,7 +141,7 @@ def check_artifact(path: Path, *, is_folder: bool = False) -> None:
         for file in files:
             if file.is_file():
                 open(file, "rb").close()
-    except OSError as exc:  # the libraries say less, or that the file is damaged
+    except OSError as exc:  # the errors of the libraries are less precise
         raise unreadable(exc.filename or path, exc) from exc
 
 
@@ -162,7 +162,7 @@ def cuda_index(device: str | None, *, backend: str) -> int | None:
 
 
 def first_line(exc: Exception) -> str:
-    """Return the first line of what a foreign library said, without its full stop."""
+    """Return the first line of a library's message, without its full stop."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(". ")
 
 
@@ -172,7 +172,7 @@ def _describe(name: str, dtype: str, shape: Sequence[object]) -> str:
 
 @lru_cache(maxsize=64)
 def _tensors(spec: SamplerSpec) -> tuple[tuple[TensorSpec, ...], ...]:
-    """Return the spec's noise inputs, conditioning inputs and all inputs, which it makes anew each time."""
+    """Return noise inputs, conditioning inputs and all inputs of a spec; cached, because the properties build them."""
     return spec.noise_inputs, spec.conditioning_inputs, spec.inputs
 
 

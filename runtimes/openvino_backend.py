@@ -1,17 +1,17 @@
 """Run the sampler graph with OpenVINO on the CPU; torch is never imported.
 
-OpenVINO is fastest where it knows the batch: one picture takes 1.5 times as long in a graph of any batch. Compiling
-takes about a second, so a small graph is compiled for the sizes of ``FIXED_SIZES`` alone, each when it is first needed:
-a batch is run in parts of these sizes, and a part that lacks a few pictures repeats its last one. A large graph is
-compiled once for all sizes, since each would hold the weights again.
+OpenVINO is fastest with a fixed batch size: with a dynamic one a single image takes 1.5 times as long. Compiling takes
+about a second, so a small graph is compiled on demand for ``FIXED_SIZES`` only: a batch is run in parts of these sizes,
+and an incomplete part repeats its last image. A large graph is compiled once with a dynamic batch, because each
+compiled size holds a copy of the weights.
 
 It computes a graph as it is written: fp32 in float32, bf16 in bf16 with the graph's own float32 islands, ``int8-cpu``
 in float32 but for the layers that are quantized. Asked for bf16, it computes an fp32 graph in bf16, and chooses itself
 what stays float32: marks on nodes do not reach its matrix products (2026.4), so islands need a bf16 graph. Which
 precisions it is not given, and why, stands in ``scm_sdk.inference.backends.BACKENDS``.
 
-Threads: ``sample`` may be called from many; each call takes an idle request of the library or makes one. The library
-runs one at a time in each of its streams, so there is a stream for every call that the cores hold.
+Threads: ``sample`` may be called from many threads; each call takes an idle inference request or creates one. The
+library runs one request per stream, so there are as many streams as concurrent calls fit on the cores.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from scm_sdk.spec import Precision, SamplerSpec
 from .base import SPEC_KEY, check_artifact, check_graph, check_images, check_inputs, check_num_threads, cuda_index
 
 FIXED_SIZES = (16, 4, 1)
-"""Batch sizes that a small graph is compiled for."""
+"""Batch sizes for which a small graph is compiled."""
 FIXED_BYTES = 64 * 2**20
-"""Largest graph, weights included, that is compiled for more than one."""
+"""Largest graph, including weights, that is compiled for several batch sizes, bytes."""
 _LEAST_FILLED = 0.75
-"""A size is used where so much of it is pictures that were asked for."""
+"""Minimum share of requested images in a part of a fixed size."""
 _TYPES = {"f32": "float32", "i64": "int64"}
 _PLACE = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?")
 _MOST_SAID = 400
@@ -77,7 +77,7 @@ def open_backend(
 
 
 class OpenVINOBackend:
-    """A sampler graph and what it was compiled to; see ``Backend``."""
+    """A sampler graph with its compiled versions; see ``Backend``."""
 
     name = "openvino"
     device = "cpu"
@@ -140,7 +140,7 @@ class OpenVINOBackend:
         return check_images(self.spec, images, batch, backend="openvino")
 
     def close(self) -> None:
-        """Drop what was compiled, which owns the memory."""
+        """Release the compiled graphs, which own the memory."""
         with self._lock:
             self._model = None
             self._compiled.clear()
@@ -159,7 +159,7 @@ class OpenVINOBackend:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _for_size(self, size: int) -> _Compiled:
-        """Return the graph compiled for a batch size, or for all with 0."""
+        """Return the graph compiled for a batch size, or with a dynamic batch for 0."""
         with self._lock:
             if self._model is None:
                 raise BackendFailure("this openvino backend was closed, expected an open one. Open it again.")
@@ -174,7 +174,7 @@ class OpenVINOBackend:
 
 
 class _Compiled:
-    """A compiled graph and its idle requests: one runs one call at a time."""
+    """A compiled graph and its idle inference requests, each of which runs one call at a time."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -186,7 +186,7 @@ class _Compiled:
         except IndexError:
             request = self._compiled.create_infer_request()
         outputs = request.infer(feeds, share_inputs=True)
-        images: np.ndarray = outputs[0]  # a copy: the request's own memory is written again by its next call
+        images: np.ndarray = outputs[0]  # a copy, because the next call overwrites the memory of the request
         self._idle.append(request)
         return images
 
@@ -201,9 +201,9 @@ class _SignalStack(ctypes.Structure):
 def same_signal_stack() -> Iterator[None]:
     """Give the thread back the alternate signal stack that it has now.
 
-    Where there is such a stack (``faulthandler`` makes one), OpenVINO's CPU plugin replaces it while it compiles, and
-    restores it when it is released. Of two models that are released in the order in which they were compiled, the
-    second restores the freed stack of the first: the next signal, Ctrl-C for one, then ends the process by SIGSEGV.
+    If there is such a stack (``faulthandler`` creates one), OpenVINO's CPU plugin replaces it when it compiles and
+    restores it when it is released. If two models are released in the order of their compilation, the second restores
+    the freed stack of the first, and the next signal, such as Ctrl-C, ends the process by SIGSEGV.
     """
     if sys.platform != "linux":
         yield
@@ -218,7 +218,7 @@ def same_signal_stack() -> Iterator[None]:
 
 
 def _sizes(batch: int, max_batch: int) -> list[int]:
-    """Return the sizes of ``FIXED_SIZES`` that hold a batch, the largest first."""
+    """Split a batch into parts of ``FIXED_SIZES``, the largest first."""
     sizes = []
     while batch > 0:
         size = next(s for s in FIXED_SIZES if s == 1 or (s <= max_batch and batch >= _LEAST_FILLED * s))
@@ -239,7 +239,7 @@ def _load(core: Any, path: Path) -> Any:
 
 
 def _said(exc: Exception) -> str:
-    """Return what OpenVINO found, without the places in its source, which come first, and without its full stop."""
+    """Return OpenVINO's message without source locations and full stop."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     found = " ".join(line for line in lines if not _PLACE.fullmatch(line)) or (lines or [type(exc).__name__])[-1]
     return found[:_MOST_SAID].rstrip(". ")
@@ -254,10 +254,10 @@ def _describe(port: Any) -> tuple[str, str, tuple[object, ...]]:
 
 
 def _spec_text(model: Any) -> str:
-    path = ["framework", SPEC_KEY]  # where OpenVINO puts an ONNX file's metadata
+    path = ["framework", SPEC_KEY]  # OpenVINO's location of ONNX metadata
     return str(model.get_rt_info(path).astype(str)) if model.has_rt_info(path) else ""
 
 
 def _graph_bytes(path: Path) -> int:
-    """Return the size of a graph and of the data beside it."""
+    """Return the size of a graph including its external data, bytes."""
     return sum(each.stat().st_size for each in path.parent.iterdir() if each.name.startswith(path.name))

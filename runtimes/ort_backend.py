@@ -1,15 +1,14 @@
 """Run the sampler graph with ONNX Runtime; torch is never imported.
 
-Opening checks three things that ONNX Runtime lets pass: that the execution provider asked for is the
-one that runs (it falls back to the CPU silently), that the graph's inputs and output are those of the
-spec, and that the spec written into the graph is the manifest's.
+Opening checks three conditions that ONNX Runtime does not: the requested execution provider runs (ONNX Runtime falls
+back to the CPU silently), inputs and output of the graph match the spec, and the spec in the graph equals that of the
+manifest.
 
-A graph of precision ``int8`` is meant for engines: it runs here as it is written, Q/DQ computed in
-floating point, because the fused int8 kernels of a CPU without VNNI saturate. For speed on a CPU there
-is ``int8-cpu``.
+An ``int8`` graph is made for engines: here its Q/DQ nodes are computed in floating point, because the fused int8
+kernels saturate on a CPU without VNNI. ``int8-cpu`` is the fast form for CPUs.
 
-Threads: ``InferenceSession.run`` is safe from many threads, so ``sample`` takes no lock. The
-session's worker threads do not spin while they wait: that costs a shared machine more than it gains.
+Threads: ``InferenceSession.run`` is thread-safe, so ``sample`` takes no lock. The worker threads of the session do not
+spin while they wait, which would waste cores of a shared machine.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class OrtBackend:
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        options.intra_op_num_threads = num_threads or limited_threads() or 0  # 0: its own choice
+        options.intra_op_num_threads = num_threads or limited_threads() or 0  # 0: chosen by the library
         settings = [provider] if index is None else [(provider, _cuda_options(index))]
         session = _load(ort, artifact_path, options, settings)
         if _metadata(session, PRECISION_KEY).partition(" ")[0] == "int8" and index is None:
@@ -120,7 +119,7 @@ class OrtBackend:
         return check_images(self.spec, images, len(noise[0]), backend="onnxruntime")
 
     def close(self) -> None:
-        """Drop the session, which owns the memory."""
+        """Release the session, which owns the memory."""
         self._session = None
 
 
@@ -153,7 +152,7 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
 
 
 def _said(exc: Exception) -> str:
-    """Return what onnxruntime found, without its prefixes and the places in its source."""
+    """Return onnxruntime's message without prefixes and source locations."""
     return _PREFIX.sub("", first_line(exc))
 
 

@@ -1,7 +1,7 @@
 """Run the sampler with PyTorch, the reference of every other backend.
 
-Opens a checkpoint folder (``config.json`` + safetensors) and unrolls it over ``spec.times``, so any
-number of steps runs. fp32 means fp32: TF32 is switched off while it runs, for convolutions and matrix products.
+Opens a checkpoint folder (``config.json`` + safetensors) and unrolls it over ``spec.times``, for any number of steps.
+TF32 is disabled during a call, for convolutions and matrix products.
 
 Asked for bf16, on a CPU, it computes convolutions and matrix products in it, by autocast, and stores their weights in
 it. Float32 stay norms, sums and the embedding of the time, as in training (``scm_sdk.train.parallel.mixed``).
@@ -34,14 +34,14 @@ from .base import check_artifact, check_images, check_inputs, check_num_threads,
 if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
 
-_RUNNING = threading.Lock()  # one for the process: see the module's docstring
+_RUNNING = threading.Lock()  # one per process, see the docstring of the module
 _LOADING = threading.Lock()
 _MODELS: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
-"""Checkpoints in use, so that a 1-step and a 2-step sampler share one copy of the weights."""
+"""Checkpoints in use; samplers with different numbers of steps share one copy of the weights."""
 
 
 def _renew_locks() -> None:
-    """Give a forked process locks that no thread of its parent holds."""
+    """Replace the locks in a forked process, because a thread of the parent may hold them."""
     global _RUNNING, _LOADING
     _RUNNING, _LOADING = threading.Lock(), threading.Lock()
 
@@ -95,7 +95,7 @@ def load_model(folder: Path, *, device: str | None = None, precision: Precision 
     torch = require("torch", extra="torch", purpose="backend 'torch'")
     check_artifact(folder, is_folder=True)
     target = _device(torch, device)
-    # The files' stamps are part of the key: a checkpoint written anew is loaded anew.
+    # The stamps of the files are part of the key, so that a rewritten checkpoint is loaded again.
     is_pipeline = (folder / INDEX_NAME).is_file()
     files = folder.rglob("*") if is_pipeline else [*folder.iterdir(), *(folder / DECODER_FOLDER).glob("*")]
     stamps = tuple(sorted((str(file), stamp(file)) for file in files if file.is_file()))
@@ -166,14 +166,14 @@ class TorchBackend:
 
     @property
     def model(self) -> ConsistencyModel:
-        """The model that is unrolled, to be asked at other times than the sampler's."""
+        """The model, for evaluation at other times than those of the sampler."""
         if self._sampler is None:
             raise BackendFailure("this torch backend was closed, expected an open one. Open the generator again.")
         model: ConsistencyModel = self._sampler.model
         return model
 
     def close(self) -> None:
-        """Drop the weights; the last sampler that uses them frees the memory."""
+        """Release the weights; the last sampler that uses them frees the memory."""
         self._sampler = None
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
@@ -205,10 +205,10 @@ class TorchBackend:
 
 @contextmanager
 def _full_precision(torch: Any) -> Iterator[None]:
-    """Compute float32 as float32 on a GPU, not as TF32, with one algorithm, whatever the program chose for itself."""
+    """Disable TF32 and algorithm selection on a GPU, regardless of the settings of the program."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     switches: list[tuple[Any, str, object]]
-    if hasattr(cuda.matmul, "fp32_precision"):  # since PyTorch 2.9, which refuses a mixture of both ways
+    if hasattr(cuda.matmul, "fp32_precision"):  # since PyTorch 2.9, which refuses to mix both interfaces
         switches = [(each, "fp32_precision", "ieee") for each in (cuda.matmul, cudnn.conv, cudnn.rnn)]
     else:
         switches = [(each, "allow_tf32", False) for each in (cuda.matmul, cudnn)]

@@ -47,26 +47,26 @@ def open_backend(
     num_threads: int | None = None,
     trust_engines: bool = False,
 ) -> TrtBackend:
-    """Load an engine, of whichever of the two libraries its record names.
+    """Load an engine with the library of its record.
 
     Args:
-        artifact_path: The ``.engine`` file; ``build.json`` lies beside it.
-        spec: What the manifest says the sampler is.
+        artifact_path: The ``.engine`` file; ``build.json`` is in the same folder.
+        spec: The sampler in the manifest.
         device: ``"cuda"`` or ``"cuda:N"``; None is the first GPU.
-        num_threads: No effect: an engine runs on the GPU.
-        trust_engines: Let a version-compatible engine run its code on the host, wherever it comes from.
+        num_threads: Ignored: an engine runs on the GPU.
+        trust_engines: Allow a version-compatible engine of any origin to run its code on the host.
 
     Raises:
-        ConfigError: If ``device`` is no GPU.
-        IntegrityError: If a file is missing, altered or truncated, or is of another sampler.
-        BackendUnavailable: If the library, the driver or a GPU is not here.
+        ConfigError: If ``device`` is not a GPU.
+        IntegrityError: If a file is missing, altered or truncated, or belongs to another sampler.
+        BackendUnavailable: If the library, the driver or a GPU is missing.
         IncompatibleEngineError: If the engine was built for another system, version or GPU.
     """
     return TrtBackend(artifact_path, spec, device=device, num_threads=num_threads, trust_engines=trust_engines)
 
 
 class TrtBackend:
-    """One engine; see ``Backend``. Safe for threads."""
+    """One engine; see ``Backend``. Thread-safe."""
 
     name = "tensorrt"
 
@@ -112,17 +112,17 @@ class TrtBackend:
         return check_images(self.spec, images, batch, backend=self.name)
 
     def sample_torch(self, noise: Sequence[object], conditioning: Mapping[str, object]) -> torch.Tensor:
-        """Run on tensors that are on the GPU already, without a copy and without waiting for the GPU.
+        """Run on tensors on the GPU, without a copy and without waiting for the GPU.
 
         Args:
-            noise: One (B, *sample_shape) float32 CUDA tensor for each step, or anything with ``__dlpack__``.
+            noise: One ``(B, *sample_shape)`` float32 CUDA tensor per step, or an object with ``__dlpack__``.
             conditioning: The other inputs by name.
 
         Returns:
-            (B, *image_shape) float32 torch tensor on the same GPU, ordered after torch's current stream there.
+            ``(B, *image_shape)`` float32 torch tensor on the same GPU, ordered after torch's current stream.
 
         Raises:
-            ShapeError: If a tensor is missing, does not fit, or is not on this GPU.
+            ShapeError: If a tensor is missing, does not match, or is not on this GPU.
             BackendFailure: If the engine cannot be run.
         """
         import torch
@@ -136,7 +136,7 @@ class TrtBackend:
             self._check_tensor(name, tensor, batch, str(tensor.dtype).removeprefix("torch."))
             tensors[name] = tensor.contiguous()
         self._check_batch(batch)
-        with torch.cuda.device(self.device):  # the caller's current device is as before afterwards
+        with torch.cuda.device(self.device):  # restore the caller's current device
             images = torch.empty((batch, *self.spec.image_shape), dtype=torch.float32, device=self.device)
             addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
             addresses[self.spec.output_name] = images.data_ptr()
@@ -144,7 +144,7 @@ class TrtBackend:
         return images
 
     def close(self) -> None:
-        """Give the GPU's memory back, once the calls that are running have finished."""
+        """Release the GPU memory after the running calls have finished."""
         self._pool.close()
         self._engine = None
         self._keep_runtime_cache()
@@ -213,21 +213,21 @@ class TrtBackend:
             raise IncompatibleEngineError(
                 f"{self._path} was refused by {self.name}: {said[:400]}. {rebuild(self.record)}"
             )
-        self._runtime = runtime  # an engine does not keep its runtime
+        self._runtime = runtime  # an engine does not hold a reference to its runtime
         return engine
 
     def _runtime_config(self) -> Any:
-        """Return what TensorRT-RTX wants to know: record CUDA graphs, and keep the kernels it compiles."""
+        """Return the runtime options of TensorRT-RTX: record CUDA graphs, cache compiled kernels."""
         if self.name != "tensorrt_rtx":
             return None
         config = self._engine.create_runtime_config()
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        # The default runs a general kernel until the special one is compiled: a seed's bits would change between calls.
+        # By default a generic kernel runs until the specialized one is compiled, so the bits of a seed would change.
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         self._runtime_cache = config.create_runtime_cache()
         folder = trusted_folder(_RUNTIME)  # what it holds is run
-        with suppress(OSError, RuntimeError, ValueError):  # one that is absent or refused counts as empty
+        with suppress(OSError, RuntimeError, ValueError):  # a missing or refused cache counts as empty
             if folder is not None:
                 self._runtime_cache.deserialize((folder / self._runtime_cache_name()).read_bytes())
         config.set_runtime_cache(self._runtime_cache)
@@ -255,7 +255,7 @@ def _index(device: str | None) -> int:
 
 
 def _check_tensors(trt: Any, engine: Any, record: BuildRecord, path: Path) -> None:
-    """Hold the engine's own inputs, outputs, types and batch range against its record."""
+    """Compare inputs, outputs, dtypes and batch range of the engine with its record."""
     kinds = {"FLOAT": "float32", "INT64": "int64"}
     found = {}
     for i in range(engine.num_io_tensors):

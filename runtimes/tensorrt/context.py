@@ -17,7 +17,7 @@ from .device_memory import Buffer, Cuda, Handle
 
 @contextmanager
 def own_errors(doing: str) -> Iterator[None]:
-    """Turn what the libraries' bindings raise into a ``BackendFailure``."""
+    """Convert exceptions of the library bindings to ``BackendFailure``."""
     try:
         yield
     except ScmError:
@@ -35,13 +35,13 @@ class ExecutionContext:
         cuda: The GPU.
         context: A new execution context of the library, which this object owns.
         spec: The sampler.
-        batch: Its batch size.
+        batch: Batch size.
         record: Whether to record a CUDA graph on the second run.
-        buffers: Whether it has memory of its own, for ``run``; without, ``bind`` lends it the caller's.
-        rebuild: What to do about an engine that is not what it should be.
+        buffers: Whether to allocate buffers, for ``run``; without them ``bind`` sets those of the caller.
+        rebuild: Advice for errors about a wrong engine.
 
     Raises:
-        BackendFailure: If it cannot be set up; nothing is left behind.
+        BackendFailure: If it cannot be created; resources are released.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ExecutionContext:
             raise
 
     def bind(self, addresses: Mapping[str, int]) -> None:
-        """Say where on the GPU each tensor lies, from the next run on."""
+        """Set the GPU address of each tensor for the following runs."""
         with own_errors("giving an engine its memory"):
             if not all([self._context.set_tensor_address(name, address) for name, address in addresses.items()]):
                 raise BackendFailure("the engine refused its memory, expected to take it. See: scm-export doctor")
@@ -104,7 +104,7 @@ class ExecutionContext:
             return self._buffers[self._spec.output_name].host.copy()
 
     def execute(self) -> None:
-        """Put the engine's work into the stream."""
+        """Enqueue the engine in the stream."""
         with own_errors("running the engine"):
             if not self._context.execute_async_v3(int(self.stream)):
                 raise BackendFailure(
@@ -112,9 +112,9 @@ class ExecutionContext:
                 )
 
     def close(self) -> None:
-        """Wait for what still runs, then give everything back."""
+        """Wait for running work, then release all resources."""
         if self.stream is not None:
-            with suppress(BackendFailure):  # a failed stream has nothing to wait for
+            with suppress(BackendFailure):  # a failed stream has no work to wait for
                 self._cuda.synchronize(self.stream)
         self._cuda.destroy(stream=self.stream, graph=self._graph)
         self.stream = self._graph = self._context = None
@@ -136,9 +136,9 @@ class ExecutionContext:
             self._cuda.begin_capture(self.stream)
             try:
                 self._enqueue()
-            finally:  # whatever happened: nothing else can be done with a stream that records
+            finally:  # end the capture in any case, because a recording stream cannot be used otherwise
                 self._graph = self._cuda.end_capture(self.stream)
-        except Exception as exc:  # a graph only saves time
+        except Exception as exc:  # a graph is an optimization only
             self._record = False
             self._cuda.destroy(graph=self._graph)
             self._graph = None

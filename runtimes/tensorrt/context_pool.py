@@ -29,7 +29,7 @@ class ContextPool:
         self._running = 0
         self._closed = False
         self._changed = threading.Condition()
-        self._making = threading.Lock()  # an engine is asked for one context at a time
+        self._making = threading.Lock()  # contexts of an engine are created one at a time
 
     @contextmanager
     def context(self, batch: int, *, buffers: bool = True) -> Iterator[ExecutionContext]:

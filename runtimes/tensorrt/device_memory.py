@@ -12,14 +12,14 @@ from scm_sdk._util.lazy import require
 from scm_sdk.errors import BackendFailure, BackendUnavailable
 
 Handle = Any
-"""A stream, event or graph of cuda-bindings, whose types have no stubs; only passed on."""
+"""Opaque handle of a stream, event or graph of cuda-bindings, whose types have no stubs."""
 _RETRY = "Try a smaller batch_size; see: scm-export doctor"
 _OUT_OF_MEMORY, _OLD_DRIVER = 2, 35
-"""``cudaErrorMemoryAllocation`` and ``cudaErrorInsufficientDriver``, which also says that there is no driver."""
+"""``cudaErrorMemoryAllocation`` and ``cudaErrorInsufficientDriver``, which is also raised without a driver."""
 
 
 class OutOfMemory(BackendFailure):
-    """The GPU, or pinned host memory, is full."""
+    """GPU memory or pinned host memory is exhausted."""
 
 
 class Cuda:
@@ -27,10 +27,10 @@ class Cuda:
 
     Args:
         index: Number of the GPU.
-        extra: The extra that brings cuda-bindings.
+        extra: The extra that installs cuda-bindings.
 
     Raises:
-        BackendUnavailable: If cuda-bindings, the driver or that GPU is not here.
+        BackendUnavailable: If cuda-bindings, the driver or the GPU is missing.
     """
 
     def __init__(self, index: int, *, extra: str) -> None:
@@ -51,11 +51,11 @@ class Cuda:
         self.use()
 
     def use(self) -> None:
-        """Make this GPU the calling thread's."""
+        """Make this GPU current for the calling thread."""
         self._check(self.api.cudaSetDevice(self.index), "choosing the GPU")
 
     def free_bytes(self) -> int:
-        """Return how much memory is free."""
+        """Return the free device memory, bytes."""
         free, _ = self._check(self.api.cudaMemGetInfo(), "asking for free memory")
         return int(free)
 
@@ -68,7 +68,7 @@ class Cuda:
         self._check(self.api.cudaStreamSynchronize(stream), "running the engine")
 
     def order(self, first: Handle, then: Handle) -> None:
-        """Let what is put into ``then`` wait for what is in ``first``; nothing waits on the host."""
+        """Make ``then`` wait for the work enqueued in ``first``, without waiting on the host."""
         event = self._check(self.api.cudaEventCreateWithFlags(self.api.cudaEventDisableTiming), "making an event")
         try:
             self._check(self.api.cudaEventRecord(event, first), "recording an event")
@@ -77,12 +77,12 @@ class Cuda:
             self.api.cudaEventDestroy(event)
 
     def begin_capture(self, stream: Handle) -> None:
-        """Record what is put into a stream instead of running it; other threads go on."""
+        """Record the work of a stream instead of running it; other threads are not affected."""
         mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check(self.api.cudaStreamBeginCapture(stream, mode), "capturing a graph")
 
     def end_capture(self, stream: Handle) -> Handle:
-        """Return the graph that was recorded, ready to be launched."""
+        """Return the recorded graph, ready to launch."""
         graph = self._check(self.api.cudaStreamEndCapture(stream), "capturing a graph")
         try:
             return self._check(self.api.cudaGraphInstantiate(graph, 0), "preparing a graph")
@@ -94,7 +94,7 @@ class Cuda:
         self._check(self.api.cudaGraphLaunch(graph, stream), "launching a graph")
 
     def destroy(self, *, stream: Handle | None = None, graph: Handle | None = None) -> None:
-        """Give a stream or a graph back."""
+        """Destroy a stream or a graph."""
         if graph is not None:
             self.api.cudaGraphExecDestroy(graph)
         if stream is not None:
@@ -109,12 +109,12 @@ class Cuda:
 
 
 class Buffer:
-    """The same array twice, in pinned host memory and on the GPU; copies between them run beside the host.
+    """An array in pinned host memory and on the GPU; copies between them are asynchronous.
 
     Args:
         cuda: The GPU.
         shape: Shape of the array.
-        dtype: Its type.
+        dtype: dtype of the array.
     """
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -142,6 +142,6 @@ class Buffer:
         self._cuda._check(answer, "copying from the GPU")
 
     def close(self) -> None:
-        """Give both back."""
+        """Free both."""
         self._cuda.api.cudaFree(self.device)
         self._cuda.api.cudaFreeHost(self._pinned)

@@ -18,17 +18,17 @@ from ..base import check_artifact
 
 
 def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildRecord, bytes]:
-    """Return an engine's record and bytes, once everything that can be known of it speaks for it.
+    """Return the record and the bytes of an engine after all checks that do not need its library.
 
     Args:
-        path: The engine; its record lies beside it.
-        spec: What the manifest says the sampler is.
+        path: The engine; its record is in the same folder.
+        spec: The sampler in the manifest.
         host: This machine.
 
     Raises:
-        IntegrityError: If a file is missing, altered or truncated, or is of another sampler.
+        IntegrityError: If a file is missing, altered or truncated, or belongs to another sampler.
         SchemaError: If the record cannot be read.
-        BackendUnavailable: If its library or a GPU is not here.
+        BackendUnavailable: If its library or a GPU is missing.
         IncompatibleEngineError: If it was built for another system, version or GPU.
     """
     check_artifact(path)

@@ -20,12 +20,12 @@ __all__ = ["BACKENDS", "Backend", "BackendInfo", "backend_info", "open_backend"]
 
 @runtime_checkable
 class Backend(Protocol):
-    """Something that turns noise into images. Three members, nothing else.
+    """Interface of a backend, which maps noise to images: ``spec``, ``sample`` and ``close``.
 
-    A protocol, not a base class: a test double or a customer's own runtime fits without importing
-    us. Opening loads the artifact and takes memory; ``close`` gives it back and may be called twice.
-    ``sample`` may be called from many threads at once; a backend whose library does not allow that
-    takes its own lock. ``name`` and ``device`` are used in reports when they are there.
+    A protocol, not a base class, so that test doubles and custom runtimes need no import of scm-sdk. Opening loads the
+    artifact and allocates memory; ``close`` releases it and may be called twice. ``sample`` may be called from many
+    threads at once; a backend whose library is not thread-safe takes a lock. Reports use the optional ``name`` and
+    ``device``.
     """
 
     spec: SamplerSpec
@@ -34,31 +34,31 @@ class Backend(Protocol):
         """Run the whole sampler once.
 
         Args:
-            noise: Standard normal, one (B, *sample_shape) float32 array per step.
-            conditioning: The tensors of ``spec.conditioning_inputs`` by name, (B, *shape).
+            noise: Standard normal, one ``(B, *sample_shape)`` float32 array per step.
+            conditioning: The tensors of ``spec.conditioning_inputs`` by name, ``(B, *shape)``.
 
         Returns:
-            (B, *image_shape) float32, data units, not clipped; owned by the caller.
+            ``(B, *image_shape)`` float32, data units, not clipped; owned by the caller.
 
         Raises:
-            ShapeError: If an input does not fit ``spec``.
+            ShapeError: If an input does not match ``spec``.
             BackendFailure: If the library raised, or the backend is closed.
         """
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendInfo:
-    """One line of ``BACKENDS``: where a backend lies and what it needs.
+    """Entry of ``BACKENDS``: module and requirements of a backend.
 
     Attributes:
         module: The module with ``open_backend(artifact_path, spec, *, device, num_threads)``.
-        library: Import name of what it runs on.
-        extra: The extra of this package that brings the library.
+        library: Import name of its library.
+        extra: The extra that installs the library.
         opens: The artifact formats it can open.
         computes: Lower precisions that it computes an artifact in on a CPU, by the artifact's own. Its module then
             has ``cannot_compute(precision)``, which returns the reason why it cannot here, or "".
@@ -75,7 +75,7 @@ class BackendInfo:
     one_at_a_time: bool = False
 
     def takes(self, artifact: Artifact) -> bool:
-        """Whether it can open an artifact, and may."""
+        """Whether it can and may open an artifact."""
         return artifact.format in self.opens and artifact.precision not in self.unfit
 
     def needs_cpu_class(self, precision: str, device: str | None) -> bool:
@@ -89,12 +89,12 @@ class BackendInfo:
 
     @property
     def runs_engines(self) -> bool:
-        """Whether it opens engines, which are code and fit some machines only."""
+        """Whether it opens engines, which are code and fit only some machines."""
         return self.module == _TENSORRT
 
 
 _TENSORRT = "scm_sdk.runtimes.tensorrt.backend"
-BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was measured
+BACKENDS: dict[str, BackendInfo] = {  # in order of preference without measurements
     "tensorrt": BackendInfo(module=_TENSORRT, library="tensorrt", extra="tensorrt", opens=("tensorrt",)),
     "tensorrt_rtx": BackendInfo(
         module=_TENSORRT, library="tensorrt_rtx", extra="tensorrt-rtx", opens=("tensorrt_rtx",)
@@ -108,7 +108,7 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference where nothing was
         extra="openvino",
         opens=("onnx",),
         unfit={
-            # It would fuse them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
+            # OpenVINO fuses them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
             "int8": "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu",
             # In float32 all the same, and in 2026.4 a float16 product cast before it is added may come out wrong.
             "fp16": "fp16 is for GPUs; OpenVINO computes it in float32: take fp32, or bf16",
@@ -188,7 +188,7 @@ def open_backend(
 
 
 def backend_info(name: str) -> BackendInfo:
-    """Look up a backend, or raise ``ConfigError`` with the names there are."""
+    """Look up a backend, or raise ``ConfigError`` with the known names."""
     if name not in BACKENDS:
         raise ConfigError(f"backend is {name!r}, expected 'auto' or one of {', '.join(sorted(BACKENDS))}.")
     return BACKENDS[name]

@@ -1,16 +1,16 @@
-"""``Batcher``: requests of many callers, run by one generator in full batches.
+"""``Batcher``: dynamic batching of the requests of many threads.
 
     with gen.batcher() as batcher:                # share it between threads
-        out = batcher(seed=7, class_labels="red")  # like gen(...), for a thread that waits
+        out = batcher(seed=7, class_labels="red")  # like gen(...), blocks
         future = batcher.submit(seed=8)            # or a concurrent.futures.Future
 
-While a batch runs, what arrives gathers; the next batch takes it together. Nobody waits for a batch to fill: a caller
-who finds nothing waiting and room for a batch runs its own, without the millisecond of a hand-over between threads.
-Noise is drawn by the callers' threads, and pictures are made while the next batch runs. Between two batches of a long
-request, one batch of what waits is run.
+Requests that arrive while a batch runs are queued, and the next batch takes them together. No request waits for a batch
+to fill: if the queue is empty and a batch may run, the calling thread runs its own request, without the millisecond of
+a thread switch. Noise is drawn by the calling threads, and outputs are converted while the next batch runs. Between two
+batches of a long request, one batch of other requests runs.
 
-On a CPU a small picture gains little from a second core. Where a call was given some of the cores only
-(``from_pretrained(..., num_threads=1)``), as many batches run side by side as fit beside one another.
+On a CPU a small image gains little from a second core. If a call uses only some cores
+(``from_pretrained(..., num_threads=1)``), as many batches run concurrently as fit on the cores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 LONGEST_BATCHES = 16
-"""Batches that one request may fill, where it has more images than may wait."""
+"""Maximum number of batches of one request that is larger than the queue."""
 _THREAD = "scm-batcher"
 _LOG = logging.getLogger(__name__)
 
@@ -60,11 +60,11 @@ class _Ticket:
 
 
 class Batcher:
-    """Runs what many threads ask for in shared batches. Make one with ``Generator.batcher``.
+    """Runs the requests of many threads in shared batches. Create it with ``Generator.batcher``.
 
-    Every image equals that of its own call. Requests are taken in the order in which they were accepted; one whose
-    number of steps differs from the first one's waits for the next batch. An error reaches the caller of its request.
-    One that nobody holds any more finishes what waits and ends its threads.
+    Every image equals that of its own call. Requests run in the order of arrival; a request with another number of
+    steps than the first waits for the next batch. An error is raised to the caller of its request. A batcher that is no
+    longer referenced finishes its queue and ends its threads.
 
     Args:
         prepare: Checks the arguments of a call.
@@ -90,7 +90,7 @@ class Batcher:
     def submit(
         self, num_images: int = 1, *, timeout: float | None = None, **arguments: Unpack[RequestOptions]
     ) -> Future[GeneratorOutput]:
-        """Queue a request and return at once, or when there is room.
+        """Queue a request; wait only if the queue is full.
 
         Args:
             num_images: Number of images; at most ``max_queue_size`` or 16 of the model's largest
@@ -99,11 +99,11 @@ class Batcher:
             **arguments: The others of ``Generator.__call__``, without ``progress`` and ``batch_size``.
 
         Returns:
-            A future. ``cancel()`` works until its batch starts; the images are then never computed. What
-            ``add_done_callback`` is given runs on the batcher's thread: keep it short.
+            A future. ``cancel()`` works until its batch starts; the images are then never computed. Functions passed to
+            ``add_done_callback`` run on the batcher's thread and must be short.
 
         Raises:
-            QueueFull: If there was no room in time.
+            QueueFull: If the queue stayed full.
             BackendFailure: If the batcher is closed.
             ScmError: If the arguments are wrong.
         """
@@ -112,9 +112,9 @@ class Batcher:
     def __call__(
         self, num_images: int = 1, *, timeout: float | None = None, **arguments: Unpack[RequestOptions]
     ) -> GeneratorOutput:
-        """Run a request at once where nothing waits before it, else queue it and wait; return its output.
+        """Run a request at once if the queue is empty, else queue it and wait; return its output.
 
-        Arguments and errors are those of ``submit`` and of its run.
+        Arguments and errors are those of ``submit`` and of the run.
         """
         job = self._make_job("batcher", num_images, arguments)
         if (result := self._queue.run_now(job)) is not None:
@@ -124,28 +124,28 @@ class Batcher:
         future = self._queue.put(job, timeout)
         try:
             return future.result()
-        except CancelledError:  # nobody else holds the future
+        except CancelledError:  # no other code references the future
             raise BackendFailure(
                 "this batcher was closed with cancel_waiting before the request ran, expected an open one. Make "
                 "another: gen.batcher()"
             ) from None
-        except BaseException:  # an interrupted caller no longer wants it
+        except BaseException:  # the caller was interrupted
             future.cancel()
             raise
 
     @property
     def waiting(self) -> int:
-        """Images that wait for their batch."""
+        """Images in the queue."""
         return self._queue.waiting
 
     def close(self, *, cancel_waiting: bool = False) -> None:
-        """Take no more requests, finish those that wait, and return when all is done.
+        """Accept no more requests, finish the queued ones, and return when all are done.
 
-        May be called twice, and from a ``with`` statement; the generator stays open. A process that inherited the
-        batcher has nothing to wait for.
+        May be called twice, and by a ``with`` statement; the generator stays open. In a forked process it returns at
+        once.
 
         Args:
-            cancel_waiting: Cancel those that wait instead, and end a request of many batches after the batch that runs.
+            cancel_waiting: Cancel the queued requests, and end a request of several batches after its current batch.
         """
         self._queue.close(cancel_waiting=cancel_waiting)
 
@@ -156,7 +156,7 @@ class Batcher:
         self.close(cancel_waiting=kind is not None)
 
     def _make_job(self, of: str, num_images: int, options: RequestOptions) -> Job:
-        check_process(self._queue.pid, "batcher")  # before the lock, which a thread of the other process may hold
+        check_process(self._queue.pid, "batcher")  # before the lock, which a thread of the parent process may hold
         job = self._prepare(check_arguments({"num_images": num_images, **options}, of=of))
         if len(job) > (most := max(self._max_queue_size, LONGEST_BATCHES * job.batch_size)):
             raise ConfigError(
@@ -166,10 +166,10 @@ class Batcher:
 
 
 class _Queue:
-    """What waits, and the threads that run it. They end when it is closed and empty.
+    """The queue and its worker threads, which end when it is closed and empty.
 
     Attributes:
-        pid: The process that made it.
+        pid: Id of the process that created it.
     """
 
     def __init__(self, source: Source, *, max_queue_size: int, max_concurrent_batches: int) -> None:
@@ -189,7 +189,7 @@ class _Queue:
 
     @property
     def waiting(self) -> int:
-        """Images that wait."""
+        """Images in the queue."""
         with self._changed:
             self._forget_cancelled()
             return sum(len(ticket.job) for ticket in self._waiting)
@@ -212,7 +212,7 @@ class _Queue:
         return ticket.future
 
     def run_now(self, job: Job) -> GeneratorOutput | BaseException | None:
-        """Run a job of one batch on the caller's thread; None if it must wait."""
+        """Run a job of one batch on the calling thread; None if it must be queued."""
         if len(job) > job.batch_size or not self._enter():
             return None
         try:
@@ -233,7 +233,7 @@ class _Queue:
             self._changed.wait_for(lambda: self._free == self._max_concurrent_batches)
 
     def stop(self, *, cancel_waiting: bool = False) -> None:
-        """Take no more jobs. Waits for nothing: the garbage collector calls it, on any thread and in any process."""
+        """Accept no more jobs. It never waits: the garbage collector may call it on any thread, in any process."""
         if os.getpid() != self.pid:
             return
         with self._changed:
@@ -243,7 +243,7 @@ class _Queue:
             if cancel_waiting:
                 left, self._waiting = self._waiting, left
             self._changed.notify_all()
-        for ticket in left:  # without the lock: what the futures call back is not ours
+        for ticket in left:  # without the lock, because callbacks of futures are user code
             ticket.future.cancel()
             ticket.future.set_running_or_notify_cancel()
 
@@ -259,7 +259,7 @@ class _Queue:
             ticket.future.set_running_or_notify_cancel()  # wakes concurrent.futures.wait
 
     def _enter(self) -> bool:
-        """Take room for a batch if nothing waits; whoever got it must ``_leave``."""
+        """Reserve a batch slot if the queue is empty; the caller must ``_leave``."""
         with self._changed:
             self._forget_cancelled()
             if self._closed or self._waiting or not self._free:
@@ -270,11 +270,13 @@ class _Queue:
     def _leave(self) -> None:
         with self._changed:
             self._free += 1
-            if self._waiting or self._closed:  # else nobody can go on: waking them would only slow the caller
+            if (
+                self._waiting or self._closed
+            ):  # otherwise no thread can continue, and waking them would only slow the caller
                 self._changed.notify_all()
 
     def _wait(self) -> list[_Ticket] | None:
-        """Wait for requests and room; return those of the next batch, None when the queue is closed and empty."""
+        """Wait for requests and a batch slot; return the next batch, None when the queue is closed and empty."""
         with self._changed:
             while True:
                 self._forget_cancelled()
@@ -287,7 +289,7 @@ class _Queue:
             return self._take(self._waiting)
 
     def _take(self, waiting: Iterable[_Ticket]) -> list[_Ticket]:
-        """Remove and return those of the next batch that was not canceled at the last moment."""
+        """Remove and return the jobs of the next batch that were not canceled."""
         waiting = list(waiting)
         tickets = [waiting[i] for i in first_batch(ticket.job for ticket in waiting)]
         taken = set(tickets)
@@ -304,11 +306,11 @@ class _Queue:
     def _run(self, jobs: list[Job]) -> list[Ran | BaseException]:
         try:
             return list(run_jobs(jobs, self._source, between=self._between))
-        except BaseException as exc:  # the thread must live, and nobody may wait for ever
+        except BaseException as exc:  # the thread must survive, and no caller may block indefinitely
             return [exc] * len(jobs)
 
     def _between(self) -> None:
-        """Between two batches of a long job: end it where waiting jobs are canceled, or run one batch of them."""
+        """Between two batches of a long job: end it if queued jobs are canceled, or run one batch of them."""
         with self._changed:
             if self._canceling:
                 raise BackendFailure(
@@ -322,7 +324,7 @@ class _Queue:
 
 
 class _Future(Future[GeneratorOutput]):
-    """A future whose callbacks cannot end the batcher's thread, nor keep one another from being called."""
+    """A future whose callbacks cannot end the batcher's thread or keep other callbacks from running."""
 
     def add_done_callback(self, fn: Callable[[Future[GeneratorOutput]], object]) -> None:
         """See ``Future.add_done_callback``."""
@@ -332,7 +334,7 @@ class _Future(Future[GeneratorOutput]):
                 fn(future)
             except BaseException as exc:
                 if isinstance(exc, Exception) or threading.current_thread().name != _THREAD:
-                    raise  # concurrent.futures logs the one; the other ends the thread of whoever called
+                    raise  # concurrent.futures logs an Exception; a BaseException would end the calling thread
                 _LOG.exception("a done-callback of a batcher's future raised %s", type(exc).__name__)
 
         super().add_done_callback(call)

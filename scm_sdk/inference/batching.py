@@ -1,7 +1,7 @@
 """Dynamic batching: run many small requests as few large batches; each gets the images of its own call.
 
-Requests of the same number of steps share a batch; nothing else about them has to agree. That is possible because
-an image depends on its own seed, label and numbers alone. Callers: ``Generator.stream`` and ``Batcher``.
+Requests with the same number of steps share a batch; they may differ in everything else, because an image depends only
+on its own seed, label and conditioning. Callers: ``Generator.stream`` and ``Batcher``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .session import Opened
 from .sources import Source
 
 WINDOW_BATCHES = 4
-"""A stream holds at most about this many batches: read and not run, or run and not yet given back."""
+"""Maximum number of batches that a stream holds: read but not run, or run but not yet returned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request, what runs it, and what its images are to become.
+    """A request with its backend and output type.
 
     Attributes:
         opened: The backend.
         request: The checked request.
         output_type: See ``Generator.__call__``.
-        batch_size: Images that this backend may run at once.
+        batch_size: Largest batch of the backend.
     """
 
     opened: Opened
@@ -43,18 +43,18 @@ class Job:
         return len(self.request)
 
     def with_noise(self) -> Job:
-        """Return this job with its noise drawn, unless it is longer than a batch: many callers draw in parallel."""
+        """Return this job with its noise drawn by the calling thread, unless it is larger than a batch."""
         return self if len(self) > self.batch_size else replace(self, request=self.request.with_noise())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """What a backend returned for one job: its part of a shared run.
+    """Result of one job: its part of a shared run.
 
     Attributes:
-        raw: (N, *image_shape) float32, data units.
-        info: What ran; batches and timings are those of the shared run.
-        start: When that began, seconds of ``perf_counter``.
+        raw: ``(N, *image_shape)`` float32, data units.
+        info: Description of the run; batches and timings are those of the shared run.
+        start: Start time of the run, seconds of ``perf_counter``.
     """
 
     raw: np.ndarray
@@ -63,10 +63,10 @@ class Ran:
 
 
 def first_batch(waiting: Iterable[Job]) -> list[int]:
-    """Return the positions of the jobs that run next: the first, and those after it that fit into its batch.
+    """Return the positions of the next jobs: the first, and later ones that fit into its batch.
 
-    Jobs of other backends are passed over, those of the same one never: each number of steps keeps its order.
-    A job longer than a batch runs alone.
+    Jobs of other backends are skipped, those of the same backend are not: each number of steps keeps its order. A job
+    larger than a batch runs alone.
     """
     chosen: list[int] = []
     first: Job | None = None
@@ -85,12 +85,12 @@ def first_batch(waiting: Iterable[Job]) -> list[int]:
 def run_jobs(
     jobs: Sequence[Job], source: Source, *, between: Callable[[], object] = lambda: None
 ) -> list[Ran | Exception]:
-    """Run jobs of one backend together; when that fails, each alone, so that only those at fault fail.
+    """Run jobs of one backend together; on failure run each alone, so that only faulty jobs fail.
 
     Args:
-        jobs: What runs.
+        jobs: The jobs.
         source: The model on disk.
-        between: Called between the batches of a job that is longer than one; ends it by raising.
+        between: Called between the batches of a job of several batches; it may raise to end the job.
     """
     start = perf_counter()
     opened = jobs[0].opened
@@ -107,12 +107,12 @@ def run_jobs(
     info = opened.info(source, batches=batches, timings=timings)
     ends = np.cumsum([len(job) for job in jobs])
     parts = np.split(raw, ends[:-1])
-    # Copies: who keeps one small output must not keep the whole batch in memory.
+    # Copies, so that one small output does not keep the memory of the whole batch.
     return [Ran(raw=part.copy() if len(jobs) > 1 else part, info=info, start=start) for part in parts]
 
 
 def finish(job: Job, ran: Ran | Exception) -> GeneratorOutput | Exception:
-    """Turn what ran into what was asked for."""
+    """Convert the result of a job to its output."""
     if isinstance(ran, Exception):
         return ran
     try:
@@ -124,7 +124,7 @@ def finish(job: Job, ran: Ran | Exception) -> GeneratorOutput | Exception:
 
 @dataclass(eq=False)
 class _Slot:
-    """One request of a stream: waiting while there is no result."""
+    """One request of a stream; without a result it is waiting."""
 
     job: Job | None = None
     result: GeneratorOutput | Exception | None = None
@@ -137,10 +137,10 @@ class _Slot:
 def run_in_order(
     requests: Iterable[Mapping[str, Any]], prepare: Callable[[Mapping[str, Any]], Job], source: Source
 ) -> Iterator[GeneratorOutput | Exception]:
-    """Answer requests in order, reading ahead to fill batches. The last answer is what ``requests`` raised, if it did.
+    """Return the outputs of requests in order, reading ahead to fill batches; an error of ``requests`` is last.
 
-    A batch runs when it is full, when the window is full, or when the requests end. Reading waits until the caller
-    has taken what is ready.
+    A batch runs when it is full, when the window is full, or when the requests end. Reading pauses until the caller has
+    taken the finished outputs.
     """
     held: deque[_Slot] = deque()
     for slot in _slots(requests, prepare):
@@ -164,12 +164,12 @@ def _slots(requests: Iterable[Mapping[str, Any]], prepare: Callable[[Mapping[str
             arguments = next(iterator)
         except StopIteration:
             return
-        except Exception as exc:  # those before it are answered first
+        except Exception as exc:  # the earlier requests are finished first
             yield _Slot(result=exc)
             return
         try:
             slot = _Slot(prepare(check_arguments(arguments, of="stream")))
-        except Exception as exc:  # whatever it is, it is this request's
+        except Exception as exc:  # any error belongs to this request
             slot = _Slot(result=exc)
         yield slot
 

@@ -1,7 +1,7 @@
-"""Conditioning inputs for calibration and validation: the user's prompts, or precomputed tensors.
+"""Conditioning inputs for calibration and validation: prompts of the user, or precomputed tensors.
 
-Without them such inputs are drawn from the seeds, standard normal (``request.make_example``). That compares a graph
-with its source well enough, but a text encoder's output is distributed otherwise, and so are the activations behind it.
+By default such inputs are standard normal, drawn from the seeds (``request.make_example``). That suffices to compare a
+graph with its source, but the output of a text encoder, and therefore activations, have another distribution.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _MAX_TENSOR_BYTES = 16 << 30
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Examples:
-    """Conditioning to take in turn, by seed.
+    """Conditioning inputs, selected by seed.
 
     Attributes:
-        tensors: By input name, (N, *shape); N is the same for all.
-        source: What they are, for records: how many of what file.
-        sha256: Of that file.
+        tensors: By input name, ``(N, *shape)``; N is the same for all.
+        source: Description for records: number of rows and name of the file.
+        sha256: sha256 of the file.
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -40,25 +40,25 @@ class Examples:
         return len(next(iter(self.tensors.values())))
 
     def rows(self, seeds: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return the conditioning of some samples: seed s takes row s modulo N."""
+        """Return the conditioning of some samples: seed s uses row s modulo N."""
         at = [int(seed) % len(self) for seed in seeds]
         return {name: tensor[at] for name, tensor in self.tensors.items()}
 
 
 def read_examples(path: Path, spec: SamplerSpec, text_encoder: Path | None) -> Examples:
-    """Read the examples of a user.
+    """Read conditioning inputs from a file.
 
     Args:
-        path: A text file, UTF-8, one prompt a line; or a ``.safetensors`` file with the sampler's further inputs by
-            name, (N, *shape), masks at will.
+        path: A UTF-8 text file with one prompt per line; or a ``.safetensors`` file with the further inputs of the
+            sampler by name, ``(N, *shape)``; masks are optional.
         spec: The sampler.
-        text_encoder: Folder of a pipeline whose text encoder is used, None where the model came without one.
+        text_encoder: Folder of the pipeline with the text encoder, None if the model has none.
 
     Raises:
-        ConfigError: If the model takes no such inputs, the file is empty, too large or something else, or there is no
+        ConfigError: If the model takes no such inputs, the file is empty, too large or of another kind, or there is no
             text encoder for its prompts.
         ShapeError: If a tensor has another shape or dtype.
-        BackendUnavailable: If torch, diffusers or transformers is not here and prompts are to be encoded.
+        BackendUnavailable: If torch, diffusers or transformers is missing for encoding prompts.
     """
     if not path.is_file():
         raise ConfigError(f"{path} is no file, expected prompts, one a line, or a .safetensors file.")

@@ -5,7 +5,8 @@
         out.images[0].save("robot.png")
 
 Threads: one generator may be called from many threads. Opening is done once under a lock; running is as parallel as the
-backend allows (ONNX Runtime: fully, torch: one call at a time). ``batcher`` runs what they ask for in shared batches.
+backend allows (ONNX Runtime: fully, torch: one call at a time). ``batcher`` runs the calls of threads in shared
+batches.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ Verify = Literal["none", "digest", "smoke", "full"]
 
 
 class OpenOptions(TypedDict, total=False):
-    """What ``Generator.reopen`` may change; ``Generator.from_pretrained`` says what each means."""
+    """Options of ``Generator.reopen``, documented at ``Generator.from_pretrained``."""
 
     backend: str
     precision: str
@@ -67,7 +68,7 @@ class OpenOptions(TypedDict, total=False):
 
 
 class Generator:
-    """Generates images from a bundle or a checkpoint. Make one with ``from_pretrained``.
+    """Generates images from a bundle or a checkpoint. Create it with ``from_pretrained``.
 
     Attributes:
         source: The model on disk.
@@ -84,7 +85,7 @@ class Generator:
         self._default_steps: int = arguments["num_inference_steps"]
 
     def __new__(cls, *made: object, **parts: object) -> Generator:
-        """Refuse what was meant for ``from_pretrained``."""
+        """Refuse calls that were meant for ``from_pretrained``."""
         if len(made) + len(parts) != 3 or isinstance(made[0] if made else None, str | os.PathLike):
             raise UnknownArgument(
                 "Generator(...) opens no model, expected Generator.from_pretrained(path), where path is a bundle, a "
@@ -116,34 +117,34 @@ class Generator:
         Args:
             path: Folder of a bundle or a checkpoint (torch only), a ``.scmz`` file, or ``hf:owner/name`` on the
                 Hugging Face hub.
-            backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` takes the
-                fastest, as measured here by ``benchmark``, of what is the fp32 reference or has a
-                recorded parity that passed; unmeasured, ONNX Runtime comes before torch. A name also
-                takes what was never compared, and, with a warning, what failed.
-            precision: ``"auto"`` or the only precision to take.
+            backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` considers the fp32
+                reference and artifacts with a passed parity record, and takes the fastest one measured on this machine
+                by ``benchmark``; without measurements ONNX Runtime is preferred over torch. A named backend also runs
+                artifacts that were not compared, and, with a warning, artifacts that failed.
+            precision: ``"auto"`` or the only precision to use.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None is ``"cpu"``, and the first GPU for engines.
-            fallback: What happens when the backend, the precision or the library asked for is not
-                there: ``"error"`` raises; ``"warn"`` takes what else can run and warns; ``"allow"``
-                takes it without a warning. Both record it in ``out.info.fallback``.
+            fallback: Policy if the requested backend, precision or library is not available: ``"error"`` raises;
+                ``"warn"`` runs another one with a warning; ``"allow"`` without a warning. Both record it in
+                ``out.info.fallback``.
             verify: ``"digest"`` checks the sha256 of each file before it is opened, ``"none"`` its size; ``"smoke"``
                 also runs the recorded sample of the default number of steps, ``"full"`` of each. Files that are not
-                opened may be missing, so a product may leave the PyTorch checkpoint out.
-            num_threads: CPU threads of one call; None leaves the library's choice.
-            max_batch: Largest batch to run at once, 1..the spec's; None is the spec's.
-            num_inference_steps: The default of calls; None is 2 where there are two steps.
-            trust_engines: A TensorRT engine is executable code. Those built on this machine run; others only
-                with True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
-            revision: Branch, tag or commit of a hub id; only a commit names the same files for ever.
-            local_files_only: Take a hub id from the cache alone, as ``HF_HUB_OFFLINE=1`` does for all.
-            require_signature: Open nothing but what this signer signed and nobody changed since:
-                ``signing.PublicKey("key.pub")`` or ``signing.Identity(...)``. All files are hashed.
+                opened may be missing, so a product can leave out the PyTorch checkpoint.
+            num_threads: CPU threads of one call; None is the default of the library.
+            max_batch: Largest batch, from 1 to that of the sampler; None is that of the sampler.
+            num_inference_steps: Default number of network calls; None is 2 if available.
+            trust_engines: A TensorRT engine is executable code. Engines built on this machine run; others only with
+                True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
+            revision: Branch, tag or commit of a hub id; only a commit is immutable.
+            local_files_only: Read a hub id from the cache only, as ``HF_HUB_OFFLINE=1`` does for all.
+            require_signature: Open only a model that is exactly as this signer signed it:
+                ``PublicKey("key.pub")`` or ``Identity(...)``. All files are hashed.
 
         Raises:
-            IntegrityError: If a signature is required and the model is not as it was signed.
-            BundleError: If ``path`` is neither of the two, or a file is missing or damaged.
-            BackendUnavailable: If nothing that may run is installed here.
-            ConfigError: If an argument is not one of those above.
-            BackendFailure: If a recorded sample comes out differently.
+            IntegrityError: If a required signature is missing, wrong, or does not match the files.
+            BundleError: If ``path`` is not a model, or a file is missing or damaged.
+            BackendUnavailable: If no suitable backend is installed.
+            ConfigError: If an argument is invalid.
+            BackendFailure: If a recorded sample is not reproduced.
         """
         for name, value, known in (("verify", verify, Verify), ("fallback", fallback, Fallback)):
             if value not in get_args(known):
@@ -207,25 +208,24 @@ class Generator:
         """Generate images.
 
         Args:
-            num_images: How many, 1 to 2^20 and no more than 4 GiB of samples; run in batches.
-            class_labels: One label for all, or one for each image, by name or number; a text that is no name and
-                a decimal number, as from an address, is the number. None lets each
-                seed draw its own label, always the same one (``request.draw_label``).
-            num_inference_steps: Network calls; None is the generator's default.
-            seed: ``s`` gives the images the seeds s, s+1, ...; a list gives each its own. None draws
-                a fresh s and reports it. A seed names its noise to the bit and its image as far as the backend
-                repeats itself, whatever the batch and the position; ``docs/gates.md`` states it for each backend.
+            num_images: Number of images, 1 to 2^20 and at most 4 GiB of samples; run in batches.
+            class_labels: One label for all images, or one per image, by name or number; a decimal string that is not a
+                name is a number. None draws the label of each image from its seed.
+            num_inference_steps: Network calls; None is the default of the generator.
+            seed: ``s`` gives the images the seeds s, s+1, ...; a list gives each image its seed. None draws a random s
+                and reports it. A seed determines its noise to the bit, for any batch size and position, and its image
+                as far as the backend is reproducible; ``docs/gates.md`` states that for each backend.
             noise: Instead of seeds: one ``(num_images, *sample_shape)`` float32 array per step.
             output_type: ``"pil"`` list of PIL images; ``"np"`` (N, H, W, C) float32 in [0, 1];
                 ``"pt"`` torch tensor (N, C, H, W) float32 in [0, 1]; ``"uint8"`` (N, H, W, C) uint8;
                 ``"raw"`` ``(N, *image_shape)`` float32 in data units, not clipped.
             progress: True shows a bar on stderr; a function is called as f(images_done, num_images).
-            batch_size: Images run at once, at most ``max_batch``; None is ``max_batch``.
-            guidance_scale: For models that have this input: one number, or one for each image.
-            conditioning: For models with further inputs: (num_images, ...) arrays by name.
-            prompt: For models of text: one for all images, or one for each; see ``inference.prompts``.
-            prompt_embeds: Instead of a prompt, its embeddings: (num_images, L, D) float32, or (1, L, D) for all.
-            prompt_attention_mask: Their mask, (num_images, L) or (1, L) int64; None keeps every token.
+            batch_size: Batch size, at most ``max_batch``; None is ``max_batch``.
+            guidance_scale: One number, or one per image, for models with this input.
+            conditioning: ``(num_images, ...)`` arrays by name, for models with further inputs.
+            prompt: One text for all images, or one per image, for text-to-image models.
+            prompt_embeds: Embeddings instead of a prompt: (num_images, L, D) float32, or (1, L, D) for all.
+            prompt_attention_mask: Mask of the embeddings, (num_images, L) or (1, L) int64; None keeps every token.
 
         Raises:
             ConfigError: If an argument is out of its range.
@@ -259,20 +259,20 @@ class Generator:
     def stream(
         self, requests: Iterable[Mapping[str, Any]], *, return_exceptions: bool = False
     ) -> Iterator[GeneratorOutput | Exception]:
-        """Run many calls and give back their outputs in order, sharing batches between small ones.
+        """Run many calls and return their outputs in order, with shared batches for small requests.
 
-        Requests of the same number of steps are gathered until they fill a batch, then run together; each image
-        equals that of its own call. So a few batches of requests are read ahead. For many threads: ``batcher``.
+        Requests with the same number of steps are collected until they fill a batch; each image equals that of its own
+        call. A few batches of requests are read ahead. For many threads use ``batcher``.
 
         Args:
             requests: Keyword arguments of ``__call__``, without ``progress`` and ``batch_size``.
-            return_exceptions: Give back what a request raised in the place of its output, and go on.
+            return_exceptions: Yield the exception of a failed request in place of its output, and continue.
 
         Yields:
-            One output for each request; ``info.batches`` and ``info.timings`` are the shared run's.
+            One output per request; ``info.batches`` and ``info.timings`` are those of the shared run.
 
         Raises:
-            ScmError: What ``__call__`` raises, after the outputs of the requests before it.
+            ScmError: As ``__call__``, after the outputs of the earlier requests.
         """
         for result in run_in_order(requests, self._job, self.source):
             if isinstance(result, Exception) and not return_exceptions:
@@ -299,39 +299,39 @@ class Generator:
 
     @checked_names("plan")
     def plan(self, num_inference_steps: int | None = None) -> Plan:
-        """Return what could run and what runs, each with the reason; ``str()`` is a table.
+        """Return every artifact and backend with the reason why it runs or not; ``str()`` is a table.
 
         Raises:
-            ConfigError: If the number of steps is not there.
+            ConfigError: If the number of steps is not available.
         """
         return self._opener.plan(self._steps(num_inference_steps))
 
     @checked_names("opened")
     def opened(self, num_inference_steps: int | None = None) -> Opened:
-        """Return what is open: the backend (noise in, images out), its artifact, spec and load time."""
+        """Return the open backend with its artifact, spec and load time."""
         return self._opener.get(self._steps(num_inference_steps))
 
     @property
     def num_threads(self) -> int | None:
-        """CPU threads of one call; None is the library's choice."""
+        """CPU threads of one call; None is the default of the library."""
         threads: int | None = self._arguments["num_threads"]
         return threads
 
     @checked_names("warmup")
     def warmup(self, num_images: int = 1, num_inference_steps: int | None = None) -> float:
-        """Run once and throw the images away, so that the next call is not the first. Returns its ms."""
+        """Run once and discard the images, so that the next call is not the first; return the time in ms."""
         start = perf_counter()
         self(num_images, num_inference_steps=num_inference_steps, seed=0, output_type="raw")
         return (perf_counter() - start) * 1e3
 
     def reopen(self, **changes: Unpack[OpenOptions]) -> Generator:
-        """Open the same model again with other arguments of ``from_pretrained``; this one stays open.
+        """Open the same model again with other arguments of ``from_pretrained``; this generator stays open.
 
-        A bundle may have got further artifacts meanwhile.
+        The bundle may have received further artifacts in the meantime.
 
         Raises:
-            UnknownArgument: If there is no such argument.
-            IntegrityError: If another model is there now. Else as ``from_pretrained``.
+            UnknownArgument: If an argument is unknown.
+            IntegrityError: If the path now holds another model. Otherwise as ``from_pretrained``.
         """
         check_names(changes, tuple(self._arguments), of="reopen")
         gen = type(self).from_pretrained(self.source.path, **{**self._arguments, **changes})
@@ -356,16 +356,16 @@ class Generator:
     ) -> Parity:
         """Compare with a reference on the same noise.
 
-        The gate is that of the lower precision of the two, the same as ``scm-export validate`` applies.
+        The gate is that of the lower precision of the two, as in ``scm-export validate``.
 
         Args:
-            reference: What this one should compute: a generator or an open backend.
-            seeds: One for each sample; None is the seeds of ``scm-export validate``.
-            batches: Batch sizes to run, None among them is the largest; None is 1, 3 and the largest.
-            num_inference_steps: Which sampler; None is the generator's default.
+            reference: The reference: a generator or an open backend.
+            seeds: One seed per sample; None is the seeds of ``scm-export validate``.
+            batches: Batch sizes to run; an entry None is the largest. None is 1, 3 and the largest.
+            num_inference_steps: Number of steps; None is the default of the generator.
             threshold: Largest difference that passes, units of sigma_data.
             min_psnr_db: PSNR that 95 % of the samples must reach, dB.
-            reason: Why ``threshold`` or ``min_psnr_db`` is looser than the gate; every report prints it.
+            reason: Reason for a ``threshold`` or ``min_psnr_db`` looser than the gate; every report prints it.
 
         Returns:
             The largest difference and whether it passes; see ``scm_sdk.compare``.
@@ -393,17 +393,18 @@ class Generator:
         num_inference_steps: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Latency:
-        """Measure everything the plan accepts, interleaved, and go by it where this generator's backend is ``"auto"``.
+        """Measure every accepted row of the plan, interleaved, and use the fastest if the backend is ``"auto"``.
 
-        The times are kept for generators that are opened later on this machine; one warning says where they cannot be.
+        The times are stored for generators that are opened later on this machine; one warning is given if they cannot
+        be.
 
         Args:
-            batch: Images in a call; measure what you will run.
-            rounds: Measured calls of each.
-            warmup: Rounds thrown away after the first call; None goes on until stable.
-            max_seconds: Time after which slow candidates are measured no more; None is 60, or no limit with a budget.
-            budget: Latencies to keep; see ``scm_sdk.evaluate.latency.measure.measure``.
-            num_inference_steps: Which sampler; None is the generator's default.
+            batch: Images per call; use the batch size of your application.
+            rounds: Measured calls of each candidate.
+            warmup: Discarded rounds after the first call; None continues until stable.
+            max_seconds: Time limit for slow candidates; None is 60, or no limit with a budget.
+            budget: Latency budgets; see ``scm_sdk.measure``.
+            num_inference_steps: Number of steps; None is the default of the generator.
             progress: Called as f(rounds_done, rounds).
 
         Returns:
@@ -435,7 +436,7 @@ class Generator:
         return latency
 
     def close(self) -> None:
-        """Give all memory back; may be called twice. A later call raises ``BackendFailure``."""
+        """Release all memory; may be called twice. A later call raises ``BackendFailure``."""
         self._opener.close()
         self.source.release()
 
@@ -447,7 +448,7 @@ class Generator:
         return f"<Generator of {self.source.path}: {', '.join(opened) or 'not open here'}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle, and copy, as what opens the same model again: a library's objects belong to one process."""
+        """Pickle and copy by reopening the model, because objects of the libraries belong to one process."""
         return _open_again, (type(self), self.source.path, self._arguments, self.source.build_id)
 
     def __enter__(self) -> Generator:
@@ -490,7 +491,7 @@ def _open_again(kind: type[Generator], path: Path, arguments: Mapping[str, Any],
     """Open a pickled generator.
 
     Raises:
-        BundleError: If another model is there now.
+        BundleError: If the path now holds another model.
     """
     gen = kind.from_pretrained(path, **arguments)
     if gen.source.build_id != build_id:

@@ -31,7 +31,7 @@ _NAME = "latency.json"
 
 
 def cache_path() -> Path | None:
-    """Return where the times lie; None where there is no cache."""
+    """Return the path of the file; None without a cache."""
     folder = cache_folder()
     return None if folder is None else folder / _NAME
 
@@ -41,7 +41,7 @@ def recall(
 ) -> dict[WayKey, Measured]:
     """Return the remembered medians by backend, artifact path and precision.
 
-    A file that cannot be read counts as empty: a cache decides about speed, never about results.
+    An unreadable file counts as empty, because the cache affects only speed.
     """
     found = {}
     here: dict[str, str] = {}
@@ -68,7 +68,7 @@ def remember(
 ) -> None:
     """Store medians by backend, artifact path and precision; each takes the place of an older one, of whatever batch.
 
-    Where the cache cannot be written, one warning says so.
+    If the cache is not writable, one warning says so.
     """
     purpose = "the measured latencies are not kept for other processes"
     folder = writable_folder("", purpose=purpose)
@@ -88,7 +88,7 @@ def remember(
 
 
 def _read() -> dict[str, Measured]:
-    """Return what is in the file; nothing if it is absent, or, with one warning, damaged or no plain file."""
+    """Return the content of the file; empty if it is missing, or, with one warning, damaged."""
     path = cache_path()
     if path is None:
         return {}

@@ -17,28 +17,28 @@ from .request import OutputType, Request
 from .selection import PlanRow
 
 Images = Any
-"""A list of PIL images, a NumPy array or a PyTorch tensor: what ``output_type`` names."""
+"""A list of PIL images, a NumPy array or a PyTorch tensor, depending on ``output_type``."""
 _SHOWN = 8
 Progress = bool | Callable[[int, int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationInfo:
-    """What ran, and why that.
+    """Description of a run.
 
     Attributes:
         backend: Name of the backend.
-        device: Where it ran.
-        precision: Precision that lies in the artifact.
+        device: Device of the backend.
+        precision: Precision of the artifact.
         artifact: Path of the artifact inside the bundle.
         sha256: Digest of the artifact's main file; "" for a checkpoint opened with ``verify="none"``.
         build_id: Digest of everything that decides the images.
-        model: What the model is: its kind, how far it was trained, whether its quality was measured.
+        model: State of the model: its kind, the length of its training, whether its quality was measured.
         num_inference_steps: Network calls for each image.
-        batches: Size of each batch that was run.
+        batches: Size of each batch.
         timings: Milliseconds: ``load_ms`` (when it was opened), ``noise_ms``, ``sample_ms``, ``total_ms``.
-        rejected: What was not taken, with the reasons.
-        fallback: What was asked for and could not run, if something else ran instead.
+        rejected: Rejected rows of the plan with their reasons.
+        fallback: The requested backend that could not run, if another one ran.
     """
 
     backend: str
@@ -55,7 +55,7 @@ class GenerationInfo:
     fallback: str | None = None
 
     def with_total(self, total_ms: float) -> GenerationInfo:
-        """Return this info with the whole call's time."""
+        """Return this info with the time of the whole call."""
         return replace(self, timings={**self.timings, "total_ms": total_ms})
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,13 +65,13 @@ class GenerationInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOutput:
-    """Images and where they come from.
+    """Images of a call with their seeds and labels.
 
     Attributes:
-        images: As ``output_type`` said.
-        seeds: The seed of each image; () when the noise was given.
+        images: Images in the form of ``output_type``.
+        seeds: The seed of each image; () if the noise was given.
         class_labels: The label of each image; None for an unconditional model.
-        info: What ran.
+        info: Description of the run.
     """
 
     images: Images
@@ -99,11 +99,11 @@ def _shown(numbers: tuple[int, ...]) -> str:
 
 
 def make_output(request: Request, raw: np.ndarray, output_type: OutputType, info: GenerationInfo) -> GeneratorOutput:
-    """Dress up what a backend returned for a request, (N, *image_shape) float32 in data units.
+    """Convert raw backend output, ``(N, *image_shape)`` float32 in data units, to the output of a request.
 
     Raises:
         BackendFailure: If it is not finite and ``output_type`` is not ``"raw"``.
-        BackendUnavailable: If ``"pt"`` is asked for and torch is not here.
+        BackendUnavailable: If ``output_type`` is ``"pt"`` and torch is not installed.
     """
     finite = np.isfinite(raw).reshape(len(raw), -1).all(axis=1)
     if output_type != "raw" and not finite.all():
@@ -118,12 +118,12 @@ def make_output(request: Request, raw: np.ndarray, output_type: OutputType, info
 
 
 def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: OutputType) -> Images:
-    """Turn (N, C, ...) float32 in data units into what ``output_type`` names.
+    """Convert (N, C, ...) float32 in data units to ``output_type``.
 
-    Samples may have any rank where that is ``raw``, ``np`` (channels last) or ``pt``.
+    Samples may have any rank for ``raw``, ``np`` (channels last) and ``pt``.
 
     Raises:
-        BackendUnavailable: If ``"pt"`` is asked for and torch is not here.
+        BackendUnavailable: If ``output_type`` is ``"pt"`` and torch is not installed.
     """
     if output_type == "raw":
         return raw
@@ -140,7 +140,7 @@ def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: Outp
 
 @contextmanager
 def report_progress(progress: Progress, total: int) -> Iterator[Callable[[int], object]]:
-    """Give a function to call with the number of images done: a bar on stderr, the caller's, or none."""
+    """Provide a function to call with the number of finished images: a bar on stderr, a callback, or no-op."""
     if not progress:
         yield lambda done: None
     elif callable(progress):

@@ -1,7 +1,7 @@
 """Text prompts and precomputed embeddings as inputs of a sampler.
 
-The text encoder is a component of its own beside the sampler, PyTorch's, and is loaded when the first prompt comes.
-Whoever gives ``prompt_embeds`` needs neither it nor torch.
+The text encoder is a separate PyTorch component and is loaded with the first prompt. ``prompt_embeds`` needs neither
+the encoder nor torch.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..errors import ConfigError
 from ..spec import SamplerSpec
 
 EMBEDS, MASK = "prompt_embeds", "prompt_attention_mask"
-"""Names of the inputs that a prompt fills."""
+"""Names of the inputs of a prompt."""
 
 
 class Prompts:
-    """Makes the conditioning of a call; safe for threads.
+    """Creates the conditioning of a call; thread-safe.
 
     Args:
-        folder: Pipeline folder with the text encoder, or None where the model came without one.
-        device: Where the encoder runs; None is the CPU.
-        check: Called before the encoder is loaded; raises if it is not the one that was opened.
-        note: Follows the error of who gives a prompt where there is no encoder.
+        folder: Pipeline folder with the text encoder, or None if the model has none.
+        device: Device of the encoder; None is the CPU.
+        check: Called before the encoder is loaded; raises if its files changed.
+        note: Appended to the error for a prompt without an encoder.
     """
 
     def __init__(

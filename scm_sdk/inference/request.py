@@ -31,15 +31,15 @@ Seeds = SupportsIndex | Sequence[int] | NDArray[Any]
 MAX_IMAGES = 1 << 20
 """Images of one request; more are several requests."""
 MAX_BYTES = 1 << 32
-"""Bytes of the samples of one request and of the inputs that are held for them: labels, embeddings, no noise."""
+"""Maximum size of the samples and inputs (labels, embeddings, without noise) of one request, bytes."""
 _FRESH_SEEDS = 1 << 53
-"""Fresh seeds stay below this, so that they survive JSON and JavaScript."""
+"""Upper bound of random seeds, so that they are exact in JSON and JavaScript."""
 _SHOWN_NAMES = 12
 _EXAMPLE_STEP = 1 << 31
 
 
 class RequestOptions(TypedDict, total=False):
-    """What a request of a batcher may name beside ``num_images``; ``Generator.__call__`` says what each means."""
+    """Options of a request of a batcher in addition to ``num_images``, documented at ``Generator.__call__``."""
 
     class_labels: Labels | None
     num_inference_steps: int | None
@@ -58,14 +58,14 @@ _ARGUMENTS = ("num_images", *RequestOptions.__annotations__)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Some images of one sampler.
+    """A request for images of one sampler.
 
     Attributes:
         spec: The sampler.
-        seeds: One seed for each image; () when the noise was given.
-        noise: One (N, *sample_shape) float32 array for each of ``spec.noise_inputs``, or None: it is drawn from the
-            seeds when it is needed.
-        conditioning: ``spec.conditioning_inputs`` by name, (N, *shape).
+        seeds: One seed per image; () if the noise was given.
+        noise: One ``(N, *sample_shape)`` float32 array per ``spec.noise_inputs``, or None: drawn from the seeds on
+            demand.
+        conditioning: ``spec.conditioning_inputs`` by name, ``(N, *shape)``.
     """
 
     spec: SamplerSpec
@@ -83,7 +83,7 @@ class Request:
         return None if labels is None else tuple(int(label) for label in labels)
 
     def with_noise(self) -> Request:
-        """Return this request with its noise drawn; it still knows its seeds."""
+        """Return this request with its noise drawn; the seeds are kept."""
         return self if self.noise is not None else replace(self, noise=tuple(draw_noise(self.spec, self.seeds)))
 
     def inputs(self, start: int, stop: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
@@ -96,7 +96,7 @@ class Request:
 
 
 def merge(requests: Sequence[Request]) -> Request:
-    """Join requests of one sampler into one, in order. What is joined with given noise does not know its seeds."""
+    """Join requests of one sampler in order. A joined request with given noise has no seeds."""
     first = requests[0]
     if len(requests) == 1:
         return first
@@ -124,7 +124,7 @@ def make_request(
     guidance_scale: float | Sequence[float] | None = None,
     conditioning: Mapping[str, np.ndarray] | None = None,
 ) -> Request:
-    """Check the arguments of a call; ``Generator.__call__`` says what each means.
+    """Check the arguments of a call, documented at ``Generator.__call__``.
 
     Raises:
         ConfigError: If a number, a seed, a label or a name is out of its range.
@@ -153,10 +153,10 @@ def make_request(
 def make_example(
     spec: SamplerSpec, seeds: Sequence[int], *, class_labels: Labels | None = None, examples: Examples | None = None
 ) -> Request:
-    """Make the request of a check or a measurement, for which nobody gives the model's own inputs.
+    """Create a request with example conditioning, for checks and measurements.
 
-    Those are a row of ``examples``, or standard normal, drawn from the seed as noise is, at steps from 2^31 on; whole
-    numbers are 0. A guidance scale without a default is the lowest.
+    Conditioning is a row of ``examples``, or standard normal, drawn from the seed like noise, at steps from 2^31 on;
+    integers are 0. A guidance scale without a default is the lowest.
 
     Raises:
         ConfigError: If a seed or a label is out of its range.
@@ -181,21 +181,21 @@ def make_example(
 
 
 def draw_label(seed: int, num_classes: int) -> int:
-    """Return the label that an image gets when none is asked for: a fixed function of its seed.
+    """Return the default label of a seed, a fixed function of the seed.
 
-    The first 8 bytes of sha256("scm-label-v1:" + the seed in decimal), little-endian, modulo
-    ``num_classes``. Independent of the noise, so a label does not go with one kind of noise.
+    The first 8 bytes of sha256("scm-label-v1:" + the seed in decimal), little-endian, modulo ``num_classes``;
+    independent of the noise.
     """
     digest = hashlib.sha256(f"scm-label-v1:{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") % num_classes
 
 
 def check_arguments(arguments: object, *, of: str) -> Mapping[str, Any]:
-    """Return the arguments of one request of a stream or a batcher, if they are named as it names them.
+    """Check the argument names of one request of a stream or a batcher.
 
     Raises:
-        ConfigError: If they are no mapping.
-        UnknownArgument: If a name is none of them.
+        ConfigError: If the arguments are not a mapping.
+        UnknownArgument: If a name is unknown.
     """
     if not isinstance(arguments, Mapping):
         raise ConfigError(
@@ -212,7 +212,7 @@ def check_arguments(arguments: object, *, of: str) -> Mapping[str, Any]:
 
 
 def check_count(name: str, value: object, *, most: int | None = None) -> int:
-    """Return a count as a plain int, or raise ``ConfigError`` unless 1 <= value <= ``most``."""
+    """Return a count as an int, or raise ``ConfigError`` unless 1 <= value <= ``most``."""
     wanted = "1 or more" if most is None else f"1..{most}"
     try:
         if isinstance(value, bool | np.bool_):
@@ -226,9 +226,9 @@ def check_count(name: str, value: object, *, most: int | None = None) -> int:
 
 
 def check_num_images(value: object, spec: SamplerSpec) -> int:
-    """Return the number of images of a request, or raise ``ConfigError`` unless one request may hold so many.
+    """Return the number of images of a request, or raise ``ConfigError`` if it exceeds the limits.
 
-    Nothing of their size is made before.
+    Checked before memory is allocated.
     """
     count = check_count("num_images", value)
     inputs = (np.dtype(tensor.dtype).itemsize * math.prod(tensor.shape) for tensor in spec.conditioning_inputs)
@@ -243,7 +243,7 @@ def check_num_images(value: object, spec: SamplerSpec) -> int:
 
 
 def check_output_type(spec: SamplerSpec, output_type: str) -> None:
-    """Raise ``ConfigError`` unless ``output_type`` is known and can show what the sampler returns."""
+    """Raise ``ConfigError`` unless ``output_type`` is known and supports the output of the sampler."""
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}.")
     if output_type != "raw" and spec.output != "pixels":
@@ -264,12 +264,12 @@ def check_output_type(spec: SamplerSpec, output_type: str) -> None:
 
 
 def _scalar(value: Any) -> Any:
-    """Return the number in an array without axes; anything else as it is."""
+    """Return the scalar in an array without axes; other values unchanged."""
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
 def fresh_seed(count: int) -> int:
-    """Return the first of ``count`` new seeds, from the system's randomness."""
+    """Return the first of ``count`` new random seeds."""
     return secrets.randbelow(_FRESH_SEEDS - count)
 
 

@@ -1,4 +1,4 @@
-"""Backend selection: which backend runs which artifact, and why, as rows that can be printed.
+"""Backend selection: which backend runs which artifact, and why, as printable rows.
 
 ``make_plan`` compares every artifact with every backend that opens its format. ``nothing_accepted`` turns a plan
 without an accepted row into one error that names each reason.
@@ -28,11 +28,11 @@ WayKey = tuple[str, str, str]
 
 
 class Measured(NamedTuple):
-    """A median latency remembered from this machine.
+    """A stored median latency of this machine.
 
     Attributes:
-        ms: Of one call.
-        batch: Its images.
+        ms: Time of one call, ms.
+        batch: Images per call.
     """
 
     ms: float
@@ -90,30 +90,30 @@ class PlanRow:
 
 
 class Plan(Sequence[PlanRow]):
-    """Every row, the accepted ones first and best first.
+    """All rows, accepted ones first, best first.
 
-    ``str()`` is a table of the rows with the number of steps that was asked for; the others are counted.
+    ``str()`` is a table of the rows with the requested number of steps; other rows are counted.
 
     Args:
         rows: The rows.
-        num_inference_steps: The number of steps that was asked for; 0 shows all rows.
+        num_inference_steps: The requested number of steps; 0 shows all rows.
     """
 
     def __init__(self, rows: Sequence[PlanRow], *, num_inference_steps: int = 0) -> None:
         self.rows = tuple(rows)
         self.num_inference_steps = num_inference_steps
         self.accepted = tuple(row for row in self.rows if row.accepted)
-        """The rows that may run, best first."""
+        """The accepted rows, best first."""
         self.rejected = tuple(row for row in self.rows if not row.accepted)
-        """The rows that may not, with their reasons."""
+        """The rejected rows with their reasons."""
 
     @property
     def chosen(self) -> PlanRow | None:
-        """The row that runs, or None when nothing can."""
+        """The row that runs, or None if no row can."""
         return next((row for row in self.rows if row.chosen), None)
 
     def choose(self, chosen: PlanRow) -> Plan:
-        """Return this plan with another row as the chosen one."""
+        """Return this plan with another chosen row."""
         rows = [replace(row, chosen=False) for row in self.rows]
         at = self.rows.index(chosen)
         rows[at] = replace(rows[at], chosen=True)
@@ -165,7 +165,7 @@ def make_plan(
     host: EngineHost | None = None,
     sha256: Callable[[str], str] = lambda path: "",
 ) -> Plan:
-    """Hold every artifact against every backend that opens its kind.
+    """Decide for every artifact and every backend of its format.
 
     Args:
         artifacts: What can be run.
@@ -347,14 +347,14 @@ def _failure(record: ParityRecord) -> str:
 def nothing_accepted(
     source: Source, plan: Plan, steps: int, backend: str, precision: str
 ) -> BackendError | ConfigError:
-    """Return the error that says why a plan accepts nothing.
+    """Return the error for a plan without an accepted row.
 
     Args:
         source: The model on disk.
         plan: The plan.
-        steps: The number of steps that was asked for.
-        backend: The backend that was asked for, or ``"auto"``.
-        precision: The precision that was asked for, or ``"auto"``.
+        steps: The requested number of steps.
+        backend: The requested backend, or ``"auto"``.
+        precision: The requested precision, or ``"auto"``.
     """
     info = BACKENDS.get(backend)
     if info is not None and not is_installed(info.library):
@@ -366,7 +366,7 @@ def nothing_accepted(
     rows = [row for row in plan if backend in ("auto", row.backend)]
     fitting = [row for row in rows if row.num_inference_steps in (0, steps) and precision in ("auto", row.precision)]
     by_reason: dict[str, list[str]] = {}
-    for row in fitting or rows:  # what was not asked for says nothing, unless there is nothing else
+    for row in fitting or rows:  # only the requested rows are relevant, unless there are none
         by_reason.setdefault(row.reason, []).append(f"{row.backend} on {row.artifact}")
     reasons = "; ".join(f"{', '.join(what)}: {reason}" for reason, what in by_reason.items())
     asked = f"backend={backend!r}, precision={precision!r}"

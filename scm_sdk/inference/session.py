@@ -33,15 +33,15 @@ from .sources import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """One backend that is open.
+    """An open backend.
 
     Attributes:
-        backend: It.
-        row: The row of the plan that it came from.
-        plan: The whole plan.
-        spec: The sampler it runs.
-        load_ms: How long opening took.
-        fallback: What could not run in its place, if anything.
+        backend: The backend.
+        row: Its row of the plan.
+        plan: The plan.
+        spec: The sampler.
+        load_ms: Time to open it, ms.
+        fallback: The requested backend that could not run, if any.
     """
 
     backend: Backend
@@ -53,17 +53,17 @@ class Opened:
 
     @property
     def device(self) -> str:
-        """Where it runs, as the backend says."""
+        """Device of the backend."""
         return str(getattr(self.backend, "device", "cpu"))
 
     def run(
         self, request: Request, batch_size: int, report: Callable[[int], object] = lambda done: None
     ) -> tuple[np.ndarray, tuple[int, ...], dict[str, float]]:
-        """Run a request batch by batch; the noise of a batch is drawn while the one before it runs.
+        """Run a request in batches; the noise of a batch is drawn while the previous one runs.
 
         Returns:
-            The images (N, *image_shape) float32 in data units, the size of each batch, and ``timings``: of the noise,
-            what was waited for.
+            The images ``(N, *image_shape)`` float32 in data units, the size of each batch, and ``timings``; the noise
+            counts only the time that was waited for.
         """
         count = len(request)
         parts = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -87,7 +87,7 @@ class Opened:
         return raw, tuple(stop - start for start, stop in parts), timings
 
     def info(self, source: Source, *, batches: tuple[int, ...], timings: dict[str, float]) -> GenerationInfo:
-        """Describe a run of this backend."""
+        """Return the description of a run of this backend."""
         return GenerationInfo(
             backend=self.row.backend,
             device=self.device,
@@ -107,11 +107,11 @@ class Opened:
 def _inputs(
     request: Request, parts: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[list[np.ndarray], dict[str, np.ndarray]]]:
-    """Give noise and conditioning of each part, always one part ahead of who takes them."""
+    """Yield noise and conditioning of each part, drawn one part ahead."""
     if len(parts) == 1 or request.noise is not None:
         yield from (request.inputs(*part) for part in parts)
         return
-    from concurrent.futures import ThreadPoolExecutor  # not needed for one picture, and slow to import
+    from concurrent.futures import ThreadPoolExecutor  # not needed for one image, and slow to import
 
     with ThreadPoolExecutor(1, "scm-noise") as thread:
         ahead = thread.submit(request.inputs, *parts[0])
@@ -123,23 +123,23 @@ def _inputs(
 
 Fallback = Literal["error", "warn", "allow"]
 GOLDEN_TOLERANCE = 1e-3
-"""Largest difference to a recorded sample, in units of sigma_data, where no parity record allows more.
-Wide enough for another processor's fp32 rounding, two powers of ten below what an eye could see."""
+"""Largest difference from a recorded sample, units of sigma_data, if no parity record allows more. It covers fp32
+rounding of other processors and is two orders of magnitude below visible differences."""
 GOLDEN_FACTOR = 2.0
-"""A lower precision may differ by this many times what it did when it was compared."""
+"""Factor by which a reduced precision may exceed its recorded difference."""
 _LOADS = 3
-"""A file that is touched while it is loaded is loaded again, this many times in all."""
+"""Maximum number of attempts to load a file that changes while it is loaded."""
 
 
 class Opener:
-    """Keeps one open backend for each number of steps; safe for threads.
+    """Keeps one open backend per number of steps; thread-safe.
 
     Args:
         source: The model on disk.
         backend: ``"auto"`` or a name.
         precision: ``"auto"`` or a precision.
         device: Passed to the backend.
-        fallback: Whether something else may run when the choice cannot.
+        fallback: Fallback policy if the choice cannot be loaded.
         num_threads: Passed to the backend.
         trust_engines: Run engines that were not built here.
 
@@ -175,7 +175,7 @@ class Opener:
         self._closed = False
 
     def plan(self, steps: int) -> Plan:
-        """Return the plan of what is open, or the one by which it would be opened."""
+        """Return the plan of the open backend, or the plan for opening it."""
         opened = self._opened.get(steps)
         return opened.plan if opened else self._plan(steps, self._backend, self._precision)
 
@@ -183,11 +183,11 @@ class Opener:
         """Return the open backend for this number of steps; open it on first use.
 
         Raises:
-            BackendError: If nothing that may run can be opened.
-            ConfigError: If the source lacks what was asked for.
-            BundleError: If an artifact is damaged; this never falls back.
+            BackendError: If no accepted backend can be opened.
+            ConfigError: If the source lacks the requested artifact.
+            BundleError: If an artifact is damaged; there is no fallback for this.
         """
-        check_process(self._pid, "generator")  # before the lock, which a thread of the other process may hold
+        check_process(self._pid, "generator")  # before the lock, which a thread of the parent process may hold
         with self._lock:
             if self._closed:
                 raise BackendFailure("this generator was closed, expected an open one. Open it again.")
@@ -196,7 +196,7 @@ class Opener:
             return self._opened[steps]
 
     def open_accepted(self, steps: int) -> list[Opened]:
-        """Open every accepted row of the plan anew; the caller closes them."""
+        """Open every accepted row of the plan; the caller closes them."""
         check_process(self._pid, "generator")
         plan = self.plan(steps)
         opened: list[Opened] = []
@@ -211,14 +211,14 @@ class Opener:
 
     @property
     def opened(self) -> tuple[Opened, ...]:
-        """What is open, in the order of opening; nothing once closed."""
+        """The open backends in the order of opening; empty after ``close``."""
         return () if self._closed or os.getpid() != self._pid else tuple(self._opened.values())
 
     def remember(self, medians: Mapping[WayKey, Measured], steps: int) -> None:
         """Go by these medians, by the rows' keys, from now on, and store them for later plans on this machine.
 
-        Where another row is the best now, it is opened in place of the one that is open. Calls that are under way end
-        on that one, so it is closed with the rest.
+        If another row is now the best, it is opened for new calls. Running calls finish on the old backend, which is
+        closed with the others.
         """
         remember(
             medians,
@@ -244,8 +244,8 @@ class Opener:
         """Run the recorded samples and compare.
 
         Raises:
-            BundleError: If nothing is recorded.
-            BackendFailure: If a sample comes out differently.
+            BundleError: If no sample is recorded.
+            BackendFailure: If a sample is not reproduced.
         """
         goldens = {}
         if self._source.bundle is not None:
@@ -271,7 +271,7 @@ class Opener:
                 )
 
     def close(self) -> None:
-        """Close every backend; in a process that inherited them, forget them."""
+        """Close every backend; in a forked process only drop the references."""
         if os.getpid() != self._pid:
             return
         with self._lock:
@@ -310,13 +310,13 @@ class Opener:
         )
 
     def _host(self) -> EngineHost | None:
-        """Look at this machine's GPU and libraries only where there are engines to run."""
+        """Inspect the GPU and the libraries of this machine only if there are engines."""
         if not any(artifact.engine is not None for artifact in self._source.artifacts):
             return None
         return EngineHost.here(device=self._device, trust_engines=self._trust_engines)
 
     def _open_first(self, steps: int) -> Opened:
-        """Open the best row; with a fallback allowed, the best that opens at all."""
+        """Open the best row; with a fallback policy, the best row that can be opened."""
         problems: list[BackendError | ConfigError] = []
         wanted = (self._backend, self._precision)
         for backend, precision in dict.fromkeys([wanted, ("auto", self._precision), ("auto", "auto")]):
@@ -357,7 +357,7 @@ class Opener:
         return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
 
     def _load(self, row: PlanRow, spec: SamplerSpec) -> Backend:
-        """Open an artifact whose every byte is what was listed when the source was opened."""
+        """Open an artifact after checking its files against the opened source."""
         for _ in range(_LOADS):
             stamps = self._source.check_unchanged(row.artifact)
             self._source.check_graph(row.artifact)
@@ -368,7 +368,7 @@ class Opener:
             )  # fmt: skip
             if self._source.stamps(row.artifact) == stamps:
                 return backend
-            backend.close()  # it was written meanwhile: what was loaded is unknown
+            backend.close()  # the file was written in the meantime, so the loaded content is unknown
         raise IntegrityError(
             f"{row.artifact} of {self._source.path} was written while it was loaded, {_LOADS} times, expected a model "
             "that stays as it is. Open it again when it is complete."
@@ -376,7 +376,7 @@ class Opener:
 
 
 def _callers() -> int:
-    """Return the ``stacklevel`` of a warning of this function's caller that shows the line outside this package."""
+    """Return the ``stacklevel`` for a warning that points to the first line outside of scm-sdk."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("scm_sdk."):
         frame, level = frame.f_back, level + 1
@@ -384,10 +384,10 @@ def _callers() -> int:
 
 
 def _allowed(record: ParityRecord) -> float:
-    """Return the largest difference that a comparison leads one to expect, units of sigma_data."""
+    """Return the largest difference expected from a parity record, units of sigma_data."""
     return record.threshold if record.gate == "max_abs" else GOLDEN_FACTOR * record.max_abs
 
 
 def auto_plan(source: Source, steps: int) -> Plan:
-    """Return what ``auto`` would open of a model, and why not the rest. Nothing is opened."""
+    """Return the plan of ``auto`` for a model, without opening it."""
     return Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None).plan(steps)

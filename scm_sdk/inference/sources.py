@@ -1,7 +1,4 @@
-"""What a ``Generator`` can be opened from: a bundle, a checkpoint folder, or a SANA-Sprint pipeline.
-
-All become one ``Source``, so that nothing above asks which it was.
-"""
+"""Sources of a ``Generator``: a bundle, a checkpoint folder, or a SANA-Sprint pipeline, as one class ``Source``."""
 
 from __future__ import annotations
 
@@ -36,15 +33,15 @@ class Source:
 
     Attributes:
         path: The folder.
-        build_id: The bundle's build id; the weights' sha256 for a checkpoint, "" if it was not computed.
-        artifacts: What can be run.
+        build_id: Build id of the bundle; for a checkpoint the sha256 of the weights, "" if not computed.
+        artifacts: The artifacts.
         parity: Recorded comparisons.
-        steps: The numbers of steps it was made for, in its own order.
+        steps: The exported numbers of steps, in the order of the source.
         bundle: The bundle, or None for a checkpoint folder.
-        provenance: Where the weights come from, as the bundle or the checkpoint says.
-        status: What the model is.
-        text_encoder: Folder whose text encoder turns prompts into inputs, if there is one.
-        verify: Whether the files that are opened are hashed.
+        provenance: Origin of the weights.
+        status: State of the model.
+        text_encoder: Folder with the text encoder, if there is one.
+        verify: Whether opened files are hashed.
     """
 
     path: Path
@@ -60,7 +57,7 @@ class Source:
     verify: Literal["none", "digest"] = "digest"
     _weights: tuple[Path, ...] = ()
     _lease: FolderLock | None = None
-    """Keeps an unpacked bundle in the cache."""
+    """Lock that keeps an unpacked bundle in the cache."""
 
     @property
     def cut_note(self) -> str:
@@ -68,13 +65,13 @@ class Source:
         return self.bundle.manifest.cut_note if self.bundle else ""
 
     def release(self) -> None:
-        """Let an unpacked bundle be removed from the cache from now on."""
+        """Allow an unpacked bundle to be removed from the cache."""
         if self._lease is not None:
             self._lease.release()
 
     @property
     def default_steps(self) -> int:
-        """Two steps where there are two, otherwise the first the source names."""
+        """2 if available, otherwise the first number of the source."""
         return 2 if 2 in self.steps else self.steps[0]
 
     def spec(self, num_inference_steps: int, *, unrolled: bool) -> SamplerSpec:
@@ -96,11 +93,11 @@ class Source:
         return self._spec(num_inference_steps)
 
     def locate(self, artifact: str) -> Path:
-        """Return where an artifact lies on disk."""
+        """Return the path of an artifact."""
         return self.bundle.file(artifact) if self.bundle else self.path / artifact
 
     def check_unchanged(self, artifact: str) -> tuple[Stamp, ...]:
-        """Hold an artifact's files, as they are on disk now, against what was opened; see ``Bundle.check_unchanged``.
+        """Compare the files of an artifact on disk with the opened source; see ``Bundle.check_unchanged``.
 
         Raises:
             IntegrityError: If the model was replaced or edited since it was opened.
@@ -116,7 +113,7 @@ class Source:
         return stamps
 
     def check_text_encoder(self) -> None:
-        """Hold what encodes prompts against what was opened; see ``Bundle.check_text_encoder``.
+        """Compare the text encoder with the opened source; see ``Bundle.check_text_encoder``.
 
         Raises:
             IntegrityError: If a file is missing, damaged or changed.
@@ -130,13 +127,13 @@ class Source:
             self.bundle.check_graph(artifact)
 
     def stamps(self, artifact: str) -> tuple[Stamp, ...]:
-        """Return the stamp of each file of an artifact: others than before mean that it was written meanwhile."""
+        """Return the stamp of each file of an artifact; a changed stamp means that the file was written."""
         if self.bundle is not None:
             return self.bundle.stamps(artifact)
         return tuple(stamp(path) for path in self._weights)
 
     def check_same_model(self, again: Source) -> None:
-        """Hold a model that was opened again against this one. A bundle may hold more than before.
+        """Check that a reopened model is the same as this one; a bundle may have further artifacts.
 
         Raises:
             IntegrityError: If it is another model.
@@ -169,18 +166,19 @@ def open_source(
 ) -> Source:
     """Open a bundle or a checkpoint folder.
 
-    Of a bundle the manifest is checked now, and each file before it is opened: what is never opened may be missing.
+    The manifest of a bundle is checked at once, and each file before it is opened; files that are never opened may be
+    missing.
 
     Args:
         path: The folder, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
-        verify: ``digest`` compares the sha256 of what is opened; ``none`` its size.
+        verify: ``digest`` compares the sha256 of opened files; ``none`` their size.
         revision: Branch, tag or commit of a hub id.
-        local_files_only: Read the hub's cache alone.
-        require_signature: Whose signature the folder must have; None asks for none.
+        local_files_only: Read only the cache of the hub.
+        require_signature: The required signer; None for no check.
 
     Raises:
-        BundleError: If there is no such folder, or it is neither of the two, or a file is damaged.
-        IntegrityError: If a signature is required and the folder is not as it was signed.
+        BundleError: If the folder does not exist, is not a model, or a file is damaged.
+        IntegrityError: If a required signature is missing, wrong, or does not match the files.
     """
 
     def check(folder: Path) -> None:
@@ -221,7 +219,7 @@ def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"], lease: Folde
 
 
 def _text_encoder(bundle: Bundle) -> Path | None:
-    """Return the folder of a bundle that holds a text encoder beside its checkpoint."""
+    """Return the folder of a bundle's text encoder, if there is one."""
     listed = {entry.path for entry in bundle.manifest.files}
     found = (a.path for a in bundle.manifest.artifacts if f"{a.path}/text_encoder/config.json" in listed)
     path = next(found, None)
@@ -229,7 +227,7 @@ def _text_encoder(bundle: Bundle) -> Path | None:
 
 
 def _digest(weights: Sequence[Path]) -> str:
-    """Return the sha256 of one file; of several, that of their sha256."""
+    """Return the sha256 of one file; for several files, the sha256 of their digests."""
     digests = [sha256_file(path) for path in weights]
     return digests[0] if len(digests) == 1 else sha256_bytes("".join(digests).encode())
 
@@ -244,7 +242,7 @@ def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
     provenance = _checkpoint_provenance(folder)
 
     def spec(num_inference_steps: int) -> SamplerSpec:
-        # Only the model knows its shapes, and only torch can open it; kept so that it loads once.
+        # The shapes are known only after loading with torch; cached, so that it is loaded once.
         if not models:
             models.append(import_module("scm_sdk.runtimes.torch_backend").load_model(folder))
         found: SamplerSpec = models[0].spec(num_inference_steps)
@@ -268,7 +266,7 @@ def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
 def _checkpoint_provenance(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / CONFIG_NAME).read_bytes())["provenance"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # what loads the model says what is wrong
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # loading the model raises the precise error
         return {}
 
 
