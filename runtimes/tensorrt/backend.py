@@ -150,7 +150,7 @@ class TrtBackend:
         self._keep_runtime_cache()
 
     def _enqueue(self, addresses: Mapping[str, int], batch: int, stream: Handle) -> None:
-        """Put the engine's work between what lies in the caller's stream and what will."""
+        """Enqueue the engine between the past and the future work of the caller's stream."""
         with self._pool.context(batch, buffers=False) as context:
             context.bind(addresses)
             self._cuda.order(stream, context.stream)

@@ -54,7 +54,7 @@ class ContextPool:
             try:
                 if context is not None and not kept:
                     context.close()
-            finally:  # else ``close`` would wait for ever
+            finally:  # otherwise ``close`` would block indefinitely
                 self._return(context if kept else None)
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def concurrent_batches(opened: Opened, num_threads: int | None) -> int:
-    """Return how many batches fit beside one another, each on ``num_threads`` cores; a call on a GPU takes it all."""
+    """Return how many batches of ``num_threads`` cores can run concurrently; on a GPU one."""
     info = BACKENDS.get(opened.row.backend)
     alone = opened.device != "cpu" or (info is not None and info.one_at_a_time)
     return 1 if alone else concurrent_calls(num_threads)
@@ -85,7 +85,7 @@ class Batcher:
         check_count("max_concurrent_batches", max_concurrent_batches)
         self._prepare = prepare
         self._queue = _Queue(source, max_queue_size=max_queue_size, max_concurrent_batches=max_concurrent_batches)
-        weakref.finalize(self, self._queue.stop).atexit = False  # the threads hold the queue, not the batcher
+        weakref.finalize(self, self._queue.stop).atexit = False  # the threads reference the queue, not the batcher
 
     def submit(
         self, num_images: int = 1, *, timeout: float | None = None, **arguments: Unpack[RequestOptions]
@@ -229,7 +229,7 @@ class _Queue:
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join()
-        with self._changed:  # callers that run their own
+        with self._changed:  # callers that run their own request request
             self._changed.wait_for(lambda: self._free == self._max_concurrent_batches)
 
     def stop(self, *, cancel_waiting: bool = False) -> None:

@@ -289,7 +289,7 @@ class Generator:
                 hold calls of ``num_threads``, and 1 where a call takes all cores, a GPU, or the backend runs one at a
                 time.
         """
-        from .batcher import Batcher, concurrent_batches  # here, as its futures are slow to import
+        from .batcher import Batcher, concurrent_batches  # imported here, because futures are slow to import
 
         if max_concurrent_batches is None:
             max_concurrent_batches = concurrent_batches(self.opened(), self.num_threads)

@@ -310,7 +310,7 @@ def _unfit_cpu(row: PlanRow, *, by_class: bool, device: str | None) -> str | Non
 
 
 def _engine_incompatibility(artifact: Artifact, device: str | None, host: EngineHost | None, sha256: str) -> str | None:
-    """Return what speaks against running an engine here, or None."""
+    """Return the reason against running an engine here, or None."""
     if artifact.engine is None or host is None:
         return "the manifest does not say where this engine runs; build it again: scm-export engine"
     if device is not None and device.partition(":")[0] != "cuda":
