@@ -1,1 +1,1 @@
-"""Turn a PyTorch sCM into graphs and bundles; imported as ``scm_sdk.export``."""
+"""Export PyTorch consistency models to graphs and bundles; imported as ``scm_sdk.export``."""

@@ -1,7 +1,6 @@
-"""Run the whole export: checkpoint, bundle, precisions, engines, validation; running it again resumes.
+"""The complete export: checkpoint, bundle, precisions, engines; a second run resumes.
 
-Each part adds what is missing or would come out differently and leaves the rest, so an interruption costs
-at most the part that it hit, and a second run with the same arguments only validates.
+Each stage adds missing or outdated artifacts and keeps the others, so an interruption costs at most the current stage.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 MARGIN_DB = 2.0
-"""Decibels by which int8 is to be above its gate on the images that it is chosen on: those it is judged on vary so."""
+"""Margin of the int8 target above its gate, dB: the PSNR varies between the selection and the judgment images."""
 
 
 @checked_names("build_all", AddOptions)
@@ -54,7 +53,7 @@ def build_all(
     on_engine: Callable[[EngineVariant], object] = lambda _: None,
     **engine_options: Unpack[AddOptions],
 ) -> Bundle:
-    """Make or complete a bundle.
+    """Create or complete a bundle.
 
     Args:
         checkpoint: Folder with ``config.json`` and safetensors, a SANA-Sprint pipeline, or a bundle, ``out`` itself or
@@ -68,17 +67,17 @@ def build_all(
         target_db: PSNR that 95 % of the images are to reach in int8, dB, for which the fewest layers are left out; None
             is ``MARGIN_DB`` above the gate's.
         prompts: File of conditioning inputs for calibration; see ``read_examples``. None draws them from the seed.
-        on_stage: Called with a few words for each stage; the steps of a search are a ``progress.Step``.
-        on_variant: Called with each graph of lower precision.
+        on_stage: Called with a short text for each stage; the steps of a search are a ``progress.Step``.
+        on_variant: Called with each graph of reduced precision.
         on_engine: Called with each engine.
         **engine_options: More arguments of ``add_engines``.
 
     Returns:
-        The bundle. Proof is another call: ``scm_sdk.evaluate.parity.validate.validate_bundle``.
+        The bundle, not validated yet: see ``scm_sdk.validate``.
 
     Raises:
-        ConfigError: If a precision is unknown or cannot be made, or a target cannot be built for.
-        ScmError: As the parts do.
+        ConfigError: If a precision is unknown or cannot be built, or a target is not supported.
+        ScmError: As the stages.
     """
     unknown = set(precisions) - {"fp32", "fp32-cpu", *get_args(LowPrecision), *get_args(Int8)}
     if unknown:

@@ -36,14 +36,14 @@ LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class BundleReport:
-    """What was made.
+    """Report of an export.
 
     Attributes:
         path: The bundle.
-        build_id: Its identity.
-        graphs: One report for each graph, with paths inside the bundle.
-        bytes: Size of all files together.
-        status: What the model is: its kind, how far it was trained, whether its quality was measured.
+        build_id: Build id of the bundle.
+        graphs: One report per graph, with paths inside the bundle.
+        bytes: Total size of all files.
+        status: State of the model: its kind, the length of its training, whether its quality was measured.
     """
 
     path: Path
@@ -69,10 +69,10 @@ def plan_samplers(
     renoise: Renoise = "fresh",
     max_batch: int = 32,
 ) -> tuple[SamplerSpec, ...]:
-    """Return one spec for each number of steps, or the one with the given times.
+    """Return one spec per number of steps, or the one with the given times.
 
     Raises:
-        ConfigError: If a number of steps is out of range or there twice.
+        ConfigError: If a number of steps is out of range or not unique.
     """
     if times:
         return (model.spec(len(times), times=tuple(times), renoise=renoise, max_batch=max_batch),)
@@ -95,25 +95,25 @@ def export_bundle(
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> BundleReport:
-    """Turn a checkpoint into a bundle with one fp32 sampler graph for each number of steps.
+    """Export a checkpoint to a bundle with one fp32 sampler graph per number of steps.
 
-    Nothing is left behind when a stage fails; an older bundle at ``out`` stays until the new one is whole.
+    If a stage fails, no files remain; an existing bundle at ``out`` stays until the new one is complete.
 
     Args:
-        checkpoint: Folder with ``config.json`` and safetensors, as a training run is one, or a SANA-Sprint pipeline
-            that diffusers saved; or a model, in evaluation mode.
+        checkpoint: Folder with ``config.json`` and safetensors, for example a training run, or a SANA-Sprint pipeline
+            that diffusers saved; or a model in evaluation mode.
         out: The bundle's folder.
         steps: Numbers of steps.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
         max_batch: Largest batch.
-        name: Human name; the folder's when empty.
-        overwrite: Replace a bundle that is there.
-        provenance: Where the weights come from; the checkpoint's own when absent.
-        progress: Called with the name of each stage as it begins.
+        name: Name of the model; default: the name of the folder.
+        overwrite: Replace an existing bundle.
+        provenance: Origin of the weights; default: that of the checkpoint.
+        progress: Called with the name of each stage when it starts.
 
     Raises:
-        ConfigError: If the network or the decoder is your own and not registered.
+        ConfigError: If a custom network or decoder is not registered.
         BundleError: If ``out`` may not be replaced or cannot be written.
         ExportError: If the network cannot be exported.
     """
@@ -130,7 +130,7 @@ def export_bundle(
     with publish_bundle(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder / DENOISER)
         if not given:
-            bake_weights_(model.network)  # the model is ours alone, and needs its memory once
+            bake_weights_(model.network)  # only this function references the model, so its memory can be reused
         graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
         report("record reference samples")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
@@ -171,11 +171,11 @@ def is_current(
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
 
-    What killed commands left beside a bundle that stays is removed here: nothing else is written then.
+    For an unchanged bundle, leftovers of killed commands are removed here, because nothing else is written.
 
     Args:
         checkpoint: Folder of a checkpoint or a SANA-Sprint pipeline.
-        out: The bundle's folder; it need not be there.
+        out: The bundle's folder; it may be missing.
         steps: Numbers of steps; () is any.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; None is any.
@@ -190,12 +190,14 @@ def is_current(
         return False
     digests = {entry.path: entry.sha256 for entry in manifest.files}
     kept = (path.removeprefix(f"{DENOISER}/") for path in digests if path.startswith(f"{DENOISER}/"))
-    decisive = [name for name in kept if name.endswith((".safetensors", CONFIG_NAME))]  # a pipeline's lie in folders
+    decisive = [
+        name for name in kept if name.endswith((".safetensors", CONFIG_NAME))
+    ]  # those of a pipeline are in folders
     same_weights = bool(decisive) and all(
         (Path(checkpoint) / name).is_file() and digests[f"{DENOISER}/{name}"] == sha256_file(Path(checkpoint) / name)
         for name in decisive
     )
-    one = manifest.samplers[0]  # of the checkpoint's config, since that is the same
+    one = manifest.samplers[0]  # parts of the checkpoint's config, which is the same
     wanted = {tuple(times)} if times else {one.with_steps(n).times for n in steps}
     same_times = not wanted or wanted == {spec.times for spec in manifest.samplers}
     same_rest = all(
@@ -208,7 +210,7 @@ def current_export(
     checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (1, 2), times: Sequence[float] = (),
     renoise: Renoise = "fresh", max_batch: int = 32, name: str = "",
 ) -> BundleReport | None:  # fmt: skip
-    """Return the report of a bundle that ``export_bundle`` with these arguments would make again; None if it differs.
+    """Return the report of the existing bundle if ``export_bundle`` would create the same; else None.
 
     Args are those of ``export_bundle``.
     """
@@ -238,7 +240,7 @@ def report_bundle(path: str | Path, graphs: Sequence[GraphReport] | None = None)
 
 
 def draw_golden(model: ConsistencyModel, spec: SamplerSpec) -> Golden:
-    """Sample a few images with the torch ``Sampler``, the definition that backends are held to."""
+    """Sample a few images with the torch ``Sampler``, the reference of all backends."""
     import numpy as np
     import torch
 
@@ -256,7 +258,7 @@ def draw_golden(model: ConsistencyModel, spec: SamplerSpec) -> Golden:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what builds a bundle; absent libraries are left out."""
+    """Return the versions of the installed libraries that build a bundle."""
     found = {"scm-sdk": __version__, "python": platform.python_version()}
     for library in LIBRARIES:
         try:

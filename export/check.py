@@ -1,4 +1,4 @@
-"""Check whether a network of your own can be trained and exported."""
+"""Check whether a custom network can be trained and exported."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ if TYPE_CHECKING:
 
 
 def check_model(model: ConsistencyModel, *, training: bool = True) -> None:
-    """Name the first thing that keeps a model from being distilled, exported and run.
+    """Raise an error for the first problem that prevents distillation, export or inference of a model.
 
     Takes as long as an export: seconds for a small network, a minute or more for a large one.
 
     Args:
-        model: In evaluation mode, float32.
+        model: A float32 model in evaluation mode.
         training: See ``check_network``.
 
     Raises:
         ShapeError: If F has another shape or dtype than x.
-        ConfigError: If the network fails, or breaks ``model.own.Network`` in another way.
-        ExportError: If an operator has no translation, the batch is fixed, or it decides by a tensor's value; the
-            message names the operator and the line of the network.
-        UnsupportedGraphError: If the graph holds what no engine runs, or trigonometry of what is not the time.
+        ConfigError: If the network fails, or violates ``networks.custom.Network`` in another way.
+        ExportError: If an operator has no translation, the batch size is fixed, or control flow depends on a tensor;
+            the message names the operator and the line of the network.
+        UnsupportedGraphError: If the graph holds an operator that engines do not run, or trigonometry of a value other
+            than the time.
     """
     from scm_sdk.model.networks.check import check_network
 

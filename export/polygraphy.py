@@ -1,7 +1,7 @@
-"""Hand a bundle over to Polygraphy: inputs and reference outputs as files, and the comparison of its outputs.
+"""Files for Polygraphy on another machine: inputs and reference outputs, and the comparison of its outputs.
 
-A machine without a GPU writes the hand-over; one with a GPU runs ``polygraphy run`` with no scm-sdk on it, on the
-graph or an engine, and either compares there or sends its outputs back.
+This machine writes the files; a machine with a GPU runs ``polygraphy run``, without scm-sdk, on the graph or an engine,
+and compares there or returns its outputs.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _RUNNER = "scm-sdk torch fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class Handover:
-    """What was written.
+    """Written files.
 
     Attributes:
         graph: A copy of the graph; weights that are stored in a separate file are copied to the same folder.
         inputs: File for ``polygraphy run --load-inputs``.
         reference: File for ``--load-outputs``.
-        command: What to run in the folder of these files.
+        command: Command to run in the folder of these files.
     """
 
     graph: Path
@@ -60,15 +60,15 @@ def write_handover(
     num_samples: int = 32,
     batch: int = 8,
 ) -> Handover:
-    """Write a graph, inputs and PyTorch's outputs for some seeds, each file whole or not at all.
+    """Write a graph, inputs and PyTorch's outputs for some seeds, each file atomically.
 
     Args:
         path: The bundle.
-        folder: Where the files go; those of an earlier call are replaced.
+        folder: Output folder; files of an earlier call are replaced.
         steps: Number of steps.
-        precision: Which graph the command runs: with TensorRT, or with ONNX Runtime if it is made for CPUs.
-        num_samples: Seeds 0, 1, ...
-        batch: Samples in one iteration of Polygraphy.
+        precision: Precision of the graph that the command runs, with TensorRT, or with ONNX Runtime for CPU precisions.
+        num_samples: Number of samples, seeds 0, 1, ...
+        batch: Samples per iteration of Polygraphy.
 
     Raises:
         BackendUnavailable: If polygraphy or torch is not installed.
@@ -105,7 +105,7 @@ def write_handover(
     engine = ["--trt", "--strongly-typed", *_profile(spec, size)]
     arguments = ["polygraphy", "run", copy.name, *(["--onnxrt"] if graph.precision in CPU_PRECISIONS else engine)]
     arguments += ["--load-inputs", INPUTS, "--save-outputs", "outputs.json"]
-    if graph.precision == "fp32":  # a lower one is judged by its PSNR, which Polygraphy does not know
+    if graph.precision == "fp32":  # reduced precisions are judged by PSNR, which Polygraphy does not compute
         arguments += ["--load-outputs", REFERENCE, "--atol", f"{threshold * spec.sigma_data:.1e}", "--rtol", "0"]
     return Handover(graph=copy, inputs=folder / INPUTS, reference=folder / REFERENCE, command=shlex.join(arguments))
 
@@ -113,22 +113,22 @@ def write_handover(
 def check_outputs(
     path: str | os.PathLike[str], outputs: Path, *, steps: int, precision: str = "fp32", inputs: Path | None = None
 ) -> dict[str, Difference]:
-    """Judge the outputs that ``polygraphy run --save-outputs`` wrote.
+    """Compare outputs of ``polygraphy run --save-outputs`` with the reference.
 
     Args:
         path: The bundle.
-        outputs: Its file, made from our inputs.
+        outputs: The file of outputs for the written inputs.
         steps: Number of steps.
-        precision: What ran; decides the gate. That of fp32 is the one that ``validate`` recorded, derived anew where
-            nothing is recorded.
-        inputs: The inputs; None looks for ``inputs.json`` beside the outputs.
+        precision: Precision that ran; it decides the gate. For fp32 the threshold recorded by ``validate``, or a newly
+            derived one.
+        inputs: The inputs; None is ``inputs.json`` in the folder of the outputs.
 
     Returns:
         The difference from PyTorch for each of Polygraphy's runners.
 
     Raises:
-        ConfigError: If the files do not belong together or to this sampler, or there is no such precision.
-        ParityError: If a runner's outputs are too far off.
+        ConfigError: If the files do not match each other or this sampler, or the precision is unknown.
+        ParityError: If the outputs of a runner fail the gate.
     """
     json, comparator = _polygraphy()
     _check_precision(precision)
@@ -186,7 +186,7 @@ def _check_precision(precision: str) -> None:
 
 
 def _threshold(bundle: Bundle, reference: Generator, steps: int) -> float:
-    """Return the largest difference of fp32, units of sigma_data: the strictest that ``validate`` recorded."""
+    """Return the strictest recorded fp32 threshold, units of sigma_data."""
     paths = [a.path for a in bundle.artifacts(format="onnx", precision="fp32") if a.num_inference_steps == steps]
     recorded = [r.threshold for r in bundle.manifest.parity if r.artifact in paths and r.gate == "max_abs"]
     if recorded:
@@ -211,7 +211,7 @@ def _split(spec: SamplerSpec, feeds: Any) -> tuple[list[np.ndarray], dict[str, n
 def _load(read: Any, path: Path) -> Any:
     try:
         return read()
-    except Exception as exc:  # polygraphy's exceptions share no base class
+    except Exception as exc:  # exceptions of polygraphy have no common base class
         text = str(exc).strip() or type(exc).__name__
         raise ConfigError(f"{path} cannot be read: {text[:300]}. Expected a file that polygraphy wrote.") from exc
 

@@ -1,7 +1,7 @@
-"""Import a SANA-Sprint pipeline of diffusers as a bundle: its weights, and one graph for each number of steps.
+"""Import a SANA-Sprint pipeline of diffusers as a bundle: its weights, and one graph per number of steps.
 
-Each graph holds the transformer once for each step and the autoencoder's decoder behind the last; its inputs are the
-noise, the guidance scale, and a prompt's embeddings and mask. The text encoder goes into the bundle as it is.
+Each graph holds the transformer once per step and the decoder of the autoencoder after the last; its inputs are the
+noise, the guidance scale, and the embeddings and mask of a prompt. The text encoder is copied unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scm_sdk.spec import Renoise
 from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
 
 MAX_BATCH = 8
-"""Default of the largest batch: these are pictures of a megapixel."""
+"""Default of the largest batch, small because images have a megapixel."""
 
 
 def import_sana(
@@ -38,23 +38,23 @@ def import_sana(
     """Import a ``SanaSprintPipeline`` that diffusers saved.
 
     Args:
-        source: Its folder.
-        out: The bundle's folder; nothing is left behind when a stage fails.
-        steps: Numbers of steps, each a graph.
+        source: Folder of the pipeline.
+        out: The bundle's folder; if a stage fails, no files remain.
+        steps: Numbers of steps, one graph each.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
         size: Height and width of the images, pixels; None is the model's own size.
         max_sequence_length: Tokens of a prompt.
         max_batch: Largest batch.
-        text_encoder: Whether the bundle gets the text encoder. Without it it takes embeddings only.
-        name: Human name; the folder's when empty.
-        origin: Where the folder comes from, kept with the bundle; its name when empty.
-        overwrite: Replace a bundle that is there.
-        progress: Called with the name of each stage as it begins.
+        text_encoder: Whether to copy the text encoder. A bundle without it takes embeddings only.
+        name: Name of the model; default: the name of the folder.
+        origin: Origin of the folder, stored in the bundle; default: its name.
+        overwrite: Replace an existing bundle.
+        progress: Called with the name of each stage when it starts.
 
     Raises:
         BackendUnavailable: If diffusers is not installed.
-        ConfigError: If the folder is another pipeline, or says what this package does not know.
+        ConfigError: If the folder is another pipeline, or a config has unknown settings.
         BundleError: If a component is missing, or ``out`` cannot be written.
         ExportError: If the network cannot be exported.
     """
@@ -97,7 +97,7 @@ def current_import(
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
 ) -> BundleReport | None:
-    """Return the report of a bundle that ``import_sana`` with these arguments would make again; None if it differs."""
+    """Return the report of the existing bundle if ``import_sana`` would create the same; else None."""
     from scm_sdk.model.foreign.sana_config import Settings
     from scm_sdk.model.foreign.sana_folder import read_sana_folder
 
@@ -111,7 +111,7 @@ def current_import(
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
-    """Read ``1024`` or ``768x1344``, height first; "" is None.
+    """Parse ``1024`` or ``768x1344``, height first; "" is None.
 
     Raises:
         ConfigError: If it is neither.

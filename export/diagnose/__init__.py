@@ -1,1 +1,1 @@
-"""Find which part of a graph does not compute what its checkpoint computes."""
+"""Diagnosis of graphs that differ from their checkpoint."""

@@ -1,7 +1,7 @@
 """Find the first value in which two graphs differ.
 
-Graphs of lower precision keep the names of the float32 graph's values, so that each can be held against its own
-original on the same noise.
+Graphs of reduced precision keep the value names of the float32 graph, so that each value can be compared on the same
+noise.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TOLERANCE = {"fp32": 1e-4, "fp32-cpu": 1e-3, "fp16": 1e-2, "bf16": 8e-2, "int8": 2.5e-1, "int8-cpu": 2.5e-1}
-"""Largest relative difference, L2, that rounding explains, by precision. Measured on the shipped model, every value
-of both steps: fp16 at most 1.6e-3, int8 at most 7.2e-2."""
+"""Largest relative L2 difference that rounding explains, by precision. Measured on the shipped model, every value of
+both steps: fp16 at most 1.6e-3, int8 at most 7.2e-2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class Step:
     """One value of both graphs.
 
     Attributes:
-        value: Its name.
-        node: The node that makes it.
-        op: That node's operator.
-        shape: Its shape.
+        value: Name of the value.
+        node: The node that computes it.
+        op: Operator of the node.
+        shape: Shape of the value.
         error: Norm of the difference over the norm of the reference's value; infinite if not finite.
-        before: The largest error among what the node reads.
+        before: The largest error among the inputs of the node.
     """
 
     value: str
@@ -49,18 +49,18 @@ class Step:
 
     @property
     def growth(self) -> float:
-        """How many times as large as before."""
+        """Ratio of the error to the error of the inputs."""
         return self.error / max(self.before, 1e-7)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """Where two graphs part.
+    """The first difference of two graphs.
 
     Attributes:
         first: The first value that differs by more than the tolerance, or None.
         tolerance: The tolerance.
-        steps: Every value that both have, in order.
+        steps: Every shared value, in order.
     """
 
     first: Step | None
@@ -78,7 +78,7 @@ class Bisection:
         )
 
     def around(self, count: int = 3) -> Sequence[Step]:
-        """Return some values before and after the first that differs."""
+        """Return some values before and after the first difference."""
         at = self.steps.index(self.first) if self.first is not None else len(self.steps) - 1
         return self.steps[max(0, at - count) : at + count + 1]
 
@@ -93,10 +93,10 @@ def bisect(
     """Compare every value that two graphs of one sampler share.
 
     Args:
-        candidate: What is in question.
-        reference: What it should compute, float32.
+        candidate: The candidate graph.
+        reference: The float32 reference graph.
         spec: The sampler.
-        seed: The sample, with the label that the seed draws.
+        seed: Seed of the sample and its label.
         tolerance: Largest relative error; None is that of the candidate's precision.
 
     Raises:
@@ -134,7 +134,7 @@ def bisect(
 
 
 def _sources(node: ir.Node, shared: set[str]) -> list[str]:
-    """Return the nearest shared values upstream: casts and quantizers between are looked through."""
+    """Return the nearest shared values upstream, skipping casts and quantizers."""
     found, open_, seen = [], [value for value in node.inputs if value is not None], set()
     while open_:
         value = open_.pop()
@@ -150,7 +150,7 @@ def _sources(node: ir.Node, shared: set[str]) -> list[str]:
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Return |a - b| / |b|; infinite where the shapes differ or something is not finite."""
+    """Return |a - b| / |b|; infinite if the shapes differ or a value is not finite."""
     if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")
     norm = float(np.linalg.norm(b.astype(np.float64)))

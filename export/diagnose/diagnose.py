@@ -1,11 +1,11 @@
-"""Find why a sampler graph does not compute what its checkpoint computes.
+"""Find the fault of a sampler graph that differs from its checkpoint.
 
-A graph that differs in its first value differs in its last, so parts are judged by what they themselves were given:
-the graph's own values are read, and each is made again from those before it. The sampler's algebra is linear, so its
-factors can be solved for, and what they should have been names the fault: another time, another sigma_data, a
-scaled output. The network's part is made again by PyTorch, at the time and labels of the spec and, if that differs, at
-others, until one explains it. Every stored tensor is compared with its original as well: a low precision's tolerance
-hides what a changed weight does to the picture, but not the weight.
+An early difference affects all later values, so each part is judged on its actual inputs: intermediate values of the
+graph are read and recomputed from their predecessors. The algebra of the sampler is linear, so its factors can be
+solved for, and their expected values identify the fault: another time, another sigma_data, a scaled output. The output
+of the network is recomputed by PyTorch at the time and labels of the spec and, if that differs, at others, until one
+explains it. Every stored tensor is also compared with its original, because the tolerance of a reduced precision may
+hide the effect of a changed weight.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 
 FACTOR_TOLERANCE = 1e-5
-"""Of the sampler's factors, which are float32 in every precision."""
+"""Relative tolerance of the sampler's factors, which are float32 in every precision."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor that was solved for, and how far rounding lets it be from what it was made with."""
+    """A solved factor with its tolerance."""
 
     value: float
     doubt: float
 
     def differs(self, wanted: float) -> bool:
-        """Whether it cannot have been made with ``wanted``."""
+        """Whether the factor differs from ``wanted`` by more than the tolerance."""
         return not abs(self.value - wanted) <= max(FACTOR_TOLERANCE * max(1.0, abs(wanted)), self.doubt)
 
 
 def solve_factors(target: np.ndarray, *parts: np.ndarray) -> tuple[Factor, ...]:
-    """Return the factors with which the parts add up to the target, by least squares in float64.
+    """Return the least-squares factors of the parts for the target, in float64.
 
-    The doubt is six standard errors: where the parts are nearly parallel, rounding moves the factors far.
+    The tolerance is six standard errors, because rounding affects the factors of nearly parallel parts strongly.
     """
     columns = np.stack([part.astype(np.float64).ravel() for part in parts], axis=1)
     wanted = target.astype(np.float64).ravel()
@@ -64,7 +64,7 @@ def solve_factors(target: np.ndarray, *parts: np.ndarray) -> tuple[Factor, ...]:
 
 
 def other_labels(labels: np.ndarray, num_classes: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield labels that a fault could have made of those that were asked for, (N,) int64, each with its description."""
+    """Yield labels that a fault could have substituted, (N,) int64, each with a description."""
     yield "in reverse order of the batch", labels[::-1].copy()
     yield "shifted by one place of the batch", np.roll(labels, 1)
     for shift in range(1, num_classes):
@@ -75,7 +75,7 @@ def other_labels(labels: np.ndarray, num_classes: int) -> Iterator[tuple[str, np
 
 
 def search_time(error: Callable[[float], float], times: Sequence[float]) -> tuple[float, float]:
-    """Return the time that explains F best, and the error it leaves: known times first, then a grid, then finer."""
+    """Return the time that explains F best, and the remaining error; searches known times, then grids."""
     known = [*times, *(float(np.float16(t)) for t in times)]
     best = min(((error(t), t) for t in [*known, *np.linspace(0.02, math.pi / 2, 40)]), key=lambda pair: pair[0])
     width = 0.04
@@ -88,20 +88,20 @@ def search_time(error: Callable[[float], float], times: Sequence[float]) -> tupl
 
 Fault = Literal["sigma_data", "time", "labels", "weights", "output", "network", "not finite"]
 _ONE = 1e-4
-"""How far cos^2 + sin^2 may be from 1."""
+"""Tolerance of cos^2 + sin^2 = 1."""
 _EXPLAINS = 0.2
-"""A hypothesis explains a difference of which it leaves this share or less."""
+"""A hypothesis explains a difference if at most this share remains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is wrong with a graph.
+    """One fault of a graph.
 
     Attributes:
-        fault: What kind of thing.
-        step: In which step, from 0.
-        value: At which value of the graph, or which weight.
-        text: What was found and what was expected.
+        fault: Kind of fault.
+        step: Step of the sampler, from 0.
+        value: Name of the value or weight.
+        text: Found and expected value.
     """
 
     fault: Fault
@@ -115,13 +115,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What was looked at, and what was found.
+    """Result of a diagnosis.
 
     Attributes:
-        findings: What is wrong, in the order of the computation.
-        stored: Which stored tensors were compared.
+        findings: The faults in the order of the computation.
+        stored: The compared stored tensors.
         tolerance: Largest relative difference of a network's output that passes.
-        psnr_by_step: PSNR of the estimate after each step beside PyTorch's, dB; infinite where equal.
+        psnr_by_step: PSNR of the estimate after each step vs PyTorch, dB; infinite if equal.
     """
 
     findings: tuple[Finding, ...]
@@ -131,12 +131,12 @@ class Diagnosis:
 
     @property
     def fault(self) -> str:
-        """The first finding in words; "" if there is none."""
+        """Text of the first finding; "" if there is none."""
         return str(self.findings[0]) if self.findings else ""
 
     def __str__(self) -> str:
-        """Say what was checked, and nothing of what was not."""
-        unchecked = [name for name in self.stored.unchecked if "sampler/" not in name]  # those were solved for
+        """Describe the performed checks."""
+        unchecked = [name for name in self.stored.unchecked if "sampler/" not in name]  # the solved factors
         return (
             f"checked: times and factors of {len(self.psnr_by_step)} steps to {FACTOR_TOLERANCE:.0e}, the network's "
             f"output to {self.tolerance:.2g}, {self.stored.compared} of {self.stored.compared + len(unchecked)} stored "
@@ -153,14 +153,14 @@ def diagnose(
     seeds: Sequence[int] = (0, 1, 2, 3),
     examples: Examples | None = None,
 ) -> Diagnosis:
-    """Look for what makes a graph differ from its checkpoint.
+    """Find the faults of a graph by comparison with its checkpoint.
 
     Args:
-        graph: A sampler graph with the names that ``compose`` gives.
+        graph: A sampler graph with the names of ``compose``.
         model: The checkpoint.
-        spec: What the sampler should be.
-        exact: The float32 graph of the same sampler, to compare what is stored under no name of the checkpoint.
-        seeds: Samples to look at, two or more; labels are drawn from the seeds.
+        spec: The expected sampler.
+        exact: The float32 graph of the same sampler, for stored tensors that are not in the checkpoint.
+        seeds: Two or more seeds of samples and labels.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
     Raises:
@@ -193,7 +193,7 @@ class _Doctor:
         names = [f"step{k}/{part}" for k in range(last + 1) for part in ("x_t", "network_input", "F", "x0")]
         self.decodes = model.decoder is not None and spec.output == "pixels"
         if not self.decodes:
-            names.pop()  # the last estimate is the output itself
+            names.pop()  # the last estimate is the output
         if spec.renoise == "ode":
             names += [f"step{k}/noise" for k in range(last)]
         names.append(spec.output_name)
@@ -213,7 +213,7 @@ class _Doctor:
         yield from self._decoding()
 
     def _decoding(self) -> Iterator[Finding]:
-        """Decode the last estimate again with PyTorch."""
+        """Recompute the decoder output with PyTorch."""
         import torch
 
         if not self.decodes or self.model.decoder is None:
@@ -240,7 +240,7 @@ class _Doctor:
         if step == 0:
             (spread,) = solve_factors(at["x_t"], noise)
             wrong = spread.differs(sin * spec.sigma_data)
-            # One factor, sin(t) sigma_data: the network's input tells the two apart.
+            # One factor, sin(t) sigma_data: the input of the network separates the two.
             mean = math.sqrt(max(0.0, 1 - (spread.value / sigma) ** 2))
         else:
             kept, spread = solve_factors(at["x_t"], self.values[f"step{step - 1}/x0"], noise)
@@ -268,13 +268,13 @@ class _Doctor:
                 yield Finding(fault="output", step=step, value="noise", text=text)
 
     def _noise(self, step: int) -> np.ndarray:
-        """Return the noise that a step adds: an input, or what the step before it computed."""
+        """Return the noise of a step: an input, or a value of the previous step."""
         if step and self.spec.renoise == "ode":
             return self.values[f"step{step - 1}/noise"]
         return self.feeds[f"noise_{step if self.spec.renoise == 'fresh' else 0}"]
 
     def _network(self, step: int, at: dict[str, np.ndarray]) -> Iterator[Finding]:
-        """Make F again with PyTorch; if it differs, look for a time or labels that explain it."""
+        """Recompute F with PyTorch; if it differs, search for a time or labels that explain it."""
         spec, t = self.spec, self.spec.times[step]
         labels = self.feeds.get("class_labels")
 
@@ -291,7 +291,7 @@ class _Doctor:
                     yield Finding(fault="labels", step=step, value="F", text=text)
                     return
         own = f"step{step}/"
-        changed = [each for each in self.stored.changed if "sampler/" not in each[0]]  # those were solved for
+        changed = [each for each in self.stored.changed if "sampler/" not in each[0]]  # the solved factors
         if mine := [each for each in changed if each[0].startswith(own)]:
             name, share = mine[0]
             text = f"depends on the time alone and differs from the fp32 graph's by {share:.1e} of its norm"
@@ -333,7 +333,7 @@ class _Doctor:
         return array
 
     def psnr_by_step(self) -> tuple[float, ...]:
-        """Hold the estimate after each step against PyTorch's sampler of the steps so far."""
+        """Compare the estimate after each step with PyTorch's sampler of these steps."""
         import msgspec
         import torch
 

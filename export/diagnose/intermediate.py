@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _AT_ONCE = 1 << 29
-"""Bytes of values that are read in one run."""
+"""Maximum size of the values read in one run, bytes."""
 
 
 def inner_values(model: ir.Model) -> list[str]:
-    """Return the names of the floating-point values that nodes make, in the order in which they are made."""
+    """Return the names of the floating-point values of nodes in the order of computation."""
     return [
         value.name
         for node in model.graph
@@ -35,11 +35,11 @@ def read_values(model: ir.Model, names: Iterable[str], feeds: Mapping[str, np.nd
 
     Args:
         model: The graph; it is not changed.
-        names: Which values; inputs may be among them.
-        feeds: Its inputs.
+        names: Names of the values; inputs are allowed.
+        feeds: Inputs of the graph.
 
     Raises:
-        ExportError: If it has no value of such a name.
+        ExportError: If a name is unknown.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
     wanted = list(dict.fromkeys(names))

@@ -26,15 +26,15 @@ _LARGEST_SIDE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Localized:
-    """Where a graph goes wrong.
+    """Location of a graph's fault.
 
     Attributes:
         artifact: The graph.
-        diagnosis: What is wrong with it, and what was looked at.
-        bisection: Where it parts from the bundle's fp32 graph; None for the fp32 graph itself, which is
-            compared with the checkpoint by ``diagnose``.
-        picture: The worst seed: the reference, the candidate, their difference ten times amplified; None
-            for what is no picture.
+        diagnosis: The faults and the performed checks.
+        bisection: First difference from the bundle's fp32 graph; None for the fp32 graph, which ``diagnose`` compares
+            with the checkpoint.
+        picture: Image file of the worst seed: reference, candidate, and their difference amplified ten times; None for
+            samples that are not images.
     """
 
     artifact: str
@@ -44,16 +44,16 @@ class Localized:
 
 
 def localize(path: Path, parity: Parity, folder: Path) -> Localized:
-    """Look into a graph that failed.
+    """Diagnose a failed graph.
 
     Args:
         path: The bundle.
-        parity: Its failed comparison; only graphs can be looked into.
-        folder: Where the picture goes.
+        parity: The failed comparison; only graphs can be diagnosed.
+        folder: Output folder of the image.
 
     Raises:
-        ConfigError: If the candidate is no graph.
-        ExportError: If it lacks the names that scm-export gives.
+        ConfigError: If the candidate is not a graph.
+        ExportError: If it lacks the names of scm-export.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
     bundle = Bundle.open(path)
@@ -98,7 +98,7 @@ def _picture(bundle: Bundle, parity: Parity, steps: int, folder: Path) -> Path |
 def side_by_side(
     reference: NDArray[np.float32], candidate: NDArray[np.float32], spec: SamplerSpec
 ) -> NDArray[np.uint8]:
-    """Return the reference, the candidate and their difference ten times amplified around gray, as one picture."""
+    """Return reference, candidate and their difference amplified ten times around gray, as one image."""
     low, high = spec.value_range
     gap = np.clip((low + high) / 2 + _AMPLIFY * (candidate - reference), low, high)
     triple = np.nan_to_num(np.stack([reference, candidate, gap]), nan=low, posinf=high, neginf=low)

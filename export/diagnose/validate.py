@@ -1,7 +1,7 @@
-"""Validate a bundle: the numbers by ``evaluate.parity``, the structure of its graphs by ``diagnose``.
+"""Validate a bundle: images by ``evaluate.parity``, the structure of its graphs by ``diagnose``.
 
-The gate compares pictures, and a low precision is allowed to change them: what a small fault does hides in that. The
-structure has no such allowance, so both must pass.
+A reduced precision may change images, which can hide the effect of a small fault. The structure has no such tolerance,
+so both checks must pass.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def validate(
     on_note: Callable[[str], object] = lambda _: None,
     **options: Unpack[ValidateOptions],
 ) -> list[Parity]:
-    """Compare everything that can run here with the checkpoint, look into each graph, and record both.
+    """Compare everything that can run here with the checkpoint, diagnose each graph, and record both.
 
     Args:
         path: The bundle.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        on_note: Called with a line for each graph that could not be looked into, or was and is sound: what was checked;
-            and for each result that was not recorded.
+        on_note: Called with a line for each graph that could not be diagnosed, for each correct graph with the
+            performed checks, and for each result that was not recorded.
         **options: More arguments of ``scm_sdk.evaluate.parity.validate.validate_bundle``.
 
     Returns:
         One comparison for each number of steps, backend and precision.
 
     Raises:
-        ScmError: What ``validate_bundle`` raises.
+        ScmError: As ``validate_bundle``.
     """
     bundle = Bundle.open(path, verify="none")
 
@@ -68,10 +68,10 @@ def validate(
 
 
 def examine_graph(bundle: Bundle, artifact: Artifact, examples: Examples | None = None) -> Diagnosis:
-    """Look into one graph of a bundle.
+    """Diagnose one graph of a bundle.
 
     Raises:
-        ExportError: If it lacks the names that scm-export gives, as a graph of another tool does.
+        ExportError: If it lacks the names of scm-export, for example a graph of another tool.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
     from scm_sdk.model.consistency import ConsistencyModel

@@ -1,7 +1,7 @@
 """Compare the tensors stored in a graph with those of its checkpoint, within the rounding of their type.
 
-Weights are held against the checkpoint's of the same name; what export made of them or of the time, and keeps under a
-name of its own, against the bundle's fp32 graph. Codes in 8 bits are turned back into numbers first.
+Weights are compared with those of the checkpoint with the same name; derived tensors with other names are compared with
+the bundle's fp32 graph. 8-bit codes are dequantized first.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
 
 _ROUNDING = {"FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8}
-"""Largest relative error of rounding a value to a type, a little more than half its last bit."""
+"""Largest relative rounding error of a type, slightly more than half its last bit."""
 _EXACT = 1e-6
-"""The same of float32, which export writes as it is."""
+"""Tolerance for float32, which export writes without rounding."""
 _SUBNORMAL = 2.0**-24
-"""Largest absolute error where FLOAT16 has no more digits."""
+"""Largest absolute error in the subnormal range of FLOAT16."""
 _ROUNDERS = ("DequantizeLinear", "QuantizeLinear")
 _CODE_SUFFIXES = (".int8", "_quantized")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What was compared.
+    """Result of the comparison.
 
     Attributes:
-        changed: Name and distance, as a share of the original's norm, of each tensor that is not the original's, the
-            worst first.
-        compared: How many tensors were compared.
-        unchecked: Names of the floating-point tensors that nothing is known to compare with.
+        changed: Name and relative distance of each tensor that differs from its original, the largest first.
+        compared: Number of compared tensors.
+        unchecked: Names of the floating-point tensors without a known original.
     """
 
     changed: tuple[tuple[str, float], ...]
@@ -50,7 +49,7 @@ def compare_stored(graph: ir.Model, originals: Mapping[str, np.ndarray]) -> Stor
 
     Args:
         graph: A sampler graph in any precision.
-        originals: What each should be, by the name it has in a float32 graph.
+        originals: Expected tensors by their name in a float32 graph.
     """
     changed: dict[str, float] = {}
     compared, unchecked = 0, []
@@ -74,9 +73,9 @@ def compare_stored(graph: ir.Model, originals: Mapping[str, np.ndarray]) -> Stor
 
 
 def originals_of(model: ConsistencyModel, exact: ir.Model | None) -> dict[str, np.ndarray]:
-    """Return what each stored tensor should be: the checkpoint's word counts before the fp32 graph's.
+    """Return the expected stored tensors; the checkpoint has priority over the fp32 graph.
 
-    The exporter stores a linear layer's weight as the second factor of a product, transposed.
+    The exporter stores the weight of a linear layer transposed, as the second factor of a product.
     """
     from torch import nn
 
@@ -93,7 +92,7 @@ def originals_of(model: ConsistencyModel, exact: ir.Model | None) -> dict[str, n
 
 
 class _Tensor(NamedTuple):
-    """A stored tensor as numbers, float64, and how far each may be from its original."""
+    """A stored tensor in float64 with the tolerance of each element."""
 
     name: str
     values: np.ndarray
@@ -103,11 +102,11 @@ class _Tensor(NamedTuple):
 
 
 def _tensors(graph: ir.Model) -> Iterator[_Tensor]:
-    """Yield every floating-point tensor; 8-bit codes with their scale, which then is not yielded itself."""
+    """Yield every floating-point tensor; 8-bit codes are dequantized with their scale, which is not yielded."""
     initializers = graph.graph.initializers
     done: set[str] = set()
     for node in graph.graph:
-        if (node.name or "").endswith(EQUALIZE_NODE):  # judged by the weights that undo it
+        if (node.name or "").endswith(EQUALIZE_NODE):  # checked through the weights that compensate it
             done.update(value.name or "" for value in node.inputs if value is not None)
         if node.op_type not in _ROUNDERS:
             continue
@@ -135,7 +134,7 @@ def _dequantized(node: ir.Node, names: list[str], initializers: Mapping[str, ir.
     name = names[0]
     for suffix in _CODE_SUFFIXES:
         name = name.removesuffix(suffix)
-    # Half a step of rounding; a zero point was rounded too, which clips up to another half at the ends.
+    # Half a rounding step; the zero point was rounded too, which clips up to another half step at the ends.
     step = wide * (1.0 if np.any(shift) else 0.5) * (1 + 1e-6)
     scale_kind = initializers[names[1]].dtype
     rounding = _ROUNDING.get(scale_kind.name if scale_kind is not None else "", _EXACT)
@@ -143,14 +142,14 @@ def _dequantized(node: ir.Node, names: list[str], initializers: Mapping[str, ir.
     if not name.endswith(EQUALIZED_SUFFIX):
         return tensor
     name = name.removesuffix(EQUALIZED_SUFFIX)
-    factor = _factor(node, codes.ndim)  # multiplied and then rounded once more
+    factor = _factor(node, codes.ndim)  # multiplied and then rounded again
     return _Tensor(name, tensor.values * factor, step * factor, 2 * rounding, _SUBNORMAL * np.maximum(factor, 1.0))
 
 
 def _factor(node: ir.Node, rank: int) -> np.ndarray:
-    """Return the factors that an equalized weight undoes, shaped to multiply it: those of what its layer reads.
+    """Return the equalization factors of the input of a layer, shaped to multiply its weight.
 
-    1 where nothing divides that: then the weight is not the checkpoint's, and is found so.
+    1 if the input is not divided: then the weight differs from the checkpoint and is reported.
     """
     layer = next(iter(node.outputs[0].uses())).node
     before = layer.inputs[0]

@@ -1,1 +1,1 @@
-"""Build TensorRT engines, cache them, verify what was built, and add them to a bundle."""
+"""Build TensorRT engines, cache them, verify their kernels, and add them to a bundle."""

@@ -1,4 +1,4 @@
-"""Add engines to a bundle: one for each target, precision and number of steps."""
+"""Add engines to a bundle: one per target, precision and number of steps."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class EngineVariant:
     """One engine of a bundle.
 
     Attributes:
-        path: Its path inside the bundle.
+        path: Path inside the bundle.
         precision: Precision of its graph.
-        num_inference_steps: Its steps.
-        unchanged: Whether it was there already and would come out the same.
+        num_inference_steps: Number of steps.
+        unchanged: Whether an identical engine existed already.
         cached: Whether it came from the cache.
-        record: What it is.
+        record: Build record.
     """
 
     path: str
@@ -80,9 +80,9 @@ def add_engines(
     on_skip: Callable[[str], object] | None = None,
     **options: Unpack[BuilderOptions],
 ) -> list[EngineVariant]:
-    """Build engines from a bundle's graphs into the bundle.
+    """Build engines from the graphs of a bundle and add them to it.
 
-    Each engine is added as soon as it is built: what was done before an interruption stays.
+    Each engine is added as soon as it is built, so that an interruption loses at most one build.
 
     Args:
         path: The bundle.
@@ -112,7 +112,7 @@ def add_engines(
     groups = _groups(gpus, one_for_all)
     if on_skip is not None:
         groups = [group for group in groups if not _is_elsewhere(group, flavor, on_skip)]
-    jobs = []  # every refusal comes before the first build
+    jobs = []  # all checks precede the first build
     for graph in _graphs(bundle, precisions, steps):
         for group in groups:
             lacking = [lack for target in group if (lack := target.lacks(graph.precision, flavor))]
@@ -137,7 +137,7 @@ def add_engines(
 
 
 def engine_path(flavor: Flavor, group: Sequence[Target], graph: Artifact) -> str:
-    """Return where an engine lies in a bundle."""
+    """Return the path of an engine in a bundle."""
     sm = "-".join(target.sm for target in group)
     return f"engines/{flavor}-{sm}-{graph.precision}-{graph.num_inference_steps}step/{ENGINE_NAME}"
 
@@ -163,7 +163,7 @@ def _add(
     if found is not None:
         record, cached = found, False
     else:
-        # Built before the bundle is touched: a build that is killed leaves nothing behind.
+        # Built before the bundle is changed, so that a killed build leaves no files.
         entry, cached = cached_engine(
             bundle.file(graph.path), options, allow_mismatch=allow_mismatch, progress=on_build(engine)
         )
@@ -196,7 +196,7 @@ def _add(
 
 
 def _acceptable(data: bytes, allow_mismatch: bool) -> BuildRecord | None:
-    """Return the record of an engine that may stay: built here, and what its graph asks for unless that is waived."""
+    """Return the record of an existing engine that was built here and matches its graph, unless that is waived."""
     record = BuildRecord.from_json(data)
     fits = allow_mismatch or not record.census.get("mismatches")
     return record if fits and is_trusted(record.engine_sha256) else None
@@ -225,7 +225,7 @@ def _check_buildable(targets: Sequence[Target], flavor: Flavor) -> None:
 
 
 def _is_elsewhere(group: Sequence[Target], flavor: Flavor, on_skip: Callable[[str], object]) -> bool:
-    """Return, and say, whether TensorRT would have to build on another GPU than this machine's."""
+    """Return and report whether TensorRT would need another GPU than that of this machine."""
     gpu = current_gpu()
     if flavor != "tensorrt" or gpu is None or any(t.compute_capability == gpu.compute_capability for t in group):
         return False

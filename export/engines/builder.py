@@ -52,11 +52,11 @@ _MEANINGS: tuple[tuple[str, type[ScmError], str], ...] = (
 
 
 def explain(texts: Sequence[str], *, doing: str) -> ScmError:
-    """Return the error that a builder's messages amount to, the most telling one first.
+    """Return the error for the messages of a builder, the most informative message first.
 
     Args:
-        texts: What the parser and the logger said, errors only.
-        doing: What was being done; the subject of the message.
+        texts: Error messages of the parser and the logger.
+        doing: The failed operation, the subject of the message.
     """
     for sign, error, meaning in _MEANINGS:
         for text in texts:
@@ -71,11 +71,11 @@ def _short(text: str) -> str:
 
 
 Progress = Callable[[str, int, int], object]
-"""Called with a phase's name, its step and how many it has; return False to cancel the build."""
+"""Called with the name of a phase, its step and its number of steps; return False to cancel the build."""
 
 
 class Build:
-    """One build. It keeps the parser, the network and the logger alive: the library does not."""
+    """One build. It keeps references to the parser, the network and the logger, which the library needs."""
 
     def __init__(
         self,
@@ -92,15 +92,15 @@ class Build:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> memoryview:
-        """Parse and build; return the engine's bytes, which are the library's own: a large engine is not copied."""
+        """Parse and build; return the bytes of the engine in memory of the library, without a copy."""
         trt, start = self.trt, time.perf_counter()
         try:
             self.builder = trt.Builder(self.log)
-        except TypeError as exc:  # the library is there, but could not start
+        except TypeError as exc:  # the library is installed, but could not start
             raise explain([*self.log.errors(), str(exc)], doing=f"starting {self.options.flavor}") from exc
         self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self.parser = trt.OnnxParser(self.network, self.log)
-        # From the file, so that weights beside it are found; an empty file parses well and has no output.
+        # From the file, so that external weights are found; an empty file parses without errors and has no output.
         parsed = self.parser.parse_from_file(str(self.graph.resolve())) and self.network.num_outputs > 0
         if not parsed:
             errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
@@ -126,7 +126,7 @@ class Build:
         trt, options = self.trt, self.options
         config = self.builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32
+        config.clear_flag(trt.BuilderFlag.TF32)  # no TF32
         if options.workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
         if options.optimization_level is not None:
@@ -152,10 +152,10 @@ class Build:
         return config
 
     def _clear_target(self) -> None:
-        """Build something tiny, so that the target of a failed build is forgotten.
+        """Build a tiny engine to reset the target after a failed build.
 
-        TensorRT-RTX 1.7.1 keeps it in the process (measured): after a build for 7.5 that failed, the next one for 8.0
-        was compiled for 7.5, without a word, and only INT8 showed it in the census.
+        TensorRT-RTX 1.7.1 keeps the target in the process (measured): after a failed build for 7.5, the next one for
+        8.0 was silently compiled for 7.5, which only the INT8 census showed.
         """
         if self.options.flavor != "tensorrt_rtx":
             return
@@ -177,7 +177,7 @@ class Build:
 
 
 def give_timing_cache(config: LibraryObject, path: Path) -> None:
-    """Let a build use the times in a file, and take new ones; a damaged or foreign file counts as empty."""
+    """Load and store kernel times in a file; a damaged or unrelated file counts as empty."""
     try:
         old = path.read_bytes()
     except OSError:
@@ -187,19 +187,19 @@ def give_timing_cache(config: LibraryObject, path: Path) -> None:
             cache = config.create_timing_cache(blob)
             if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
                 return
-        except (RuntimeError, TypeError, ValueError):  # what the bindings make of a blob they cannot read
+        except (RuntimeError, TypeError, ValueError):  # the result of the bindings for an unreadable blob
             continue
 
 
 @contextmanager
 def held_signals() -> Iterator[list[int]]:
-    """Hold SIGINT and SIGTERM back, and deliver the first that came at the end.
+    """Delay SIGINT and SIGTERM, and deliver the first one at the end.
 
-    The library swallows what a handler raises while it calls Python: its logger, its monitor. Signals that are ignored
-    stay so; in another thread than the main one nothing changes.
+    The library swallows exceptions of signal handlers while it calls Python (logger, monitor). Ignored signals stay
+    ignored; outside the main thread nothing changes.
 
     Yields:
-        Numbers of the signals that came so far.
+        Numbers of the received signals.
     """
     received: list[int] = []
     before = {}
@@ -218,21 +218,21 @@ def held_signals() -> Iterator[list[int]]:
 
 
 class ProgressMonitor(Protocol):
-    """A progress monitor of one of the libraries; ``stopped_by`` is why the build was stopped, or None."""
+    """A progress monitor of one of the libraries; ``stopped_by`` is the reason of a stopped build, or None."""
 
     stopped_by: BaseException | None
 
 
 def make_monitor(library: ModuleType, progress: Progress, received: Sequence[int] = ()) -> ProgressMonitor:
-    """Return the library's progress monitor, which reports to ``progress`` and stops when it says so.
+    """Return the progress monitor of a library, which reports to ``progress`` and stops on request.
 
     Args:
         library: TensorRT or TensorRT-RTX.
-        progress: Called with the phase, the steps done and the steps in all; returns False to stop.
-        received: Signals that were held back; the build stops when there is one.
+        progress: Called with the phase, completed steps and total steps; returns False to stop.
+        received: Delayed signals; the build stops if there is one.
 
     Returns:
-        An object with ``stopped_by``: the exception to raise when the build was stopped, or None.
+        An object with ``stopped_by``: the exception to raise for a stopped build, or None.
     """
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
@@ -250,7 +250,7 @@ def make_monitor(library: ModuleType, progress: Progress, received: Sequence[int
                     self.stopped_by = ExportError(
                         f"the build was canceled in {phase_name!r}, expected to go on. Nothing was written."
                     )
-            except BaseException as exc:  # Ctrl-C too: it may not cross the library's frames
+            except BaseException as exc:  # also KeyboardInterrupt, which must not cross frames of the library
                 self.stopped_by = exc
             return self.stopped_by is None
 

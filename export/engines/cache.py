@@ -1,10 +1,10 @@
-"""The cache of built engines, keyed by their inputs; hashed again before use.
+"""The cache of built engines, keyed by their inputs and verified before use.
 
-An engine is code: one is served only if this user built it here, from a folder that the user alone can write.
+An engine is code: only engines that this user built here are used, from a folder that no other user can write to.
 
-An entry's key is the sha256 of everything that decides an engine: the graph's bytes with its weights, the options,
-the library's version, the system, and for TensorRT the GPU and its driver. One builder at a time makes an entry;
-a second one waits and finds it made.
+The key of an entry is the sha256 of everything that decides an engine: the graph with its weights, the options, the
+library version, the system, and for TensorRT the GPU and its driver. One process at a time builds an entry; a second
+one waits and uses the result.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .options import EngineOptions
 
 _ENGINES = "engines"
 _USED = "used"
-"""Touched when an entry is served, so that the longest unused goes first."""
+"""File that is touched when an entry is used; entries are removed least recently used first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,12 @@ class Entry:
     """One engine of the cache.
 
     Attributes:
-        key: Its key.
-        folder: Where it lies.
-        record: What it is; None if that cannot be read.
-        bytes: Its size.
-        used: When it was last made or served, seconds since the epoch.
-        lease: Keeps it from being removed while it is copied.
+        key: Key of the entry.
+        folder: Folder of the entry.
+        record: Build record; None if it cannot be read.
+        bytes: Size of the entry.
+        used: Time of the last use, seconds since the epoch.
+        lease: Lock that prevents removal during a copy.
     """
 
     key: str
@@ -61,20 +61,20 @@ class Entry:
 
     @property
     def mismatches(self) -> list[str]:
-        """How its kernels are not what the graph asks for."""
+        """Differences of the kernels from the graph."""
         return list(self.record.census.get("mismatches", [])) if self.record is not None else []
 
     def copy_to(self, folder: Path) -> None:
-        """Put the engine and its record into a folder, which is made; as links where the disk has them."""
+        """Copy the engine and its record to a new folder, with hard links if possible."""
         folder.mkdir(parents=True)
         for name in (ENGINE_NAME, BUILD_RECORD_NAME):
             try:
                 os.link(self.folder / name, folder / name)
-            except OSError:  # another file system, or one without links
+            except OSError:  # another file system, or a file system without links
                 shutil.copyfile(self.folder / name, folder / name)
 
     def problem(self) -> str:
-        """Return what is wrong with it, after hashing it; "" if nothing is."""
+        """Hash the entry and return its problem; "" if it is intact."""
         if self.record is None:
             return f"{BUILD_RECORD_NAME} cannot be read"
         engine = self.folder / ENGINE_NAME
@@ -90,19 +90,19 @@ class Entry:
 def cached_engine(
     graph: Path, options: EngineOptions, *, allow_mismatch: bool = False, progress: Progress | None = None
 ) -> tuple[Entry, bool]:
-    """Return the engine of a graph, built now if it was not built before.
+    """Return the engine of a graph from the cache; build it if it is missing.
 
     Args:
         graph: The sampler graph.
-        options: How it is built.
+        options: Build options.
         allow_mismatch: See ``build_engine``.
         progress: See ``build_engine``.
 
     Returns:
-        The entry, hashed just now, and whether it was there. It stays until it is forgotten.
+        The verified entry, and whether it existed. It is not removed while it is referenced.
 
     Raises:
-        ScmError: As ``build_engine`` does; also if the lock of the entry is a link.
+        ScmError: As ``build_engine``; also if the lock of the entry is a link.
     """
     filelock = require("filelock", extra="export", purpose="the engine cache")
     key = engine_key(graph, options)
@@ -116,7 +116,7 @@ def cached_engine(
         entry = _read(entry_folder)
         hit = entry is not None and not entry.problem() and (allow_mismatch or not entry.mismatches)
         if not hit:
-            _remove(entry_folder)  # damaged, or somebody else's: it is never served
+            _remove(entry_folder)  # damaged, or built by another user: never used
             build_engine(
                 graph,
                 entry_folder,
@@ -138,7 +138,7 @@ def engine_key(graph: Path, options: EngineOptions) -> str:
     """Return the key of an engine.
 
     Raises:
-        BackendUnavailable: If the library that would build it is absent.
+        BackendUnavailable: If the library of the build is not installed.
     """
     library = load_flavor(options.flavor, purpose=f"building a {options.flavor} engine")
     gpu = current_gpu() if options.flavor == "tensorrt" else None
@@ -153,13 +153,13 @@ def engine_key(graph: Path, options: EngineOptions) -> str:
 
 
 def engines_folder() -> Path | None:
-    """Return where the entries lie; None where there is no cache."""
+    """Return the folder of the entries; None without a cache."""
     root = cache_folder()
     return None if root is None else root / _ENGINES
 
 
 def entries() -> list[Entry]:
-    """Return what the cache holds, the longest unused first."""
+    """Return the entries of the cache, least recently used first."""
     folder = engines_folder()
     if folder is None or not folder.is_dir():
         return []
@@ -168,26 +168,29 @@ def entries() -> list[Entry]:
 
 
 def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
-    """Remove damaged entries, those unused for long, and then the longest unused until the rest is small enough.
+    """Remove damaged entries, old entries, and then the least recently used ones down to ``max_bytes``.
 
     Args:
-        max_bytes: What may stay in all; None is no limit.
-        max_age_days: Days since an entry was made or served; None is no limit.
+        max_bytes: Maximum total size of the remaining entries; None for no limit.
+        max_age_days: Maximum days since an entry was used; None for no limit.
 
     Returns:
-        What was removed. What is being built or served stays.
+        The removed entries. Entries that are being built or used stay.
     """
     doomed = list(_doomed(max_bytes, max_age_days))
-    if not doomed:  # on a machine that builds no engines the library that locks them may be absent
+    if not doomed:  # filelock may be missing on a machine that builds no engines
         return []
     filelock = require("filelock", extra="export", purpose="the engine cache")
     removed = []
     for entry in doomed:
-        # The lock itself stays: were it deleted, one who waits for it and one who comes later would not see each other.
+        # The lock file stays: if it were deleted, a waiting and a later process would hold different locks.
         lock = entry.folder.with_suffix(".lock")
         if lock.is_symlink():
             continue
-        with suppress(filelock.Timeout), filelock.FileLock(lock, blocking=False):  # else somebody is building it
+        with (
+            suppress(filelock.Timeout),
+            filelock.FileLock(lock, blocking=False),
+        ):  # otherwise another process is building it
             now = _read(entry.folder)
             if now is not None and now.used == entry.used and _remove_unused(entry.folder):
                 removed.append(entry)
@@ -195,7 +198,7 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
 
 
 def _remove_unused(folder: Path) -> bool:
-    """Remove an entry that nobody copies; return whether it was removed."""
+    """Remove an entry that is not being copied; return whether it was removed."""
     if folder.is_symlink():
         _remove(folder)
         return True
@@ -231,7 +234,7 @@ def _read(folder: Path) -> Entry | None:
         return None
     try:
         files = [path.stat() for path in folder.iterdir() if path.is_file()]
-    except FileNotFoundError:  # removed just now
+    except FileNotFoundError:  # removed by another process
         return None
     try:
         record = BuildRecord.from_json((folder / BUILD_RECORD_NAME).read_bytes())
@@ -242,7 +245,7 @@ def _read(folder: Path) -> Entry | None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove an entry; of one that is a link, the link alone."""
+    """Remove an entry; if it is a link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -250,7 +253,7 @@ def _remove(folder: Path) -> None:
 
 
 def _timing_cache(options: EngineOptions) -> Path | None:
-    """Return where TensorRT keeps kernel times for this version and GPU; its header refuses any other."""
+    """Return TensorRT's file of kernel times for this version and GPU; its header excludes others."""
     gpu = current_gpu()
     if options.flavor != "tensorrt" or gpu is None:
         return None

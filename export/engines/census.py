@@ -1,9 +1,8 @@
 """Count the fused kernels of an engine and compare them with its graph.
 
-Asked for details, the builder prints one line for each fused kernel, with its types and the ONNX nodes in
-it. TensorRT's engine inspector prints the same lines in its one-line form. From them follows in which type each
-layer, a convolution or a matrix product with stored weights, runs and whether attention is one kernel; the graph says
-in which it should.
+With detailed logging the builder prints one line per fused kernel, with its types and ONNX nodes. TensorRT's engine
+inspector prints the same in its one-line format. The lines give the type of each layer (convolution or matrix product
+with stored weights) and whether attention is one kernel; the graph defines the expected types.
 
 TensorRT-RTX writes ``LayerType: correlation``, ``Datatype: Half`` and ``Constants: [...]``; TensorRT
 ``LayerType: CaskConvolution``, ``Format/Datatype: Channel major FP16 format`` and ``Weights: {"Type": "Half"}``.
@@ -29,12 +28,12 @@ _TYPE = re.compile(r"Datatype: ([^,}\]]+)")
 _WEIGHTS = re.compile(r'Weights: \{"Type": "(\w+)"')
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _COMPUTES = re.compile(r"corr|conv(?!er)|gemm|matmul|matrixmul|\bfc", re.IGNORECASE)
-"""Kinds of kernels that multiply a layer out, ``CaskConvolution`` and ``CaskGemmMatrixMultiply`` among them."""
+"""Kinds of kernels that compute a layer, for example ``CaskConvolution`` and ``CaskGemmMatrixMultiply``."""
 _FUSED = re.compile(r"__myl_(?:[A-Z][a-z]+)*?(?:Corr|Conv|Fc)(?=[A-Z_])")
 """Names of fused kernels that do; a convolution of 1x1 may become a plain matrix product (``__myl_Fc...``, marked
 ``__gemm_from_conv1x1``), and one of int8 may be converted first (``__myl_CastMulFc``)."""
 _UNROLLED = re.compile(r"__myl_\w*?(Slic)+(Mul)+(Add)+")
-"""Names of kernels that write a layer of few channels (4 were seen) out as sums of products."""
+"""Names of kernels that compute a layer of few channels (4 observed) as sums of products."""
 _WORDS = {
     "Float": "float|fp32|float32", "Half": "half|fp16|float16", "BFloat16": "bfloat16|bf16|bfp16", "Int8": "int8",
     "FP8": "fp8|e4m3|fp8_e4m3|float8",
@@ -49,16 +48,16 @@ _WORDS_FOR = {"convolutions": "convolutions", "products": "matrix products"}
 
 
 class Census(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The kernels of an engine, or what a graph asks for.
+    """The kernels of an engine, or the plan of a graph.
 
     Attributes:
-        convolutions: How many convolutions of the graph run in which type.
-        products: The same of matrix products with stored weights; not of those that the noise does not reach, which
-            builders merge and fold.
-        attention: Attention blocks, softmax between two matrix products.
-        attention_fused: How many of them are one kernel.
-        kernels: Fused kernels by ``<kind>:<type>``; empty for what a graph asks for.
-        odd: Layers that run in another type than the graph asks for, as ``<node>: <type>``.
+        convolutions: Number of convolutions of the graph by type.
+        products: Number of matrix products with stored weights by type; without those that do not depend on the noise,
+            which builders merge and fold.
+        attention: Number of attention blocks, softmax between two matrix products.
+        attention_fused: Number of attention blocks that are one kernel.
+        kernels: Fused kernels by ``<kind>:<type>``; empty for a plan.
+        odd: Layers whose type differs from the graph, as ``<node>: <type>``.
         unseen: Layers that no kernel names.
     """
 
@@ -86,9 +85,9 @@ class Kernel:
     """One fused kernel.
 
     Attributes:
-        name: Its name.
-        kind: Its ``LayerType``.
-        input_types: Types of what it reads, in order.
+        name: Name of the kernel.
+        kind: ``LayerType`` of the kernel.
+        input_types: Types of its inputs, in order.
         constant_types: Types of its weights, in order.
         nodes: The ONNX nodes in it.
     """
@@ -101,14 +100,14 @@ class Kernel:
 
     @property
     def computes_layer(self) -> bool:
-        """Whether a layer is multiplied out here, not merely prepared."""
+        """Whether the kernel computes a layer, not only converts its data."""
         return bool(_COMPUTES.search(self.kind) or _FUSED.match(self.name))
 
     @property
     def type(self) -> str:
-        """Int8 or FP8 if both data and weights are; else the first type that is neither.
+        """Int8 or FP8 if both data and weights have it; else the first other type.
 
-        A kernel that reads int8 data and half weights converts the data, and multiplies in half.
+        A kernel with int8 data and half weights converts the data and multiplies in half precision.
         """
         for low in _EIGHT_BITS:
             if low in self.input_types and low in self.constant_types:
@@ -118,13 +117,13 @@ class Kernel:
 
 
 def parse_kernels(lines: Iterable[str]) -> list[Kernel]:
-    """Return the kernels that a build log or the engine inspector's one-line form names."""
+    """Parse the kernels of a build log or of the engine inspector's one-line format."""
     return list(_kernels(lines))
 
 
 def _kernels(lines: Iterable[str]) -> Iterator[Kernel]:
     for text in lines:
-        for line in text.split("\n"):  # not splitlines: between the nodes of a kernel stands U+001E
+        for line in text.split("\n"):  # not splitlines, because U+001E separates the nodes of a kernel
             if match := _LINE.search(line):
                 rest = match["rest"]
                 before_outputs, _, after = rest.partition("], Outputs:")
@@ -139,16 +138,16 @@ def _kernels(lines: Iterable[str]) -> Iterator[Kernel]:
 
 
 def _type_named(text: str) -> str:
-    """Return the type that a format's description names; its first word if none is known."""
+    """Return the type in the description of a format; its first word if none is known."""
     return next((name for name, spelling in _SPELLINGS.items() if spelling.search(text)), text.split()[0])
 
 
 def planned_census(model: ir.Model, *, batch_one: bool = False) -> tuple[Census, dict[str, str], tuple[str, ...]]:
-    """Return what a graph asks for, with each layer's type and each attention block's softmax.
+    """Return the plan of a graph, with the type of each layer and the softmax of each attention block.
 
     Args:
         model: The graph.
-        batch_one: Whether the engine takes batches of one alone.
+        batch_one: Whether the engine accepts only batches of one.
     """
     free = conditioning_nodes(model.graph)
     types = {
@@ -163,14 +162,14 @@ def planned_census(model: ir.Model, *, batch_one: bool = False) -> tuple[Census,
 
 
 def take_census(model: ir.Model, lines: Iterable[str]) -> Census | None:
-    """Count what was built from a graph.
+    """Count the kernels of an engine by the layers of its graph.
 
     Args:
         model: The graph.
-        lines: The build log, or the inspector's text.
+        lines: The build log, or the text of the inspector.
 
     Returns:
-        The census; None if no kernel is named: nothing is known then, and nothing is claimed.
+        The census; None if no kernel is named.
     """
     kernels = parse_kernels(lines)
     if not kernels:
@@ -185,7 +184,7 @@ def take_census(model: ir.Model, lines: Iterable[str]) -> Census | None:
     for kernel in kernels:
         if _UNROLLED.match(kernel.name):
             for node in kernel.nodes:
-                if built.get(node) == set():  # where no other kernel multiplies it out
+                if built.get(node) == set():  # if no other kernel computes it
                     built[node] = {kernel.type}
     found = {name: "+".join(sorted(kinds)) or NOT_FOUND for name, kinds in built.items()}
     fused = {node for kernel in kernels if "mha" in kernel.name for node in kernel.nodes}
@@ -202,14 +201,14 @@ def take_census(model: ir.Model, lines: Iterable[str]) -> Census | None:
 
 
 def mismatches(planned: Census, built: Census) -> list[str]:
-    """Return how an engine is not what the graph asks for; empty if nothing shows that."""
+    """Return the differences of an engine from its graph; empty if there are none."""
     return [f"{len(built.odd)} layers run in another type ({_some(built.odd)})"] if built.odd else []
 
 
 def doubts(planned: Census, built: Census) -> list[str]:
-    """Return what the kernels' names do not show: layers that none names, attention that no kernel claims.
+    """Return the parts that the kernel names do not show: layers and attention blocks without a kernel.
 
-    TensorRT-RTX was measured to name them all, so there they count as mismatches. TensorRT was not: there they warn.
+    TensorRT-RTX names all of them (measured), so there they count as mismatches. For TensorRT they are warnings.
     """
     found = []
     if built.unseen:
@@ -228,13 +227,13 @@ def _counted(types: dict[str, int], name: str) -> list[str]:
 
 
 def _by_kind(model: ir.Model, types: Mapping[str, str]) -> dict[str, Any]:
-    """Return how many layers of each kind have which type."""
+    """Return the number of layers of each kind by type."""
     kinds = {node.name or "": _KINDS[node.op_type] for node in model.graph if node.name in types}
     return {kind: dict(Counter(t for name, t in types.items() if kinds[name] == kind)) for kind in _WORDS_FOR}
 
 
 def _has_weights(node: ir.Node) -> bool:
-    """Return whether a matrix product's second factor is stored, quantization apart, and its first is not."""
+    """Return whether the second factor of a matrix product is stored and the first is not, ignoring quantization."""
     stored = []
     for value in node.inputs[:2]:
         producer = value.producer() if value is not None else None
@@ -262,13 +261,13 @@ def _dtype(node: ir.Node) -> str:
 
 
 def _fusible(softmax: ir.Node, batch_one: bool) -> bool:
-    """Return whether the builder has one kernel for a head of this size.
+    """Return whether the builder has a fused kernel for this head size.
 
-    Multiples of 8 from 16 to 256 were seen, 4 and 8 were not.
-    One head of one sample is two plain matrix products: no size of it was fused.
+    Multiples of 8 from 16 to 256 were observed; 4 and 8 were not. One head of one sample is two plain matrix products,
+    which were never fused.
     """
     before = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
-    while before is not None and before.op_type != "MatMul":  # past the scale and the mask
+    while before is not None and before.op_type != "MatMul":  # skip the scale and the mask
         before = before.inputs[0].producer() if before.inputs[0] is not None else None
     queries = before.inputs[0] if before is not None else None
     shape = queries.shape if queries is not None else None
@@ -279,7 +278,7 @@ def _fusible(softmax: ir.Node, batch_one: bool) -> bool:
 
 
 def _is_attention(node: ir.Node) -> bool:
-    """Return whether a softmax stands between two matrix products, quantization apart."""
+    """Return whether a softmax is between two matrix products, ignoring quantization."""
     if node.op_type != "Softmax" or node.inputs[0] is None:
         return False
     before = node.inputs[0].producer()

@@ -1,8 +1,7 @@
 """Build an engine with its record from a graph, with TensorRT or TensorRT-RTX.
 
-Precision is never chosen here. The network is strongly typed: each operator computes in the type that the
-graph gives it, so that what was proved about the graph holds for the engine. What was built is counted
-afterwards and must be what the graph asks for.
+The precision is not chosen here. The network is strongly typed: each operator computes in the type of the graph, so
+that results about the graph hold for the engine. The kernels are counted afterwards and must match the graph.
 """
 
 from __future__ import annotations
@@ -45,24 +44,24 @@ def build_engine(
 ) -> BuildRecord:
     """Build an engine from a sampler graph into ``folder/model.engine`` and ``folder/build.json``.
 
-    The build runs in memory and the folder appears when it is done: one that is cut short leaves nothing.
+    The build runs in memory and the folder appears at the end; an interrupted build leaves no files.
 
     Args:
-        graph: A sampler graph of ours, any precision.
-        folder: Where the engine goes; an engine that is there is replaced.
-        options: How.
-        timing_cache: File that keeps measured kernel times between builds; TensorRT alone.
+        graph: A sampler graph of scm-export in any precision.
+        folder: Output folder; an existing engine is replaced.
+        options: Build options.
+        timing_cache: File of measured kernel times; TensorRT only.
         allow_mismatch: Keep an engine whose kernels are not in the graph's precision; the record says so.
-        progress: Called as the build goes on.
+        progress: Progress callback.
 
     Returns:
-        The record, as written.
+        The written record.
 
     Raises:
-        BackendUnavailable: If the library is absent or too old, or needs a GPU that is not here.
-        ConfigError: If the options do not fit the graph.
-        ExportError: If the graph cannot be read or built, or the kernels are not what the graph asks for.
-        IncompatibleEngineError: If TensorRT is asked for another GPU than this machine's.
+        BackendUnavailable: If the library is missing or too old, or needs a GPU that is missing.
+        ConfigError: If the options do not match the graph.
+        ExportError: If the graph cannot be read or built, or the kernels differ from the graph.
+        IncompatibleEngineError: If TensorRT is requested for another GPU than that of this machine.
     """
     library = load_flavor(options.flavor, purpose=f"building a {options.flavor} engine")
     model = read_model(graph)
@@ -113,14 +112,14 @@ def build_engine(
 
 
 def graph_digest(graph: Path) -> str:
-    """Return the sha256 of a graph with its weights' file, which decides what is built."""
+    """Return the sha256 of a graph including its external weights."""
     data = data_path_of(graph)
     parts = [sha256_file(graph)] + ([sha256_file(data)] if data.exists() else [])
     return parts[0] if len(parts) == 1 else sha256_bytes("".join(parts).encode())
 
 
 def _plain(value: object) -> Any:
-    """Return a value as JSON gives it back, so that a record equals itself after reading."""
+    """Return a value after a JSON round trip, so that a record equals itself after reading."""
     return msgspec.json.decode(msgspec.json.encode(value))
 
 
@@ -136,7 +135,7 @@ def _identity(model: ir.Model, graph: Path) -> tuple[SamplerSpec, Precision]:
 
 
 def _check_gpu(options: EngineOptions) -> str:
-    """Return the name of the GPU that the engine is tuned on; "" ahead of time."""
+    """Return the name of the GPU of the build; "" ahead of time."""
     if options.flavor == "tensorrt_rtx":
         return ""
     gpu = current_gpu()
@@ -152,12 +151,12 @@ def _check_gpu(options: EngineOptions) -> str:
 def _census(
     library: Any, build: Build, model: ir.Model, engine: memoryview
 ) -> tuple[Census | None, Census, list[str], list[str]]:
-    """Return what was built, what was planned, how the two differ, and what could not be seen."""
+    """Return the census, the plan, their differences, and the parts that the log does not show."""
     planned, _, _ = planned_census(model, batch_one=build.options.batch[2] == 1)
     census = take_census(model, build.log.kernels)
     tensorrt = build.options.flavor == "tensorrt"
-    if census is None and tensorrt:  # on the GPU the engine itself can be asked
-        runtime = library.Runtime(build.log)  # an engine does not keep its runtime
+    if census is None and tensorrt:  # with a GPU the engine can be inspected
+        runtime = library.Runtime(build.log)  # an engine does not hold a reference to its runtime
         loaded = runtime.deserialize_cuda_engine(engine)
         if loaded is not None:
             inspector = loaded.create_engine_inspector()

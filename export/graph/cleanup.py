@@ -1,8 +1,7 @@
 """Graph passes that simplify the exporter's graph.
 
-Each works in place, returns its argument so that calls chain, and says what it requires and
-ensures. ``clean`` runs them, and those of ``naming`` and ``pixel_norm``, in the one order
-that meets every requirement.
+Each pass works in place, returns its argument so that calls chain, and documents what it requires and ensures.
+``clean`` runs them, and those of ``naming`` and ``pixel_norm``, in an order that meets every requirement.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 SMALL_TENSOR = 1024
-"""Bytes. Shapes and axes are not larger."""
+"""Maximum size of shapes and axes, bytes."""
 
 
 def name_batch(model: ir.Model) -> ir.Model:
@@ -53,8 +52,8 @@ def name_batch(model: ir.Model) -> ir.Model:
 def infer_shapes(model: ir.Model) -> ir.Model:
     """Find the type and shape of every value, the batch its only symbol.
 
-    ONNX's own inference runs for two batch sizes and the results are compared. That finds more than
-    one run with a symbol, which loses it at a Reshape.
+    ONNX shape inference runs for two batch sizes and the results are compared, because inference with a symbolic batch
+    loses the symbol at a Reshape.
 
     Requires: ``name_batch``.
     Ensures: each dimension is a number, ``"batch"`` or, for example, ``"4*batch"``.
@@ -84,7 +83,7 @@ def infer_shapes(model: ir.Model) -> ir.Model:
 
 
 def _inferred(graph: ir.Graph, batch: int) -> dict[str, tuple[int, list[int | None]]]:
-    """Return type and shape of what ONNX's inference finds for one batch size, by name."""
+    """Return the inferred types and shapes for one batch size, by name."""
     import onnx
     import onnx_ir as ir
 
@@ -95,7 +94,7 @@ def _inferred(graph: ir.Graph, batch: int) -> dict[str, tuple[int, list[int | No
 
     inputs, initializers = [declare(value) for value in graph.inputs], []
     for value in graph.initializers.values():
-        # Inference reads small tensors (shapes, axes); of weights it needs the shape alone.
+        # Inference reads small tensors (shapes, axes); of weights it needs only the shape.
         if value.const_value is not None and value.const_value.nbytes <= SMALL_TENSOR:
             initializers.append(onnx.numpy_helper.from_array(value.const_value.numpy(), value.name))
         else:
@@ -131,21 +130,21 @@ def _not_inferred(node: ir.Node, value: ir.Value) -> UnsupportedGraphError:
 
 
 SMALL_CONSTANT = 1 << 20
-"""Bytes. A folded constant up to this size may be stored beside the weight that it was made from."""
+"""Maximum size of a folded constant that is stored in addition to its source weight, bytes."""
 GUIDANCE_INPUT = "guidance_scale"
 _TIME_FUNCTIONS = {"Sin", "Cos"}
 
 
 MOST_PARTS = 7
-"""Outputs of a Split. WebGPU guarantees a kernel 8 storage buffers, and the input takes one; onnxruntime-web 1.30 binds
-each output to one of its own and refuses more."""
+"""Maximum number of outputs of a Split. WebGPU guarantees 8 storage buffers per kernel, one for the input;
+onnxruntime-web 1.30 binds each output to a separate buffer and refuses more."""
 
 
 def narrow_splits(model: ir.Model) -> ir.Model:
     """Replace each Split of many outputs by a tree of Splits of at most ``MOST_PARTS``.
 
     Requires: ``infer_shapes``.
-    Ensures: no Split has more outputs, and values keep their names. One along the batch stays.
+    Ensures: no Split has more outputs, except along the batch axis; values keep their names.
     """
     for node in [node for node in model.graph if node.op_type == "Split" and len(node.outputs) > MOST_PARTS]:
         value, shapes = node.inputs[0], [output.shape for output in node.outputs]
@@ -172,11 +171,11 @@ def narrow_splits(model: ir.Model) -> ir.Model:
 def _split(
     graph: ir.Graph, wide: ir.Node, value: ir.Value, axis: int, parts: list[tuple[ir.Value, int]], place: str
 ) -> dict[ir.Value, ir.Value]:
-    """Put the Splits that cut a value into parts before a wide one; return what replaces each output of it."""
+    """Insert Splits of ``MOST_PARTS`` before a wide Split; return the replacements of its outputs."""
     import numpy as np
     import onnx_ir as ir
 
-    group = 1  # parts in each output of this Split
+    group = 1  # number of parts in each output of this Split
     while len(parts) > group * MOST_PARTS:
         group *= MOST_PARTS
     groups = [parts[i : i + group] for i in range(0, len(parts), group)]
@@ -210,12 +209,12 @@ class _Documented(Protocol):
 
 
 def clean(model: ir.Model, *, root: str = "") -> ir.Model:
-    """Run every pass of this file on a network as torch's exporter wrote it.
+    """Run every pass of this module on a network from torch's exporter.
 
     Args:
         model: The network.
-        root: Name of the attribute of the traced module that holds the network; it is cut off
-            the front of all names, so that weights are called as in the checkpoint.
+        root: Attribute of the traced module that holds the network; it is removed from all names, so that weights
+            have their names in the checkpoint.
 
     Raises:
         UnsupportedGraphError: If the graph holds subgraphs, foreign operators or random numbers.
@@ -254,10 +253,10 @@ def require_plain(model: ir.Model) -> ir.Model:
 
 
 def fold_constants(model: ir.Model) -> ir.Model:
-    """Compute what depends on weights alone, such as normalized weights, and store the result.
+    """Compute values that depend only on weights, such as normalized weights, and store the result.
 
-    Ensures: no large weight is stored twice: a result above ``SMALL_CONSTANT`` bytes is kept as
-    nodes if one of the weights it is made from is needed elsewhere too.
+    Ensures: no large weight is stored twice: a result above ``SMALL_CONSTANT`` bytes stays as nodes if one of its
+    source weights is also used elsewhere.
     """
     graph = model.graph
     classes = classify(graph)
@@ -277,10 +276,9 @@ def fold_constants(model: ir.Model) -> ir.Model:
 
 
 def static_reshapes(model: ir.Model) -> ir.Model:
-    """Give every Reshape a constant target shape, -1 standing for the axis that holds the batch.
+    """Give every Reshape a constant target shape, with -1 for the axis of the batch.
 
-    The exporter computes targets from the shapes of other tensors; engines and quantizers see
-    more with constants.
+    The exporter computes targets from shapes of other tensors; engines and quantizers optimize constants better.
 
     Requires: ``infer_shapes``.
     """
@@ -318,7 +316,7 @@ def drop_unused(model: ir.Model) -> ir.Model:
 
 
 def strip_metadata(model: ir.Model) -> ir.Model:
-    """Remove all metadata and doc strings; the exporter's hold source paths of the machine.
+    """Remove all metadata and doc strings, which hold source paths of the exporting machine.
 
     Ensures: empty ``metadata_props`` and no ``doc_string`` on the model, graph, nodes and values.
     """
@@ -336,10 +334,10 @@ def strip_metadata(model: ir.Model) -> ir.Model:
 
 
 def check_time_folded(model: ir.Model) -> ir.Model:
-    """Check that no trigonometry is left but the guidance scale's: the rest is of the time, and times are constants.
+    """Check that the only remaining trigonometry is that of the guidance scale, because times are constants.
 
     Raises:
-        UnsupportedGraphError: If another Sin or Cos node is left; it names the node.
+        UnsupportedGraphError: If another Sin or Cos node remains; it names the node.
     """
     foreign = {value for value in model.graph.inputs if value.name != GUIDANCE_INPUT}
     for node in model.graph:

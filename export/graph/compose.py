@@ -1,18 +1,17 @@
 """Compose the N-step sampler as one ONNX graph around a network that was exported once.
 
-Every step holds a copy of the network's nodes, all copies share the weights, and what depends on
-the time alone is computed here and stored: each step has a fixed time. So is what depends on the time and one of a few
-labels, as a table. Around the network goes the
-sampler's algebra, float32 with constants computed in float64:
+Every step has a copy of the network's nodes, and all copies share the weights. Each step has a fixed time, so values
+that depend only on the time are computed here and stored; values that depend on the time and one of a few labels are
+stored as a table. Around the network is the algebra of the sampler, float32 with constants computed in float64:
 
     x_t   = cos(t) x0 + sin(t) sigma_data noise          (no x0 in the first step)
     F     = network(x_t / sigma_data, t, class_labels)
     x0    = cos(t) x_t - sin(t) sigma_data F
     noise = sin(t) / sigma_data x_t + cos(t) F           (of the next step; only if ``renoise`` is ``ode``)
 
-and behind the last step the decoder, where a latent model has one and pixels are asked for.
+and after the last step the decoder of a latent model, if pixels are requested.
 
-Names say where things are: values ``step0/x_t``, ``step0/network_input``, ``step0/F``, ``step0/x0``
+Names are structured: values ``step0/x_t``, ``step0/network_input``, ``step0/F``, ``step0/x0``
 (the last ``x0`` is the output, ``images``), nodes ``step0/sampler/...`` for the algebra and
 ``step0/<module path>/<operator>`` for the network.
 
@@ -40,9 +39,9 @@ if TYPE_CHECKING:
     from .network import NetworkGraph
 
 SPEC_KEY = "scm_spec"
-"""Key of the graph's metadata under which the spec lies as JSON."""
+"""Metadata key of the graph for the JSON of its spec."""
 IR_VERSION = 10
-"""File format of opset 20's time; read by ONNX Runtime 1.18 and later."""
+"""IR version of opset 20; read by ONNX Runtime 1.18 and later."""
 _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"}
 
 
@@ -50,15 +49,15 @@ def compose_sampler(network: NetworkGraph, spec: SamplerSpec) -> ir.Model:
     """Unroll a network over the times of a spec.
 
     Args:
-        network: What ``export_network`` returned; it is not changed and may be composed again.
-        spec: The sampler. Its inputs become the graph's.
+        network: Result of ``export_network``; it is not changed and may be composed again.
+        spec: The sampler, which defines the inputs of the graph.
 
     Returns:
         A model with inputs ``spec.inputs`` and one output ``spec.output_name``, batch dimension
         ``"batch"``, every value with type and shape. It shares the network's weights in memory.
 
     Raises:
-        ConfigError: If the spec does not fit the network.
+        ConfigError: If the spec does not match the network.
         UnsupportedGraphError: If the time branch cannot be made constant; it names the node.
     """
     import onnx_ir as ir
@@ -78,7 +77,7 @@ def compose_sampler(network: NetworkGraph, spec: SamplerSpec) -> ir.Model:
         list(unroller.inputs.values()),
         [x0],
         nodes=unroller.nodes,
-        # What of the time ends before the network's nodes begin is computed, but nobody reads it.
+        # Time constants that no node of the network reads are computed but unused.
         initializers=[value for value in unroller.initializers.values() if value.uses()],
         opset_imports={"": network.model.opset_imports[""]},
         name="sampler",
@@ -112,7 +111,7 @@ def _check_fits(network: NetworkGraph, spec: SamplerSpec) -> None:
 
 
 class _Unroller:
-    """Collects the sampler's inputs, nodes and stored tensors, step after step."""
+    """Collects the inputs, nodes and stored tensors of the sampler step by step."""
 
     def __init__(self, network: NetworkGraph, spec: SamplerSpec) -> None:
         import onnx_ir as ir
@@ -132,7 +131,7 @@ class _Unroller:
         )
 
     def add_step(self, step: int, x0: ir.Value | None) -> ir.Value:
-        """Append one denoising step at ``spec.times[step]``: the last estimate in, the next out."""
+        """Append one denoising step at ``spec.times[step]``: maps the last estimate to the next."""
         import numpy as np
 
         t, sigma_data = self.spec.times[step], self.spec.sigma_data
@@ -166,7 +165,7 @@ class _Unroller:
             for value in self.source.inputs
             if value.name != TIME_INPUT
         }
-        narrow: set[ir.Value] = set()  # one row that stands for the whole batch
+        narrow: set[ir.Value] = set()  # one row for the whole batch
         for value, constant in zip(
             self.border, time_constants(self.source, self.border, self.spec.times[step]), strict=True
         ):
@@ -203,7 +202,7 @@ class _Unroller:
         return copies[self.output]
 
     def _add_labels(self, step: int) -> dict[ir.Value, ir.Value]:
-        """Read one row of the step's table for each sample; return the values of the label's branch that it holds."""
+        """Read one row of the step's table per sample; return the values of the label branch in it."""
         import numpy as np
         import onnx_ir as ir
 
@@ -211,7 +210,7 @@ class _Unroller:
             return {}
         name, border = f"step{step}/labels", self.labeled.border
         found = self.labeled.rows(self.source, self.spec.times[step])
-        alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # they lie side by side as they are
+        alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # already contiguous
         laid = found if alike else [rows.reshape(len(rows), -1) for rows in found]
         rows_of_all = np.concatenate(laid, axis=1)
         table = self._constant(f"{name}/table", rows_of_all)
@@ -237,7 +236,7 @@ class _Unroller:
         return copies
 
     def _weight(self, value: ir.Value) -> ir.Value:
-        """Return the one copy of a weight that all steps share."""
+        """Return the shared copy of a weight."""
         import onnx_ir as ir
 
         name = value.name or ""
@@ -259,7 +258,7 @@ class _Unroller:
         return self._apply(step, "Mul", name, value, scalar)
 
     def _apply(self, step: int, op_type: str, name: str, *inputs: ir.Value) -> ir.Value:
-        """Append one node of the sampler's algebra, whose output looks like a sample."""
+        """Append one node of the sampler's algebra with the shape of a sample."""
         import onnx_ir as ir
 
         shape = ir.Shape([BATCH_DIM, *self.spec.sample_shape])

@@ -1,6 +1,6 @@
-"""Export the decoder of a latent model: the last stage of a sampler graph, or a graph of its own.
+"""Export the decoder of a latent model: the last stage of a sampler graph, or a separate graph.
 
-Names say what belongs to it: nodes ``decoder/<module path>/<operator>``, weights ``decoder.<name in the state dict>``.
+Names: nodes ``decoder/<module path>/<operator>``, weights ``decoder.<name in the state dict>``.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def export_decoder(decoder: Decoder, sample_shape: tuple[int, ...]) -> ir.Model:
     """Export a decoder, float32, opset 20, any batch size.
 
     Args:
-        decoder: In evaluation mode, float32.
+        decoder: A float32 decoder in evaluation mode.
         sample_shape: Shape of one sample of latents, without the batch axis.
 
     Returns:
-        A model with input ``latents``, what a sampler of latents returns, and output ``images``.
+        A model with input ``latents``, the output of a latent sampler, and output ``images``.
 
     Raises:
         ExportError: If it cannot be exported; the message names the operator and the line where known.
-        ShapeError: If its output is not what it says.
+        ShapeError: If its output differs from its config.
     """
     import torch
 
@@ -50,7 +50,7 @@ def export_decoder(decoder: Decoder, sample_shape: tuple[int, ...]) -> ir.Model:
 
 
 def write_decoder(decoder: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> GraphReport:
-    """Write a decoder as a graph of its own, for samplers that end with latents.
+    """Write a decoder as a separate graph, for samplers that end with latents.
 
     Raises:
         ScmError: As ``write_model`` does.
@@ -72,8 +72,8 @@ def decoder_stage(decoder: ir.Model, x_0: ir.Value) -> tuple[ir.Value, list[ir.N
     """Return the decoder's output for a value of another graph, its nodes, and its weights, shared in memory.
 
     Args:
-        decoder: What ``export_decoder`` returned; it is not changed.
-        x_0: What a sampler of latents returns, (batch, *sample_shape) float32.
+        decoder: Result of ``export_decoder``; it is not changed.
+        x_0: Output of a latent sampler, ``(batch, *sample_shape)`` float32.
     """
     import onnx_ir as ir
 
@@ -97,7 +97,7 @@ def decoder_stage(decoder: ir.Model, x_0: ir.Value) -> tuple[ir.Value, list[ir.N
 
 
 def _prefix(model: ir.Model) -> None:
-    """Put the decoder's name in front of everything that a sampler graph will hold of it."""
+    """Prefix the names of the decoder for a sampler graph."""
     graph = model.graph
     for node in graph:
         node.name = f"{ROOT}/{node.name}"

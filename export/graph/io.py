@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EXTERNAL_DATA_ABOVE = 100 * 2**20
-"""Default of ``external_data_above``, bytes. Protobuf ends at 2 GiB, but a graph with its weights
-inside is copied several times while it is parsed; weights in a file of their own are memory-mapped.
-100 MiB is also the largest file that common Git hosts take."""
+"""Default of ``external_data_above``, bytes. Protobuf is limited to 2 GiB, but a graph with its weights
+inside is copied several times while it is parsed; external weights are memory-mapped.
+100 MiB is also the largest file of common Git hosts."""
 _LARGEST_GRAPH = 2**31 - 2**26
-"""Protobuf's limit of 2 GiB, less room for the nodes."""
+"""Protobuf's limit of 2 GiB, minus space for the nodes."""
 _INLINE_BYTES = 1024
-"""Tensors up to this size stay in the graph whatever they are."""
+"""Tensors up to this size always stay in the graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphReport:
-    """What was written.
+    """Report of a written graph.
 
     Attributes:
         path: The graph.
-        bytes: Its size.
+        bytes: Size of the graph file.
         sha256: Digest of the graph file.
-        data_path: The weights' own file, or None if they are in the graph.
-        data_bytes: Size of that file; 0 if there is none.
-        data_sha256: Its digest; empty if there is none.
+        data_path: The file of external weights, or None if they are in the graph.
+        data_bytes: Size of this file; 0 if there is none.
+        data_sha256: Digest of this file; empty if there is none.
         opset: ONNX opset.
         num_nodes: Nodes of the graph.
         num_initializers: Stored tensors.
         num_parameters: Elements of all stored tensors.
-        seconds: Wall time of each stage that led here.
+        seconds: Wall time of each stage.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class GraphReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def moved(self, path: Path) -> GraphReport:
-        """Return the report of the same files under their final name."""
+        """Return the report with the final path of the files."""
         return replace(self, path=path, data_path=None if self.data_path is None else data_path_of(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,14 +66,14 @@ class GraphReport:
 
 
 def data_path_of(path: Path) -> Path:
-    """Return where the weights of the graph at ``path`` lie when they are not inside: ``<path>_data``."""
+    """Return the path of the external weights of the graph at ``path``: ``<path>_data``."""
     return path.with_name(path.name + "_data")
 
 
 def save_apart(model: ir.Model, path: Path) -> None:
     """Write a graph with its weights in ``data_path_of(path)``, unchecked.
 
-    Shapes, axes and the sizes of a Split are read before the data file is: every int64 tensor stays in the graph.
+    int64 tensors stay in the graph, because shapes, axes and Split sizes are read before the data file.
     """
     import onnx_ir as ir
 
@@ -87,12 +87,11 @@ def read_model(path: Path) -> ir.Model:
     """Read a graph; its weights stay on disk until they are used.
 
     Args:
-        path: A graph that ``write_model`` wrote, or any other ONNX file; weights in files of their own
-            must lie beside it.
+        path: A graph that ``write_model`` wrote, or any other ONNX file; external weights must be in its folder.
 
     Raises:
         BackendUnavailable: If onnx_ir is not installed.
-        ExportError: If the file is missing or is no ONNX graph.
+        ExportError: If the file is missing or not an ONNX graph.
     """
     require("onnx_ir", extra="export", purpose="reading ONNX graphs")
     import onnx_ir as ir
@@ -101,7 +100,7 @@ def read_model(path: Path) -> ir.Model:
         return ir.load(path)
     except OSError as exc:
         raise ExportError(f"{path} cannot be read: {exc.strerror or exc}. Expected an ONNX graph.") from exc
-    except Exception as exc:  # protobuf's and onnx_ir's own, which share no base class
+    except Exception as exc:  # errors of protobuf and onnx_ir have no common base class
         raise ExportError(
             f"{path} is no ONNX graph: {exc}. Expected what scm-export onnx writes; export it again."
         ) from exc
@@ -110,19 +109,19 @@ def read_model(path: Path) -> ir.Model:
 def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> GraphReport:
     """Check a model and write it, with its weights in ``<path>_data`` if they are large.
 
-    Both files are written and checked under temporary names before the first replaces an old one,
-    and an old pair is restored if the second cannot follow. Only a power cut between the two
-    renames can leave a new data file beside an old graph; their sha256 tell.
+    Both files are written and checked under temporary names before they replace old ones, and the old data file is
+    restored if the second rename fails. Only a power loss between the two renames can leave a new data file with an old
+    graph; their sha256 show it.
 
     Args:
-        model: It is not changed. The same model gives the same bytes.
-        path: The file, for example ``model.onnx``; missing folders are made.
-        external_data_above: Weights of more bytes than this in all get a file of their own.
+        model: The model; it is not changed. The same model gives the same bytes.
+        path: The file, for example ``model.onnx``; missing folders are created.
+        external_data_above: Total size of weights, bytes, above which they are external.
 
     Raises:
-        ConfigError: If ``external_data_above`` is more than a graph file can hold.
-        UnsupportedGraphError: If ``onnx.checker`` finds the model at fault, or no reader would open it.
-        ExportError: If the files cannot be written. Nothing is left behind.
+        ConfigError: If ``external_data_above`` exceeds the limit of a graph file.
+        UnsupportedGraphError: If ``onnx.checker`` or the checks of opening refuse the model.
+        ExportError: If the files cannot be written. No files remain.
     """
     if external_data_above > _LARGEST_GRAPH:
         raise ConfigError(
@@ -149,10 +148,10 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTER
 
 
 def read_report(path: Path) -> GraphReport:
-    """Return the report of a graph that ``write_model`` wrote; without the time that it took.
+    """Return the report of a graph that ``write_model`` wrote, without ``seconds``.
 
     Raises:
-        ExportError: If the file is missing or is no ONNX graph.
+        ExportError: If the file is missing or not an ONNX graph.
     """
     return _report(read_model(path), path)
 
@@ -181,13 +180,13 @@ def _save(model: ir.Model, path: Path, *, external: bool) -> None:
     if external:
         save_apart(model, path)
     else:
-        # Weights that were read from another graph's file still point there; here they go into the graph.
+        # Weights read from the file of another graph still refer to it; they are stored in the new graph.
         ir.external_data.load_to_model(model)
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
 def _check(path: Path) -> None:
-    """Run the checker of onnx, shape inference included, and what opening will check, on a file and its weights."""
+    """Run onnx.checker with shape inference and the checks of opening on a file and its weights."""
     import onnx
 
     data = data_path_of(path)
@@ -217,7 +216,7 @@ def _publish(folder: Path, path: Path) -> None:
         if new_data.exists():
             os.replace(new_data, data_path)
         os.replace(folder / path.name, path)
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # also KeyboardInterrupt
         data_path.unlink(missing_ok=True)
         if old_data.exists():
             os.replace(old_data, data_path)

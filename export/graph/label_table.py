@@ -1,7 +1,7 @@
-"""Replace the branch of a network that depends on the label alone by a table with one row for each class.
+"""Replace the label branch of a network by a table with one row per class.
 
-At a fixed time that branch has as many outcomes as there are classes. For few of them they are computed once and
-stored: a step then reads one row where it had a chain of small matrix products, which is what a small batch waits for.
+At a fixed time this branch has as many results as there are classes. For few classes they are computed once and stored:
+a step then reads one row instead of a chain of small matrix products, which dominates the time of a small batch.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LABEL_INPUT = "class_labels"
-"""Name of the labels' input, (batch,)."""
+"""Name of the label input, (batch,)."""
 MAX_CLASSES = 32
-"""More classes keep their branch. Validation looks at as many seeds with labels in turn, so it sees each row."""
+"""Maximum number of classes for a table. Validation cycles the labels over as many seeds, so it checks each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelBranch:
-    """What can become a table.
+    """A label branch.
 
     Attributes:
         border: Values of the branch that the rest of the network reads, (batch, ...) each.
-        num_classes: Rows.
+        num_classes: Number of rows of the table.
     """
 
     border: tuple[ir.Value, ...]
@@ -41,7 +41,7 @@ class LabelBranch:
         """Return each border value for each class at a time, (num_classes, ...).
 
         Raises:
-            UnsupportedGraphError: If a sample's row depends on the labels of others; it names the value.
+            UnsupportedGraphError: If a row depends on the labels of other samples; it names the value.
         """
         import numpy as np
 
@@ -62,9 +62,9 @@ class LabelBranch:
 def label_branch(
     graph: ir.Graph, classes: Mapping[ir.Value, Depends], *, num_classes: int, num_steps: int
 ) -> LabelBranch | None:
-    """Return the branch of a network's graph that is worth a table for each step, or None.
+    """Return the label branch of a network's graph if tables are worthwhile, or None.
 
-    It is where there are few classes and the tables take no more room than the weights that they replace.
+    They are if there are few classes and the tables are not larger than the replaced weights.
     """
     label = next((value for value in graph.inputs if value.name == LABEL_INPUT), None)
     if label is None or not 0 < num_classes <= MAX_CLASSES:
@@ -89,7 +89,7 @@ def _is_rows(value: ir.Value) -> bool:
 
 
 def _freed(graph: ir.Graph, branch: Container[ir.Value]) -> int:
-    """Return how many numbers of weights only the branch reads."""
+    """Return the number of weight elements that only the branch reads."""
     return sum(
         _size(weight)
         for weight in graph.initializers.values()
@@ -98,5 +98,5 @@ def _freed(graph: ir.Graph, branch: Container[ir.Value]) -> int:
 
 
 def _size(value: ir.Value) -> int:
-    """Return how many numbers a value holds, for each sample where it has an axis of them."""
+    """Return the number of elements of a value, per sample if it has a batch axis."""
     return math.prod(d for d in value.shape or () if isinstance(d, int))

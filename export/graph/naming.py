@@ -1,4 +1,4 @@
-"""Stable, readable names for nodes and values, taken from the modules of the network."""
+"""Stable, readable names for nodes and values, from the modules of the network."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
 def name_by_module(model: ir.Model, *, root: str = "") -> ir.Model:
-    """Name nodes and values after the module of the network that they come from.
+    """Name nodes and values after their module of the network.
 
-    A node is called ``<module path>/<operator>`` with ``_1``, ``_2``, ... where that is not unique,
+    A node is named ``<module path>/<operator>``, with ``_1``, ``_2``, ... if that is not unique,
     its output the same with ``.out`` (``.out0``, ``.out1``, ... if several), a constant after the
-    first input it feeds: ``<node>.in1``. Weights keep their name in the state dict. Names depend on
-    the network alone, not on the exporter's counters: precision plans may refer to them.
+    first input it feeds: ``<node>.in1``. Weights keep their name in the state dict. Names depend only
+    on the network, not on counters of the exporter, so that precision plans can refer to them.
 
     Requires: the exporter's node metadata, so ``strip_metadata`` comes later.
     Ensures: unique names; inputs and outputs of the graph keep theirs.
@@ -50,7 +50,9 @@ def name_by_module(model: ir.Model, *, root: str = "") -> ir.Model:
     for node, name in node_names.items():
         node.name = name
     renamed = {v: n for v, n in names.items() if v.name not in fixed}
-    for i, value in enumerate(renamed):  # first out of the way: an old name may be another's new one
+    for i, value in enumerate(
+        renamed
+    ):  # temporary names first, because an old name may be the new name of another value
         value.name = f"\0{i}"
     for value, name in renamed.items():
         value.name = name
@@ -62,7 +64,7 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _scope(node: ir.Node) -> str:
-    """Return the dotted path of the module that a node comes from; rewritten nodes ask their producer."""
+    """Return the dotted module path of a node; a rewritten node uses that of its producer."""
     if text := node.metadata_props.get(_SCOPES):
         scopes = [s for s in ast.literal_eval(text)[:-1] if not s.startswith("_empty")]
         return str(scopes[-1]) if scopes else ""
@@ -71,7 +73,7 @@ def _scope(node: ir.Node) -> str:
 
 
 def source_line(node: ir.Node) -> str:
-    """Return where in the network a node comes from, as the end of a message; empty if unknown.
+    """Return the source line of a node as the end of a message; empty if unknown.
 
     Requires: the exporter's node metadata.
     """

@@ -47,20 +47,20 @@ __all__ = [
 ]
 
 Progress = Callable[[str], object]
-"""Called with a few words for each stage as it begins."""
+"""Called with a short text for each stage when it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkGraph:
-    """A network ``F(x, t, conditioning)`` as a clean ONNX graph, from which samplers are composed.
+    """A network ``F(x, t, conditioning)`` as a clean ONNX graph, for composing samplers.
 
     Attributes:
-        model: Inputs ``x`` (batch, *sample_shape), ``t`` (1,) and the conditioning, output ``F``.
-            It shares the weights' memory with the torch model: write before training goes on.
-        spec: A sampler of the model; samplers composed from this must agree with it.
-        versions: What goes into the file's metadata beside the spec.
-        num_nodes_exported: Nodes before cleaning.
-        decoder: The last stage of samplers that return pixels of a latent model; see ``decode.export_decoder``.
+        model: Inputs ``x`` ``(batch, *sample_shape)``, ``t`` (1,) and the conditioning, output ``F``. It shares memory
+            with the weights of the torch model: write it before training continues.
+        spec: A sampler of the model; composed samplers must be consistent with it.
+        versions: Further metadata of the file.
+        num_nodes_exported: Nodes before cleanup.
+        decoder: Last stage of samplers that return pixels of a latent model; see ``decoder.export_decoder``.
         seconds: Wall time of the stages ``trace``, ``translate``, ``clean`` and ``decoder``.
     """
 
@@ -73,7 +73,7 @@ class NetworkGraph:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes after cleaning."""
+        """Nodes after cleanup."""
         return self.model.graph.num_nodes()
 
 
@@ -83,14 +83,14 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
     Takes seconds for a small U-Net, a minute or more for a large one.
 
     Args:
-        model: In evaluation mode, float32. Weights that are normalized when they are used are stored as they come out;
-            ``bake_weights_`` of ``model.networks.magnitude`` beforehand spares the memory of a copy.
+        model: A float32 model in evaluation mode. Weights that are normalized on use are stored in normalized form;
+            calling ``bake_weights_`` of ``model.networks.magnitude`` first avoids a copy.
         progress: Called with a few words for each stage as it begins.
 
     Raises:
         ExportError: If the model is in training mode or not float32, or if the network cannot be
             exported; the message names the operator and the line of the network where known.
-        ShapeError: If the network's output does not look like its input.
+        ShapeError: If the output of the network differs in shape or dtype from its input.
         UnsupportedGraphError: If the graph holds control flow, random numbers or foreign operators.
         BackendUnavailable: If torch, onnx, onnx_ir or onnxscript is not installed.
     """
@@ -162,12 +162,12 @@ def export_samplers(
     external_data_above: int = EXTERNAL_DATA_ABOVE,
     progress: Progress | None = None,
 ) -> tuple[GraphReport, ...]:
-    """Write samplers of one model as ``folder/<n>step/model.onnx`` for the price of one export.
+    """Write samplers of one model as ``folder/<n>step/model.onnx`` with a single export of the network.
 
     Args:
         model: In evaluation mode, float32.
-        specs: One for each number of steps.
-        folder: In a bundle ``onnx/fp32``; made when absent.
+        specs: One spec per number of steps.
+        folder: ``onnx/fp32`` in a bundle; created if missing.
         external_data_above: See ``write_model``.
         progress: Called with a few words for each stage as it begins.
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def stored(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Return the initializer of a name, made from an array if the graph has none yet: all steps share it."""
+    """Return the initializer with a name, created from an array if missing; all steps share it."""
     import onnx_ir as ir
 
     if name not in graph.initializers:
@@ -20,7 +20,7 @@ def stored(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def scalar_of(value: ir.Value | None) -> float | None:
-    """Return the one number that a stored tensor holds, None for anything else."""
+    """Return the value of a stored scalar, None for other values."""
     constant = None if value is None else value.const_value
     return None if constant is None or constant.size != 1 else float(constant.numpy().reshape(-1)[0])
 
@@ -35,7 +35,7 @@ def put_before(
     *,
     shape: ir.Shape | None = None,
 ) -> ir.Value:
-    """Put a node of one float32 output, ``<name>.out``, before another one, and return that output."""
+    """Insert a node with one float32 output, ``<name>.out``, before another node, and return the output."""
     import onnx_ir as ir
 
     out = ir.Value(name=f"{name}.out", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))

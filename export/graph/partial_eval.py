@@ -1,14 +1,14 @@
 """Partial evaluation of a network's graph: constants, batch size, time.
 
-Every value of a graph falls in one of four classes, each holding what depends on nothing more than
+Every value of a graph is in one of four classes, by the inputs it depends on:
 
 * ``CONSTANT``  weights and literals,
-* ``BATCH``     also the batch size, read off the shape of a tensor,
+* ``BATCH``     also the batch size, read from the shape of a tensor,
 * ``TIME``      also the time ``t``, one number for the whole batch,
 * ``DATA``      anything else: the samples, the labels.
 
-Nothing above ``DATA`` has to be computed when the graph runs. ``graph.cleanup`` and
-``graph.compose`` ask here what a value is and what it holds.
+Only ``DATA`` must be computed when the graph runs. ``graph.cleanup`` and ``graph.compose`` use this module to classify
+and evaluate values.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 BATCH_DIM = "batch"
-"""Name of the one symbolic dimension, axis 0 of every input."""
+"""Name of the only symbolic dimension, axis 0 of every input."""
 TIME_INPUT = "t"
 """Name of the network's time input, (1,)."""
 
 
 ROUNDING = 1e-5
-"""Share of a value's largest element by which a matrix product may differ between two batch sizes."""
+"""Tolerance of a matrix product between two batch sizes, relative to the largest element."""
 
 
 class Depends(IntEnum):
-    """What a value depends on; a larger member includes the smaller ones."""
+    """Dependencies of a value; a larger member includes the smaller ones."""
 
     CONSTANT = 0
     BATCH = 1
@@ -48,7 +48,7 @@ def classify(graph: ir.Graph) -> dict[ir.Value, Depends]:
     Requires: nodes in topological order, no subgraphs, the batch dimension called ``"batch"``.
 
     Raises:
-        UnsupportedGraphError: If a node draws random numbers: its output would be no constant.
+        UnsupportedGraphError: If a node draws random numbers, because its output is not constant.
     """
     classes: dict[ir.Value, Depends] = dict.fromkeys(graph.initializers.values(), Depends.CONSTANT)
     for value in graph.inputs:
@@ -68,7 +68,7 @@ def classify(graph: ir.Graph) -> dict[ir.Value, Depends]:
 
 
 def needed(values: Iterable[ir.Value], *, stop: Mapping[ir.Value, Any]) -> list[ir.Node]:
-    """Return the nodes that ``values`` need, in graph order, not looking behind those in ``stop``."""
+    """Return the nodes that compute ``values``, in graph order, without those before ``stop``."""
     wanted: set[ir.Node] = set()
     todo = [v for v in values if v not in stop]
     while todo:
@@ -91,20 +91,20 @@ def evaluate(
     t: float | None = None,
     given: Mapping[str, np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Compute ``values``, none of which depends on more ``DATA`` than is given, with numpy.
+    """Compute ``values`` with numpy; they must not depend on ``DATA`` other than ``given``.
 
     Args:
-        graph: Where they are.
-        values: What to compute.
+        graph: The graph.
+        values: Values to compute.
         batch: The batch size that shapes report.
         t: The time, radians; None if no value is ``TIME``.
-        given: Inputs of the graph by name, axis 0 as long as ``batch``.
+        given: Inputs of the graph by name; axis 0 has length ``batch``.
 
     Returns:
-        One array for each value.
+        One array per value.
 
     Raises:
-        UnsupportedGraphError: If onnx has no numpy version of an operator on the way.
+        UnsupportedGraphError: If onnx.reference does not support an operator.
     """
     import numpy as np
     import onnx
@@ -131,7 +131,7 @@ def evaluate(
         [onnx.helper.make_empty_tensor_value_info(v.name or "") for v in dict.fromkeys(values) if v not in feeds],
     )
     try:
-        # Weights go in as feeds, not as initializers: that copies none of them.
+        # Weights are feeds, not initializers, to avoid copies.
         runner = ReferenceEvaluator(proto, opsets=dict(graph.opset_imports))
         arrays = runner.run(None, {v.name or "": array for v, array in feeds.items()})
     except Exception as exc:  # onnx.reference raises many unrelated types
@@ -149,7 +149,7 @@ def _inputs_of(nodes: list[ir.Node]) -> Iterator[ir.Value]:
 
 
 def _known_shape(node: ir.Node) -> list[int | str] | None:
-    """Return what a Shape node yields, ``"batch"`` standing for the batch size; None if it is unknown."""
+    """Return the output of a Shape node, with ``"batch"`` for the batch size; None if it is unknown."""
     if node.op_type != "Shape" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
         return None
     start = node.attributes.get("start")
@@ -169,8 +169,8 @@ class TimeConstant(NamedTuple):
     """One value of the time branch at a fixed time.
 
     Attributes:
-        array: What it holds; with ``per_sample``, for one sample: axis 0 is 1.
-        per_sample: Whether the value has one such row for each sample.
+        array: The value; with ``per_sample`` that of one sample, with axis 0 of size 1.
+        per_sample: Whether the value has one such row per sample.
     """
 
     array: np.ndarray
@@ -178,7 +178,7 @@ class TimeConstant(NamedTuple):
 
 
 def read_outside(values: Iterable[ir.Value], inside: Container[ir.Value]) -> list[ir.Value]:
-    """Return those of ``values`` that are inside, and that a node outside, or the caller of the graph, reads."""
+    """Return the inner ``values`` that a node outside, or the caller of the graph, reads."""
     return [
         value
         for value in values
@@ -196,8 +196,8 @@ def time_border(graph: ir.Graph, classes: Mapping[ir.Value, Depends]) -> list[ir
 def time_constants(graph: ir.Graph, border: list[ir.Value], t: float) -> list[TimeConstant]:
     """Compute the border of the time branch at one time.
 
-    It is computed for one sample and for three: the time is the same for all samples, so a value
-    must either not depend on the batch size or have equal rows.
+    It is computed for one sample and for three: the time is the same for all samples, so a value is either independent
+    of the batch size or has equal rows.
 
     Raises:
         UnsupportedGraphError: If one does neither; it names the value.

@@ -1,12 +1,12 @@
 """Rewrite the pixel norm as a vector norm: shorter, safe at zero, and independent of the batch size.
 
-torch's exporter writes ``x * rsqrt(mean(x^2) + eps)`` as Pow, ReduceMean, Sqrt, Reciprocal and Mul, and drops an
-``eps`` as small as ours: a place whose channels are all zero becomes NaN. ONNX Runtime's ReduceMean adds up in another
-order when the batch is 1, so that a picture's last bits depend on what it is run with. Instead:
+torch's exporter writes ``x * rsqrt(mean(x^2) + eps)`` as Pow, ReduceMean, Sqrt, Reciprocal and Mul, and drops a small
+``eps``: a position whose channels are all zero becomes NaN. ONNX Runtime's ReduceMean sums in another order if the
+batch is 1, so that the last bits of an image depend on its batch. Instead:
 
     x * (sqrt(C) / max(||x||, sqrt(C eps)))
 
-ReduceL2 adds up each place by itself. Lower precisions keep it float32 already (``precision.NORMS``).
+ReduceL2 sums each position separately. Reduced precisions keep it in float32 (``half.NORMS``).
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EPS = 1e-8
-"""That of ``scm_sdk.model.networks.layers.pixel_norm``."""
+"""eps of ``scm_sdk.model.networks.layers.pixel_norm``."""
 _LARGEST_EPS = 1e-7
-"""Up to this, ``max`` and adding ``eps`` are the same in float32 for anything that is not close to zero."""
+"""Largest ``eps`` for which ``max`` and addition agree in float32 for values that are not close to zero."""
 
 
 def lengths_for_pixel_norms(model: ir.Model) -> ir.Model:
-    """Rewrite every pixel norm, over whichever axis the channels are.
+    """Rewrite every pixel norm over any channel axis.
 
     Requires: nodes and values have their names, values their shapes.
-    Ensures: no ReduceMean of squares over one axis feeds a reciprocal root, unless its eps is large or others read it.
+    Ensures: no ReduceMean of squares over one axis feeds a reciprocal root, unless its eps is large or it has other
+        uses.
     """
     for node in list(model.graph):
         if node.op_type == "Mul":
@@ -70,7 +71,7 @@ def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
 
 
 def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, int, float] | None:
-    """Return what is normalized, its ReduceMean with the axis, and its eps, or None if this is no pixel norm."""
+    """Return the normalized value, its ReduceMean with the axis, and its eps, or None if this is not a pixel norm."""
     for x, value in (mul.inputs, mul.inputs[::-1]):
         if x is None or value is None or x is value:
             continue
@@ -97,7 +98,7 @@ def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, int, float] | None:
 
 
 def _back(value: ir.Value | None) -> list[ir.Value]:
-    """Return the values from this one back along first inputs, five at most, ending with a Pow's."""
+    """Return up to five values back along first inputs, ending with that of a Pow."""
     chain: list[ir.Value] = []
     while value is not None and len(chain) < 5:
         chain.append(value)

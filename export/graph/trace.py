@@ -1,8 +1,7 @@
 """Trace a torch network to an ONNX model; the only module that calls torch's exporter.
 
-``torch.export`` traces the network, then ``torch.onnx`` translates the trace. Calling them one
-after the other, and not through their common front, means one way of tracing, no silent second
-attempts, and errors that can be told apart.
+``torch.export`` traces the network, then ``torch.onnx`` translates the trace. Calling them separately, not through
+``torch.onnx.export``, gives a single way of tracing, no silent retries, and distinguishable errors.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ OPSET = 20
 """Read by TensorRT 10, TensorRT-RTX and ONNX Runtime 1.18 and later; opset 23 brings an Attention
 operator that engines cannot build in float32."""
 ROOT = "network"
-"""Attribute of the traced module that holds the network; the front of all exported names."""
+"""Attribute of the traced module that holds the network; the prefix of all exported names."""
 EXAMPLE_BATCH = 2
-"""Torch takes the sizes 0 and 1 for constants, so the example has two samples."""
+"""Batch size of the example: torch treats the sizes 0 and 1 as constants."""
 
 _CHATTY = (
     "torch.onnx._internal.exporter._registration",  # "torchvision is not installed. Skipping ..."
@@ -45,7 +44,7 @@ _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def require_exportable(network: nn.Module) -> None:
-    """Check mode and types of a network before anything slow begins.
+    """Check mode and dtypes of a network before slow work.
 
     Raises:
         ExportError: If a module is in training mode or a weight is not float32.
@@ -69,17 +68,17 @@ def require_exportable(network: nn.Module) -> None:
 def trace_network(network: nn.Module, x: Tensor, conditioning: Mapping[str, Tensor]) -> ExportedProgram:
     """Trace ``network(x, t, **conditioning)`` for one time and any batch size.
 
-    The traced module takes ``t`` as (1,) and hands it to the network once for each sample, as the
-    network protocol wants it. So one time serves the whole batch whatever the network does with it.
+    The traced module takes ``t`` as (1,) and expands it to the batch, as the network protocol requires, so that one
+    time applies to the whole batch.
 
     Args:
-        network: In evaluation mode, float32.
-        x: Example samples, (B, *sample_shape) with B = ``EXAMPLE_BATCH``.
-        conditioning: Example conditioning by argument name, axis 0 the batch.
+        network: A float32 network in evaluation mode.
+        x: Example samples, ``(B, *sample_shape)`` with B = ``EXAMPLE_BATCH``.
+        conditioning: Example conditioning by argument name, axis 0 is the batch.
 
     Raises:
-        ShapeError: If the network's output has not the shape and type of ``x``.
-        ExportError: If the network fails, fixes the batch size, or decides by the value of a tensor.
+        ShapeError: If the output of the network differs in shape or dtype from ``x``.
+        ExportError: If the network fails, fixes the batch size, or has control flow that depends on a tensor.
     """
     import torch
 
@@ -113,12 +112,12 @@ def trace_decoder(decoder: nn.Module, latents: Tensor) -> ExportedProgram:
     """Trace ``decoder(latents)`` for any batch size.
 
     Args:
-        decoder: In evaluation mode, float32.
-        latents: Example, (B, *sample_shape) with B = ``EXAMPLE_BATCH``.
+        decoder: A float32 decoder in evaluation mode.
+        latents: Example, ``(B, *sample_shape)`` with B = ``EXAMPLE_BATCH``.
 
     Raises:
-        ShapeError: If it returns another shape than it says.
-        ExportError: If it fails, fixes the batch size, or decides by the value of a tensor.
+        ShapeError: If the output shape differs from the config.
+        ExportError: If it fails, fixes the batch size, or has control flow that depends on a tensor.
     """
     import torch
 
@@ -143,16 +142,16 @@ def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> i
     """Translate a trace to ONNX.
 
     Args:
-        program: What ``trace_network`` or ``trace_decoder`` returned.
+        program: Result of ``trace_network`` or ``trace_decoder``.
         inputs: Names of its inputs in order.
         output: Name of its output.
 
     Returns:
-        A model of opset 20. It shares the weights' memory with the network and holds the exporter's metadata.
+        A model of opset 20. It shares memory with the weights of the network and holds the exporter's metadata.
 
     Raises:
-        ExportError: If an operator has no translation, or comes out in another opset.
-        BackendUnavailable: If one of the libraries is too old; those give graphs that are wrong or fail elsewhere.
+        ExportError: If an operator has no translation, or the result has another opset.
+        BackendUnavailable: If a library is too old; old ones give wrong graphs or fail later.
     """
     import torch
 
@@ -182,10 +181,10 @@ def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> i
 
 
 def _example(module: nn.Module, args: tuple[Any, ...]) -> Any:
-    """Run a module on examples of its inputs for the shape and type of what comes out.
+    """Run a module on example inputs for the shape and dtype of its output.
 
-    Without memory and arithmetic where the module allows it, which for a large network or a decoder of megapixels are
-    gigabytes and minutes; else for real, which also finds what is wrong with it.
+    On the meta device if possible, because real execution of a large network or decoder takes gigabytes and minutes;
+    otherwise for real, which also finds errors.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -196,13 +195,13 @@ def _example(module: nn.Module, args: tuple[Any, ...]) -> Any:
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     try:
         return torch.func.functional_call(module, to_meta(tensors), to_meta(args))
-    except Exception:  # whatever it is, the real run decides
+    except Exception:  # any error: the real run decides
         return module(*args)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what torch's exporter says about itself; users can do nothing about it."""
+    """Suppress messages of torch's exporter that users cannot act on."""
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     said = io.StringIO()
@@ -212,7 +211,7 @@ def _quiet() -> Iterator[None]:
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
-            # On failure torch prints the whole graph; the exception says what matters of it.
+            # On failure torch prints the whole graph; the exception has the relevant part.
             with redirect_stderr(said):
                 yield
             sys.stderr.write(said.getvalue())
@@ -223,12 +222,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _translated(subject: str) -> Iterator[None]:
-    """Turn whatever torch raises into an ExportError that names the operator and the user's line."""
+    """Convert exceptions of torch to an ExportError that names the operator and the line of the user."""
     try:
         yield
     except ScmError:
         raise
-    except Exception as exc:  # torch and the network may raise anything
+    except Exception as exc:  # torch and the network may raise any exception
         node = _failed_node(exc)
         if node is None:
             found = _first_line(exc)
@@ -245,7 +244,7 @@ def _first_line(exc: BaseException) -> str:
 
 
 def _failed_node(exc: BaseException) -> Node | None:
-    """Return the operator that torch was translating when it gave up: the innermost that a frame of it holds."""
+    """Return the operator that torch was translating: the innermost node in a frame."""
     from torch.fx import Node
 
     found = None
@@ -258,14 +257,14 @@ def _failed_node(exc: BaseException) -> Node | None:
 
 
 def _chain(exc: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception, then what it was raised from, down to the first."""
+    """Yield an exception and its causes, down to the first."""
     while exc is not None:
         yield exc
         exc = exc.__cause__ or exc.__context__
 
 
 def _kinds(exc: BaseException) -> set[str]:
-    """Return the names of the classes of an exception and of all that it was raised from."""
+    """Return the class names of an exception and its causes."""
     return {type(error).__name__ for error in _chain(exc)}
 
 
@@ -284,7 +283,7 @@ def _remedy(exc: Exception, node: Node | None) -> str:
 
 
 def _user_line(exc: Exception, node: Node | None) -> str:
-    """Return `` at file:line`` of the innermost line outside of torch and this file, or nothing."""
+    """Return `` at file:line`` of the innermost line outside of torch and this module, or nothing."""
     import torch
 
     if node is not None:

@@ -1,1 +1,1 @@
-"""FP16, BF16 and INT8 as graph transforms, and the graphs that CPUs run fastest."""
+"""FP16, BF16 and INT8 as graph transforms, and graphs for CPUs."""

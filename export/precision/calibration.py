@@ -1,9 +1,9 @@
-"""Calibrate activation ranges on the sampler's own states, for each step separately.
+"""Calibrate activation ranges on intermediate states of the sampler, separately for each step.
 
-A quantizer must know the range of what each layer reads. The graph of the whole sampler is run on
-seeded noise, so the second step sees what the first really makes, and each step, having its own nodes,
-gets ranges of its own. Extremes are taken inside the graph and histograms group by group, so
-memory does not grow with the number of samples or layers.
+A quantizer needs the range of the input of each layer. The graph of the whole sampler runs on seeded noise, so that the
+second step receives actual outputs of the first, and each step, which has its own nodes, gets its own ranges. Extremes
+are computed inside the graph and histograms in groups, so that memory does not grow with the number of samples or
+layers.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 Method = Literal["minmax", "percentile", "entropy"]
 MAX_SAMPLES = 1 << 20
-"""Samples that one ``seed`` of a calibration names."""
+"""Number of samples per calibration ``seed``."""
 NUM_BINS = 2048
-"""Bins of |x| between 0 and its largest value."""
+"""Histogram bins of |x| between 0 and its largest value."""
 _ENTROPY_BINS = 512
-"""Coarser, since the search over thresholds is quadratic in this."""
+"""Histogram bins for ``entropy``; fewer, because the search over thresholds is quadratic in this number."""
 _GROUP_BYTES = 256 * 2**20
-"""Activations that are looked at together when histograms are made."""
+"""Maximum number of activations per histogram run."""
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Ranges of the activations that layers read; a bundle keeps it as ``calibration/<p>-<n>step.json``.
+    """Ranges of the inputs of layers; stored in a bundle as ``calibration/<p>-<n>step.json``.
 
     Attributes:
-        method: How a range was chosen.
-        num_samples: Pictures it was measured on.
-        seed: Which ones.
+        method: Method that chooses a range.
+        num_samples: Number of calibration samples.
+        seed: Random seed of the calibration samples.
         percentile: Share of |x| inside the range, percent; for ``percentile``.
-        graph_sha256: Digest of the graph that ran.
+        graph_sha256: Digest of the graph.
         conditioning: Source of the conditioning inputs; "" for a model that takes labels and guidance only.
-        ranges: Largest absolute value to represent, by the name of the node that reads it.
+        ranges: Largest representable absolute value, by the name of the node that reads it.
     """
 
     method: Method
@@ -91,27 +91,27 @@ def calibrate(
     examples: Examples | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Calibration:
-    """Measure what some nodes read.
+    """Measure the ranges of the inputs of nodes.
 
     Args:
         model: The float32 sampler graph; it is not changed.
         nodes: Names of the nodes whose first input is measured.
         spec: The sampler.
-        graph_sha256: Digest of the graph, kept with the result.
-        method: ``minmax`` keeps all values; ``percentile`` cuts the largest off; ``entropy`` chooses the
-            cut that changes the distribution least (Kullback-Leibler divergence).
-        num_samples: Pictures to run.
-        seed: Which ones: noise is drawn from seeds ``CALIBRATION.start + seed * MAX_SAMPLES + i``.
+        graph_sha256: Digest of the graph, stored with the result.
+        method: ``minmax`` keeps all values; ``percentile`` clips the largest; ``entropy`` chooses the clipping that
+            changes the distribution least (Kullback-Leibler divergence).
+        num_samples: Number of samples.
+        seed: Random seed: noise is drawn from seeds ``CALIBRATION.start + seed * MAX_SAMPLES + i``.
         percentile: For ``percentile``, percent.
-        batch_size: Pictures at once; bounds memory.
+        batch_size: Batch size; it limits memory.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with batches done and in all.
+        progress: Called with completed and total batches.
 
     Returns:
-        The ranges. The same arguments give the same result on one machine.
+        The ranges, reproducible on one machine.
 
     Raises:
-        ConfigError: If an argument is out of range, a node is not in the graph, or there is none to measure.
+        ConfigError: If an argument is out of range, a node is not in the graph, or there are no nodes.
         ExportError: If an activation is not finite; the message names the node.
         BackendUnavailable: If onnxruntime is not installed.
     """
@@ -156,7 +156,7 @@ def calibrate(
 
 
 def calibration_seeds(spec: SamplerSpec, *, num_samples: int, seed: int, batch_size: int) -> list[range]:
-    """Return the seeds of each batch that is measured: ``CALIBRATION.start + seed * MAX_SAMPLES + i``."""
+    """Return the seeds of each batch: ``CALIBRATION.start + seed * MAX_SAMPLES + i``."""
     batch = min(batch_size, spec.max_batch)
     first = CALIBRATION.start + seed * MAX_SAMPLES
     return [range(first + a, first + min(a + batch, num_samples)) for a in range(0, num_samples, batch)]
@@ -172,7 +172,7 @@ def describe_conditioning(spec: SamplerSpec, examples: Examples | None) -> str:
 
 
 class Runner:
-    """Runs a graph on all batches with more outputs than it has."""
+    """Runs a graph on all batches with additional outputs."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class Runner:
         self.examples = examples
 
     def largest(self, names: Sequence[str]) -> dict[str, float]:
-        """Return the largest |x| that each node reads, reduced inside the graph; infinite where there is a NaN."""
+        """Return the largest |x| of the input of each node, reduced inside the graph; infinite for NaN."""
         import onnx_ir as ir
 
         copy = self.model.clone()
@@ -201,7 +201,7 @@ class Runner:
             copy.graph.extend(
                 [
                     ir.Node("", "Abs", [value], outputs=[absolute], name=f"calibrate/abs_{i}"),
-                    # ONNX Runtime's ReduceMax passes over NaN among numbers, never over infinity.
+                    # ONNX Runtime's ReduceMax ignores NaN, but not infinity.
                     ir.Node("", "IsNaN", [value], outputs=[is_nan], name=f"calibrate/is_nan_{i}"),
                     ir.Node("", "Where", [is_nan, infinity, absolute], outputs=[seen], name=f"calibrate/seen_{i}"),
                     ir.Node("", "ReduceMax", [seen], keep, outputs=[top], name=f"calibrate/max_{i}"),
@@ -230,7 +230,7 @@ class Runner:
             yield from counts.items()
 
     def _groups(self, names: list[str], batch: int) -> Iterator[list[str]]:
-        """Split nodes so that what each group reads in one batch is bounded."""
+        """Split nodes into groups with bounded input size per batch."""
         group: list[str] = []
         size = 0
         for name, value in _inputs_by_name(self.model, names).items():
@@ -272,7 +272,7 @@ def _percentile_cut(percentile: float) -> Callable[[np.ndarray, float], float]:
 
 
 def _entropy_cut(histogram: np.ndarray, largest: float) -> float:
-    """Ask ONNX Runtime's implementation of the published search, which wants a histogram around zero."""
+    """Run ONNX Runtime's implementation of the published search, which takes a histogram around zero."""
     if largest == 0:
         return 0.0
     calibrate = require("onnxruntime.quantization.calibrate", extra="onnxruntime", purpose="calibrating")

@@ -1,4 +1,4 @@
-"""The float32 sampler in the operators that CPUs run fastest: fused pixel norms and Winograd convolutions."""
+"""The float32 sampler with operators that are fast on CPUs: fused pixel norms and Winograd convolutions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def norms_that_fuse(model: ir.Model) -> int:
-    """Rewrite the pixel norms over a last axis, in place; return how many there were.
+    """Rewrite the pixel norms over a last axis in place; return their number.
 
     Requires: values have their shapes.
     """
@@ -30,7 +30,7 @@ def norms_that_fuse(model: ir.Model) -> int:
 
 
 def _match(mul: ir.Node) -> tuple[ir.Value, float, int] | None:
-    """Return what a Mul normalizes, its eps and its channels, or None if it ends no pixel norm over a last axis."""
+    """Return the normalized value of a Mul, its eps and channels, or None if it is no pixel norm over a last axis."""
     for x, inverse in (mul.inputs, mul.inputs[::-1]) if mul.op_type == "Mul" else ():
         divide = _made_by(inverse, "Div")
         guard = divide and _made_by(divide.inputs[1], "Max")
@@ -74,10 +74,10 @@ def _rewrite(graph: ir.Graph, mul: ir.Node, x: ir.Value, eps: float, channels: i
 
 
 def cpu_form(model: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
-    """Return the ``fp32-cpu`` form of a sampler graph, and a line for each thing that was rewritten.
+    """Return the ``fp32-cpu`` form of a sampler graph, and a line per kind of rewrite.
 
     Args:
-        model: What ``compose_sampler`` made or ``read_model`` read, float32; it is not changed.
+        model: A float32 graph from ``compose_sampler`` or ``read_model``; it is not changed.
 
     Raises:
         UnsupportedGraphError: If there is nothing to rewrite.
@@ -91,7 +91,7 @@ def cpu_form(model: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
             "or the other: 3x3 convolutions of 256 channels over 16x16, 128 over 32x32 or 192 over 64x64, or a "
             "transformer. Run the fp32 graph."
         )
-    drop_unused(copy)  # the factors of norms that were rewritten
+    drop_unused(copy)  # factors of the rewritten norms
     copy.metadata_props[PRECISION_KEY] = "fp32-cpu"
     notes = []
     if convolutions:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _INTEGER_OPERATORS = frozenset(
     {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "QLinearAdd"}
 )
-"""How other tools write integer arithmetic out. TensorRT wants it implied by pairs of Q/DQ."""
+"""Explicit integer operators of other tools. TensorRT requires Q/DQ pairs instead."""
 
 
 def adopt_quantized(path: Path, spec: SamplerSpec) -> ir.Model:
@@ -27,15 +27,15 @@ def adopt_quantized(path: Path, spec: SamplerSpec) -> ir.Model:
 
     Args:
         path: The ONNX file.
-        spec: The sampler that it must be.
+        spec: The expected sampler.
 
     Returns:
-        The graph with the metadata that a bundle's graphs have.
+        The graph with the metadata of a bundle's graphs.
 
     Raises:
         ExportError: If it cannot be read.
-        ShapeError: If its inputs or outputs are not the sampler's.
-        UnsupportedGraphError: If it is not quantized, or in a way that TensorRT refuses.
+        ShapeError: If its inputs or outputs do not match the sampler.
+        UnsupportedGraphError: If it is not quantized, or in a form that TensorRT refuses.
     """
     model = read_model(path)
     _check_border(model, spec, path)
@@ -58,14 +58,14 @@ def _check_border(model: ir.Model, spec: SamplerSpec, path: Path) -> None:
 
 
 def _kind(value: ir.Value) -> tuple[str | int | None, ...]:
-    """Return type and shape; the batch is called so whatever the tool calls it."""
+    """Return dtype and shape, with the batch dimension renamed to ``batch``."""
     batch, *rest = value.shape or (None,)
     first = batch if isinstance(batch, int) else "batch"
     return (str(value.dtype), first, *(d if isinstance(d, int) else str(d) for d in rest))
 
 
 def _check_quantization(model: ir.Model, path: Path) -> None:
-    """Check what TensorRT's parser refuses: integer operators, shifted zero points, biases in int32."""
+    """Refuse graphs that TensorRT's parser refuses: integer operators, shifted zero points, int32 biases."""
     import onnx_ir as ir
 
     pairs = []
@@ -101,7 +101,7 @@ def _check_quantization(model: ir.Model, path: Path) -> None:
                 "TensorRT takes no other. Quantize again with symmetric activations and weights."
             )
         made = {dtype for dtype in (codes, tensor.dtype if tensor is not None else None) if dtype is not None}
-        if node.op_type == "QuantizeLinear" and zero is None:  # the operator's default is uint8
+        if node.op_type == "QuantizeLinear" and zero is None:  # the default of the operator is uint8
             made.add(ir.DataType(node.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8))
         if odd := sorted(dtype.name.lower() for dtype in made - {ir.DataType.INT8}):
             raise UnsupportedGraphError(

@@ -1,10 +1,10 @@
 """Numerically sensitive operators that are kept in float32, found by pattern.
 
-* Guarded divisions, as of linear attention: a bound such as 1e-15 is 0 in float16, and what it bounds is a sum over all
-  positions, which overflows. Float32 are the division, the bound, and the products and sums behind both, back to
-  whatever carries a weight.
-* Root mean squares: the squares overflow long before their root does. Float32 are the square, its mean, and what makes
-  a factor of it, one number for each position.
+* Guarded divisions, as in linear attention: a bound such as 1e-15 is 0 in float16, and the bounded sum over all
+  positions overflows. The division, the bound, and the products and sums before them, up to the next operator with
+  weights, stay in float32.
+* Root mean squares: the squares overflow long before their root. The square, its mean, and the factor, one number per
+  position, stay in float32.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 DELICATE = "@delicate"
 """Pattern of these nodes in a precision plan."""
 ISLANDS_KEY = "scm_islands"
-"""Key of a graph's metadata under which patterns lie that its network needs in every plan."""
+"""Metadata key of a graph for patterns that its network needs in every plan."""
 _BOUNDS = frozenset({"Clip", "Max", "Add"})
 _VANISHING = 6e-8
-"""Below this a number is 0 in float16: its smallest is 2^-24."""
+"""Smaller numbers are 0 in float16, whose smallest number is 2^-24."""
 _PRODUCTS_AND_SUMS = frozenset({"MatMul", "Mul", "ReduceSum", "Div", *_BOUNDS})
 _MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Pad", "Relu"})
 _AFTER_MEAN = frozenset({"Add", "Sqrt", "Reciprocal", "Pow"})
 
 
 def delicate_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Return those nodes."""
+    """Return the numerically sensitive nodes."""
     found: set[ir.Node] = set()
     for node in graph:
         if node.op_type == "Div" and _is_guarded(node):
@@ -40,7 +40,7 @@ def delicate_nodes(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _is_guarded(node: ir.Node) -> bool:
-    """Return whether what a Div divides by has a lower bound that float16 does not know."""
+    """Return whether the divisor of a Div has a lower bound that is 0 in float16."""
     divisor = node.inputs[1]
     bound = None if divisor is None else divisor.producer()
     if bound is None or bound.op_type not in _BOUNDS:
@@ -60,7 +60,7 @@ def _sums_behind(division: ir.Node) -> set[ir.Node]:
                 found.add(node)
                 todo.append(node)
             elif node.op_type in _MOVES and node.op_type != "Relu":
-                todo.append(node)  # it takes the type of what it moves; what lies behind it may be a sum
+                todo.append(node)  # moves data in any type; its source may be a sum
     return found
 
 
@@ -75,7 +75,7 @@ def _square_of(mean: ir.Node) -> ir.Node | None:
 
 
 def _factors_of(mean: ir.Node) -> set[ir.Node]:
-    """Return the nodes that turn a mean of squares into the factor of a normalization."""
+    """Return the nodes that compute the factor of a normalization from a mean of squares."""
     found: set[ir.Node] = set()
     todo = [mean]
     while todo:

@@ -1,12 +1,11 @@
 """FP16 and BF16 as a graph transform: a plan states the precision of every node.
 
-A plan names the *islands*: the nodes that stay float32. Everything else computes and stores in the
-low precision, weights included. Casts stand only where an island ends, one for each value; inputs
-and outputs stay float32, so a low graph is fed like the others. Strongly typed engines, the only
-kind that TensorRT 11 knows, take the precision from here and choose none themselves.
+A plan names the *islands*: nodes that stay in float32. All other nodes and their weights use the reduced precision.
+Casts are only at the borders of islands, one per value; inputs and outputs stay in float32, so all graphs have the same
+interface. Strongly typed engines, the only kind of TensorRT 11, take the precision from the graph.
 
-By default float32 stay the sampler's own algebra and what does not depend on the noise, the label's and
-the time's branch, matrix products apart: a small part of the work whose rounding would shift every pixel.
+By default the algebra of the sampler and values that do not depend on the noise (label and time branches), except
+matrix products, stay in float32: a small part of the work whose rounding would affect every pixel.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ if TYPE_CHECKING:
 def types_of(
     op_type: str, domain: str, opset: int, num_inputs: int, num_outputs: int
 ) -> tuple[tuple[bool, ...], tuple[bool, ...], frozenset[str]]:
-    """Return which inputs and outputs of an operator may change their float type, and what it may become.
+    """Return which inputs and outputs of an operator may change their float type, and the allowed types.
 
     Returns:
-        For each input and each output whether its type is free, and the low types that all free ones
-        take, out of ``FLOAT16`` and ``BFLOAT16``.
+        For each input and each output whether its type is free, and the reduced types that all free ones allow, out of
+        ``FLOAT16`` and ``BFLOAT16``.
     """
     import onnx
 
@@ -58,31 +57,29 @@ def types_of(
 
 LowPrecision = Literal["fp16", "bf16"]
 CONDITIONING = "@conditioning"
-"""Pattern of the nodes that do not depend on the noise, matrix products apart: their names differ from
-network to network. The products lose nothing in low precision, and TensorRT-RTX has no float32
-product for Turing GPUs."""
+"""Pattern of the nodes that do not depend on the noise, except matrix products; their names differ between networks.
+The products lose no accuracy in reduced precision, and TensorRT-RTX has no float32 product for Turing GPUs."""
 NORMS = "@norms"
-"""Pattern of the nodes that add up squares over channels, which overflow float16 long before their root does."""
+"""Pattern of the nodes that sum squares over channels, which overflow float16 long before their root."""
 SUMS_OF_SQUARES = frozenset({"ReduceL2", "ReduceSumSquare"})
 PRODUCTS = frozenset({"Gemm", "MatMul"})
 PRECISION_KEY = "scm_precision"
-"""Key of the graph's metadata under which its precision lies; fp32 graphs have none."""
+"""Metadata key of the graph for its precision; fp32 graphs have none."""
 
 BF16_OPSET = 22
-"""The first in which convolutions and normalizations take bfloat16."""
+"""First opset in which convolutions and normalizations support bfloat16."""
 
 MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "DepthToSpace", "SpaceToDepth"})
-"""Operators that move numbers and compute none: they take the type they are given, so that an island
-reaches through them to whatever computes next."""
+"""Operators that move data without arithmetic: they take the type of their input, so that an island extends through
+them to the next computation."""
 
 
 class Island(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Nodes that stay float32.
+    """Nodes that stay in float32.
 
     Attributes:
-        pattern: Which: a shell pattern over node names, such as ``step*/up.0.*``, ``@conditioning`` or
-            ``@norms``.
-        reason: Why; kept for whoever reads the plan next year.
+        pattern: A shell pattern over node names, such as ``step*/up.0.*``, ``@conditioning`` or ``@norms``.
+        reason: Reason, for readers of the plan.
     """
 
     pattern: str
@@ -90,11 +87,11 @@ class Island(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which nodes of a sampler graph compute in which precision; a bundle keeps it as ``precision/<p>.json``.
+    """Precision of the nodes of a sampler graph; stored in a bundle as ``precision/<p>.json``.
 
     Attributes:
-        precision: What the nodes outside the islands compute in.
-        islands: What stays float32.
+        precision: Precision of the nodes outside the islands.
+        islands: Nodes that stay in float32.
     """
 
     precision: LowPrecision
@@ -105,7 +102,7 @@ class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return msgspec.structs.replace(self, islands=self.islands + islands)
 
     def to_json(self) -> bytes:
-        """Return indented JSON, one line for each fact, that ``from_json`` reads back to an equal plan."""
+        """Return indented JSON that ``from_json`` reads back to an equal plan."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
     @classmethod
@@ -113,7 +110,7 @@ class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Parse a plan.
 
         Raises:
-            ConfigError: If it is no JSON or breaks the schema.
+            ConfigError: If it is not JSON or violates the schema.
         """
         try:
             return msgspec.json.decode(data, type=cls)
@@ -124,7 +121,7 @@ class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def default_plan(precision: LowPrecision) -> PrecisionPlan:
-    """Return the plan that suits every network of this package."""
+    """Return the default plan, suitable for every built-in network."""
     return PrecisionPlan(
         precision=precision,
         islands=(
@@ -139,17 +136,17 @@ def apply_precision(model: ir.Model, plan: PrecisionPlan) -> ir.Model:
     """Return a float32 sampler graph in another precision.
 
     Args:
-        model: What ``compose_sampler`` made or ``read_model`` read, float32; it is not changed.
-        plan: Which nodes stay float32. Nodes whose operator knows no such type stay too.
+        model: A float32 graph from ``compose_sampler`` or ``read_model``; it is not changed.
+        plan: The plan. Nodes whose operator does not support the type also stay in float32.
 
     Returns:
-        A new graph with the same node names; a value computed in low precision keeps its name.
-        A weight that only low nodes read is stored in low precision under its own name.
+        A new graph with the same node names; values in reduced precision keep their names. A weight that only reduced
+        nodes read is stored in reduced precision under its name.
 
     Raises:
         ConfigError: If the graph is not float32, or a pattern of the plan matches no node.
-        ExportError: If a weight does not fit the low precision: it would become infinite, or zero
-            where it stands for a whole tensor.
+        ExportError: If a weight is not representable in the reduced precision: it would become infinite, or an entire
+            tensor zero.
     """
     found = model.metadata_props.get(PRECISION_KEY, "fp32")
     if found != "fp32":
@@ -166,7 +163,7 @@ def island_nodes(graph: ir.Graph, plan: PrecisionPlan) -> dict[ir.Node, str]:
     """Return the nodes that a plan keeps in float32, each with the reason.
 
     Raises:
-        ConfigError: If a pattern matches no node: a plan for another network, or a typing error.
+        ConfigError: If a pattern matches no node, because of a typo or a plan of another network.
     """
     free = conditioning_nodes(graph)
     delicate = delicate_nodes(graph) if any(i.pattern == DELICATE for i in plan.islands) else set()
@@ -204,7 +201,7 @@ def conditioning_nodes(graph: ir.Graph) -> set[ir.Node]:
 
 
 def count_precisions(model: ir.Model) -> Counter[str]:
-    """Return how many nodes compute in which type, by the type of their first output; casts left out."""
+    """Return the number of nodes by the type of their first output, without casts."""
     return Counter(
         node.outputs[0].dtype.name.lower()
         for node in model.graph
@@ -229,7 +226,7 @@ def _raise_opset(model: ir.Model, opset: int) -> None:
 
 
 class _Lowering:
-    """Walks a graph once, in order, and gives each node the types that its plan asks for."""
+    """Walks a graph once in order and sets the types of each node by the plan."""
 
     def __init__(self, model: ir.Model, plan: PrecisionPlan) -> None:
         import onnx_ir as ir
@@ -268,7 +265,7 @@ class _Lowering:
             node.attributes["to"] = ir.AttrInt64("to", self.low.value)
 
     def _as(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
-        """Return a value in a type: itself, a weight stored so, or the one cast that all its readers share."""
+        """Return a value in a type: itself, a converted weight, or a cast shared by all its readers."""
         import onnx_ir as ir
 
         if value.dtype == dtype:
@@ -306,7 +303,7 @@ class _Lowering:
         return rounded
 
     def _restore_output(self, value: ir.Value) -> None:
-        """Give an output that became low its float32 back, under its own name."""
+        """Cast an output in reduced precision back to float32, under its name."""
         import onnx_ir as ir
 
         if value.dtype != self.low:
@@ -319,7 +316,7 @@ class _Lowering:
         self.graph.outputs[self.graph.outputs.index(value)] = out
 
     def _name_weights(self) -> None:
-        """Drop float32 weights that nothing reads any more; what took their place takes their name."""
+        """Drop unused float32 weights; their replacements take their names."""
         for (value, dtype), copy in self.copies.items():
             if value.is_initializer() and dtype == self.low and not value.uses() and not value.is_graph_output():
                 name = value.name or ""

@@ -1,9 +1,8 @@
 """INT8 as a graph transform: symmetric QuantizeLinear and DequantizeLinear around selected operators.
 
-The form every TensorRT takes, and the only one that TensorRT 11 does: what a layer reads is rounded to
-int8 with one scale, its weights are stored as int8 with a scale for each output channel, biases stay
-as they are. The rest of the graph keeps its precision, FP16 as a rule. Zero points are zero:
-TensorRT refuses others, and int8 biases too.
+The form that every TensorRT accepts, and the only one of TensorRT 11: the input of a layer is rounded to int8 with one
+scale, its weights are stored as int8 with a scale per output channel, and biases are unchanged. The rest of the graph
+keeps its precision, usually FP16. Zero points are zero: TensorRT refuses others, and int8 biases.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 OUTPUT_AXIS = {"Conv": 0, "Gemm": 1, "MatMul": -1}
-"""What can be quantized, and which axis of its weight counts the output channels (of Gemm without transB)."""
+"""Quantizable operators, and the output channel axis of their weight (for Gemm without transB)."""
 FREE = "does not depend on the noise: small, and its error would shift every pixel alike"
-"""Why conditioning keeps its precision."""
+"""Reason why conditioning keeps its precision."""
 _STEP = re.compile(r"step\d+/")
 QMAX = 127
 
@@ -40,9 +39,9 @@ class Exclusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Layers that are not quantized.
 
     Attributes:
-        pattern: Which: a shell pattern over node names, such as ``step*/conv_out/Conv``. One plan serves graphs of
-            several numbers of steps: what names a step that a graph has not, ``step1/...``, is nothing to it.
-        reason: Why.
+        pattern: A shell pattern over node names, such as ``step*/conv_out/Conv``. One plan serves graphs of several
+            numbers of steps: patterns of steps that a graph lacks, ``step1/...``, are ignored.
+        reason: Reason.
     """
 
     pattern: str
@@ -50,10 +49,10 @@ class Exclusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which layers of a sampler graph compute in int8; a bundle keeps it as ``precision/int8.json``.
+    """Layers of a sampler graph that compute in int8; stored in a bundle as ``precision/int8.json``.
 
     Attributes:
-        exclusions: Layers that keep the precision of the graph around them.
+        exclusions: Layers that keep the precision of the graph.
     """
 
     exclusions: tuple[Exclusion, ...] = ()
@@ -83,10 +82,10 @@ class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The layers of a graph that carry weights.
+    """The layers of a graph with weights.
 
     Attributes:
-        quantized: Names of those a plan quantizes, in the graph's order.
+        quantized: Names of the quantized layers, in the graph's order.
         left: Names of the others, each with the reason.
     """
 
@@ -94,9 +93,9 @@ class Layers:
     left: dict[str, str]
 
     def share(self) -> str:
-        """Return how many layers of each kind are quantized, for example ``70 of 74 Conv``.
+        """Return the share of quantized layers by kind, for example ``70 of 74 Conv``.
 
-        Those that do not depend on the noise are not counted: no plan quantizes them.
+        Layers that do not depend on the noise are not counted, because no plan quantizes them.
         """
         names = [*self.quantized, *(name for name, reason in self.left.items() if reason != FREE)]
         kinds = Counter(map(_kind, names))
@@ -105,9 +104,9 @@ class Layers:
 
 
 def default_quantize_plan(model: ir.Model) -> QuantizePlan:
-    """Return the plan that suits every network of this package: all but the first and last layer of a step.
+    """Return the default plan: all layers except the first and the last of a step.
 
-    The first reads the raw noise and the last writes the pixels; both are small, and what they lose is seen.
+    The first reads the noise and the last writes the pixels; both are small, and their errors are visible.
     """
     names = [node.name or "" for node in _weighted(model) if node not in conditioning_nodes(model.graph)]
     in_step = [name for name in names if name.startswith("step0/")]
@@ -123,7 +122,7 @@ def default_quantize_plan(model: ir.Model) -> QuantizePlan:
 
 
 def choose_layers(model: ir.Model, plan: QuantizePlan) -> Layers:
-    """Return which layers of a graph a plan quantizes, and why not the others.
+    """Return the layers of a graph that a plan quantizes, and the reasons for the others.
 
     Raises:
         ConfigError: If a pattern of the plan matches no layer with weights.
@@ -152,15 +151,15 @@ def choose_layers(model: ir.Model, plan: QuantizePlan) -> Layers:
 
 
 def quantize(model: ir.Model, calibration: Calibration, plan: QuantizePlan) -> ir.Model:
-    """Return a graph whose layers read and hold int8.
+    """Return a graph with quantized layers.
 
     Args:
         model: The FP16, BF16 or float32 graph; it is not changed.
-        calibration: Ranges for every layer that the plan quantizes.
-        plan: Which layers.
+        calibration: Ranges for every quantized layer.
+        plan: The plan.
 
     Returns:
-        A new graph with the same node names. A weight is stored once as int8, whatever the number of steps.
+        A new graph with the same node names. A weight is stored once as int8 for any number of steps.
 
     Raises:
         ConfigError: If the calibration lacks a layer, or the graph is quantized already.
@@ -193,10 +192,10 @@ def quantize_array(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def scale_for(largest: np.ndarray | float, dtype: DTypeLike) -> np.ndarray:
-    """Return scales with which ±``largest`` is at most ±127, in the type of the graph; 1 where there is nothing.
+    """Return scales that map ±``largest`` to at most ±127, in the type of the graph; 1 for zero.
 
-    A type with few digits rounds the scale: up, so that nothing is clipped. Rounding to the nearest would clip the
-    largest value by several steps where a half is subnormal (below 6e-5). Codes are computed with the rounded scale.
+    In a type with few digits the scale is rounded up, so that nothing is clipped; rounding to nearest would clip the
+    largest value by several steps for subnormal halves (below 6e-5). Codes are computed with the rounded scale.
     """
     exact = np.asarray(largest, np.float64) / QMAX
     scale = exact.astype(dtype)
@@ -206,13 +205,13 @@ def scale_for(largest: np.ndarray | float, dtype: DTypeLike) -> np.ndarray:
 
 
 def step_of(name: str) -> str:
-    """Return the ``step1/`` that a name begins with, or nothing."""
+    """Return the prefix ``step1/`` of a name, or nothing."""
     found = _STEP.match(name)
     return found.group() if found else ""
 
 
 class _Quantizer:
-    """Puts pairs of QuantizeLinear and DequantizeLinear into a graph."""
+    """Inserts pairs of QuantizeLinear and DequantizeLinear into a graph."""
 
     def __init__(self, model: ir.Model, calibration: Calibration) -> None:
         self.graph = model.graph
@@ -221,14 +220,14 @@ class _Quantizer:
         self.weights: dict[ir.Value, tuple[ir.Value, ir.Value, int]] = {}
 
     def quantize_node(self, node: ir.Node) -> None:
-        """Let a layer read int8 and hold int8 weights."""
+        """Quantize the input and the weights of a layer."""
         data, weight = node.inputs[0], node.inputs[1]
         assert data is not None and weight is not None, "choose_layers takes layers with both"
         node.replace_input_with(0, self._activation(node, data))
         node.replace_input_with(1, self._weight(node, weight))
 
     def drop_unused(self) -> None:
-        """Remove the weights whose int8 form took their place."""
+        """Remove the weights that were replaced by int8."""
         for value in self.weights:
             if not value.uses() and not value.is_graph_output():
                 del self.graph.initializers[value.name or ""]
@@ -282,12 +281,12 @@ class _Quantizer:
 
 
 def _kind(name: str) -> str:
-    """Return the operator that a node is named after: ``Conv`` of ``step0/conv_in/Conv_1``."""
+    """Return the operator in the name of a node: ``Conv`` of ``step0/conv_in/Conv_1``."""
     return name.rpartition("/")[2].partition("_")[0]
 
 
 def _weighted(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield the layers whose weight is stored and whose data is not: a constant branch is folded data."""
+    """Yield the layers with a stored weight and a computed input."""
     for node in model.graph:
         if node.op_type in OUTPUT_AXIS and len(node.inputs) > 1:
             data, weight = node.inputs[0], node.inputs[1]

@@ -1,9 +1,9 @@
-"""INT8 graphs for ONNX Runtime and OpenVINO on CPUs, made by ONNX Runtime's quantizer.
+"""INT8 graphs for ONNX Runtime and OpenVINO on CPUs, from ONNX Runtime's quantizer.
 
-Engines want symmetric int8 everywhere. A CPU without VNNI adds pairs of such products in 16 bits and saturates,
-silently wrong; unsigned activations beside weights of 7 bits cannot. (Unsigned weights of 8 bits cannot either, but
-have one scale for the whole tensor: 1.6 dB worse on the avatars.) Both libraries fuse a layer only when its output is
-quantized, which engines do not need. So the two never share a file.
+Engines need symmetric int8. A CPU without VNNI sums pairs of such products in 16 bits and silently saturates; unsigned
+activations with 7-bit weights cannot saturate. (Unsigned 8-bit weights cannot either, but have one scale per tensor:
+1.6 dB worse on the avatars.) Both libraries fuse a layer only if its output is quantized, which engines do not need.
+The two forms are therefore separate files.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def quantize_for_cpu(
     batch_size: int = 8,
     examples: Examples | None = None,
 ) -> ir.Model:
-    """Return the int8 form of a float32 graph for the int8 kernels of CPUs: unsigned, min-max ranges.
+    """Return the int8 form of a float32 graph for CPU kernels: unsigned, min-max ranges.
 
     Args:
         model: The float32 sampler graph; it is not changed.
         spec: Its sampler.
-        plan: What is not quantized.
-        num_samples: Pictures to calibrate on, drawn as ``calibrate`` draws them.
-        seed: Which ones.
-        batch_size: Pictures at once.
+        plan: The plan of excluded layers.
+        num_samples: Number of calibration samples, drawn as in ``calibrate``.
+        seed: Random seed of the calibration samples.
+        batch_size: Batch size.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
     Raises:
-        ConfigError: If the plan does not fit the graph, or leaves no layer to quantize.
+        ConfigError: If the plan does not match the graph, or excludes every layer.
         BackendUnavailable: If onnxruntime is not installed.
     """
     quantization = require("onnxruntime.quantization", extra="onnxruntime", purpose="quantizing for CPUs")
     layers = choose_layers(model, plan)
-    if not layers.quantized:  # to its quantizer an empty list means every node
+    if not layers.quantized:  # the quantizer treats an empty list as every node
         raise ConfigError("the plan leaves no layer to quantize, expected at least one. Exclude fewer layers.")
     seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
 
@@ -87,7 +87,7 @@ def quantize_for_cpu(
             calibrate_method=quantization.CalibrationMethod.MinMax,
         )
         quantized = read_model(target)
-        for value in quantized.graph.initializers.values():  # into memory: the folder goes away
+        for value in quantized.graph.initializers.values():  # loaded into memory, because the folder is deleted
             if value.const_value is not None:
                 value.const_value.numpy()
     quantized.metadata_props.update(model.metadata_props)
@@ -97,7 +97,7 @@ def quantize_for_cpu(
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keep its quantizer's advice off the root logger: pre-processing would inline what export left whole."""
+    """Suppress the quantizer's advice to pre-process on the root logger, which does not apply to these graphs."""
 
     def from_elsewhere(record: logging.LogRecord) -> bool:
         return "onnxruntime" not in record.pathname

@@ -37,18 +37,18 @@ Base = Literal["fp16", "bf16", "fp32"]
 
 
 class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How INT8 is made.
+    """Options of quantization.
 
     Attributes:
         precision: ``int8`` for engines, ``int8-cpu`` for ONNX Runtime and OpenVINO on CPUs.
-        base: What the rest of the graph computes in; ``int8-cpu`` takes fp32 alone.
-        plan: Which layers are not quantized; None is ``default_quantize_plan``.
-        method: How ranges are chosen; ``int8-cpu`` takes ``minmax`` alone.
+        base: Precision of the rest of the graph; fp32 for ``int8-cpu``.
+        plan: Excluded layers; None is ``default_quantize_plan``.
+        method: Method that chooses ranges; ``minmax`` for ``int8-cpu``.
         percentile: For ``percentile``, percent.
-        num_samples: Images to calibrate on, and others to compare for a target; without one at most 32 are compared.
-        seed: Which ones are calibrated on: see ``calibrate``.
-        target_db: PSNR that 95 % of the compared images are to reach, dB: layers are excluded until they do.
-        equalize: Whether channels are made equally large first (``smoothquant``); ``int8`` alone.
+        num_samples: Number of calibration samples, and of further samples for a target; at most 32 without a target.
+        seed: Random seed of the calibration samples: see ``calibrate``.
+        target_db: PSNR that 95 % of the compared images must reach, dB; layers are excluded until they do.
+        equalize: Whether to equalize channels first (``smoothquant``); ``int8`` only.
     """
 
     precision: Int8 = "int8"
@@ -77,19 +77,19 @@ def add_int8(
     examples: Examples | None = None,
     progress: Progress = lambda _: None,
 ) -> list[Variant]:
-    """Add the INT8 form of a bundle's graphs, calibrated on the sampler's own states.
+    """Add the INT8 form of a bundle's graphs, calibrated on intermediate states of the sampler.
 
     Args:
         path: The bundle.
-        options: How; the defaults when absent.
+        options: Options of quantization; default: ``QuantizeOptions()``.
         steps: Only graphs with these numbers of steps; () is all.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with a few words for each stage.
+        progress: Called with a short text for each stage.
 
     Raises:
         BundleError: If the bundle is damaged or cannot be written.
-        ConfigError: If it has no such graph, or a plan does not fit the network.
-        ParityError: If the target is out of reach.
+        ConfigError: If a graph is missing, or a plan does not match the network.
+        ParityError: If the target cannot be reached.
     """
     options = options or QuantizeOptions()
     bundle = open_to_extend(path)
@@ -134,8 +134,8 @@ def add_foreign_int8(path: str | os.PathLike[str], graph: Path, *, steps: int) -
         steps: Its number of steps.
 
     Raises:
-        UnsupportedGraphError: If no engine can take it; the message says why.
-        ShapeError: If its inputs and outputs are not the sampler's.
+        UnsupportedGraphError: If engines cannot use it, with the reason.
+        ShapeError: If its inputs and outputs do not match the sampler.
         BundleError: If the bundle is damaged or cannot be written.
     """
     bundle = open_to_extend(path)
@@ -159,7 +159,7 @@ def _make_for_cpu(
     examples: Examples | None,
     progress: Progress,
 ) -> _Made:
-    """Return the plan, with what the target leaves out, and the graph of each source."""
+    """Return the plan, with exclusions for the target, and the graph of each source."""
 
     def quantizer(source: Source) -> Quantizer:
         return lambda plan: quantize_for_cpu(
@@ -184,7 +184,7 @@ def _make_for_engines(
     examples: Examples | None,
     progress: Progress,
 ) -> _Made:
-    """Return the plan, with what the target leaves out, and the graph and ranges of each source."""
+    """Return the plan, with exclusions for the target, and the graph and ranges of each source."""
     measured = []
     for source, probe in zip(sources, probes, strict=True):
         full = read_model(source.graph)
@@ -208,7 +208,7 @@ def _equalize_and_quantize(
 
 
 def _check_steps(bundle: Bundle, plan: QuantizePlan) -> None:
-    """Refuse an exclusion of a step that no graph of the bundle has: it would be nothing to each of them."""
+    """Refuse an exclusion for a step that no graph of the bundle has, because it would have no effect."""
     most = max(a.num_inference_steps for a in bundle.artifacts(format="onnx", precision="fp32"))
     known = {"", *(f"step{k}/" for k in range(most))}
     for exclusion in plan.exclusions:
@@ -220,7 +220,7 @@ def _check_steps(bundle: Bundle, plan: QuantizePlan) -> None:
 
 
 def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
-    """Return the plan that the bundle's own graph of the base was made by, or the default one."""
+    """Return the plan of the bundle's graph of the base precision, or the default one."""
     path = f"precision/{base}.json"
     if any(entry.path == path for entry in bundle.manifest.files):
         return PrecisionPlan.from_json(bundle.file(path).read_bytes())
@@ -272,7 +272,7 @@ def _write_calibration(draft: Draft, source: Source, calibration: Calibration | 
 
 
 def _left_out(left: dict[str, str]) -> list[tuple[str, str]]:
-    """Return the layers that a person chose or the plan named, once where no step has them; the rest is the rule."""
+    """Return the layers excluded by the user or the plan, without those of general rules; once for all steps."""
     steps = {step_of(name) for name in left}
     named: dict[tuple[str, str], list[str]] = {}
     for name, why in left.items():

@@ -1,8 +1,7 @@
 """Find the smallest set of nodes that must stay float32 to reach a target PSNR.
 
-Strongly typed engines offer no layer-by-layer precision to play with, so the search edits the graph:
-each block in turn runs alone in low precision, and the blocks that cost most become islands until
-the target is met.
+Strongly typed engines have no per-layer precision option, so the search edits the graph: each block runs alone in
+reduced precision, and the blocks with the largest loss become islands until the target is reached.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _BLOCK = re.compile(r"(step\d+|decoder)/((?:transformer\.|module\.)?[^./]+(?:\.\d+)?)")
-"""The part of a network that is tried alone: a module, or one of a list; what wraps a foreign one does not count."""
+"""Pattern of a block: a module, or one of a list, ignoring wrappers of imported networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IslandSearch:
-    """What the search found.
+    """Result of the search.
 
     Attributes:
-        plan: The plan that reaches the target, each new island with what its block costs alone.
-        psnr_db: PSNR that 95 % of the images of that plan reach, dB.
-        start_db: The same of the plan that the search began with.
-        alone_db: The same with one block in low precision and all others in float32, by pattern, worst first.
+        plan: The plan that reaches the target; each new island states the loss of its block.
+        psnr_db: PSNR that 95 % of the images of the plan reach, dB.
+        start_db: PSNR of the initial plan, dB.
+        alone_db: PSNR with one block in reduced precision and all others in float32, by pattern, lowest first.
     """
 
     plan: PrecisionPlan
@@ -51,17 +50,17 @@ def find_islands(
     *,
     progress: Progress = lambda _: None,
 ) -> IslandSearch:
-    """Add the fewest blocks to a plan's islands that bring its pictures to a PSNR.
+    """Add the fewest blocks to a plan's islands so that 95 % of the images reach a PSNR.
 
     Args:
         model: The float32 sampler graph.
-        plan: Where to begin.
-        probe: Made from the same graph.
-        target_db: PSNR that 95 % of the images are to reach, dB.
-        progress: Called with a few words for each stage.
+        plan: The initial plan.
+        probe: A probe of the same graph.
+        target_db: PSNR that 95 % of the images must reach, dB.
+        progress: Called with a short text for each stage.
 
     Raises:
-        ParityError: If the target is out of reach even with every block in float32.
+        ParityError: If the target cannot be reached with every block in float32.
     """
 
     def measure(islands: Sequence[Island]) -> float:
@@ -104,21 +103,21 @@ def find_islands(
 
 
 def most_calls(count: int) -> int:
-    """Return how often ``smallest_set`` calls ``passes`` for some candidates, at most."""
+    """Return the maximum number of calls of ``passes`` by ``smallest_set``."""
     return count.bit_length() + count
 
 
 def smallest_set(
     worst_first: Sequence[T], passes: Callable[[Sequence[T]], bool], *, expect: Callable[[int], object] = lambda _: None
 ) -> list[T]:
-    """Return few of the candidates that together pass: a prefix found by bisection, then thinned out.
+    """Return a small set of candidates that passes: a prefix found by bisection, then reduced.
 
-    Requires: all of them together pass.
+    Requires: all candidates together pass.
 
     Args:
-        worst_first: Candidates, those that help most first.
-        passes: Whether a selection is enough. Called about ``log2(n) + k`` times for ``k`` that are kept.
-        expect: Called with the number of calls that are left at most.
+        worst_first: Candidates, those with the largest effect first.
+        passes: Whether a selection passes. Called about ``log2(n) + k`` times for ``k`` kept candidates.
+        expect: Called with the maximum number of remaining calls.
     """
     low, high = 0, len(worst_first)
     while low < high:
@@ -138,7 +137,7 @@ def smallest_set(
 
 
 def _patterns(model: ir.Model, plan: PrecisionPlan) -> list[str]:
-    """Return one pattern for each block of the network that is not an island yet, in graph order."""
+    """Return one pattern per block of the network that is not an island, in graph order."""
     kept = island_nodes(model.graph, plan)
     found: dict[str, None] = {}
     for node in model.graph:

@@ -1,9 +1,8 @@
 """Measure the quantization loss of each layer alone, in each step.
 
-The table shows which layers to keep out of int8; ``exclude_to_target`` keeps out the fewest with which a gate takes the
-pictures. Each step is looked at by itself, since the first decides: of the shipped model's two, the second
-alone in int8 leaves 47 dB, the first alone 38. The price is the room of a layer's weights in both precisions where one
-step has them in int8 and another has not.
+The table shows which layers to exclude from int8; ``exclude_to_target`` excludes the fewest that reach a target. Each
+step is measured separately, because the first dominates: with two steps of the shipped model, only the second in int8
+gives 47 dB, only the first 38. A layer that is int8 in only one step stores its weights in both precisions.
 """
 
 from __future__ import annotations
@@ -94,12 +93,11 @@ def _switch(layer: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """How near pictures stay when one layer of one step alone is quantized.
+    """Quantization loss of single layers.
 
     Attributes:
-        base_db: What a gate would take with no layer quantized, dB: what the FP16 around them costs.
-        layers_db: Mean PSNR of a few single pictures, dB, by the layer's name, such as ``step0/conv/Conv``; the most
-            harmful first.
+        base_db: PSNR of the gate without quantized layers, dB: the loss of the FP16 base.
+        layers_db: Mean PSNR of a few images, dB, by layer name, such as ``step0/conv/Conv``; lowest first.
     """
 
     base_db: float
@@ -109,7 +107,7 @@ class Sensitivity:
 def sensitivity(
     model: ir.Model, candidate: Candidate, plan: QuantizePlan, probe: Probe, *, progress: Progress = lambda _: None
 ) -> Sensitivity:
-    """Quantize each layer of a plan alone.
+    """Measure each layer of a plan alone in int8.
 
     Args:
         model: The graph to quantize.
@@ -138,22 +136,22 @@ def exclude_to_target(
     *,
     progress: Progress = lambda _: None,
 ) -> QuantizePlan:
-    """Exclude the fewest layers with which 95 % of the images reach a PSNR.
+    """Exclude the fewest layers so that 95 % of the images reach a PSNR.
 
     Args:
         model: The graph to quantize.
         candidate: Quantizes it by a plan; see ``open_candidates``.
         plan: Where to begin.
         probe: Made from the float32 graph of the same sampler.
-        target_db: PSNR to reach, dB. The images are those of the probe; the gate judges on others, so the target is to
-            lie above the gate (``chain.MARGIN_DB``).
+        target_db: Target PSNR, dB. The gate judges on other images than the probe, so the target should be above the
+            gate by ``build_all.MARGIN_DB``.
         progress: Called with a line for each stage; the measurements are ``Step``.
 
     Returns:
-        The plan; each new exclusion says what its layer costs alone.
+        The plan; each new exclusion states the loss of its layer.
 
     Raises:
-        ParityError: If the target is out of reach with no layer quantized at all.
+        ParityError: If the target cannot be reached without quantized layers.
     """
     start = probe.gate_db(candidate(plan))
     progress(f"95 % of the images reach {start:.1f} dB by the plan as it is, {target_db:g} dB is the target")

@@ -1,7 +1,7 @@
 """Compare the images of candidate graphs with those of their float32 sampler while a precision is chosen.
 
-Runs on this machine's CPU and on seeds of its own (``evaluate.seeds.SELECTION``). The gate judges on others, through
-the backends that users run (``scm-export validate``), and only what passes there is dispatched to.
+Runs on the CPU with the seeds of ``evaluate.parity.seeds.SELECTION``. The gate judges on other seeds, through the
+backends of users (``scm-export validate``), and ``backend="auto"`` takes only artifacts that passed there.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def feeds_of(spec: SamplerSpec, seeds: Sequence[int], examples: Examples | None = None) -> dict[str, np.ndarray]:
-    """Return the graph's inputs for some seeds, the very ones that ``Generator`` would feed it.
+    """Return the inputs of a graph for some seeds, equal to those of ``Generator``.
 
-    What no seed gives, such as a prompt's embedding, is a row of ``examples``, or drawn: see ``make_example``.
+    Other conditioning, such as prompt embeddings, is a row of ``examples`` or drawn: see ``make_example``.
     """
     noise, conditioning = make_example(spec, seeds, examples=examples).inputs(0, len(seeds))
     names = (tensor.name for tensor in spec.noise_inputs)
@@ -40,7 +40,7 @@ def feeds_of(spec: SamplerSpec, seeds: Sequence[int], examples: Examples | None 
 
 
 def bundle_examples(path: str | os.PathLike[str], prompts: Path) -> Examples:
-    """Read a user's prompts for a bundle, with its own text encoder where they are text.
+    """Read conditioning examples for a bundle; text prompts are encoded by its text encoder.
 
     Raises:
         ScmError: As ``Bundle.open`` and ``read_examples`` do.
@@ -53,20 +53,20 @@ NUM_SAMPLES = 32
 
 
 class Probe:
-    """Holds the pictures of a float32 sampler and compares other graphs of the same sampler with them.
+    """Holds the images of a float32 sampler and compares other graphs of the sampler with them.
 
     Args:
-        reference: Its float32 graph.
+        reference: The float32 graph.
         spec: The sampler.
-        num_samples: Seeds that are compared, from ``SELECTION.start`` on; labels are drawn from them. The more there
-            are, the less a plan is fitted to these.
-        batch_size: How many run at once; bounds memory.
-        num_threads: Threads of ONNX Runtime; None leaves it the choice.
+        num_samples: Number of compared seeds, from ``SELECTION.start``; labels are drawn from them. More seeds reduce
+            overfitting of a plan.
+        batch_size: Batch size; it limits memory.
+        num_threads: Threads of ONNX Runtime; None is its default.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
     Raises:
         BackendUnavailable: If onnxruntime or onnx_ir is not installed.
-        ConfigError: If ``num_samples`` is less than 1, or the sampler has inputs that no seed gives.
+        ConfigError: If ``num_samples`` is less than 1.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class Probe:
         return self._compare(self.run(model)).psnr_p05_db
 
     def rank_db(self, model: ir.Model | Path | Session) -> float:
-        """Return the mean over the first batch of each picture's own PSNR, dB, to rank many graphs.
+        """Return the mean PSNR of single images of the first batch, dB, for ranking many graphs.
 
-        One picture that turns into another moves it little, where the PSNR of all would be that picture's.
+        An image that turns into another one has little influence, while it would dominate the PSNR over all images.
 
         Raises:
             UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
@@ -109,9 +109,9 @@ class Probe:
         return float(np.mean([self._compare(images[i : i + 1], i).psnr_db for i in range(len(images))]))
 
     def noise_rounding_db(self) -> float:
-        """Return the PSNR that 95 % of the images reach when nothing but the noise is rounded to float16, dB.
+        """Return the PSNR that 95 % of the images reach if only the noise is rounded to float16, dB.
 
-        It tells how much the network magnifies: an FP16 graph that rounds everything else too rarely does better.
+        It measures the amplification of rounding by the network; an FP16 graph is rarely better.
         """
         inputs = [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches]
         for feeds in inputs:
@@ -120,7 +120,7 @@ class Probe:
         return self._compare(self._run(self._reference, inputs)).psnr_p05_db
 
     def run(self, model: ir.Model | Path | Session) -> np.ndarray:
-        """Return a graph's pictures for the probe's seeds, (N, *image_shape) float32."""
+        """Return the images of a graph for the probe's seeds, ``(N, *image_shape)`` float32."""
         return self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches])
 
     def _run(self, model: ir.Model | Path | Session, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -130,7 +130,7 @@ class Probe:
             return self._run(open_session(model, folder, num_threads=self._threads), inputs)
 
     def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
-        """Compare images from the probe's ``first`` on; what is not finite has 0 dB."""
+        """Compare images with those of the reference from ``first``; non-finite images have 0 dB."""
         seeds = SELECTION[first : first + len(images)]
         found = difference(images, self.images[first : first + len(images)], seeds, self.spec)
         return found if found.finite else replace(found, psnr_db=0.0, psnr_p05_db=0.0)

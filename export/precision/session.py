@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """An ONNX Runtime session whose failures are this package's errors.
+    """An ONNX Runtime session that raises errors of scm-sdk.
 
     Args:
-        session: ONNX Runtime's own.
+        session: The ONNX Runtime session.
         precision: Precision of the graph, for messages.
-        fixed: Inputs that every run is given beside its own.
+        fixed: Additional inputs of every run.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Session:
         return Session(self._session, self._precision, self._fixed | dict(feeds))
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Return the values of these names; None is the graph's outputs.
+        """Return the values of these names; None is the outputs of the graph.
 
         Raises:
             UnsupportedGraphError: If ONNX Runtime fails.
@@ -55,11 +55,11 @@ def open_session(
     """Open a graph with ONNX Runtime.
 
     Args:
-        model: The graph; one in memory is written into ``folder`` first.
-        folder: A folder of the caller's that outlives the session.
-        num_threads: Threads; None leaves the choice.
-        node_by_node: Fuse nothing. Graphs in int8 always run so: that is the arithmetic of a GPU, which
-            fused CPU kernels differ from.
+        model: The graph; a graph in memory is written to ``folder`` first.
+        folder: A folder that outlives the session.
+        num_threads: Number of threads; None is the default.
+        node_by_node: Disable fusion. Always on for int8 graphs, because fused CPU kernels differ from the arithmetic of
+            a GPU.
 
     Raises:
         BackendUnavailable: If onnxruntime or onnx_ir is not installed.
@@ -77,7 +77,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = num_threads or 0
-    # Threads that spin while they wait take as much of the processor again and change no value.
+    # Spinning threads would use as much processor time again without changing a value.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if node_by_node or precision == "int8":
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

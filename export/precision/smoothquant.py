@@ -1,12 +1,12 @@
 """SmoothQuant-style channel equalization before INT8 quantization.
 
-An activation is rounded to int8 with one scale for all its channels, so a few large channels cost all others their
-digits. Dividing each channel by a factor and multiplying the weights that read it by the same changes nothing in the
-network, and moves the spread to the weights, which have a scale for each output channel:
+An activation is rounded to int8 with one scale for all channels, so a few large channels reduce the accuracy of all
+others. Dividing each channel by a factor and multiplying the weights by the same factor does not change the network,
+and moves the range to the weights, which have a scale per output channel:
 
     W x = (W s) (x / s),    s_c = (max|x_c|)^a / (max|W_c|)^(1 - a)
 
-The exponent ``a`` is chosen by what rounding both sides is expected to cost, once for all layers that read one value
+The exponent ``a`` minimizes the expected rounding error of both sides, jointly for all layers that read one value
 (queries, keys and values: rounded once) or one weight (the steps of a sampler). Source: Xiao et al., 2023,
 "SmoothQuant", arXiv 2211.10438, Eq. 4.
 """
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EQUALIZED_SUFFIX, FACTOR_SUFFIX = ".equalized", ".factor"
-"""Names of a weight that undoes factors, and of these, after the weight's own name."""
+"""Name suffixes of an equalized weight and of its factors."""
 EQUALIZE_NODE = "/equalize"
-"""Name of the node that multiplies by them, after its layer's."""
+"""Name suffix of the node that multiplies by the factors."""
 EXPONENTS = tuple(i / 8 for i in range(9))
 _MAX_RATIO = 64.0
-"""Largest factor over the geometric mean: a channel that is nearly always zero is not blown up."""
+"""Largest factor relative to the geometric mean, so that a channel that is nearly always zero is not amplified."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Channels:
-    """What a layer reads, channel by channel: (C,) float64 each.
+    """Statistics of the input of a layer by channel, (C,) float64 each.
 
     Attributes:
         largest: Largest absolute value.
@@ -52,7 +52,7 @@ class Channels:
 
 
 def input_axis(node: ir.Node) -> int:
-    """Return which axis of a layer's weight counts its input channels."""
+    """Return the input channel axis of a layer's weight."""
     if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1):
         return 1
     return -2 if node.op_type == "MatMul" else 0
@@ -69,19 +69,18 @@ def choose_factors(
     examples: Examples | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """Return the factors of each weight that gains by them, (C,) float64, by the weight's name.
+    """Return the factors of each weight that improves, (C,) float64, by weight name.
 
     Args:
         model: The float32 sampler graph; it is not changed.
         nodes: Names of the layers that will be quantized.
         spec: The sampler.
-        num_samples: Pictures to measure channels on, those of ``calibrate``. Other ones for the ranges were tried:
-            the shipped model loses 1.7 to 4 dB (mean PSNR of 512 fresh seeds; 128 and 128 others, three draws), and
-            more where 128 are halved.
-        seed: Which ones.
-        batch_size: Pictures at once; bounds memory.
+        num_samples: Number of samples, the same as in ``calibrate``. With different samples for the ranges the shipped
+            model loses 1.7 to 4 dB (mean PSNR of 512 fresh seeds; 128 and 128 others, three draws), and more with 64.
+        seed: Random seed of the samples.
+        batch_size: Batch size; it limits memory.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with batches done and in all.
+        progress: Called with completed and total batches.
 
     Raises:
         BackendUnavailable: If onnxruntime is not installed.
@@ -102,12 +101,12 @@ def choose_factors(
 
 
 def equalize(model: ir.Model, nodes: Sequence[str], factors: Mapping[str, np.ndarray]) -> ir.Model:
-    """Return a graph that computes the same with equalized channels.
+    """Return an equivalent graph with equalized channels.
 
     Args:
-        model: The graph, in any precision; it is not changed.
-        nodes: Names of the layers to equalize; others that read the same weight keep it as it is.
-        factors: What ``choose_factors`` returned for the float32 graph.
+        model: The graph in any precision; it is not changed.
+        nodes: Names of the layers to equalize; other layers keep the original weight.
+        factors: Result of ``choose_factors`` for the float32 graph.
     """
     copy = model.clone()
     chosen = set(nodes)
@@ -124,7 +123,7 @@ def equalize(model: ir.Model, nodes: Sequence[str], factors: Mapping[str, np.nda
 
 
 def _equalize_node(graph: ir.Graph, node: ir.Node, factors: np.ndarray, divided: ir.Value | None) -> ir.Value:
-    """Divide what a layer reads by its factors, unless that is done; the weights undo them as they were rounded."""
+    """Divide the input of a layer by its factors, unless done, and multiply the weights by the rounded factors."""
     import onnx_ir as ir
 
     (data, axis), weight = _read(node), _weight(node)
@@ -148,7 +147,7 @@ def _can_be_equalized(node: ir.Node) -> bool:
 
 
 def _groups(layers: Sequence[ir.Node]) -> list[list[ir.Node]]:
-    """Return layers that must have the same factors together: they read one value or one weight, or others between."""
+    """Group the layers that must share factors, because they read the same values or weights."""
     groups: list[tuple[set[object], list[ir.Node]]] = []
     for node in layers:
         shared: set[object] = {_read(node), _weight(node)}
@@ -163,17 +162,17 @@ def _groups(layers: Sequence[ir.Node]) -> list[list[ir.Node]]:
 
 
 def _best(weights: Sequence[np.ndarray], channels: Sequence[Channels]) -> np.ndarray | None:
-    """Return the factors that cost least, or None where none does better than 1.
+    """Return the factors with the smallest expected error, or None if no factors improve it.
 
     Args:
-        weights: (C, O, the rest) each, float64.
-        channels: What they multiply, one for each value.
+        weights: (C, O, ...) each, float64.
+        channels: Statistics of their inputs, one per value.
     """
     largest = np.max([each.largest for each in channels], axis=0)
     weight_largest = np.max([np.abs(weight).max(axis=(1, 2)) for weight in weights], axis=0)
     if not largest.any() or not weight_largest.any():
         return None
-    # A channel that is always zero, or that no output reads, counts as the least of the others.
+    # A channel that is always zero, or unused, counts as the smallest of the others.
     x = np.maximum(largest, largest[largest > 0].min())
     w = np.maximum(weight_largest, weight_largest[weight_largest > 0].min())
     candidates = [np.ones_like(x)]
@@ -185,7 +184,7 @@ def _best(weights: Sequence[np.ndarray], channels: Sequence[Channels]) -> np.nda
 
 
 def _cost(weight: np.ndarray, channels: Sequence[Channels], s: np.ndarray) -> float:
-    """Return the expected square error of a layer's outputs: each rounding is uniform over one step of its scale."""
+    """Return the expected squared error of a layer's outputs; each rounding is uniform over one step of its scale."""
     scaled = weight * s[:, None, None]
     weight_step = np.abs(scaled).max(axis=(0, 2)) / QMAX
     total = 0.0
@@ -197,7 +196,7 @@ def _cost(weight: np.ndarray, channels: Sequence[Channels], s: np.ndarray) -> fl
 
 
 def _measure(runner: Runner, layers: Sequence[ir.Node]) -> dict[tuple[ir.Value, int], Channels]:
-    """Reduce what layers read to its channels, inside the graph; by value and axis of the channels."""
+    """Compute channel statistics of the inputs of layers inside the graph, by value and channel axis."""
     import onnx_ir as ir
 
     copy = runner.model.clone()
@@ -225,7 +224,7 @@ def _measure(runner: Runner, layers: Sequence[ir.Node]) -> dict[tuple[ir.Value, 
 
 
 def _read(node: ir.Node) -> tuple[ir.Value, int]:
-    """Return what a layer reads and which axis of it counts the channels."""
+    """Return the input of a layer and its channel axis."""
     value = node.inputs[0]
     assert value is not None, "choose_layers takes layers that read something"
     return value, 1 if node.op_type == "Conv" else -1
@@ -238,7 +237,7 @@ def _weight(node: ir.Node) -> ir.Value:
 
 
 def _by_input_channel(node: ir.Node) -> np.ndarray:
-    """Return a layer's weight as (C, O, the rest), float64."""
+    """Return the weight of a layer as (C, O, ...), float64."""
     kept = _weight(node).const_value
     assert kept is not None, "choose_layers takes layers whose weights are stored"
     array = kept.numpy().astype(np.float64)

@@ -1,7 +1,6 @@
-"""Add other precisions to a bundle: a graph for each number of steps, and its plan.
+"""Add other precisions to a bundle: one graph per number of steps, and its plan.
 
-What is there already and would come out the same is left alone, so a command that was cut short may
-simply run again.
+Current artifacts are kept, so that an interrupted command can be repeated.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ class Variant:
     """One graph of a bundle in one precision.
 
     Attributes:
-        path: Its path inside the bundle.
-        precision: Its precision.
-        num_inference_steps: Its steps.
-        unchanged: Whether it was there already and would come out the same.
-        graph: What was written; None if unchanged.
-        nodes: How many nodes compute in which type; empty if unchanged.
-        psnr_db: PSNR that 95 % of the probe's images reach, compared with fp32, dB; None where no CPU can run it.
-        notes: What else a person should know.
+        path: Path inside the bundle.
+        precision: Precision of the graph.
+        num_inference_steps: Number of steps.
+        unchanged: Whether an identical graph existed already.
+        graph: Report of the written graph; None if unchanged.
+        nodes: Number of nodes by type; empty if unchanged.
+        psnr_db: PSNR that 95 % of the probe's images reach vs fp32, dB; None if a CPU cannot run it.
+        notes: Further notes for the user.
     """
 
     path: str
@@ -76,25 +75,25 @@ def add_precision(
 
     Args:
         path: The bundle.
-        plan: What stays float32.
-        target_db: PSNR that 95 % of the compared images are to reach, dB: blocks become islands until they do. Only
+        plan: Nodes that stay in float32.
+        target_db: PSNR that 95 % of the compared images must reach, dB; blocks become islands until they do. Only for
             fp16, which a CPU can run.
         steps: Only graphs with these numbers of steps; () is all.
-        num_samples: Pictures for the quick look and the search; 0 looks at none, for graphs that run for minutes.
+        num_samples: Number of images for the comparison and the search; 0 for none, for graphs that run for minutes.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
         progress: Called with a few words for each stage.
 
     Returns:
-        One variant for each number of steps.
+        One variant per number of steps.
 
     Raises:
         BundleError: If the bundle is damaged or cannot be written.
-        ConfigError: If it has no such fp32 graph, or the plan does not fit the network.
-        ParityError: If the target is out of reach.
+        ConfigError: If an fp32 graph is missing, or the plan does not match the network.
+        ParityError: If the target cannot be reached.
     """
     bundle = open_to_extend(path)
     options = {"plan": sha256_bytes(plan.to_json()), "target_db": target_db}
-    if examples is not None and target_db is not None:  # they decide then what stays float32
+    if examples is not None and target_db is not None:  # the search depends on them
         options["examples"] = examples.sha256
     sources = fp32_sources(bundle, steps, options)
     if unchanged := unchanged_variants(bundle, sources, plan.precision):
@@ -105,7 +104,7 @@ def add_precision(
     plan = plan.with_islands(*(island for island in own_islands(models[0]) if island not in plan.islands))
     probes = [source.probe(num_samples, examples) for source in sources]
     if target_db is not None:
-        for model, probe in zip(models, probes, strict=True):  # one plan for all: each goes on from the last
+        for model, probe in zip(models, probes, strict=True):  # one plan for all: each search starts from the last plan
             assert probe is not None
             progress(f"search the blocks to keep in float32, {probe.spec.num_inference_steps}-step graph")
             plan = find_islands(model, plan, probe, target_db, progress=progress).plan
@@ -129,19 +128,19 @@ def add_cpu_form(
     examples: Examples | None = None,
     progress: Progress = lambda _: None,
 ) -> list[Variant]:
-    """Add the ``fp32-cpu`` form of a bundle's graphs: float32 in the operators that CPUs are fastest with.
+    """Add the ``fp32-cpu`` form of a bundle's graphs: float32 with operators that are fast on CPUs.
 
     Args:
         path: The bundle.
         steps: Only graphs with these numbers of steps; () is all.
-        num_samples: Pictures for the quick look; 0 looks at none.
+        num_samples: Number of images for the comparison; 0 for none.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
         progress: Called with a few words for each stage.
 
     Raises:
         BundleError: If the bundle is damaged or cannot be written.
         ConfigError: If it has no such fp32 graph.
-        UnsupportedGraphError: If it has nothing that gains.
+        UnsupportedGraphError: If no operator can be replaced.
     """
     bundle = open_to_extend(path)
     sources = fp32_sources(bundle, steps, {})
@@ -158,20 +157,20 @@ def add_cpu_form(
 
 
 def own_islands(model: ir.Model) -> tuple[Island, ...]:
-    """Return what must stay float32 of a network by its own word, beyond what every network needs."""
+    """Return the operators that a network declares to stay in float32, in addition to the default ones."""
     patterns = model.metadata_props.get(ISLANDS_KEY, "").split()
     return tuple(Island(pattern=pattern, reason="said to be needed by the network itself") for pattern in patterns)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One fp32 graph of a bundle, from which others are made.
+    """One fp32 graph of a bundle, the source of variants.
 
     Attributes:
-        artifact: Its entry.
-        graph: The file.
-        spec: Its sampler.
-        recipe: What a variant of it is made with: the options, the graph's digest, the version.
+        artifact: Entry in the manifest.
+        graph: Path of the file.
+        spec: The sampler.
+        recipe: Inputs of a variant: the options, the digest of the graph, the version.
     """
 
     artifact: Artifact
@@ -181,11 +180,11 @@ class Source:
 
     @property
     def num_inference_steps(self) -> int:
-        """Its number of steps."""
+        """Number of steps."""
         return self.artifact.num_inference_steps
 
     def probe(self, num_samples: int, examples: Examples | None) -> Probe | None:
-        """Return what looks at the pictures of its variants; None where there is to be no picture."""
+        """Return the probe of its variants; None without a comparison."""
         return Probe(self.graph, self.spec, num_samples=num_samples, examples=examples) if num_samples else None
 
 
@@ -193,7 +192,7 @@ def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any
     """Return the float32 graphs of a bundle, fewest steps first.
 
     Raises:
-        ConfigError: If there is none, or none for one of ``steps``.
+        ConfigError: If there are no graphs, or none for one of ``steps``.
     """
     found = sorted(bundle.artifacts(format="onnx", precision="fp32"), key=lambda a: a.num_inference_steps)
     there = [a.num_inference_steps for a in found]
@@ -215,12 +214,12 @@ def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any
 
 
 def first_graph(path: str | os.PathLike[str], steps: Sequence[int] = ()) -> ir.Model:
-    """Return the float32 graph with the fewest steps, for looking at its layers."""
+    """Return the float32 graph with the fewest steps, for inspecting its layers."""
     return read_model(fp32_sources(Bundle.open(path, verify="none"), steps, {})[0].graph)
 
 
 def unchanged_variants(bundle: Bundle, sources: Sequence[Source], precision: Precision) -> list[Variant]:
-    """Return the variants of all sources if each is there and would come out the same; else nothing."""
+    """Return the variants of all sources if each exists and is current; else nothing."""
     paths = {source.num_inference_steps: variant_path(precision, source.num_inference_steps) for source in sources}
     if any(recipe_of(bundle, paths[source.num_inference_steps]) != source.recipe for source in sources):
         return []
@@ -237,20 +236,20 @@ def add_graph(
     built_from: Sequence[str],
     notes: Sequence[str] = (),
 ) -> Variant:
-    """Write a graph into a bundle's draft as the lower precision of a source, and look at its pictures.
+    """Write a graph into a bundle's draft as a variant of a source, and compare its images.
 
     Args:
-        draft: Where it goes.
+        draft: The draft.
         model: The graph.
-        source: What it was made from.
-        precision: Its precision.
-        probe: Made from the source; None looks at no picture.
-        built_from: Further files of the bundle that it was made from.
-        notes: What else a person should know.
+        source: The source of the variant.
+        precision: Precision of the variant.
+        probe: Probe of the source; None for no comparison.
+        built_from: Further source files in the bundle.
+        notes: Further notes for the user.
     """
     steps, path = source.num_inference_steps, variant_path(precision, source.num_inference_steps)
     data = data_path_of(Path(path)).as_posix()
-    draft.path(data)  # weights that an older graph had beside it
+    draft.path(data)  # external weights of an older graph
     report = write_model(model, draft.path(path))
     draft.add(
         Artifact(path=path, format="onnx", precision=precision, num_inference_steps=steps, recipe=source.recipe),
@@ -259,7 +258,7 @@ def add_graph(
     )
     try:
         psnr_db = probe.gate_db(report.path) if probe is not None else None
-    except UnsupportedGraphError:  # no CPU kernels, as for bf16
+    except UnsupportedGraphError:  # no CPU kernels, for example for bf16
         psnr_db = None
     return Variant(
         path=path,
@@ -273,12 +272,12 @@ def add_graph(
 
 
 def variant_path(precision: str, num_inference_steps: int) -> str:
-    """Return where a graph lies in a bundle."""
+    """Return the path of a graph in a bundle."""
     return f"onnx/{precision}/{num_inference_steps}step/model.onnx"
 
 
 def sha256_of(bundle: Bundle, path: str) -> str:
-    """Return the digest of a graph of a bundle together with its weights, as the manifest has them."""
+    """Return the digest of a graph of a bundle with its weights, from the manifest."""
     entries = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     data = f"{path}_data"
     return entries[path] if data not in entries else sha256_bytes(f"{entries[path]}{entries[data]}".encode())

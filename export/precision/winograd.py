@@ -1,15 +1,15 @@
 """3x3 convolutions as Winograd products F(4x4, 3x3) in standard ONNX operators.
 
-Each tile of 4x4 outputs is made from 6x6 inputs (Lavin & Gray 2015, arXiv 1509.09308):
+Each tile of 4x4 outputs is computed from 6x6 inputs (Lavin & Gray 2015, arXiv 1509.09308):
 
     Y = A^T [(G w G^T) * (B^T d B)] A
 
-summed over the input channels, which makes the elementwise product 36 matrix products. Here B^T and A^T stand for all
-tiles of a map at once, padding included: one matrix for its rows and one for its columns. What they cost grows with the
-channels and the products with their square, so only wide layers are rewritten. CPU libraries compute such convolutions
-directly, at what a matrix product reaches: fewer operations are the only way past that.
+summed over the input channels, which turns the elementwise product into 36 matrix products. B^T and A^T are built for
+all tiles of a map, including padding: one matrix for its rows and one for its columns. Their cost grows with the
+channels and that of the products with their square, so only wide layers are rewritten. CPU libraries compute such
+convolutions directly at the speed of a matrix product, which only fewer operations can improve.
 
-The filters lie in the graph as they were, under their own names, and become 4 times as large when it is loaded.
+The graph stores the original filters under their names; they become 4 times as large when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LEAST_CHANNELS, LEAST_TILES, LEAST_PRODUCT = 128, 16, 2**12
-"""Channels on the narrower side, tiles of a map, and both multiplied, below which nothing is gained: with few channels
-the transforms cost more than is saved, with few tiles the larger filters. ``benchmarks/winograd.py`` measures it."""
+"""Minimum channels of the narrower side, tiles of a map, and their product: with few channels the transforms cost more
+than they save, with few tiles the larger filters do. Measured by ``benchmarks/winograd.py``."""
 CHANNELS_PER_SIDE = 3
-"""Fewest channels for each row or column of a map: one matrix for all tiles of an axis grows with its square."""
+"""Minimum channels per row or column of a map, because the matrix for all tiles of an axis grows with its square."""
 _OUT, _IN = 4, 6
 _B_T = np.array(
     [
@@ -48,11 +48,11 @@ _A_T = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [
 
 
 def products_for_convolutions(model: ir.Model) -> tuple[int, int]:
-    """Rewrite the wide 3x3 convolutions of a float32 graph; return how many of how many those are.
+    """Rewrite the wide 3x3 convolutions of a float32 graph; return their number and the number of all convolutions.
 
-    Requires: nodes have their names, and what convolutions read has its shape.
-    Ensures: the same numbers but for rounding, about 1e-5 of a layer's largest. A value that a convolution computed
-    keeps its name, and so does a weight.
+    Requires: nodes have their names, and inputs of convolutions have their shapes.
+    Ensures: the same values up to rounding, about 1e-5 of a layer's largest. Outputs of convolutions and weights keep
+    their names.
     """
     convolutions = [node for node in model.graph if node.op_type == "Conv"]
     chosen = {node: sizes for node in convolutions if (sizes := _sizes(node)) is not None and sizes.worth_it}
@@ -63,7 +63,7 @@ def products_for_convolutions(model: ir.Model) -> tuple[int, int]:
 
 
 class _Sizes(NamedTuple):
-    """Of a 3x3 convolution that keeps the size of its map."""
+    """Sizes of a 3x3 convolution that keeps the size of its map."""
 
     out_channels: int
     in_channels: int
@@ -78,7 +78,7 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(node: ir.Node) -> _Sizes | None:
-    """Return the sizes of a dense float32 3x3 Conv with a stored weight, padded to keep its map; None for others."""
+    """Return the sizes of a dense float32 3x3 Conv with a stored weight and same padding; None for others."""
     import onnx_ir as ir
 
     if node.inputs[0] is None or node.inputs[1] is None or node.inputs[0].dtype != ir.DataType.FLOAT:
@@ -103,7 +103,7 @@ def _tiles(size: int) -> int:
 
 
 def input_transform(size: int) -> np.ndarray:
-    """Return B^T for all tiles of an axis with a zero beyond each end, (6 tiles, size) float32; tiles run fastest."""
+    """Return B^T for all tiles of an axis, zero-padded at both ends, (6 tiles, size) float32; tiles vary fastest."""
     tiles = _tiles(size)
     whole = np.zeros((_IN, tiles, size), np.float32)
     for tile in range(tiles):
@@ -114,7 +114,7 @@ def input_transform(size: int) -> np.ndarray:
 
 
 def output_transform(size: int) -> np.ndarray:
-    """Return A^T for all tiles of an axis, cut to its size, (size, 6 tiles) float32; tiles run fastest."""
+    """Return A^T for all tiles of an axis, cropped to its size, (size, 6 tiles) float32; tiles vary fastest."""
     tiles = _tiles(size)
     whole = np.zeros((tiles, _OUT, _IN, tiles), np.float32)
     for tile in range(tiles):
@@ -123,12 +123,12 @@ def output_transform(size: int) -> np.ndarray:
 
 
 def filter_transform() -> np.ndarray:
-    """Return what makes the 36 numbers of G w G^T from the 9 of a filter w, (36, 9) float32."""
+    """Return the matrix from the 9 values of a filter w to the 36 of G w G^T, (36, 9) float32."""
     return np.kron(_G, _G).astype(np.float32)
 
 
 class _Rewriting:
-    """Puts the products in the place of one convolution."""
+    """Replaces one convolution by products."""
 
     def __init__(self, graph: ir.Graph, conv: ir.Node, filters: dict[ir.Value, ir.Value]) -> None:
         self.graph, self.conv, self.filters = graph, conv, filters
@@ -139,7 +139,7 @@ class _Rewriting:
         out_channels, in_channels, height, width = sizes
         rows, columns = _tiles(height), _tiles(width)
         x, weight, *rest = self.conv.inputs
-        # Rows first here and last below: their products are many small ones, cheaper over the narrower map.
+        # Rows first here and last below, because their many small products are cheaper on the narrower map.
         v = self._op("MatMul", [self._constant(f"input_{height}", input_transform(height)), x])
         v = self._op("MatMul", [v, self._constant(f"input_{width}.T", input_transform(width).T)])
         v = self._op("Reshape", [v, self._shape(0, 0, _IN, rows, _IN, columns)])
@@ -156,10 +156,10 @@ class _Rewriting:
         self._take_place(v)
 
     def _filtered(self, weight: ir.Value | None, out_channels: int, in_channels: int) -> ir.Value:
-        """Return G w G^T, (36, out, in): made once for all steps, of constants alone, so libraries do it on loading."""
+        """Return G w G^T, (36, out, in), once for all steps; computed from constants, so libraries fold it on loading."""
         assert weight is not None
         if weight not in self.filters:
-            w = self._op("Transpose", [weight], perm=[2, 3, 0, 1])  # while it is small
+            w = self._op("Transpose", [weight], perm=[2, 3, 0, 1])  # while the filter is small
             w = self._op("Reshape", [w, self._shape(9, -1)])
             w = self._op("MatMul", [self._constant("filter", filter_transform()), w])
             self.filters[weight] = self._op("Reshape", [w, self._shape(_IN * _IN, out_channels, in_channels)])
@@ -177,7 +177,7 @@ class _Rewriting:
         return stored(self.graph, name, np.array(numbers, np.int64))
 
     def _take_place(self, value: ir.Value) -> None:
-        """Give what stands for the convolution its output's name, shape and readers, and remove it."""
+        """Transfer name, shape and readers of the output to the replacement, and remove the convolution."""
         import onnx_ir as ir
 
         old = self.conv.outputs[0]
