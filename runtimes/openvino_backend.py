@@ -98,7 +98,7 @@ class OpenVINOBackend:
             raise BackendUnavailable(
                 f"device is {device!r}, but backend 'openvino' runs on the CPU. Use device='cpu', or another backend."
             )
-        # Not pinned to cores: two models in one process would be pinned to the same ones.
+        # Not pinned to cores, because two models in one process would be pinned to the same cores.
         self._settings: dict[str, str | int] = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",
@@ -199,7 +199,7 @@ class _SignalStack(ctypes.Structure):
 
 @contextmanager
 def same_signal_stack() -> Iterator[None]:
-    """Give the thread back the alternate signal stack that it has now.
+    """Restore the alternate signal stack of the thread at the end.
 
     If there is such a stack (``faulthandler`` creates one), OpenVINO's CPU plugin replaces it when it compiles and
     restores it when it is released. If two models are released in the order of their compilation, the second restores

@@ -156,7 +156,7 @@ class _Rewriting:
         self._take_place(v)
 
     def _filtered(self, weight: ir.Value | None, out_channels: int, in_channels: int) -> ir.Value:
-        """Return G w G^T, (36, out, in), once for all steps; computed from constants, so libraries fold it on loading."""
+        """Return G w G^T, (36, out, in), once for all steps; from constants, so libraries fold it on loading."""
         assert weight is not None
         if weight not in self.filters:
             w = self._op("Transpose", [weight], perm=[2, 3, 0, 1])  # while the filter is small

@@ -57,7 +57,7 @@ def read_engine(path: Path, spec: SamplerSpec, host: EngineHost) -> tuple[BuildR
 
 
 def rebuild(record: BuildRecord | None = None) -> str:
-    """Return what to do about an engine that is not what it should be."""
+    """Return the advice for errors about a wrong engine."""
     return f"Build it again: {rebuild_command(record.flavor)}" if record else "Build it again: scm-export engine"
 
 

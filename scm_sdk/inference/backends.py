@@ -110,7 +110,7 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference without measureme
         unfit={
             # OpenVINO fuses them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
             "int8": "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu",
-            # In float32 all the same, and in 2026.4 a float16 product cast before it is added may come out wrong.
+            # OpenVINO computes in float32 anyway, and 2026.4 may compute a cast float16 product wrong.
             "fp16": "fp16 is for GPUs; OpenVINO computes it in float32: take fp32, or bf16",
         },
         computes={"fp32": ("bf16",)},

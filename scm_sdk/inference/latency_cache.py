@@ -78,7 +78,7 @@ def remember(
     for (backend, artifact, precision), median in medians.items():
         conditions = _conditions(backend, build_id, num_inference_steps, device, num_threads)
         key = f"{backend}|{artifact}|{precision}|{conditions}"
-        times.pop(key, None)  # so that the newest are last and the oldest fall out first
+        times.pop(key, None)  # the newest are last, and the oldest are dropped first
         times[key] = median
     kept = dict(list(times.items())[-MAX_ENTRIES:])
     try:

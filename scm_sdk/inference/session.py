@@ -263,7 +263,7 @@ class Opener:
             images, _, _ = opened.run(request, opened.spec.max_batch)
             worst = float(np.abs(images - golden.images).max()) / opened.spec.sigma_data
             allowed = max([GOLDEN_TOLERANCE, *(_allowed(record) for record in self._records(opened.row, steps))])
-            if not worst <= allowed:  # NaN fails, too
+            if not worst <= allowed:  # NaN also fails
                 raise BackendFailure(
                     f"{opened.row.backend} ({opened.row.artifact}) differs from the recorded sample by "
                     f"{worst:.1e} sigma_data, expected at most {allowed:.1e}. "
@@ -350,7 +350,7 @@ class Opener:
         fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}" if problems else None
         doubts = [fallback] if fallback and self._fallback == "warn" else []
         if any(not record.passed for record in self._records(row, steps)):
-            # Only a name gets here. It must, so that the comparison can be run again.
+            # Only a named backend, which must open so that the comparison can be repeated.
             doubts.append(f"{row.backend} runs {row.artifact}, {row.reason}. Compare it again: scm-export validate")
         for doubt in doubts:
             warnings.warn(doubt, RuntimeWarning, stacklevel=_callers())
