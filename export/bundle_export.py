@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.files import atomic_write_bytes, remove_leftovers, sha256_file
+from scm_sdk._util.lazy import distribution_version
 from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.card import CARD_PATH, model_card
@@ -260,9 +260,5 @@ def draw_golden(model: ConsistencyModel, spec: SamplerSpec) -> Golden:
 def library_versions() -> dict[str, str]:
     """Return the versions of the installed libraries that build a bundle."""
     found = {"scm-sdk": __version__, "python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
+    versions = {library: distribution_version(library) for library in LIBRARIES}
+    return found | {library: version for library, version in versions.items() if version is not None}

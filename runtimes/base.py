@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from scm_sdk._util.files import unreadable
+from scm_sdk._util.gpu import parse_device
 from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError, ShapeError
 from scm_sdk.inference.backends import Backend
 from scm_sdk.spec import SamplerSpec, TensorSpec
@@ -153,12 +154,12 @@ def check_num_threads(num_threads: int | None) -> None:
 
 def cuda_index(device: str | None, *, backend: str) -> int | None:
     """Return N of ``"cuda:N"``, 0 for ``"cuda"`` and None for ``"cpu"`` or None; else raise ``ConfigError``."""
-    kind, _, number = (device or "cpu").partition(":")
-    if kind == "cpu" and not number:
+    kind, index = parse_device(device or "cpu")
+    if kind == "cpu" and index is None:
         return None
-    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+    if kind != "cuda":
         raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N' for backend {backend!r}.")
-    return int(number or 0)
+    return index or 0
 
 
 def first_line(exc: Exception) -> str:

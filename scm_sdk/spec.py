@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from ._util.json_struct import from_json
 from .errors import ConfigError
 
 Precision = Literal["fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"]
@@ -241,7 +242,8 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             ConfigError: If the text is no JSON, a key is unknown, or a value breaks the contract.
         """
-        try:
-            return msgspec.json.decode(text, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise ConfigError(f"sampler spec cannot be read: {exc}. Expected the JSON that scm-export wrote.") from exc
+        return from_json(
+            text,
+            cls,
+            lambda exc: ConfigError(f"sampler spec cannot be read: {exc}. Expected the JSON that scm-export wrote."),
+        )

@@ -10,7 +10,6 @@ one waits and uses the result.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from scm_sdk._util.files import sha256_bytes, sha256_file
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.lazy import require
 from scm_sdk._util.locks import FolderLock, try_lock, wait_for_lock
+from scm_sdk._util.processor import platform_tag
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord
 from scm_sdk.engines.compatibility import remember_built, was_built_here
 from scm_sdk.engines.tensorrt import load_flavor
@@ -146,7 +146,7 @@ def engine_key(graph: Path, options: EngineOptions) -> str:
         "graph": graph_digest(graph),
         "options": msgspec.to_builtins(options),
         "library": library.__version__,
-        "platform": f"{platform.system()}-{platform.machine()}",
+        "platform": platform_tag(),
         "gpu": (gpu.name, gpu.driver) if gpu is not None else None,
     }
     return sha256_bytes(msgspec.json.encode(facts, order="deterministic"))

@@ -6,7 +6,6 @@ that results about the graph hold for the engine. The kernels are counted afterw
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import msgspec
 from scm_sdk._util.files import sha256_bytes, sha256_file
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.peak_memory import PeakMemory
+from scm_sdk._util.processor import platform_tag
 from scm_sdk._util.publish import atomic_folder
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, EngineTensor
 from scm_sdk.bundle.manifest import EngineFacts
@@ -85,7 +85,7 @@ def build_engine(
         facts=EngineFacts(
             library_version=library.__version__,
             compute_capabilities=options.compute_capabilities,
-            platform=f"{platform.system()}-{platform.machine()}".lower(),
+            platform=platform_tag(),
             batch=options.batch,
             hardware_compatibility=options.hardware_compatibility,
             version_compatible=options.version_compatible,

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from scm_sdk._util.files import scratch_folder
+from scm_sdk._util.json_struct import from_json, to_json
 from scm_sdk._util.lazy import require
 from scm_sdk.errors import ConfigError, ExportError, SchemaError
 from scm_sdk.evaluate.parity.seeds import CALIBRATION
@@ -62,7 +63,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal calibration."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Calibration:
@@ -71,10 +72,11 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             SchemaError: If it cannot be read.
         """
-        try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise SchemaError(f"calibration cannot be read: {exc}. Calibrate again: scm-export quantize") from exc
+        return from_json(
+            data,
+            cls,
+            lambda exc: SchemaError(f"calibration cannot be read: {exc}. Calibrate again: scm-export quantize"),
+        )
 
 
 def calibrate(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from scm_sdk._util.json_struct import from_json, to_json
 from scm_sdk.errors import ConfigError, ExportError
 
 from .fp16_unsafe import DELICATE, delicate_nodes
@@ -103,7 +104,7 @@ class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal plan."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> PrecisionPlan:
@@ -112,12 +113,13 @@ class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Raises:
             ConfigError: If it is not JSON or violates the schema.
         """
-        try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise ConfigError(
+        return from_json(
+            data,
+            cls,
+            lambda exc: ConfigError(
                 f"precision plan cannot be read: {exc}. Expected the JSON that scm-export precision writes."
-            ) from exc
+            ),
+        )
 
 
 def default_plan(precision: LowPrecision) -> PrecisionPlan:

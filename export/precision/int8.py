@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from scm_sdk._util.json_struct import from_json, to_json
 from scm_sdk.errors import ConfigError, ExportError
 
 from ..graph.ops import stored
@@ -63,7 +64,7 @@ class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal plan."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> QuantizePlan:
@@ -72,12 +73,13 @@ class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Raises:
             ConfigError: If it is no JSON or breaks the schema.
         """
-        try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise ConfigError(
+        return from_json(
+            data,
+            cls,
+            lambda exc: ConfigError(
                 f"quantization plan cannot be read: {exc}. Expected the JSON that scm-export quantize writes."
-            ) from exc
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from scm_sdk._util.cache_dir import trusted_folder, writable_folder
 from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.gpu import parse_device
 from scm_sdk.bundle.engine_record import BuildRecord
 from scm_sdk.engines.compatibility import EngineHost, is_trusted, performance_warning
 from scm_sdk.engines.tensorrt import EXTRAS, load_flavor, make_logger
@@ -248,10 +249,10 @@ class TrtBackend:
 
 
 def _index(device: str | None) -> int:
-    kind, _, number = (device or "cuda").partition(":")
-    if kind != "cuda" or not (number.isdecimal() or device in (None, "cuda")):
+    kind, index = parse_device(device or "cuda")
+    if kind != "cuda":
         raise ConfigError(f"device is {device!r}, expected 'cuda' or 'cuda:N' for an engine.")
-    return int(number or 0)
+    return index or 0
 
 
 def _check_tensors(trt: Any, engine: Any, record: BuildRecord, path: Path) -> None:

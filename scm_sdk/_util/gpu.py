@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ..errors import ConfigError
+
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the CUDA driver API."""
@@ -71,3 +73,15 @@ def _describe(cuda: Any, index: int, driver: str) -> Gpu | None:
         memory_bytes=memory.value,
         driver=driver,
     )
+
+
+def parse_device(device: str) -> tuple[str, int | None]:
+    """Split the name of a device, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, into its kind and number.
+
+    Raises:
+        ConfigError: If what follows the colon is not a number.
+    """
+    kind, colon, number = device.partition(":")
+    if colon and not (number.isascii() and number.isdecimal()):
+        raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N', where N is a number.")
+    return kind, int(number) if colon else None

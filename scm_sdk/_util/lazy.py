@@ -27,17 +27,25 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.loader is not None and spec.origin is not None
 
 
+def distribution_version(*names: str) -> str | None:
+    """Return the version of the first of some distributions that is installed, without an import of it; or None."""
+    from importlib import metadata  # inside: it loads Python's e-mail package
+
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 def installed_version(module: str) -> str:
     """Return the version of the distribution that provides a module, or "unknown"."""
-    from importlib.metadata import PackageNotFoundError, packages_distributions, version
+    from importlib.metadata import packages_distributions
 
     brought = packages_distributions()
-    for name in (*brought.get(module, ()), module.replace(".", "-"), *brought.get(module.partition(".")[0], ())):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"
+    top = brought.get(module.partition(".")[0], ())
+    return distribution_version(*brought.get(module, ()), module.replace(".", "-"), *top) or "unknown"
 
 
 def outdated(*modules: str) -> dict[str, str]:

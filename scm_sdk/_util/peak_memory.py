@@ -8,6 +8,15 @@ from pathlib import Path
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def kernel_peak_bytes() -> int:
+    """Return the peak resident memory of this process as Linux counts it; 0 on other systems."""
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
 class PeakMemory:
     """Measures the peak resident memory of the process inside a ``with`` block; Linux only.
 
@@ -28,5 +37,5 @@ class PeakMemory:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._reset and (found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)):
-            self.bytes = int(found[1]) * 1024
+        if self._reset:
+            self.bytes = kernel_peak_bytes()

@@ -132,3 +132,8 @@ def _cpuinfo(key: str) -> Iterator[str]:
 def _flags() -> frozenset[str]:
     """Return the processor's flags as the system names them; none where it does not tell."""
     return frozenset((next(_cpuinfo("flags"), "") or next(_cpuinfo("Features"), "")).split())
+
+
+def platform_tag() -> str:
+    """Return ``<system>-<machine>`` of this machine in lower case, for example ``linux-x86_64``."""
+    return f"{platform.system()}-{platform.machine()}".lower()

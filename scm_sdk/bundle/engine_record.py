@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from .._util.json_struct import from_json, to_json
 from ..errors import SchemaError
 from ..spec import Precision, SamplerSpec
 from .manifest import EngineFacts
@@ -76,7 +77,7 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal record."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> BuildRecord:
@@ -85,12 +86,13 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             SchemaError: If it cannot be read or has a newer schema.
         """
-        try:
-            record = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as exc:
-            raise SchemaError(
+        record = from_json(
+            data,
+            cls,
+            lambda exc: SchemaError(
                 f"{BUILD_RECORD_NAME} cannot be read: {exc}. Build the engine again: scm-export engine"
-            ) from exc
+            ),
+        )
         if record.schema_version != SCHEMA_VERSION:
             raise SchemaError(
                 f"{BUILD_RECORD_NAME} has schema version {record.schema_version}, this scm-sdk reads "

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from .._util.json_struct import to_json
 from ..errors import ConfigError, SchemaError, printable
 from ..spec import Precision, SamplerSpec
 
@@ -235,7 +236,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def to_json(self) -> bytes:
         """Return indented JSON that ``from_json`` reads back to an equal manifest."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from .._util.json_struct import to_json
 from .._util.lazy import require
 from ..errors import ConfigError
 from ..spec import SamplerSpec
@@ -41,7 +40,7 @@ def scheduler_config(spec: SamplerSpec) -> dict[str, Any]:
 
 def scheduler_json(spec: SamplerSpec) -> bytes:
     """Return the text of ``scheduler_config.json``."""
-    return msgspec.json.format(msgspec.json.encode(scheduler_config(spec)), indent=2) + b"\n"
+    return to_json(scheduler_config(spec))
 
 
 def diffusers_scheduler(spec: SamplerSpec, *, device: str | torch.device | None = None) -> diffusers.SCMScheduler:

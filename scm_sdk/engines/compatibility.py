@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import os
-import platform
 import re
 import secrets
 import stat
@@ -19,7 +18,9 @@ from pathlib import Path
 
 from .._util.cache_dir import trusted_folder, warn_once, writable_folder
 from .._util.files import atomic_write_bytes, open_regular
-from .._util.gpu import Gpu, current_gpu, gpus
+from .._util.gpu import Gpu, current_gpu, gpus, parse_device
+from .._util.lazy import distribution_version
+from .._util.processor import platform_tag
 from .._util.switches import is_on
 from ..bundle.engine_record import Flavor
 from ..bundle.manifest import EngineFacts
@@ -64,33 +65,21 @@ class EngineHost:
             device: ``cuda`` or ``cuda:N``; None is the first GPU, ``cpu`` no GPU.
             trust_engines: Run engines of any origin.
         """
-        kind, _, number = (device or "cuda").partition(":")
-        gpu = current_gpu(int(number) if number.isdecimal() else 0) if kind == "cuda" else None
+        kind, index = parse_device(device or "cuda")
+        gpu = current_gpu(index or 0) if kind == "cuda" else None
         others = ", ".join(f"cuda:{found.index} ({found.name})" for found in gpus()) if kind == "cuda" else ""
         return cls(
             gpu=gpu,
             no_gpu=f"no GPU {device} here, only {others}" if others else cls.no_gpu,
             versions={flavor: installed_version(flavor) for flavor in _PACKAGES},
-            platform=this_platform(),
+            platform=platform_tag(),
             trusts=lambda sha256: trust_engines or is_trusted(sha256),
         )
 
 
-def this_platform() -> str:
-    """Return ``<system>-<machine>`` of this machine, for example ``linux-x86_64``."""
-    return f"{platform.system()}-{platform.machine()}".lower()
-
-
 def installed_version(flavor: str) -> str | None:
     """Return the version of a flavor from its package's metadata, without importing it."""
-    from importlib import metadata  # inside: it loads Python's e-mail package
-
-    for package in _PACKAGES[flavor]:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return distribution_version(*_PACKAGES[flavor])
 
 
 def is_trusted(engine_sha256: str) -> bool:

@@ -7,17 +7,14 @@ import platform
 import sys
 
 from .._util.gpu import gpus
+from .._util.peak_memory import kernel_peak_bytes
 from .._util.processor import cpu_class, cpu_name
 
 
 def peak_rss_mib() -> float | None:
     """Return the peak resident memory of this process, MiB; None if the system does not report it."""
-    try:
-        # Linux: getrusage would include the peak of the parent, which survives fork and exec.
-        with open("/proc/self/status") as stream:
-            return next(int(line.split()[1]) / 2**10 for line in stream if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
+    if peak_bytes := kernel_peak_bytes():  # Linux: getrusage would include the peak of the parent
+        return peak_bytes / 2**20
     try:
         import resource
     except ImportError:  # Windows

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +19,8 @@ import msgspec
 from .._util.cache_dir import cache_folder, warn_once, writable_folder
 from .._util.files import atomic_write_bytes, open_regular
 from .._util.gpu import gpus
-from .._util.processor import cpu_class, cpu_name, usable_cores
+from .._util.lazy import distribution_version
+from .._util.processor import cpu_class, cpu_name, platform_tag, usable_cores
 from ..errors import ScmError
 from .backends import BACKENDS
 from .selection import Measured, WayKey
@@ -125,17 +125,8 @@ def _ignored(path: Path, problem: str, *, what: str = "") -> dict[str, Measured]
 
 def _conditions(backend: str, build_id: str, steps: int, device: str | None, num_threads: int | None) -> str:
     library = BACKENDS[backend].library if backend in BACKENDS else backend
-    version = _version(library) or _version(f"{library}-gpu") or "unknown"
-    machine = f"{platform.system()}-{platform.machine()}-{cpu_name()}-{cpu_class()}-{usable_cores()}"
+    version = distribution_version(library, f"{library}-gpu") or "unknown"
+    machine = f"{platform_tag()}-{cpu_name()}-{cpu_class()}-{usable_cores()}"
     if backend in BACKENDS and BACKENDS[backend].runs_engines:
         machine += "".join(f"-{gpu.name}-{gpu.driver}" for gpu in gpus())
     return f"{build_id}|{steps}|{version}|{device or 'cpu'}|{num_threads or 'auto'}|{machine}"
-
-
-def _version(distribution: str) -> str | None:
-    from importlib import metadata  # inside: it loads Python's e-mail package
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, overload
 
-from .._util.gpu import current_gpu
+from .._util.gpu import current_gpu, parse_device
 from .._util.lazy import install_command, is_installed
 from .._util.processor import BF16_CLASSES, cpu_class
 from ..bundle.manifest import Artifact, ParityRecord, describe_way
@@ -313,7 +313,7 @@ def _engine_incompatibility(artifact: Artifact, device: str | None, host: Engine
     """Return the reason against running an engine here, or None."""
     if artifact.engine is None or host is None:
         return "the manifest does not say where this engine runs; build it again: scm-export engine"
-    if device is not None and device.partition(":")[0] != "cuda":
+    if device is not None and parse_device(device)[0] != "cuda":
         return f"device={device!r} was asked for, engines run on GPUs"
     unfit = incompatibility_reason(
         "tensorrt" if artifact.format == "tensorrt" else "tensorrt_rtx", artifact.engine, host

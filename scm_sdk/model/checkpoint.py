@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._util.files import atomic_file, atomic_write_bytes, open_regular, read_regular
+from .._util.json_struct import to_json
 from ..bundle.layout import CONFIG_MAX_BYTES, CONFIG_NAME, DECODER_FOLDER, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
 from .consistency import ConsistencyModel, ModelConfig
@@ -258,7 +259,7 @@ def save_checkpoint(model: ConsistencyModel, folder: Path) -> None:
 def _save(config: object, module: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = _unshared(_bare_state(module))
-    text = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+    text = to_json(config)
     with atomic_file(folder / WEIGHTS_NAME, error=BundleError) as path:
         try:
             save_file(weights, path, metadata={"format": "pt"})

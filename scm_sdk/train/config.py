@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from .._util.arguments import did_you_mean
+from .._util.json_struct import from_json
 from ..errors import ConfigError
 from ..model.consistency import NetworkConfig
 from ..spec import DEFAULT_MID_TIME
@@ -408,10 +409,7 @@ class TrainConfig(Section, frozen=True, kw_only=True):
         Raises:
             ConfigError: If it cannot be read or a value breaks the contract.
         """
-        try:
-            plain = msgspec.json.decode(text, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise ConfigError(f"training config cannot be read: {exc}.") from exc
+        plain = from_json(text, dict[str, Any], _unreadable)
         return _from_plain(_nested(plain, {}))
 
 
@@ -491,4 +489,8 @@ def _from_plain(plain: dict[str, Any]) -> TrainConfig:
     try:
         return msgspec.convert(plain, TrainConfig)
     except msgspec.MsgspecError as exc:
-        raise ConfigError(f"training config cannot be read: {exc}.") from exc
+        raise _unreadable(exc) from exc
+
+
+def _unreadable(exc: Exception) -> ConfigError:
+    return ConfigError(f"training config cannot be read: {exc}.")

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scm_sdk.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Artifact, FileEntry, Manifest, ParityRecord
+from helpers.toy_bundles import parity_record
+from scm_sdk.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Artifact, FileEntry, Manifest
 from scm_sdk.bundle.verify import make_build_id, read_manifest, seal
 from scm_sdk.errors import BundleError, SchemaError
 from scm_sdk.spec import SamplerSpec, default_times
@@ -24,16 +25,7 @@ DIGEST = "0" * 64
 
 def make(**changes: Any) -> Manifest:
     entry = FileEntry(path="onnx/model.onnx", size=3, sha256=DIGEST, role="graph", built_from=("denoiser/x",))
-    parity = ParityRecord(
-        artifact="onnx/model.onnx",
-        reference="denoiser",
-        backend="onnxruntime",
-        threshold=1e-5,
-        noise_floor=2e-6,
-        max_abs=3e-6,
-        num_samples=32,
-        passed=True,
-    )
+    parity = parity_record("onnx/model.onnx")
     parts: dict[str, Any] = {
         "build_id": "b",
         "name": "avatars",

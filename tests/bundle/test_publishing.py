@@ -8,23 +8,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from helpers.toy_bundles import parity_record
 from scm_sdk._util.publish import atomic_folder
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.goldens import GOLDEN_PATH
-from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact, ParityRecord
+from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact
 from scm_sdk.errors import BundleError, ConfigError
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
-RECORD = ParityRecord(
-    artifact="onnx/fp32/1step/model.onnx",
-    reference="denoiser",
-    backend="onnxruntime",
-    threshold=1e-5,
-    noise_floor=1e-6,
-    max_abs=2e-6,
-    num_samples=32,
-    passed=True,
-)
+RECORD = parity_record("onnx/fp32/1step/model.onnx")
 
 
 def test_what_is_written_opens(made_bundle: Path, toy: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from scm_sdk._util.cache_dir import cache_folder
 from scm_sdk._util.gpu import Gpu, current_gpu, gpus
+from scm_sdk._util.processor import platform_tag
 from scm_sdk.bundle.manifest import Artifact, EngineFacts, ParityRecord
 from scm_sdk.engines import compatibility
 from scm_sdk.engines.compatibility import (
@@ -16,7 +17,6 @@ from scm_sdk.engines.compatibility import (
     installed_version,
     is_trusted,
     performance_warning,
-    this_platform,
 )
 from scm_sdk.engines.tensorrt import version_tuple
 from scm_sdk.inference import selection
@@ -120,7 +120,7 @@ def test_trust_is_given_by_name_or_by_having_built_it(monkeypatch: pytest.Monkey
 
 def test_this_machine_is_described_without_loading_anything() -> None:
     here = EngineHost.here()
-    assert here.platform == this_platform() and here.gpu == current_gpu()
+    assert here.platform == platform_tag() and here.gpu == current_gpu()
     assert EngineHost.here(device="cpu").gpu is None and EngineHost.here(device="cuda:99").gpu is None
     assert isinstance(gpus(), tuple)
     assert version_tuple("1.7.1.116") == (1, 7, 1, 116)

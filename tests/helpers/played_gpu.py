@@ -15,7 +15,8 @@ import pytest
 
 from helpers.engine_helpers import record_of, rewrite
 from scm_sdk._util.gpu import Gpu
-from scm_sdk.engines.compatibility import EngineHost, this_platform
+from scm_sdk._util.processor import platform_tag
+from scm_sdk.engines.compatibility import EngineHost
 from scm_sdk.noise import draw_noise
 from scm_sdk.runtimes.tensorrt import backend
 from scm_sdk.runtimes.tensorrt.backend import TrtBackend, open_backend
@@ -25,7 +26,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x8
 
 L4 = Gpu(index=0, name="NVIDIA L4", compute_capability="8.9", memory_bytes=24 << 30, driver="13.0")
 HOST = EngineHost(
-    gpu=L4, versions={"tensorrt_rtx": trt.__version__, "tensorrt": None}, platform=this_platform(),
+    gpu=L4, versions={"tensorrt_rtx": trt.__version__, "tensorrt": None}, platform=platform_tag(),
     trusts=lambda sha256: True,
 )  # fmt: skip
 """A machine with an L4 that trusts every engine."""

@@ -8,7 +8,7 @@ from safetensors.numpy import save
 
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.goldens import Golden, write_goldens
-from scm_sdk.bundle.manifest import Artifact
+from scm_sdk.bundle.manifest import Artifact, ParityRecord
 from scm_sdk.spec import SamplerSpec, default_times
 
 
@@ -99,3 +99,17 @@ def write_linear_graph(path: Path, spec: SamplerSpec, *, gain: float = 0.5, meta
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.SerializeToString())
+
+
+def parity_record(artifact: str) -> ParityRecord:
+    """A comparison with ONNX Runtime that passed."""
+    return ParityRecord(
+        artifact=artifact,
+        reference="denoiser",
+        backend="onnxruntime",
+        threshold=1e-5,
+        noise_floor=1e-6,
+        max_abs=2e-6,
+        num_samples=32,
+        passed=True,
+    )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._util.files import atomic_write_bytes
+from ..._util.json_struct import to_json
 from ..._util.lazy import require
 from ...bundle.layout import INDEX_NAME
 from ...errors import BundleError, IntegrityError
@@ -242,4 +243,4 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pretty(value: object) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    return to_json(value)
