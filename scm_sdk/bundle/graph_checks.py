@@ -36,6 +36,10 @@ _NO_NUMBERS = {
 _FOREIGN = SIZE_BY_VALUE | _CONTROL_FLOW | _NO_NUMBERS
 """Standard operators that are not allowed in a sampler graph."""
 _DTYPES = {1: "float32", 7: "int64"}
+_LONGEST_NUMBER = 10
+"""Bytes of the longest varint."""
+_WINDOW = 8192
+"""Bytes that are read at once."""
 _EXTERNAL_KEYS = {b"location", b"offset", b"length", b"checksum"}
 
 
@@ -90,10 +94,16 @@ _AXIS_SIZE, _AXIS_NAME = 1 << 3 | _NUMBER, 2 << 3 | _BYTES
 
 
 class _Reader:
-    """Parses one graph and refuses it at the first violation."""
+    """Parses one graph and refuses it at the first violation.
+
+    It reads through a window of its own, since thousands of calls of a stream took longer than creating the session of
+    a small graph. The file is not mapped into memory: a file that gets shorter meanwhile would end the process.
+    """
 
     def __init__(self, path: Path, stream: BinaryIO, listed: Mapping[str, int]) -> None:
         self._path, self._stream, self._listed = path, stream, listed
+        self._at = self._start = 0  # the next byte, and the first byte of the window
+        self._window = b""
         self._fields_left = MAX_FIELDS
         self._nodes = self._tensors = 0
         self._made: set[str] = set()
@@ -244,10 +254,9 @@ class _Reader:
     def _fields(self, end: int) -> Iterator[tuple[int, int]]:
         """Yield tag and value of each field of the message that ends at ``end``.
 
-        For text, bytes and messages the value is their end offset, and the stream is at their start.
+        For text, bytes and messages the value is their end offset, and the next byte is their first.
         """
-        stream = self._stream
-        while (at := stream.tell()) < end:
+        while (at := self._at) < end:
             self._fields_left -= 1
             if self._fields_left < 0:
                 self._refuse(f"more than {MAX_FIELDS} fields")
@@ -257,28 +266,35 @@ class _Reader:
                 yield tag, self._number()
                 continue
             size = self._number() if kind == _BYTES else {1: 8, 5: 4}.get(kind, -1)
-            stop = stream.tell() + size
+            stop = self._at + size
             if size < 0 or tag < 8 or stop > end:
                 raise self._malformed(f"the field at byte {at} does not end where it should")
             yield tag, stop
-            stream.seek(stop)
-        if stream.tell() != end:
+            self._at = stop
+        if self._at != end:
             raise self._malformed(f"a field goes on beyond byte {end}")
 
     def _number(self) -> int:
         """Read a varint."""
-        number = shift = 0
-        while True:
-            byte = self._stream.read(1)
-            if not byte or shift > 63:
-                raise self._malformed(f"no number ends at byte {self._stream.tell()}")
-            number |= (byte[0] & 127) << shift
-            if byte[0] < 128:
+        at, number = self._at - self._start, 0
+        if 0 <= at < len(self._window) and (only := self._window[at]) < 128:  # as nearly all are
+            self._at += 1
+            return only
+        for index, byte in enumerate(self._bytes(self._at + _LONGEST_NUMBER)):
+            number |= (byte & 127) << 7 * index
+            if byte < 128:
+                self._at += index + 1
                 return number
-            shift += 7
+        raise self._malformed(f"no number ends at byte {self._at}")
 
     def _bytes(self, end: int) -> bytes:
-        return self._stream.read(end - self._stream.tell())
+        """Return the bytes up to ``end``, fewer at the end of the file; the next byte stays."""
+        first, last = self._at - self._start, end - self._start
+        if first < 0 or last > len(self._window):
+            self._stream.seek(self._at)
+            self._window = self._stream.read(max(_WINDOW, end - self._at))
+            self._start, first, last = self._at, 0, end - self._at
+        return self._window[first:last]
 
     def _text(self, end: int) -> str:
         """Read a name, which may appear in messages of libraries."""
@@ -287,7 +303,7 @@ class _Reader:
             text = data.decode()
         except UnicodeDecodeError:
             raise self._malformed(f"the name {data[:60]!r} is no UTF-8") from None
-        if text != printable(text):
+        if not (text.isascii() and text.isprintable()) and text != printable(text):
             raise self._malformed(f"the name {text[:60]!r} holds what commands a terminal")
         return text
 

@@ -49,7 +49,7 @@ def recall(
         backend, _, rest = key.partition("|")
         artifact, _, rest = rest.partition("|")
         precision, _, conditions = rest.partition("|")
-        if backend not in BACKENDS:
+        if backend not in BACKENDS or not conditions.startswith(f"{build_id}|"):  # before a version is looked up
             continue
         if backend not in here:
             here[backend] = _conditions(backend, build_id, num_inference_steps, device, num_threads)
