@@ -127,7 +127,7 @@ class Probe:
         if isinstance(model, Session):
             return np.concatenate([model.run([self.spec.output_name], feeds)[0] for feeds in inputs])
         with scratch_folder() as folder:
-            return self._run(open_session(model, folder, num_threads=self._threads), inputs)
+            return self._run(open_session(model, folder, num_threads=self._threads, cpu_bf16=True), inputs)
 
     def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
         """Compare images with those of the reference from ``first``; non-finite images have 0 dB."""

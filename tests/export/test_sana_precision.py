@@ -10,6 +10,7 @@ from click.testing import CliRunner
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from helpers.bf16 import COMPUTES_BF16
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.graph.io import read_model
@@ -42,7 +43,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("precision", "low"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
 def test_half_precision_keeps_its_sums_and_its_guards(sana_bundle_copy: Path, precision: Any, low: str) -> None:
     (variant,) = add_precision(sana_bundle_copy, default_plan(precision), steps=[1], num_samples=2)
-    assert (variant.psnr_db is None) == (precision == "bf16") and (variant.psnr_db or 99) > 45
+    assert (variant.psnr_db is None) == (precision == "bf16" and not COMPUTES_BF16) and (variant.psnr_db or 99) > (
+        20 if precision == "bf16" else 45
+    )
     types = types_of(sana_bundle_copy / variant.path)
     full = [f"{BLOCK}.attn1/MatMul", f"{BLOCK}.attn1/Div", f"{BLOCK}.attn1.norm_q/ReduceMean"]
     full += [name for name in types if name.startswith("step0/flow_output/")]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.bf16 import COMPUTES_BF16
 from scm_sdk._util.progress import Step
 from scm_sdk.errors import ConfigError, ExportError, ParityError, UnsupportedGraphError
 from scm_sdk.export.graph.io import read_model, write_model
@@ -79,11 +80,18 @@ def test_weights_are_stored_once_and_small(fp32: ir.Model, tmp_path: Path) -> No
     assert "conv_in.weight.fp16" not in low.graph.initializers
 
 
-def test_bf16_takes_the_opset_that_knows_it(fp32: ir.Model, tmp_path: Path, probe: Probe) -> None:
+def test_bf16_takes_the_opset_that_knows_it(
+    fp32: ir.Model, tmp_path: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     low = apply_precision(fp32, default_plan("bf16"))
     write_model(low, tmp_path / "model.onnx")  # onnx.checker, types included
     assert low.opset_imports[""] == 22 and fp32.opset_imports[""] == 20
     assert {dtypes(low)[n] for n, d in dtypes(low).items() if n.endswith("/Conv")} == {"BFLOAT16"}
+    if COMPUTES_BF16:
+        kept = default_plan("bf16").with_islands(Island(pattern="step*/mid*", reason="a test"))
+        reached, more = probe.gate_db(low), probe.gate_db(apply_precision(fp32, kept))
+        assert 40 < reached < 70 and reached != more, "OpenVINO computes the graph as it is written"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     with pytest.raises(UnsupportedGraphError, match="cannot run this bf16 graph on a CPU"):
         probe.gate_db(low)
 
