@@ -229,7 +229,7 @@ class _Queue:
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join()
-        with self._changed:  # callers that run their own request request request request
+        with self._changed:  # callers that run their own request
             self._changed.wait_for(lambda: self._free == self._max_concurrent_batches)
 
     def stop(self, *, cancel_waiting: bool = False) -> None:

@@ -1,0 +1,121 @@
+"""Plain technical English: documents, docstrings, comments, help and messages use the field's standard terms."""
+
+import ast
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BANNED = {
+    r"anew": "again",
+    r"beside(?!s)": "next to, in addition to, compared with",
+    r"besides": "in addition",
+    r"told|tells?": "state, report, record",
+    r"lies|lie|lay|lain": "is in, is stored in",
+    r"strangers?": "untrusted",
+    r"rungs?|ladder": "baseline, order",
+    r"streets?|houses?|housed|doors?": "the term of the field",
+    r"wall(?! time| clock)": "layer, contract",
+    r"(?<!noise )(?<!fd_)(?<!Noise )floors?(?![\w(.=])": "minimum, real-vs-real distance",
+    r"for ever|forever": "indefinitely, immutable",
+    r"by hand": "manually",
+    r"picture show|worth the name|as it were": "delete it",
+    r"vouch(?:es|ed)?|mends?|mended|dress up|at will|of before": "verify, fix, convert, optional, earlier",
+    r"whoever|wherever|somebody|nobody|anybody|everybody": "name the user, process or caller",
+    r"(?:go|goes|went|going) on(?! a)": "continue",
+    r"look(?:s|ed|ing)? into": "diagnose, inspect",
+    r"h[eo]ld(?:s|ing)? [\w ]{0,30}against": "compare",
+    r"thrown? away": "discard",
+    r"side by side": "concurrently, next to each other",
+    r"without a word|says? so much|by itself alone": "silently",
+    r"flavour\w*|colour\w*|behaviour\w*|normalis\w*|optimis\w*|licence\w*|neighbour\w*|serialis\w*|initialis\w*": "American",
+    r"(?<!at )(?<!At )least(?! squares| recently| significant| finished)(?!-)": "minimum, smallest",
+}  # fmt: skip
+"""Banned words as regular expressions, each with the plain term."""
+
+ALLOWED = {
+    "tests/project/test_style.py": "the list itself",
+}
+"""Files that are not checked, each with the reason."""
+PROSE = (
+    "README.md",
+    "SECURITY.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "Makefile",
+    ".ci/run",
+    "docs/*.md",
+    "docs/**/*.md",
+)
+CODE = ("scm_sdk", "export", "runtimes", "examples", "benchmarks", "tests", "docs")
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and not (ROOT / name).is_symlink()]
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line number and text of each piece of prose: lines of a document, comments and strings of a module."""
+    source = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        fenced = False
+        for number, line in enumerate(source.splitlines(), 1):
+            fenced ^= line.startswith("```")
+            if not fenced:
+                yield number, re.sub(r"`[^`]*`|\]\([^)]*\)", "", line)
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
+            yield node.lineno, re.sub(r"``[^`]*``|`[^`]*`", "", node.value)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], re.sub(r"`[^`]*`", "", token.string)
+
+
+def checked() -> list[Path]:
+    found = [path for path in tracked() if path.relative_to(ROOT).as_posix() not in ALLOWED]
+    documents = {path for pattern in PROSE for path in ROOT.glob(pattern)}
+    modules = {path for path in found if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in CODE}
+    return sorted(modules | (documents & set(found)))
+
+
+def test_no_banned_word() -> None:
+    pattern = re.compile(
+        "|".join(rf"(?P<w{number}>\b(?:{word})\b)" for number, word in enumerate(BANNED)), re.IGNORECASE
+    )
+    plain = list(BANNED.values())
+    found = []
+    for path in checked():
+        for number, text in prose(path):
+            for match in pattern.finditer(text):
+                instead = plain[int(str(match.lastgroup)[1:])]
+                line = number + text[: match.start()].count("\n")
+                found.append(f"{path.relative_to(ROOT)}:{line}: {match[0]!r}; use: {instead}")
+    assert not found, f"{len(found)} banned words:\n" + "\n".join(found)
+
+
+def test_no_docstring_is_a_question() -> None:
+    found = []
+    for path in checked():
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    summary = (ast.get_docstring(node) or "").partition("\n")[0]
+                    if summary.endswith("?"):
+                        found.append(f"{path.relative_to(ROOT)}: {summary}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("text, banned", [("an order that lies", True), ("``lies``", False), ("the noise floor", False),
+                                          ("at least one", False), ("the least one", True), ("wall time", False)])  # fmt: skip
+def test_the_list_itself(text: str, banned: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(f'"""A docstring: {text}."""\n')
+    ((_, shown),) = prose(tmp_path / "a.py")
+    assert bool(re.search("|".join(rf"\b(?:{word})\b" for word in BANNED), shown, re.IGNORECASE)) is banned
