@@ -1,4 +1,4 @@
-"""Which objective, which stabilizer? Teacher and students at equal processor time on two small data sets.
+"""Compare objectives and stabilizers: teacher and students at equal processor time on two small data sets.
 
     taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/ablation.py --work runs/ablation \
         --out benchmarks/results/ablation
@@ -61,7 +61,7 @@ class Ablation:
         return found
 
     def do(self, run: AblationRun) -> None:
-        """Train a run, or go on with it, and write its figures."""
+        """Train a run, or continue it, and write its figures."""
         folder = self.work / run.key
         is_teacher = run.method == plan.TEACHER
         iterations = self._iterations(run)

@@ -130,7 +130,7 @@ def _norms(seeds: list[Result]) -> str:
 def write_pictures(runs: list[AblationRun], work: Path, path: Path) -> None:
     """Draw a row for each method: 1 step on the left, 2 on the right, the same noise in every row; teachers' 35 calls.
 
-    Of students the first seed is drawn. Data sets lie side by side.
+    Of students the first seed is drawn. Data sets are columns.
     """
     columns = []
     names: list[str] = []

@@ -1,11 +1,11 @@
-"""Many threads, one Generator: how many images a second, and how long does each caller wait?
+"""Measure many threads on one Generator: images per second, and the latency of each caller.
 
     python benchmarks/callers.py scm-demo/avatars --json benchmarks/results/callers.json
 
-Each caller asks for one picture after the other, by its seed. ``calls`` is ``gen(...)`` from every thread, each with
-one core; ``batcher`` is ``gen.batcher()`` of the same generator, which packs what waits into shared batches, one to a
+Each caller requests one image after the other, by its seed. ``calls`` is ``gen(...)`` from every thread, each with
+one core; ``batcher`` is ``gen.batcher()`` of the same generator, which combines waiting requests into batches, one per
 core; ``wide`` is the batcher of a generator whose calls take all cores, so that one batch runs at a time. They are
-tried in turn for each number of callers, several times over; a round's first requests are not counted.
+measured in turn for each number of callers, several times; the first requests of a round are not counted.
 """
 
 import itertools

@@ -1,12 +1,12 @@
-"""How long from nothing to the first picture, and how much memory? Fresh processes, each way in turn.
+"""Measure time to the first image and peak memory of new processes, each backend in turn.
 
     python benchmarks/cold_start.py scm-demo/avatars --json benchmarks/results/cold_start.json
     python benchmarks/cold_start.py scm-demo/avatars --images 10000     # is the memory flat?
 
-Measures whole processes from outside: start Python, import, open and hash the bundle, generate one image. Beside the
-wall time stands the processor time, which other programs on the machine hardly stretch. Ratios come from interleaved
-runs; compare ratios across machines, never milliseconds. Another Python, such as one of a fresh environment with
-``scm-sdk[onnxruntime]`` alone, is tried with ``--python``.
+Measures whole processes from outside: start Python, import, open and hash the bundle, generate one image. Processor
+time is given in addition to wall time, since other programs on the machine affect it less. Ratios are from
+interleaved runs; compare ratios across machines, not milliseconds. ``--python`` measures another Python, for example
+of an environment with only ``scm-sdk[onnxruntime]``.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How long, how large, how far off? Every precision and engine of a checkpoint, built here without a GPU.
+"""Measure every precision and engine of a checkpoint, built without a GPU: build time, size, error.
 
     python benchmarks/engines.py scm_sdk/assets/avatars --target a100 --target l4 --target t4 --json engines.json
     python benchmarks/engines.py --random 55 --target a100 --json engines-55m.json
@@ -47,7 +47,7 @@ def main(
     peak = 0.0
 
     def stage(text: str) -> None:
-        nonlocal peak  # each engine's own measurement begins the process's peak anew
+        nonlocal peak  # each engine's own measurement resets the process's peak
         peak = max(peak, peak_rss_mib() or 0)
         print(f"{perf_counter() - start:7.1f} s  {text}")
         stages.append({"seconds": perf_counter() - start, "stage": text})
@@ -70,7 +70,7 @@ def main(
         total = perf_counter() - start
         stage("done")
     for graph in graphs:
-        print(f"{graph.path}: {'-' if graph.psnr_db is None else f'{graph.psnr_db:.1f} dB beside fp32'}")
+        print(f"{graph.path}: {'-' if graph.psnr_db is None else f'{graph.psnr_db:.1f} dB against fp32'}")
     print(f"{total:.0f} s in all, peak memory {peak:.0f} MiB")
     if out:
         record = {

@@ -1,11 +1,11 @@
-"""How fast are the engines on this GPU? Builds, proves and times them against PyTorch and ONNX Runtime on the same GPU.
+"""Build, validate and time engines on this GPU, compared with PyTorch and ONNX Runtime on the same GPU.
 
     python benchmarks/gpu.py --json gpu.json                  # the shipped model
     python benchmarks/gpu.py runs/mine --json gpu.json        # a checkpoint of yours
 
-One JSON file, written anew after each stage: for each engine its build time, peak memory, size, census and difference
+One JSON file, written again after each stage: for each engine its build time, peak memory, size, census and difference
 from PyTorch, and for each batch the raw, interleaved samples. A flavor that fails is on record with its reason, the
-others go on; the command then exits 1. Compare ratios across machines, never milliseconds.
+others continue; the command then exits 1. Compare ratios across machines, never milliseconds.
 """
 
 import json
@@ -126,7 +126,7 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
 
 
 def _prove(report: Report, bundle: Path, target: Target, flavor: Flavor, precision: Precision) -> None:
-    """Build a flavor's engines of one precision and hold them against PyTorch."""
+    """Build a flavor's engines of one precision and compare them with PyTorch."""
     made: list[EngineVariant] = []
 
     def keep(engine: EngineVariant) -> None:

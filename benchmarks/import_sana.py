@@ -1,4 +1,4 @@
-"""How long does it take, and how much memory, to import a SANA-Sprint of real size? With random weights.
+"""Measure time and memory of importing a SANA-Sprint of real size, with random weights.
 
     python benchmarks/import_sana.py 0.6B --work runs/sana --json benchmarks/results/import-sana.json
 
@@ -174,7 +174,7 @@ def main(layout: str, steps: int, layers: int | None, work: Path, out: Path | No
 
 
 def _measure(stage: str, folder: Path) -> None:
-    """Run one stage in a process and write what it took beside what it said."""
+    """Run one stage in a process and write what it took and what it printed."""
     found = run_stage([*sys.argv, "--stage", stage], folder / f"{stage}.partial.json")
     found["peak_gib"] = round(found.pop("peak_bytes") / 2**30, 2)
     (folder / f"{stage}.json").write_text(json.dumps(found))

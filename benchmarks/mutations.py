@@ -1,10 +1,10 @@
-"""Does the proof notice? Each known fault is planted into each graph of a bundle, and must be caught and named.
+"""Insert each known fault into each graph of a bundle; the validation must find and name it.
 
     python benchmarks/mutations.py scm-demo/avatars --json benchmarks/results/mutations.json
 
-One line for each fault and rung: what ``scm-export validate`` itself did with the bundle that holds the faulty graph,
-whether the numbers alone would have noticed, what it calls the fault, and the node at which ``bisect`` sees it first.
-Exits 1 if the command lets one pass or gives it the wrong name.
+One line for each fault and precision: the result of ``scm-export validate`` for a bundle with the faulty graph,
+whether the numbers alone show the fault, its name in the output, and the first node at which ``bisect`` finds it.
+Exits 1 if the command accepts a fault or names another one.
 """
 
 import json
@@ -245,7 +245,7 @@ def _numbers(result: dict[str, Any]) -> str:
 
 
 def _validate(path: Path, artifact: Artifact, graph: ir.Model, options: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """Put a graph into a copy of a bundle and let the command judge it; return its word on that rung, and its exit."""
+    """Validate a copy of a bundle that holds ``graph``; return the record of the artifact and the exit code."""
     with TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(path, Path(folder) / "bundle"))
         with extend_bundle(copy) as draft:

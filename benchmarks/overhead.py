@@ -1,4 +1,4 @@
-"""What does ``Generator`` cost over the bare session? One image, one thread, each way in turn.
+"""Measure the overhead of ``Generator`` over a bare session: one image, one thread, each in turn.
 
     taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/overhead.py BUNDLE --json benchmarks/results/overhead.json
 

@@ -1,9 +1,9 @@
-"""How far are our pictures from diffusers'? The tests' own figures as one table.
+"""Compare images with those of diffusers; the tests' figures as one table.
 
     python benchmarks/parity.py --out benchmarks/results/parity-diffusers.md
 
 Runs the tests that hold this package to diffusers' pipelines, samplers and scheduler on tiny random models, the same
-noise on both sides, and writes what each measured beside what it allows. Nothing is downloaded. Exits 1 if one fails.
+noise on both sides, and writes each measurement and its limit. Nothing is downloaded. Exits 1 if one fails.
 """
 
 from __future__ import annotations

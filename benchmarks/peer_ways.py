@@ -15,7 +15,7 @@ PEERS = (
     "generator_bf16", "openvino_default", "eager_bf16", "compile_bf16",
 )  # fmt: skip
 REDUCED = frozenset({"generator_bf16", "openvino_default", "eager_bf16", "compile_bf16"})
-"""Those that may compute in less than float32: their PSNR stands beside their time."""
+"""Those that may compute in less than float32: their PSNR is shown with their time."""
 
 Inputs = tuple[list[np.ndarray], np.ndarray]
 Peer = Callable[[Inputs], np.ndarray]

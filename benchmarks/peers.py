@@ -1,11 +1,11 @@
-r"""Is ``Generator`` faster than the other ways to run the same model on a CPU? Pairs of calls in one process.
+r"""Compare ``Generator`` with other ways to run the same model on a CPU, in pairs of calls in one process.
 
     pip install --editable ".[cpu,bench]"
     taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/peers.py scm-demo/avatars --threads 1 \
         --json benchmarks/results/peers-avatars.json
 
-All get the same noise and labels. Those of float32 must return the same images to within 1e-4 of ``sigma_data``; beside
-the time of the others stands their PSNR against them, since a default may be bfloat16:
+All get the same noise and labels. Those of float32 must return the same images to within 1e-4 of ``sigma_data``. The
+others are listed with their PSNR against them, since a default may be bfloat16:
 
 * ``generator``     this package, what ``auto`` takes in float32 (``fp32`` or ``fp32-cpu``) once
   ``gen.benchmark(batch=...)`` measured here; the whole call

@@ -1,4 +1,4 @@
-"""What can FP16 and INT8 reach on a transformer, whatever the graph looks like? Rounding emulated in PyTorch.
+"""Compute the limits of FP16 and INT8 on a transformer for any graph, with rounding emulated in PyTorch.
 
     python benchmarks/precision_limits.py scm_sdk/assets/avatars --json benchmarks/results/precision_limits.json
 

@@ -1,4 +1,4 @@
-"""What do parameters cost? The way from random weights to an engine at the paper's sizes: time, bytes, peak memory.
+"""Measure the path from random weights to an engine at the paper's sizes: time, bytes, peak memory.
 
     python benchmarks/size.py cifar10 imagenet64_s imagenet512_s --work runs/size --json benchmarks/results/size.json
     python benchmarks/size.py imagenet512_xxl --work runs/size --json benchmarks/results/size.json
@@ -131,7 +131,7 @@ def main(presets: tuple[str, ...], work: Path, out: Path | None, stage: str | No
 
 
 def _measure(preset: str, stage: str, work: Path) -> None:
-    """Run one stage in a process and write what it took beside what it said."""
+    """Run one stage in a process and write what it took and what it printed."""
     folder = work / preset
     for left in folder.glob(".*.partial"):  # of a stage that was killed
         shutil.rmtree(left, ignore_errors=True)

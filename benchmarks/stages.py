@@ -14,7 +14,7 @@ def say(text: str) -> None:
 
 
 def run_stage(command: list[str], partial: Path) -> dict[str, Any]:
-    """Run one stage in a process and return what it took beside what it said.
+    """Run one stage in a process and return what it took and what it printed.
 
     Args:
         command: Arguments of this Python.
@@ -23,7 +23,7 @@ def run_stage(command: list[str], partial: Path) -> dict[str, Any]:
     start = time.perf_counter()
     _, status, usage = os.wait4(os.posix_spawn(sys.executable, [sys.executable, *command], os.environ), 0)
     if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"{' '.join(command)} ended with {code}; run the same command again to go on.")
+        sys.exit(f"{' '.join(command)} ended with {code}; run the same command again to continue.")
     found = {
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),

@@ -1,4 +1,4 @@
-"""How many times faster than its teacher? The diffusion model's 35 calls beside the sampler's 1 and 2, in turn.
+"""Measure how much faster a student is than its teacher: 35 calls of the diffusion model, 1 and 2 of the sampler.
 
     python benchmarks/teacher_ratio.py benchmarks/teachers/avatars scm-demo/avatars --json teacher_ratio.json
 
@@ -34,7 +34,7 @@ from scm_sdk.train.data.samples import sample_teacher
 def main(
     teacher: Path, bundle: Path, solver_steps: int, batches: tuple[int, ...], rounds: int, out: Path | None
 ) -> None:
-    """Time TEACHER beside BUNDLE."""
+    """Time TEACHER and BUNDLE in turn."""
     model = ConsistencyModel.from_pretrained(teacher).eval()
     calls = f"teacher, {2 * solver_steps - 1} calls, torch"
     results = []

@@ -1,4 +1,4 @@
-r"""How many samples a second does training take? Each way to step beside a plain transcription, in turn.
+r"""Measure training samples per second: each implementation of a step and a plain transcription, in turn.
 
     python benchmarks/training_speed.py benchmarks/teachers/avatars --threads 1 \
         --json benchmarks/results/training-speed.json
@@ -6,7 +6,7 @@ r"""How many samples a second does training take? Each way to step beside a plai
 One iteration of each way per round, first another one each round: loss, gradient, clipping, optimizer and average. The
 plain transcription is Algorithm 1 of arXiv 2410.11081 as a reader would write it: the tangent in a pass of its own, the
 student's own output in another, the optimizer of the library; the ratios say what this package's way costs or saves. A
-compiled way must give the loss of the eager one. Waiting for data is told apart, as the share of an iteration.
+compiled way must give the loss of the eager one. Waiting for data is reported separately, as the share of an iteration.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""From which size on do Winograd's products beat a 3x3 convolution on this CPU? Pairs of calls in one process.
+"""Find the size from which Winograd is faster than a direct 3x3 convolution on this CPU, in pairs of calls.
 
     taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/winograd.py --json benchmarks/results/winograd-avx512_bf16.json
 

@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
         alone = gen(prompt="a blue bird", seed=8)
     # Batches of another size may differ in the last bit of a float32: one level of 255.
     same = np.abs(np.asarray(alone.images[0], int) - np.asarray(out.images[1], int)).max() <= 1
-    print(f"the bird alone equals the bird beside the fox: {same}")
+    print(f"the bird alone equals the bird with the fox: {same}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def do_GET(self) -> None:
-        """Answer /?label=NAME&seed=N with a PNG, and /healthz."""
+        """Answer `/?label=NAME&seed=N` with a PNG, and /healthz."""
         try:
             url = urlsplit(self.path)
             asked = {name: values[0] for name, values in parse_qs(url.query, max_num_fields=8).items()}
@@ -105,7 +105,7 @@ class Server(ThreadingHTTPServer):
 
 def main(bundle: str, port: int) -> None:
     """Serve on this machine alone until interrupted or terminated."""
-    # One thread for each call, so that batches run side by side; leave it out for a model that needs all cores.
+    # One thread for each call, so that batches run concurrently; leave it out for a model that needs all cores.
     with Generator.from_pretrained(bundle, num_threads=1) as gen, gen.batcher(max_queue_size=64) as batcher:
         gen.warmup()
         Handler.batcher = batcher

@@ -58,7 +58,7 @@ def build_all(
     Args:
         checkpoint: Folder with ``config.json`` and safetensors, a SANA-Sprint pipeline, or a bundle, ``out`` itself or
             another, whose checkpoint is taken.
-        out: The bundle. One that was exported from other weights or for other samplers is exported anew.
+        out: The bundle. One that was exported from other weights or for other samplers is exported again.
         precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
         targets: GPUs, also by name, to build engines for; () builds none.
         flavor: Which library builds them.

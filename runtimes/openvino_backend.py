@@ -63,7 +63,7 @@ def open_backend(
     """Load a sampler graph, check it against ``spec`` and compile it for one image.
 
     Args:
-        artifact_path: The ``.onnx`` file; its external data lies beside it.
+        artifact_path: The ``.onnx`` file; its external data is next to it.
         spec: What the manifest says the graph is.
         device: ``"cpu"`` or None.
         num_threads: Threads of one call; None leaves OpenVINO's own choice, within the cores of a container.
@@ -233,7 +233,7 @@ def _load(core: Any, path: Path) -> Any:
     except RuntimeError as exc:
         raise IntegrityError(
             f"openvino cannot load {path}: {_said(exc)}. "
-            "Expected a sampler graph of scm-export with its external data beside it, and memory for both. Export it "
+            "Expected a sampler graph of scm-export with its external data next to it, and memory for both. Export it "
             "again."
         ) from exc
 

@@ -52,7 +52,7 @@ def open_backend(
     """Load a sampler graph and check it against ``spec``.
 
     Args:
-        artifact_path: The ``.onnx`` file; its external data lies beside it.
+        artifact_path: The ``.onnx`` file; its external data is next to it.
         spec: What the manifest says the graph is.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is ``"cpu"``.
         num_threads: Threads within one operator; None leaves ONNX Runtime's own choice, within a
@@ -146,7 +146,7 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
             ) from exc
         raise IntegrityError(
             f"onnxruntime {ort.__version__} cannot load {path}: {text}. "
-            "Expected a sampler graph of scm-export with its external data beside it, and memory for both. Export it "
+            "Expected a sampler graph of scm-export with its external data next to it, and memory for both. Export it "
             "again."
         ) from exc
 

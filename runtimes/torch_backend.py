@@ -179,7 +179,7 @@ class TorchBackend:
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self._precision is None:
             return nullcontext()
-        # Without its cache: the weights are stored in bf16, and what else is cast is made anew by each call.
+        # Without its cache: the weights are stored in bf16, and other casts are made again by each call.
         autocast: AbstractContextManager[Any] = self._torch.autocast(
             "cpu", dtype=self._torch.bfloat16, cache_enabled=False
         )

@@ -78,7 +78,7 @@ def to_pil(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) 
 
 
 def make_grid(images_uint8: NDArray[np.uint8], columns: int, scale: int = 1, *, padding: int = 0) -> NDArray[np.uint8]:
-    """Lay pictures side by side, row by row.
+    """Arrange pictures in a grid, row by row.
 
     Args:
         images_uint8: Pictures, (B, H, W, C), uint8.

@@ -36,7 +36,7 @@ from .spec import SamplerSpec
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
-_LOW32 = np.array(0xFFFFFFFF, np.uint64)  # arrays: numpy converts a number anew in each call
+_LOW32 = np.array(0xFFFFFFFF, np.uint64)  # arrays: numpy converts a number again in each call
 _SHIFT32 = np.array(32, np.uint64)
 _ROUND_STEPS = np.arange(_ROUNDS, dtype=np.uint64)[:, None, None] * np.array(_KEY_STEPS)[:, None]
 _CHUNK_BLOCKS = 1 << 12
@@ -105,7 +105,7 @@ def check_seed(seed: object) -> int:
 def philox4x32(even: _Words, odd: _Words, keys: Sequence[tuple[_Words, _Words]], spare: _Words) -> None:
     """Encrypt counters with Philox4x32-10, in place.
 
-    Words 0 and 2 lie in one array and 1 and 3 in another, both in the other order after each round, and no array is
+    Words 0 and 2 are in one array and 1 and 3 in another, both in the other order after each round, and no array is
     made twice: what counts for a small sample is the number of calls, for a large one the cache.
 
     Args:

@@ -25,7 +25,7 @@ Renoise = Literal["fresh", "same", "ode"]
 
 NOISE_CONTRACT = "scm-noise-v1"
 T_LIMIT = 1.57080
-"""Largest time, radians. SANA's 1.57080 lies a hair above pi/2 and is allowed."""
+"""Largest time, radians. SANA's 1.57080 is slightly above pi/2 and is allowed."""
 MAX_STEPS = 64
 DEFAULT_MID_TIME = 1.1
 """Second time of a two-step sampler, radians: the paper's for every data set."""

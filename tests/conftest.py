@@ -237,14 +237,14 @@ def engine_bundle(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def engine(engine_bundle: Path, tmp_path: Path) -> Path:
-    """Return that engine beside its record, to be damaged."""
+    """Return that engine with its record, to be damaged."""
     folder = engine_bundle / "engines/tensorrt_rtx-sm89-fp16-1step"
     return Path(shutil.copytree(folder, tmp_path / "engine")) / "model.engine"
 
 
 @pytest.fixture
 def played(engine: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a maker of TensorRT backends whose GPU is played, and the recorder of what it was told."""
+    """Return a maker of TensorRT backends whose GPU is played, and the recorder of its calls."""
     from helpers.played_gpu import play
 
     return play(engine, monkeypatch)

@@ -1,4 +1,4 @@
-"""``scm-noise-v1``: a seed names its noise for ever, so its numbers are written down here."""
+"""``scm-noise-v1``: a seed always gives the same noise, so its numbers are fixed here."""
 
 import math
 

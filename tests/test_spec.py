@@ -1,4 +1,4 @@
-"""``SamplerSpec``: what both sides of the wall know, checked when it is made and when it is read."""
+"""``SamplerSpec``: what export and inference share, checked when it is made and when it is read."""
 
 import json
 import math

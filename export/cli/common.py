@@ -218,7 +218,7 @@ def _plain_progress(description: str, total: int) -> Callable[..., None]:
         nonlocal first, said, last_note, total
         total = new_total or total
         now, last_note = monotonic(), last_note if note is None else note
-        first = completed if first is None else first  # a run that goes on does not begin at 0
+        first = completed if first is None else first  # a resumed run does not begin at 0
         if now - said < PLAIN_SECONDS:
             return
         said = now

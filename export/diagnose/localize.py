@@ -60,7 +60,7 @@ def localize(path: Path, parity: Parity, folder: Path) -> Localized:
     artifact = next((a for a in bundle.artifacts(format="onnx") if a.path == parity.candidate), None)
     if artifact is None:
         raise ConfigError(
-            f"{parity.candidate} is no graph of {path}, expected one: engines cannot be looked into. Validate the "
+            f"{parity.candidate} is no graph of {path}, expected one: engines cannot be inspected. Validate the "
             "graph that it was built from."
         )
     steps = artifact.num_inference_steps

@@ -58,7 +58,7 @@ def validate(
         try:
             found = examine_graph(bundle, artifact, examples)
         except (ExportError, UnsupportedGraphError) as exc:
-            on_note(f"{artifact.path} was not looked into: {exc}")
+            on_note(f"{artifact.path} was not inspected: {exc}")
             return "", ()
         if not found.findings:
             on_note(f"{artifact.path} {found}")

@@ -23,7 +23,7 @@ from .runtimes import BATCH, EdgeRuntime, EdgeSource, edge_runtime
 _DOUBLED = 1.5
 """Size of an artifact, as a multiple of its graph's, from which on weights are said to be stored more than once."""
 _STRUCTURE = 2**20
-"""Bytes. What an artifact holds besides weights is not larger."""
+"""Bytes. What an artifact holds in addition to weights is not larger."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The files of onnxruntime-web that a site needs, from its npm package: pinned by version and by each file's sha256.
 
 They come from a path that the caller gives, from the cache, or through ``npm pack``, which reads the user's own
-configuration. Wherever they come from, only files of the pinned content are used.
+configuration. In all cases only files of the pinned content are used.
 """
 
 from __future__ import annotations

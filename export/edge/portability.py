@@ -2,7 +2,7 @@
 
 A rule names the runtime and the version that showed the fault, and ``tests/export/edge/test_portability.py`` builds the
 smallest graph that shows it, runs it where the runtime is installed, and checks that the rule finds it. A graph is
-written so that a fault cannot occur wherever that costs nothing; where it costs speed, or bits that depend on the
+written so that a fault cannot occur where that costs nothing; where it costs speed, or bits that depend on the
 batch, ``portable_form`` rewrites the graph for the runtime that needs it.
 """
 

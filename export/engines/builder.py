@@ -20,7 +20,7 @@ from scm_sdk.spec import SamplerSpec
 from .options import EngineOptions
 
 _NO_GPU = "no GPU is here. TensorRT builds on the GPU that runs the engine; --flavor tensorrt_rtx builds ahead of time"
-_WEIGHTS_APART = "the graph's weights are not beside it. Copy <name>_data too"
+_WEIGHTS_APART = "the graph's weights are not next to it. Copy <name>_data too"
 _MEANINGS: tuple[tuple[str, type[ScmError], str], ...] = (
     ("HW-specific datatypes", Unsupported,
      "the target cannot compute a type in the graph. BF16 needs compute capability 8.0, FP8 8.9: choose fp16 or int8"),
@@ -248,7 +248,7 @@ def make_monitor(library: ModuleType, progress: Progress, received: Sequence[int
             try:
                 if received or progress(phase_name, step + 1, self.totals.get(phase_name, step + 1)) is False:
                     self.stopped_by = ExportError(
-                        f"the build was canceled in {phase_name!r}, expected to go on. Nothing was written."
+                        f"the build was canceled in {phase_name!r}, expected to continue. Nothing was written."
                     )
             except BaseException as exc:  # also KeyboardInterrupt, which must not cross frames of the library
                 self.stopped_by = exc

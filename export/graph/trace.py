@@ -279,7 +279,7 @@ def _remedy(exc: Exception, node: Node | None) -> str:
         )
     if "ConstraintViolationError" in kinds:
         return "Expected a network for any batch size; take the batch from x.shape[0], never a fixed number."
-    return "Expected network(x, t, class_labels) to return F; run it by hand on such inputs to see more."
+    return "Expected network(x, t, class_labels) to return F; run it manually on such inputs to see more."
 
 
 def _user_line(exc: Exception, node: Node | None) -> str:

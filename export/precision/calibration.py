@@ -101,7 +101,7 @@ def calibrate(
         spec: The sampler.
         graph_sha256: Digest of the graph, stored with the result.
         method: ``minmax`` keeps all values; ``percentile`` clips the largest; ``entropy`` chooses the clipping that
-            changes the distribution least (Kullback-Leibler divergence).
+            changes the distribution by the smallest amount (Kullback-Leibler divergence).
         num_samples: Number of samples.
         seed: Random seed: noise is drawn from seeds ``CALIBRATION.start + seed * MAX_SAMPLES + i``.
         percentile: For ``percentile``, percent.

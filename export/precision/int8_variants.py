@@ -169,7 +169,7 @@ def _make_for_cpu(
 
     for source, probe in zip(sources, probes, strict=True):
         progress(f"quantize the {source.num_inference_steps}-step graph for CPUs")
-        if options.target_db is not None:  # one plan for all: each goes on from the last
+        if options.target_db is not None:  # one plan for all: each starts from the last
             full = read_model(source.graph)
             plan = exclude_to_target(full, quantizer(source), plan, probe, options.target_db, progress=progress)
     return plan, [(quantizer(source)(plan), None) for source in sources]
@@ -194,7 +194,7 @@ def _make_for_engines(
         equal = equalize(full, choose_layers(full, plan).quantized, factors)
         calibration = _calibrate(equal, source, plan, options, examples, progress)
         quantizer = partial(_equalize_and_quantize, base, factors, calibration)
-        if options.target_db is not None:  # one plan for all: each goes on from the last
+        if options.target_db is not None:  # one plan for all: each starts from the last
             with open_candidates(base, quantizer, plan) as candidate:
                 plan = exclude_to_target(base, candidate, plan, probe, options.target_db, progress=progress)
         measured.append((quantizer, calibration))

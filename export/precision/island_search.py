@@ -129,7 +129,7 @@ def smallest_set(
             low = middle + 1
     kept = list(worst_first[:high])
     expect(len(kept))
-    for candidate in reversed(kept[:]):  # the least harmful first
+    for candidate in reversed(kept[:]):  # in order of increasing harm
         fewer = [other for other in kept if other != candidate]
         if passes(fewer):
             kept = fewer

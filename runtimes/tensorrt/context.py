@@ -131,7 +131,7 @@ class ExecutionContext:
         self._buffers[output].download(self.stream)
 
     def _capture(self) -> None:
-        """Record copies and work as one graph; where that fails the context goes on without, and says so."""
+        """Record copies and work as one graph; where that fails the context continues without it and logs a warning."""
         try:
             self._cuda.begin_capture(self.stream)
             try:

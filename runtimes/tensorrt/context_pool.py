@@ -87,7 +87,7 @@ class ContextPool:
                 self._changed.notify_all()
 
     def _drop_idle(self) -> int:
-        """Close the contexts that nobody uses; return how many there were."""
+        """Close the contexts that are not in use; return how many there were."""
         with self._changed:
             contexts, self._idle = self._idle, []
         for context in contexts:

@@ -67,7 +67,7 @@ def _read_record(path: Path) -> BuildRecord:
         return BuildRecord.from_json(beside.read_bytes())
     except OSError as exc:
         raise IntegrityError(
-            f"{beside} cannot be read: {exc.strerror}. Expected it beside the engine. {rebuild()}"
+            f"{beside} cannot be read: {exc.strerror}. Expected it next to the engine. {rebuild()}"
         ) from exc
 
 

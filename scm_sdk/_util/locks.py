@@ -123,4 +123,4 @@ def _warn_unlocked(folder: Path) -> None:
     device = os.stat(folder).st_dev
     if device not in _warned:
         _warned.add(device)
-        _LOG.warning("%s lies on a disk without locks: let one command at a time write to it", folder)
+        _LOG.warning("%s is on a disk without locks: run one writing command at a time", folder)

@@ -42,7 +42,7 @@ def cpu_class() -> str:
 
     Returns:
         One of ``amx_bf16``, ``avx512_bf16``, ``avx512_vnni``, ``avx512``, ``avx2_vnni``, ``avx2``, ``sse4_1``,
-        ``arm_bf16``, ``arm_dotprod`` and ``arm``; ``unknown`` where the system does not tell.
+        ``arm_bf16``, ``arm_dotprod`` and ``arm``; ``unknown`` where the system does not report it.
     """
     return class_of(_flags(), next((value for name in _MAX_ISA if (value := os.environ.get(name))), ""))
 
@@ -130,7 +130,7 @@ def _cpuinfo(key: str) -> Iterator[str]:
 
 @cache
 def _flags() -> frozenset[str]:
-    """Return the processor's flags as the system names them; none where it does not tell."""
+    """Return the processor's flags as the system names them; none where it does not report them."""
     return frozenset((next(_cpuinfo("flags"), "") or next(_cpuinfo("Features"), "")).split())
 
 

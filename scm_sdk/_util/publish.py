@@ -398,7 +398,7 @@ def _make_room(stack: ExitStack, target: Path, owned: Owned | None) -> tuple[Pat
 def _can_exchange(target: Path, temp: Path) -> bool:
     """Return whether a folder in ``temp`` could be exchanged with ``target``, without moving it.
 
-    A rename onto a non-empty folder always fails; the error tells whether the folder could be moved.
+    A rename onto a non-empty folder always fails; the error shows whether the folder could be moved.
     """
     obstacle = temp / "obstacle"
     (obstacle / "content").mkdir(parents=True)
@@ -438,7 +438,7 @@ def _check_replaceable(target: Path, names: Iterable[str]) -> None:
         folders.add(next(parent for parent in (target / name).parents if parent.exists()))
     for folder in folders:
         if os.stat(folder).st_dev != device:
-            raise OSError(errno.EXDEV, f"{folder} lies on another disk than {target}")
+            raise OSError(errno.EXDEV, f"{folder} is on another disk than {target}")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

@@ -201,7 +201,7 @@ class _Reader:
                 pairs[key] = parts.get(_PAIR_VALUE, b"")
         if external:
             if inline:
-                self._refuse("an attribute whose numbers lie in another file")
+                self._refuse("an attribute whose numbers are in another file")
             self._check_external(pairs)
 
     def _check_external(self, pairs: Mapping[bytes, bytes]) -> None:
@@ -209,7 +209,7 @@ class _Reader:
         size = self._listed.get(name)
         # ONNX Runtime and OpenVINO interpret this name as a memory address.
         if size is None or "/" in name or "_ORT_MEM_ADDR_" in name:
-            self._refuse(f"weights in {name[:200]!r}, which is no listed file beside it")
+            self._refuse(f"weights in {name[:200]!r}, which is no listed file next to it")
         check_relative(name)
         offset, length = pairs.get(b"offset", b"0"), pairs.get(b"length", b"0")
         if not all(number.isdigit() and len(number) < 20 for number in (offset, length)):
@@ -310,7 +310,7 @@ class _Reader:
     def _refuse(self, what: str) -> NoReturn:
         raise BundleError(
             f"{self._path} holds {what}, expected a flat graph of standard ONNX operators with its weights inside or "
-            "in listed files beside it. Do not use it unless you trust who made it; export the model again."
+            "in listed files next to it. Do not use it unless you trust who made it; export the model again."
         )
 
     def _malformed(self, what: str) -> IntegrityError:

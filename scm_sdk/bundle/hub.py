@@ -218,7 +218,7 @@ def _snapshot(library: ModuleType, repo_id: str, revision: str | None, names: Se
     try:
         path = Path(library.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as exc:  # as in fetch
-        raise BundleError(f"{shown} could not be fetched: {_first_line(exc)}. Run it again to go on.") from exc
+        raise BundleError(f"{shown} could not be fetched: {_first_line(exc)}. Run it again to continue.") from exc
     return _snapshot_of(library, repo_id, path, shown)
 
 

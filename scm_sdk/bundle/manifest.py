@@ -320,7 +320,7 @@ def role_of(relative: str) -> Role:
     role = role or _OF_NAME.get(path.name) or _OF_NAME.get(path.suffix)
     if role is None:
         raise ConfigError(
-            f"the role of {relative} cannot be told from its name, expected one of "
+            f"the role of {relative} cannot be derived from its name, expected one of "
             f"{', '.join(get_args(Role))}. Give it in roles, or leave the file out."
         )
     return role

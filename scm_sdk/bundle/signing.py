@@ -121,7 +121,7 @@ def sign(folder: str | os.PathLike[str], by: PrivateKey | Sigstore) -> Path:
         odd = _files(folder) ^ {MANIFEST_NAME, *(entry.path for entry in manifest.files)}
         if odd:
             raise BundleError(
-                f"{folder} is not signed: {min(odd)} is a file that its manifest does not list, or lies in a linked "
+                f"{folder} is not signed: {min(odd)} is a file that its manifest does not list, or is in a linked "
                 "folder, expected a folder of listed files alone. Move it away, or copy the bundle: scm-export bundle "
                 "pack BUNDLE -o COPY"
             )

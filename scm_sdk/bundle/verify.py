@@ -47,7 +47,7 @@ def require_own(folder: Path) -> None:
     """
     if in_cache(folder):
         raise BundleError(
-            f"{folder} lies in a cache, expected a bundle of your own to write to. Copy it first: scm-export bundle "
+            f"{folder} is in a cache, expected a bundle of your own to write to. Copy it first: scm-export bundle "
             "unpack MODEL -o FOLDER"
         )
 

@@ -161,7 +161,7 @@ def open_backend(
     """Open one artifact with one backend, without a bundle or a plan.
 
     ``trust_engines`` lets an engine run code on the host; see ``Generator.from_pretrained``. ``precision`` is a lower
-    one than lies in the artifact, of those that ``BackendInfo.computes`` names; None computes what lies in it.
+    one than the artifact's, of those that ``BackendInfo.computes`` names; None computes in the artifact's.
 
     Raises:
         ConfigError: If no backend has this name, or it computes in no such precision.

@@ -41,18 +41,18 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One artifact held against one backend, in one precision.
+    """One artifact assessed for one backend, in one precision.
 
     Attributes:
         backend: Name in ``BACKENDS``.
         artifact: Path inside the bundle.
-        precision: What it is computed in: the precision that lies in the artifact, or a lower one.
+        precision: What it is computed in: the artifact's precision, or a lower one.
         num_inference_steps: Its steps; 0 means any.
         accepted: Whether it may run.
         reason: Why, or why not.
         measured: Median latency remembered from this machine, if there is one.
         chosen: Whether it is the one that runs.
-        lowered: Whether the backend computes in a lower precision than lies in the artifact.
+        lowered: Whether the backend computes in a lower precision than the artifact's.
     """
 
     backend: str
@@ -67,7 +67,7 @@ class PlanRow:
 
     @property
     def key(self) -> WayKey:
-        """What tells it from other rows."""
+        """What distinguishes it from other rows."""
         return self.backend, self.artifact, self.precision
 
     @property
@@ -210,7 +210,7 @@ def make_plan(
     if len(times) == len(accepted) and len({time.batch for time in times}) == 1:
         accepted.sort(key=lambda row: row.measured or times[0])
     else:
-        # Engines that fit and passed first: whoever built them wants them; those for one kind of GPU before those
+        # Engines that fit and passed first, because they were built on purpose; those for one kind of GPU before those
         # for several. Then float32; within that the order of BACKENDS.
         kinds = {a.path: a.engine for a in artifacts}
         accepted.sort(

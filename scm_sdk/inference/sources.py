@@ -235,7 +235,7 @@ def _digest(weights: Sequence[Path]) -> str:
 def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
     weights: tuple[Path, ...] = (folder / WEIGHTS_NAME,)
     if not weights[0].is_file():
-        raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights beside {CONFIG_NAME}. Copy it whole.")
+        raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights next to {CONFIG_NAME}. Copy it whole.")
     if (decoder := folder / DECODER_FOLDER / WEIGHTS_NAME).is_file():
         weights += (decoder,)
     models: list[Any] = []

@@ -173,7 +173,9 @@ class ConsistencyModel(nn.Module):
         super().__init__()
         self.config = _own_model_config(network, own) if config is None else config
         if config is not None and own:
-            raise ConfigError(f"config is given and {', '.join(own)} beside it, expected either. The config says both.")
+            raise ConfigError(
+                f"config is given and {', '.join(own)} in addition, expected either. The config says both."
+            )
         self.network: nn.Module = make_network(self.config.network) if network is None else network
         self.decoder: Decoder | None = decoder
 

@@ -90,7 +90,9 @@ def read_network(path: str | os.PathLike[str], *, entry: str = "ema") -> Pickled
     budget = Budget()
     root, end = read_pickle(data, _table(str(path), budget), where=str(path), budget=budget)
     if end != len(data):
-        raise IntegrityError(f"{path} goes on for {len(data) - end} bytes after its end, expected none. Copy it again.")
+        raise IntegrityError(
+            f"{path} continues for {len(data) - end} bytes after its end, expected none. Copy it again."
+        )
     if type(root) is not dict:
         root = {entry: root}
     network = root.get(entry)

@@ -134,7 +134,7 @@ def verdict(manifest: Manifest) -> dict[str, str]:
         engines = sum(artifact.engine is not None for artifact in missing)
         text += f"; {len(missing)} never compared" + (f" ({engines} of them engines that never ran)" if engines else "")
     if loosened:
-        text += f"; {loosened} by a gate that was loosened by hand"
+        text += f"; {loosened} by a gate that was loosened manually"
     return {"kind": "none" if missing or loosened else "pass", "text": text}
 
 
@@ -283,7 +283,7 @@ def _grid(images: NDArray[np.float32], value_range: tuple[float, float]) -> str:
 
 def _origin(record: ParityRecord) -> str:
     if record.reason:
-        return f"set by hand: {record.reason}"
+        return f"set manually: {record.reason}"
     if record.gate != "max_abs":
         return "minimum PSNR of this precision"
     return f"derived from the noise floor {record.noise_floor:.1e}: PyTorch compared with itself"

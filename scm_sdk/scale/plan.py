@@ -22,7 +22,7 @@ DEFAULT_SHARD_SIZE = 1000
 
 
 class SamplePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is generated. Image i has the seed ``first_seed + i`` and lies in shard ``i // shard_size``.
+    """What is generated. Image i has the seed ``first_seed + i`` and is in shard ``i // shard_size``.
 
     Attributes:
         num_images: Number of images of all shards.

@@ -1,7 +1,7 @@
 """Write the shards of a plan: in this process, in a pool of processes, or on a Ray cluster.
 
 Executors only choose who writes which shard. ``shards.write_shard`` does the work, so a shard has the same bytes
-whoever writes it. A worker that dies loses its shard, which another worker writes again.
+for every executor. A worker that dies loses its shard, which another worker writes again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The canary: a sampled share of the served images is computed again by the reference artifact and compared.
 
-A server's graph, its library, its driver and its batches can all go wrong after the export was validated, and nobody
-sees it in a picture. Each sampled image is held against the bound that the bundle itself records for what is served.
+A server's graph, its library, its driver and its batches can all go wrong after the export was validated, and this
+cannot be seen in a picture. Each sampled image is compared with the bound that the bundle records for what is served.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Bound:
 
     Attributes:
         gate: What decides, as in a parity record.
-        limit: Least PSNR, dB, or largest difference, units of sigma_data.
+        limit: Minimum PSNR, dB, or largest difference, units of sigma_data.
         origin: Where it comes from.
     """
 
@@ -119,7 +119,7 @@ class Canary:
         Args:
             output: Of type ``raw``.
             index: Position of the image in it.
-            arguments: What the request said beside seed, label and steps.
+            arguments: Arguments of the request other than seed, label and steps.
         """
         if random.random() >= self._share:
             return

@@ -32,7 +32,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
     "UINT8": np.dtype("u1"),
 }
-"""Data types of the protocol that models take and give, beside BYTES."""
+"""Data types of the protocol that models take and give, in addition to BYTES."""
 
 
 class Tensor(msgspec.Struct, kw_only=True, omit_defaults=True):

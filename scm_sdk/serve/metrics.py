@@ -43,7 +43,7 @@ class Metrics:
             "scm_waiting_images", "Images that were accepted and are not yet made.", registry=own,
             multiprocess_mode="livesum",
         )  # fmt: skip
-        self.canceled = Counter("scm_canceled_images", "Images that nobody waited for any more.", registry=own)
+        self.canceled = Counter("scm_canceled_images", "Images whose request had been canceled.", registry=own)
         self.batch_size = Histogram(
             "scm_image_batch_size", "Images in the batch in which each image was made.", buckets=_SIZES, registry=own
         )
@@ -63,7 +63,7 @@ class Metrics:
             multiprocess_mode="max",
         )  # fmt: skip
         self.canary_bound = Gauge(
-            "scm_canary_bound", "The bundle's bound by steps and gate: least PSNR (dB) or largest difference.",
+            "scm_canary_bound", "The bundle's bound by steps and gate: minimum PSNR (dB) or largest difference.",
             ["steps", "gate"], registry=own, multiprocess_mode="max",
         )  # fmt: skip
         self.canary_failed = Gauge(

@@ -22,7 +22,7 @@ class ServeOptions:
         host: Address to listen on. Only a loopback address may do without ``api_key_file``.
         port: TCP port; 0 takes a free one.
         api_key_file: File of the accepted API keys, one per line: ``KEY`` or ``NAME KEY``. None asks for none.
-        allowed_hosts: Further host names that requests may name in ``Host``, beside IP addresses and localhost.
+        allowed_hosts: Further host names that requests may name in ``Host``, in addition to IP addresses and localhost.
         workers: Processes, each with the model.
         backend: As for ``Generator.from_pretrained``.
         precision: As for ``Generator.from_pretrained``.

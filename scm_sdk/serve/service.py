@@ -277,7 +277,7 @@ class Service:
         finally:
             if not submitted.done():  # the caller has gone: what is still submitted is dropped, too
                 await asyncio.wait([submitted])
-            submitted.exception()  # was raised above, or nobody waits for it
+            submitted.exception()  # was raised above, or no request waits for it
 
             for waited in pending:
                 waited.cancel()
@@ -322,7 +322,7 @@ class Service:
         return to_uint8(output.images, self.spec.value_range)
 
     async def check_ready(self) -> str | None:
-        """Return why the model is not ready, or None; an inference tells, at most one every few seconds."""
+        """Return why the model is not ready, or None, by an inference at most every few seconds."""
         if self._canary is not None and self._canary.fault and not self.options.shadow_warn:
             return self._canary.fault
         async with self._checking:
@@ -399,7 +399,7 @@ def _check_inputs(gen: Generator) -> None:
 
 
 def _probe(spec: SamplerSpec) -> dict[str, Any]:
-    """Return what an inference that needs no request says beside its seed."""
+    """Return the arguments, other than the seed, of an inference that no request asked for."""
     probe: dict[str, Any] = {}
     if spec.guidance_range is not None and spec.default_guidance is None:
         probe["guidance_scale"] = spec.guidance_range[0]

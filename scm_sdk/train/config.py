@@ -67,9 +67,9 @@ class DataConfig(Section, frozen=True, kw_only=True):
 
     Attributes:
         source: ``avatars`` (shipped), ``fashion-mnist`` or its held-out ``fashion-mnist-t10k``, a folder of images, an
-            ``.npz`` or ``.npy`` file, or a folder of tar or npz shards (``shards``), which are read where they lie.
+            ``.npz`` or ``.npy`` file, or a folder of tar or npz shards (``shards``), which are read in place.
         label: Column of labels to condition on, or "" for none. For a folder: ``folder`` names the
-            classes after its sub-folders, in which all pictures then lie.
+            classes after its sub-folders, in which all pictures then are.
         rows: First and last-plus-one row that are trained on; the others are held out. (0, 0): all.
     """
 
@@ -227,7 +227,7 @@ class TrainConfig(Section, frozen=True, kw_only=True):
         optimizer: Optimizer and learning-rate schedule.
         averages: Moving averages of the weights.
         noise: Noise levels that are trained on.
-        stable_targets: Regress onto the mean of all images that may lie behind a noisy sample rather
+        stable_targets: Regress onto the mean of all images that a noisy sample may come from rather
             than the one that does (``objectives.stable_target``); for data sets that fit in memory. In ``cd``: of the
             anchor.
         tangent: How ``sct`` and ``scd`` compute the tangent.

@@ -202,7 +202,7 @@ def _save_model(model: ConsistencyModel, out: Path) -> None:
     try:
         model.save_pretrained(out)
     except BundleError as exc:
-        raise TrainError(f"{exc} The last checkpoint is still there, and the same command goes on from it.") from exc
+        raise TrainError(f"{exc} The last checkpoint is still there, and the same command continues from it.") from exc
 
 
 def _is_saved(model: ConsistencyModel, out: Path) -> bool:
@@ -316,7 +316,7 @@ class _Log:
         except OSError as exc:
             raise TrainError(
                 f"{self._path} cannot be written: {exc.strerror}. Free some space or choose another disk; the last "
-                "checkpoint is still there, and the same command goes on from it."
+                "checkpoint is still there, and the same command continues from it."
             ) from exc
 
     def _trim(self) -> None:

@@ -237,7 +237,7 @@ def _claim(config: TrainConfig, out: Path) -> None:
     ]:
         raise TrainError(
             f"{out} holds a run with other settings ({'; '.join(differ)}). "
-            "Use the same settings to go on with it, or another folder for a new run."
+            "Use the same settings to continue it, or another folder for a new run."
         )
 
 

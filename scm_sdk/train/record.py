@@ -52,7 +52,7 @@ def read_run(folder: Path) -> TrainConfig | None:
         return TrainConfig.from_json(read_regular(path, most=CONFIG_MAX_BYTES))
     except (OSError, ConfigError) as exc:
         raise TrainError(
-            f"{path} cannot be read: {exc} It says which run lies in {folder}. Copy it again, or use another folder."
+            f"{path} cannot be read: {exc} It says which run is in {folder}. Copy it again, or use another folder."
         ) from exc
 
 

@@ -125,7 +125,7 @@ def test_members_are_those_that_the_manifest_lists(packed, tmp_path, change, mat
 
 
 def test_members_that_overlap(packed, tmp_path):
-    """Two entries of the directory that point at the same bytes: more comes out than lies in the file."""
+    """Two entries of the directory that point at the same bytes: more comes out than the file holds."""
     data = bytearray(packed.read_bytes())
     with zipfile.ZipFile(packed) as source:
         info = max(source.infolist(), key=lambda each: each.file_size)

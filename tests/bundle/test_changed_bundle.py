@@ -87,7 +87,7 @@ def test_a_replaced_bundle_is_not_reopened_as_the_same(verify: str, gen: Generat
 
 
 def test_sizes_alone_do_not_make_another_manifest_the_same(linear_bundle: Callable[..., Path]) -> None:
-    """Also where nothing is hashed, the manifest that lies there now must list the same file."""
+    """Also where nothing is hashed, the manifest that is there now must list the same file."""
     path, other = linear_bundle(ONE, TWO), linear_bundle(ONE, TWO, name="other", gain=0.25)
     with Generator.from_pretrained(path, backend="onnxruntime", verify="none") as gen:
         swap(path, other)

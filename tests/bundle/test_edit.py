@@ -75,7 +75,7 @@ def test_a_failure_leaves_the_old_bundle(bundle_copy):
         raise RuntimeError("half-way")
     assert (bundle_copy / "scm_manifest.json").read_bytes() == before
     Bundle.open(bundle_copy)
-    assert [p.name for p in bundle_copy.parent.iterdir()] == [bundle_copy.name], "nothing is left beside it"
+    assert [p.name for p in bundle_copy.parent.iterdir()] == [bundle_copy.name], "nothing else is left"
 
 
 def test_a_forgotten_file_a_damaged_bundle_and_a_path_out_of_it_are_refused(bundle_copy):

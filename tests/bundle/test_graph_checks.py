@@ -1,4 +1,4 @@
-"""Graphs of untrusted bundles: control flow, and files that nobody hashed, are refused before a library sees them."""
+"""Graphs of untrusted bundles: control flow, and files without a hash, are refused before a library sees them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "beyond": (external("model.onnx_data", ("offset", "60"), ("length", "5")), "byte 65 of model.onnx_data, .* 64"),
     "negative": (external("model.onnx_data", ("offset", "-4")), "at offset b'-4'"),
     "huge": (external("model.onnx_data", ("length", "9" * 5000)), "of length b'9999"),
-    "attribute": (external_attribute, "an attribute whose numbers lie in another file"),
+    "attribute": (external_attribute, "an attribute whose numbers are in another file"),
     "no_type": (first_input(None), "the input or output 'noise_0': no tensor"),
     "sequence": (first_input(helper.make_sequence_type_proto(FLOATS)), "the input or output 'noise_0': no tensor"),
     "no_shape": (first_input(helper.make_tensor_type_proto(TensorProto.FLOAT, None)), "'noise_0': float32 of no shape"),

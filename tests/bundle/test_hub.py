@@ -119,7 +119,7 @@ def test_a_bundle_with_a_link_to_another_repositorys_files(hub_cache, linear, of
 
 @pytest.mark.parametrize("loader", [Generator, ConsistencyModel])
 def test_a_path_is_never_asked_for_in_public(hub, linear, loader):
-    hub.repos["runs/avatars"] = contents(linear)  # whoever registers a name that looks like a path
+    hub.repos["runs/avatars"] = contents(linear)  # a registered name that looks like a path
     for path in ("runs/avatars", Path("runs/avatars"), "./runs/x", "/nowhere/x", "a/b/c", "runs", "-x/y", "x/..", "x/"):
         with pytest.raises(BundleError, match=r"does not exist|holds neither"):
             loader.from_pretrained(path)

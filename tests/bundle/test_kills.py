@@ -1,4 +1,4 @@
-"""A bundle is never absent, half new or lost, whenever its writer is killed, wherever it lies, whoever reads it."""
+"""A bundle is never absent, half new or lost, whenever its writer is killed, in each folder and for each reader."""
 
 import json
 import os

@@ -128,7 +128,7 @@ def test_a_byte_that_changed_is_refused_or_changes_nothing(tmp_path: Path) -> No
 
 
 def test_a_field_that_a_later_schema_adds_leaves_the_ids_of_older_bundles() -> None:
-    """A golden value: whoever changes it makes every bundle that exists look altered."""
+    """A golden value: a change makes every existing bundle appear altered."""
     manifest = make(samplers=(SamplerSpec(times=(1.5, 0.5), sample_shape=(3, 16, 16)),))
     assert make_build_id(manifest) == "19fe5c389ed2cb8d89fe12be15c3215100ba1235e5aca60c7a296e02707a129d"
     other = make(samplers=(SamplerSpec(times=(1.5, 0.5), sample_shape=(3, 16, 16), sigma_data=0.25),))

@@ -1,4 +1,4 @@
-"""Commands take hub ids with ``--revision`` and ``.scmz`` files; bundles that lie in a cache are never written to."""
+"""Commands take hub ids with ``--revision`` and ``.scmz`` files; bundles that are in a cache are never written to."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_a_bundle_in_the_hubs_cache_is_compared_and_not_written_to(
         lambda: keep_budgets(snapshot, "p95=1s@b1"),
         lambda: extend_bundle(snapshot).__enter__(),
     ):
-        with pytest.raises(BundleError, match="lies in a cache, expected a bundle of your own"):
+        with pytest.raises(BundleError, match="is in a cache, expected a bundle of your own"):
             write()
     refused = run("bench", "hf:someone/unet", "--budget", "p95=1s@b1", "--keep-budget", "--batch", 1)
     assert refused.exit_code == 6 and "scm-export bundle unpack MODEL -o FOLDER" in refused.output
@@ -104,7 +104,7 @@ def test_an_unpacked_archive_is_not_written_to(linear: Path, tmp_path: Path) -> 
     assert run("inspect", archive, "--json").exit_code == 0
     folder = locate(archive)
     assert in_cache(folder) and not in_cache(linear)
-    with pytest.raises(BundleError, match="lies in a cache"), extend_bundle(folder):
+    with pytest.raises(BundleError, match="is in a cache"), extend_bundle(folder):
         pass
 
 

@@ -390,7 +390,7 @@ def test_the_verbs(bundle_copy: Path, keys: SimpleNamespace) -> None:
 
 @pytest.fixture
 def by_sigstore(tmp_path: Path) -> SimpleNamespace:
-    """Two files that somebody signed in the public instance, and that instance's certificates as sigstore ships them.
+    """Two files that were signed in the public instance, and that instance's certificates as sigstore ships them.
 
     ``golden/sigstore.json`` is a test file of github.com/sigstore/model-transparency (Apache-2.0).
     """

@@ -1,4 +1,4 @@
-"""Whose engines run: only those that this user built here, whatever else lies in the cache."""
+"""Whose engines run: only those that this user built here, whatever else is in the cache."""
 
 import os
 import shutil
@@ -192,7 +192,7 @@ def test_an_archive_that_is_written_to_while_it_is_opened(
 
 
 def test_an_entry_of_another_bundle_is_unpacked_anew(two: list[Path], cache: Path) -> None:
-    """Swapped within the user's own cache: each is held against the manifest in the file that was asked for."""
+    """Swapped within the user's own cache: each is compared with the manifest in the file that was asked for."""
     first, second = (archive_cache.unpacked(archive) for archive in two)
     first.rename(aside := first.with_name("aside"))
     second.rename(first)

@@ -135,7 +135,7 @@ def where_a_fixture_of_a_module_builds() -> Path:
 
 
 def test_no_fixture_builds_into_the_users_cache(where_a_fixture_of_a_module_builds: Path, tmp_path: Path) -> None:
-    """Those of a module run before ``cache_home``; what they built lay in the real cache and was not trusted."""
+    """Those of a module run before ``cache_home``; what they built was in the real cache and was not trusted."""
     assert where_a_fixture_of_a_module_builds.is_relative_to(tmp_path.parents[1])
 
 

@@ -108,4 +108,4 @@ def test_the_interval_holds_the_percentile_as_often_as_it_says(count: int) -> No
     ends = np.array([percentile_interval(row)[1:] for row in draws])
     assert (ends[:, 0] > 0.05).mean() < 0.06 and (ends[:, 1] < 0.05).mean() < 0.06
     if count == 512:
-        assert (ends[:, 1] - ends[:, 0]).mean() < 0.04, "many samples tell"
+        assert (ends[:, 1] - ends[:, 0]).mean() < 0.04, "many samples decide"

@@ -29,7 +29,7 @@ class Clock:
         monkeypatch.setattr(module, "perf_counter_ns", lambda: self.now_ns)
 
     def candidate(self, name: str, *times_ms: float) -> Any:
-        """Return a function that takes these times in turn, the last one for ever."""
+        """Return a function that takes these times in turn, the last one repeatedly."""
         left = list(times_ms)
 
         def call() -> None:
@@ -78,7 +78,7 @@ def test_slow_candidates_get_fewer_rounds_if_time_is_short(clock: Clock) -> None
     very_slow = measure({"a": clock.candidate("a", 60_000.0)}, max_seconds=14.0)
     assert (very_slow.warmup_rounds, very_slow.rounds, len(very_slow["a"].samples_ms)) == (1, module.LEAST_ROUNDS, 5)
     assert measure({"a": clock.candidate("a", 1.0)}, max_seconds=14.0).rounds == 100
-    with pytest.raises(ConfigError, match="max_seconds is given beside a budget"):
+    with pytest.raises(ConfigError, match="max_seconds is given with a budget"):
         measure({"a": clock.candidate("a", 1.0)}, max_seconds=14.0, budget="median=30ms@b1")
 
 
@@ -228,7 +228,7 @@ def test_end_to_end_takes_in_the_noise_and_the_pictures(ort: Generator, monkeypa
 
 def test_peak_memory_grows_with_what_is_used() -> None:
     if peak_rss_mib() is None:
-        pytest.skip("this system does not tell a process's peak memory")
+        pytest.skip("this system does not report a process's peak memory")
     code = (
         "from scm_sdk.evaluate.machine import peak_rss_mib\n"
         "before = peak_rss_mib()\n"

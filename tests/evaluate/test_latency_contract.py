@@ -1,4 +1,4 @@
-"""Budgets in a bundle, and bundles beside bundles."""
+"""Budgets in a bundle, and comparisons of bundles."""
 
 import json
 import shutil
@@ -40,8 +40,8 @@ def test_a_kept_budget_is_enforced_by_validate(unet_copy: Path) -> None:
 def test_budgets_that_cannot_be_kept(unet_copy: Path) -> None:
     with pytest.raises(ConfigError, match="budget is 'fast'"):
         keep_budgets(unet_copy, "fast")
-    with pytest.raises(ConfigError, match=r"budget is for 'onnxruntime of before', expected one of auto, "):
-        keep_budgets(unet_copy, "onnxruntime of before:p95=1s@b1")
+    with pytest.raises(ConfigError, match=r"budget is for 'onnxruntime of 2019', expected one of auto, "):
+        keep_budgets(unet_copy, "onnxruntime of 2019:p95=1s@b1")
     keep_budgets(unet_copy, "tensorrt:p95=1ms@b1")
     skipped: list[str] = []
     assert check_budgets(unet_copy, on_skip=skipped.append) == []
@@ -52,7 +52,7 @@ def test_bundles_are_timed_beside_each_other(unet_bundle: Path, tmp_path: Path) 
     before = Path(shutil.copytree(unet_bundle, tmp_path / "before"))
     arguments = ["bench", unet_bundle, "--backend", "onnxruntime", "--against", before, "--batch", 1, "--rounds", 10]
     (latency,) = json.loads(run(*arguments, "--json").stdout)
-    assert [timing["name"] for timing in latency["timings"]] == ["onnxruntime", "onnxruntime of before"]
+    assert [timing["name"] for timing in latency["timings"]] == ["onnxruntime", "onnxruntime of 2019"]
 
 
 def test_a_stored_budget_is_neither_lost_nor_replaced_by_one_that_is_not_kept(unet_copy: Path) -> None:

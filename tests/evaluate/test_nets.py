@@ -108,7 +108,7 @@ def test_statistics_of_edm_and_of_our_own(files: dict[str, Path], tmp_path: Path
     assert (quality.kid, quality.precision, quality.fd_floor, quality.num_reference) == (None, None, None, 80)
     measured = evaluate_images(pictures(), read, net=small, other_real=pictures(seed=2))
     assert measured.fd == quality.fd and measured.fd_floor_source == "measured"
-    with pytest.raises(ConfigError, match="statistics tell no single one"):
+    with pytest.raises(ConfigError, match="statistics describe no single one"):
         evaluate_images(pictures(), read, net=small, beside=pictures())
     with pytest.raises(ConfigError, match=r"has net small, expected inception-ts: statistics of different networks"):
         read_stats(tmp_path / "ours.npz", net, (16, 16, 3))

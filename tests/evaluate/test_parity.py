@@ -282,7 +282,7 @@ def losing(backend: Any, seeds: Sequence[int]) -> Altered:
 def test_a_reduced_precision_fails_where_its_samples_show_that_it_is_lost(
     ort: Generator, num_seeds: int, lost: int, passes: bool
 ) -> None:
-    """4 of 32 lie within the chance of a precision of which 5 % are lost, 5 of 32 do not, and half never do."""
+    """4 of 32 are within the chance of a precision of which 5 % are lost, 5 of 32 do not, and half never do."""
     backend = ort.opened().backend
     parity = compare(losing(backend, range(lost)), backend, seeds=range(num_seeds), batches=(1,), min_psnr_db=38)
     assert bool(parity) == parity.record().passed == passes
@@ -338,7 +338,7 @@ def record_of(path: Path) -> ParityRecord:
 
 
 def test_compare_and_validate_apply_the_same_gate(low_bundle: Path) -> None:
-    """fp16 has the gate of fp16, whichever side it is on and whoever asks."""
+    """fp16 has the gate of fp16, on either side of a comparison and for each caller."""
     record = record_of(low_bundle)
     with (
         Generator.from_pretrained(low_bundle, backend="torch", num_inference_steps=1) as reference,

@@ -1,4 +1,4 @@
-"""The whole way in one command, and again: what is there is left alone, what changed is made anew."""
+"""All steps in one command, and again: unchanged files are kept, changed ones are made again."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_second_run_changes_nothing_and_more_is_added(unet_checkpoint: Path, t
     more = build_all(unet_checkpoint, out, precisions=["fp16", "int8"], targets=(), **common)
     assert len(more.manifest.artifacts) == 5
     other = build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=3)
-    assert [a.format for a in other.manifest.artifacts] == ["safetensors", "onnx"], "other samplers: exported anew"
+    assert [a.format for a in other.manifest.artifacts] == ["safetensors", "onnx"], "other samplers: exported again"
     (out / "onnx/fp32/1step/model.onnx").write_bytes(b"damaged")
     build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=3)
     Bundle.open(out)

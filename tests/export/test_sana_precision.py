@@ -1,4 +1,4 @@
-"""SANA-Sprint in lower precisions and as engines; what the model is told meanwhile is a user's prompts, on record."""
+"""SANA-Sprint in lower precisions and as engines; their conditioning is a user's prompts, on record."""
 
 import json
 from pathlib import Path

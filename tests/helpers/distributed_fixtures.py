@@ -1,4 +1,4 @@
-"""Runs of several processes as torchrun would start them, and what their results are held against."""
+"""Runs of several processes as torchrun would start them, and what their results are compared with."""
 
 import json
 import os

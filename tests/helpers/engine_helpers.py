@@ -1,4 +1,4 @@
-"""What tests of engines share: the graph and options to build one from, and the record beside one that was built."""
+"""What tests of engines share: the graph and options to build one from, and the record of one that was built."""
 
 from pathlib import Path
 from typing import Any

@@ -60,7 +60,7 @@ def linear(linear_bundle):
 
 
 def put_in_cache(cache, repo_id, files, *, ref="main"):
-    """Lay files out as huggingface_hub does: blobs by hash, and a snapshot of links to them."""
+    """Store files as huggingface_hub does: blobs by hash, and a snapshot of links to them."""
     root = cache / f"models--{repo_id.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
     (root / "blobs").mkdir(parents=True, exist_ok=True)

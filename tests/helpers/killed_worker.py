@@ -1,4 +1,4 @@
-"""Kill a training command at each of its writes, run it again, and tell what its folder then holds.
+"""Kill a training command at each of its writes, run it again, and report the content of its folder.
 
 A script, ``killed_worker.py JOB.json``; the job is ``{"before": [ARGUMENTS], "command": ARGUMENTS, "folder": FOLDER,
 "stride": N}``. It prints as JSON what the folder holds after an undisturbed run, and after a kill at every N-th write

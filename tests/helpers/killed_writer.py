@@ -1,4 +1,4 @@
-"""Kill a writer of bundles at each of its file-system calls, and tell what is then there and what another run makes.
+"""Kill a writer of bundles at each of its file-system calls, and report what is then there and what another run makes.
 
 A script, ``killed_writer.py FOLDER BUNDLE VERB STRIDE``. It prints as JSON, for every STRIDE-th call, at which the
 writer was killed, ``[what opens, what opens after another run, how that ended, what lies there]``; what opens is named

@@ -27,7 +27,7 @@ class Child:
 
     Attributes:
         pid: Its process id.
-        counted: Read end of a pipe on which it tells how many events it has seen, when it ends by itself.
+        counted: Read end of a pipe to which it writes how many events it has seen, when it ends by itself.
     """
 
     pid: int

@@ -11,7 +11,7 @@
 * the deadline passes: the worker hangs;
 * files that were not there before the case remain in ``scratch``, or it raises ``Left``: something was left behind.
 
-A worker runs many cases; after a crash or a hang a new one goes on with the next case.
+A worker runs many cases; after a crash or a hang a new one continues with the next case.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def run_campaign(
         cases: JSON values.
         setup: JSON values that each worker gets.
         limits: What a worker may take.
-        workers: How many run side by side.
+        workers: How many run concurrently.
     """
     tally, lock, left = Tally(name=name), threading.Lock(), iter(cases)
     told = time.monotonic()
@@ -259,7 +259,7 @@ class Worker:
 
 
 def worker_environment(scratch: Path) -> dict[str, str]:
-    """Return the environment of a process whose cache, home and temporary files lie in ``scratch``."""
+    """Return the environment of a process whose cache, home and temporary files are in ``scratch``."""
     (scratch / "tmp").mkdir(exist_ok=True)
     return {
         **{key: value for key, value in os.environ.items() if not key.startswith(("SCM_", "PYTEST_"))},

@@ -1,4 +1,4 @@
-"""Forge JSON and bundles, with every hash recomputed as whoever forged them would."""
+"""Forge JSON and bundles, with every hash recomputed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def read_json(path: Path) -> Any:
 
 
 def reseal(folder: Path, text: str | None = None) -> None:
-    """Make a manifest vouch for the files as they are now, as whoever forged them would.
+    """Write the hashes of the files as they are now to the manifest.
 
     Args:
         folder: The bundle.

@@ -464,7 +464,7 @@ def prepare_runs(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], 
         try:
             change(case)
             if resume() != right:
-                raise Silent("it goes on to other weights")
+                raise Silent("it continues to other weights")
         finally:
             shutil.rmtree(run)
 

@@ -245,7 +245,7 @@ def _ifs(model: Any, depth: int) -> None:
 
 
 def _deep_ifs(model: Any, depth: int) -> bytes:
-    """Return a graph whose nested attributes are written by hand: the library's own encoder recurses."""
+    """Return a graph whose nested attributes are encoded here: the library's own encoder recurses."""
 
     def head(number: int, length: int) -> bytes:
         return _varint(number << 3 | 2) + _varint(length)

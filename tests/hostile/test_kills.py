@@ -1,7 +1,7 @@
 """A command that is killed at any moment leaves what was there, and its rerun ends as if nothing had happened.
 
 Each command is killed at file-system events that were counted in an undisturbed run, and at random times, while two
-writers and two readers work beside it.
+writers and two readers work at the same time.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Verb:
 
     Attributes:
         arguments: Of ``scm-export``, run in a folder with copies of ``start``.
-        start: What of the material lies there, by its new name.
+        start: What of the material is there, by its new name.
         target: What the command changes.
-        writers: Two commands that run beside it, again and again.
+        writers: Two commands that run at the same time, again and again.
         readers: What two readers do with ``target``: ``bundle``, ``archive``, ``run`` or ``file``.
         same: Files of the target that are the same after every run, as a pattern.
         opened: Archives that are opened before, so that the cache holds them.
@@ -308,7 +308,7 @@ def _content(target: Path, same: str) -> dict[str, str]:
 
 
 def _names(place: Path, scratch: Path) -> set[str]:
-    """Return the names of what lies beside and below the target and in the cache."""
+    """Return the names of files next to and below the target and in the cache."""
     found = {f"work/{path.relative_to(place)}" for path in place.rglob("*") if ".reports" not in path.parts}
     cache = scratch / "cache"
     return found | {f"cache/{path.relative_to(cache)}" for path in cache.rglob("*")}

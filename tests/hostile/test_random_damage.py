@@ -37,7 +37,7 @@ def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[int], None]:
     if source.is_dir():
         shutil.copytree(source, subject)
         files = sorted(path for path in subject.rglob("*") if path.is_file())
-        files.append(subject / "scm_manifest.json")  # twice: nothing vouches for it but itself
+        files.append(subject / "scm_manifest.json")  # twice: no hash covers it
     else:
         shutil.copyfile(source, subject)
         files = [subject]

@@ -342,7 +342,7 @@ def test_closing_ends_a_long_request_after_its_batch_where_it_is_told_to(
         assert gate.batches == [4]
 
 
-# Callbacks, and a batcher that nobody holds
+# Callbacks, and a batcher without references
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, CancelledError, ValueError])

@@ -1,4 +1,4 @@
-"""What a model is told in checks and calibrations: a user's prompts or tensors, in turn by seed; wrong files."""
+"""The conditioning of checks and calibrations: a user's prompts or tensors, in turn by seed; wrong files."""
 
 from pathlib import Path
 

@@ -58,7 +58,7 @@ def test_auto_takes_onnxruntime_only_with_a_passed_parity(unet_copy: Path) -> No
     with Generator.from_pretrained(unet_copy) as gen:
         assert gen(1, seed=0).info.backend == "torch"
         assert any(row.reason == "recorded parity failed: 4.0e-02 of 1.0e-05 allowed" for row in gen.plan().rejected)
-    # A name opens it, or nobody could ever compare it again; but not in silence.
+    # A name opens it, or it could never be compared again; with a warning.
     with pytest.warns(RuntimeWarning, match=f"onnxruntime runs {GRAPH}, asked for by name, although .*failed: 4.0e-02"):
         Generator.from_pretrained(unet_copy, backend="onnxruntime").close()
 
@@ -195,7 +195,7 @@ def test_fallback_is_the_users_choice_and_recorded(unet_bundle: Path) -> None:
 
 
 def test_a_library_that_does_not_import_is_no_crash(unet_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed, as far as anybody can see, and broken: found when it is opened."""
+    """Installed, by its metadata, and broken: found when it is opened."""
     broken = replace(backends.BACKENDS["onnxruntime"], module="scm_sdk.runtimes.torch_backend", opens=("onnx",))
     monkeypatch.setitem(backends.BACKENDS, "onnxruntime", broken)
     monkeypatch.setitem(sys.modules, "torch", None)

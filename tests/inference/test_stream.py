@@ -36,7 +36,7 @@ def test_a_stream_reads_no_further_than_its_window(gen: Generator) -> None:
 
     def endless() -> Iterator[dict[str, Any]]:
         nonlocal read
-        yield {"seed": 0, "num_inference_steps": 1}  # alone of its kind: it must not wait for ever
+        yield {"seed": 0, "num_inference_steps": 1}  # alone of its kind: it must not wait indefinitely
         while True:
             read += 1
             yield {"seed": read}

@@ -202,7 +202,7 @@ def test_dit_keeps_its_labels_and_drops_its_variance(assert_same):
 
 @pytest.mark.parametrize("make", [lambda: unet("flow"), lambda: unet("vp_noise")], ids=["flow", "vp"])
 def test_forward_derivatives_are_those_of_finite_differences(make):
-    """Diffusers embeds times in float32, which limits what differences can tell."""
+    """Diffusers embeds times in float32, which limits the resolution of differences."""
     network = make().requires_grad_(False)
     x, v = noise_like((1, 8, 8)), noise_like((1, 8, 8)).flip(0)
     t, step = torch.tensor([0.5, 1.2], dtype=torch.float64), 3e-5

@@ -1,4 +1,4 @@
-"""Guidance: its formula, students that are told the scale and students into which one is baked, what is refused."""
+"""Guidance: its formula, students that take the scale and students into which one is baked, what is refused."""
 
 import msgspec
 import numpy as np
@@ -134,7 +134,7 @@ def teacher(tmp_path_factory, data):
 
 
 def test_trajectories_have_scales_of_their_own():
-    """F = 10 + s (label's - 10) turns a sample by the same angle whatever it is: the end tells the scale."""
+    """F = 10 + s (label's - 10) turns a sample by the same angle whatever it is: the end shows the scale."""
     config = run(objective="trajectory", guidance=(1.0, 2.0), trajectory_steps=2, batch_size=8)
     trajectories = Trajectories(config, guided_teacher(Labeled(), config, 3), (1, 2, 2), 3)
     points = trajectories(0)

@@ -175,4 +175,4 @@ def test_the_example_runs_offline(tmp_path: Path) -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "06_sana_sprint.py"
     done = subprocess.run([sys.executable, str(example), str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "beside the fox: True" in done.stdout and (tmp_path / "fox.png").stat().st_size > 1000
+    assert "with the fox: True" in done.stdout and (tmp_path / "fox.png").stat().st_size > 1000

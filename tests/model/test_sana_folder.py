@@ -80,7 +80,7 @@ BROKEN = {
     "component": (
         lambda f: shutil.rmtree(f / "vae"), BundleError, r"component 'vae' is missing in .*: no vae/config.json",
     ),
-    "named by nobody": (
+    "not named": (
         lambda f: change(f / "model_index.json", {"transformer": [None, None]}), ConfigError,
         "component 'transformer' of .* is missing, expected diffusers' SanaTransformer2DModel",
     ),

@@ -111,7 +111,7 @@ HOSTILE = {
     "two_left": (b"\x80\x02NN.", "does not hold one object"),
     "open_mark": (b"\x80\x02(N.", "does not hold one object"),
     "bad_text": (b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", "UnicodeDecodeError"),
-    "trailing": (b"\x80\x02N.garbage", "goes on for 7 bytes"),
+    "trailing": (b"\x80\x02N.garbage", "continues for 7 bytes"),
     "no_network": (b"\x80\x02}.", "holds no network 'ema', expected one of: none is there"),
     "just_none": (b"\x80\x02N.", "holds no network 'ema'"),
     "zip": (b"PK\x03\x04....", "as torch.save writes it"),

@@ -32,7 +32,7 @@ LIGHT_LIBRARIES: dict[str, set[str]] = {
     "runtimes": {"msgspec", "numpy"},
     "export": {"msgspec", "numpy", "click", "rich"},
 }
-"""What each package may import at module level beside the standard library."""
+"""What each package may import at module level in addition to the standard library."""
 TABLE_OF_BACKENDS = {"scm_sdk.inference.backends", "scm_sdk.inference.sources"}
 
 

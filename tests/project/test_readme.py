@@ -83,7 +83,7 @@ def test_readme_opens_with_the_two_commands():
 
 
 def test_each_line_of_the_readme_is_run():
-    """By this file, or by whoever runs this file."""
+    """By this file, or by the command that runs this file."""
     others = [line for line in lines(README) if not line.startswith("scm-export ")]
     assert others == ["make demo", "make check", *INSTALL]
 

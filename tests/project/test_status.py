@@ -1,4 +1,4 @@
-"""A teacher, an unfinished run and a model without scores say so wherever a person meets them."""
+"""A teacher, an unfinished run and a model without scores are described as such in every output."""
 
 import json
 

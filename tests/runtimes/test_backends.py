@@ -175,7 +175,7 @@ def test_a_device_that_is_not_here(backend: str, unet_bundle: Path, unet_checkpo
 
 
 def test_onnxruntime_does_not_fall_back_in_silence(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is told to offer CUDA where there is none: it warns at most and runs on the CPU."""
+    """The library claims CUDA where there is none: it warns at most and runs on the CPU."""
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
@@ -318,7 +318,7 @@ def test_samplers_of_one_checkpoint_share_their_weights(unet_checkpoint: Path, t
     model = one._sampler.model  # type: ignore[attr-defined]
     assert model is two._sampler.model  # type: ignore[attr-defined]
     assert not model.training
-    os.utime(folder / WEIGHTS, ns=(1, 1))  # written anew, as far as anybody can see
+    os.utime(folder / WEIGHTS, ns=(1, 1))  # written again, by its time
     three = open_backend("torch", folder, ort.opened(1).spec)
     assert three._sampler.model is not model  # type: ignore[attr-defined]
 

@@ -62,7 +62,7 @@ def test_the_record_must_be_there_and_readable(engine: Path, spec: SamplerSpec) 
     with pytest.raises(SchemaError, match="schema version 9"):
         read_engine(engine, spec, HOST)
     beside.unlink()
-    with pytest.raises(IntegrityError, match="Expected it beside the engine"):
+    with pytest.raises(IntegrityError, match="Expected it next to the engine"):
         read_engine(engine, spec, HOST)
 
 
@@ -108,7 +108,7 @@ def test_without_a_gpu_the_other_backends_go_on(engine_bundle: Path, tmp_path: P
 
 def test_the_device_is_a_gpu(engine: Path, spec: SamplerSpec) -> None:
     for device in ("cpu", "cuda:x", "gpu"):
-        with pytest.raises(ConfigError, match="expected .*'cuda' or 'cuda:N'"):
+        with pytest.raises(ConfigError, match=r"expected .*'cuda' or 'cuda:N'"):
             open_backend(engine, spec, device=device)
 
 

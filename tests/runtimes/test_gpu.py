@@ -31,7 +31,7 @@ from scm_sdk.export.precision.variants import add_precision
 from scm_sdk.inference.request import make_request
 from scm_sdk.runtimes.tensorrt.device_memory import Cuda
 
-# What NVIDIA's libraries deprecate is no reason to fail on a machine that nobody has tried.
+# What NVIDIA's libraries deprecate is no reason to fail on an untested machine.
 # Only engines of the cache that they were built into are trusted, and fixtures build into the session's.
 pytestmark = [
     pytest.mark.gpu,
@@ -170,7 +170,7 @@ def test_closing_gives_the_memory_back(bundle: Path, flavor: str) -> None:
             for batch in (1, 2, 3):
                 gen(batch, seed=0, output_type="raw")
 
-    round_trip()  # what the library keeps for ever is taken now
+    round_trip()  # what the library keeps until the process ends is taken now
     before = cuda.free_bytes()
     for _ in range(3):
         round_trip()

@@ -64,7 +64,7 @@ def test_the_callers_memory_is_used_in_the_order_of_its_stream(played, spec: Sam
         np.testing.assert_array_equal(recorder.memory[addresses[spec.output_name]], noise[0] + base)
     (context,) = backend._pool._idle
     once = [("order", "theirs", context.stream), ("execute", 1, context.stream), ("order", context.stream, "theirs")]
-    assert recorder.calls == once * 2, "one context for both, and nobody waits for the GPU"
+    assert recorder.calls == once * 2, "one context for both, and no thread waits for the GPU"
     backend.sample(noise, labels)
     assert recorder.contexts == 2, "a context with memory of its own is another"
     before = recorder.live.copy()

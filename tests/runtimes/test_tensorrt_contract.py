@@ -1,7 +1,7 @@
 """Every TensorRT name that our code touches exists in 10.13, in 11.4 and in the installed TensorRT-RTX.
 
 The names come from our sources, so that a new one is checked the day it is written. Those of the two TensorRT
-versions lie in ``golden/tensorrt_names.json``, with where they were read.
+versions are in ``golden/tensorrt_names.json``, with where they were read.
 """
 
 import ast

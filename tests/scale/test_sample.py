@@ -242,7 +242,7 @@ def test_another_artifact_is_refused(unet_bundle: Path, plan: SamplePlan, tmp_pa
         (["--shard-size", "4", "--num-shards", "3"], "both given"),
         (["--num-shards", "12"], "12 shards for 11 images"),
         (["--num-shards", "3", "--shard-index", "3"], r"shard 3 is given, expected 0..2"),
-        (["--class-label", "nobody"], "class label is 'nobody'"),
+        (["--class-label", "unicorn"], "class label is 'unicorn'"),
         (["--guidance-scale", "2"], "no such input"),
         (["--format", "zip"], "expected tar or npz"),
     ],

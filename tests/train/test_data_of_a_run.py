@@ -1,4 +1,4 @@
-"""Which data a run takes, what it says of them, and what it says while it goes on where there is no terminal."""
+"""Which data a run takes, what it says of them, and its progress lines without a terminal."""
 
 import json
 import re

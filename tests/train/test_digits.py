@@ -1,4 +1,4 @@
-"""Does distillation do what it is for? On real digits: one step of the student beats one step of its teacher."""
+"""Distillation on real digits: one step of the student is better than one step of its teacher."""
 
 from typing import NamedTuple
 

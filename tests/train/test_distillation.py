@@ -90,7 +90,7 @@ def test_the_loss_moves_a_student_to_it() -> None:
 
 
 def test_below_the_least_time_the_teacher_is_followed() -> None:
-    """A student that goes on from its own mistakes there drifts, and all larger times with it."""
+    """A student that continues from its own errors there drifts, and all larger times with it."""
     b = batch(torch.full((5,), MIN_TIME / 2, dtype=torch.float64))
 
     def loss(network: nn.Module) -> float:

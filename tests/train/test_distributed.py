@@ -39,7 +39,7 @@ def two_processes(room) -> Path:
 @pytest.mark.parametrize("objective", ["diffusion", "scd", "sct"])
 def test_two_processes_give_the_weights_of_one(two_processes, objective):
     train(config(two_processes, objective), two_processes / objective, Hooks(log_every=1))
-    if objective == "diffusion":  # cut short after a checkpoint of two processes; one goes on
+    if objective == "diffusion":  # cut short after a checkpoint of two processes; one resumes
         assert not (two_processes / "diffusion-fsdp" / "state.safetensors").exists()
         train(config(two_processes, objective), two_processes / "diffusion-fsdp", Hooks(log_every=1))
         assert not list((two_processes / "diffusion-fsdp").glob("state-*"))

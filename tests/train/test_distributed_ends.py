@@ -1,4 +1,4 @@
-"""Runs of several processes that are cut short, by a signal, a kill, a hang or a full disk, go on or say why not."""
+"""Interrupted runs of several processes (signal, kill, hang, full disk) resume or report the reason."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Training that dies at any of its writes, or is told to end, goes on to the same files as training that did not."""
+"""Training that is killed at a write, or gets a signal, resumes to the same files as uninterrupted training."""
 
 import json
 import signal

@@ -56,7 +56,7 @@ def test_the_tangent_in_half_precision_is_near_at_every_time(network, precision,
 
 
 def test_time_and_its_embedding_stay_float32(network):
-    """bfloat16 cannot tell these two times apart: sigma 80 and 60."""
+    """These two times are equal in bfloat16: sigma 80 and 60."""
     seen = []
     embed = network.embed
     network.embed = lambda *told: seen.append(embed(*told)) or seen[-1]

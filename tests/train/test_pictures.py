@@ -159,7 +159,7 @@ def test_no_picture_of_a_shard_is_left_out_silently(tmp_path: Path) -> None:
     told = load(in_tar(tmp_path, {"1.png": GOOD, "1.mask.png": GOOD, "1.json": b"{}", "2.png": GOOD, "2.json": b"{}"}))
     assert len(told) == 2 and told.describe().endswith("no labels; not trained on: 2 .json, 1 .mask.png")
     (tmp_path / "shards" / "b.png").write_bytes(GOOD)
-    with pytest.raises(TrainError, match="expected shards of one kind and no pictures beside them"):
+    with pytest.raises(TrainError, match="expected shards of one kind and no other pictures"):
         load(tmp_path / "shards")
 
 
@@ -178,8 +178,8 @@ def test_classes_are_the_folders_that_hold_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ("cat/black/1.png", r"cat/black/1\.png lies 2 folders below .*pictures, expected 1: FOLDER/CLASS/PICTURE"),
-        ("1.png", r"1\.png lies 0 folders below .*pictures, expected 1"),
+        ("cat/black/1.png", r"cat/black/1\.png is 2 folders below .*pictures, expected 1: FOLDER/CLASS/PICTURE"),
+        ("1.png", r"1\.png is 0 folders below .*pictures, expected 1"),
         ("two\nlines/1.png", r"class 2 of .* is 'two\\nlines', no printable text"),
         ("\udce9/1.png", r"class 2 of .* is '\\udce9', no printable text"),
     ],
@@ -194,7 +194,7 @@ def test_folders_that_are_no_classes_are_refused(tmp_path: Path, more: str, text
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     folder = in_folder(tmp_path, {"cat/1.png": GOOD})
     (folder / "cat" / "again").symlink_to(folder)
-    with pytest.raises(TrainError, match="again is a link to a folder that it lies in"):
+    with pytest.raises(TrainError, match="again is a link to a folder that contains it"):
         load(folder)
 
 

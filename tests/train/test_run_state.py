@@ -1,4 +1,4 @@
-"""A run's state on disk: as a file or as shares, whole or not at all, and never somebody else's."""
+"""A run's state on disk: as a file or as shares, whole or not at all, and never another run's."""
 
 import json
 import resource
@@ -134,7 +134,7 @@ def test_one_bit_anywhere_in_a_state_is_found(npz, tmp_path):
     ],
 )
 def test_a_state_that_is_whole_but_no_state_of_the_run_is_refused(npz, tmp_path, changes, message):
-    """As one that somebody made: its checksum is right."""
+    """A forged one: its checksum is right."""
     interrupted(config(npz), tmp_path / "run")
     path = tmp_path / "run" / STATE_FILE
     with safe_open(path, framework="pt") as archive:

@@ -1,4 +1,4 @@
-"""Shards are read where they lie, give the batches that memory gives, and harm nobody."""
+"""Shards are read in place, give the batches that memory gives, and cannot do harm."""
 
 import io
 import tarfile
@@ -141,7 +141,7 @@ def test_archives_that_lie_take_no_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2**40, 0, 8, 3), (0, 2**40, 2**40, 3), (2**40, 2**40, 0, 0)])
 def test_arrays_without_an_element_are_no_images(tmp_path, shape):
-    """They have no byte, so nothing in the file holds against what they say."""
+    """They have no byte, so nothing in the file contradicts what they say."""
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         stream = io.BytesIO()
         np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})

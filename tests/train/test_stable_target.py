@@ -1,4 +1,4 @@
-"""Stable targets: the mean of what may lie behind a noisy sample, with the noisy sample untouched."""
+"""Stable targets: the mean of what a noisy sample may come from, with the noisy sample untouched."""
 
 import numpy as np
 import pytest

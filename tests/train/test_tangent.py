@@ -159,7 +159,7 @@ def test_the_three_ways_to_the_tangent_agree(network):
 
 
 def test_finite_differences_in_float32_are_good_to_about_a_hundredth(network):
-    """The default step is where rounding and truncation are about alike; at t near pi/2 dF/dt counts least."""
+    """The default step balances rounding and truncation; at t near pi/2 the weight of dF/dt is smallest."""
     b = make_batch()
     x_t, dxdt = b.x_0, b.z
 

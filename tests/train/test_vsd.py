@@ -92,7 +92,7 @@ def test_the_fake_score_learns_what_the_student_makes() -> None:
 
 @WEIGHTINGS
 def test_the_student_comes_nearer_to_the_data(weighting: str) -> None:
-    """Only that: near the data the two chase each other, and where one run is then tells of rounding alone."""
+    """Only that: near the data the two chase each other, and the state of one run then depends on rounding alone."""
     distances = []
     for seed in range(4):
         student, plan = Shift(0.8), run(vsd_weighting=weighting, seed=seed, learning_rate=0.01)
@@ -147,7 +147,7 @@ def test_a_difference_may_be_weighted_by_the_teachers_error_on_the_sample() -> N
     difference = (fakes - theirs) / (g - theirs).abs().mean(dim=(1, 2, 3), keepdim=True)
     assert student.mean.grad == pytest.approx(2 * difference.mean().item(), rel=1e-4), "away from the fake's"
     assert square.item() == pytest.approx(difference.square().mean().item(), rel=1e-4)
-    assert loss.item() == pytest.approx(square.item()), "nothing learned beside it"
+    assert loss.item() == pytest.approx(square.item()), "nothing else is learned"
 
 
 def test_it_looks_at_the_times_of_the_models_own_sampler() -> None:

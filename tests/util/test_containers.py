@@ -233,7 +233,7 @@ def test_a_cache_that_root_filled_in_an_image(tmp_path: Path, linear_bundle: Cal
     archive = pack(linear_bundle(SPEC), top / "m.scmz")
     env = {"SCM_CACHE_DIR": str(top / "cache"), "HOME": "/nowhere"}
     assert run_python(RUN.format(str(archive)), env=env).returncode == 0
-    # As other users see it. Drop the rights and keep what is open: the interpreter may lie where they cannot read.
+    # As other users see it. Drop the rights and keep what is open: the interpreter may be where they cannot read.
     code = (
         "import scm_sdk.inference.generator, scm_sdk.runtimes.ort_backend, importlib.metadata, os\n"
         "scm_sdk._util.lazy.require('onnxruntime', extra='', purpose='')\n"
@@ -309,5 +309,5 @@ def test_no_library_reports_its_use(backend: str, tmp_path: Path, linear_bundle:
     watch = ["strace", "-f", "-e", "trace=connect,sendto", "-o", str(log)]
     done = run_python(code, env=env, under=watch)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "AF_INET" not in log.read_text(), "nobody was asked"
+    assert "AF_INET" not in log.read_text(), "no network was used"
     assert [p for p in (tmp_path / "home").rglob("*") if p.is_file()] == []

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 BACKENDS = ["onnxruntime", "openvino", "torch"]
 FORK = """
 import os, sys, threading, warnings
-warnings.simplefilter('ignore')  # Python 3.12 and later warn of a fork beside threads
+warnings.simplefilter('ignore')  # Python 3.12 and later warn of a fork with threads
 from scm_sdk import Generator
 from scm_sdk.errors import BackendFailure
 gen = Generator.from_pretrained({path!r}, backend={backend!r}, num_threads={threads})
@@ -43,7 +43,7 @@ if not child:
     sys.exit(0)
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0, status
-assert (batcher(seed=1, output_type='raw').images == first).all(), 'the parent goes on'
+assert (batcher(seed=1, output_type='raw').images == first).all(), 'the parent continues'
 batcher.close(); gen.close()
 print('parent ends')
 """

@@ -282,7 +282,7 @@ def test_a_journal_is_finished(at: int, tmp_path: Path, monkeypatch: pytest.Monk
     target = tmp_path / "b"
     interrupted(target, monkeypatch, at)
     assert (target / JOURNAL_NAME).is_file() == (at > 0)
-    fill(tmp_path / "other", b"")  # who writes beside it leaves what is needed
+    fill(tmp_path / "other", b"")  # a concurrent writer leaves what is needed
     finish_interrupted(target)
     new = {"deep/er/a.bin": b"new", "fresh": b"new", "mark.json": b"[new]"}
     found = {name: data for name, data in tree(target).items() if ".partial" not in name}
@@ -360,7 +360,7 @@ def test_who_waited_locks_the_folder_that_took_the_name(tmp_path: Path, caplog: 
 
     def wait() -> None:
         with locked(target, purpose="the test"):
-            assert try_lock(target) is None, "the lock is of what lies there now"
+            assert try_lock(target) is None, "the lock is of what is there now"
             passed.set()
 
     with locked(target):

@@ -188,7 +188,7 @@ def measure(
     if check_count("rounds", rounds) < 2:
         raise ConfigError("rounds is 1, expected 2 or more: one sample has no spread.")
     if max_seconds is not None and budget is not None:
-        raise ConfigError("max_seconds is given beside a budget, expected one of them: all rounds decide a budget.")
+        raise ConfigError("max_seconds is given with a budget, expected one of them: all rounds decide a budget.")
     budgets = parse_budgets(budget, batch=batch, rounds=rounds, names=tuple(candidates))
     calls = {name: _call(each, batch, num_inference_steps, end_to_end) for name, each in candidates.items()}
     first = {name: _time_ms(call) for name, call in calls.items()}
@@ -257,7 +257,7 @@ def _round(calls: Mapping[str, Callable[[], object]], samples: Mapping[str, list
 
 
 def _timer(seconds: float | None) -> Callable[[], bool]:
-    """Return a function that tells whether a time limit is over; with None it never is."""
+    """Return a function that returns whether a time limit is over; with None it never is."""
     began = perf_counter_ns()
     return lambda: seconds is not None and perf_counter_ns() - began >= seconds * 1e9
 

@@ -81,7 +81,7 @@ def validate_bundle(
         precisions: Only these precisions; () is all.
         steps: Only graphs and engines with these numbers of steps; () is all.
         num_seeds: Samples for each batch split; at least the largest batch.
-        first_seed: Seed of the first sample; the others follow. All lie in ``seeds.JUDGMENT``.
+        first_seed: Seed of the first sample; the others follow. All are in ``seeds.JUDGMENT``.
         batches: Batch splits, None among them is the largest; None is 1, 3 and the largest.
         threshold: Largest difference of fp32 that passes, units of sigma_data; None derives it.
         min_psnr_db: PSNR that 95 % of the samples of lower precisions must reach, dB; None is ``MIN_PSNR_DB``.
@@ -143,7 +143,7 @@ def validate_bundle(
                 candidate = open_candidate(path, way.backend, way.precision, count)
             except (BackendUnavailable, IncompatibleEngineError) as exc:
                 if way.lowered and not precisions:
-                    continue  # nobody made it, nobody asked for it
+                    continue  # not stored and not requested
                 if backends:
                     raise
                 skipped.append(str(exc))
@@ -155,7 +155,7 @@ def validate_bundle(
                     candidate, run, threshold=threshold if exact else None, min_psnr_db=None if exact else min_psnr_db,
                     reason=reason, baseline=baseline,
                 )  # fmt: skip
-            # In a lower precision it is the same graph, which is looked into in its own.
+            # In a lower precision it is the same graph, which is diagnosed in its own.
             fault, by_step = ("", ()) if way.lowered else examine(by_path[baseline.candidate])
             baseline = replace(
                 baseline, fault=fault, psnr_by_step=by_step, required=bool(precisions) or not way.lowered

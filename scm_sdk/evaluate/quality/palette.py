@@ -187,7 +187,7 @@ def label_accuracy(images: NDArray[np.uint8], labels: NDArray[np.integer], reade
 
 
 def palette_share(images: NDArray[np.uint8], real: NDArray[np.uint8], *, distance: int = 8) -> float:
-    """Return the share of pixels that lie near a color of the real pictures.
+    """Return the share of pixels that are near a color of the real pictures.
 
     Args:
         images: (N, H, W, 3), uint8, generated.

@@ -153,7 +153,9 @@ def evaluate_images(
     if not isinstance(reference, FeatureStats):
         sets["reference"] = reference
     elif beside is not None:
-        raise ConfigError("beside needs real pictures, expected them as the reference: statistics tell no single one.")
+        raise ConfigError(
+            "beside needs real pictures, expected them as the reference: statistics describe no single one."
+        )
     if other_real is not None:
         sets["other real"] = other_real
     if beside is not None:

@@ -224,13 +224,13 @@ def _read_scheduler(config: dict[str, Any]) -> tuple[ConventionName, dict[str, A
     if kind in _FLOW_SCHEDULERS | _EDM_SCHEDULERS | _VP_SCHEDULERS and unknown:
         raise ConfigError(
             f"the {kind} has {unknown[0]} = {settings[unknown[0]]!r}, a setting that is not known here and may change "
-            "what the network predicts or at which noise levels. Wrap the module by hand, with ModuleDenoiser."
+            "what the network predicts or at which noise levels. Wrap the module manually, with ModuleDenoiser."
         )
     if (times := config.get("timestep_type", "discrete")) not in ("discrete", "continuous"):
         raise ConfigError(f"the {kind} has timestep_type {times!r}, expected 'discrete' or 'continuous'.")
     if kind in _FLOW_SCHEDULERS:
         if config.get("invert_sigmas"):
-            raise ConfigError(f"the {kind} has invert_sigmas, expected u = 1 to be noise. Wrap the module by hand.")
+            raise ConfigError(f"the {kind} has invert_sigmas, expected u = 1 to be noise. Wrap the module manually.")
         return "flow", None
     predicts = config.get("prediction_type", "epsilon")
     if kind in _EDM_SCHEDULERS:

@@ -196,7 +196,7 @@ def _check_kind(config: DiffusersConfig) -> None:
         if (found := config.arguments.get(key, known[0])) not in known:
             raise ConfigError(
                 f"{config.class_name} has {key} {found!r}, expected {known[0]!r}: no other can be asked at any time "
-                "with labels alone. Wrap the module by hand, with ModuleDenoiser."
+                "with labels alone. Wrap the module manually, with ModuleDenoiser."
             )
     default = {"UNet2DModel": 3, "DiTTransformer2DModel": 4, "SD3Transformer2DModel": 16}[config.class_name]
     channels = config.arguments.get("in_channels", default)

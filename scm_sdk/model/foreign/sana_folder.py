@@ -233,8 +233,8 @@ def _convert(folder: Path, component: str, kind: type[Config]) -> Config:
 def _from_builtins(value: dict[str, Any], kind: type[Config], where: Path) -> Config:
     if unknown := sorted(set(value) - set(kind.__struct_fields__)):
         raise ConfigError(
-            f"{where} has unknown config keys {', '.join(unknown)}, expected only those this scm-sdk knows: it cannot "
-            "tell what they change. Update scm-sdk, or report it."
+            f"{where} has unknown config keys {', '.join(unknown)}, expected only those this scm-sdk knows: their "
+            "effect is unknown. Update scm-sdk, or report it."
         )
     try:
         return msgspec.convert(value, kind)

@@ -71,7 +71,7 @@ def _example(model: ConsistencyModel) -> tuple[Tensor, Tensor, dict[str, Tensor]
 
 def _output(network: nn.Module, name: str, x: Tensor, t: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     arguments = ", ".join(["x", "t", *(f"{key}={key}" for key in given)])
-    with _named(f"{name}({arguments}) fails", "Expected F; run it by hand on such inputs to see more."):
+    with _named(f"{name}({arguments}) fails", "Expected F; run it manually on such inputs to see more."):
         F = network(x, t, **given)
     if not isinstance(F, Tensor) or F.shape != x.shape or F.dtype != x.dtype:
         found = f"{tuple(F.shape)} {F.dtype}" if isinstance(F, Tensor) else type(F).__name__

@@ -320,7 +320,7 @@ def _pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(root)
         if here.resolve() in [(folder / above).resolve() for above in here.relative_to(folder).parents]:
-            raise TrainError(f"{here} is a link to a folder that it lies in. Remove it.")
+            raise TrainError(f"{here} is a link to a folder that contains it. Remove it.")
         ignored["hidden folders"] += sum(name.startswith(".") for name in folders)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
@@ -339,7 +339,7 @@ def _class_of(path: Path, folder: Path) -> str:
     between = path.relative_to(folder).parts[:-1]
     if len(between) != 1:
         raise TrainError(
-            f"{path} lies {len(between)} folders below {folder}, expected 1: FOLDER/CLASS/PICTURE with --label folder. "
+            f"{path} is {len(between)} folders below {folder}, expected 1: FOLDER/CLASS/PICTURE with --label folder. "
             "Choose the folder whose sub-folders are the classes, or move the picture."
         )
     return between[0]

@@ -58,7 +58,7 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
             raise ValueError(f"it is {image.height}x{image.width}, expected {shape[0]}x{shape[1]} like the first")
         height, width, channels = _shape(image)
         if shape is not None and (height, width) != shape[:2]:
-            raise ValueError(f"it lies on its side as {height}x{width}, expected {shape[0]}x{shape[1]} like the first")
+            raise ValueError(f"it is rotated, as {height}x{width}, expected {shape[0]}x{shape[1]} like the first")
         if shape is not None and channels > shape[2]:
             raise ValueError("it has colors, expected a gray picture like the first")
         gray = shape is not None and shape[2] == 1

@@ -138,7 +138,7 @@ def _others(folder: Path) -> Counter[str]:
     if len(data) > 1:
         raise TrainError(
             f"{folder} holds {' and '.join(kinds[kind].name for kind in data)}, expected shards of one kind and no "
-            "pictures beside them. Move one of the kinds to a folder of its own."
+            "other pictures. Move one of the kinds to a folder of its own."
         )
     return Counter(
         path.suffix.lower() or path.name

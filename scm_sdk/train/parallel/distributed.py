@@ -171,7 +171,7 @@ def joined(scale: Scale) -> Iterator[World]:
         raise TrainError(
             f"process {rank} of {size} lost the others: one of them ended, or did not answer within "
             f"{scale.timeout:g} s (--timeout). The first error that torchrun lists says which and why. Run the same "
-            f"command again to go on from the last checkpoint. ({reason})"
+            f"command again to continue from the last checkpoint. ({reason})"
         ) from exc
     finally:
         if ours and dist.is_initialized():
@@ -200,8 +200,8 @@ def _check_restarts() -> None:
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ConfigError(
-            f"torchrun was given --max-restarts {restarts}, but started again the processes would call those of "
-            "before at their old addresses (PyTorch issue 135712). Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
+            f"torchrun was given --max-restarts {restarts}, but started again the processes would call the "
+            "earlier ones at their old addresses (PyTorch issue 135712). Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
             "torchrun, with --standalone or --rdzv-backend c10d."
         )
 

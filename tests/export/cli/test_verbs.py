@@ -1,4 +1,4 @@
-"""``scm-export`` as people call it: the whole street on a tiny model, every exit code, one line per error."""
+"""``scm-export`` as users call it: every verb on a tiny model, every exit code, one line per error."""
 
 import json
 

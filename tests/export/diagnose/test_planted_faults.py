@@ -1,4 +1,4 @@
-"""Planted faults are caught at every rung and called by their name; what is right passes for right."""
+"""Inserted faults are found and named in every precision; correct graphs pass."""
 
 import importlib.util
 import shutil
@@ -60,7 +60,7 @@ def graph(bundle: Path, precision: str = "fp32") -> ir.Model:
     return read_model(bundle / f"onnx/{precision}/2step/model.onnx")
 
 
-# What each rung stores in its own way, and what its numbers may hide; fp32 gets every fault.
+# What each precision stores in its own way, and what its numbers may hide; fp32 gets every fault.
 OWN = {"fp16": {"none", "float16 time"}, "int8": {"none", "perturbed weight", "wrong channel scale"}}
 
 
@@ -118,7 +118,7 @@ def test_a_failed_validation_says_what_where_and_shows_it(broken: Path, tmp_path
 def test_an_engine_cannot_be_looked_into(broken: Path, tmp_path: Path) -> None:
     (parity, *_) = validate_bundle(broken, precisions=["fp16"], num_seeds=5)
     other = Parity(**{**vars(parity), "candidate": "engines/model.engine"})
-    with pytest.raises(ConfigError, match=r"is no graph of .*engines cannot be looked into"):
+    with pytest.raises(ConfigError, match=r"is no graph of .*engines cannot be inspected"):
         localize(broken, other, tmp_path)
 
 
@@ -205,4 +205,4 @@ def test_a_graph_with_other_names_is_said_not_to_be_looked_into(ladder: Path, tm
     replace_graph(path, other)
     notes: list[str] = []
     (parity,) = validate(path, precisions=["fp16"], num_seeds=5, batches=[None], on_note=notes.append)
-    assert parity.fault == "" and parity.psnr_by_step == () and "was not looked into" in notes[0]
+    assert parity.fault == "" and parity.psnr_by_step == () and "was not inspected" in notes[0]

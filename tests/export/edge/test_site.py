@@ -171,7 +171,7 @@ def test_only_a_site_is_replaced(two_precisions: Path, onnxruntime_web: Path, tm
 
 
 class TestRuntime:
-    """onnxruntime-web, wherever it is from."""
+    """onnxruntime-web, from any source."""
 
     @pytest.fixture
     def package(self, onnxruntime_web: Path, tmp_path: Path) -> Path:

@@ -75,7 +75,7 @@ def test_what_is_built_is_what_the_graph_asks_for(graphs, tmp_path, precision, c
 
 
 def test_int8_for_turing_is_refused_since_it_would_run_in_half(graphs: Path, tmp_path: Path) -> None:
-    """TensorRT-RTX 1.7 dequantizes convolutions for 7.5: nothing but the census would tell."""
+    """TensorRT-RTX 1.7 dequantizes convolutions for 7.5: only the census shows it."""
     with pytest.raises(ExportError, match=r"is not what the graph asks for: .* Half, not Int8.*--allow-mismatch"):
         build_engine(graph(graphs, "int8"), tmp_path / "engine", options("7.5"))
     assert not list(tmp_path.iterdir())
@@ -145,7 +145,7 @@ def test_weights_that_are_missing_or_short(graphs: Path, tmp_path: Path) -> None
     with pytest.raises(ExportError, match="cut short"):
         build_engine(apart, tmp_path / "short", options())
     data.unlink()
-    with pytest.raises(ExportError, match="weights are not beside it"):
+    with pytest.raises(ExportError, match="weights are not next to it"):
         build_engine(apart, tmp_path / "none", options())
 
 

@@ -1,4 +1,4 @@
-"""Passes, composition and writing, on small graphs written by hand: no torch, no exporter."""
+"""Passes, composition and writing, on small handwritten graphs: no torch, no exporter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scm_sdk.export.graph.network import NetworkGraph
 from scm_sdk.export.precision.session import open_session
 from scm_sdk.spec import SamplerSpec
 
-# F = tanh(x) @ w, modulated by cos(t): by broadcasting, and as a column beside the samples.
+# F = tanh(x) @ w, modulated by cos(t): by broadcasting, and as a column next to the samples.
 MODULATED = """
     batch = Shape <start = 0, end = 1> (x)
     times = Expand(t, batch)
@@ -215,14 +215,14 @@ def test_large_weights_get_a_file_of_their_own(sampler, tmp_path):
     ]
     np.testing.assert_array_equal(*images)
     assert write_model(sampler, path, external_data_above=1000) == outside
-    # Back to one file: the data file of before must not stay.
+    # Back to one file: the earlier data file must not stay.
     write_model(sampler, path)
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
     assert path.read_bytes() == inside.path.read_bytes()
 
 
 def test_a_split_into_many_parts_runs_with_its_weights_apart(tmp_path):
-    """ONNX Runtime reads a Split's sizes only where they lie in the graph; a table of labels is split into hundreds."""
+    """ONNX Runtime reads a Split's sizes only where they are in the graph; a table of labels is split into hundreds."""
     parts = 600
     kind = ir.TensorType(ir.DataType.FLOAT)
     x = ir.Value(name="x", shape=ir.Shape(["batch", parts]), type=kind)

@@ -203,7 +203,7 @@ def test_registering_and_describing_go_wrong_clearly():
         ConsistencyModel(network=Sound(), sigma_data=0.5)
     with pytest.raises(ConfigError, match=r"cannot be made with \{'rows': 3\}: .*rows"):
         custom.make_own_network(sound(arguments={"rows": 3}).config.network)
-    with pytest.raises(ConfigError, match="config is given and sigma_data beside it"):
+    with pytest.raises(ConfigError, match="config is given and sigma_data in addition"):
         ConsistencyModel(sound().config, Sound(), sigma_data=0.5)
 
 

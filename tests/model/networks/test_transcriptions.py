@@ -1,4 +1,4 @@
-"""The networks beside independent transcriptions of what is published: one weight file, one function of plain formulas.
+"""The networks against independent transcriptions of published networks: one weight file, one function of formulas.
 
 Each transcription reads a ``state_dict`` in float64 and shares no code with the package. ``Rules`` holds what such
 transcriptions get wrong without a size or a shape that shows it; every one of them, changed, has to be seen.
