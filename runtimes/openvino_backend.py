@@ -34,11 +34,11 @@ from scm_sdk.spec import Precision, SamplerSpec
 
 from .base import SPEC_KEY, check_artifact, check_graph, check_images, check_inputs, check_num_threads, cuda_index
 
-FIXED_SIZES = (16, 4, 1)
+FIXED_SIZES = (32, 16, 8, 4, 1)
 """Batch sizes for which a small graph is compiled."""
 FIXED_BYTES = 64 * 2**20
 """Largest graph, including weights, that is compiled for several batch sizes, bytes."""
-_LEAST_FILLED = 0.75
+_LEAST_FILLED = 0.875
 """Minimum share of requested images in a part of a fixed size."""
 _TYPES = {"f32": "float32", "i64": "int64"}
 _PLACE = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?")

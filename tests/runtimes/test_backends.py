@@ -269,8 +269,8 @@ def test_openvino_compiles_small_graphs_for_a_few_sizes_and_large_ones_once(
 @pytest.mark.parametrize(
     ("batch", "most", "sizes"),
     [
-        (1, 32, [1]), (2, 32, [1, 1]), (3, 32, [4]), (4, 32, [4]), (7, 32, [4, 4]), (12, 32, [16]), (17, 32, [16, 1]),
-        (24, 32, [16, 4, 4]), (32, 32, [16, 16]), (5, 5, [4, 1]), (3, 3, [1, 1, 1]), (15, 15, [4, 4, 4, 4]),
+        (1, 32, [1]), (2, 32, [1, 1]), (3, 32, [1, 1, 1]), (4, 32, [4]), (7, 32, [8]), (12, 32, [8, 4]),
+        (17, 32, [16, 1]), (24, 32, [16, 8]), (28, 32, [32]), (32, 32, [32]), (5, 5, [4, 1]), (15, 15, [8, 8]),
     ],
 )  # fmt: skip
 def test_openvino_runs_a_batch_in_parts_of_those_sizes(batch: int, most: int, sizes: list[int]) -> None:
