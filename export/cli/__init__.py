@@ -28,6 +28,7 @@ from .report import report
 from .sample import merge, sample
 from .serve import serve
 from .training import distill, train
+from .triton import triton
 from .validation import validate
 from .web import web
 
@@ -53,5 +54,5 @@ assert isinstance(main, ScmGroup)
 main.add_section("Train", (train, distill, ema, average, evaluate))
 main.add_section("Export", (demo, build, import_, onnx, precision, quantize, engine, edge))
 main.add_section("Check", (validate, selfcheck, bench, report, handover))
-main.add_section("Ship", (generate, sample, merge, serve, web, inspect, bundle))
+main.add_section("Ship", (generate, sample, merge, serve, triton, web, inspect, bundle))
 main.add_section("Machine", (doctor, targets, cache))
