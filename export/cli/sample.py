@@ -133,7 +133,7 @@ def sample(
 @click.option("-o", "--out", type=OutputPath(), help="File to write, .npz; the shards are only checked when absent.")
 @json_option
 def merge(samples: str, out: Path | None, as_json: bool) -> None:
-    """Check the shards of sample and join their images into one .npz file.
+    """Check the shards of sample and join them into one .npz file.
 
     Every hash is checked. The file holds arr_0, the images (N, H, W, C) uint8, and arr_1, the labels, as the evaluators
     of guided diffusion read them.

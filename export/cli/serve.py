@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import plural, say
+from .common import json_option, plural, print_json, say
 from .libraries import requires
 from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
@@ -51,18 +51,19 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
 @click.option("--shadow-warn", is_flag=True, help="Log images out of bound, but stay ready.")
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", help="Form of the log on stderr.")
 @click.option("--trust-engines", is_flag=True, help="Run TensorRT engines that were not built on this machine.")
+@json_option
 @requires("starlette", "uvicorn", "prometheus_client")
 def serve(
     bundle: Path, host: str, port: int, api_key_file: Path | None, allowed_hosts: tuple[str, ...], workers: int,
     backend: str, precision: str, device: str | None, num_threads: int | None, steps: tuple[int, ...], max_queue: int,
     max_images: int, max_images_per_key: int | None, deadline: float, max_body: int, read_timeout: float,
     max_connections: int, drain_timeout: float, shadow: float, shadow_backend: str, shadow_samples: int,
-    shadow_warn: bool, log_format: str, trust_engines: bool,
+    shadow_warn: bool, log_format: str, trust_engines: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve a bundle over HTTP.
 
     OpenAI's images API, the Open Inference Protocol v2, metrics for Prometheus, probes, and a page to try the model.
-    SIGTERM ends it after the accepted requests.
+    SIGTERM ends it after the accepted requests. With --json it prints its address when it listens.
 
     \b
     scm-export serve avatars
@@ -81,4 +82,10 @@ def serve(
         shadow_warn=shadow_warn, log_format=log_format, trust_engines=trust_engines,  # type: ignore[arg-type]
     )  # fmt: skip
     who = "everyone on this machine" if api_key_file is None else "holders of an API key"
-    run(options, on_start=lambda address: say(f"{address} serves {bundle} to {who}, {plural(workers, 'process')}."))
+
+    def started(address: str) -> None:
+        say(f"{address} serves {bundle} to {who}, {plural(workers, 'worker')}.")
+        if as_json:
+            print_json({"address": address, "bundle": str(bundle), "workers": workers})
+
+    run(options, on_start=started)
