@@ -124,7 +124,7 @@ def _write(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _copy_graph(bundle: Bundle, graph: Artifact, target: Path) -> None:
-    """Copy a graph; with weights beside it Triton wants a folder of that name around both."""
+    """Copy a graph; with weights next to it Triton wants a folder of that name around both."""
     source = bundle.file(graph.path)
     data = data_path_of(source)
     if data.exists():

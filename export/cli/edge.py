@@ -33,7 +33,7 @@ def _runtimes() -> tuple[str, ...]:
 def edge(
     bundle: Path, runtime: str, precisions: tuple[Precision, ...], steps: tuple[int, ...], as_json: bool
 ) -> None:  # fmt: skip
-    """Convert a bundle's samplers for a runtime of phones, NPUs or embedded machines.
+    """Convert samplers for phones, NPUs or embedded machines.
 
     The artifacts are added to the bundle, for a batch of one image. Those that run here (litert, executorch,
     openvino_ir) are compared with PyTorch by scm-export validate.
