@@ -64,7 +64,7 @@ class ExecuTorchBackend(FixedBatchBackend):
         import torch
 
         (images,) = self._method.execute([torch.from_numpy(feeds[tensor.name]) for tensor in self.spec.inputs])
-        return np.array(images)  # the method's own memory is written again by its next call
+        return np.asarray(images.numpy()).copy()  # the method's own memory is written again by its next call
 
     def unload(self) -> None:
         """See ``FixedBatchBackend.unload``."""

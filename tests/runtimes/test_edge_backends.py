@@ -19,6 +19,10 @@ from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec
 
 
+# Of the libraries themselves, while they are imported.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
+
+
 @pytest.fixture(scope="module", params=edge_params())
 def bundle(request: pytest.FixtureRequest, unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_edge(unet_bundle, request.param, tmp_path_factory.mktemp("edge") / request.param, steps=[2])

@@ -25,6 +25,10 @@ from scm_sdk.inference.backends import BACKENDS
 from scm_sdk.inference.generator import Generator
 
 
+# Of the libraries themselves, while they are imported.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
+
+
 @pytest.fixture(scope="module", params=edge_params())
 def made(request: pytest.FixtureRequest, unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the U-Net's bundle with the artifacts of a runtime."""
