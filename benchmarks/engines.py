@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from scm_sdk._util.events import EventLines
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.engines.targets import resolve_targets
 from scm_sdk.evaluate.machine import describe_machine, peak_rss_mib
@@ -52,20 +53,21 @@ def main(
         print(f"{perf_counter() - start:7.1f} s  {text}")
         stages.append({"seconds": perf_counter() - start, "stage": text})
 
-    def keep(engine: EngineVariant) -> None:
-        engines.append(engine)
-        stage(_line(engine))
-
-    def keep_graph(graph: Variant) -> None:
-        graphs.append(graph)
-        stage(graph.path)
+    class Keep(EventLines):
+        def result(self, made: object, /) -> None:
+            if isinstance(made, EngineVariant):
+                engines.append(made)
+                stage(_line(made))
+            elif isinstance(made, Variant):
+                graphs.append(made)
+                stage(made.path)
 
     with TemporaryDirectory() as folder:
         source = checkpoint or _random(Path(folder) / "random", millions or 1)
         start = perf_counter()
         build_all(
             source, Path(folder) / "bundle", precisions=precisions, steps=steps, max_batch=max_batch,
-            targets=resolve_targets(targets), on_stage=stage, on_variant=keep_graph, on_engine=keep,
+            targets=resolve_targets(targets), events=Keep(stage),
         )  # fmt: skip
         total = perf_counter() - start
         stage("done")

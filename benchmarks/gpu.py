@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 
+from scm_sdk._util.events import EventLines, Silent
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.lazy import is_installed
@@ -29,6 +30,7 @@ from scm_sdk.engines.targets import Target, resolve_target
 from scm_sdk.errors import BackendError
 from scm_sdk.evaluate.latency.measure import Latency, measure
 from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk.evaluate.parity.compare import Parity
 from scm_sdk.evaluate.parity.validate import validate_bundle
 from scm_sdk.export.build_all import build_all
 from scm_sdk.export.engines.add import EngineVariant, add_engines
@@ -107,7 +109,9 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
         bundle = Path(folder) / "bundle"
         source = checkpoint or Path(str(files("scm_sdk.assets") / "avatars"))
         with report.stage("graphs"):
-            build_all(source, bundle, precisions=precisions, steps=[steps], max_batch=max(batches), on_stage=print)
+            build_all(
+                source, bundle, precisions=precisions, steps=[steps], max_batch=max(batches), events=EventLines(print)
+            )
         for flavor in flavors:
             for precision in [*fp32, *precisions]:  # each alone: one that fails costs no other
                 if reason := target.lacks(precision, flavor):
@@ -129,20 +133,20 @@ def _prove(report: Report, bundle: Path, target: Target, flavor: Flavor, precisi
     """Build a flavor's engines of one precision and compare them with PyTorch."""
     made: list[EngineVariant] = []
 
-    def keep(engine: EngineVariant) -> None:
-        _show(engine)
-        made.append(engine)
-        report.record["engines"].append(engine.to_dict())
+    class Keep(Silent):
+        def result(self, result: object, /) -> None:
+            if isinstance(result, EngineVariant):
+                _show(result)
+                made.append(result)
+                report.record["engines"].append(result.to_dict())
+            elif isinstance(result, Parity):
+                report.record["parity"].append(result.to_dict())
 
     with report.stage(f"{flavor} {precision} engines"):
-        add_engines(bundle, [target], flavor=flavor, precisions=[precision], on_engine=keep)
+        add_engines(bundle, [target], flavor=flavor, precisions=[precision], events=Keep())
     if made:
         with report.stage(f"{flavor} {precision} parity"):
-            results = validate_bundle(
-                bundle, backends=[flavor], precisions=[precision],
-                on_result=lambda parity: report.record["parity"].append(parity.to_dict()),
-            )  # fmt: skip
-            for parity in results:
+            for parity in validate_bundle(bundle, backends=[flavor], precisions=[precision], events=Keep()):
                 parity.raise_if_failed()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from stages import add_engine, add_fp16, run_stage, say
+from stages import Stages, add_engine, add_fp16, run_stage, say
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "0.6B": {
@@ -73,7 +73,7 @@ def import_(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     from scm_sdk.export.sana import import_sana
 
     report = import_sana(
-        folder / "pipeline", folder / "bundle", steps=(steps,), max_batch=1, overwrite=True, progress=say
+        folder / "pipeline", folder / "bundle", steps=(steps,), max_batch=1, overwrite=True, events=Stages()
     )
     (graph,) = report.graphs
     return {

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-from stages import add_engine, add_fp16, run_stage, say
+from stages import Stages, add_engine, add_fp16, run_stage
 
 from scm_sdk._util.files import atomic_write_bytes
 
@@ -60,7 +60,7 @@ def export(preset: str, folder: Path) -> dict[str, Any]:
     from scm_sdk.export.bundle_export import export_bundle
 
     report = export_bundle(
-        folder / "checkpoint", folder / "bundle", steps=STEPS, max_batch=1, overwrite=True, progress=say
+        folder / "checkpoint", folder / "bundle", steps=STEPS, max_batch=1, overwrite=True, events=Stages()
     )
     (graph,) = report.graphs
     return {

@@ -7,10 +7,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scm_sdk._util.events import Silent
+
 
 def say(text: str) -> None:
     """Print a line with the time of day."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+class Stages(Silent):
+    """Prints stages with the time of day, and nothing else."""
+
+    def stage(self, title: str, /) -> None:
+        """Print the title."""
+        say(title)
 
 
 def run_stage(command: list[str], partial: Path) -> dict[str, Any]:
@@ -39,7 +49,7 @@ def add_fp16(bundle: Path) -> dict[str, Any]:
     from scm_sdk.export.precision.half import default_plan
     from scm_sdk.export.precision.variants import add_precision
 
-    (variant,) = add_precision(bundle, default_plan("fp16"), num_samples=0, progress=say)
+    (variant,) = add_precision(bundle, default_plan("fp16"), num_samples=0, events=Stages())
     if variant.graph is None:
         return {}
     return {"graph_bytes": variant.graph.bytes + variant.graph.data_bytes, "nodes": dict(variant.nodes)}
@@ -50,9 +60,7 @@ def add_engine(bundle: Path) -> dict[str, Any]:
     from scm_sdk.engines.targets import resolve_targets
     from scm_sdk.export.engines.add import add_engines
 
-    (built,) = add_engines(
-        bundle, resolve_targets(["a100"]), precisions=["fp16"], on_build=lambda path: say(f"build {path}")
-    )
+    (built,) = add_engines(bundle, resolve_targets(["a100"]), precisions=["fp16"], events=Stages())
     record = built.record
     return {
         "seconds_by_part": dict(record.seconds),

@@ -8,12 +8,12 @@ Run it again: what would come out the same is left alone. `scm-export all` does 
 import argparse
 from pathlib import Path
 
-from scm_sdk import BackendUnavailable, Bundle, Generator, add_engines, build_all, validate
+from scm_sdk import BackendUnavailable, Bundle, EventLines, Generator, add_engines, build_all, validate
 
 
 def main(checkpoint: Path, bundle: Path) -> None:
     """Export, lower, build, validate, pack; the bundle's README.md records each step."""
-    build_all(checkpoint, bundle, precisions=["fp16"], max_batch=4, on_stage=print)
+    build_all(checkpoint, bundle, precisions=["fp16"], max_batch=4, events=EventLines(print))
     try:
         for engine in add_engines(bundle, ["l4"], precisions=["fp16"], steps=[1]):
             print(f"{engine.path}: {'there already' if engine.unchanged else 'built'}")

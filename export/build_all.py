@@ -6,12 +6,12 @@ Each stage adds missing or outdated artifacts and keeps the others, so an interr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from scm_sdk._util.arguments import checked_names
-from scm_sdk._util.progress import Progress
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.bundle.manifest import MANIFEST_NAME
@@ -22,12 +22,13 @@ from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 
 from .bundle_export import export_bundle, is_current
-from .engines.add import AddOptions, EngineVariant, add_engines, check_targets
+from .engines.add import AddOptions, add_engines, check_targets
 from .precision.half import LowPrecision, default_plan
 from .precision.int8_variants import Int8, QuantizeOptions, add_int8
 from .precision.probe import bundle_examples
-from .precision.variants import Variant, add_cpu_form, add_precision
+from .precision.variants import add_cpu_form, add_precision
 from .sana import MAX_BATCH as PIPELINE_BATCH
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +40,7 @@ MARGIN_DB = 2.0
 @checked_names("build_all", AddOptions)
 def build_all(
     checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | Workspace,
     *,
     precisions: Sequence[Precision] = ("fp16", "int8"),
     targets: Sequence[Target | str] = (),
@@ -48,9 +49,7 @@ def build_all(
     max_batch: int | None = None,
     target_db: float | None = None,
     prompts: Path | None = None,
-    on_stage: Progress = lambda _: None,
-    on_variant: Callable[[Variant], object] = lambda _: None,
-    on_engine: Callable[[EngineVariant], object] = lambda _: None,
+    events: Events = SILENT,
     **engine_options: Unpack[AddOptions],
 ) -> Bundle:
     """Create or complete a bundle.
@@ -58,7 +57,8 @@ def build_all(
     Args:
         checkpoint: Folder with ``config.json`` and safetensors, a SANA-Sprint pipeline, or a bundle, ``out`` itself or
             another, whose checkpoint is taken.
-        out: The bundle. One that was exported from other weights or for other samplers is exported again.
+        out: The bundle, or a workspace of it. One that was exported from other weights or for other samplers is
+            exported again.
         precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
         targets: GPUs, also by name, to build engines for; () builds none.
         flavor: Which library builds them.
@@ -67,9 +67,7 @@ def build_all(
         target_db: PSNR that 95 % of the images are to reach in int8, dB, for which the fewest layers are left out; None
             is ``MARGIN_DB`` above the gate's.
         prompts: File of conditioning inputs for calibration; see ``read_examples``. None draws them from the seed.
-        on_stage: Called with a short text for each stage; the steps of a search are a ``progress.Step``.
-        on_variant: Called with each graph of reduced precision.
-        on_engine: Called with each engine.
+        events: Receives the stages, each graph of lower precision, each engine, and which engines are skipped.
         **engine_options: More arguments of ``add_engines``.
 
     Returns:
@@ -88,23 +86,24 @@ def build_all(
     wanted = [p for p in precisions if p not in CPU_PRECISIONS]
     if gpus and wanted:
         check_targets(gpus, flavor)
+    workspace = Workspace.of(out)
     folder = Path(checkpoint)
     if (folder / MANIFEST_NAME).is_file():
         from scm_sdk.model.sharing import find_checkpoint
 
         folder = find_checkpoint(folder)
-    if is_current(folder, Path(out), steps=steps, max_batch=max_batch):
-        on_stage(f"{os.fspath(out)}: exported already")
+    if is_current(folder, workspace, steps=steps, max_batch=max_batch):
+        events.note(f"{workspace.path}: exported already")
     else:
-        on_stage(f"export {os.fspath(checkpoint)}")
+        events.stage(f"export {os.fspath(checkpoint)}")
         largest = max_batch or (PIPELINE_BATCH if is_pipeline(folder) else 32)
-        export_bundle(folder, Path(out), steps=steps or (1, 2), max_batch=largest, overwrite=True, progress=on_stage)
-    examples = None if prompts is None else bundle_examples(out, prompts)
+        export_bundle(folder, workspace, steps=steps or (1, 2), max_batch=largest, overwrite=True, events=events)
+    examples = None if prompts is None else bundle_examples(workspace.path, prompts)
     if "fp32-cpu" in precisions:
-        _tell(add_cpu_form(out, examples=examples, progress=on_stage), on_variant)
+        add_cpu_form(workspace, examples=examples, events=events)
     for precision in get_args(LowPrecision):
         if precision in precisions:
-            _tell(add_precision(out, default_plan(precision), examples=examples, progress=on_stage), on_variant)
+            add_precision(workspace, default_plan(precision), examples=examples, events=events)
     for kind in get_args(Int8):
         if kind in precisions:
             cpu = kind == "int8-cpu"
@@ -113,13 +112,8 @@ def build_all(
                 base="fp32" if cpu else "fp16",
                 target_db=None if cpu else target_db or MIN_PSNR_DB[kind] + MARGIN_DB,
             )
-            _tell(add_int8(out, options, examples=examples, progress=on_stage), on_variant)
+            add_int8(workspace, options, examples=examples, events=events)
     if gpus and wanted:
-        add_engines(out, gpus, flavor=flavor, precisions=wanted, on_engine=on_engine,
-                    on_skip=lambda line: on_stage(f"skip {line}"), **engine_options)  # fmt: skip
-    return Bundle.open(out, verify="none")
-
-
-def _tell(variants: Sequence[Variant], on_variant: Callable[[Variant], object]) -> None:
-    for variant in variants:
-        on_variant(variant)
+        add_engines(workspace, gpus, flavor=flavor, precisions=wanted, skip_unbuildable=True, events=events,
+                    **engine_options)  # fmt: skip
+    return workspace.bundle

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scm_sdk._util.arguments import checked_names
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import atomic_write_bytes, remove_leftovers, sha256_file
 from scm_sdk._util.lazy import distribution_version
 from scm_sdk._version import __version__
@@ -25,6 +26,7 @@ from scm_sdk.spec import Renoise, SamplerSpec
 
 from .graph.io import GraphReport, read_report
 from .graph.network import export_samplers
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from scm_sdk.model.consistency import ConsistencyModel
@@ -84,7 +86,7 @@ def plan_samplers(
 @checked_names("export_bundle")
 def export_bundle(
     checkpoint: str | Path | ConsistencyModel,
-    out: str | Path,
+    out: str | Path | Workspace,
     *,
     steps: Sequence[int] = (1, 2),
     times: Sequence[float] = (),
@@ -93,7 +95,7 @@ def export_bundle(
     name: str = "",
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
-    progress: Callable[[str], object] | None = None,
+    events: Events = SILENT,
 ) -> BundleReport:
     """Export a checkpoint to a bundle with one fp32 sampler graph per number of steps.
 
@@ -102,7 +104,7 @@ def export_bundle(
     Args:
         checkpoint: Folder with ``config.json`` and safetensors, for example a training run, or a SANA-Sprint pipeline
             that diffusers saved; or a model in evaluation mode.
-        out: The bundle's folder.
+        out: The bundle's folder, or a workspace of it.
         steps: Numbers of steps.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
@@ -110,7 +112,7 @@ def export_bundle(
         name: Name of the model; default: the name of the folder.
         overwrite: Replace an existing bundle.
         provenance: Origin of the weights; default: that of the checkpoint.
-        progress: Called with the name of each stage when it starts.
+        events: Receives the stages.
 
     Raises:
         ConfigError: If a custom network or decoder is not registered.
@@ -120,19 +122,19 @@ def export_bundle(
     from scm_sdk.model.consistency import ConsistencyModel
     from scm_sdk.model.networks.magnitude import bake_weights_
 
-    report = progress or (lambda _: None)
     given = isinstance(checkpoint, ConsistencyModel)
     model = checkpoint if isinstance(checkpoint, ConsistencyModel) else ConsistencyModel.from_pretrained(checkpoint)
     model.check_reopens()
     specs = plan_samplers(model, steps, times=times, renoise=renoise, max_batch=max_batch)
-    out, provenance = Path(out), provenance or dict(model.config.provenance)
+    workspace, provenance = Workspace.of(out), provenance or dict(model.config.provenance)
+    out = workspace.path
     name = name or out.name
     with publish_bundle(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder / DENOISER)
         if not given:
             bake_weights_(model.network)  # only this function references the model, so its memory can be reused
-        graphs = export_samplers(model, specs, folder / "onnx" / "fp32", progress=progress)
-        report("record reference samples")
+        graphs = export_samplers(model, specs, folder / "onnx" / "fp32", events=events)
+        events.stage("record reference samples")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
         if renoise == "fresh":  # SCMScheduler knows no other
             atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
@@ -146,13 +148,13 @@ def export_bundle(
         ]
         card = model_card(name, specs, provenance, artifacts=artifacts)
         atomic_write_bytes(folder / CARD_PATH, card.encode())
-        report("hash the files and write the manifest")
+        events.stage("hash the files and write the manifest")
         parts = [
             path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
         ]
         weights = [path for path in parts if path.endswith((".safetensors", CONFIG_NAME))]
         made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
-        write_bundle(
+        manifest = write_bundle(
             folder,
             name=name,
             samplers=specs,
@@ -161,12 +163,17 @@ def export_bundle(
             built_from={path: weights for path in made},
             provenance=provenance,
             versions=library_versions(),
+            digests={
+                **{path: graph.sha256 for path, graph in zip(relative, graphs, strict=True)},
+                **{f"{path}_data": graph.data_sha256 for path, graph in zip(relative, graphs, strict=True)},
+            },
         )
-    return report_bundle(out, graphs=[g.moved(out / path) for g, path in zip(graphs, relative, strict=True)])
+    workspace.adopt(Bundle.written(out, manifest, hashed=[entry.path for entry in manifest.files]))
+    return report_bundle(workspace, graphs=[g.moved(out / path) for g, path in zip(graphs, relative, strict=True)])
 
 
 def is_current(
-    checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (), times: Sequence[float] = (),
+    checkpoint: str | Path, out: str | Path | Workspace, *, steps: Sequence[int] = (), times: Sequence[float] = (),
     renoise: Renoise | None = None, max_batch: int | None = None,
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
@@ -175,17 +182,18 @@ def is_current(
 
     Args:
         checkpoint: Folder of a checkpoint or a SANA-Sprint pipeline.
-        out: The bundle's folder; it may be missing.
+        out: The bundle's folder; it may be missing; or a workspace of it.
         steps: Numbers of steps; () is any.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; None is any.
         max_batch: Largest batch; None is any.
     """
-    if not (Path(out) / MANIFEST_NAME).is_file():
+    workspace = Workspace.of(out)
+    if not (workspace.path / MANIFEST_NAME).is_file():
         return False
-    remove_leftovers(Path(out).resolve().parent, beside=Path(out).name)
+    remove_leftovers(workspace.path.resolve().parent, beside=workspace.path.name)
     try:
-        manifest = Bundle.open(out).manifest
+        manifest = workspace.bundle.manifest
     except ScmError:  # damaged: exporting again repairs it
         return False
     digests = {entry.path: entry.sha256 for entry in manifest.files}
@@ -214,24 +222,25 @@ def current_export(
 
     Args are those of ``export_bundle``.
     """
-    if not is_current(checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch):
+    workspace = Workspace(out)
+    if not is_current(checkpoint, workspace, steps=steps, times=times, renoise=renoise, max_batch=max_batch):
         return None
-    return report_bundle(out) if Bundle.open(out, verify="none").manifest.name == (name or Path(out).name) else None
+    return report_bundle(workspace) if workspace.opened.manifest.name == (name or Path(out).name) else None
 
 
-def report_bundle(path: str | Path, graphs: Sequence[GraphReport] | None = None) -> BundleReport:
+def report_bundle(path: str | Path | Workspace, graphs: Sequence[GraphReport] | None = None) -> BundleReport:
     """Return the report of a bundle.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         graphs: Reports of its graphs; None reads its fp32 graphs.
     """
-    bundle = Bundle.open(path, verify="none")
+    bundle = path.opened if isinstance(path, Workspace) else Bundle.open(path, verify="none")
     if graphs is None:
         exported = sorted(bundle.artifacts(format="onnx", precision="fp32"), key=lambda a: a.num_inference_steps)
         graphs = [read_report(bundle.path / artifact.path) for artifact in exported]
     return BundleReport(
-        path=Path(path),
+        path=bundle.path,
         build_id=bundle.manifest.build_id,
         graphs=tuple(graphs),
         bytes=sum(entry.size for entry in bundle.manifest.files),

@@ -7,9 +7,10 @@ noise, the guidance scale, and the embeddings and mask of a prompt. The text enc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import Renoise
 
@@ -33,7 +34,7 @@ def import_sana(
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
-    progress: Callable[[str], object] | None = None,
+    events: Events = SILENT,
 ) -> BundleReport:
     """Import a ``SanaSprintPipeline`` that diffusers saved.
 
@@ -50,7 +51,7 @@ def import_sana(
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
-        progress: Called with the name of each stage when it starts.
+        events: Receives the stages.
 
     Raises:
         BackendUnavailable: If diffusers is not installed.
@@ -81,7 +82,7 @@ def import_sana(
         name=name,
         overwrite=overwrite,
         provenance=provenance,
-        progress=progress,
+        events=events,
     )
 
 

@@ -12,6 +12,7 @@ from ._util.public import lazy_names
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._util.events import EventLines, Events
     from .bundle.bundle import Bundle
     from .bundle.scheduler import diffusers_scheduler
     from .bundle.signing import Identity, PublicKey
@@ -66,6 +67,8 @@ __all__ = [
     "ConfigError",
     "ConsistencyModel",
     "Decoder",
+    "EventLines",
+    "Events",
     "ExportError",
     "Generator",
     "GeneratorOutput",
@@ -116,6 +119,8 @@ _HOMES = {
     "ConfigError": ".errors",
     "ConsistencyModel": ".model.consistency",
     "Decoder": ".model.decoder",
+    "EventLines": "._util.events",
+    "Events": "._util.events",
     "ExportError": ".errors",
     "Generator": ".inference.generator",
     "GeneratorOutput": ".inference.output",

@@ -11,6 +11,7 @@ from .averages import average, ema
 from .benchmark import bench
 from .bundles import bundle
 from .checking import selfcheck
+from .common import log_lines
 from .demo import demo
 from .doctor import doctor
 from .edge import edge
@@ -43,11 +44,20 @@ _EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {meaning}" for code,
     epilog=_EXIT_CODES,
 )
 @click.version_option(__version__, prog_name="scm-export")
-def main() -> None:
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Write the package's log to stderr: what each graph pass did, or why not.",
+)
+@click.pass_context
+def main(ctx: click.Context, verbose: bool) -> None:
     """Train, export and check continuous-time consistency models (sCM).
 
     With --json a command writes exactly one JSON document to stdout; progress and errors are text on stderr.
     """
+    if verbose:
+        ctx.with_resource(log_lines())
 
 
 assert isinstance(main, ScmGroup)

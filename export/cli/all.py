@@ -7,20 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, plural, print_json, prompts_option, say, say_warnings, stage_lines
-from .engines import BuildBars
-from .engines import summary as engine_summary
+from .common import TerminalEvents, json_option, plural, print_json, prompts_option, say, say_warnings
 from .libraries import EXPORT, requires
 from .located import model_argument
 from .names import STEPS, OutputPath, TargetName, one_of
-from .precision import summary as variant_summary
 
 if TYPE_CHECKING:
     from scm_sdk.bundle.engine_record import Flavor
     from scm_sdk.spec import Precision
-
-    from ..engines.add import EngineVariant
-    from ..precision.variants import Variant
 
 
 @click.command(name="all")
@@ -64,42 +58,30 @@ def build(
     scm-export all runs/avatars -o avatars --target l4 --target t4
     scm-export all sana -o sana --target l4 --prompts prompts.txt
     """
-    from scm_sdk.bundle.bundle import Bundle
     from scm_sdk.engines.targets import resolve_targets
 
     from ..build_all import build_all
     from ..diagnose.validate import validate as validate_model
+    from ..engines.add import EngineVariant
     from ..precision.probe import bundle_examples
+    from ..precision.variants import Variant
+    from ..workspace import Workspace
 
-    variants: list[Variant] = []
-    engines: list[EngineVariant] = []
-    skipped: list[str] = []
-
-    def on_variant(variant: Variant) -> None:
-        variants.append(variant)
-        say(f"  {variant_summary(variant)}")
-
-    def on_engine(engine: EngineVariant) -> None:
-        engines.append(engine)
-        say(f"  {engine_summary(engine)}")
-
-    def on_skip(line: str) -> None:
-        skipped.append(line)
-        say(f"skip  {line}")
-
-    with stage_lines() as on_stage:
+    shared = Workspace(out)
+    with TerminalEvents() as built:
         made = build_all(
-            checkpoint, out, precisions=precisions, targets=resolve_targets(names) if names else (), flavor=flavor,
-            steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
-            on_stage=on_stage, on_variant=on_variant, on_engine=on_engine,
-            on_build=BuildBars().start, workspace_bytes=workspace * 2**20 if workspace else None,
+            checkpoint, shared, precisions=precisions, targets=resolve_targets(names) if names else (),
+            flavor=flavor, steps=steps, max_batch=max_batch, target_db=target_psnr, prompts=prompts,
+            events=built, workspace_bytes=workspace * 2**20 if workspace else None,
         )  # fmt: skip
     say_warnings(made.status)
-    results = []
+    checked = TerminalEvents("")
     if validate:
         examples = None if prompts is None else bundle_examples(out, prompts)
-        results = validate_model(out, examples=examples, on_result=lambda parity: say(str(parity)), on_skip=on_skip)
-    proved = Bundle.open(out, verify="none")
+        validate_model(shared, examples=examples, events=checked)
+    variants = [made for made in built.results if isinstance(made, Variant)]
+    engines = [made for made in built.results if isinstance(made, EngineVariant)]
+    proved = shared.bundle
     manifest = proved.manifest
     size = sum(entry.size for entry in manifest.files)
     if as_json:
@@ -107,11 +89,15 @@ def build(
             "path": str(out), "build_id": manifest.build_id, "bytes": size,
             "status": proved.status.to_dict(),
             "graphs": [variant.to_dict() for variant in variants], "engines": [each.to_dict() for each in engines],
-            "parity": [each.to_dict() for each in results], "skipped": skipped,
+            "parity": [each.to_dict() for each in checked.results], "skipped": checked.skipped,
         })  # fmt: skip
-    for parity in results:
+    for parity in checked.results:
         parity.raise_if_failed()
     graphs = [a for a in made.manifest.artifacts if a.format == "onnx"]
-    proof = f"{plural(len(results), 'comparison')} passed, {len(skipped)} skipped" if validate else "not validated"
+    proof = (
+        f"{plural(len(checked.results), 'comparison')} passed, {len(checked.skipped)} skipped"
+        if validate
+        else "not validated"
+    )
     say(f"{out}: {size / 1e6:.1f} MB, {plural(len(graphs), 'graph')}, {plural(len(engines), 'engine')}; {proof}. "
         f"Next: scm-export report {out}")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import logging
 import os
 import sys
 import unicodedata
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
+from scm_sdk._util.events import Silent
 from scm_sdk._util.files import final_path
 from scm_sdk.errors import printable
 
@@ -86,6 +88,25 @@ def print_json(value: object) -> None:
 def say(text: str) -> None:
     """Write a line for people to stderr; stdout belongs to results."""
     click.echo(final_path(printable(text)), err=True)
+
+
+class _LogLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.name}: {record.getMessage()}")
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """Write the package's log, everything from debug on, to stderr."""
+    package, handler = logging.getLogger("scm_sdk"), _LogLines()
+    before = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(before)
 
 
 def plural(count: int, noun: str) -> str:
@@ -229,30 +250,63 @@ def _plain_progress(description: str, total: int) -> Callable[..., None]:
     return update
 
 
-@contextmanager
-def stage_lines(indent: str = "  ") -> Iterator[Callable[[str], None]]:
-    """Show the stages of long work on stderr: a line for each, and one bar for the steps of a search.
+class TerminalEvents(Silent):
+    """Shows events on stderr: a line each, and one bar for the steps of a stage. Close it, or use ``with``.
 
-    Yields:
-        What is called with each line; a ``Step`` moves the bar, or is a plain line now and then.
+    Args:
+        indent: What each line begins with.
+        show_results: Whether results are shown; they are collected in any case.
+        hide_bars: Whether steps are not shown.
+
+    Attributes:
+        results: What was made, in order.
+        skipped: Why something was left out, in order.
     """
-    from scm_sdk._util.progress import Step
 
-    bar, update, stage = ExitStack(), None, "search"
+    def __init__(self, indent: str = "  ", *, show_results: bool = True, hide_bars: bool = False) -> None:
+        self._indent, self._show_results, self._hide_bars = indent, show_results, hide_bars
+        self._bar, self._stage = ExitStack(), "working"
+        self._update: Callable[..., None] | None = None
+        self.results: list[Any] = []
+        self.skipped: list[str] = []
 
-    def show(text: str) -> None:
-        nonlocal update, stage
-        if not isinstance(text, Step):
-            bar.close()
-            update, stage = None, text
-            say(f"{indent}{text} …")
-            return
-        if update is None:
-            update = bar.enter_context(progress_bar(f"{indent}{stage}", text.total))
-        update(text.done, str(text), text.total)
+    def __enter__(self) -> TerminalEvents:
+        return self
 
-    with bar:
-        yield show
+    def __exit__(self, *_exception: object) -> None:
+        self._line("")
+
+    def stage(self, title: str, /) -> None:
+        """Write the title; later steps belong to it."""
+        self._stage = title
+        self._line(f"{title} …")
+
+    def step(self, text: str, done: int, total: int, /) -> None:
+        """Move the bar of the stage, or write a line now and then where stderr is no terminal."""
+        if self._update is None:
+            bar = progress_bar(f"{self._indent}{self._stage}", total, hidden=self._hide_bars)
+            self._update = self._bar.enter_context(bar)
+        self._update(done, text, total)
+
+    def result(self, made: object, /) -> None:
+        """Collect it, and write what ``str`` says of it."""
+        self.results.append(made)
+        self._line(str(made) if self._show_results else "")
+
+    def skip(self, reason: str, /) -> None:
+        """Collect and write the reason."""
+        self.skipped.append(reason)
+        self._line(f"skip  {reason}")
+
+    def note(self, text: str, /) -> None:
+        """Write the text."""
+        self._line(f"      {text}")
+
+    def _line(self, text: str) -> None:
+        self._bar.close()
+        self._update = None
+        if text:
+            say(f"{self._indent}{text}")
 
 
 def _duration(seconds: float) -> str:

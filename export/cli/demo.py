@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, plural, print_json, say, say_warnings
+from .common import TerminalEvents, json_option, plural, print_json, say, say_warnings
 from .libraries import EXPORT, requires
 from .names import OutputPath
 
@@ -36,31 +36,26 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     from ..engines.add import add_engines
     from ..precision.half import default_plan
     from ..precision.variants import add_precision
-    from .engines import summary as engine_summary
-    from .precision import summary as variant_summary
 
-    start, bundle = perf_counter(), out / "avatars"
+    start, bundle, events = perf_counter(), out / "avatars", TerminalEvents("   ")
     say("1. Export: PyTorch checkpoint → one ONNX graph for each number of steps → bundle")
     with as_file(files("scm_sdk.assets") / "avatars") as checkpoint:
-        report = export_bundle(checkpoint, bundle, name="avatars", overwrite=True, progress=lambda s: say(f"   {s} …"))
+        report = export_bundle(checkpoint, bundle, name="avatars", overwrite=True, events=events)
     for graph in report.graphs:
         say(f"   {graph.path.parent.name}: {graph.num_nodes} nodes, {graph.bytes / 1e6:.1f} MB")
 
     say_warnings(report.status)
     say("2. Reduce precision: FP16 in the graph")
-    for variant in add_precision(bundle, default_plan("fp16")):
-        say(f"   {variant_summary(variant)}")
+    add_precision(bundle, default_plan("fp16"), events=events)
     if is_installed("tensorrt_rtx"):
         say("   An engine for NVIDIA L4, built without a GPU; its kernels are counted in the build log:")
-        for engine in add_engines(bundle, [resolve_target("l4")], precisions=["fp16"], steps=[1]):
-            say(f"   {engine_summary(engine)}")
+        with events:
+            add_engines(bundle, [resolve_target("l4")], precisions=["fp16"], steps=[1], events=events)
     else:
         say(f"   No engine: TensorRT-RTX is not installed ({install_command('tensorrt-rtx')})")
 
     say("3. Validate: everything that can run here against PyTorch, on the same noise and labels")
-    results = validate(
-        bundle, on_result=lambda parity: say(f"   {parity}"), on_skip=lambda line: say(f"   skip  {line}")
-    )
+    results = validate(bundle, events=events)
     for parity in results:
         parity.raise_if_failed()
     pictures, timings = [], []

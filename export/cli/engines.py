@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, make_table, plural, print_json, print_table, progress_bar, say
+from .common import TerminalEvents, json_option, make_table, plural, print_json, print_table, say
 from .names import PRECISION, STEPS, TargetName, one_of
 
 if TYPE_CHECKING:
     from scm_sdk.bundle.engine_record import Flavor
     from scm_sdk.spec import Precision
 
-    from ..engines.add import EngineVariant
-    from ..engines.builder import Progress
     from ..engines.options import HardwareCompatibility
 
 
@@ -72,67 +69,20 @@ def engine(
     for target in targets if gpu is None else (resolve_target(gpu.compute_capability),):
         if target.note and flavor == "tensorrt_rtx" and not target.unbuildable(flavor):
             say(f"  note: {target.name}: {target.note}")
-    bars = BuildBars()
-    variants = add_engines(
-        bundle, targets, flavor=flavor, precisions=precisions, steps=steps, one_for_all=one_for_all, batch=batch,
-        allow_mismatch=allow_mismatch, on_engine=lambda v: None if as_json else say(f"  {summary(v)}"),
-        on_build=bars.start, on_skip=None if precisions else lambda line: say(f"  skip {line}"),
-        workspace_bytes=workspace * 2**20 if workspace else None,
-        optimization_level=optimization_level, hardware_compatibility=hardware_compatibility,
-        version_compatible=version_compatible, weight_streaming=weight_streaming,
-    )  # fmt: skip
+    with TerminalEvents(show_results=not as_json) as events:
+        variants = add_engines(
+            bundle, targets, flavor=flavor, precisions=precisions, steps=steps, one_for_all=one_for_all, batch=batch,
+            allow_mismatch=allow_mismatch, skip_unbuildable=not precisions, events=events,
+            workspace_bytes=workspace * 2**20 if workspace else None,
+            optimization_level=optimization_level, hardware_compatibility=hardware_compatibility,
+            version_compatible=version_compatible, weight_streaming=weight_streaming,
+        )  # fmt: skip
     if as_json:
         print_json([variant.to_dict() for variant in variants])
     if not variants:
         raise IncompatibleEngineError(
             "no engine was built, expected at least one; the lines above say why. Choose others."
         )
-
-
-class BuildBars:
-    """A progress bar per engine; the phases of a build share one line."""
-
-    def start(self, path: str) -> Progress:
-        """Show the start of a build; return its progress callback."""
-        say(f"  build {path} …")
-        update: Callable[..., None] | None = None
-        context, phase_now = None, ""
-
-        def progress(phase: str, step: int, total: int) -> None:
-            nonlocal context, update, phase_now
-            if phase != phase_now:
-                if context is not None:
-                    context.__exit__(None, None, None)
-                context, phase_now = progress_bar(phase, total), phase
-                update = context.__enter__()
-            if update is not None:
-                update(step)
-            if step >= total and context is not None:
-                context.__exit__(None, None, None)
-                context, phase_now = None, ""
-
-        return progress
-
-
-def summary(variant: EngineVariant) -> str:
-    """Return an engine as one line."""
-    from scm_sdk.bundle.manifest import EngineFacts
-
-    from ..engines.census import Census
-
-    record = variant.record
-    facts: EngineFacts = record.facts
-    built = record.census.get("built")
-    census = str(Census(**built)) if built else "kernels unknown"
-    how = (
-        "unchanged" if variant.unchanged else "from the cache" if variant.cached else f"{record.seconds['build']:.1f} s"
-    )
-    odd = "".join(f"; MISMATCH: {text}" for text in record.census.get("mismatches", []))
-    odd += "".join(f"; not seen: {text}" for text in record.census.get("doubts", []))
-    return (
-        f"{variant.path}: {record.engine_bytes / 1e6:.1f} MB, {how}, {', '.join(facts.compute_capabilities)}, "
-        f"batch {'/'.join(map(str, facts.batch))}; {census}{odd}"
-    )
 
 
 @click.command()

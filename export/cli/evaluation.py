@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, make_table, print_json, print_table, progress_bar, say
+from .common import TerminalEvents, json_option, make_table, print_json, print_table, say
 from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, OutputPath
 
@@ -144,15 +144,16 @@ def evaluate(
         _save_reference(save_ref, real, net, cache)
 
     def draw(count: int, precision: str) -> Samples:
-        with progress_bar("sample", num_images) as update:
+        with TerminalEvents() as events:
+            events.stage("sample")
             if teacher_steps:
                 return sample_diffusion(
                     model, num_images, num_steps=teacher_steps, guidance_scale=guidance_scale or 1.0, cache=cache,
-                    progress=lambda n, _: update(n),
+                    events=events,
                 )  # fmt: skip
             return sample_student(
                 model, num_images, num_inference_steps=count, backend=backend, precision=precision,
-                guidance_scale=guidance_scale, cache=cache, progress=lambda n, _: update(n),
+                guidance_scale=guidance_scale, cache=cache, events=events,
             )  # fmt: skip
 
     scores: list[Score] = []
@@ -160,9 +161,9 @@ def evaluate(
         first: Samples | None = None
         for precision in precisions:
             samples = draw(count, precision)
-            with progress_bar("compare", 1) as update:
-                scores.append(score(samples, real, net=net, beside=None if stats else first, cache=cache))
-                update(1)
+            with TerminalEvents() as events:
+                beside = None if stats else first
+                scores.append(score(samples, real, net=net, beside=beside, cache=cache, events=events))
             say(f"{scores[-1].sampler}: {scores[-1].quality.metric} {scores[-1].quality.fd:.2f}")
             if out is not None:
                 _write(out, scores)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, say, say_warnings
+from .common import TerminalEvents, json_option, print_json, say, say_warnings
 from .libraries import EXPORT, requires
 from .located import model_argument
 from .names import STEPS, OutputPath, sampler_options
@@ -57,10 +57,11 @@ def onnx(
         )
     unchanged = report is not None
     if report is None:
-        report = export_bundle(
-            checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch, name=name,
-            overwrite=overwrite, progress=lambda stage: say(f"  {stage} …"),
-        )  # fmt: skip
+        with TerminalEvents() as events:
+            report = export_bundle(
+                checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch, name=name,
+                overwrite=overwrite, events=events,
+            )  # fmt: skip
     say_warnings(report.status)
     if as_json:
         print_json({**report.to_dict(), "unchanged": unchanged})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, say
+from .common import TerminalEvents, json_option, print_json, say
 from .libraries import EXPORT, require_all
 from .located import local_folder, revision_option
 from .names import STEPS, OutputPath, sampler_options
@@ -71,11 +71,12 @@ def import_(
             )  # fmt: skip
         unchanged = report is not None
         if report is None:
-            report = import_sana(
-                folder, out, origin=origin, steps=steps, times=times, renoise=renoise, size=parse_size(size),
-                max_sequence_length=tokens, max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
-                progress=lambda stage: say(f"  {stage} …"),
-            )  # fmt: skip
+            with TerminalEvents() as events:
+                report = import_sana(
+                    folder, out, origin=origin, steps=steps, times=times, renoise=renoise, size=parse_size(size),
+                    max_sequence_length=tokens, max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
+                    events=events,
+                )  # fmt: skip
         if as_json:
             print_json({**report.to_dict(), "unchanged": unchanged})
         state = "unchanged, " if unchanged else ""

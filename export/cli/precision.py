@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .common import json_option, print_json, prompts_option, say, stage_lines
+from .common import TerminalEvents, json_option, print_json, prompts_option, say
 from .libraries import requires
 from .names import STEPS, one_of
 
@@ -56,34 +56,34 @@ def precision(
     from ..precision.half import PrecisionPlan, default_plan
     from ..precision.probe import bundle_examples
     from ..precision.variants import add_cpu_form, add_precision
+    from ..workspace import Workspace
 
     if "fp32-cpu" in precisions and (plan_file is not None or target_psnr is not None):
         raise click.UsageError("fp32-cpu has no reduced precision: --plan and --target-psnr are for fp16 and bf16.")
     plans = [default_plan(p) for p in precisions if p != "fp32-cpu"]
     if plan_file is not None:
         plans = [PrecisionPlan.from_json(plan_file.read_bytes())]
-    with stage_lines() as progress:
+    workspace = Workspace(bundle)
+    with TerminalEvents(show_results=not as_json) as events:
         look: dict[str, Any] = {
             "steps": steps,
             "num_samples": num_samples,
             "examples": None if prompts is None else bundle_examples(bundle, prompts),
-            "progress": progress,
+            "events": events,
         }
-        variants = add_cpu_form(bundle, **look) if "fp32-cpu" in precisions else []
+        variants = add_cpu_form(workspace, **look) if "fp32-cpu" in precisions else []
         for plan in plans:
-            variants += add_precision(bundle, plan, target_db=target_psnr, **look)
+            variants += add_precision(workspace, plan, target_db=target_psnr, **look)
     report(variants, bundle, as_json=as_json)
 
 
 def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
-    """Print the added graphs, and advice for those below their gate."""
+    """Print the added graphs as JSON, or advice for those below their gate."""
     from scm_sdk.evaluate.parity.compare import MIN_PSNR_DB
 
     if as_json:
         print_json([variant.to_dict() for variant in variants])
         return
-    for variant in variants:
-        say(f"  {summary(variant)}")
     below = [v for v in variants if v.psnr_db is not None and v.psnr_db < MIN_PSNR_DB[v.precision]]
     for variant in below:
         say(
@@ -104,13 +104,3 @@ def _remedy(precision: str, bundle: Path) -> str:
     verb = "precision" if precision == "fp16" else "quantize"
     command = f"scm-export {verb} {bundle} --to {precision} --target-psnr {MIN_PSNR_DB[precision] + MARGIN_DB:.0f}"
     return f"Keep more of it in a higher precision: {command}"
-
-
-def summary(variant: Variant) -> str:
-    """Return a variant as one line."""
-    if variant.graph is None:
-        return f"{variant.path}: unchanged"
-    size = (variant.graph.bytes + variant.graph.data_bytes) / 1e6
-    nodes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(variant.nodes.items(), key=lambda x: -x[1]))
-    look = "not run: no CPU kernels" if variant.psnr_db is None else f"95 % of images reach {variant.psnr_db:.1f} dB"
-    return "; ".join([f"{variant.path}: {size:.1f} MB, nodes {nodes}", look, *variant.notes])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, prompts_option, stage_lines
+from .common import TerminalEvents, json_option, prompts_option
 from .libraries import requires
 from .names import STEPS, one_of
 from .precision import report
@@ -76,24 +76,28 @@ def quantize(
     from ..precision.int8_variants import QuantizeOptions, add_foreign_int8, add_int8
     from ..precision.probe import bundle_examples
     from ..precision.variants import first_graph
+    from ..workspace import Workspace
 
     if foreign is not None:
         if len(steps) != 1:
             raise click.UsageError("--from takes one graph, expected its number of steps: --steps N.")
-        report([add_foreign_int8(bundle, foreign, steps=steps[0])], bundle, as_json=as_json)
+        with TerminalEvents(show_results=not as_json) as events:
+            variant = add_foreign_int8(bundle, foreign, steps=steps[0], events=events)
+        report([variant], bundle, as_json=as_json)
         return
+    workspace = Workspace(bundle)
     plan = QuantizePlan.from_json(plan_file.read_bytes()) if plan_file is not None else None
     if excluded:
-        start = plan if plan is not None else default_quantize_plan(first_graph(bundle, steps))
+        start = plan if plan is not None else default_quantize_plan(first_graph(workspace, steps))
         plan = start.excluding(*(Exclusion(pattern=pattern, reason="asked for") for pattern in excluded))
     examples = None if prompts is None else bundle_examples(bundle, prompts)
     variants = []
-    with stage_lines() as progress:
+    with TerminalEvents(show_results=not as_json) as events:
         for precision in precisions:
             cpu = precision == "int8-cpu"
             options = QuantizeOptions(
                 precision=precision, base="fp32" if cpu else base, plan=plan, method=method, percentile=percentile,
                 num_samples=num_samples, seed=seed, target_db=target_psnr, equalize=equalize,
             )  # fmt: skip
-            variants += add_int8(bundle, options, steps=steps, examples=examples, progress=progress)
+            variants += add_int8(workspace, options, steps=steps, examples=examples, events=events)
     report(variants, bundle, as_json=as_json)

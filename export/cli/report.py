@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, print_json, say, stage_lines, timed_batches_option
+from .common import TerminalEvents, json_option, print_json, say, timed_batches_option
 from .located import model_argument
 from .names import BACKEND, OutputPath
 
@@ -51,10 +51,10 @@ def report(
         check_writable(file)
     if rounds == 1:
         raise click.BadParameter("1 round has no variance, expected 0 or at least 2", param_hint="--rounds")
-    with stage_lines() as progress:
+    with TerminalEvents() as events:
         data = collect(
             bundle, backends=backends, num_images=num_images, batches=batches, rounds=rounds, checks=checks,
-            progress=progress,
+            events=events,
         )  # fmt: skip
     paths = write_report(data, out)
     if as_json:

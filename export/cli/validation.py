@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, prompts_option, say
+from .common import TerminalEvents, json_option, print_json, prompts_option, say
 from .located import model_argument
 from .names import BACKEND, PRECISION, STEPS, OutputPath
 
 if TYPE_CHECKING:
     from scm_sdk.evaluate.parity.compare import Parity
     from scm_sdk.spec import Precision
+
+    from ..workspace import Workspace
 
 
 @click.command()
@@ -80,21 +82,23 @@ def validate(
 
     from ..diagnose.validate import validate as validate_model
     from ..precision.probe import bundle_examples
+    from ..workspace import Workspace
 
-    results = validate_model(
-        bundle, backends=backends, precisions=precisions, steps=steps, num_seeds=num_seeds,
-        first_seed=first_seed, batches=batches or None, threshold=threshold, min_psnr_db=min_psnr, reason=reason,
-        record=record,
-        examples=None if prompts is None else bundle_examples(bundle, prompts),
-        on_result=lambda parity: None if as_json else say(str(parity)),
-        on_skip=lambda line: say(f"skip  {line}"), on_note=lambda line: say(f"      {line}"),
-    )  # fmt: skip
+    workspace, events = Workspace(bundle), TerminalEvents("", show_results=not as_json)
+    with events:
+        results = validate_model(
+            workspace, backends=backends, precisions=precisions, steps=steps, num_seeds=num_seeds,
+            first_seed=first_seed, batches=batches or None, threshold=threshold, min_psnr_db=min_psnr, reason=reason,
+            record=record,
+            examples=None if prompts is None else bundle_examples(bundle, prompts),
+            events=events,
+        )  # fmt: skip
     failed = [parity for parity in results if not parity]
     if folder is not None:
         for parity in failed:
-            _localize(bundle, parity, folder)
+            _localize(workspace, parity, folder)
     whole = not (failed or backends or precisions or steps)
-    latencies = check_budgets(bundle, on_skip=lambda line: say(f"skip  {line}")) if whole else []
+    latencies = check_budgets(bundle, events=events) if whole else []
     for latency in latencies:
         for timing in latency:
             kept = "FAIL" if timing.name in latency.exceeded else "pass"
@@ -108,7 +112,7 @@ def validate(
         latency.raise_if_over()
 
 
-def _localize(bundle: Path, parity: Parity, folder: Path) -> None:
+def _localize(workspace: Workspace, parity: Parity, folder: Path) -> None:
     from scm_sdk.errors import ExportError
 
     from ..diagnose.localize import localize
@@ -117,7 +121,7 @@ def _localize(bundle: Path, parity: Parity, folder: Path) -> None:
         say(f"{parity.candidate} cannot be diagnosed: it is not a graph")
         return
     try:
-        found = localize(bundle, parity, folder)
+        found = localize(workspace, parity, folder)
     except ExportError as exc:
         say(f"{parity.candidate} cannot be diagnosed: {exc}")
         return

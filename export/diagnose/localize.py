@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from scm_sdk.evaluate.parity.validate import open_candidate
 from scm_sdk.images import make_grid, save_png, to_uint8
 from scm_sdk.spec import Precision, SamplerSpec
 
-from ..graph.io import read_model
+from ..workspace import Workspace
 from .bisect import Bisection, bisect
 from .diagnose import Diagnosis
 from .validate import examine_graph
@@ -43,11 +44,11 @@ class Localized:
     picture: Path | None
 
 
-def localize(path: Path, parity: Parity, folder: Path) -> Localized:
+def localize(path: str | os.PathLike[str] | Workspace, parity: Parity, folder: Path) -> Localized:
     """Diagnose a failed graph.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         parity: The failed comparison; only graphs can be diagnosed.
         folder: Output folder of the image.
 
@@ -56,23 +57,28 @@ def localize(path: Path, parity: Parity, folder: Path) -> Localized:
         ExportError: If it lacks the names of scm-export.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
-    bundle = Bundle.open(path)
+    workspace = Workspace.of(path)
+    bundle = workspace.bundle
     artifact = next((a for a in bundle.artifacts(format="onnx") if a.path == parity.candidate), None)
     if artifact is None:
         raise ConfigError(
-            f"{parity.candidate} is no graph of {path}, expected one: engines cannot be inspected. Validate the "
+            f"{parity.candidate} is no graph of {bundle.path}, expected one: engines cannot be inspected. Validate the "
             "graph that it was built from."
         )
+    from scm_sdk.model.consistency import ConsistencyModel
+
     steps = artifact.num_inference_steps
     spec = bundle.spec(steps)
-    graph = read_model(bundle.file(artifact.path))
+    graph = workspace.graph(artifact.path)
     full = [a for a in bundle.artifacts(format="onnx", precision="fp32") if a.num_inference_steps == steps]
+    (checkpoint, *_) = bundle.artifacts(format="safetensors")
+    model = ConsistencyModel.from_pretrained(bundle.file(checkpoint.path)).eval()
     found = None
     if full and full[0].path != artifact.path:
-        found = bisect(graph, read_model(bundle.file(full[0].path)), spec, seed=parity.worst_seed)
+        found = bisect(graph, workspace.graph(full[0].path), spec, seed=parity.worst_seed)
     return Localized(
         artifact=artifact.path,
-        diagnosis=examine_graph(bundle, artifact),
+        diagnosis=examine_graph(workspace, artifact, model),
         bisection=found,
         picture=_picture(bundle, parity, steps, folder),
     )
@@ -87,7 +93,7 @@ def _picture(bundle: Bundle, parity: Parity, steps: int, folder: Path) -> Path |
     sides: tuple[tuple[str, Precision], ...]
     sides = ((parity.reference_backend, "fp32"), (parity.candidate_backend, precision))
     for backend, wanted in sides:
-        with open_candidate(bundle.path, backend, wanted, steps) as gen:
+        with open_candidate(bundle, backend, wanted, steps) as gen:
             images.append(gen(1, seed=parity.worst_seed, output_type="raw").images[0])
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{parity.candidate.replace('/', '-').removesuffix('.onnx')}-seed{parity.worst_seed}.png"

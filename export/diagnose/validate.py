@@ -7,18 +7,18 @@ so both checks must pass.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from scm_sdk._util.arguments import checked_names
-from scm_sdk.bundle.bundle import Bundle
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ExportError, UnsupportedGraphError
 from scm_sdk.evaluate.parity.compare import Parity
 from scm_sdk.evaluate.parity.validate import ValidateOptions, validate_bundle
 from scm_sdk.inference.conditioning import Examples
+from scm_sdk.inference.generator import Generator
 
-from ..graph.io import read_model
+from ..workspace import Workspace
 from .diagnose import Diagnosis, diagnose
 
 if TYPE_CHECKING:
@@ -29,19 +29,18 @@ if TYPE_CHECKING:
 
 @checked_names("validate", ValidateOptions)
 def validate(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Workspace,
     *,
     examples: Examples | None = None,
-    on_note: Callable[[str], object] = lambda _: None,
+    events: Events = SILENT,
     **options: Unpack[ValidateOptions],
 ) -> list[Parity]:
-    """Compare everything that can run here with the checkpoint, diagnose each graph, and record both.
+    """Compare everything that can run here with the checkpoint, diagnose each graph once, and record both.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        on_note: Called with a line for each graph that could not be diagnosed, for each correct graph with the
-            performed checks, and for each result that was not recorded.
+        events: As in ``validate_bundle``; and a note for each graph: what was checked, or why it could not be.
         **options: More arguments of ``scm_sdk.evaluate.parity.validate.validate_bundle``.
 
     Returns:
@@ -50,41 +49,51 @@ def validate(
     Raises:
         ScmError: As ``validate_bundle``.
     """
-    bundle = Bundle.open(path, verify="none")
+    workspace = Workspace.of(path)
+    seen: dict[str, tuple[str, tuple[float, ...]]] = {}
 
-    def examine(artifact: Artifact) -> tuple[str, tuple[float, ...]]:
-        if artifact.format != "onnx":
-            return "", ()
+    def examine(artifact: Artifact, reference: Generator) -> tuple[str, tuple[float, ...]]:
+        if artifact.path not in seen:
+            seen[artifact.path] = look_into(artifact, reference) if artifact.format == "onnx" else ("", ())
+        return seen[artifact.path]
+
+    def look_into(artifact: Artifact, reference: Generator) -> tuple[str, tuple[float, ...]]:
+        backend = reference.opened(artifact.num_inference_steps).backend
+        model: ConsistencyModel = backend.model  # type: ignore[attr-defined]
         try:
-            found = examine_graph(bundle, artifact, examples)
+            found = examine_graph(workspace, artifact, model, examples)
         except (ExportError, UnsupportedGraphError) as exc:
-            on_note(f"{artifact.path} was not inspected: {exc}")
+            events.note(f"{artifact.path} was not inspected: {exc}")
             return "", ()
         if not found.findings:
-            on_note(f"{artifact.path} {found}")
+            events.note(f"{artifact.path} {found}")
         return found.fault, found.psnr_by_step
 
-    return validate_bundle(path, examine=examine, examples=examples, on_note=on_note, **options)
+    return validate_bundle(workspace.bundle, examine=examine, examples=examples, events=events, **options)
 
 
-def examine_graph(bundle: Bundle, artifact: Artifact, examples: Examples | None = None) -> Diagnosis:
+def examine_graph(
+    workspace: Workspace, artifact: Artifact, model: ConsistencyModel, examples: Examples | None = None
+) -> Diagnosis:
     """Diagnose one graph of a bundle.
+
+    Args:
+        workspace: What the bundle is open in.
+        artifact: The graph.
+        model: The bundle's checkpoint.
+        examples: Conditioning inputs; None draws them from the seed.
 
     Raises:
         ExportError: If it lacks the names of scm-export, for example a graph of another tool.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
-    from scm_sdk.model.consistency import ConsistencyModel
-
-    (checkpoint, *_) = bundle.artifacts(format="safetensors")
-    model: ConsistencyModel = ConsistencyModel.from_pretrained(bundle.file(checkpoint.path)).eval()
-    steps = artifact.num_inference_steps
+    bundle, steps = workspace.opened, artifact.num_inference_steps
     graphs = bundle.artifacts(format="onnx", precision="fp32")
     exact = next((a for a in graphs if a.num_inference_steps == steps and a.path != artifact.path), None)
     return diagnose(
-        read_model(bundle.file(artifact.path)),
+        workspace.graph(artifact.path),
         model,
         bundle.spec(steps),
-        exact=None if exact is None else read_model(bundle.file(exact.path)),
+        exact=None if exact is None else workspace.graph(exact.path),
         examples=examples,
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from scm_sdk._util.arguments import checked_names
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.bundle.edit import extend_bundle, open_to_extend, recipe_of
+from scm_sdk.bundle.edit import recipe_of
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, Flavor
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.engines.compatibility import is_trusted
@@ -21,9 +22,9 @@ from scm_sdk.engines.tensorrt import load_flavor
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, UnsupportedGraphError
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 
-from ..precision.variants import sha256_of
-from .builder import Progress
+from ..workspace import Workspace, sha256_of
 from .cache import cached_engine
+from .census import Census
 from .options import BuilderOptions, EngineOptions
 
 if TYPE_CHECKING:
@@ -50,6 +51,18 @@ class EngineVariant:
     cached: bool
     record: BuildRecord
 
+    def __str__(self) -> str:
+        record = self.record
+        built = record.census.get("built")
+        census = str(Census(**built)) if built else "kernels unknown"
+        how = "unchanged" if self.unchanged else "from the cache" if self.cached else f"{record.seconds['build']:.1f} s"
+        odd = "".join(f"; MISMATCH: {text}" for text in record.census.get("mismatches", []))
+        odd += "".join(f"; not seen: {text}" for text in record.census.get("doubts", []))
+        return (
+            f"{self.path}: {record.engine_bytes / 1e6:.1f} MB, {how}, {', '.join(record.facts.compute_capabilities)}, "
+            f"batch {'/'.join(map(str, record.facts.batch))}; {census}{odd}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {**vars(self), "record": msgspec.to_builtins(self.record)}
@@ -61,12 +74,11 @@ class AddOptions(BuilderOptions, total=False):
     one_for_all: bool
     batch: tuple[int, int, int] | None
     allow_mismatch: bool
-    on_build: Callable[[str], Progress | None]
 
 
 @checked_names("add_engines", BuilderOptions)
 def add_engines(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Workspace,
     targets: Sequence[Target | str],
     *,
     flavor: Flavor = "tensorrt_rtx",
@@ -75,9 +87,8 @@ def add_engines(
     one_for_all: bool = False,
     batch: tuple[int, int, int] | None = None,
     allow_mismatch: bool = False,
-    on_engine: Callable[[EngineVariant], object] = lambda _: None,
-    on_build: Callable[[str], Progress | None] = lambda _: None,
-    on_skip: Callable[[str], object] | None = None,
+    skip_unbuildable: bool = False,
+    events: Events = SILENT,
     **options: Unpack[BuilderOptions],
 ) -> list[EngineVariant]:
     """Build engines from the graphs of a bundle and add them to it.
@@ -85,7 +96,7 @@ def add_engines(
     Each engine is added as soon as it is built, so that an interruption loses at most one build.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         targets: GPUs, also by name, such as ``"l4"`` or ``"sm_89"``; () with TensorRT is the GPU of this machine.
         flavor: Which library.
         precisions: Graphs to build from; () is all but those for CPUs.
@@ -93,10 +104,9 @@ def add_engines(
         one_for_all: One engine that holds all targets, instead of one each; TensorRT-RTX alone.
         batch: Smallest, best and largest; None is 1, 8 at most, and the sampler's largest.
         allow_mismatch: See ``build_engine``.
-        on_engine: Called with each engine.
-        on_build: Called with an engine's path before it is built; returns its progress callback.
-        on_skip: Called with a line for each engine that no such GPU could run, or that only another GPU can build,
-            and the others are built; None raises instead.
+        skip_unbuildable: Whether to skip an engine that no such GPU could run, or that only another GPU can build, and
+            to build the others; else such an engine raises.
+        events: Receives each engine, what is skipped, and the steps of each build.
         **options: For the builder; see ``EngineOptions``.
 
     Raises:
@@ -105,21 +115,22 @@ def add_engines(
         ExportError: If an engine cannot be built, or is not what its graph asks for.
         BundleError: If the bundle is damaged or cannot be written.
     """
-    bundle = open_to_extend(path)
+    workspace = Workspace.of(path)
+    bundle = workspace.open_to_extend()
     library = load_flavor(flavor, purpose=f"building a {flavor} engine")
     gpus = resolve_targets(targets) if targets else _this_machine(flavor)
     _check_buildable(gpus, flavor)
     groups = _groups(gpus, one_for_all)
-    if on_skip is not None:
-        groups = [group for group in groups if not _is_elsewhere(group, flavor, on_skip)]
+    if skip_unbuildable:
+        groups = [group for group in groups if not _is_elsewhere(group, flavor, events)]
     jobs = []  # all checks precede the first build
     for graph in _graphs(bundle, precisions, steps):
         for group in groups:
             lacking = [lack for target in group if (lack := target.lacks(graph.precision, flavor))]
             if lacking and not allow_mismatch:
-                if on_skip is None:
+                if not skip_unbuildable:
                     raise UnsupportedGraphError(f"{lacking[0]}. Choose another --precision, or leave this target out.")
-                on_skip(f"{graph.precision}, {graph.num_inference_steps} steps: {lacking[0]}")
+                events.skip(f"{graph.precision}, {graph.num_inference_steps} steps: {lacking[0]}")
                 continue
             largest = bundle.spec(graph.num_inference_steps).max_batch
             chosen = EngineOptions(
@@ -131,8 +142,8 @@ def add_engines(
             jobs.append((graph, engine_path(flavor, group, graph), chosen))
     made = []
     for graph, engine, chosen in jobs:
-        made.append(_add(path, graph, engine, chosen, library.__version__, allow_mismatch, on_build))
-        on_engine(made[-1])
+        made.append(_add(workspace, graph, engine, chosen, library.__version__, allow_mismatch, events))
+        events.result(made[-1])
     return made
 
 
@@ -143,15 +154,15 @@ def engine_path(flavor: Flavor, group: Sequence[Target], graph: Artifact) -> str
 
 
 def _add(
-    path: str | os.PathLike[str],
+    workspace: Workspace,
     graph: Artifact,
     engine: str,
     options: EngineOptions,
     version: str,
     allow_mismatch: bool,
-    on_build: Callable[[str], Progress | None],
+    events: Events,
 ) -> EngineVariant:
-    bundle = Bundle.open(path, verify="none")
+    bundle = workspace.bundle
     folder = engine.rpartition("/")[0]
     record_path = f"{folder}/{BUILD_RECORD_NAME}"
     recipe = {
@@ -164,13 +175,13 @@ def _add(
         record, cached = found, False
     else:
         # Built before the bundle is changed, so that a killed build leaves no files.
-        entry, cached = cached_engine(
-            bundle.file(graph.path), options, allow_mismatch=allow_mismatch, progress=on_build(engine)
-        )
+        events.stage(f"build {engine}")
+        entry, cached = cached_engine(bundle.file(graph.path), options, allow_mismatch=allow_mismatch, events=events)
         assert entry.record is not None, "cached_engine hashed it against its record"
         record = entry.record
-        with extend_bundle(bundle) as draft:
+        with workspace.extend(bundle) as draft:
             entry.copy_to(draft.path(folder))
+            draft.digests[engine] = record.engine_sha256
             draft.roles[record_path] = "engine"
             draft.add(
                 Artifact(
@@ -224,13 +235,15 @@ def _check_buildable(targets: Sequence[Target], flavor: Flavor) -> None:
             raise ConfigError(f"{reason}. Build with --flavor tensorrt on such a GPU, or leave this target out.")
 
 
-def _is_elsewhere(group: Sequence[Target], flavor: Flavor, on_skip: Callable[[str], object]) -> bool:
+def _is_elsewhere(group: Sequence[Target], flavor: Flavor, events: Events) -> bool:
     """Return and report whether TensorRT would need another GPU than that of this machine."""
     gpu = current_gpu()
     if flavor != "tensorrt" or gpu is None or any(t.compute_capability == gpu.compute_capability for t in group):
         return False
     names = ", ".join(f"{target.name} ({target.compute_capability})" for target in group)
-    on_skip(f"{names}: TensorRT builds on the GPU that runs the engine, this {gpu.name} is {gpu.compute_capability}")
+    events.skip(
+        f"{names}: TensorRT builds on the GPU that runs the engine, this {gpu.name} is {gpu.compute_capability}"
+    )
     return True
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from scm_sdk._util.events import Events
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.engines.tensorrt import LibraryObject, make_logger
 from scm_sdk.errors import BackendUnavailable, ConfigError, ExportError, IncompatibleEngineError, ScmError
@@ -70,10 +71,6 @@ def _short(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
-Progress = Callable[[str, int, int], object]
-"""Called with the name of a phase, its step and its number of steps; return False to cancel the build."""
-
-
 class Build:
     """One build. It keeps references to the parser, the network and the logger, which the library needs."""
 
@@ -84,10 +81,10 @@ class Build:
         spec: SamplerSpec,
         options: EngineOptions,
         timing_cache: Path | None,
-        progress: Progress | None,
+        events: Events,
     ) -> None:
         self.trt, self.graph, self.spec, self.options = library, graph, spec, options
-        self.timing_cache, self.progress = timing_cache, progress
+        self.timing_cache, self.events = timing_cache, events
         self.log = make_logger(library, kernels=True)
         self.seconds: dict[str, float] = {}
 
@@ -110,7 +107,7 @@ class Build:
         config = self._configure()
         start = time.perf_counter()
         with held_signals() as received:
-            self.monitor = config.progress_monitor = make_monitor(trt, self.progress or (lambda *_: None), received)
+            self.monitor = config.progress_monitor = make_monitor(trt, self.events, received)
             plan = self.builder.build_serialized_network(self.network, config)
             if plan is None:
                 self._clear_target()
@@ -223,12 +220,12 @@ class ProgressMonitor(Protocol):
     stopped_by: BaseException | None
 
 
-def make_monitor(library: ModuleType, progress: Progress, received: Sequence[int] = ()) -> ProgressMonitor:
-    """Return the progress monitor of a library, which reports to ``progress`` and stops on request.
+def make_monitor(library: ModuleType, events: Events, received: Sequence[int] = ()) -> ProgressMonitor:
+    """Return the progress monitor of a library, which reports the steps of each phase and stops when that raises.
 
     Args:
         library: TensorRT or TensorRT-RTX.
-        progress: Called with the phase, completed steps and total steps; returns False to stop.
+        events: Receives a step for each completed step of the builder, named like its phase.
         received: Delayed signals; the build stops if there is one.
 
     Returns:
@@ -246,10 +243,12 @@ def make_monitor(library: ModuleType, progress: Progress, received: Sequence[int
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
-                if received or progress(phase_name, step + 1, self.totals.get(phase_name, step + 1)) is False:
+                if received:
                     self.stopped_by = ExportError(
                         f"the build was canceled in {phase_name!r}, expected to continue. Nothing was written."
                     )
+                else:
+                    events.step(phase_name, step + 1, self.totals.get(phase_name, step + 1))
             except BaseException as exc:  # also KeyboardInterrupt, which must not cross frames of the library
                 self.stopped_by = exc
             return self.stopped_by is None

@@ -9,6 +9,7 @@ one waits and uses the result.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from scm_sdk._util.cache_dir import cache_folder, temporary_folder, why_insecure, withdraw_write, writable_folder
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import sha256_bytes, sha256_file
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.lazy import require
@@ -30,9 +32,10 @@ from scm_sdk.engines.compatibility import remember_built, was_built_here
 from scm_sdk.engines.tensorrt import load_flavor
 from scm_sdk.errors import ExportError, ScmError
 
-from .builder import Progress
 from .engine import build_engine, graph_digest
 from .options import EngineOptions
+
+logger = logging.getLogger(__name__)
 
 _ENGINES = "engines"
 _USED = "used"
@@ -88,7 +91,7 @@ class Entry:
 
 
 def cached_engine(
-    graph: Path, options: EngineOptions, *, allow_mismatch: bool = False, progress: Progress | None = None
+    graph: Path, options: EngineOptions, *, allow_mismatch: bool = False, events: Events = SILENT
 ) -> tuple[Entry, bool]:
     """Return the engine of a graph from the cache; build it if it is missing.
 
@@ -96,7 +99,7 @@ def cached_engine(
         graph: The sampler graph.
         options: Build options.
         allow_mismatch: See ``build_engine``.
-        progress: See ``build_engine``.
+        events: See ``build_engine``.
 
     Returns:
         The verified entry, and whether it existed. It is not removed while it is referenced.
@@ -105,7 +108,8 @@ def cached_engine(
         ScmError: As ``build_engine``; also if the lock of the entry is a link.
     """
     filelock = require("filelock", extra="export", purpose="the engine cache")
-    key = engine_key(graph, options)
+    digest = graph_digest(graph)
+    key = engine_key(digest, options)
     folder = writable_folder(_ENGINES, purpose="engines are built again each time") or temporary_folder() / _ENGINES
     folder.mkdir(exist_ok=True)
     entry_folder = folder / key
@@ -115,6 +119,7 @@ def cached_engine(
     with filelock.FileLock(lock):
         entry = _read(entry_folder)
         hit = entry is not None and not entry.problem() and (allow_mismatch or not entry.mismatches)
+        logger.debug("engine of %s: %s", graph, "in the cache" if hit else "not in the cache, or damaged")
         if not hit:
             _remove(entry_folder)  # damaged, or built by another user: never used
             build_engine(
@@ -123,7 +128,8 @@ def cached_engine(
                 options,
                 timing_cache=_timing_cache(options),
                 allow_mismatch=allow_mismatch,
-                progress=progress,
+                graph_sha256=digest,
+                events=events,
             )
             withdraw_write(entry_folder)
             entry = _read(entry_folder)
@@ -134,8 +140,12 @@ def cached_engine(
         return replace(entry, lease=wait_for_lock(entry_folder, shared=True, purpose="the engine cache")), hit
 
 
-def engine_key(graph: Path, options: EngineOptions) -> str:
+def engine_key(graph_sha256: str, options: EngineOptions) -> str:
     """Return the key of an engine.
+
+    Args:
+        graph_sha256: See ``graph_digest``.
+        options: How it is built.
 
     Raises:
         BackendUnavailable: If the library of the build is not installed.
@@ -143,7 +153,7 @@ def engine_key(graph: Path, options: EngineOptions) -> str:
     library = load_flavor(options.flavor, purpose=f"building a {options.flavor} engine")
     gpu = current_gpu() if options.flavor == "tensorrt" else None
     facts = {
-        "graph": graph_digest(graph),
+        "graph": graph_sha256,
         "options": msgspec.to_builtins(options),
         "library": library.__version__,
         "platform": platform_tag(),

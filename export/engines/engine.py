@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import sha256_bytes, sha256_file
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.peak_memory import PeakMemory
@@ -25,7 +26,7 @@ from scm_sdk.spec import Precision, SamplerSpec
 from ..graph.compose import SPEC_KEY
 from ..graph.io import data_path_of, read_model
 from ..precision.half import PRECISION_KEY
-from .builder import Build, Progress
+from .builder import Build
 from .census import Census, doubts, mismatches, planned_census, take_census
 from .options import EngineOptions
 
@@ -40,7 +41,8 @@ def build_engine(
     *,
     timing_cache: Path | None = None,
     allow_mismatch: bool = False,
-    progress: Progress | None = None,
+    graph_sha256: str = "",
+    events: Events = SILENT,
 ) -> BuildRecord:
     """Build an engine from a sampler graph into ``folder/model.engine`` and ``folder/build.json``.
 
@@ -52,7 +54,8 @@ def build_engine(
         options: Build options.
         timing_cache: File of measured kernel times; TensorRT only.
         allow_mismatch: Keep an engine whose kernels are not in the graph's precision; the record says so.
-        progress: Progress callback.
+        graph_sha256: Digest of the graph, where it was hashed before; see ``graph_digest``.
+        events: Receives the steps of the builder's phases; one that raises ends the build.
 
     Returns:
         The written record.
@@ -71,7 +74,7 @@ def build_engine(
             f"batch is {options.batch}, but the sampler's largest is {spec.max_batch}. Export it with --max-batch."
         )
     gpu = _check_gpu(options)
-    build = Build(library, graph, spec, options, timing_cache, progress)
+    build = Build(library, graph, spec, options, timing_cache, events)
     with PeakMemory() as peak:
         engine = build.run()
     census, planned, odd, unsure = _census(library, build, model, engine)
@@ -93,7 +96,7 @@ def build_engine(
         ),
         engine_sha256=sha256_bytes(engine),
         engine_bytes=len(engine),
-        onnx_sha256=graph_digest(graph),
+        onnx_sha256=graph_sha256 or graph_digest(graph),
         spec=spec,
         precision=precision,
         inputs=tuple(EngineTensor(name=t.name, dtype=t.dtype, shape=(-1, *t.shape)) for t in spec.inputs),

@@ -6,6 +6,7 @@ Each pass works in place, returns its argument so that calls chain, and document
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,8 @@ from .pixel_norm import lengths_for_pixel_norms
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 
 SMALL_TENSOR = 1024
@@ -46,6 +49,7 @@ def name_batch(model: ir.Model) -> ir.Model:
         )
     for value, dims in inputs:
         value.shape = ir.Shape(d if isinstance(d, int) else BATCH_DIM for d in dims)
+    logger.debug("name_batch: dimension %s of the inputs is the batch", *symbols)
     return model
 
 
@@ -79,6 +83,7 @@ def infer_shapes(model: ir.Model) -> ir.Model:
                     raise _not_inferred(node, value)
             value.type = ir.TensorType(ir.DataType(at_3[0]))
             value.shape = ir.Shape(dims)
+    logger.debug("infer_shapes: the values of %d nodes have types and shapes", model.graph.num_nodes())
     return model
 
 
@@ -149,12 +154,15 @@ def narrow_splits(model: ir.Model) -> ir.Model:
     for node in [node for node in model.graph if node.op_type == "Split" and len(node.outputs) > MOST_PARTS]:
         value, shapes = node.inputs[0], [output.shape for output in node.outputs]
         if value is None or value.shape is None:
+            logger.debug("narrow_splits: kept %s: its input has no shape", node.name)
             continue
         axis = node.attributes.get_int("axis", 0) % len(value.shape)
         sizes = [shape[axis] if shape is not None else None for shape in shapes]
         parts = [(part, size) for part, size in zip(node.outputs, sizes, strict=True) if isinstance(size, int)]
         if len(parts) < len(shapes):
+            logger.debug("narrow_splits: kept %s: the sizes of its outputs depend on the batch", node.name)
             continue
+        logger.debug("narrow_splits: %s has %d outputs, at most %d are portable", node.name, len(parts), MOST_PARTS)
         lengths = node.inputs[1] if len(node.inputs) > 1 else None
         made = _split(model.graph, node, value, axis, parts, "")
         for part, _ in parts:
@@ -267,11 +275,18 @@ def fold_constants(model: ir.Model) -> ir.Model:
         for v in node.outputs
         if v.is_graph_output() or any(classes[n.outputs[0]] != Depends.CONSTANT for n in v.consumers())
     ]
+    folded = 0
     for value, array in zip(targets, evaluate(graph, targets), strict=True):
         if array.nbytes <= SMALL_CONSTANT or not any(
             classes[n.outputs[0]] != Depends.CONSTANT for weight in _weights_of(value) for n in weight.consumers()
         ):
             _replace_by_constant(graph, value, array)
+            folded += 1
+        else:
+            logger.debug(
+                "fold_constants: kept %s as nodes: others read its weights, %d bytes", value.name, array.nbytes
+            )
+    logger.debug("fold_constants: stored %d values that depend on weights alone", folded)
     return drop_unused(model)
 
 
@@ -295,23 +310,28 @@ def static_reshapes(model: ir.Model) -> ir.Model:
     for node, at_3, at_5 in zip(reshapes, few, many, strict=True):
         varying = at_3 != at_5
         if varying.sum() > 1:
+            logger.debug("static_reshapes: kept the target of %s: %d of its axes vary", node.name, varying.sum())
             continue
         at_3[varying] = -1
         if (key := at_3.tobytes()) not in constants:
             constants[key] = _add_constant(graph, at_3)
         node.replace_input_with(1, constants[key])
+    logger.debug("static_reshapes: %d Reshapes were computed from the batch", len(reshapes))
     return model
 
 
 def drop_unused(model: ir.Model) -> ir.Model:
     """Remove nodes and initializers that no output needs."""
     graph = model.graph
+    before = graph.num_nodes(), len(graph.initializers)
     for node in reversed(list(graph)):
         if not any(v.is_graph_output() or v.uses() for v in node.outputs):
             graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+    dropped = before[0] - graph.num_nodes(), before[1] - len(graph.initializers)
+    logger.debug("drop_unused: removed %d nodes and %d stored tensors", *dropped)
     return model
 
 

@@ -20,6 +20,7 @@ Source: arXiv 2410.11081, section 5.2; ``scm_sdk.model.sampler`` is the definiti
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from .network import NetworkGraph
+
+logger = logging.getLogger(__name__)
 
 SPEC_KEY = "scm_spec"
 """Metadata key of the graph for the JSON of its spec."""
@@ -89,6 +92,8 @@ def compose_sampler(network: NetworkGraph, spec: SamplerSpec) -> ir.Model:
         producer_version=__version__,
         metadata_props={SPEC_KEY: spec.to_json(), **network.versions},
     )
+    logger.debug("compose: %d steps, %d nodes, %d stored tensors", spec.num_inference_steps, graph.num_nodes(),
+                 len(graph.initializers))  # fmt: skip
     return check_time_folded(narrow_splits(model))
 
 

@@ -6,6 +6,7 @@ a step then reads one row instead of a chain of small matrix products, which dom
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .partial_eval import BATCH_DIM, ROUNDING, Depends, evaluate, read_outside
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 LABEL_INPUT = "class_labels"
 """Name of the label input, (batch,)."""
@@ -68,6 +71,7 @@ def label_branch(
     """
     label = next((value for value in graph.inputs if value.name == LABEL_INPUT), None)
     if label is None or not 0 < num_classes <= MAX_CLASSES:
+        logger.debug("label table: none for %d classes, expected 1 to %d", num_classes, MAX_CLASSES)
         return None
     branch = {label}
     for node in graph:
@@ -76,9 +80,14 @@ def label_branch(
             branch.update(node.outputs)
     border = tuple(read_outside((value for node in graph for value in node.outputs), branch))
     if not border or not all(_is_rows(value) for value in border):
+        logger.debug("label table: none, what the labels' branch computes is not one row for each sample")
         return None
-    size = num_steps * num_classes * sum(_size(value) for value in border)
-    return LabelBranch(border=border, num_classes=num_classes) if size <= _freed(graph, branch) else None
+    size, freed = num_steps * num_classes * sum(_size(value) for value in border), _freed(graph, branch)
+    if size > freed:
+        logger.debug("label table: none, its %d numbers are more than the %d weights it would replace", size, freed)
+        return None
+    logger.debug("label table: %d numbers replace %d weights", size, freed)
+    return LabelBranch(border=border, num_classes=num_classes)
 
 
 def _is_rows(value: ir.Value) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import itertools
+import logging
 import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _STACK = "pkg.torch.onnx.stack_trace"
@@ -56,6 +59,7 @@ def name_by_module(model: ir.Model, *, root: str = "") -> ir.Model:
         value.name = f"\0{i}"
     for value, name in renamed.items():
         value.name = name
+    logger.debug("name_by_module: named %d nodes and %d values", len(node_names), len(renamed))
     return model
 
 

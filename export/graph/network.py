@@ -12,13 +12,14 @@ The exporter is the slow part, so it runs once for any number of samplers::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scm_sdk import __version__
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.lazy import require
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import SamplerSpec
@@ -45,9 +46,6 @@ __all__ = [
     "export_samplers",
     "write_model",
 ]
-
-Progress = Callable[[str], object]
-"""Called with a short text for each stage when it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ class NetworkGraph:
         return self.model.graph.num_nodes()
 
 
-def export_network(model: ConsistencyModel, *, progress: Progress | None = None) -> NetworkGraph:
+def export_network(model: ConsistencyModel, *, events: Events = SILENT) -> NetworkGraph:
     """Export the network of a model, float32, opset 20, any batch size.
 
     Takes seconds for a small U-Net, a minute or more for a large one.
@@ -85,7 +83,7 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
     Args:
         model: A float32 model in evaluation mode. Weights that are normalized on use are stored in normalized form;
             calling ``bake_weights_`` of ``model.networks.magnitude`` first avoids a copy.
-        progress: Called with a few words for each stage as it begins.
+        events: Receives the stages.
 
     Raises:
         ExportError: If the model is in training mode or not float32, or if the network cannot be
@@ -112,16 +110,16 @@ def export_network(model: ConsistencyModel, *, progress: Progress | None = None)
         for i in spec.conditioning_inputs
     }
     seconds: dict[str, float] = {}
-    with _stage("trace", "trace the network", seconds, progress):
+    with _stage("trace", "trace the network", seconds, events):
         program = trace_network(module, x, conditioning)
-    with _stage("translate", "translate to ONNX", seconds, progress):
+    with _stage("translate", "translate to ONNX", seconds, events):
         graph = translate(program, ("x", TIME_INPUT, *conditioning), "F")
     num_nodes_exported = graph.graph.num_nodes()
-    with _stage("clean", "simplify the graph", seconds, progress):
+    with _stage("clean", "simplify the graph", seconds, events):
         clean(graph, root=ROOT)
     decoder = None
     if model.decoder is not None:
-        with _stage("decoder", "export the decoder", seconds, progress):
+        with _stage("decoder", "export the decoder", seconds, events):
             decoder = export_decoder(model.decoder, spec.sample_shape)
     return NetworkGraph(
         model=graph,
@@ -143,14 +141,14 @@ def export_onnx(
     path: Path,
     *,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
-    progress: Progress | None = None,
+    events: Events = SILENT,
 ) -> GraphReport:
     """Write one sampler of a model as an ONNX file; see ``export_samplers`` for several.
 
     Raises:
         ScmError: As ``export_network``, ``compose_sampler`` and ``write_model`` do.
     """
-    (report,) = _export(model, {path: spec}, external_data_above, progress)
+    (report,) = _export(model, {path: spec}, external_data_above, events)
     return report
 
 
@@ -160,7 +158,7 @@ def export_samplers(
     folder: Path,
     *,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
-    progress: Progress | None = None,
+    events: Events = SILENT,
 ) -> tuple[GraphReport, ...]:
     """Write samplers of one model as ``folder/<n>step/model.onnx`` with a single export of the network.
 
@@ -169,7 +167,7 @@ def export_samplers(
         specs: One spec per number of steps.
         folder: ``onnx/fp32`` in a bundle; created if missing.
         external_data_above: See ``write_model``.
-        progress: Called with a few words for each stage as it begins.
+        events: Receives the stages.
 
     Returns:
         One report for each spec, in the same order.
@@ -182,31 +180,30 @@ def export_samplers(
     if len(targets) != len(specs):
         steps = [spec.num_inference_steps for spec in specs]
         raise ConfigError(f"specs have {steps} steps, expected different numbers: each has its own folder.")
-    return _export(model, targets, external_data_above, progress)
+    return _export(model, targets, external_data_above, events)
 
 
 def _export(
     model: ConsistencyModel,
     targets: Mapping[Path, SamplerSpec],
     external_data_above: int,
-    progress: Progress | None,
+    events: Events,
 ) -> tuple[GraphReport, ...]:
-    network = export_network(model, progress=progress)
+    network = export_network(model, events=events)
     reports = []
     for path, spec in targets.items():
         seconds = dict(network.seconds)
-        with _stage("compose", f"build the {spec.num_inference_steps}-step graph", seconds, progress):
+        with _stage("compose", f"build the {spec.num_inference_steps}-step graph", seconds, events):
             sampler = compose_sampler(network, spec)
-        with _stage("write", f"write {path}", seconds, progress):
+        with _stage("write", f"write the {spec.num_inference_steps}-step graph", seconds, events):
             report = write_model(sampler, path, external_data_above=external_data_above)
         reports.append(replace(report, seconds=seconds))
     return tuple(reports)
 
 
 @contextmanager
-def _stage(key: str, title: str, seconds: dict[str, float], progress: Progress | None) -> Iterator[None]:
-    if progress is not None:
-        progress(title)
+def _stage(key: str, title: str, seconds: dict[str, float], events: Events) -> Iterator[None]:
+    events.stage(title)
     start = time.perf_counter()
     yield
     seconds[key] = round(time.perf_counter() - start, 3)

@@ -11,6 +11,7 @@ ReduceL2 sums each position separately. Reduced precisions keep it in float32 (`
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from .ops import put_before, scalar_of, stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 EPS = 1e-8
 """eps of ``scm_sdk.model.networks.layers.pixel_norm``."""
@@ -32,23 +35,24 @@ def lengths_for_pixel_norms(model: ir.Model) -> ir.Model:
     Ensures: no ReduceMean of squares over one axis feeds a reciprocal root, unless its eps is large or it has other
         uses.
     """
-    for node in list(model.graph):
-        if node.op_type == "Mul":
-            _rewrite(model.graph, node)
+    rewritten = sum(_rewrite(model.graph, node) for node in list(model.graph) if node.op_type == "Mul")
+    logger.debug("pixel norms: rewrote %d as vector norms", rewritten)
     return model
 
 
-def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
+def _rewrite(graph: ir.Graph, mul: ir.Node) -> bool:
+    """Rewrite the pixel norm that ends in a Mul; return whether there was one."""
     import numpy as np
     import onnx_ir as ir
 
     found = _match(mul)
     if found is None:
-        return
+        return False
     x, mean, axis, eps = found
     channels = x.shape[axis] if x.shape is not None and axis < x.shape.rank() else None
     if not isinstance(channels, int) or mean.outputs[0].shape is None or x.dtype != ir.DataType.FLOAT:
-        return
+        logger.debug("pixel norms: kept %s: its channels are not fixed or its type is not float32", mul.name)
+        return False
     name = (mean.name or "").replace("ReduceMean", "ReduceL2")
     scale, least = (
         stored(graph, f"pixel_norm_{channels}.{what}", np.array(number, np.float32))
@@ -68,6 +72,7 @@ def _rewrite(graph: ir.Graph, mul: ir.Node) -> None:
     for node in chain:
         if node is not None:
             graph.remove(node, safe=True)
+    return True
 
 
 def _match(mul: ir.Node) -> tuple[ir.Value, ir.Node, int, float] | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import msgspec
 import numpy as np
 
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import scratch_folder
 from scm_sdk._util.json_struct import from_json, to_json
 from scm_sdk._util.lazy import require
@@ -91,7 +92,7 @@ def calibrate(
     percentile: float = 99.99,
     batch_size: int = 8,
     examples: Examples | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    events: Events = SILENT,
 ) -> Calibration:
     """Measure the ranges of the inputs of nodes.
 
@@ -107,7 +108,7 @@ def calibrate(
         percentile: For ``percentile``, percent.
         batch_size: Batch size; it limits memory.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with completed and total batches.
+        events: Receives a step for each batch.
 
     Returns:
         The ranges, reproducible on one machine.
@@ -133,7 +134,7 @@ def calibrate(
     if missing:
         raise ConfigError(f"the graph has no node {sorted(missing)[0]!r}, expected names out of it.")
     seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
-    runner = Runner(model, spec, seeds, progress, examples)
+    runner = Runner(model, spec, seeds, events, examples)
     largest = runner.largest(nodes)
     for name, value in largest.items():
         if not np.isfinite(value):
@@ -181,10 +182,10 @@ class Runner:
         model: ir.Model,
         spec: SamplerSpec,
         seeds: Sequence[range],
-        progress: Callable[[int, int], object],
+        events: Events,
         examples: Examples | None = None,
     ) -> None:
-        self.model, self.spec, self.seeds, self.progress = model, spec, seeds, progress
+        self.model, self.spec, self.seeds, self.events = model, spec, seeds, events
         self.examples = examples
 
     def largest(self, names: Sequence[str]) -> dict[str, float]:
@@ -255,7 +256,7 @@ class Runner:
             session = open_session(model, folder)
             for i, seeds in enumerate(self.seeds):
                 yield session.run(names, feeds_of(self.spec, seeds, self.examples))
-                self.progress(i + 1, len(self.seeds))
+                self.events.step("batches of images", i + 1, len(self.seeds))
 
 
 def _inputs_by_name(model: ir.Model, names: Sequence[str]) -> dict[str, ir.Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from .winograd import products_for_convolutions
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+logger = logging.getLogger(__name__)
+
 
 def norms_that_fuse(model: ir.Model) -> int:
     """Rewrite the pixel norms over a last axis in place; return their number.
@@ -26,6 +29,7 @@ def norms_that_fuse(model: ir.Model) -> int:
     found = [(node, match) for node in model.graph if (match := _match(node)) is not None]
     for node, (x, eps, channels) in found:
         _rewrite(model.graph, node, x, eps, channels)
+    logger.debug("norms: rewrote %d pixel norms over the last axis", len(found))
     return len(found)
 
 

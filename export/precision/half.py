@@ -10,6 +10,7 @@ matrix products, stay in float32: a small part of the work whose rounding would 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -156,7 +159,11 @@ def apply_precision(model: ir.Model, plan: PrecisionPlan) -> ir.Model:
     copy = model.clone()
     if plan.precision == "bf16":
         _raise_opset(copy, BF16_OPSET)
-    _Lowering(copy, plan).run()
+    lowering = _Lowering(copy, plan)
+    lowering.run()
+    for node, reason in lowering.kept.items():
+        logger.debug("%s: kept %s in float32: %s", plan.precision, node.name, reason)
+    logger.debug("%s: %d nodes, %d of them islands", plan.precision, copy.graph.num_nodes(), len(lowering.kept))
     copy.metadata_props[PRECISION_KEY] = plan.precision
     return copy
 

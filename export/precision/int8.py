@@ -7,6 +7,7 @@ keeps its precision, usually FP16. Zero points are zero: TensorRT refuses others
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from .half import PRECISION_KEY, conditioning_nodes
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import DTypeLike
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_AXIS = {"Conv": 0, "Gemm": 1, "MatMul": -1}
 """Quantizable operators, and the output channel axis of their weight (for Gemm without transB)."""
@@ -183,6 +186,9 @@ def quantize(model: ir.Model, calibration: Calibration, plan: QuantizePlan) -> i
         if node.name in chosen:
             quantizer.quantize_node(node)
     quantizer.drop_unused()
+    for name, reason in layers.left.items():
+        logger.debug("int8: kept %s: %s", name, reason)
+    logger.debug("int8: %s", layers.share())
     copy.metadata_props[PRECISION_KEY] = "int8"
     return copy
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import atomic_write_bytes, sha256_bytes, sha256_file
-from scm_sdk._util.progress import Progress, Step
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.bundle.edit import Draft, extend_bundle, open_to_extend
+from scm_sdk.bundle.edit import Draft
 from scm_sdk.errors import ConfigError
 from scm_sdk.inference.conditioning import Examples
 
-from ..graph.io import read_model
+from ..workspace import Workspace
 from .calibration import Calibration, Method, calibrate, describe_conditioning
 from .external_qdq import adopt_quantized
 from .half import LowPrecision, PrecisionPlan, apply_precision, default_plan
@@ -26,7 +26,7 @@ from .int8_ort import quantize_for_cpu
 from .layer_search import Quantizer, exclude_to_target, open_candidates
 from .probe import NUM_SAMPLES, Probe
 from .smoothquant import choose_factors, equalize
-from .variants import Source, Variant, add_graph, first_graph, fp32_sources, own_islands, unchanged_variants
+from .variants import Source, Variant, add_graph, first_graph, fp32_sources, own_islands, report_all, unchanged_variants
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,21 +70,21 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 def add_int8(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Workspace,
     options: QuantizeOptions | None = None,
     *,
     steps: Sequence[int] = (),
     examples: Examples | None = None,
-    progress: Progress = lambda _: None,
+    events: Events = SILENT,
 ) -> list[Variant]:
     """Add the INT8 form of a bundle's graphs, calibrated on intermediate states of the sampler.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         options: Options of quantization; default: ``QuantizeOptions()``.
         steps: Only graphs with these numbers of steps; () is all.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with a short text for each stage.
+        events: Receives the stages and each variant.
 
     Raises:
         BundleError: If the bundle is damaged or cannot be written.
@@ -92,60 +92,66 @@ def add_int8(
         ParityError: If the target cannot be reached.
     """
     options = options or QuantizeOptions()
-    bundle = open_to_extend(path)
+    workspace = Workspace.of(path)
+    bundle = workspace.open_to_extend()
     base_plan = None
     if options.precision == "int8" and options.base != "fp32":
-        base_plan = _base_plan(bundle, options.base)
+        base_plan = _base_plan(workspace, options.base)
     recipe = msgspec.to_builtins(options) | {"base_plan": sha256_bytes(base_plan.to_json()) if base_plan else ""}
     if examples is not None:
         recipe["examples"] = examples.sha256
-    sources = fp32_sources(bundle, steps, recipe)
+    sources = fp32_sources(workspace, steps, recipe)
     if unchanged := unchanged_variants(bundle, sources, options.precision):
-        return unchanged
-    plan = options.plan or default_quantize_plan(read_model(sources[-1].graph))
+        return report_all(unchanged, events)
+    plan = options.plan or default_quantize_plan(sources[-1].model)
     _check_steps(bundle, plan)
     looked_at = options.num_samples if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
     probes = [Probe(s.graph, s.spec, num_samples=looked_at, examples=examples) for s in sources]
     if options.precision == "int8-cpu":
-        plan, made = _make_for_cpu(sources, probes, plan, options, examples, progress)
+        plan, made = _make_for_cpu(sources, probes, plan, options, examples, events)
     else:
-        plan, made = _make_for_engines(sources, probes, plan, base_plan, options, examples, progress)
-    with extend_bundle(bundle) as draft:
+        plan, made = _make_for_engines(sources, probes, plan, base_plan, options, examples, events)
+    with workspace.extend(bundle) as draft:
         plan_path = f"precision/{options.precision}.json"
         atomic_write_bytes(draft.path(plan_path), plan.to_json())
         draft.roles[plan_path] = "plan"
         variants = []
         for source, probe, (model, measured) in zip(sources, probes, made, strict=True):
             files = [plan_path, *_write_calibration(draft, source, measured)]
-            layers = choose_layers(read_model(source.graph), plan)
+            layers = choose_layers(source.model, plan)
             notes = [f"{layers.share()} in int8", *(f"not {name}: {why}" for name, why in _left_out(layers.left))]
             if (conditioning := describe_conditioning(source.spec, examples)) and examples is None:
                 notes.append(f"calibrated on {conditioning}: give --prompts for ranges of real ones")
             variants.append(add_graph(draft, model, source, options.precision, probe, built_from=files, notes=notes))
-    return variants
+    return report_all(variants, events)
 
 
-def add_foreign_int8(path: str | os.PathLike[str], graph: Path, *, steps: int) -> Variant:
+def add_foreign_int8(
+    path: str | os.PathLike[str] | Workspace, graph: Path, *, steps: int, events: Events = SILENT
+) -> Variant:
     """Add a sampler graph that another tool, such as ModelOpt, quantized with QuantizeLinear nodes.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         graph: The ONNX file.
         steps: Its number of steps.
+        events: Receives the variant.
 
     Raises:
         UnsupportedGraphError: If engines cannot use it, with the reason.
         ShapeError: If its inputs and outputs do not match the sampler.
         BundleError: If the bundle is damaged or cannot be written.
     """
-    bundle = open_to_extend(path)
-    (source,) = fp32_sources(bundle, [steps], {"foreign": sha256_file(graph) if graph.is_file() else ""})
+    workspace = Workspace.of(path)
+    bundle = workspace.open_to_extend()
+    (source,) = fp32_sources(workspace, [steps], {"foreign": sha256_file(graph) if graph.is_file() else ""})
     if unchanged := unchanged_variants(bundle, [source], "int8"):
-        return unchanged[0]
+        return report_all(unchanged, events)[0]
     model = adopt_quantized(graph, source.spec)
     probe = Probe(source.graph, source.spec)
-    with extend_bundle(bundle) as draft:
-        return add_graph(draft, model, source, "int8", probe, built_from=[], notes=[f"adopted from {graph.name}"])
+    with workspace.extend(bundle) as draft:
+        variant = add_graph(draft, model, source, "int8", probe, built_from=[], notes=[f"adopted from {graph.name}"])
+    return report_all([variant], events)[0]
 
 
 _Made = tuple[QuantizePlan, "list[tuple[ir.Model, Calibration | None]]"]
@@ -157,21 +163,21 @@ def _make_for_cpu(
     plan: QuantizePlan,
     options: QuantizeOptions,
     examples: Examples | None,
-    progress: Progress,
+    events: Events,
 ) -> _Made:
     """Return the plan, with exclusions for the target, and the graph of each source."""
 
     def quantizer(source: Source) -> Quantizer:
         return lambda plan: quantize_for_cpu(
-            read_model(source.graph), source.spec, plan, num_samples=options.num_samples, seed=options.seed,
+            source.model, source.spec, plan, num_samples=options.num_samples, seed=options.seed,
             examples=examples,
         )  # fmt: skip
 
     for source, probe in zip(sources, probes, strict=True):
-        progress(f"quantize the {source.num_inference_steps}-step graph for CPUs")
+        events.stage(f"quantize the {source.num_inference_steps}-step graph for CPUs")
         if options.target_db is not None:  # one plan for all: each starts from the last
-            full = read_model(source.graph)
-            plan = exclude_to_target(full, quantizer(source), plan, probe, options.target_db, progress=progress)
+            full = source.model
+            plan = exclude_to_target(full, quantizer(source), plan, probe, options.target_db, events=events)
     return plan, [(quantizer(source)(plan), None) for source in sources]
 
 
@@ -182,21 +188,24 @@ def _make_for_engines(
     base_plan: PrecisionPlan | None,
     options: QuantizeOptions,
     examples: Examples | None,
-    progress: Progress,
+    events: Events,
 ) -> _Made:
     """Return the plan, with exclusions for the target, and the graph and ranges of each source."""
     measured = []
     for source, probe in zip(sources, probes, strict=True):
-        full = read_model(source.graph)
+        full = source.model
         base = full if base_plan is None else apply_precision(full, base_plan)
-        progress(f"calibrate the {source.num_inference_steps}-step graph on {options.num_samples} images")
-        factors = _factors(full, source, plan, options, examples)
+        on = f"the {source.num_inference_steps}-step graph on {options.num_samples} images"
+        if options.equalize:
+            events.stage(f"measure the channels of {on}")
+        factors = _factors(full, source, plan, options, examples, events)
+        events.stage(f"calibrate {on}")
         equal = equalize(full, choose_layers(full, plan).quantized, factors)
-        calibration = _calibrate(equal, source, plan, options, examples, progress)
+        calibration = _calibrate(equal, source, plan, options, examples, events)
         quantizer = partial(_equalize_and_quantize, base, factors, calibration)
         if options.target_db is not None:  # one plan for all: each starts from the last
             with open_candidates(base, quantizer, plan) as candidate:
-                plan = exclude_to_target(base, candidate, plan, probe, options.target_db, progress=progress)
+                plan = exclude_to_target(base, candidate, plan, probe, options.target_db, events=events)
         measured.append((quantizer, calibration))
     return plan, [(quantizer(plan), calibration) for quantizer, calibration in measured]
 
@@ -219,23 +228,28 @@ def _check_steps(bundle: Bundle, plan: QuantizePlan) -> None:
             )
 
 
-def _base_plan(bundle: Bundle, base: LowPrecision | str) -> PrecisionPlan:
+def _base_plan(workspace: Workspace, base: LowPrecision | str) -> PrecisionPlan:
     """Return the plan of the bundle's graph of the base precision, or the default one."""
-    path = f"precision/{base}.json"
+    bundle, path = workspace.opened, f"precision/{base}.json"
     if any(entry.path == path for entry in bundle.manifest.files):
         return PrecisionPlan.from_json(bundle.file(path).read_bytes())
-    model = first_graph(bundle.path)
+    model = first_graph(workspace)
     return default_plan("bf16" if base == "bf16" else "fp16").with_islands(*own_islands(model))
 
 
 def _factors(
-    model: ir.Model, source: Source, plan: QuantizePlan, options: QuantizeOptions, examples: Examples | None
+    model: ir.Model,
+    source: Source,
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    examples: Examples | None,
+    events: Events,
 ) -> dict[str, np.ndarray]:
     if not options.equalize:
         return {}
     layers = choose_layers(model, plan).quantized
     return choose_factors(
-        model, layers, source.spec, num_samples=options.num_samples, seed=options.seed, examples=examples
+        model, layers, source.spec, num_samples=options.num_samples, seed=options.seed, examples=examples, events=events
     )
 
 
@@ -245,7 +259,7 @@ def _calibrate(
     plan: QuantizePlan,
     options: QuantizeOptions,
     examples: Examples | None,
-    progress: Progress,
+    events: Events,
 ) -> Calibration:
     return calibrate(
         model,
@@ -256,7 +270,7 @@ def _calibrate(
         num_samples=options.num_samples,
         seed=options.seed,
         percentile=options.percentile,
-        progress=lambda done, total: progress(Step("batches of images", done, total)),
+        events=events,
         examples=examples,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from scm_sdk._util.progress import Counter, Progress
+from scm_sdk._util.events import SILENT, Counter, Events
 from scm_sdk.errors import ParityError
 
 from .half import MOVES, Island, PrecisionPlan, apply_precision, island_nodes
@@ -48,7 +48,7 @@ def find_islands(
     probe: Probe,
     target_db: float,
     *,
-    progress: Progress = lambda _: None,
+    events: Events = SILENT,
 ) -> IslandSearch:
     """Add the fewest blocks to a plan's islands so that 95 % of the images reach a PSNR.
 
@@ -57,7 +57,7 @@ def find_islands(
         plan: The initial plan.
         probe: A probe of the same graph.
         target_db: PSNR that 95 % of the images must reach, dB.
-        progress: Called with a short text for each stage.
+        events: Receives what is measured.
 
     Raises:
         ParityError: If the target cannot be reached with every block in float32.
@@ -67,7 +67,7 @@ def find_islands(
         return probe.gate_db(apply_precision(model, plan.with_islands(*islands)))
 
     start = measure([])
-    progress(f"95 % of the images reach {start:.1f} dB by the plan as it is, {target_db:g} dB is the target")
+    events.note(f"95 % of the images reach {start:.1f} dB by the plan as it is, {target_db:g} dB is the target")
     if start >= target_db:
         return IslandSearch(plan=plan, psnr_db=start, start_db=start, alone_db={})
     blocks = {pattern: Island(pattern=pattern, reason="float32 for the search") for pattern in _patterns(model, plan)}
@@ -80,7 +80,7 @@ def find_islands(
             "target: lower it, or ship fp32."
         )
     alone: dict[str, float] = {}
-    counter = Counter(progress, len(blocks) + most_calls(len(blocks)))
+    counter = Counter(events, len(blocks) + most_calls(len(blocks)))
     for pattern in blocks:
         alone[pattern] = measure([island for other, island in blocks.items() if other != pattern])
         counter.step(f"{pattern} alone in {plan.precision}: {alone[pattern]:.1f} dB")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scm_sdk._util.events import SILENT, Counter, Events
 from scm_sdk._util.files import scratch_folder
-from scm_sdk._util.progress import Counter, Progress
 from scm_sdk.errors import ParityError
 
 from .half import PRECISION_KEY
@@ -105,7 +105,7 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: ir.Model, candidate: Candidate, plan: QuantizePlan, probe: Probe, *, progress: Progress = lambda _: None
+    model: ir.Model, candidate: Candidate, plan: QuantizePlan, probe: Probe, *, counter: Counter | None = None
 ) -> Sensitivity:
     """Measure each layer of a plan alone in int8.
 
@@ -114,14 +114,15 @@ def sensitivity(
         candidate: Quantizes it by a plan; see ``open_candidates``.
         plan: Which layers.
         probe: Made from the float32 graph of the same sampler.
-        progress: Called with a line for each layer.
+        counter: Counts the layers.
     """
     names = choose_layers(model, plan).quantized
+    counter = counter or Counter(SILENT, len(names))
     found = {}
     for name in names:
         others = [Exclusion(pattern=other, reason="one at a time") for other in names if other != name]
         found[name] = probe.rank_db(candidate(plan.excluding(*others)))
-        progress(f"{name} alone in int8: {found[name]:.1f} dB")
+        counter.step(f"{name} alone in int8: {found[name]:.1f} dB")
     return Sensitivity(
         base_db=probe.gate_db(model), layers_db={n: found[n] for n in sorted(found, key=found.__getitem__)}
     )
@@ -134,7 +135,7 @@ def exclude_to_target(
     probe: Probe,
     target_db: float,
     *,
-    progress: Progress = lambda _: None,
+    events: Events = SILENT,
 ) -> QuantizePlan:
     """Exclude the fewest layers so that 95 % of the images reach a PSNR.
 
@@ -145,7 +146,7 @@ def exclude_to_target(
         probe: Made from the float32 graph of the same sampler.
         target_db: Target PSNR, dB. The gate judges on other images than the probe, so the target should be above the
             gate by ``build_all.MARGIN_DB``.
-        progress: Called with a line for each stage; the measurements are ``Step``.
+        events: Receives what is measured.
 
     Returns:
         The plan; each new exclusion states the loss of its layer.
@@ -154,12 +155,13 @@ def exclude_to_target(
         ParityError: If the target cannot be reached without quantized layers.
     """
     start = probe.gate_db(candidate(plan))
-    progress(f"95 % of the images reach {start:.1f} dB by the plan as it is, {target_db:g} dB is the target")
+    events.note(f"95 % of the images reach {start:.1f} dB by the plan as it is, {target_db:g} dB is the target")
     if start >= target_db:
         return plan
+    events.stage(f"search the layers to keep out of int8, {probe.spec.num_inference_steps}-step graph")
     count = len(choose_layers(model, plan).quantized)
-    counter = Counter(progress, count + most_calls(count))
-    table = sensitivity(model, candidate, plan, probe, progress=counter.step)
+    counter = Counter(events, count + most_calls(count))
+    table = sensitivity(model, candidate, plan, probe, counter=counter)
     if table.base_db < target_db:
         raise ParityError(
             f"the graph has {table.base_db:.1f} dB with no layer in int8, expected {target_db:.1f} dB. Lower the "

@@ -13,12 +13,14 @@ The exponent ``a`` minimizes the expected rounding error of both sides, jointly 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk.inference.conditioning import Examples
 from scm_sdk.spec import SamplerSpec
 
@@ -28,6 +30,8 @@ from .int8 import OUTPUT_AXIS, QMAX
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 EQUALIZED_SUFFIX, FACTOR_SUFFIX = ".equalized", ".factor"
 """Name suffixes of an equalized weight and of its factors."""
@@ -67,7 +71,7 @@ def choose_factors(
     seed: int = 0,
     batch_size: int = 8,
     examples: Examples | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    events: Events = SILENT,
 ) -> dict[str, np.ndarray]:
     """Return the factors of each weight that improves, (C,) float64, by weight name.
 
@@ -80,7 +84,7 @@ def choose_factors(
         seed: Random seed of the samples.
         batch_size: Batch size; it limits memory.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with completed and total batches.
+        events: Receives a step for each batch.
 
     Raises:
         BackendUnavailable: If onnxruntime is not installed.
@@ -89,13 +93,17 @@ def choose_factors(
     if not layers:
         return {}
     seeds = calibration_seeds(spec, num_samples=num_samples, seed=seed, batch_size=batch_size)
-    channels = _measure(Runner(model, spec, seeds, progress, examples), list(layers.values()))
+    channels = _measure(Runner(model, spec, seeds, events, examples), list(layers.values()))
     found = {}
     for group in _groups(list(layers.values())):
         readers = {_weight(node): node for node in group}
         read = [channels[key] for key in {_read(node): None for node in group}]
         factors = _best([_by_input_channel(node) for node in readers.values()], read)
-        if factors is not None:
+        names = ", ".join(node.name or "" for node in group)
+        if factors is None:
+            logger.debug("equalize: kept %s: no factors round it better", names)
+        else:
+            logger.debug("equalize: %s by factors of %.3g to %.3g", names, factors.min(), factors.max())
             found.update({weight.name or "": factors for weight in readers})
     return found
 

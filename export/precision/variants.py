@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import atomic_write_bytes, sha256_bytes
-from scm_sdk._util.progress import Progress
 from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.bundle.edit import Draft, extend_bundle, open_to_extend, recipe_of
+from scm_sdk.bundle.edit import Draft, recipe_of
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ConfigError, UnsupportedGraphError
 from scm_sdk.inference.conditioning import Examples
 from scm_sdk.spec import Precision, SamplerSpec
 
-from ..graph.io import GraphReport, data_path_of, read_model, write_model
+from ..graph.io import GraphReport, data_path_of, write_model
+from ..workspace import Workspace, sha256_of
 from .cpu import cpu_form
 from .fp16_unsafe import ISLANDS_KEY
 from .half import Island, PrecisionPlan, apply_precision, count_precisions
@@ -56,32 +57,40 @@ class Variant:
     psnr_db: float | None = None
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        if self.graph is None:
+            return f"{self.path}: unchanged"
+        size = (self.graph.bytes + self.graph.data_bytes) / 1e6
+        nodes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(self.nodes.items(), key=lambda x: -x[1]))
+        look = "not run: no CPU kernels" if self.psnr_db is None else f"95 % of images reach {self.psnr_db:.1f} dB"
+        return "; ".join([f"{self.path}: {size:.1f} MB, nodes {nodes}", look, *self.notes])
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {**vars(self), "graph": self.graph.to_dict() if self.graph else None}
 
 
 def add_precision(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Workspace,
     plan: PrecisionPlan,
     *,
     target_db: float | None = None,
     steps: Sequence[int] = (),
     num_samples: int = NUM_SAMPLES,
     examples: Examples | None = None,
-    progress: Progress = lambda _: None,
+    events: Events = SILENT,
 ) -> list[Variant]:
     """Add the FP16 or BF16 form of a bundle's fp32 graphs.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         plan: Nodes that stay in float32.
         target_db: PSNR that 95 % of the compared images must reach, dB; blocks become islands until they do. Only for
             fp16, which a CPU can run.
         steps: Only graphs with these numbers of steps; () is all.
         num_samples: Number of images for the comparison and the search; 0 for none, for graphs that run for minutes.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with a few words for each stage.
+        events: Receives the stages and each variant.
 
     Returns:
         One variant per number of steps.
@@ -91,68 +100,77 @@ def add_precision(
         ConfigError: If an fp32 graph is missing, or the plan does not match the network.
         ParityError: If the target cannot be reached.
     """
-    bundle = open_to_extend(path)
+    workspace = Workspace.of(path)
+    bundle = workspace.open_to_extend()
     options = {"plan": sha256_bytes(plan.to_json()), "target_db": target_db}
     if examples is not None and target_db is not None:  # the search depends on them
         options["examples"] = examples.sha256
-    sources = fp32_sources(bundle, steps, options)
+    sources = fp32_sources(workspace, steps, options)
     if unchanged := unchanged_variants(bundle, sources, plan.precision):
-        return unchanged
+        return report_all(unchanged, events)
     if target_db is not None and not num_samples:
         raise ConfigError("num_samples is 0, expected 1 or more with target_db: islands are found by their pictures.")
-    models = [read_model(source.graph) for source in sources]
+    models = [source.model for source in sources]
     plan = plan.with_islands(*(island for island in own_islands(models[0]) if island not in plan.islands))
     probes = [source.probe(num_samples, examples) for source in sources]
     if target_db is not None:
         for model, probe in zip(models, probes, strict=True):  # one plan for all: each search starts from the last plan
             assert probe is not None
-            progress(f"search the blocks to keep in float32, {probe.spec.num_inference_steps}-step graph")
-            plan = find_islands(model, plan, probe, target_db, progress=progress).plan
+            events.stage(f"search the blocks to keep in float32, {probe.spec.num_inference_steps}-step graph")
+            plan = find_islands(model, plan, probe, target_db, events=events).plan
     plan_path = f"precision/{plan.precision}.json"
-    with extend_bundle(bundle) as draft:
+    with workspace.extend(bundle) as draft:
         atomic_write_bytes(draft.path(plan_path), plan.to_json())
         draft.roles[plan_path] = "plan"
         variants = []
         for source, model, probe in zip(sources, models, probes, strict=True):
-            progress(f"write the {source.num_inference_steps}-step graph in {plan.precision}")
+            events.stage(f"write the {source.num_inference_steps}-step graph in {plan.precision}")
             low = apply_precision(model, plan)
             variants.append(add_graph(draft, low, source, plan.precision, probe, built_from=[plan_path]))
-    return variants
+    return report_all(variants, events)
 
 
 def add_cpu_form(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Workspace,
     *,
     steps: Sequence[int] = (),
     num_samples: int = NUM_SAMPLES,
     examples: Examples | None = None,
-    progress: Progress = lambda _: None,
+    events: Events = SILENT,
 ) -> list[Variant]:
     """Add the ``fp32-cpu`` form of a bundle's graphs: float32 with operators that are fast on CPUs.
 
     Args:
-        path: The bundle.
+        path: The bundle, or the workspace that it is open in.
         steps: Only graphs with these numbers of steps; () is all.
         num_samples: Number of images for the comparison; 0 for none.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
-        progress: Called with a few words for each stage.
+        events: Receives the stages and each variant.
 
     Raises:
         BundleError: If the bundle is damaged or cannot be written.
         ConfigError: If it has no such fp32 graph.
         UnsupportedGraphError: If no operator can be replaced.
     """
-    bundle = open_to_extend(path)
-    sources = fp32_sources(bundle, steps, {})
+    workspace = Workspace.of(path)
+    bundle = workspace.open_to_extend()
+    sources = fp32_sources(workspace, steps, {})
     if unchanged := unchanged_variants(bundle, sources, "fp32-cpu"):
-        return unchanged
-    made = [(source, *cpu_form(read_model(source.graph))) for source in sources]
-    with extend_bundle(bundle) as draft:
+        return report_all(unchanged, events)
+    made = [(source, *cpu_form(source.model)) for source in sources]
+    with workspace.extend(bundle) as draft:
         variants = []
         for source, model, notes in made:
-            progress(f"write the {source.num_inference_steps}-step graph in fp32-cpu")
+            events.stage(f"write the {source.num_inference_steps}-step graph in fp32-cpu")
             probe = source.probe(num_samples, examples)
             variants.append(add_graph(draft, model, source, "fp32-cpu", probe, built_from=[], notes=notes))
+    return report_all(variants, events)
+
+
+def report_all(variants: list[Variant], events: Events) -> list[Variant]:
+    """Report each variant, now that it is in the bundle, and return them."""
+    for variant in variants:
+        events.result(variant)
     return variants
 
 
@@ -168,13 +186,13 @@ class Source:
 
     Attributes:
         artifact: Entry in the manifest.
-        graph: Path of the file.
+        workspace: Workspace of the bundle.
         spec: The sampler.
         recipe: Inputs of a variant: the options, the digest of the graph, the version.
     """
 
     artifact: Artifact
-    graph: Path
+    workspace: Workspace
     spec: SamplerSpec
     recipe: dict[str, Any]
 
@@ -183,17 +201,28 @@ class Source:
         """Number of steps."""
         return self.artifact.num_inference_steps
 
+    @property
+    def model(self) -> ir.Model:
+        """The parsed graph; clone it before you change it."""
+        return self.workspace.graph(self.artifact.path)
+
+    @property
+    def graph(self) -> Path:
+        """The file."""
+        return self.workspace.opened.file(self.artifact.path)
+
     def probe(self, num_samples: int, examples: Examples | None) -> Probe | None:
         """Return the probe of its variants; None without a comparison."""
         return Probe(self.graph, self.spec, num_samples=num_samples, examples=examples) if num_samples else None
 
 
-def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any]) -> list[Source]:
+def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[str, Any]) -> list[Source]:
     """Return the float32 graphs of a bundle, fewest steps first.
 
     Raises:
         ConfigError: If there are no graphs, or none for one of ``steps``.
     """
+    bundle = workspace.opened
     found = sorted(bundle.artifacts(format="onnx", precision="fp32"), key=lambda a: a.num_inference_steps)
     there = [a.num_inference_steps for a in found]
     if not found or not set(steps) <= set(there):
@@ -204,7 +233,7 @@ def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any
     return [
         Source(
             artifact=a,
-            graph=bundle.file(a.path),
+            workspace=workspace,
             spec=bundle.spec(a.num_inference_steps),
             recipe={**options, "source": sha256_of(bundle, a.path), "scm_sdk": __version__},
         )
@@ -213,9 +242,9 @@ def fp32_sources(bundle: Bundle, steps: Sequence[int], options: Mapping[str, Any
     ]
 
 
-def first_graph(path: str | os.PathLike[str], steps: Sequence[int] = ()) -> ir.Model:
-    """Return the float32 graph with the fewest steps, for inspecting its layers."""
-    return read_model(fp32_sources(Bundle.open(path, verify="none"), steps, {})[0].graph)
+def first_graph(path: str | os.PathLike[str] | Workspace, steps: Sequence[int] = ()) -> ir.Model:
+    """Return the float32 graph with the fewest steps, for inspecting its layers; clone it before a change."""
+    return fp32_sources(Workspace.of(path), steps, {})[0].model
 
 
 def unchanged_variants(bundle: Bundle, sources: Sequence[Source], precision: Precision) -> list[Variant]:
@@ -251,6 +280,7 @@ def add_graph(
     data = data_path_of(Path(path)).as_posix()
     draft.path(data)  # external weights of an older graph
     report = write_model(model, draft.path(path))
+    draft.digests |= {path: report.sha256, data: report.data_sha256}
     draft.add(
         Artifact(path=path, format="onnx", precision=precision, num_inference_steps=steps, recipe=source.recipe),
         [source.artifact.path, *built_from],
@@ -274,10 +304,3 @@ def add_graph(
 def variant_path(precision: str, num_inference_steps: int) -> str:
     """Return the path of a graph in a bundle."""
     return f"onnx/{precision}/{num_inference_steps}step/model.onnx"
-
-
-def sha256_of(bundle: Bundle, path: str) -> str:
-    """Return the digest of a graph of a bundle with its weights, from the manifest."""
-    entries = {entry.path: entry.sha256 for entry in bundle.manifest.files}
-    data = f"{path}_data"
-    return entries[path] if data not in entries else sha256_bytes(f"{entries[path]}{entries[data]}".encode())

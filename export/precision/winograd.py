@@ -14,6 +14,7 @@ The graph stores the original filters under their names; they become 4 times as 
 
 from __future__ import annotations
 
+import logging
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,8 @@ from ..graph.ops import put_before, stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 LEAST_CHANNELS, LEAST_TILES, LEAST_PRODUCT = 128, 16, 2**12
 """Minimum channels of the narrower side, tiles of a map, and their product: with few channels the transforms cost more
@@ -57,6 +60,10 @@ def products_for_convolutions(model: ir.Model) -> tuple[int, int]:
     convolutions = [node for node in model.graph if node.op_type == "Conv"]
     chosen = {node: sizes for node in convolutions if (sizes := _sizes(node)) is not None and sizes.worth_it}
     filters: dict[ir.Value, ir.Value] = {}
+    for node in convolutions:
+        if node not in chosen:
+            logger.debug("winograd: kept %s: too narrow, or no 3x3 convolution that keeps the map's size", node.name)
+    logger.debug("winograd: rewrote %d of %d convolutions", len(chosen), len(convolutions))
     for node, sizes in chosen.items():
         _Rewriting(model.graph, node, filters).run(sizes)
     return len(chosen), len(convolutions)

@@ -7,9 +7,10 @@ Files that the manifest does not list are never opened. A bundle holds no pickle
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,8 @@ from .verify import (
     stamp,
 )
 
+logger = logging.getLogger(__name__)
+
 Verify = Literal["none", "digest"]
 
 
@@ -92,27 +95,71 @@ class Bundle:
         """
         if verify not in get_args(Verify):
             raise ConfigError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}.")
-        folder = Path(path)
-        finish_change(folder)
-        try:
-            return cls._read(folder, verify)
-        except IntegrityError:  # damaged, or another process changed the bundle while it was read
-            with undisturbed(folder, shared=True, purpose=f"open {folder}"):
-                return cls._read(folder, verify)
+        return cls._read_settled(Path(path), verify)
 
     @classmethod
-    def _read(cls, folder: Path, verify: Verify) -> Bundle:
-        bundle = cls(folder, read_manifest(folder))
-        bundle._check(verify)
+    def written(cls, path: str | os.PathLike[str], manifest: Manifest, *, hashed: Collection[str]) -> Bundle:
+        """Open a bundle that this process has just written, without reading its files again.
+
+        Args:
+            path: The folder.
+            manifest: What was written. If the one on disk differs, every file is hashed, as ``open`` does.
+            hashed: Paths of the files that this process hashed as it wrote them, or earlier, unchanged since.
+
+        Raises:
+            BundleError: As ``open`` does.
+        """
+        bundle = cls._read_settled(Path(path), "none")
+        if bundle.manifest != manifest:
+            return cls.open(path)
+        bundle._hashed.update({path: bundle._seen[path] for path in hashed})
         return bundle
 
-    def _check(self, verify: Verify) -> None:
+    def refreshed(self) -> Bundle:
+        """Open the bundle again as it is on disk now; files that did not change since they were hashed are not read.
+
+        Raises:
+            BundleError: As ``open`` does.
+        """
+        return self._read_settled(self.path, "digest", before=self)
+
+    def unchanged_files(self, entries: Iterable[FileEntry]) -> set[str]:
+        """Return the paths of those listed files that were hashed, with this result, and did not change since."""
+        digests = {entry.path: entry.sha256 for entry in self.manifest.files}
+        return {
+            entry.path
+            for entry in entries
+            if digests.get(entry.path) == entry.sha256
+            and self._hashed.get(entry.path, ()) == stamp(self.path / entry.path) != ()
+        }
+
+    @classmethod
+    def _read_settled(cls, folder: Path, verify: Verify, *, before: Bundle | None = None) -> Bundle:
+        finish_change(folder)
+        try:
+            return cls._read(folder, verify, before)
+        except IntegrityError:  # damaged, or another process published a change while it was read
+            with undisturbed(folder, shared=True, purpose=f"open {folder}"):
+                return cls._read(folder, verify, before)
+
+    @classmethod
+    def _read(cls, folder: Path, verify: Verify, before: Bundle | None) -> Bundle:
+        bundle = cls(folder, read_manifest(folder))
+        bundle._check(verify, before)
+        return bundle
+
+    def _check(self, verify: Verify, before: Bundle | None) -> None:
+        known = before.unchanged_files(self.manifest.files) if before is not None else set()
         for entry in self.manifest.files:
             self._seen[entry.path] = stamp(self.path / entry.path)
             if verify == "digest" or os.path.lexists(self.path / entry.path):
                 check_present(self.path, entry)
+        if before is not None:
+            known = {path for path in known if before._hashed[path] == self._seen[path]}
+            self._hashed.update({path: self._seen[path] for path in known})
         if verify == "digest":
-            self.verify()
+            logger.debug("open %s: %d files, %d known", self.path, len(self.manifest.files), len(known))
+            self._verify(known)
 
     @property
     def status(self) -> ModelStatus:
@@ -127,10 +174,15 @@ class Bundle:
             BundleError: If a graph holds an operator that is not allowed, or names an unlisted file.
             IntegrityError: If a file differs; the message names it.
         """
+        self._verify(set())
+
+    def _verify(self, known: Collection[str]) -> None:
         for entry in self.manifest.files:
-            self._check_content(entry)
+            if entry.path not in known:
+                self._check_content(entry)
         for path in self._graphs:
-            self.check_graph(path)
+            if not {path, *(entry.path for entry in files_of(self.manifest, path))} <= set(known):
+                self.check_graph(path)
 
     def check_graph(self, path: str) -> None:
         """Check a listed ONNX graph before a library reads it; see ``graph_checks``.
@@ -501,6 +553,7 @@ def write_bundle(
     provenance: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
     cut_from: str = "",
+    digests: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write the manifest of a folder that already holds all other files.
 
@@ -516,6 +569,7 @@ def write_bundle(
         provenance: Origin of weights and data; JSON values.
         versions: Versions of the libraries that built the bundle.
         cut_from: Build id of the full bundle, if this one is a subset.
+        digests: sha256 of files that were hashed when they were written; the others are hashed now.
 
     Returns:
         The written manifest.
@@ -524,7 +578,7 @@ def write_bundle(
         ConfigError: If a role is unknown, or the parts are inconsistent.
         BundleError: If the folder holds a link or cannot be read or written.
     """
-    entries = list_files(folder, roles=roles or {}, built_from=built_from or {})
+    entries = list_files(folder, roles=roles or {}, built_from=built_from or {}, digests=digests)
     manifest = Manifest(
         build_id="",
         name=name,
@@ -540,13 +594,20 @@ def write_bundle(
     return write_manifest(folder, manifest)
 
 
-def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[str, Sequence[str]]) -> list[FileEntry]:
-    """Hash every file in a folder except the manifest and return its entry.
+def list_files(
+    folder: Path,
+    *,
+    roles: Mapping[str, Role],
+    built_from: Mapping[str, Sequence[str]],
+    digests: Mapping[str, str] | None = None,
+) -> list[FileEntry]:
+    """Return an entry for every file in a folder except the manifest.
 
     Args:
         folder: The folder.
         roles: As ``write_bundle``.
         built_from: As ``write_bundle``.
+        digests: As ``write_bundle``.
 
     Raises:
         ConfigError: If a role is unknown.
@@ -563,7 +624,7 @@ def list_files(folder: Path, *, roles: Mapping[str, Role], built_from: Mapping[s
             FileEntry(
                 path=relative,
                 size=path.stat().st_size,
-                sha256=sha256_file(path),
+                sha256=(digests or {}).get(relative) or sha256_file(path),
                 role=roles.get(relative) or role_of(relative),
                 built_from=tuple(built_from.get(relative, ())),
             )

@@ -35,6 +35,7 @@ class Draft:
         versions: Versions of the libraries that built the new files.
         sources: Further files or folders of ``bundle``, in addition to ``built_from``, that no other command may
             replace in the meantime.
+        digests: sha256 of new files that were hashed when they were written, by path.
     """
 
     bundle: Bundle
@@ -43,9 +44,12 @@ class Draft:
     roles: dict[str, Role] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
+    digests: dict[str, str] = field(default_factory=dict)
     _added: dict[str, Artifact] = field(default_factory=dict)
     _removed: set[str] = field(default_factory=set)
     _dropped: set[str] = field(default_factory=set)
+    _written: Manifest | None = None
+    _hashed: set[str] = field(default_factory=set)
 
     def path(self, relative: str) -> Path:
         """Return the path of a new file or folder; an existing one of this name is dropped."""
@@ -85,7 +89,10 @@ class Draft:
             BundleError: If a source of the new files was replaced or removed.
         """
         roles = {entry.path: entry.role for entry in current.files} | self.roles
-        new = {entry.path: entry for entry in list_files(self.folder, roles=roles, built_from=self.built_from)}
+        new = {
+            entry.path: entry
+            for entry in list_files(self.folder, roles=roles, built_from=self.built_from, digests=self.digests)
+        }
         kept = {entry.path: entry for entry in current.files if entry.path not in new and not self._drops(entry.path)}
         self._check_sources(current, new)
         for entry in kept.values():
@@ -94,18 +101,27 @@ class Draft:
         files = (_without(there[path], there.keys()) for path in sorted(there))
         artifacts = {a.path: a for a in current.artifacts if a.path not in self._removed} | self._added
         before = {entry.path: entry.sha256 for entry in current.files}
-        unchanged = {path for path in artifacts if path not in new or new[path].sha256 == before.get(path)}
+        same = {path for path in artifacts if path not in new or new[path].sha256 == before.get(path)}
         manifest = msgspec.structs.replace(
             current,
             artifacts=tuple(artifacts.values()),
             files=tuple(files),
-            parity=tuple(record for record in current.parity if record.artifact in unchanged),
+            parity=tuple(record for record in current.parity if record.artifact in same),
             versions=current.versions | self.versions,
         )
+        unchanged = self.bundle.unchanged_files(kept.values())
         write_changes(self.folder, manifest, over=self.bundle.path)
+        self._written = read_manifest(self.folder)
+        here = {entry.path for entry in self._written.files if (self.folder / entry.path).exists()}
+        self._hashed = here | unchanged
         # The signature becomes invalid; its verification must report that.
         signature = [SIGNATURE_NAME] if (self.bundle.path / SIGNATURE_NAME).is_file() else []
         return [path for path in (*kept, *signature) if not (self.folder / path).exists()]
+
+    def reopen(self) -> Bundle:
+        """Open the bundle after the change was published; files that were hashed for it are not read again."""
+        assert self._written is not None, "merge_into was called to publish it"
+        return Bundle.written(self.bundle.path, self._written, hashed=self._hashed)
 
     def _drops(self, path: str) -> bool:
         return any(path == dropped or path.startswith(f"{dropped}/") for dropped in self._dropped)
@@ -150,14 +166,18 @@ def extend_bundle(bundle: Bundle | str | os.PathLike[str]) -> Iterator[Draft]:
         staged.publish(lambda: draft.merge_into(read_manifest(bundle.path)))
 
 
-def open_to_extend(path: str | os.PathLike[str]) -> Bundle:
+def open_to_extend(path: str | os.PathLike[str] | Bundle) -> Bundle:
     """Open a bundle before work that ends in ``extend_bundle``; refuse one that cannot be changed.
+
+    Args:
+        path: The bundle's folder; or the open bundle, of which only what changed is read again.
 
     Raises:
         BundleError: If the bundle is damaged, is in a cache or cannot be written.
     """
-    require_own(Path(path))
-    bundle = Bundle.open(path)
+    folder = path.path if isinstance(path, Bundle) else Path(path)
+    require_own(folder)
+    bundle = path.refreshed() if isinstance(path, Bundle) else Bundle.open(folder)
     with staged_bundle(bundle.path, overwrite=True):
         return bundle
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from .._util.arguments import check_names, checked_names
 from .._util.publish import undisturbed
+from ..bundle.bundle import Bundle
 from ..bundle.signing import Signer
 from ..errors import BundleError, ConfigError, IntegrityError, UnknownArgument
 from .backends import Backend
@@ -97,7 +98,7 @@ class Generator:
     @checked_names("from_pretrained")
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Bundle,
         *,
         backend: str = "auto",
         precision: str = "auto",
@@ -115,8 +116,8 @@ class Generator:
         """Open a model and load it for its default number of steps; other numbers load on first use.
 
         Args:
-            path: Folder of a bundle or a checkpoint (torch only), a ``.scmz`` file, or ``hf:owner/name`` on the
-                Hugging Face hub.
+            path: Folder of a bundle or a checkpoint (torch only), a ``.scmz`` file, ``hf:owner/name`` on the
+                Hugging Face hub, or an open ``Bundle``.
             backend: ``"auto"`` or a name such as ``"torch"``, ``"onnxruntime"``. ``auto`` considers the fp32
                 reference and artifacts with a passed parity record, and takes the fastest one measured on this machine
                 by ``benchmark``; without measurements ONNX Runtime is preferred over torch. A named backend also runs

@@ -6,6 +6,7 @@ backend.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -29,6 +30,8 @@ from .output import GenerationInfo
 from .request import Request, make_example
 from .selection import Measured, Plan, PlanRow, WayKey, make_plan, nothing_accepted
 from .sources import Source
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +350,7 @@ class Opener:
         spec = self._source.spec(steps, unrolled=row.num_inference_steps == 0)
         backend = self._load(row, spec)
         load_ms = (perf_counter() - start) * 1e3
+        logger.debug("opened %s on %s in %.0f ms: %s", row.artifact, row.backend, load_ms, row.reason)
         fallback = f"{row.backend} ({row.precision}) runs instead: {problems[0]}" if problems else None
         doubts = [fallback] if fallback and self._fallback == "warn" else []
         if any(not record.passed for record in self._records(row, steps)):

@@ -157,7 +157,7 @@ class Source:
 
 
 def open_source(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Bundle,
     *,
     verify: Literal["none", "digest"] = "digest",
     revision: str | None = None,
@@ -170,7 +170,8 @@ def open_source(
     missing.
 
     Args:
-        path: The folder, a ``.scmz`` file, or ``hf:owner/name`` on the hub.
+        path: The folder, a ``.scmz`` file, ``hf:owner/name`` on the hub, or an open bundle, of which only what changed
+            is read again.
         verify: ``digest`` compares the sha256 of opened files; ``none`` their size.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Read only the cache of the hub.
@@ -185,6 +186,9 @@ def open_source(
         if require_signature is not None:
             check_signature(folder, require_signature)
 
+    if isinstance(path, Bundle):
+        check(path.path)
+        return _from_bundle(path.refreshed(), verify, None)
     folder, lease = find_and_hold(path, revision=revision, local_files_only=local_files_only, check=check)
     if (folder / MANIFEST_NAME).exists():
         return _from_bundle(Bundle.open(folder, verify="none"), verify, lease)

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from .._util.events import SILENT, Events
 from .._util.lazy import installed_version
-from .._util.progress import Progress
 from .._version import __version__
 from ..bundle.bundle import Bundle
 from ..bundle.engine_record import BUILD_RECORD_NAME, BuildRecord
@@ -139,7 +139,7 @@ def collect(
     batches: Sequence[int] = (1, 8, 32),
     rounds: int = 20,
     checks: bool = True,
-    progress: Progress = lambda _: None,
+    events: Events = SILENT,
 ) -> Report:
     """Run everything that can run here and collect the records of the bundle.
 
@@ -150,7 +150,7 @@ def collect(
         batches: Batch sizes to time; those above the largest batch of the samplers are dropped.
         rounds: Interleaved rounds of each; 0 for no timing.
         checks: Whether to run the self-checks of each backend.
-        progress: Called with a short text for each stage.
+        events: Receives the stages.
 
     Raises:
         BundleError: If the bundle is damaged.
@@ -172,14 +172,14 @@ def collect(
     pictures, left_out = [], []
     for sampler in manifest.samplers:
         steps = sampler.num_inference_steps
-        progress(f"{num_images} images in {steps} step{'s' * (steps > 1)} by torch fp32")
+        events.stage(f"{num_images} images in {steps} step{'s' * (steps > 1)} by torch fp32")
         with Generator.from_pretrained(path, backend="torch", num_inference_steps=steps, verify="none") as gen:
             wanted = _draw(gen, make_request(sampler, num_images=num_images, seed=list(seeds), class_labels=labels))
             row = gen.opened().row
         pictures.append(Pictures(name="torch fp32", steps=steps, precision="fp32", artifact=row.artifact, images=wanted,
                                  difference=None))  # fmt: skip
         for backend, precision in _pairs(bundle, steps, backends):
-            progress(f"{num_images} images in {steps} step{'s' * (steps > 1)} by {backend} {precision}")
+            events.stage(f"{num_images} images in {steps} step{'s' * (steps > 1)} by {backend} {precision}")
             try:
                 with _open(path, backend, precision, steps) as gen:
                     images = _draw(
@@ -206,7 +206,7 @@ def collect(
         seeds=seeds,
         labels=tuple(spec.class_names[i] for i in labels) if labels and spec.class_names else (),
         pictures=tuple(pictures),
-        latencies=_time(path, [p for p in pictures if p.steps == timed], batches, rounds, progress) if rounds else (),
+        latencies=_time(path, [p for p in pictures if p.steps == timed], batches, rounds, events) if rounds else (),
         timed_steps=timed,
         engines=_records(bundle),
         left_out=tuple(left_out),
@@ -215,7 +215,7 @@ def collect(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
         versions=_versions(pictures),
         card=_card(bundle),
-        checks=_checks(path, [p for p in pictures if p.steps == timed], progress) if checks else {},
+        checks=_checks(path, [p for p in pictures if p.steps == timed], events) if checks else {},
         quality=read_scores(bundle.path, manifest),
     )
 
@@ -236,10 +236,10 @@ def _card(bundle: Bundle) -> str:
     return bundle.file(cards[0]).read_text(encoding="utf-8", errors="replace") if cards else ""
 
 
-def _checks(path: Path, pictures: list[Pictures], progress: Progress) -> dict[str, tuple[Check, ...]]:
+def _checks(path: Path, pictures: list[Pictures], events: Events) -> dict[str, tuple[Check, ...]]:
     found = {}
     for each in pictures:
-        progress(f"self-checks of {each.name}")
+        events.stage(f"self-checks of {each.name}")
         with _open(path, each.name.split()[0], each.precision, each.steps) as generator:
             found[each.name] = tuple(selfcheck(generator, num_samples=4))
     return found
@@ -265,7 +265,7 @@ def _open(path: Path, backend: str, precision: Precision, steps: int) -> Generat
 
 
 def _time(
-    path: Path, pictures: list[Pictures], batches: Sequence[int], rounds: int, progress: Progress
+    path: Path, pictures: list[Pictures], batches: Sequence[int], rounds: int, events: Events
 ) -> tuple[Latency, ...]:
     with ExitStack() as stack:
         opened = {
@@ -275,7 +275,7 @@ def _time(
         most = min(generator.opened().spec.max_batch for generator in opened.values())
         results = []
         for batch in (b for b in batches if b <= most):
-            progress(f"time {len(opened)} backends, batch {batch}, {rounds} rounds")
+            events.stage(f"time {len(opened)} backends, batch {batch}, {rounds} rounds")
             results.append(measure(opened, batch=batch, rounds=rounds))
         return tuple(results)
 

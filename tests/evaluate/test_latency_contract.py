@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from helpers.recorded_events import Recorded
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError, LatencyError
 from scm_sdk.evaluate.latency.contract import check_budgets, keep_budgets
@@ -43,9 +44,9 @@ def test_budgets_that_cannot_be_kept(unet_copy: Path) -> None:
     with pytest.raises(ConfigError, match=r"budget is for 'onnxruntime of 2019', expected one of auto, "):
         keep_budgets(unet_copy, "onnxruntime of 2019:p95=1s@b1")
     keep_budgets(unet_copy, "tensorrt:p95=1ms@b1")
-    skipped: list[str] = []
-    assert check_budgets(unet_copy, on_skip=skipped.append) == []
-    assert "the budget of tensorrt is not measured here" in skipped[0]
+    events = Recorded()
+    assert check_budgets(unet_copy, events=events) == []
+    assert "the budget of tensorrt is not measured here" in events.skipped[0]
 
 
 def test_bundles_are_timed_beside_each_other(unet_bundle: Path, tmp_path: Path) -> None:

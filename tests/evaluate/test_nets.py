@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from scm_sdk._util.events import Silent
 from scm_sdk.errors import ConfigError, IntegrityError
 from scm_sdk.evaluate.quality import sampling
 from scm_sdk.evaluate.quality.distances import feature_stats, frechet_distance
@@ -178,12 +179,13 @@ def test_a_run_that_was_cut_short_goes_on(unet_bundle: Path, tmp_path: Path, mon
             unet_bundle, count, num_inference_steps=1, backend="onnxruntime", cache=tmp_path, **options
         )
 
-    def interrupt(done: int, _: int) -> None:
-        if done == 8:
-            raise KeyboardInterrupt
+    class Interrupting(Silent):
+        def step(self, text: str, done: int, total: int, /) -> None:
+            if done == 8:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(10, progress=interrupt)
+        sample(10, events=Interrupting())
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(kept) == 2, "two whole blocks"
     whole = sample(10)

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.recorded_events import Recorded
 from scm_sdk import Generator
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Manifest, ParityRecord
@@ -301,7 +302,7 @@ def test_a_seed_counts_once_whatever_the_number_of_splits(ort: Generator) -> Non
 def test_a_fault_fails_whatever_the_numbers(unet_copy: Path) -> None:
     results = validate_bundle(
         unet_copy, backends=["onnxruntime"], precisions=["fp32"], steps=[1], num_seeds=5, batches=[5],
-        examine=lambda _: ("time, step 0", (99.0,)),
+        examine=lambda *_: ("time, step 0", (99.0,)),
     )  # fmt: skip
     (parity,) = results
     assert parity.numbers_pass and not parity
@@ -375,18 +376,19 @@ def test_a_record_states_what_was_judged_and_older_ones_are_read(low_bundle: Pat
     ids=["fewer-seeds", "fewer-batches", "stricter-and-fewer", "stricter"],
 )  # fmt: skip
 def test_a_smaller_look_does_not_replace_a_fuller_proof(low_copy: Path, less: Any) -> None:
-    before, notes = (low_copy / "scm_manifest.json").read_bytes(), []
-    (parity,) = validate_bundle(low_copy, **LOW, **less, on_note=notes.append)
+    before, events = (low_copy / "scm_manifest.json").read_bytes(), Recorded()
+    (parity,) = validate_bundle(low_copy, **LOW, **less, events=events)
     assert bool(parity) == (less.get("min_psnr_db", 0) < 70)
     assert (low_copy / "scm_manifest.json").read_bytes() == before
-    assert len(notes) == 1 and "onnx/fp16/1step/model.onnx on onnxruntime: not recorded, the record of" in notes[0]
+    (note,) = events.notes
+    assert "onnx/fp16/1step/model.onnx on onnxruntime: not recorded, the record of" in note
 
 
 def test_a_fuller_look_and_a_fault_replace_the_record(low_copy: Path) -> None:
     validate_bundle(low_copy, **LOW, num_seeds=16, batches=[1, 3, 5], first_seed=7)
     record = record_of(low_copy)
     assert (record.num_samples, record.first_seed, record.batches, record.passed) == (16, 7, (1, 3, 5), True)
-    validate_bundle(low_copy, **LOW, num_seeds=1, batches=[1], examine=lambda _: ("time, step 0", ()))
+    validate_bundle(low_copy, **LOW, num_seeds=1, batches=[1], examine=lambda *_: ("time, step 0", ()))
     assert (record_of(low_copy).fault, record_of(low_copy).passed) == ("time, step 0", False)
 
 

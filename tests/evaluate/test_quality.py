@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import scm_sdk.assets
+from helpers.recorded_events import Recorded
 from scm_sdk.errors import BackendUnavailable, ConfigError, IntegrityError, ShapeError
 from scm_sdk.evaluate.quality import distances, effnet, features, nets, quality
 from scm_sdk.evaluate.quality.distances import FeatureStats, feature_stats, frechet_distance, kernel_distance
@@ -132,14 +133,10 @@ def test_features_are_those_of_trained_weights(real_features: NDArray[np.float32
 def test_features_do_not_depend_on_the_batch(
     avatars: dict[str, NDArray[Any]], real_features: NDArray[np.float32]
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    again = features.extract_features(
-        avatars["images"][10_000:10_007],
-        batch_size=3,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    events = Recorded()
+    again = features.extract_features(avatars["images"][10_000:10_007], batch_size=3, events=events)
     np.testing.assert_allclose(again, real_features[:7], rtol=0, atol=2e-4)
-    assert seen == [(3, 7), (6, 7), (7, 7)]
+    assert [counts for _, *counts in events.steps] == [[3, 7], [6, 7], [7, 7]]
 
 
 def test_grey_is_repeated_and_large_pictures_are_antialiased() -> None:
@@ -186,11 +183,11 @@ def test_real_against_real_and_monotone_under_noise(
     avatars: dict[str, NDArray[Any]], tmp_path: Path, real_features: NDArray[np.float32]
 ) -> None:
     reference, other = avatars["images"][10_000:10_256], avatars["images"][:256]
-    seen: list[tuple[int, int]] = []
-    score = quality.evaluate_images(
-        other, reference, cache=tmp_path, progress=lambda done, total: seen.append((done, total))
-    )
-    assert seen[-1] == (512, 512) and len(list(tmp_path.iterdir())) == 1  # the reference's only
+    events = Recorded()
+    score = quality.evaluate_images(other, reference, cache=tmp_path, events=events)
+    assert events.stages == ["features of the generated images", "features of the reference images"]
+    assert [step for step in events.steps if step[1] == step[2]] == 2 * [("images", 256, 256)]
+    assert len(list(tmp_path.iterdir())) == 1  # the reference's only
     assert score.metric == "FD-EffLite0@96" and score.weights_sha256 == nets.WEIGHTS_SHA256
     # Real pictures score at the floor, and KID says they are from one distribution.
     assert score.fd == pytest.approx(score.fd_floor, rel=0.2)
@@ -240,10 +237,8 @@ def test_cache_returns_the_same_and_refuses_damage(
     (path,) = (tmp_path / "new").iterdir()
     assert path.name == f"features-{features.content_key(images)[:32]}.npz"
     monkeypatch.setattr(features, "extract_features", pytest.fail)
-    seen: list[tuple[int, int]] = []
-    again = features.cached_features(images, tmp_path / "new", progress=lambda *counts: seen.append(counts))
+    again = features.cached_features(images, tmp_path / "new")
     np.testing.assert_array_equal(again, first)
-    assert seen == [(3, 3)]
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(IntegrityError, match=r"not a readable cache of features .*Delete it and run again"):

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from helpers.recorded_events import Recorded
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.engines.targets import resolve_targets
 from scm_sdk.errors import ConfigError
@@ -25,15 +26,15 @@ pytestmark = pytest.mark.usefixtures("exported_once")
 
 def test_a_second_run_changes_nothing_and_more_is_added(unet_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    out, stages = tmp_path / "bundle", []
-    common = {"steps": [1], "max_batch": 2, "on_stage": stages.append}
+    out, events = tmp_path / "bundle", Recorded()
+    common = {"steps": [1], "max_batch": 2, "events": events}
     first = build_all(unet_checkpoint, out, precisions=["fp16"], targets=resolve_targets(["l4"]), **common)
     assert {(a.format, a.precision) for a in first.manifest.artifacts} == {
         ("safetensors", "fp32"), ("onnx", "fp32"), ("onnx", "fp16"), ("tensorrt_rtx", "fp16"),
     }  # fmt: skip
     files = {str(f): (f.stat().st_ino, f.stat().st_mtime_ns) for f in out.rglob("*") if f.is_file()}
     again = build_all(unet_checkpoint, out, precisions=["fp16"], targets=resolve_targets(["l4"]), **common)
-    assert again.manifest == first.manifest and "exported already" in stages[-1]
+    assert again.manifest == first.manifest and "exported already" in events.notes[-1]
     assert files == {str(f): (f.stat().st_ino, f.stat().st_mtime_ns) for f in out.rglob("*") if f.is_file()}
 
     more = build_all(unet_checkpoint, out, precisions=["fp16", "int8"], targets=(), **common)
@@ -48,21 +49,19 @@ def test_a_second_run_changes_nothing_and_more_is_added(unet_checkpoint: Path, t
 def test_a_bundle_of_other_times_is_not_current(unet_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     export_bundle(unet_checkpoint, out, times=(1.2,), max_batch=2)
-    stages: list[str] = []
-    made = build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=2, on_stage=stages.append)
-    assert stages[0].startswith("export") and made.spec(1).times != (1.2,)
+    events = Recorded()
+    made = build_all(unet_checkpoint, out, precisions=[], steps=[1], max_batch=2, events=events)
+    assert events.stages[0].startswith("export") and made.spec(1).times != (1.2,)
 
 
 def test_a_models_own_second_time_is_current(unet_checkpoint: Path, tmp_path: Path) -> None:
     model = ConsistencyModel.from_pretrained(unet_checkpoint)
     config = msgspec.structs.replace(model.config, mid_time=0.6)
     ConsistencyModel(config, model.network).save_pretrained(tmp_path / "model")
-    stages: list[str] = []
+    events = Recorded()
     for _ in range(2):
-        made = build_all(
-            tmp_path / "model", tmp_path / "b", precisions=[], steps=[2], max_batch=2, on_stage=stages.append
-        )
-    assert made.spec(2).times[1] == 0.6 and "exported already" in stages[-1]
+        made = build_all(tmp_path / "model", tmp_path / "b", precisions=[], steps=[2], max_batch=2, events=events)
+    assert made.spec(2).times[1] == 0.6 and "exported already" in events.notes[-1]
 
 
 def test_what_a_killed_export_left_beside_a_whole_bundle_is_removed(unet_checkpoint: Path, tmp_path: Path) -> None:
@@ -86,10 +85,10 @@ def test_an_interruption_keeps_what_was_done(unet_checkpoint: Path, tmp_path: Pa
         with pytest.raises(KeyboardInterrupt):
             build_all(unet_checkpoint, out, steps=[1], max_batch=2)
     assert {a.precision for a in Bundle.open(out).manifest.artifacts} == {"fp32", "fp16"}
-    stages: list[str] = []
-    done = build_all(unet_checkpoint, out, steps=[1], max_batch=2, on_stage=stages.append)
+    events = Recorded()
+    done = build_all(unet_checkpoint, out, steps=[1], max_batch=2, events=events)
     assert {a.precision for a in done.manifest.artifacts} == {"fp32", "fp16", "int8"}
-    assert not any("fp16" in stage for stage in stages), "what was done is not done again"
+    assert not any("fp16" in stage for stage in events.stages), "what was done is not done again"
 
 
 def test_int8_is_sought_2_db_above_its_gate(

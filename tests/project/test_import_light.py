@@ -44,11 +44,11 @@ def test_the_command_is_light() -> None:
 def test_the_public_names_are_these() -> None:
     errors = {name for name in scm_sdk.__all__ if re.search("Error|QueueFull|Unavailable|BackendFailure|Unknown", name)}
     assert sorted(set(scm_sdk.__all__) - errors) == [
-        "Batcher", "Bundle", "Client", "ClientOutput", "ConsistencyModel", "Decoder", "Generator", "GeneratorOutput",
-        "Identity", "Latency",
-        "ModelConfig", "Parity", "Plan", "Precision", "PublicKey", "Sampler", "SamplerSpec", "TensorSpec",
-        "__version__", "add_engines", "build_all", "check_model", "compare", "diffusers_scheduler", "draw_noise",
-        "export_bundle", "import_sana", "measure", "register_network", "validate",
+        "Batcher", "Bundle", "Client", "ClientOutput", "ConsistencyModel", "Decoder", "EventLines", "Events",
+        "Generator", "GeneratorOutput", "Identity", "Latency", "ModelConfig", "Parity", "Plan", "Precision",
+        "PublicKey", "Sampler", "SamplerSpec", "TensorSpec", "__version__", "add_engines", "build_all", "check_model",
+        "compare", "diffusers_scheduler", "draw_noise", "export_bundle", "import_sana", "measure", "register_network",
+        "validate",
     ]  # fmt: skip
     assert len(errors) == 17 and set(scm_sdk.__all__) <= set(dir(scm_sdk))
 

@@ -124,7 +124,7 @@ def test_a_wrong_keyword_is_refused_with_the_nearest(call, of: str, nearest: str
 
 def test_unpacked_options_are_those_of_the_function_that_takes_them() -> None:
     given = inspect.signature(validate_bundle).parameters
-    assert set(ValidateOptions.__annotations__) == set(given) - {"path", "examples", "examine", "on_note"}
+    assert set(ValidateOptions.__annotations__) == set(given) - {"path", "examples", "examine", "events"}
     fields = dict(zip(EngineOptions.__struct_fields__, EngineOptions.__annotations__.values(), strict=True))
     builder = set(fields) - {"flavor", "compute_capabilities", "batch"}
     assert set(BuilderOptions.__annotations__) == builder

@@ -15,6 +15,7 @@ import pytest
 
 from helpers.engine_helpers import record_of, rewrite
 from helpers.played_gpu import HOST, L4, host, trt
+from helpers.recorded_events import Recorded
 from scm_sdk._util.gpu import Gpu, gpus
 from scm_sdk.engines.compatibility import EngineHost
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, IntegrityError, SchemaError
@@ -101,9 +102,9 @@ def test_without_a_gpu_the_other_backends_go_on(engine_bundle: Path, tmp_path: P
     engine = bundle / "engines/tensorrt_rtx-sm89-fp16-1step/model.engine"
     with pytest.raises(BackendUnavailable, match="no NVIDIA GPU here"):
         open_backend(engine, record_of(engine).spec)
-    skipped: list[str] = []
-    results = validate_bundle(bundle, precisions=["fp16"], num_seeds=2, batches=[1], on_skip=skipped.append)
-    assert results and any("tensorrt_rtx" in line and "no NVIDIA GPU" in line for line in skipped)
+    events = Recorded()
+    results = validate_bundle(bundle, precisions=["fp16"], num_seeds=2, batches=[1], events=events)
+    assert results and any("tensorrt_rtx" in line and "no NVIDIA GPU" in line for line in events.skipped)
 
 
 def test_the_device_is_a_gpu(engine: Path, spec: SamplerSpec) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 
+from ..._util.events import SILENT, Events
 from ...bundle.bundle import Bundle
 from ...errors import BackendUnavailable, ConfigError, IncompatibleEngineError
 from ...inference.backends import BACKENDS
@@ -40,12 +40,12 @@ def keep_budgets(path: str | os.PathLike[str], text: str) -> Bundle:
     return bundle.with_budgets(*parts)
 
 
-def check_budgets(path: str | os.PathLike[str], *, on_skip: Callable[[str], object] = lambda _: None) -> list[Latency]:
+def check_budgets(path: str | os.PathLike[str], *, events: Events = SILENT) -> list[Latency]:
     """Measure the candidates of a bundle's budgets, one run per batch size.
 
     Args:
         path: The bundle.
-        on_skip: Called with a line for each budget of a backend that cannot run here.
+        events: Receives which budgets are skipped since their backend cannot run here.
 
     Returns:
         One measurement for each batch; ``raise_if_over`` makes it a gate.
@@ -65,7 +65,7 @@ def check_budgets(path: str | os.PathLike[str], *, on_skip: Callable[[str], obje
                     Generator.from_pretrained(path, backend=backend, precision=precision or "auto", verify="none")
                 )
             except (BackendUnavailable, IncompatibleEngineError) as exc:
-                on_skip(f"the budget of {name} is not measured here: {exc}")
+                events.skip(f"the budget of {name} is not measured here: {exc}")
         for batch in sorted({budget.batch for _, budget in budgets}):
             mine = [(text, b) for text, b in budgets if b.batch == batch and (b.name or "auto") in opened]
             if not mine:

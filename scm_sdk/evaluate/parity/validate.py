@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple, TypedDict, get_args
 
 from ..._util.arguments import checked_names
+from ..._util.events import SILENT, Events
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import Artifact, ParityRecord
 from ...bundle.verify import in_cache
@@ -25,8 +26,9 @@ from .reference import NUM_SEEDS, SPLITS, run_reference
 from .seeds import JUDGMENT
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-Examine = Callable[[Artifact], tuple[str, tuple[float, ...]]]
-"""Diagnoses an artifact: returns its structural fault or "", and the PSNR after each step, () if unknown."""
+Examine = Callable[[Artifact, Generator], tuple[str, tuple[float, ...]]]
+"""Diagnoses an artifact, given the open reference: returns its structural fault or "", and the PSNR after each step, ()
+if unknown."""
 
 
 class ValidateOptions(TypedDict, total=False):
@@ -41,14 +43,12 @@ class ValidateOptions(TypedDict, total=False):
     threshold: float | None
     min_psnr_db: float | None
     reason: str
-    on_result: Callable[[Parity], object]
-    on_skip: Callable[[str], object]
     record: bool
 
 
 @checked_names("validate_bundle")
 def validate_bundle(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Bundle,
     *,
     backends: Sequence[str] = (),
     precisions: Sequence[Precision] = (),
@@ -60,10 +60,8 @@ def validate_bundle(
     min_psnr_db: float | None = None,
     reason: str = "",
     examples: Examples | None = None,
-    examine: Examine = lambda _: ("", ()),
-    on_result: Callable[[Parity], object] = lambda _: None,
-    on_skip: Callable[[str], object] = lambda _: None,
-    on_note: Callable[[str], object] = lambda _: None,
+    examine: Examine = lambda _artifact, _reference: ("", ()),
+    events: Events = SILENT,
     record: bool = True,
 ) -> list[Parity]:
     """Compare the artifacts of each backend with the torch checkpoint and write the results into the manifest.
@@ -76,7 +74,7 @@ def validate_bundle(
     CPU, in that: a failure of that one is recorded, and is none of the bundle's unless ``precisions`` names it.
 
     Args:
-        path: The bundle.
+        path: The bundle; one that is open is read again only where it changed.
         backends: Candidates; () is every backend that can run here. A named backend must run.
         precisions: Only these precisions; () is all.
         steps: Only graphs and engines with these numbers of steps; () is all.
@@ -88,9 +86,8 @@ def validate_bundle(
         reason: Reason for a ``threshold`` or ``min_psnr_db`` that is looser than the default.
         examples: Conditioning inputs, for example prompts; None draws them.
         examine: Diagnoses each artifact that ran; a fault fails the comparison regardless of the statistics.
-        on_result: Called with each comparison.
-        on_skip: Called with a line for each artifact that cannot run here.
-        on_note: Called with a line for each result that was not recorded, with the reason.
+        events: Receives each comparison, which artifacts are skipped since they cannot run here, and a note for each
+            result that was not recorded, with the reason.
         record: Whether to write the results into the manifest.
 
     Returns:
@@ -101,7 +98,7 @@ def validate_bundle(
             reason.
         BackendError: If a named backend cannot run here, or no backend can.
     """
-    bundle = Bundle.open(path)
+    bundle = path.refreshed() if isinstance(path, Bundle) else Bundle.open(path)
     ways = [
         way
         for way in _ways(bundle.manifest.artifacts)
@@ -122,50 +119,55 @@ def validate_bundle(
     by_path = {artifact.path: artifact for artifact in bundle.manifest.artifacts}
     results: list[Parity] = []
     skipped: list[str] = []
-    for count in sorted({way.num_inference_steps for way in ways}):
-        chosen = sorted(
-            (
-                way
-                for way in ways
-                if way.num_inference_steps == count
-                if (way.backend in backends if backends else BACKENDS[way.backend].takes(way.artifact))
-            ),
-            key=_precision_order,
-        )
-        baseline: Parity | None = None
-        with Generator.from_pretrained(path, backend="torch", num_inference_steps=count, verify="none") as reference:
-            most = reference.opened().spec.max_batch
+    counts = sorted({way.num_inference_steps for way in ways})
+    with Generator.from_pretrained(bundle, backend="torch", num_inference_steps=counts[0], verify="none") as reference:
+        for count in counts:
+            chosen = sorted(
+                (
+                    way
+                    for way in ways
+                    if way.num_inference_steps == count
+                    if (way.backend in backends if backends else BACKENDS[way.backend].takes(way.artifact))
+                ),
+                key=_precision_order,
+            )
+            baseline: Parity | None = None
+            most = reference.opened(count).spec.max_batch
             sizes = SPLITS if batches is None else batches
             seeds = _seeds(first_seed, max([num_seeds, *(most if size is None else size for size in sizes)]))
-            run = run_reference(reference, seeds=seeds, batches=batches, examples=examples)
-        for way in chosen:
-            try:
-                candidate = open_candidate(path, way.backend, way.precision, count)
-            except (BackendUnavailable, IncompatibleEngineError) as exc:
-                if way.lowered and not precisions:
-                    continue  # not stored and not requested
-                if backends:
-                    raise
-                skipped.append(str(exc))
-                on_skip(skipped[-1])
-                continue
-            with candidate:
-                exact = way.precision == "fp32"
-                baseline = compare(
-                    candidate, run, threshold=threshold if exact else None, min_psnr_db=None if exact else min_psnr_db,
-                    reason=reason, baseline=baseline,
-                )  # fmt: skip
-            # In a lower precision it is the same graph, which is diagnosed in its own.
-            fault, by_step = ("", ()) if way.lowered else examine(by_path[baseline.candidate])
-            baseline = replace(
-                baseline, fault=fault, psnr_by_step=by_step, required=bool(precisions) or not way.lowered
-            )
-            results.append(baseline)
-            on_result(baseline)
+            run = run_reference(reference, seeds=seeds, batches=batches, num_inference_steps=count, examples=examples)
+            for way in chosen:
+                try:
+                    candidate = open_candidate(bundle, way.backend, way.precision, count)
+                except (BackendUnavailable, IncompatibleEngineError) as exc:
+                    if way.lowered and not precisions:
+                        continue  # not stored and not requested
+                    if backends:
+                        raise
+                    skipped.append(str(exc))
+                    events.skip(skipped[-1])
+                    continue
+                with candidate:
+                    exact = way.precision == "fp32"
+                    baseline = compare(
+                        candidate,
+                        run,
+                        threshold=threshold if exact else None,
+                        min_psnr_db=None if exact else min_psnr_db,
+                        reason=reason,
+                        baseline=baseline,
+                    )
+                # In a lower precision it is the same graph, which is diagnosed in its own.
+                fault, by_step = ("", ()) if way.lowered else examine(by_path[baseline.candidate], reference)
+                baseline = replace(
+                    baseline, fault=fault, psnr_by_step=by_step, required=bool(precisions) or not way.lowered
+                )
+                results.append(baseline)
+                events.result(baseline)
     if not results:
         raise BackendUnavailable(f"nothing of {bundle.path} can run here, expected one backend: {'; '.join(skipped)}")
     if record:
-        _record(bundle, results, on_note)
+        _record(bundle, results, events)
     return results
 
 
@@ -178,9 +180,9 @@ def _seeds(first: int, count: int) -> range:
     return range(first, first + count)
 
 
-def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], object]) -> None:
+def _record(bundle: Bundle, results: Sequence[Parity], events: Events) -> None:
     if in_cache(bundle.path):
-        on_note(f"nothing was recorded: {bundle.path} is in a cache")
+        events.note(f"nothing was recorded: {bundle.path} is in a cache")
         return
     before = {r.key: r for r in bundle.manifest.parity}
     records = []
@@ -189,7 +191,7 @@ def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], 
         old = before.get(new.key)
         lesser = _lesser(parity, new, old) if old is not None else ""
         if lesser:
-            on_note(f"{new.artifact} on {new.way}: not recorded, {lesser}")
+            events.note(f"{new.artifact} on {new.way}: not recorded, {lesser}")
         else:
             records.append(new)
     try:
@@ -198,7 +200,7 @@ def _record(bundle: Bundle, results: Sequence[Parity], on_note: Callable[[str], 
     except BundleError as exc:
         if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno not in _READ_ONLY:
             raise
-        on_note(f"nothing was recorded: {bundle.path} cannot be written ({exc.__cause__.strerror})")
+        events.note(f"nothing was recorded: {bundle.path} cannot be written ({exc.__cause__.strerror})")
 
 
 def _lesser(parity: Parity, new: ParityRecord, old: ParityRecord) -> str:
@@ -250,7 +252,7 @@ def _precision_order(way: _Way) -> tuple[bool, int, str]:
     return BACKENDS[way.backend].runs_engines, get_args(Precision).index(way.precision), way.backend
 
 
-def open_candidate(path: str | os.PathLike[str], backend: str, precision: Precision, steps: int) -> Generator:
+def open_candidate(path: str | os.PathLike[str] | Bundle, backend: str, precision: Precision, steps: int) -> Generator:
     """Open a candidate without the warning about its recorded failure, because it is compared again."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*recorded parity failed", category=RuntimeWarning)

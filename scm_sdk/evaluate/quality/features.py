@@ -6,19 +6,16 @@ The caller chooses the network, see ``nets.py``; ``quality.py`` computes distanc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._util.events import SILENT, Events
 from ...errors import ConfigError, ShapeError
 from .cached import cached
 from .nets import FeatureNet, effnet_lite0
-
-Progress = Callable[[int, int], object]
-"""Called after each batch with (images done, images in all)."""
 
 
 def check_images(images: NDArray[Any], *, name: str) -> None:
@@ -48,7 +45,7 @@ def extract_features(
     *,
     net: FeatureNet | None = None,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    events: Events = SILENT,
 ) -> NDArray[np.float32]:
     """Compute the features of ``images`` on the CPU, a batch at a time.
 
@@ -57,7 +54,7 @@ def extract_features(
         net: The network; None is EfficientNet-Lite0.
         batch_size: Images per call of the network; bounds memory, does not change the features
             beyond float32 rounding.
-        progress: Called after each batch.
+        events: Receives a step for each batch.
 
     Returns:
         (N, D), float32.
@@ -79,8 +76,7 @@ def extract_features(
             batch = np.ascontiguousarray(images[start : start + batch_size].transpose(0, 3, 1, 2))
             x = torch.from_numpy(batch).expand(-1, 3, -1, -1)
             features[start : start + len(batch)] = net.forward(x).numpy()
-            if progress is not None:
-                progress(start + len(batch), len(images))
+            events.step("images", start + len(batch), len(images))
     return features
 
 
@@ -97,7 +93,7 @@ def cached_features(
     cache: Path | None,
     *,
     net: FeatureNet | None = None,
-    progress: Progress | None = None,
+    events: Events = SILENT,
 ) -> NDArray[np.float32]:
     """Compute features, or read them from the cache by the key of their content.
 
@@ -105,7 +101,7 @@ def cached_features(
         images: As for ``extract_features``.
         cache: Folder of ``features-<key>.npz`` files, created if missing; None caches nothing.
         net: As for ``extract_features``.
-        progress: As for ``extract_features``; called once when the features were cached.
+        events: As for ``extract_features``; nothing where the features were cached.
 
     Returns:
         (N, D), float32.
@@ -118,8 +114,6 @@ def cached_features(
     key = content_key(images, net) if cache is not None else ""
     found = cached(
         cache, "features", key, (len(images), net.dim), np.float32,
-        lambda: extract_features(images, net=net, progress=progress),
+        lambda: extract_features(images, net=net, events=events),
     )  # fmt: skip
-    if progress is not None:
-        progress(len(images), len(images))
     return np.asarray(found, np.float32)

@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._util.events import SILENT, Events
 from ...errors import ConfigError, ShapeError
 from .distances import (
     FeatureStats,
@@ -35,7 +36,7 @@ from .distances import (
     kernel_distance_delta,
     precision_recall,
 )
-from .features import Progress, cached_features, check_images
+from .features import cached_features, check_images
 from .nets import FeatureNet, effnet_lite0
 
 MIN_IMAGES = 64
@@ -120,7 +121,7 @@ def evaluate_images(
     other_real: NDArray[np.uint8] | None = None,
     beside: NDArray[np.uint8] | None = None,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    events: Events = SILENT,
     seed: int = 0,
 ) -> Quality:
     """Score generated pictures against real ones.
@@ -136,7 +137,7 @@ def evaluate_images(
             Without them it is extrapolated, see ``real_floor``.
         beside: Images of the same seeds and labels from another sampler, for example fp32, for ``kid_delta``.
         cache: Folder for cached features, except those of ``generated``; None for none.
-        progress: Called with (images done, images in all) over everything that is computed.
+        events: Receives a stage for each set of images whose features are computed, and its steps.
         seed: Of the shuffles; equal arguments give equal results.
 
     Returns:
@@ -161,7 +162,7 @@ def evaluate_images(
     if beside is not None:
         sets["beside"] = beside
     _check_sets(sets, metric)
-    features = _features(sets, net, cache, progress)
+    features = _features(sets, net, cache, events)
     real = features.get("reference")
     stats = reference if isinstance(reference, FeatureStats) else feature_stats(features["reference"])
     floor: float | None = None
@@ -213,18 +214,10 @@ def _check_sets(sets: Mapping[str, NDArray[np.uint8]], metric: str) -> None:
 
 
 def _features(
-    sets: Mapping[str, NDArray[np.uint8]], net: FeatureNet, cache: Path | None, progress: Progress | None
+    sets: Mapping[str, NDArray[np.uint8]], net: FeatureNet, cache: Path | None, events: Events
 ) -> dict[str, NDArray[np.float32]]:
-    # One bar over all sets: each set reports its count, shifted by the sets before.
-    total, done, features = sum(len(images) for images in sets.values()), 0, {}
+    features = {}
     for name, images in sets.items():
-        step: Progress | None = None
-        if progress is not None:
-            start, report = done, progress
-
-            def step(count: int, _: int, start: int = start, report: Progress = report) -> None:
-                report(start + count, total)
-
-        features[name] = cached_features(images, None if name == "generated" else cache, net=net, progress=step)
-        done += len(images)
+        events.stage(f"features of the {name} images")
+        features[name] = cached_features(images, None if name == "generated" else cache, net=net, events=events)
     return features

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._util.events import SILENT, Events
 from ...images import to_uint8
 from ...inference.generator import Generator
 from ...inference.sources import open_source
@@ -22,7 +23,6 @@ from ...spec import SamplerSpec
 from .cached import cached
 
 BLOCK = 512
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def sample_student(
     precision: str = "auto",
     guidance_scale: float | None = None,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    events: Events = SILENT,
 ) -> Samples:
     """Draw seeds 0..N-1 from a bundle or a checkpoint.
 
@@ -68,7 +68,7 @@ def sample_student(
         precision: As for ``Generator``.
         guidance_scale: For models with this input; None is the default of the model.
         cache: Folder for finished blocks, keyed by their sampler; None caches nothing.
-        progress: Called with (pictures done, pictures in all).
+        events: Receives a step for each block of images.
 
     Raises:
         BackendError: If the backend cannot run.
@@ -89,7 +89,7 @@ def sample_student(
 
         maker = [gen.source.build_id, row.backend, row.artifact, row.precision, opened.device, spec.to_json()]
         maker += [] if guidance_scale is None else [f"guidance {guidance_scale}"]
-        images = _in_blocks(draw, num_images, spec, maker, cache, progress)
+        images = _in_blocks(draw, num_images, spec, maker, cache, events)
     return Samples(
         images=images,
         class_labels=cycle_labels(num_images, spec.num_classes),
@@ -107,7 +107,7 @@ def sample_diffusion(
     guidance_scale: float = 1.0,
     batch_size: int = 64,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    events: Events = SILENT,
 ) -> Samples:
     """Draw seeds 0..N-1 from a teacher with the second-order solver, ``2 num_steps - 1`` calls each, twice if guided.
 
@@ -142,7 +142,7 @@ def sample_diffusion(
     calls = (2 * num_steps - 1) * (2 if guided else 1)
     maker = [build_id, "teacher", str(calls), spec.to_json(), *([f"guidance {guidance_scale}"] if guided else [])]
     return Samples(
-        images=_in_blocks(draw, num_images, spec, maker, cache, progress),
+        images=_in_blocks(draw, num_images, spec, maker, cache, events),
         class_labels=cycle_labels(num_images, spec.num_classes),
         sampler=f"teacher, {calls} calls" + (f", guidance {guidance_scale:g}" if guided else ""),
         network_calls=calls,
@@ -155,7 +155,7 @@ def _in_blocks(
     spec: SamplerSpec,
     maker: list[str],
     cache: Path | None,
-    progress: Progress | None,
+    events: Events,
 ) -> NDArray[np.uint8]:
     channels, height, width = spec.image_shape
     labels, parts = cycle_labels(num_images, spec.num_classes), []
@@ -169,6 +169,5 @@ def _in_blocks(
             return draw(seeds, chosen)
 
         parts.append(cached(cache, "pictures", key, shape, np.uint8, make))
-        if progress:
-            progress(seeds.stop, num_images)
+        events.step("images", seeds.stop, num_images)
     return np.concatenate(parts)

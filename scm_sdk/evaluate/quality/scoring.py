@@ -5,11 +5,11 @@ Combines sampling, real images and metrics for ``scm-export evaluate`` and the q
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..._util.events import SILENT, Events
 from ...errors import ConfigError, ParityError
 from .distances import FeatureStats
 from .held_out import HeldOut
@@ -17,8 +17,6 @@ from .nets import FeatureNet
 from .palette import LabelAccuracy, fit_label_reader, label_accuracy, palette_share
 from .quality import Quality, evaluate_images
 from .sampling import Samples
-
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class Score:
 
 def score(
     samples: Samples, real: HeldOut, *, net: FeatureNet, beside: Samples | None = None, cache: Path | None = None,
-    progress: Progress | None = None,
+    events: Events = SILENT,
 ) -> Score:  # fmt: skip
     """Score samples against real images.
 
@@ -83,7 +81,7 @@ def score(
         net: The feature network.
         beside: Samples of the same seeds from another sampler, for the KID increase.
         cache: Folder for features of real images.
-        progress: Called with (pictures done, pictures in all).
+        events: Receives the stages, and a step for each batch of images.
 
     Raises:
         ConfigError: If ``beside`` has another number of images.
@@ -98,7 +96,7 @@ def score(
         other_real=real.other[:count] if len(real.other) >= count else None,
         beside=None if beside is None else beside.images,
         cache=cache,
-        progress=progress,
+        events=events,
     )
     result = Score(sampler=samples.sampler, network_calls=samples.network_calls, quality=quality, against=real.about)
     if not real.colors or real.other_labels is None or samples.class_labels is None:

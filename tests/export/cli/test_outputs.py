@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from helpers.containers import run_python
+from scm_sdk._util.events import Counter
 from scm_sdk._util.files import check_writable
-from scm_sdk._util.progress import Counter
 from scm_sdk.errors import ScmError
 from scm_sdk.export.cli import common, main
 from scm_sdk.model.consistency import ConsistencyModel
@@ -168,13 +168,13 @@ def test_a_search_says_how_far_it_is_and_how_long_it_takes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "PLAIN_SECONDS", 0.0)
-    with common.stage_lines() as show:
-        show("search the layers")
-        counter = Counter(show, 5)
+    with common.TerminalEvents() as events:
+        events.stage("search the layers")
+        counter = Counter(events, 5)
         counter.step("first: 40.0 dB")
         counter.expect(1)
         counter.step("second: 41.0 dB")
-        show("write the graph")
+        events.stage("write the graph")
     stage, first, second, last = capsys.readouterr().err.splitlines()
     assert (stage, last) == ("  search the layers …", "  write the graph …")
     assert "search the layers: 1 of 5," in first and "first: 40.0 dB" in first

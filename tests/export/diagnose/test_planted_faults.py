@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from helpers.recorded_events import Recorded
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import extend_bundle
 from scm_sdk.bundle.manifest import Artifact
@@ -203,6 +204,6 @@ def test_a_graph_with_other_names_is_said_not_to_be_looked_into(ladder: Path, tm
             if not value.is_graph_output():
                 value.name = f"other_{value.name}"
     replace_graph(path, other)
-    notes: list[str] = []
-    (parity,) = validate(path, precisions=["fp16"], num_seeds=5, batches=[None], on_note=notes.append)
-    assert parity.fault == "" and parity.psnr_by_step == () and "was not inspected" in notes[0]
+    events = Recorded()
+    (parity,) = validate(path, precisions=["fp16"], num_seeds=5, batches=[None], events=events)
+    assert parity.fault == "" and parity.psnr_by_step == () and "was not inspected" in events.notes[0]

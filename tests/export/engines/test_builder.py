@@ -3,13 +3,13 @@
 import importlib
 import signal
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.engine_helpers import graph, options
+from helpers.recorded_events import Recorded
 from scm_sdk.engines.tensorrt import make_logger
 from scm_sdk.errors import BackendUnavailable, ExportError, IncompatibleEngineError, ScmError, UnsupportedGraphError
 from scm_sdk.export.engines.builder import explain, give_timing_cache, make_monitor
@@ -88,26 +88,22 @@ def test_the_builders_words_are_explained(text: str, error: type[ScmError], mess
 
 
 def test_progress_is_reported_and_stops_the_build(graphs: Path, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    with pytest.raises(ExportError, match="the build was canceled in"):
-        build_engine(
-            graph(graphs, "fp16"), tmp_path / "engine", options(),
-            progress=lambda *step: (seen.append(step), len(seen) < 5)[1],
-        )  # fmt: skip
-    assert len(seen) >= 5 and all(1 <= step <= total for _, step, total in seen)
+    class Stopping(Recorded):
+        def step(self, text: str, done: int, total: int, /) -> None:
+            super().step(text, done, total)
+            if len(self.steps) == 5:
+                raise KeyboardInterrupt
 
-    def interrupt(phase: str, step: int, total: int) -> None:
-        raise KeyboardInterrupt
-
+    events = Stopping()
     with pytest.raises(KeyboardInterrupt):
-        build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(), progress=interrupt)
+        build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(), events=events)
+    assert len(events.steps) == 5 and all(1 <= step <= total for _, step, total in events.steps)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("progress", [None, lambda *_: None], ids=["silent", "told"])
 def test_a_signal_stops_the_build_wherever_it_comes(
-    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, progress: Callable[..., None] | None
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """The library swallows what is raised in its other callbacks, as in the start of a phase."""
 
@@ -129,7 +125,7 @@ def test_a_signal_stops_the_build_wherever_it_comes(
     before = signal.signal(number, stop)
     try:
         with pytest.raises(Stopped):
-            build_engine(graph(graphs, "fp16"), tmp_path / "engine", options(), progress=progress)
+            build_engine(graph(graphs, "fp16"), tmp_path / "engine", options())
         assert signal.getsignal(number) is stop, "the handler is back"
     finally:
         signal.signal(number, before)

@@ -34,8 +34,10 @@ def test_a_killed_build_leaves_nothing(graphs: Path, tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from scm_sdk.export.engines.add import add_engines\n"
         "from scm_sdk.engines.targets import Target, resolve_targets\n"
-        "kill = lambda *step: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "add_engines(sys.argv[1], resolve_targets(['l4']), precisions=['fp16'], on_build=lambda path: kill)\n"
+        "from scm_sdk._util.events import Silent\n"
+        "class Kill(Silent):\n"
+        "    def step(self, *_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "add_engines(sys.argv[1], resolve_targets(['l4']), precisions=['fp16'], events=Kill())\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=120, env=os.environ)
     assert done.returncode == -signal.SIGKILL

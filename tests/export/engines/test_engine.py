@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from helpers.engine_helpers import graph, options
+from helpers.recorded_events import Recorded
 from scm_sdk._util.gpu import Gpu, current_gpu
 from scm_sdk.bundle.engine_record import BuildRecord
 from scm_sdk.engines.targets import resolve_target, resolve_targets
@@ -197,10 +198,10 @@ def test_graphs_that_are_not_there(graphs: Path) -> None:
 def test_nothing_is_built_where_a_target_cannot_be(
     graphs: Path, targets: list[str], precisions: list[Precision], error: type[ScmError]
 ) -> None:
-    begun: list[str] = []
+    events = Recorded()
     with pytest.raises(error, match=r"(h100|t4).*leave this target out"):
-        add_engines(graphs, resolve_targets(targets), precisions=precisions, on_build=begun.append)
-    assert begun == []
+        add_engines(graphs, resolve_targets(targets), precisions=precisions, events=events)
+    assert events.all == []
 
 
 def test_tensorrt_itself_is_missing_here_and_says_so(graphs: Path) -> None:
@@ -225,12 +226,13 @@ def test_tensorrt_skips_what_only_another_gpu_can_build(graphs: Path, monkeypatc
     here = Gpu(index=0, name="NVIDIA A10", compute_capability="8.6", memory_bytes=1, driver="13.0")
     monkeypatch.setattr(add, "current_gpu", lambda: here)
     monkeypatch.setattr(add, "load_flavor", lambda flavor, purpose: None)
-    lines: list[str] = []
-    assert add_engines(graphs, resolve_targets(["a100", "l4"]), flavor="tensorrt", on_skip=lines.append) == []
-    assert lines[0] == "a100 (8.0): TensorRT builds on the GPU that runs the engine, this NVIDIA A10 is 8.6"
-    assert len(lines) == 2
+    events = Recorded()
+    targets = resolve_targets(["a100", "l4"])
+    assert add_engines(graphs, targets, flavor="tensorrt", skip_unbuildable=True, events=events) == []
+    assert events.skipped[0] == "a100 (8.0): TensorRT builds on the GPU that runs the engine, this NVIDIA A10 is 8.6"
+    assert len(events.skipped) == 2
     run = CliRunner().invoke(main, ["engine", str(graphs), "--target", "a100", "--flavor", "tensorrt"])
-    assert run.exit_code == IncompatibleEngineError.exit_code and "skip a100 (8.0): TensorRT builds on" in run.stderr
+    assert run.exit_code == IncompatibleEngineError.exit_code and "skip  a100 (8.0): TensorRT builds on" in run.stderr
 
 
 def test_the_verb_builds_and_tells(graphs: Path, tmp_path: Path) -> None:
@@ -245,10 +247,10 @@ def test_the_verb_builds_and_tells(graphs: Path, tmp_path: Path) -> None:
     assert "h100, h200" in CliRunner().invoke(main, ["targets"]).output
     turing = CliRunner().invoke(main, ["engine", str(path), "--target", "t4", "--precision", "int8"])
     assert turing.exit_code != 0 and "TensorRT-RTX has no int8 kernels for t4 (7.5). Choose" in turing.stderr
-    skipped: list[str] = []
-    made = add_engines(path, resolve_targets(["t4"]), steps=[1], on_skip=skipped.append)
-    assert [v.precision for v in made] == ["fp16"]
-    assert {line.split(",")[0] for line in skipped} == {"fp32", "int8", "bf16"}
+    events = Recorded()
+    made = add_engines(path, resolve_targets(["t4"]), steps=[1], skip_unbuildable=True, events=events)
+    assert [v.precision for v in made] == ["fp16"] and events.results == made
+    assert {line.split(",")[0] for line in events.skipped} == {"fp32", "int8", "bf16"}
     listed = json.loads(CliRunner().invoke(main, ["targets", "--json"]).stdout)
     assert next(t for t in listed if t["name"] == "t4")["compute_capability"] == "7.5"
 

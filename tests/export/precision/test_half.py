@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.bf16 import COMPUTES_BF16
-from scm_sdk._util.progress import Step
+from helpers.recorded_events import Recorded
 from scm_sdk.errors import ConfigError, ExportError, ParityError, UnsupportedGraphError
 from scm_sdk.export.graph.io import read_model, write_model
 from scm_sdk.export.precision.half import (
@@ -151,9 +151,9 @@ def test_reading_what_is_no_graph(tmp_path: Path) -> None:
 
 
 def test_islands_reach_a_target(fp32: ir.Model, probe: Probe) -> None:
-    plan, lines = default_plan("fp16"), []
+    plan, events = default_plan("fp16"), Recorded()
     start = probe.gate_db(apply_precision(fp32, plan))
-    found = find_islands(fp32, plan, probe, start + 3, progress=lines.append)
+    found = find_islands(fp32, plan, probe, start + 3, events=events)
     assert found.psnr_db >= start + 3 == pytest.approx(found.start_db + 3)
     assert probe.gate_db(apply_precision(fp32, found.plan)) == found.psnr_db
     new = found.plan.islands[len(plan.islands) :]
@@ -163,11 +163,11 @@ def test_islands_reach_a_target(fp32: ir.Model, probe: Probe) -> None:
         fewer = [other for other in found.plan.islands if other != island]
         smaller = PrecisionPlan(precision="fp16", islands=tuple(fewer))
         assert probe.gate_db(apply_precision(fp32, smaller)) < start + 3
-    assert f"{start:.1f} dB by the plan as it is" in lines[0]
-    steps = [line for line in lines if isinstance(line, Step)]
-    assert [step.done for step in steps] == list(range(1, len(lines))), "every measurement is counted"
-    assert all(step.done <= step.total for step in steps) and steps[-1].total <= steps[0].total
-    assert steps[-1].done == steps[-1].total
+    assert f"{start:.1f} dB by the plan as it is" in events.notes[0]
+    counts = [(done, total) for _, done, total in events.steps]
+    assert [done for done, _ in counts] == list(range(1, len(counts) + 1)), "every measurement is counted"
+    assert all(done <= total for done, total in counts) and counts[-1][1] <= counts[0][1]
+    assert counts[-1][0] == counts[-1][1]
 
 
 def test_a_target_that_is_met_needs_no_islands(fp32: ir.Model, probe: Probe) -> None:
