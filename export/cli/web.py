@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,8 @@ from .names import STEPS, OutputPath
 @click.option("--steps", multiple=True, type=STEPS, help="Number of network calls; may be repeated; all when absent.")
 @click.option("--device", type=click.Choice(["all", "wasm", "webgpu"]), default="all",
               help="Device of the visitors: its runtime is copied.")  # fmt: skip
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="Text file with one prompt per line, encoded for visitors of a text-to-image model.")  # fmt: skip
 @click.option("--onnxruntime-web", "package", type=click.Path(exists=True, path_type=Path), metavar="DIR|TGZ",
               help="The npm package onnxruntime-web; from the cache, or fetched with npm, when absent.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the site in OUT.")
@@ -30,8 +33,8 @@ from .names import STEPS, OutputPath
 @json_option
 def web(
     bundle: Path, out: Path, precisions: tuple[Literal["fp32", "fp16"], ...], steps: tuple[int, ...],
-    device: Literal["all", "wasm", "webgpu"], package: Path | None, overwrite: bool, serve: bool, port: int,
-    as_json: bool,
+    device: Literal["all", "wasm", "webgpu"], prompts: Path | None, package: Path | None, overwrite: bool, serve: bool,
+    port: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a static site that runs a bundle in the browser.
 
@@ -41,6 +44,7 @@ def web(
     \b
     scm-export web avatars -o site --serve
     scm-export web avatars -o site --device wasm --precision fp16
+    scm-export web sana -o site --prompts prompts.txt
     """
     from ..edge.site import write_site
     from ..edge.site_server import open_server
@@ -51,6 +55,7 @@ def web(
         devices=("wasm", "webgpu") if device == "all" else (device,),
         precisions=precisions or None,
         steps=steps or None,
+        prompts=prompts,
         onnxruntime_web=package,
         overwrite=overwrite,
     )
@@ -70,4 +75,5 @@ def web(
     if serve:
         with open_server(out, port) as server:
             say(f"http://localhost:{server.server_address[1]}/  (Ctrl-C ends it)")
-            server.serve_forever()
+            with suppress(KeyboardInterrupt):  # SIGTERM, too: the usual end
+                server.serve_forever()

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from scm_sdk._util.files import read_regular, safe_join, sha256_bytes
-from scm_sdk._util.lazy import is_installed
+from scm_sdk._util.lazy import install_command, installed_version, is_installed
 from scm_sdk._util.publish import atomic_folder
 from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle
@@ -27,11 +27,15 @@ from scm_sdk.errors import BundleError, ConfigError, ParityError, SchemaError
 from scm_sdk.evaluate.parity.compare import FLOOR_FACTOR, MIN_PSNR_DB, ROUNDING_FLOOR
 from scm_sdk.evaluate.parity.difference import percentile_interval
 from scm_sdk.evaluate.parity.reference import noise_floor
+from scm_sdk.inference.conditioning import read_prompts
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.prompts import EMBEDS
 from scm_sdk.inference.request import make_example
 from scm_sdk.spec import Precision, SamplerSpec
 
+from ..bundle_export import NUM_GOLDENS
 from ..graph.io import read_model
+from ..precision.probe import bundle_examples
 from .onnxruntime_web import PACKAGE, RUNTIME_FILES, VERSION, Device, packed, runtime_files
 from .portability import find_faults, require_portable
 
@@ -122,6 +126,7 @@ class SiteGoldens(msgspec.Struct, frozen=True, kw_only=True):
         class_labels: Their labels, or None.
         guidance_scale: Their guidance scale, or None.
         conditioning: File of each input of its own that the model has, little-endian.
+        made_by: What computed them.
     """
 
     num_inference_steps: int
@@ -129,6 +134,19 @@ class SiteGoldens(msgspec.Struct, frozen=True, kw_only=True):
     seeds: tuple[str, ...]
     class_labels: tuple[int, ...] | None
     guidance_scale: float | None
+    conditioning: dict[str, str]
+    made_by: str
+
+
+class SitePrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt that a visitor can choose: browsers have no text encoder.
+
+    Attributes:
+        text: The prompt.
+        conditioning: File of each input that it fills, one sample, little-endian.
+    """
+
+    text: str
     conditioning: dict[str, str]
 
 
@@ -170,6 +188,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         samplers: One for each number of steps.
         graphs: What can be run.
         goldens: Recorded samples.
+        prompts: Prompts that were encoded when the site was made.
         runtime: What runs it.
         files: Every file but this one.
     """
@@ -184,6 +203,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     samplers: tuple[SamplerSpec, ...]
     graphs: tuple[SiteGraph, ...]
     goldens: tuple[SiteGoldens, ...]
+    prompts: tuple[SitePrompt, ...]
     runtime: Runtime
     files: tuple[SiteFile, ...]
 
@@ -231,6 +251,7 @@ def write_site(
     devices: Sequence[Device] = ("wasm", "webgpu"),
     precisions: Sequence[Precision] | None = None,
     steps: Sequence[int] | None = None,
+    prompts: str | os.PathLike[str] | None = None,
     onnxruntime_web: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> SiteReport:
@@ -242,6 +263,7 @@ def write_site(
         devices: What a visitor can run it on.
         precisions: Precisions of the graphs; None takes fp32 and fp16, as far as the bundle has them.
         steps: Numbers of steps; None takes all.
+        prompts: Text file with one prompt per line, for text-to-image models: a visitor chooses among them.
         onnxruntime_web: Folder or ``.tgz`` file of the npm package; None takes the cache or fetches it with npm.
         overwrite: Replace the site that is there.
 
@@ -249,15 +271,18 @@ def write_site(
         ConfigError: If the bundle lacks what is asked for, or the page cannot show what the model makes.
         ParityError: If the bundle records that a graph failed its comparison.
         UnsupportedGraphError: If no device that is asked for computes a graph right.
-        BackendUnavailable: If onnxruntime-web must be fetched and cannot.
+        BackendUnavailable: If onnxruntime-web must be fetched and cannot, or prompts cannot be encoded here.
         BundleError: If the bundle is damaged, or ``out`` may not be replaced or cannot be written.
     """
     opened = Bundle.open(bundle)
     chosen = _choose(opened, precisions, steps)
     for artifact in chosen:
         _check_showable(opened.spec(artifact.num_inference_steps))
-    goldens = _goldens(opened, sorted({a.num_inference_steps for a in chosen}))
     notes: list[str] = []
+    goldens = _goldens(opened, sorted({a.num_inference_steps for a in chosen}), notes)
+    encoded = _encode(opened, Path(prompts)) if prompts is not None else []
+    if prompts is None and any(tensor.name == EMBEDS for tensor in opened.spec(chosen[0].num_inference_steps).inputs):
+        notes.append("the model takes prompts, which browsers cannot encode. Give some: --prompts FILE")
     if precisions is None and {a.precision for a in chosen} != set(PRECISIONS):
         missing = next(name for name in PRECISIONS if name not in {a.precision for a in chosen})
         remedy = "scm-export onnx" if missing == "fp32" else f"scm-export precision {opened.path} --precision fp16"
@@ -283,8 +308,9 @@ def write_site(
             samplers=tuple(opened.spec(count) for count in counts),
             graphs=graphs,
             goldens=tuple(
-                _write_golden(writer, opened.spec(count), goldens[count]) for count in counts if count in goldens
+                _write_golden(writer, opened.spec(count), *goldens[count]) for count in counts if count in goldens
             ),
+            prompts=tuple(_write_prompt(writer, i, text, inputs) for i, (text, inputs) in enumerate(encoded)),
             runtime=Runtime(
                 name=PACKAGE,
                 version=VERSION,
@@ -379,9 +405,46 @@ def _check_showable(spec: SamplerSpec) -> None:
         )
 
 
-def _goldens(bundle: Bundle, counts: Sequence[int]) -> dict[int, Golden]:
-    """Return the recorded samples for some numbers of steps."""
-    return {count: golden for count, golden in bundle.goldens().items() if count in counts}
+def _goldens(bundle: Bundle, counts: Sequence[int], notes: list[str]) -> dict[int, tuple[Golden, str]]:
+    """Return recorded samples for some numbers of steps and what made them.
+
+    An imported pipeline has none in its bundle: ONNX Runtime makes them here, with the bundle's fp32 graph.
+    """
+    found = {count: (golden, "PyTorch at export") for count, golden in bundle.goldens().items() if count in counts}
+    for count in counts:
+        if count in found or not bundle.artifacts(format="onnx", precision="fp32", num_inference_steps=count):
+            continue
+        if not is_installed("onnxruntime"):
+            notes.append(f"nothing to prove with {count} steps: the bundle has no recorded samples, and onnxruntime, "
+                         f"which makes them, is not installed ({install_command('onnxruntime')})")  # fmt: skip
+            continue
+        spec = bundle.spec(count)
+        seeds = np.arange(min(NUM_GOLDENS, spec.max_batch), dtype=np.int64)
+        labels = seeds % spec.num_classes if spec.num_classes else None
+        request = make_example(spec, seeds.tolist(), class_labels=labels)
+        with Generator.from_pretrained(
+            bundle.path, backend="onnxruntime", precision="fp32", num_inference_steps=count, verify="none"
+        ) as gen:
+            images = gen.opened(count).backend.sample(*request.inputs(0, len(seeds)))
+        maker = f"ONNX Runtime {installed_version('onnxruntime')} in fp32 when the site was made"
+        found[count] = Golden(images=images, seeds=seeds, class_labels=labels), maker
+    return found
+
+
+def _encode(bundle: Bundle, prompts: Path) -> list[tuple[str, dict[str, np.ndarray[Any, Any]]]]:
+    """Return each prompt of a text file with the inputs that it fills, (1, *shape)."""
+    if prompts.suffix == ".safetensors":
+        raise ConfigError(f"{prompts} holds tensors, expected a text file: a visitor chooses among its lines.")
+    examples = bundle_examples(bundle.path, prompts)
+    return [(text, examples.rows([i])) for i, text in enumerate(read_prompts(prompts))]
+
+
+def _write_prompt(writer: _Writer, index: int, text: str, inputs: dict[str, np.ndarray[Any, Any]]) -> SitePrompt:
+    paths = {}
+    for name, array in inputs.items():
+        paths[name] = f"prompts/{index}.{name}.bin"
+        writer.write(paths[name], _little(array))
+    return SitePrompt(text=text, conditioning=paths)
 
 
 def _copy_graph(
@@ -389,7 +452,7 @@ def _copy_graph(
     writer: _Writer,
     artifact: Artifact,
     devices: Sequence[Device],
-    goldens: dict[int, Golden],
+    goldens: dict[int, tuple[Golden, str]],
     notes: list[str],
 ) -> SiteGraph:
     """Copy the files of a graph, checked against the bundle's manifest."""
@@ -402,7 +465,7 @@ def _copy_graph(
         num_inference_steps=artifact.num_inference_steps,
         precision=artifact.precision,
         devices=tuple(devices),
-        bound=_bound(bundle, artifact, 1 if golden is None else len(golden.seeds), notes),
+        bound=_bound(bundle, artifact, 1 if golden is None else len(golden[0].seeds), notes),
     )
 
 
@@ -463,7 +526,7 @@ def _bound(bundle: Bundle, artifact: Artifact, num_samples: int, notes: list[str
     return Bound(gate=gate, threshold=max(ROUNDING_FLOOR, FLOOR_FACTOR * floor), rank=rank, source=source)
 
 
-def _write_golden(writer: _Writer, spec: SamplerSpec, golden: Golden) -> SiteGoldens:
+def _write_golden(writer: _Writer, spec: SamplerSpec, golden: Golden, made_by: str) -> SiteGoldens:
     """Write recorded samples with the inputs that they were made from, as ``bundle_export`` made them."""
     steps, count = spec.num_inference_steps, len(golden.seeds)
     path = f"goldens/{steps}step.f32"
@@ -482,6 +545,7 @@ def _write_golden(writer: _Writer, spec: SamplerSpec, golden: Golden) -> SiteGol
         class_labels=None if golden.class_labels is None else tuple(golden.class_labels.tolist()),
         guidance_scale=None if scale is None else float(scale[0]),
         conditioning=own,
+        made_by=made_by,
     )
 
 

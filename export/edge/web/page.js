@@ -58,6 +58,10 @@ async function start() {
     fill($("label"), [option("", "Drawn from each seed"), ...names.map((name, i) => option(String(i), name))]);
     $("label-field").hidden = false;
   }
+  if (site.prompts.length) {
+    fill($("prompt"), site.prompts.map(({ text }, i) => option(String(i), text)));
+    $("prompt-field").hidden = false;
+  }
   if (spec.guidance_range) {
     Object.assign($("guidance"), { min: spec.guidance_range[0], max: spec.guidance_range[1] });
     $("guidance").value = spec.default_guidance ?? spec.guidance_range[0];
@@ -85,9 +89,12 @@ async function start() {
   $("link").addEventListener("click", () => void copyLink());
   $("controls").disabled = false;
   $("prove").disabled = !site.goldens.length;
-  if (spec.conditioning.length) {
+  $("prove-text").textContent = site.goldens.length
+    ? `Your browser makes samples again that were recorded by ${site.goldens[0].made_by}, and holds the difference against the bound of each graph.`
+    : "The site has no recorded samples.";
+  if (!canGenerate()) {
     $("generate").disabled = true;
-    status("This model takes inputs that the page cannot make, such as prompt embeddings. It can be proved here; scm.js generates with it.");
+    status("This model takes inputs that the page cannot make. It can be proved here, and scm.js generates with them.");
   }
   showCost();
   showWhat();
@@ -149,6 +156,7 @@ async function generate(signal) {
     seed: $("seed").value.trim(),
     numImages: Number(value("count")),
     classLabels: label === "" ? undefined : Number(label),
+    prompt: site.prompts.length ? site.prompts[Number($("prompt").value)].text : undefined,
     guidanceScale: site.samplers[0].guidance_range ? Number($("guidance").value) : undefined,
     steps: Number(value("steps")),
     precision: /** @type {"auto"} */ (value("precision")),
@@ -176,7 +184,7 @@ async function prove(signal) {
   const count = proofs[0].samples.seeds.length;
   $("verdict").className = `verdict ${failed ? "fail" : "pass"}`;
   $("verdict").textContent = failed
-    ? `${failed} of ${plural(proofs.length, "graph")} made other samples than PyTorch on ${NAMES[gen.info.device]}.`
+    ? `${failed} of ${plural(proofs.length, "graph")} made other samples than the recorded ones on ${NAMES[gen.info.device]}.`
     : `Pass: ${plural(proofs.length, "graph")} made the recorded samples on ${NAMES[gen.info.device]}, ${count} seeds each.`;
   status("");
 }
@@ -229,7 +237,7 @@ function show(samples) {
   $("pictures").dataset.columns = Math.round(Math.sqrt(items.length));
   const { info } = samples;
   fill($("figures"), [
-    figure("Time per image (median)", duration(info.medianMs)),
+    figure("Median per image", duration(info.medianMs)),
     figure("Noise, all images", duration(info.noiseMs)),
     figure("Fetch and open graph", info.openMs < 5 ? "was open" : duration(info.openMs)),
     figure("Ran on", `${NAMES[info.device]}, ${info.precision}`),
@@ -256,13 +264,13 @@ function proofRow(proof) {
   for (let i = 0; i < samples.seeds.length; i += 1) {
     const triple = element("div", "", "triple");
     triple.append(
-      picture(toImageData(golden, i), `PyTorch, seed ${samples.seeds[i]}`),
+      picture(toImageData(golden, i), `recorded, seed ${samples.seeds[i]}`),
       picture(toImageData(samples, i), `here, seed ${samples.seeds[i]}`),
       picture(heat(proof, i), `difference, seed ${samples.seeds[i]}`),
     );
     triples.append(triple);
   }
-  const pictures = cell("", "PyTorch, here, difference");
+  const pictures = cell("", "Recorded, here, difference");
   pictures.append(triples);
   row.append(
     name,
@@ -325,16 +333,30 @@ async function copyLink() {
 
 /** @returns {string} */
 function linkHash() {
-  const fields = { seed: $("seed").value.trim(), n: value("count"), steps: value("steps"), label: $("label").value };
+  const fields = {
+    seed: $("seed").value.trim(),
+    n: value("count"),
+    steps: value("steps"),
+    label: $("label").value,
+    prompt: $("prompt").value,
+  };
   return `#${new URLSearchParams(Object.entries(fields).filter(([, text]) => text !== ""))}`;
+}
+
+/** Return whether the page has every input of the model. */
+function canGenerate() {
+  const filled = Object.keys(site.prompts[0]?.conditioning ?? {});
+  return site.samplers[0].conditioning.every(({ name, kind }) => kind === "mask" || filled.includes(name));
 }
 
 /** Set the controls to what the link asks for; what does not fit is left out. */
 function readLink() {
   const asked = new URLSearchParams(location.hash.slice(1));
   if (/^\d{1,20}$/.test(asked.get("seed") ?? "")) $("seed").value = asked.get("seed");
-  const label = asked.get("label");
-  if (label && [...$("label").options].some((each) => each.value === label)) $("label").value = label;
+  for (const id of ["label", "prompt"]) {
+    const text = asked.get(id);
+    if (text && [...$(id).options].some((each) => each.value === text)) $(id).value = text;
+  }
   for (const [key, name] of [["n", "count"], ["steps", "steps"]]) {
     const input = [...document.getElementsByName(name)].find(
       (each) => /** @type {HTMLInputElement} */ (each).value === asked.get(key),

@@ -108,6 +108,8 @@ export interface Info {
   guidanceRange: readonly [number, number] | null;
   /** Inputs of its own that the model has, such as prompt embeddings. */
   conditioning: readonly { name: string; shape: readonly number[]; dtype: "float32" | "int64" }[];
+  /** Prompts that were encoded when the site was made. */
+  prompts: readonly string[];
   maxBatch: number;
   /** Bytes of the runtime that were fetched. */
   runtimeBytes: number;
@@ -127,7 +129,9 @@ export interface GenerateRequest {
   /** `auto` (default): fp16 on a GPU that computes in it, else fp32. */
   precision?: "auto" | Precision;
   guidanceScale?: number;
-  /** (N, ...shape) of each of `Info.conditioning`, flat. Masks are all ones when absent. */
+  /** One of `Info.prompts`, for all images: it fills the inputs that a text encoder would. */
+  prompt?: string;
+  /** (N, ...shape) of each of `Info.conditioning` that the prompt does not fill, flat. Masks are all ones when absent. */
   conditioning?: Record<string, Float32Array | BigInt64Array>;
   /** Images of one call; 4 when absent. */
   batchSize?: number;
@@ -173,10 +177,12 @@ export interface Difference {
   worstIndex: number;
 }
 
-/** How far samples that were made here are from those that PyTorch made at export. */
+/** How far samples that were made here are from the recorded ones. */
 export interface Proof {
   samples: Samples;
   golden: Samples;
+  /** What computed the recorded ones: PyTorch at export, for a bundle that holds them. */
+  goldenSource: string;
   difference: Difference;
   gate: "max_abs" | "psnr_p05_db";
   /** Largest `maxAbs` that passes; or the PSNR, dB, that the samples must reach. */

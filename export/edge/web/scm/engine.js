@@ -109,6 +109,7 @@ export class Engine {
       numClasses: spec.num_classes,
       classNames: spec.class_names,
       guidanceRange: spec.guidance_range,
+      prompts: site.prompts.map((prompt) => prompt.text),
       conditioning: spec.conditioning.map(({ name, shape, dtype }) => ({ name, shape, dtype })),
       maxBatch: spec.max_batch,
       runtimeBytes: this.downloaded,
@@ -144,7 +145,8 @@ export class Engine {
     const { graph, reason } = this.#choose(request);
     const spec = specOf(this.site, graph.num_inference_steps);
     const seeds = seedsOf(request);
-    const inputs = await conditioningOf(spec, request, seeds);
+    const conditioning = await this.#promptInputs(spec, request, seeds.length, hooks);
+    const inputs = await conditioningOf(spec, { ...request, conditioning }, seeds);
     const batch = batchOf(request.batchSize, spec);
     const session = await this.#session(graph, hooks);
     const opened = performance.now();
@@ -243,13 +245,7 @@ export class Engine {
     const paths = [golden.path, ...Object.values(golden.conditioning)];
     const files = await new Loader(this.base, this.site, "goldens", paths, hooks).fetchAll();
     const expected = new Float32Array(bytesOf(files, golden.path).buffer);
-    /** @type {Record<string, Float32Array | BigInt64Array>} */
-    const conditioning = {};
-    for (const [name, path] of Object.entries(golden.conditioning)) {
-      const { buffer } = bytesOf(files, path);
-      const isFloat = spec.conditioning.find((tensor) => tensor.name === name)?.dtype === "float32";
-      conditioning[name] = isFloat ? new Float32Array(buffer) : new BigInt64Array(buffer);
-    }
+    const conditioning = tensorsOf(spec, golden.conditioning, files);
     const samples = await this.generate(
       {
         seeds: golden.seeds,
@@ -265,12 +261,45 @@ export class Engine {
     return {
       samples,
       golden: { ...samples, images: expected },
+      goldenSource: golden.made_by,
       difference: found,
       gate: graph.bound.gate,
       threshold: graph.bound.threshold,
       thresholdSource: graph.bound.source,
       passed: passes(found, graph.bound),
     };
+  }
+
+  /**
+   * Return the conditioning of a request with what its prompt fills.
+   * @param {SamplerSpec} spec
+   * @param {GenerateRequest} request
+   * @param {number} count
+   * @param {Hooks} hooks
+   * @returns {Promise<GenerateRequest["conditioning"]>}
+   */
+  async #promptInputs(spec, { prompt, conditioning = {} }, count, hooks) {
+    if (prompt === undefined) return conditioning;
+    const found = this.site.prompts.find(({ text }) => text === prompt);
+    if (!found) {
+      const known = this.site.prompts.map(({ text }) => JSON.stringify(text)).join(", ") || "none";
+      throw new ScmError(
+        "bad-argument",
+        `prompt is ${JSON.stringify(prompt)}, expected one that was encoded when the site was made: ${known}. Add it: ` +
+          "scm-export web --prompts FILE",
+      );
+    }
+    const files = await new Loader(this.base, this.site, "prompts", Object.values(found.conditioning), hooks).fetchAll();
+    const filled = { ...conditioning };
+    for (const [name, one] of Object.entries(tensorsOf(spec, found.conditioning, files))) {
+      if (name in conditioning) {
+        throw new ScmError("bad-argument", `prompt and conditioning.${name} are both given, expected one of them.`);
+      }
+      const all = one instanceof Float32Array ? new Float32Array(one.length * count) : new BigInt64Array(one.length * count);
+      for (let i = 0; i < count; i += 1) all.set(/** @type {any} */ (one), i * one.length);
+      filled[name] = all;
+    }
+    return filled;
   }
 
   /**
@@ -426,7 +455,7 @@ class Loader {
   /**
    * @param {URL} base
    * @param {import("./types.js").Site} site
-   * @param {"runtime" | "model" | "goldens"} name
+   * @param {"runtime" | "model" | "goldens" | "prompts"} name
    * @param {string[]} paths
    * @param {Hooks} hooks
    */
@@ -455,6 +484,24 @@ class Loader {
 }
 
 /** @typedef {{ data: Float32Array | BigInt64Array, shape: number[], size: number }} Input */
+
+/**
+ * Return files as the inputs that they hold.
+ * @param {SamplerSpec} spec
+ * @param {Record<string, string>} paths
+ * @param {Map<string, Uint8Array<ArrayBuffer>>} files
+ * @returns {Record<string, Float32Array | BigInt64Array>}
+ */
+function tensorsOf(spec, paths, files) {
+  /** @type {Record<string, Float32Array | BigInt64Array>} */
+  const tensors = {};
+  for (const [name, path] of Object.entries(paths)) {
+    const { buffer } = bytesOf(files, path);
+    const isFloat = spec.conditioning.find((tensor) => tensor.name === name)?.dtype === "float32";
+    tensors[name] = isFloat ? new Float32Array(buffer) : new BigInt64Array(buffer);
+  }
+  return tensors;
+}
 
 /**
  * @param {import("./types.js").Site} site

@@ -67,6 +67,14 @@ export interface GoldenSamples {
   guidance_scale: number | null;
   /** Path of each input of its own that the model has, little-endian. */
   conditioning: Record<string, string>;
+  made_by: string;
+}
+
+/** A prompt that was encoded when the site was made. */
+export interface Prompt {
+  text: string;
+  /** Path of each input that it fills: one sample, little-endian. */
+  conditioning: Record<string, string>;
 }
 
 export interface Site {
@@ -80,6 +88,7 @@ export interface Site {
   samplers: SamplerSpec[];
   graphs: Graph[];
   goldens: GoldenSamples[];
+  prompts: Prompt[];
   runtime: {
     name: string;
     version: string;
