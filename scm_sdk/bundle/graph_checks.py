@@ -272,7 +272,7 @@ class _Reader:
             yield tag, stop
             self._at = stop
         if self._at != end:
-            raise self._malformed(f"a field goes on beyond byte {end}")
+            raise self._malformed(f"a field extends beyond byte {end}")
 
     def _number(self) -> int:
         """Read a varint."""
