@@ -87,7 +87,7 @@ echo "$@" >> "$0.log"
 
 @pytest.mark.parametrize(("help_text", "typed"), [("--stronglyTyped  Create", True), ("--noTF32", False)])
 def test_build_checks_the_files_and_types_the_engine_strongly(folder: Path, help_text: str, typed: bool) -> None:
-    """There is no trtexec here: a stand-in keeps what it was told. TensorRT 10 knows the option, 11 is always so."""
+    """There is no trtexec here: a stand-in records its arguments. TensorRT 10 knows the option, 11 is always so."""
     tool = folder.parent / "trtexec"
     tool.write_text(TRTEXEC.format(help=help_text))
     tool.chmod(0o755)
