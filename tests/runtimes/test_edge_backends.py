@@ -18,7 +18,6 @@ from scm_sdk.inference.generator import Generator
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec
 
-
 # Of the libraries themselves, while they are imported.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 

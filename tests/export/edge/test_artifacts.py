@@ -24,7 +24,6 @@ from scm_sdk.export.graph.io import read_model
 from scm_sdk.inference.backends import BACKENDS
 from scm_sdk.inference.generator import Generator
 
-
 # Of the libraries themselves, while they are imported.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 
