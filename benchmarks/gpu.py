@@ -104,7 +104,7 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
             flavors.append(flavor)
     fp32: list[Precision] = ["fp32"]
     precisions: list[Precision] = ["fp16", "int8"]
-    precisions += ["bf16"] * ("bf16" in target.precisions)
+    precisions += ["bf16"] * ("bf16" in target.precisions)  # pyright: ignore[reportAssignmentType]
     with TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         source = checkpoint or Path(str(files("scm_sdk.assets") / "avatars"))
@@ -117,7 +117,7 @@ def main(checkpoint: Path | None, steps: int, batches: tuple[int, ...], rounds: 
                 if reason := target.lacks(precision, flavor):
                     report.skip(reason)
                 else:
-                    _prove(report, bundle, target, flavor, precision)
+                    _prove(report, bundle, target, flavor, precision)  # pyright: ignore[reportArgumentType]
         with report.stage("latency"):
             for batch, latency in _time(report, bundle, flavors, [*fp32, *precisions], batches, rounds):
                 report.record["latency"].append(latency.to_dict())

@@ -62,7 +62,11 @@ def weights(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     torch.set_default_dtype(torch.bfloat16)
     parts = SanaTransformer2DModel(**LAYOUTS[layout], **SHARED), AutoencoderDC(**DC_AE)
     pipeline = SanaSprintPipeline(
-        transformer=parts[0], vae=parts[1], scheduler=SCMScheduler(), text_encoder=None, tokenizer=None
+        transformer=parts[0],
+        vae=parts[1],
+        scheduler=SCMScheduler(),  # pyright: ignore[reportArgumentType]
+        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
     )
     pipeline.save_pretrained(folder / "pipeline")
     return {"parameters": [sum(p.numel() for p in part.parameters()) for part in parts]}
@@ -120,9 +124,9 @@ def diffusers(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     images = pipeline(
         prompt_embeds=torch.tensor(given["prompt_embeds"]), num_inference_steps=steps,
         prompt_attention_mask=torch.tensor(given["prompt_attention_mask"]), latents=torch.tensor(noise[0]),
-        intermediate_timesteps=1.3 if steps == 2 else None, guidance_scale=float(given["guidance_scale"][0]),
+        intermediate_timesteps=1.3 if steps == 2 else None, guidance_scale=float(given["guidance_scale"][0]),  # pyright: ignore[reportArgumentType]
         height=spec.image_shape[1], width=spec.image_shape[2], use_resolution_binning=False, output_type="latent",
-    ).images  # fmt: skip
+    ).images  # fmt: skip  # pyright: ignore[reportAttributeAccessIssue]
     with torch.inference_mode():
         decoded = pipeline.vae.decode(images / pipeline.vae.config.scaling_factor).sample.numpy()
     return {"seconds_of_call": round(time.perf_counter() - start, 1), **_difference(decoded, golden.images)}

@@ -80,7 +80,7 @@ def ort_loop(gen: Generator, spec: SamplerSpec, work: Path, threads: int | None)
             cos, sin = np.float32(np.cos(t)), np.float32(np.sin(t))
             x_t = cos * x_0 + sin * sigma_data * z
             feeds = {x_name: x_t / sigma_data, t_name: np.full(1, t, np.float32), label_name: labels}
-            x_0 = cos * x_t - sin * sigma_data * session.run(None, feeds)[0]
+            x_0 = cos * x_t - sin * sigma_data * session.run(None, feeds)[0]  # pyright: ignore[reportOperatorIssue]
         return x_0
 
     return run
@@ -103,7 +103,7 @@ def diffusers_loop(gen: Generator, spec: SamplerSpec) -> Peer:
             sample = float(np.sin(spec.times[0])) * spec.sigma_data * noise[0]
             for t in scheduler.timesteps[:-1]:
                 F = network(sample / spec.sigma_data, t.float().expand(len(labels)), labels)
-                sample, x_0 = scheduler.step(spec.sigma_data * F, t, sample, None, return_dict=False)
+                sample, x_0 = scheduler.step(spec.sigma_data * F, t, sample, None, return_dict=False)  # pyright: ignore[reportArgumentType]
         return np.asarray(x_0.numpy())
 
     return run

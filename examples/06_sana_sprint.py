@@ -28,8 +28,8 @@ def save_tiny_pipeline(folder: Path) -> None:
         sample_size=32, qk_norm="rms_norm_across_heads", guidance_embeds=True,
     )  # fmt: skip
     autoencoder = AutoencoderDC(
-        latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+        latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),  # pyright: ignore[reportArgumentType]
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),  # pyright: ignore[reportArgumentType]
         decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), upsample_block_type="interpolate",
         downsample_block_type="conv", scaling_factor=0.41407,
@@ -39,7 +39,7 @@ def save_tiny_pipeline(folder: Path) -> None:
         num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
     SanaSprintPipeline(
-        transformer=transformer, vae=autoencoder, scheduler=SCMScheduler(), text_encoder=Gemma2Model(text_encoder),
+        transformer=transformer, vae=autoencoder, scheduler=SCMScheduler(), text_encoder=Gemma2Model(text_encoder),  # pyright: ignore[reportArgumentType]
         tokenizer=GemmaTokenizer(vocab=WORDS, merges=[]),
     ).save_pretrained(folder)  # fmt: skip
 

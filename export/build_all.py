@@ -83,7 +83,7 @@ def build_all(
             f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp32-cpu, fp16, bf16, int8 or int8-cpu."
         )
     gpus = resolve_targets(targets) if targets else ()
-    wanted = [p for p in precisions if p not in CPU_PRECISIONS]
+    wanted: list[Precision] = [p for p in precisions if p not in CPU_PRECISIONS]
     if gpus and wanted:
         check_targets(gpus, flavor)
     workspace = Workspace.of(out)

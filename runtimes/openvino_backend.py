@@ -248,9 +248,9 @@ def _said(exc: Exception) -> str:
 def _describe(port: Any) -> tuple[str, str, tuple[object, ...]]:
     kind = port.element_type.to_string()
     if port.partial_shape.rank.is_dynamic:  # an input without a shape
-        return port.any_name, _TYPES.get(kind, kind), ("?",)
+        return port.any_name, _TYPES.get(kind, str(kind)), ("?",)
     shape = tuple(d.get_length() if d.is_static else "?" for d in list(port.partial_shape)[1:])
-    return port.any_name, _TYPES.get(kind, kind), shape
+    return port.any_name, _TYPES.get(kind, str(kind)), shape
 
 
 def _spec_text(model: Any) -> str:

@@ -60,4 +60,4 @@ class OpenVINOIRBackend(FixedBatchBackend):
 
 def _port(port: Any) -> Port:
     kind = port.element_type.to_string()
-    return port.any_name, _TYPES.get(kind, kind), tuple(port.shape)
+    return port.any_name, _TYPES.get(kind, str(kind)), tuple(port.shape)

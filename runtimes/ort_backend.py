@@ -178,4 +178,4 @@ def _cuda_options(index: int) -> dict[str, str]:
 
 
 def _describe(node: Any) -> tuple[str, str, tuple[object, ...]]:
-    return node.name, _TYPES.get(node.type, node.type), tuple(node.shape[1:])
+    return node.name, _TYPES.get(node.type, str(node.type)), tuple(node.shape[1:])

@@ -144,7 +144,7 @@ def _openvino_products(precision: str) -> Callable[[], object]:
             weight = ops.fake_quantize(weight, *map(np.float32, (-0.2, 0.2, -0.2, 0.2)), 255)
         last = ops.matmul(last, weight, False, False)
     settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    model = openvino.Model([last], [x], "products")
+    model = openvino.Model([last], [x], "products")  # pyright: ignore[reportGeneralTypeIssues]
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     inputs = rng.standard_normal((rows, width), np.float32)
     return lambda: request.infer([inputs])

@@ -91,7 +91,7 @@ def _picture(bundle: Bundle, parity: Parity, steps: int, folder: Path) -> Path |
     precision = next(a.precision for a in bundle.manifest.artifacts if a.path == parity.candidate)
     images = []
     sides: tuple[tuple[str, Precision], ...]
-    sides = ((parity.reference_backend, "fp32"), (parity.candidate_backend, precision))
+    sides = ((parity.reference_backend, "fp32"), (parity.candidate_backend, precision))  # pyright: ignore[reportAssignmentType]
     for backend, wanted in sides:
         with open_candidate(bundle, backend, wanted, steps) as gen:
             images.append(gen(1, seed=parity.worst_seed, output_type="raw").images[0])

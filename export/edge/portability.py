@@ -99,7 +99,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         return value
 
     terms = put(before, [x, x] if before == "Mul" else [x], x) if before else x
-    last = put("ReduceSum", [terms, axes], out, **options)
+    last = put("ReduceSum", [terms, axes], out, **options)  # pyright: ignore[reportArgumentType]
     last = put(after, [last], out) if after else last
     name = out.name
     out.replace_all_uses_with(last, replace_graph_outputs=True)

@@ -60,7 +60,7 @@ class EdgeRuntime:
     @property
     def exporter(self) -> Exporter:
         """The module that converts."""
-        module: Exporter = import_module(f".{self.format}", __package__)
+        module: Exporter = import_module(f".{self.format}", __package__)  # pyright: ignore[reportAssignmentType]
         return module
 
     def path(self, precision: str, steps: int) -> str:

@@ -290,7 +290,7 @@ def write_site(
     runtime = runtime_files(devices, None if onnxruntime_web is None else Path(onnxruntime_web))
     with atomic_folder(out, overwrite=overwrite, marker=SITE_NAME) as folder:
         writer = _Writer(folder)
-        for name, data in _assets(files(__package__) / "web"):
+        for name, data in _assets(files(__package__) / "web"):  # pyright: ignore[reportArgumentType]
             writer.write(name, data)
         writer.write("_headers", _headers_file())
         for name, data in runtime.items():

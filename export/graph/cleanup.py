@@ -342,7 +342,7 @@ def strip_metadata(model: ir.Model) -> ir.Model:
     """
     import onnx_ir as ir
 
-    parts: list[_Documented] = [model, model.graph, *model.graph, *_values(model.graph)]
+    parts: list[_Documented] = [model, model.graph, *model.graph, *_values(model.graph)]  # pyright: ignore[reportAssignmentType]
     for part in parts:
         part.metadata_props.clear()
         part.doc_string = None

@@ -140,7 +140,7 @@ def evaluate(
             f"that onnx.reference knows; this part holds {sorted({n.op_type for n in nodes})}."
         ) from exc
     computed = dict(zip(runner.output_names, arrays, strict=True))
-    return [np.asarray(feeds[v] if v in feeds else computed[v.name]) for v in values]
+    return [np.asarray(feeds[v] if v in feeds else computed[v.name]) for v in values]  # pyright: ignore[reportArgumentType]
 
 
 def _inputs_of(nodes: list[ir.Node]) -> Iterator[ir.Value]:

@@ -20,7 +20,7 @@ from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk._util.gpu import parse_device
 from scm_sdk.bundle.engine_record import BuildRecord
 from scm_sdk.engines.compatibility import EngineHost, is_trusted, performance_warning
-from scm_sdk.engines.tensorrt import EXTRAS, load_flavor, make_logger
+from scm_sdk.engines.tensorrt import EXTRAS, LibraryObject, load_flavor, make_logger
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, ScmError, ShapeError
 from scm_sdk.spec import SamplerSpec
 
@@ -92,7 +92,7 @@ class TrtBackend:
         self._cuda = Cuda(index, extra=EXTRAS[self.record.flavor])
         self._log = make_logger(self._trt)
         self._trusted = trust_engines or is_trusted(self.record.engine_sha256)
-        self._engine = self._deserialize(blob)
+        self._engine: LibraryObject = self._deserialize(blob)
         _check_tensors(self._trt, self._engine, self.record, artifact_path)
         self._gpu_name = host.gpu.name if host.gpu is not None else "none"
         with own_errors("preparing the engine"):

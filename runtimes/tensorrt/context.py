@@ -57,7 +57,8 @@ class ExecutionContext:
     ) -> None:
         self.batch, self.has_buffers = batch, buffers
         self.stream: Handle = None
-        self._cuda, self._context, self._spec = cuda, context, spec
+        self._cuda, self._spec = cuda, spec
+        self._context: LibraryObject = context
         self._record, self._runs, self._graph = record, 0, None
         self._buffers: dict[str, Buffer] = {}
         shapes = {t.name: ((batch, *t.shape), np.dtype(t.dtype)) for t in spec.inputs}

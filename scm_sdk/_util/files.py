@@ -103,12 +103,14 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: If the folder cannot be created.
     """
-    lock: FolderLock | None = None
-    while lock is None:
+    while True:
         temp = folder / f".scm-{secrets.token_hex(4)}.partial"
         temp.mkdir(mode=0o700)
+        lock: FolderLock | None = None
         with suppress(FileNotFoundError):  # another process removed it as a leftover before it was locked
             lock = try_lock(temp)
+        if lock is not None:
+            break
     try:
         yield temp
     finally:

@@ -91,8 +91,9 @@ def unpacked(path: str | os.PathLike[str], *, check: Callable[[Path], object] = 
                     check(kept)  # another process was first
                 with suppress(FileNotFoundError):  # collect_garbage removed it already
                     withdraw_write(kept)
+    now = time.time_ns()  # finer than the clock of the file system
     with suppress(OSError):  # owned by another user, or on a read-only disk
-        os.utime(kept, ns=(time.time_ns(),) * 2)  # finer than the clock of the file system
+        os.utime(kept, ns=(now, now))
     return kept
 
 

@@ -251,7 +251,7 @@ def _of_model(names: Iterable[str]) -> set[str]:
     names = set(names)
     if INDEX_NAME in names:
         return {name for name in names if PurePosixPath(name).suffix in _PIPELINE_SUFFIXES}
-    return set(_CHECKPOINT) & names if CONFIG_NAME in names else set()
+    return set(_CHECKPOINT) & names if CONFIG_NAME in names else set()  # pyright: ignore[reportReturnType]
 
 
 def _no_model(shown: str, names: Iterable[str]) -> str:

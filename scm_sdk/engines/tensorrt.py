@@ -69,9 +69,11 @@ class Logger(Protocol):
 
     def errors(self) -> list[str]:
         """Return the errors kept, each once."""
+        ...
 
     def warnings(self) -> list[str]:
         """Return the warnings kept, each once."""
+        ...
 
 
 def make_logger(library: ModuleType, *, kernels: bool = False) -> Logger:

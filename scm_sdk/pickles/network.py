@@ -267,7 +267,7 @@ class _Facts:
         if type(value) is int:
             return value if abs(value) < 2**63 else None
         if type(value) in (tuple, list):
-            return [self._plain(item, depth + 1) for item in value]
+            return [self._plain(item, depth + 1) for item in value]  # pyright: ignore[reportGeneralTypeIssues]
         if type(value) is dict:
             return {key[:200]: self._plain(item, depth + 1) for key, item in value.items()}
         if isinstance(value, _Object):

@@ -253,7 +253,7 @@ def _pairs(bundle: Bundle, steps: int, backends: Sequence[str]) -> list[tuple[st
         for name, info in BACKENDS.items()
         if a.num_inference_steps == steps and info.takes(a) and (not backends or name in backends)
     }
-    return list(found)
+    return list(found)  # pyright: ignore[reportReturnType]
 
 
 def _open(path: Path, backend: str, precision: Precision, steps: int) -> Generator:

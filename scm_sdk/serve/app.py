@@ -158,7 +158,7 @@ class _Api:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        page = (files(__package__) / "playground.html").read_text("utf-8")
+        page = (files(__package__) / "playground.html").read_text("utf-8")  # pyright: ignore[reportArgumentType]
         self._page, self._policy = page.encode(), _content_security_policy(page)
         name, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
         self.routes: list[tuple[str, str, Endpoint, str]] = [
@@ -464,7 +464,7 @@ def _negotiate(request: Request, asked: ImageRequest, count: int) -> PictureForm
         raise RequestError(
             "not_acceptable", f"Accept asks for {wanted}, output_format for {asked.output_format}, expected one format."
         )
-    return wanted
+    return wanted  # pyright: ignore[reportReturnType]
 
 
 def _seeds(given: int | str | None, count: int) -> tuple[int, ...]:

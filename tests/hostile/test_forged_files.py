@@ -438,7 +438,7 @@ def prepare_runs(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], 
 
     def change(case: list[Any]) -> None:
         kind = case[0]
-        path = run / {"state": "state.safetensors", "state bytes": "state.safetensors"}.get(kind, kind)
+        path = run / {"state": "state.safetensors", "state bytes": "state.safetensors"}.get(kind, kind)  # pyright: ignore[reportOperatorIssue]
         if kind == "train.json":
             path.write_bytes(forged_json(read_json(path), tuple(case[1]), case[2]).encode("utf-8", "surrogatepass"))
         elif kind == "log.jsonl":

@@ -102,7 +102,7 @@ def test_noise_levels_are_the_librarys(options):
 def test_the_index_between_two_levels_moves_smoothly_and_stays_within_the_ends():
     index = VpIndex(VpSchedule())
     alpha = torch.tensor([0.3, 0.7, 0.99], dtype=torch.float64)
-    found, slope = torch.func.jvp(index, (alpha,), (torch.ones_like(alpha),))
+    found, slope = torch.func.jvp(index, (alpha,), (torch.ones_like(alpha),))  # pyright: ignore[reportAssignmentType]
     step = 1e-7
     torch.testing.assert_close(slope, (index(alpha + step) - index(alpha - step)) / (2 * step), rtol=1e-4, atol=0)
     assert (slope < 0).all() and (found > 0).all()

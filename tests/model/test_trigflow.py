@@ -83,7 +83,7 @@ def test_group_norm_accepts_channels_last():
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith(("cifar", "imagenet"))])
 def test_presets_start_as_zero_and_keep_the_shape(name):
     net = make_network(PRESETS[name](num_classes=3))
-    x = torch.randn(2, *net.config.sample_shape)
+    x = torch.randn(2, *net.config.sample_shape)  # pyright: ignore[reportGeneralTypeIssues]
     with torch.inference_mode():
         F = net(x, torch.tensor([0.2, 1.5]), torch.tensor([0, 3]))
     assert F.shape == x.shape and torch.equal(F, torch.zeros_like(x))

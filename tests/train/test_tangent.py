@@ -109,7 +109,7 @@ def transcription(net, teacher, logvar, b, *, r, c=0.1):
     x_t = t.cos() * b.x_0 + t.sin() * b.z
     with torch.no_grad():
         dxdt = SD * teacher(x_t / SD, b.t, b.class_labels)
-        F_minus, dF_dt = torch.func.jvp(
+        F_minus, dF_dt = torch.func.jvp(  # pyright: ignore[reportAssignmentType]
             lambda x, time: net(x, time, b.class_labels), (x_t / SD, b.t), (dxdt / SD, torch.ones_like(b.t))
         )
         df_dt = -t.cos() * (SD * F_minus - dxdt) - r * t.sin() * (x_t + SD * dF_dt)

@@ -221,7 +221,7 @@ def _blur(cells: NDArray[np.float64]) -> NDArray[np.float64]:
     kernel = np.exp(((center[:, None] - center) / NOISE) ** 2 / -2)
     kernel /= kernel.sum(axis=0)  # columns sum to 1: no mass is lost at the edges
     for _ in range(3):  # one axis per round; the axes end in their original order
-        cells = np.tensordot(cells, kernel, axes=(0, 1))
+        cells = np.tensordot(cells, kernel, axes=(0, 1))  # pyright: ignore[reportAssignmentType]
     return cells
 
 

@@ -63,7 +63,7 @@ def guard_transformer(transformer: nn.Module) -> None:
     """Give each self-attention of a SANA transformer the processor above."""
     for name, module in transformer.named_modules():
         if name.endswith(".attn1"):
-            module.processor = LinearAttention()
+            module.processor = LinearAttention()  # pyright: ignore[reportArgumentType]
 
 
 def guard_autoencoder(decoder: nn.Module) -> None:

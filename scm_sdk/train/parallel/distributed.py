@@ -106,7 +106,7 @@ class World:
         failures = self.gather(None if mine is None else str(mine))
         failed = [(rank, message) for rank, message in enumerate(failures) if message is not None]
         if not failed:
-            return value
+            return value  # pyright: ignore[reportReturnType]
         if not self.is_main:
             raise RemoteError(failed[0][1]) from mine
         if mine is not None:

@@ -140,7 +140,7 @@ def reducing(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
 
 def local(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
     """Return the shard of each parameter in this process; the full parameter without sharding."""
-    return (p.to_local() if hasattr(p, "to_local") else p for p in parameters)
+    return (p.to_local() if hasattr(p, "to_local") else p for p in parameters)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -202,7 +202,7 @@ def check_tensor(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtyp
     """
     if (tensor.shape, tensor.dtype) != (shape, dtype):
         raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the run's is {tuple(shape)} {dtype}")
-    share = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    share = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
     if not torch.isfinite(share).all():
         raise ValueError(f"{name} holds a NaN or an infinity")
 

@@ -57,7 +57,7 @@ def split(parts: int, axis: int = 2) -> ir.Model:
 def run(model: ir.Model, x: np.ndarray, folder: Path) -> list[np.ndarray]:
     ir.save(model, folder / "graph.onnx")
     session = onnxruntime.InferenceSession(folder / "graph.onnx", providers=["CPUExecutionProvider"])
-    return list(session.run(None, {"x": x}))
+    return list(session.run(None, {"x": x}))  # pyright: ignore[reportReturnType]
 
 
 def names(model: ir.Model, **options: str) -> list[str]:

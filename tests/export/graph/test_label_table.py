@@ -56,7 +56,7 @@ def run(model: ir.Model, labels: np.ndarray) -> np.ndarray:
     onnx.checker.check_model(proto, full_check=True)
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     noise = {i.name: np.ones((len(labels), 6), np.float32) for i in session.get_inputs() if "noise" in i.name}
-    return session.run(None, noise | {"class_labels": labels})[0]
+    return session.run(None, noise | {"class_labels": labels})[0]  # pyright: ignore[reportReturnType]
 
 
 def both(made: NetworkGraph, monkeypatch, steps: int = 2) -> tuple[ir.Model, ir.Model]:

@@ -115,7 +115,7 @@ def _run(
 ) -> list[np.ndarray]:
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     feeds = {i.name: value.numpy() for i, value in zip(spec.inputs, inputs, strict=True)}
-    result: list[np.ndarray] = session.run(outputs, feeds)
+    result: list[np.ndarray] = session.run(outputs, feeds)  # pyright: ignore[reportAssignmentType]
     return result
 
 
