@@ -201,15 +201,14 @@ def _from_json(tensor: Tensor) -> Any:
                 tensor.name, f"data of {tensor.name} holds other values", f"texts of at most {MAX_PROMPT} characters"
             )
         return tensor.data
-    kinds = (int, float) if tensor.datatype == "FP32" else (int,)
+    dtype = DTYPES[tensor.datatype]
+    kinds = (int, float) if dtype.kind == "f" else (int,)
     if not all(type(value) in kinds for value in tensor.data):
         raise _wrong(tensor.name, f"data of {tensor.name} holds other values", f"numbers of {tensor.datatype}")
-    try:
-        return np.array(tensor.data, DTYPES[tensor.datatype])
-    except OverflowError:
-        raise _wrong(
-            tensor.name, f"data of {tensor.name} holds a larger number", f"numbers of {tensor.datatype}"
-        ) from None
+    limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    if not all(limits.min <= value <= limits.max for value in tensor.data):  # NumPy 1 would wrap them around
+        raise _wrong(tensor.name, f"data of {tensor.name} holds a larger number", f"numbers of {tensor.datatype}")
+    return np.array(tensor.data, dtype)
 
 
 def _from_bytes(tensor: Tensor, data: memoryview) -> Any:
