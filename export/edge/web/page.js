@@ -240,7 +240,7 @@ function show(samples) {
     figure("Median per image", duration(info.medianMs)),
     figure("Noise, all images", duration(info.noiseMs)),
     figure("Fetch and open graph", info.openMs < 5 ? "was open" : duration(info.openMs)),
-    figure("Ran on", `${NAMES[info.device]}, ${info.precision}`),
+    figure("Ran on", `${NAMES[info.device]}${info.device === "webgpu" && info.usesCpu ? " and CPU" : ""}, ${info.precision}`),
   ]);
   $("empty").hidden = true;
   for (const id of ["pictures", "figures", "actions"]) $(id).hidden = false;
@@ -406,6 +406,9 @@ function showWhat() {
     rows.push(["Device", `${NAMES[info.device]}: ${info.deviceReason}`]);
     if (info.adapter) rows.push(["Adapter", `${info.adapter}, ${info.hasShaderF16 ? "with" : "without"} shader-f16`]);
     rows.push(["Threads", `${info.threads}: ${info.threadsReason}`]);
+    if (info.device === "webgpu" && shown?.info.usesCpu) {
+      rows.push(["Operators", "some run on the CPU: onnxruntime-web has no WebGPU kernel for them"]);
+    }
     if (shown) rows.push(["Precision", `${shown.info.precision}: ${shown.info.precisionReason}`]);
   } else {
     rows.push(["Device", "chosen when the model is loaded"]);

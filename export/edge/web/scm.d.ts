@@ -150,6 +150,8 @@ export interface Samples {
     buildId: string;
     backend: string;
     device: Device;
+    /** Whether the CPU ran operators: on WebGPU those for which onnxruntime-web has no WebGPU kernel. */
+    usesCpu: boolean;
     precision: Precision;
     precisionReason: string;
     steps: number;

@@ -1,11 +1,13 @@
 """A text-to-image pipeline in a site: its prompts are encoded when the site is made."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.chromium import Browser
 from helpers.node import run_node
 from helpers.sana_fixtures import PROMPTS
 from scm_sdk.errors import ConfigError
@@ -68,3 +70,29 @@ def test_prompts_for_a_model_without_are_refused(unet_bundle: Path, onnxruntime_
         with pytest.raises(ConfigError, match=fact):
             write_site(unet_bundle, tmp_path / "site", prompts=tmp_path / name, onnxruntime_web=onnxruntime_web)
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.slow
+def test_operators_without_a_webgpu_kernel_are_told(
+    software_gpu: Browser, sana_bundle: Path, onnxruntime_web: Path, tmp_path: Path, served: Callable[[Path], str]
+) -> None:
+    """The pipeline has such operators; the page generates from a prompt, proves, and names where it ran."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    site = tmp_path / "site"
+    write_site(
+        sana_bundle, site, precisions=["fp32"], steps=[1], prompts=tmp_path / "prompts.txt",
+        onnxruntime_web=onnxruntime_web,
+    )  # fmt: skip
+    page = software_gpu.new_page()
+    page.open(served(site))
+    page.wait("!document.getElementById('controls').disabled")
+    page.evaluate("document.querySelector('#device input[value=webgpu]').click()")
+    page.evaluate("document.getElementById('prompt').value = '1'")
+    for button in ("generate", "prove"):
+        page.evaluate(f"document.getElementById('{button}').click()")
+        page.wait("document.getElementById('cancel').hidden", timeout=300)
+    assert page.evaluate("document.getElementById('alert').hidden"), page.evaluate(
+        "document.getElementById('alert').innerText"
+    )
+    assert "WebGPU and CPU, fp32" in page.text("#figures") and "some run on the CPU" in page.text("#what")
+    assert page.text("#verdict").startswith("Pass: 1 graph ")

@@ -14,6 +14,7 @@ import { checkSeed, standardNormal } from "./noise.js";
 /** @typedef {import("./types.js").Graph} Graph */
 /** @typedef {import("./types.js").SamplerSpec} SamplerSpec */
 /** @typedef {{ signal?: AbortSignal, onProgress?: (event: import("../scm.js").Progress) => void }} Hooks */
+/** @typedef {{ session: import("./types.js").OrtSession, usesCpu: boolean }} Opened */
 /** @typedef {{ device: Device, reason: string, adapter: string, hasHalf: boolean }} Choice */
 
 const DEVICES = ["wasm", "webgpu"];
@@ -37,7 +38,7 @@ export class Engine {
     this.threads = threads;
     this.ort = ort;
     this.downloaded = downloaded;
-    /** @type {Map<string, Promise<import("./types.js").OrtSession>>} */
+    /** @type {Map<string, Promise<Opened>>} */
     this.sessions = new Map();
     this.isClosed = false;
   }
@@ -148,7 +149,7 @@ export class Engine {
     const conditioning = await this.#promptInputs(spec, request, seeds.length, hooks);
     const inputs = await conditioningOf(spec, { ...request, conditioning }, seeds);
     const batch = batchOf(request.batchSize, spec);
-    const session = await this.#session(graph, hooks);
+    const { session, usesCpu } = await this.#session(graph, hooks);
     const opened = performance.now();
     const size = imageShape(spec).reduce((a, b) => a * b, 1);
     const images = allocate(seeds.length * size);
@@ -181,6 +182,7 @@ export class Engine {
         buildId: this.site.build_id,
         backend: `${this.site.runtime.name} ${this.choice.device}`,
         device: this.choice.device,
+        usesCpu,
         precision: graph.precision,
         precisionReason: reason,
         steps: graph.num_inference_steps,
@@ -228,7 +230,7 @@ export class Engine {
     this.isClosed = true;
     const sessions = [...this.sessions.values()];
     this.sessions.clear();
-    for (const opening of sessions) await opening.then((session) => session.release()).catch(() => {});
+    for (const opening of sessions) await opening.then(({ session }) => session.release()).catch(() => {});
   }
 
   /**
@@ -365,7 +367,7 @@ export class Engine {
   /**
    * @param {Graph} graph
    * @param {Hooks} hooks
-   * @returns {Promise<import("./types.js").OrtSession>}
+   * @returns {Promise<Opened>}
    */
   #session(graph, hooks) {
     const found = this.sessions.get(graph.path);
@@ -379,7 +381,7 @@ export class Engine {
   /**
    * @param {Graph} graph
    * @param {Hooks} hooks
-   * @returns {Promise<import("./types.js").OrtSession>}
+   * @returns {Promise<Opened>}
    */
   async #openSession(graph, hooks) {
     const files = await new Loader(this.base, this.site, "model", graph.files, hooks).fetchAll();
@@ -388,17 +390,38 @@ export class Engine {
     const externalData = graph.files
       .filter((path) => path !== graph.path)
       .map((path) => ({ path: path.slice(folder.length), data: files.get(path) }));
+    const options = {
+      executionProviders: [this.choice.device],
+      graphOptimizationLevel: "all",
+      ...(externalData.length ? { externalData } : {}),
+    };
+    const model = bytesOf(files, graph.path);
     try {
-      const session = await this.ort.InferenceSession.create(bytesOf(files, graph.path), {
-        executionProviders: [this.choice.device],
-        graphOptimizationLevel: "all",
-        ...(externalData.length ? { externalData } : {}),
-      });
+      const opened = await this.#create(model, options);
       hooks.onProgress?.({ phase: "open", name: graph.path, loaded: 1, total: 1 });
-      return session;
+      return opened;
     } catch (error) {
       throw fromRuntime(error, `opening ${graph.path} on ${this.choice.device}`);
     }
+  }
+
+  /**
+   * Create a session. For WebGPU at first with no operator on the CPU; where that fails, with some there.
+   * @param {Uint8Array} model
+   * @param {Record<string, unknown>} options
+   * @returns {Promise<Opened>}
+   */
+  async #create(model, options) {
+    const { InferenceSession } = this.ort;
+    if (this.choice.device === "webgpu") {
+      const strict = { ...options, logSeverityLevel: 4, extra: { session: { disable_cpu_ep_fallback: "1" } } };
+      try {
+        return { session: await InferenceSession.create(model, strict), usesCpu: false };
+      } catch {
+        return { session: await InferenceSession.create(model, options), usesCpu: true };
+      }
+    }
+    return { session: await InferenceSession.create(model, options), usesCpu: true };
   }
 
   /**
