@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from scm_sdk._util.processor import BF16_CLASSES, INT8_CLASSES, cpu_class
 from scm_sdk.export.cli import main
 
 VERBS = sorted(main.commands)
@@ -204,6 +205,11 @@ def test_damage_is_exit_6(street, tmp_path):
 def test_doctor():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["backends"]["onnxruntime"] == "runs here" and report["libraries"]["torch"]
+    assert report["cpu_class"] == cpu_class()
+    gains = report["speed_over_fp32"]
+    assert set(gains["torch"]) == ({"bf16"} if cpu_class() in BF16_CLASSES else set()) and gains["onnxruntime"] == {}
+    assert ("int8" in gains.get("openvino", {})) == ("openvino" in gains and cpu_class() in INT8_CLASSES)
+    assert all(gain > 0 for each in gains.values() for gain in each.values())
     assert "backend torch: runs here" in run("doctor").stdout
 
 
