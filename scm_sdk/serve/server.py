@@ -33,6 +33,8 @@ BACKLOG = 1024
 """Connections that may wait to be accepted."""
 IDLE_SECONDS = 30
 """For how long a connection is kept for its next request."""
+WORKER_START_SECONDS = 60
+"""Time for a worker process to load the model when SIGHUP replaces them, and to answer its supervisor."""
 LATE_SECONDS = 0.2
 """When the server ends, an idle connection may hold a request that was sent and is not yet read: time to read it."""
 
@@ -118,6 +120,7 @@ class _Config(uvicorn.Config):
             backlog=BACKLOG,
             limit_concurrency=options.max_connections,
             timeout_keep_alive=IDLE_SECONDS,
+            timeout_worker_healthcheck=WORKER_START_SECONDS,
             timeout_graceful_shutdown=max(1, round(options.drain_timeout)),
             h11_max_incomplete_event_size=LARGEST_HEADERS,
         )

@@ -38,6 +38,10 @@ def test_workers_share_the_address_and_their_metrics_and_one_that_dies_is_replac
         os.kill(workers(server.lines)[0], signal.SIGKILL)
         eventually(lambda: len(workers(server.lines)) == 3, timeout=60)
         eventually(lambda: ask(1).status_code == 200)
+        before = workers(server.lines)
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(workers(server.lines)) == len(before) + 2, timeout=90)
+        assert ask(2).status_code == 200
         assert server.end() == 0
 
 
