@@ -1,8 +1,9 @@
 """Run the default tests under the conditions of other machines and print one table.
 
 Run it from the checkout with the environment's Python: ``python tests/matrix.py`` runs every row, ``python
-tests/matrix.py avx2 user`` some. Each row is the default suite with other environment variables or options; the two
-ends of the dependencies, ``make test-lowest`` and ``make test-latest``, need environments of their own.
+tests/matrix.py avx2 other-user`` two of them, and ``python tests/matrix.py avx2+other-user`` one under the conditions
+of both. Each row is the default suite with other environment variables or options; the two ends of the dependencies,
+``make test-lowest`` and ``make test-latest``, need environments of their own.
 """
 
 import json
@@ -25,12 +26,23 @@ NOBODY = 54321
 
 @dataclass(frozen=True)
 class Row:
-    """One condition: environment variables, pytest's options, and whether the tests run as another user."""
+    """One condition: environment variables, pytest's options, one process, another user, an odd path."""
 
     env: dict[str, str] = field(default_factory=dict)
-    options: tuple[str, ...] = PARALLEL
+    options: tuple[str, ...] = ()
+    one_process: bool = False
     other_user: bool = False
     odd_path: bool = False
+
+    def __add__(self, other: "Row") -> "Row":
+        """Return the row under the conditions of both."""
+        return Row(
+            self.env | other.env,
+            self.options + other.options,
+            self.one_process or other.one_process,
+            self.other_user or other.other_user,
+            self.odd_path or other.odd_path,
+        )
 
 
 ROWS = {
@@ -38,11 +50,11 @@ ROWS = {
     "baseline-kernels": Row({"ATEN_CPU_CAPABILITY": "default"}),
     "avx2": Row({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
     "one-thread": Row({"OMP_NUM_THREADS": "1"}),
-    "one-process": Row(options=()),  # every core for each operator; under pytest-xdist each process has one thread
-    "random-order": Row(options=(*PARALLEL, "-p", "randomly", "-p", "no:cacheprovider")),
-    "other-seed": Row(options=(*PARALLEL, "--seed-offset", "1")),
+    "one-process": Row(one_process=True),  # every core for each operator; pytest-xdist gives each process one thread
+    "random-order": Row(options=("-p", "randomly", "-p", "no:cacheprovider")),
+    "other-seed": Row(options=("--seed-offset", "1")),
     "ascii-locale": Row({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
-    "other-user": Row(options=(*PARALLEL, "-p", "no:cacheprovider"), other_user=True),
+    "other-user": Row(options=("-p", "no:cacheprovider"), other_user=True),
     "odd-path": Row(odd_path=True),
 }
 
@@ -50,7 +62,7 @@ ROWS = {
 def command(row: Row, work: Path) -> tuple[list[str], dict[str, str], Path]:
     """Return what to run for a row: the command, its environment and its folder."""
     env = {**os.environ, **row.env}
-    run = [sys.executable, "-m", "pytest", "-q", *row.options]
+    run = [sys.executable, "-m", "pytest", "-q", *(() if row.one_process else PARALLEL), *row.options]
     where = ROOT
     if row.odd_path:
         where = work / "a päth with späces"
@@ -72,7 +84,7 @@ def command(row: Row, work: Path) -> tuple[list[str], dict[str, str], Path]:
 
 def main(names: list[str]) -> int:
     """Run the named rows, or all of them; return how many failed."""
-    unknown = [name for name in names if name not in ROWS]
+    unknown = [part for name in names for part in name.split("+") if part not in ROWS]
     if unknown:
         sys.exit(f"Unknown rows {', '.join(unknown)}; expected some of {', '.join(ROWS)}.")
     results: dict[str, dict[str, object]] = {}
@@ -80,14 +92,14 @@ def main(names: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
             work = Path(folder)
             work.chmod(0o755)
-            run, env, where = command(ROWS[name], work)
+            run, env, where = command(sum((ROWS[part] for part in name.split("+")), Row()), work)
             start = time.monotonic()
             ended = subprocess.run(run, env=env, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             log = Path(tempfile.gettempdir(), f"matrix-{name}.log")
             log.write_text(ended.stdout)
         counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", ended.stdout)}
         results[name] = {"exit": ended.returncode, "seconds": round(time.monotonic() - start), **counts}
-        print(f"{name:18}{json.dumps(results[name])}  {log}", flush=True)
+        print(f"{name:18} {json.dumps(results[name])}  {log}", flush=True)
     print(json.dumps({"python": platform.python_version(), "machine": platform.machine(), "rows": results}, indent=1))
     return sum(result["exit"] != 0 for result in results.values())
 

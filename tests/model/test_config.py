@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from scm_sdk.bundle.layout import CONFIG_NAME, WEIGHTS_NAME
 from scm_sdk.errors import ConfigError, IntegrityError
@@ -181,7 +181,7 @@ def test_a_kind_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
 def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     ConsistencyModel(read_config(_write(tmp_path, NETWORKS["unet"]))).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS_NAME)
+    weights = load((tmp_path / WEIGHTS_NAME).read_bytes())
     weights["conv_in.weight"] = weights["conv_in.weight"].to(dtype)
     save_file(weights, tmp_path / WEIGHTS_NAME)
     with pytest.raises(IntegrityError, match=rf"{WEIGHTS_NAME}.*'conv_in.weight'.*{dtype}"):

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
 from scm_sdk.export.cli import main
@@ -66,7 +66,7 @@ def test_pipeline_and_component_are_one_model(saved):
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
 def test_weights_saved_from_inside_a_wrapper_are_the_same_model(saved, folder, prefix):
     path = folder / "unet" / WEIGHTS
-    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    save_file({prefix + name: tensor for name, tensor in load(path.read_bytes()).items()}, path)
     found, expected = load_diffusers(folder).state_dict(), load_diffusers(saved).state_dict()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -97,7 +97,7 @@ def _pickle(folder):
 
 
 def _other_weights(folder):
-    tensors = load_file(folder / "unet" / WEIGHTS)
+    tensors = load((folder / "unet" / WEIGHTS).read_bytes())
     tensors["conv_in.bias"] = torch.zeros(9)
     save_file(tensors, folder / "unet" / WEIGHTS)
 

@@ -114,9 +114,11 @@ def shard(module: nn.Module, network: nn.Module, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in blocks_of(network):
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    for part in [*blocks_of(network), module]:
+        sharded = fully_shard(part, mesh=mesh)
+        # The first gathering makes the buffers of all later ones. Before 2.13 PyTorch cannot use those of a JVP again.
+        sharded.unshard()
+        sharded.reshard()
 
 
 def wrap(loss: LossModule, scale: Scale, world: World) -> nn.Module:
