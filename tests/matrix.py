@@ -2,8 +2,9 @@
 
 Run it from the checkout with the environment's Python: ``python tests/matrix.py`` runs every row, ``python
 tests/matrix.py avx2 other-user`` two of them, and ``python tests/matrix.py avx2+other-user`` one under the conditions
-of both. Each row is the default suite with other environment variables or options; the two ends of the dependencies,
-``make test-lowest`` and ``make test-latest``, need environments of their own.
+of both. (odd-path+ascii-locale does not work: pytest-xdist cannot send that path to its processes.) Each row is the
+default suite with other environment variables or options; the two ends of the dependencies, ``make test-lowest`` and
+``make test-latest``, need environments of their own.
 """
 
 import json
@@ -94,10 +95,11 @@ def main(names: list[str]) -> int:
             work.chmod(0o755)
             run, env, where = command(sum((ROWS[part] for part in name.split("+")), Row()), work)
             start = time.monotonic()
-            ended = subprocess.run(run, env=env, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             log = Path(tempfile.gettempdir(), f"matrix-{name}.log")
-            log.write_text(ended.stdout)
-        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", ended.stdout)}
+            with log.open("w") as output:
+                ended = subprocess.run(run, env=env, cwd=where, stdout=output, stderr=subprocess.STDOUT)
+        found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", log.read_text(errors="replace"))
+        counts = {kind: int(n) for n, kind in found}
         results[name] = {"exit": ended.returncode, "seconds": round(time.monotonic() - start), **counts}
         print(f"{name:18} {json.dumps(results[name])}  {log}", flush=True)
     print(json.dumps({"python": platform.python_version(), "machine": platform.machine(), "rows": results}, indent=1))
