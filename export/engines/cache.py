@@ -43,7 +43,7 @@ _USED = "used"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CachedEngine:
     """One engine of the cache.
 
     Attributes:
@@ -92,7 +92,7 @@ class Entry:
 
 def cached_engine(
     graph: Path, options: EngineOptions, *, allow_mismatch: bool = False, events: Events = SILENT
-) -> tuple[Entry, bool]:
+) -> tuple[CachedEngine, bool]:
     """Return the engine of a graph from the cache; build it if it is missing.
 
     Args:
@@ -168,7 +168,7 @@ def engines_folder() -> Path | None:
     return None if root is None else root / _ENGINES
 
 
-def entries() -> list[Entry]:
+def entries() -> list[CachedEngine]:
     """Return the entries of the cache, least recently used first."""
     folder = engines_folder()
     if folder is None or not folder.is_dir():
@@ -177,7 +177,7 @@ def entries() -> list[Entry]:
     return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
 
-def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
+def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[CachedEngine]:
     """Remove damaged entries, old entries, and then the least recently used ones down to ``max_bytes``.
 
     Args:
@@ -223,7 +223,7 @@ def _remove_unused(folder: Path) -> bool:
     return not folder.exists()
 
 
-def _doomed(max_bytes: int | None, max_age_days: float | None) -> Iterator[Entry]:
+def _doomed(max_bytes: int | None, max_age_days: float | None) -> Iterator[CachedEngine]:
     kept = []
     for entry in entries():
         old = max_age_days is not None and time.time() - entry.used > max_age_days * 86400
@@ -239,7 +239,7 @@ def _doomed(max_bytes: int | None, max_age_days: float | None) -> Iterator[Entry
         yield entry
 
 
-def _read(folder: Path) -> Entry | None:
+def _read(folder: Path) -> CachedEngine | None:
     if not folder.is_dir():
         return None
     try:
@@ -251,7 +251,7 @@ def _read(folder: Path) -> Entry | None:
     except (OSError, ScmError):
         record = None
     size, used = sum(stat.st_size for stat in files), max((stat.st_mtime for stat in files), default=0.0)
-    return Entry(key=folder.name, folder=folder, record=record, bytes=size, used=used)
+    return CachedEngine(key=folder.name, folder=folder, record=record, bytes=size, used=used)
 
 
 def _remove(folder: Path) -> None:

@@ -24,7 +24,7 @@ _BOUNDS = frozenset({"Clip", "Max", "Add"})
 _VANISHING = 6e-8
 """Smaller numbers are 0 in float16, whose smallest number is 2^-24."""
 _PRODUCTS_AND_SUMS = frozenset({"MatMul", "Mul", "ReduceSum", "Div", *_BOUNDS})
-_MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Pad", "Relu"})
+_COPIES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Pad"})
 _AFTER_MEAN = frozenset({"Add", "Sqrt", "Reciprocal", "Pow"})
 
 
@@ -59,7 +59,7 @@ def _sums_behind(division: ir.Node) -> set[ir.Node]:
             if node.op_type in _PRODUCTS_AND_SUMS and (node.op_type == "ReduceSum" or not weighted):
                 found.add(node)
                 todo.append(node)
-            elif node.op_type in _MOVES and node.op_type != "Relu":
+            elif node.op_type in _COPIES:
                 todo.append(node)  # moves data in any type; its source may be a sum
     return found
 

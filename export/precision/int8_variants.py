@@ -26,7 +26,16 @@ from .int8_ort import quantize_for_cpu
 from .layer_search import Quantizer, exclude_to_target, open_candidates
 from .probe import NUM_SAMPLES, Probe
 from .smoothquant import choose_factors, equalize
-from .variants import Source, Variant, add_graph, first_graph, fp32_sources, own_islands, report_all, unchanged_variants
+from .variants import (
+    Fp32Graph,
+    Variant,
+    add_graph,
+    first_graph,
+    fp32_sources,
+    own_islands,
+    report_all,
+    unchanged_variants,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,7 +167,7 @@ _Made = tuple[QuantizePlan, "list[tuple[ir.Model, Calibration | None]]"]
 
 
 def _make_for_cpu(
-    sources: Sequence[Source],
+    sources: Sequence[Fp32Graph],
     probes: Sequence[Probe],
     plan: QuantizePlan,
     options: QuantizeOptions,
@@ -167,7 +176,7 @@ def _make_for_cpu(
 ) -> _Made:
     """Return the plan, with exclusions for the target, and the graph of each source."""
 
-    def quantizer(source: Source) -> Quantizer:
+    def quantizer(source: Fp32Graph) -> Quantizer:
         return lambda plan: quantize_for_cpu(
             source.model, source.spec, plan, num_samples=options.num_samples, seed=options.seed,
             examples=examples,
@@ -182,7 +191,7 @@ def _make_for_cpu(
 
 
 def _make_for_engines(
-    sources: Sequence[Source],
+    sources: Sequence[Fp32Graph],
     probes: Sequence[Probe],
     plan: QuantizePlan,
     base_plan: PrecisionPlan | None,
@@ -239,7 +248,7 @@ def _base_plan(workspace: Workspace, base: LowPrecision | str) -> PrecisionPlan:
 
 def _factors(
     model: ir.Model,
-    source: Source,
+    source: Fp32Graph,
     plan: QuantizePlan,
     options: QuantizeOptions,
     examples: Examples | None,
@@ -255,7 +264,7 @@ def _factors(
 
 def _calibrate(
     model: ir.Model,
-    source: Source,
+    source: Fp32Graph,
     plan: QuantizePlan,
     options: QuantizeOptions,
     examples: Examples | None,
@@ -275,7 +284,7 @@ def _calibrate(
     )
 
 
-def _write_calibration(draft: Draft, source: Source, calibration: Calibration | None) -> list[str]:
+def _write_calibration(draft: Draft, source: Fp32Graph, calibration: Calibration | None) -> list[str]:
     if calibration is None:
         return []
     path = f"calibration/int8-{source.num_inference_steps}step.json"

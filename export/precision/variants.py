@@ -181,7 +181,7 @@ def own_islands(model: ir.Model) -> tuple[Island, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Fp32Graph:
     """One fp32 graph of a bundle, the source of variants.
 
     Attributes:
@@ -216,7 +216,7 @@ class Source:
         return Probe(self.graph, self.spec, num_samples=num_samples, examples=examples) if num_samples else None
 
 
-def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[str, Any]) -> list[Source]:
+def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[str, Any]) -> list[Fp32Graph]:
     """Return the float32 graphs of a bundle, fewest steps first.
 
     Raises:
@@ -231,7 +231,7 @@ def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[st
             f"{bundle.manifest.cut_note or ' Export them first: scm-export onnx'}"
         )
     return [
-        Source(
+        Fp32Graph(
             artifact=a,
             workspace=workspace,
             spec=bundle.spec(a.num_inference_steps),
@@ -247,7 +247,7 @@ def first_graph(path: str | os.PathLike[str] | Workspace, steps: Sequence[int] =
     return fp32_sources(Workspace.of(path), steps, {})[0].model
 
 
-def unchanged_variants(bundle: Bundle, sources: Sequence[Source], precision: Precision) -> list[Variant]:
+def unchanged_variants(bundle: Bundle, sources: Sequence[Fp32Graph], precision: Precision) -> list[Variant]:
     """Return the variants of all sources if each exists and is current; else nothing."""
     paths = {source.num_inference_steps: variant_path(precision, source.num_inference_steps) for source in sources}
     if any(recipe_of(bundle, paths[source.num_inference_steps]) != source.recipe for source in sources):
@@ -258,7 +258,7 @@ def unchanged_variants(bundle: Bundle, sources: Sequence[Source], precision: Pre
 def add_graph(
     draft: Draft,
     model: ir.Model,
-    source: Source,
+    source: Fp32Graph,
     precision: Precision,
     probe: Probe | None,
     *,

@@ -32,7 +32,7 @@ _ABANDONED_DAYS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CachedBundle:
     """One unpacked bundle.
 
     Attributes:
@@ -114,7 +114,7 @@ def hold(folder: Path) -> FolderLock | None:
         return None
 
 
-def entries() -> list[Entry]:
+def entries() -> list[CachedBundle]:
     """Return the entries, least recently used first, including those left by killed processes."""
     folder = unpacked_folder()
     if folder is None or not folder.is_dir():
@@ -123,7 +123,7 @@ def entries() -> list[Entry]:
     return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
 
-def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[Entry]:
+def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None = None) -> list[CachedBundle]:
     """Remove damaged entries, old entries, and then the least recently used ones down to ``max_bytes``.
 
     Every file is hashed again. Entries that a process has open (``hold``) stay.
@@ -135,8 +135,8 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
     Returns:
         The removed entries. A removed bundle is unpacked again when its archive is opened.
     """
-    kept: list[Entry] = []
-    removed: list[Entry] = []
+    kept: list[CachedBundle] = []
+    removed: list[CachedBundle] = []
     for entry in entries():
         days = (time.time() - entry.used) / 86400
         limit = 0.0 if entry.key.startswith(".") or not _is_whole(entry.folder) else max_age_days
@@ -151,7 +151,7 @@ def collect_garbage(*, max_bytes: int | None = None, max_age_days: float | None 
     return removed
 
 
-def _remove(entry: Entry, days: float) -> bool:
+def _remove(entry: CachedBundle, days: float) -> bool:
     """Remove an entry unless it is in use; return whether it was removed."""
     try:
         lock = try_lock(entry.folder)
@@ -200,7 +200,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _read(folder: Path) -> Entry | None:
+def _read(folder: Path) -> CachedBundle | None:
     """Return an entry; None if it was removed or renamed in the meantime."""
     try:
         sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
@@ -211,4 +211,4 @@ def _read(folder: Path) -> Entry | None:
         name = "" if folder.name.startswith(".") else read_manifest(folder).name
     except ScmError:
         name = ""
-    return Entry(key=folder.name, folder=folder, name=name, bytes=sum(sizes), used=used)
+    return CachedBundle(key=folder.name, folder=folder, name=name, bytes=sum(sizes), used=used)
