@@ -43,7 +43,7 @@ async function start() {
   const devices = Object.keys(site.runtime.devices);
   $("facts").textContent = [
     `${shape[2]}×${shape[1]} pixels`,
-    spec.num_classes ? `${spec.num_classes} classes` : "unconditional",
+    kindOf(spec),
     `${steps.join(" or ")} ${steps.length === 1 && steps[0] === 1 ? "step" : "steps"}`,
     site.license && `license ${site.license}`,
     `build ${site.build_id.slice(0, 12)}`,
@@ -341,6 +341,13 @@ function linkHash() {
     prompt: $("prompt").value,
   };
   return `#${new URLSearchParams(Object.entries(fields).filter(([, text]) => text !== ""))}`;
+}
+
+/** @param {import("./scm/types.js").SamplerSpec} spec */
+function kindOf(spec) {
+  if (spec.num_classes) return spec.num_classes === 1 ? "1 class" : `${spec.num_classes} classes`;
+  if (site.prompts.length) return plural(site.prompts.length, "prompt");
+  return spec.conditioning.length ? "conditional" : "unconditional";
 }
 
 /** Return whether the page has every input of the model. */
