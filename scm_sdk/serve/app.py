@@ -14,6 +14,7 @@ from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
 
+import h11
 import msgspec
 import numpy as np
 from starlette.applications import Starlette
@@ -110,7 +111,10 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] += [*_HEADERS.items(), (b"x-request-id", state["request_id"].encode())]
-            await send(message)
+            try:
+                await send(message)
+            except h11.LocalProtocolError:  # the rest of the request was no HTTP, and uvicorn has answered that
+                raise ClientDisconnect from None
 
         try:
             try:

@@ -28,7 +28,7 @@ LIGHT_LIBRARIES: dict[str, set[str]] = {
     "evaluate": {"msgspec", "numpy"},
     "report": {"msgspec", "numpy"},
     "scale": {"msgspec", "numpy"},
-    "serve": {"msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"},
+    "serve": {"h11", "msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"},
     "runtimes": {"msgspec", "numpy"},
     "export": {"msgspec", "numpy", "click", "rich"},
 }

@@ -132,6 +132,16 @@ def test_a_client_that_drips_bytes_is_closed(busy: RunningServer) -> None:
                 pytest.fail("the connection stayed open")
 
 
+def test_a_request_that_turns_out_to_be_no_http_is_no_error_of_the_server(busy: RunningServer) -> None:
+    head = f"POST {IMAGES} HTTP/1.1\r\nHost: other.example\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    for body in (b"zz\r\n", b"5\r\n12345678\r\n"):
+        with busy.connect() as client:
+            client.sendall(head + body)
+            assert client.recv(4096).split()[1] in (b"400", b"421")
+    assert ask(busy, seed=1).status_code == 200
+    assert not [line for line in busy.lines if "Traceback" in line]
+
+
 def test_large_headers_are_refused(busy: RunningServer) -> None:
     with busy.connect() as client:
         client.sendall(b"GET /healthz HTTP/1.1\r\nX: " + b"a" * 40_000 + b"\r\n\r\n")
