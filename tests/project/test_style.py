@@ -55,6 +55,11 @@ PROSE = (
     ".pre-commit-config.yaml",
     "docs/*.md",
     "docs/**/*.md",
+    "benchmarks/results/README.md",
+    "benchmarks/teachers/*/*.md",
+    "examples/**/*.md",
+    "export/**/*.md",
+    "scm_sdk/**/*.md",
 )
 CODE = ("scm_sdk", "export", "runtimes", "examples", "benchmarks", "tests", "docs")
 
