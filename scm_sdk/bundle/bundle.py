@@ -115,13 +115,16 @@ class Bundle:
         bundle._hashed.update({path: bundle._seen[path] for path in hashed})
         return bundle
 
-    def refreshed(self) -> Bundle:
+    def refreshed(self, *, verify: Verify = "digest") -> Bundle:
         """Open the bundle again as it is on disk now; files that did not change since they were hashed are not read.
+
+        Args:
+            verify: ``digest`` hashes all other files now, ``none`` when ``check_unchanged`` needs them; see ``open``.
 
         Raises:
             BundleError: As ``open`` does.
         """
-        return self._read_settled(self.path, "digest", before=self)
+        return self._read_settled(self.path, verify, before=self)
 
     def unchanged_files(self, entries: Iterable[FileEntry]) -> set[str]:
         """Return the paths of those listed files that were hashed, with this result, and did not change since."""

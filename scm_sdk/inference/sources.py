@@ -188,7 +188,7 @@ def open_source(
 
     if isinstance(path, Bundle):
         check(path.path)
-        return _from_bundle(path.refreshed(), verify, None)
+        return _from_bundle(path.refreshed(verify="none"), verify, None)
     folder, lease = find_and_hold(path, revision=revision, local_files_only=local_files_only, check=check)
     if (folder / MANIFEST_NAME).exists():
         return _from_bundle(Bundle.open(folder, verify="none"), verify, lease)

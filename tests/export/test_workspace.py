@@ -1,5 +1,6 @@
 """One process: each file is hashed once, each graph parsed, diagnosed and opened once; what changes is read again."""
 
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from scm_sdk.export.diagnose.validate import validate as validate_model
 from scm_sdk.export.graph.io import read_model
 from scm_sdk.export.precision.variants import Variant
 from scm_sdk.export.workspace import Workspace
+from scm_sdk.inference.generator import Generator
 from scm_sdk.model.consistency import ConsistencyModel
 
 pytestmark = pytest.mark.usefixtures("exported_once")
@@ -126,6 +128,14 @@ def test_what_changed_since_is_read_again(
     (unet_copy / "reports/note.txt").write_text("by a mouse")
     with pytest.raises(IntegrityError, match=r"note\.txt has sha256"):
         _ = workspace.bundle
+
+
+def test_an_open_bundle_needs_only_the_files_that_are_opened(unet_copy: Path, counted: Counter[str]) -> None:
+    bundle = Bundle.open(unet_copy)
+    shutil.rmtree(unet_copy / "denoiser")
+    with Generator.from_pretrained(bundle, backend="onnxruntime", verify="none") as gen:
+        assert gen(1, seed=0).info.artifact == "onnx/fp32/2step/model.onnx"
+    assert counted["opens"] == 1
 
 
 def test_a_bundle_that_was_replaced_as_it_was_written_is_hashed(unet_copy: Path, counted: Counter[str]) -> None:
