@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -166,6 +167,12 @@ def test_request_ids_are_kept_and_logged(server: RunningServer) -> None:
 def test_probes_run_an_inference_whatever_the_host_is_called(server: RunningServer) -> None:
     for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
         assert server.http.get(path, headers={"Host": "probe"}).status_code == 200
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_the_server_loads_onnx_runtime_and_no_torch(server: RunningServer) -> None:
+    loaded = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "onnxruntime" in loaded and "torch" not in loaded
 
 
 def test_metrics_name_requests_refusals_and_batches(server: RunningServer) -> None:
