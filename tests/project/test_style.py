@@ -141,5 +141,5 @@ def test_hooks_run_the_programs_of_make() -> None:
     hooks = set(re.findall(r"entry: \.venv/bin/(\S+ ?\w*)", (ROOT / ".pre-commit-config.yaml").read_text()))
     rules = re.search(r"(?ms)^lint: (.*?)^types: (.*?)\n\n", (ROOT / "Makefile").read_text())
     assert rules is not None
-    programs = re.findall(r"\$\(BIN\)/(\S+(?: check| format)?)", rules[0])
+    programs = re.findall(r"(?m)^\t\$\(BIN\)/(\S+(?: check| format)?)", rules[0])
     assert {name.strip() for name in hooks} == set(programs)
