@@ -63,4 +63,4 @@ def edge(
         print_json([artifact.to_dict() for artifact in made])
     backend = edge_runtime(runtime).backend
     say(f"Next: scm-export validate {bundle} --backend {backend}" if backend else
-        f"{edge_runtime(runtime).title} does not run here: check the artifact where it runs")  # fmt: skip
+        f"{edge_runtime(runtime).title} has no backend here: check the artifact where it will run")  # fmt: skip

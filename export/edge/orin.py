@@ -7,28 +7,23 @@ the build is strongly typed.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-
-from scm_sdk._util.files import atomic_write_bytes, sha256_file
+from scm_sdk._util.files import sha256_file
 from scm_sdk._util.publish import atomic_folder
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError, UnsupportedGraphError
-from scm_sdk.evaluate.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR
-from scm_sdk.evaluate.parity.validate import MIN_PSNR_DB
-from scm_sdk.inference.request import make_example
 from scm_sdk.spec import CPU_PRECISIONS, Precision, SamplerSpec
 
 from ..graph.io import data_path_of, read_model
 from ..graph.trace import OPSET
+from .recorded import EXPECTED, write_recorded
 
-EXPECTED, IMAGES, ENGINE = "expected.json", "images.bin", "model.engine"
+ENGINE = "model.engine"
 _PRINTED = 1e-5
 """trtexec writes outputs with six digits: the error of a number up to 10, data units."""
 
@@ -71,22 +66,12 @@ def write_orin(
     bundle = Bundle.open(path)
     spec = bundle.spec(steps)
     graph = _graph(bundle, steps, precision)
-    goldens = bundle.goldens()
-    if steps not in goldens:
-        raise ConfigError(f"{bundle.path} has no recorded samples of {steps} steps, expected some. Export it again.")
-    golden = goldens[steps]
-    request = make_example(spec, golden.seeds.tolist(), class_labels=golden.class_labels)
-    noise, conditioning = request.inputs(0, len(golden.seeds))
-    feeds = {t.name: a for t, a in zip(spec.noise_inputs, noise, strict=True)} | dict(conditioning)
     with atomic_folder(folder, overwrite=True, marker=EXPECTED) as out:
         shutil.copyfile(graph, out / graph.name)
         if data_path_of(graph).exists():
             shutil.copyfile(data_path_of(graph), out / data_path_of(graph).name)
-        for name, array in feeds.items():
-            np.ascontiguousarray(array).tofile(out / f"{name}.bin")
-        golden.images.astype("<f4").tofile(out / IMAGES)
-        atomic_write_bytes(out / EXPECTED, _expected(bundle, spec, precision, len(golden.seeds)))
-        for name, text in _scripts(spec, graph.name, len(golden.seeds)).items():
+        count = write_recorded(bundle, spec, precision, out, printed=_PRINTED)
+        for name, text in _scripts(spec, graph.name, count).items():
             (out / name).write_text(text, encoding="utf-8")
         sums = "".join(f"{sha256_file(each)}  {each.name}\n" for each in sorted(out.iterdir()))
         (out / "SHA256SUMS").write_text(sums, encoding="utf-8")
@@ -112,20 +97,6 @@ def _graph(bundle: Bundle, steps: int, precision: Precision) -> Path:
             "later one. Take fp16 or int8."
         )
     return path
-
-
-def _expected(bundle: Bundle, spec: SamplerSpec, precision: Precision, count: int) -> bytes:
-    recorded = [r.threshold for r in bundle.manifest.parity if r.gate == "max_abs" and r.threshold > 0]
-    floors = [r.noise_floor for r in bundle.manifest.parity if r.gate == "max_abs"]
-    threshold = min(recorded) if recorded else max(ROUNDING_FLOOR, FLOOR_FACTOR * max(floors, default=0.0))
-    facts = {
-        "output": spec.output_name,
-        "shape": [count, *spec.image_shape],
-        "width": spec.value_range[1] - spec.value_range[0],
-        "max_abs": threshold * spec.sigma_data + _PRINTED if precision == "fp32" else None,
-        "min_psnr_db": None if precision == "fp32" else MIN_PSNR_DB[precision],
-    }
-    return json.dumps(facts, indent=2).encode() + b"\n"
 
 
 def _shapes(spec: SamplerSpec, batch: int) -> str:

@@ -83,6 +83,11 @@ RUNTIMES: dict[str, EdgeRuntime] = {
             format="openvino_ir", title="OpenVINO IR", libraries=("openvino", "onnx_ir"), extra="openvino",
             reads="graph", precisions=("fp32", "fp16"), backend="openvino_ir",
         ),
+        EdgeRuntime(
+            format="coreml", title="Core ML", libraries=("coremltools", "torch"), extra="coreml", reads="checkpoint",
+            precisions=("fp32", "fp16"),
+        ),
+        EdgeRuntime(format="mnn", title="MNN", libraries=("MNN", "onnx_ir"), extra="mnn", reads="graph"),
     )
 }  # fmt: skip
 

@@ -95,7 +95,8 @@ def test_the_wheel_holds_every_module_and_all_data(tmp_path: Path) -> None:
         licenses = [name for name in names if name.endswith("licenses/LICENSE")]
         assert archive.read(licenses[0]) == (ROOT / "LICENSE").read_bytes()
     held = {name for name in names if ".dist-info/" not in name}
-    folders = ("scm_sdk/assets/", "scm_sdk/export/edge/web/", "scm_sdk/export/edge/orin_files/")
+    edge = tuple(f"scm_sdk/export/edge/{name}/" for name in ("web", "coreml_files", "orin_files"))
+    folders = ("scm_sdk/assets/", *edge)
     data = {path for path in sources() if path.startswith(folders)} | {"scm_sdk/py.typed"}
     assert {"scm_sdk/assets/pixel_art_16.npz", "scm_sdk/export/edge/web/scm/noise.js"} <= data
     assert held == sources(".py") | sources(".j2") | sources(".html") | data

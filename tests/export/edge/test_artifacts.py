@@ -16,13 +16,14 @@ from helpers.disk_faults import tree
 from helpers.edge_bundles import edge_params, with_edge
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.layout import WEIGHTS_NAME
-from scm_sdk.errors import ConfigError, ExportError
+from scm_sdk.errors import ConfigError, ExportError, ParityError
 from scm_sdk.export.cli import main
 from scm_sdk.export.edge.artifacts import add_edge
 from scm_sdk.export.edge.runtimes import RUNTIMES, EdgeSource
 from scm_sdk.export.graph.io import read_model
 from scm_sdk.inference.backends import BACKENDS
 from scm_sdk.inference.generator import Generator
+from scm_sdk.spec import Precision
 
 # Of the libraries themselves, while they are imported.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -195,3 +196,49 @@ def test_a_sana_pipeline_becomes_a_litert_model(sana_bundle: Path, tmp_path: Pat
     bundle = with_edge(sana_bundle, "litert", tmp_path / "bundle", steps=[1, 2])
     done = CliRunner().invoke(main, ["validate", str(bundle), "--backend", "litert"])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_core_ml_package_has_the_samplers_names_and_what_checks_it(
+    precision: Precision, unet_bundle: Path, tmp_path: Path
+) -> None:
+    """It runs on Apple's systems alone: what is looked at here is the package and the files of its checkers."""
+    coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed: make test-edge installs it")
+    bundle = with_edge(unet_bundle, "coreml", tmp_path / "bundle", steps=[2], precisions=[precision])
+    opened = Bundle.open(bundle)
+    (artifact,) = opened.artifacts(format="coreml")
+    assert artifact.precision == precision and artifact.path.endswith("2step/model.mlpackage")
+    folder = bundle / Path(artifact.path).parent
+    model = coremltools.models.MLModel(str(folder / "model.mlpackage"), skip_model_load=True)
+    description = model.get_spec().description
+    assert {each.name: list(each.type.multiArrayType.shape) for each in description.input} == {
+        "noise_0": [1, 3, 8, 8], "noise_1": [1, 3, 8, 8], "class_labels": [1],
+    }  # fmt: skip
+    assert [each.name for each in description.output] == ["images"]
+    expected = json.loads((folder / "expected.json").read_text())
+    assert (expected["max_abs"] is None) == (precision == "fp16") and expected["shape"] == [4, 3, 8, 8]
+    golden = opened.goldens()[2]
+    np.testing.assert_array_equal(np.fromfile(folder / "images.bin", "<f4"), golden.images.ravel())
+    np.testing.assert_array_equal(np.fromfile(folder / "class_labels.bin", "<i8"), golden.class_labels)
+    compile((folder / "check.py").read_text(), "check.py", "exec")
+    assert (folder / "check.swift").is_file() and Bundle.open(bundle, verify="digest")
+
+
+@pytest.mark.slow
+def test_mnn_computes_the_recorded_samples_in_the_portable_form_alone(
+    avatars_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MNN's converter reports success for ReduceL2 and gets it wrong; weights that steps share are stored again."""
+    pytest.importorskip("MNN", reason="MNN is not installed: make test-edge installs it")
+    bundle = Path(shutil.copytree(avatars_bundle, tmp_path / "bundle"))
+    (made,) = add_edge(bundle, "mnn")
+    assert made.notes[0].startswith("recorded samples: largest difference")
+    assert any(re.match(r"stores its weights [12]\.\d times", note) for note in made.notes)
+    assert Bundle.open(bundle).artifacts(format="mnn")[0].recipe["runtime"] == "mnn"
+    wrong = Path(shutil.copytree(avatars_bundle, tmp_path / "wrong"))
+    before = tree(wrong)
+    monkeypatch.setattr("scm_sdk.export.edge.mnn.portable_form", lambda model, _: model)
+    with pytest.raises(ParityError, match=r"MNN .*recorded samples"):
+        add_edge(wrong, "mnn")
+    assert tree(wrong) == before
