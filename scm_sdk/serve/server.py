@@ -33,7 +33,7 @@ BACKLOG = 1024
 """Connections that may wait to be accepted."""
 IDLE_SECONDS = 30
 """For how long a connection is kept for its next request."""
-WORKER_START_SECONDS = 60
+WORKER_START_SECONDS = 30
 """Time for a worker process to load the model when SIGHUP replaces them, and to answer its supervisor."""
 LATE_SECONDS = 0.2
 """When the server ends, an idle connection may hold a request that was sent and is not yet read: time to read it."""
