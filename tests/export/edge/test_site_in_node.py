@@ -125,19 +125,18 @@ def test_pictures_have_the_levels_of_python_and_name_what_made_them() -> None:
     rng = np.random.default_rng(0)
     script = """
     import { toPng } from "./scm.js";
-    const [images, shape] = args;
+    const [images, shape, valueRange] = args;
     const info = { buildId: "b", steps: 2, precision: "fp32", backend: "onnxruntime-web wasm" };
-    const samples = { images: Float32Array.from(images), shape, valueRange: [-1, 1],
+    const samples = { images: Float32Array.from(images), shape, valueRange,
       seeds: [7n, 8n, 18446744073709551615n], classLabels: [0, 1, 2], info };
     const files = [await toPng(samples, { indices: [1] }), await toPng(samples, { columns: 2, scale: 3 })];
     done(await Promise.all(files.map(async (file) => Buffer.from(await file.arrayBuffer()).toString("hex"))));
     """
-    for channels in (1, 3):
-        images = rng.normal(0, 0.8, (3, channels, 5, 4)).astype(np.float32)
-        halves = ((np.arange(20) + 0.5) / 255 * 2 - 1).astype(np.float32)
-        images[1, 0] = halves.reshape(5, 4)
-        one, grid = (bytes.fromhex(t) for t in run_node(script, images.ravel().tolist(), images.shape))
-        expected = to_uint8(images, (-1.0, 1.0))
+    for channels, (low, high) in [(1, (-1.0, 1.0)), (3, (-1.0, 1.0)), (3, (0.0, 255.0))]:
+        images = rng.normal((low + high) / 2, 0.4 * (high - low), (3, channels, 5, 4)).astype(np.float32)
+        images[1, 0] = (low + (np.arange(20) + 0.5) / 255 * (high - low)).reshape(5, 4)
+        one, grid = (bytes.fromhex(t) for t in run_node(script, images.ravel().tolist(), images.shape, (low, high)))
+        expected = to_uint8(images, (low, high))
         with Image.open(io.BytesIO(one)) as picture:
             got = np.asarray(picture).reshape(5, 4, channels)
             np.testing.assert_array_equal(got, expected[1])

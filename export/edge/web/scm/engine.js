@@ -40,7 +40,6 @@ export class Engine {
     this.downloaded = downloaded;
     /** @type {Map<string, Promise<Opened>>} */
     this.sessions = new Map();
-    this.isClosed = false;
   }
 
   /**
@@ -227,7 +226,6 @@ export class Engine {
 
   /** Release the sessions. */
   async close() {
-    this.isClosed = true;
     const sessions = [...this.sessions.values()];
     this.sessions.clear();
     for (const opening of sessions) await opening.then(({ session }) => session.release()).catch(() => {});
@@ -310,7 +308,6 @@ export class Engine {
    * @returns {{ graph: Graph, reason: string }}
    */
   #choose({ steps, precision = "auto" }) {
-    if (this.isClosed) throw new ScmError("closed", "this generator is closed. Load another one.");
     const counts = [...new Set(this.site.graphs.map((graph) => graph.num_inference_steps))];
     const wanted = steps ?? (counts.includes(2) ? 2 : counts[0]);
     const graphs = this.site.graphs.filter((graph) => graph.num_inference_steps === wanted);
