@@ -113,7 +113,7 @@ def _scripts(spec: SamplerSpec, graph: str, count: int) -> dict[str, str]:
         "SHAPES": _shapes(spec, count),
         "INPUTS": ",".join(f"{t.name}:{t.name}.bin" for t in spec.inputs),
     }
-    folder = files(__package__) / "orin_files"
+    folder = files(__package__) / "orin_files"  # pyright: ignore[reportArgumentType]
     made = {}
     for name in ("README.md", "build.sh", "check.sh", "check.py"):
         text = (folder / name).read_text(encoding="utf-8")

@@ -88,7 +88,8 @@ class Draft:
             ConfigError: If the parts are inconsistent.
             BundleError: If a source of the new files was replaced or removed.
         """
-        roles: dict[str, Role] = {entry.path: entry.role for entry in current.files} | self.roles
+        roles: dict[str, Role] = {entry.path: entry.role for entry in current.files}
+        roles |= self.roles
         new = {
             entry.path: entry
             for entry in list_files(self.folder, roles=roles, built_from=self.built_from, digests=self.digests)

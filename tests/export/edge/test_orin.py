@@ -48,7 +48,7 @@ def outputs_of(folder: Path, scale: float = 1.0) -> dict:
     """Return what trtexec would write: six digits, from the graph in the folder."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     (images,) = session.run(["images"], inputs(folder))
-    values = [float(f"{value:.6g}") for value in (images * scale).ravel()]
+    values = [float(f"{value:.6g}") for value in (images * scale).ravel()]  # pyright: ignore[reportOperatorIssue]
     return {"name": "images", "dimensions": "x".join(map(str, images.shape)), "values": values}
 
 
