@@ -1,7 +1,7 @@
 """Core ML: the sampler as an ``.mlpackage`` for iPhones and Macs, with what checks it on a Mac.
 
-A package is converted anywhere and runs on Apple's systems alone. So the recorded samples go beside it, with a checker
-in Python (coremltools) and one in Swift; until one of them ran, the artifact is unverified. Labels are int32 in it.
+A package is converted on any system and runs on Apple's systems only. The recorded samples are stored next to it, with a
+checker in Python (coremltools) and one in Swift; until one of them ran, the artifact is unverified. Labels are int32 in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHECKERS = ("check.py", "check.swift")
 
 
 def export(source: EdgeSource, path: Path) -> tuple[str, ...]:
-    """Convert the checkpoint with coremltools; the checkers and samples go beside the package. See ``Exporter``."""
+    """Convert the checkpoint with coremltools; store checkers and samples next to the package. See ``Exporter``."""
     import coremltools
     import torch
 
@@ -51,4 +51,4 @@ def export(source: EdgeSource, path: Path) -> tuple[str, ...]:
         for name in CHECKERS:
             shutil.copyfile(folder / name, path.parent / name)
     labels = ["labels: int32 in this package"] if any(t.dtype == "int64" for t in source.spec.inputs) else []
-    return ("unverified until check.py or check.swift beside it ran on a Mac", *labels)
+    return ("unverified until check.py or check.swift next to it ran on a Mac", *labels)

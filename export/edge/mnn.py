@@ -22,7 +22,7 @@ from .recorded import IMAGES, write_recorded
 from .runtimes import EdgeSource
 
 LEAST_DB = 80.0
-"""Least PSNR of the recorded samples, dB. A wrong operator gives less than 40, another order of sums more than 100."""
+"""Minimum PSNR of the recorded samples, dB. Wrong operators give less than 40, another order of sums more than 100."""
 _CONVERT = """
 import sys
 import _tools
