@@ -1,7 +1,8 @@
 """Core ML: the sampler as an ``.mlpackage`` for iPhones and Macs, with what checks it on a Mac.
 
-A package is converted on any system and runs on Apple's systems only. The recorded samples are stored next to it, with a
-checker in Python (coremltools) and one in Swift; until one of them ran, the artifact is unverified. Labels are int32 in it.
+A package is converted on any system and runs on Apple's systems only. The recorded samples are stored next to it,
+with a checker in Python (coremltools) and one in Swift; until one of them ran, the artifact is unverified. Labels are
+int32 in it.
 """
 
 from __future__ import annotations
