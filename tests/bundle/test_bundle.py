@@ -245,7 +245,7 @@ def first_file(**changes: Any) -> Callable[[dict[str, Any]], object]:
             SchemaError,
             "'../x.onnx' .* none of the listed",
         ),
-        (lambda p: p["artifacts"][1].update(path="README.md"), SchemaError, "'README.md' is said to be an ONNX graph"),
+        (lambda p: p["artifacts"][1].update(path="README.md"), SchemaError, "'README.md' is said to be of format onnx"),
         (lambda p: p["artifacts"][1].update(path="onnx"), SchemaError, "'onnx' .* none of the listed"),
         (lambda p: p["artifacts"][0].update(path="."), SchemaError, "'.' .* none of the listed"),
         (

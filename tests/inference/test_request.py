@@ -109,10 +109,7 @@ def test_wrong_arguments(ort: Generator, arguments: dict[str, Any], error: type[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"backend": "tpu"},
-            "backend is 'tpu', expected 'auto' or one of onnxruntime, openvino, tensorrt, tensorrt_rtx, torch",
-        ),
+        ({"backend": "tpu"}, "backend is 'tpu', expected 'auto' or one of .*onnxruntime, openvino, .*torch"),
         ({"precision": "fp64"}, "precision is 'fp64', expected 'auto' or one of fp32, fp32-cpu, fp16"),
         (
             {"precision": "fp16"},
