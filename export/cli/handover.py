@@ -36,7 +36,7 @@ def handover(
     bundle: Path, target: str, out: Path, steps: int, num_samples: int, outputs: Path | None, precision: Precision,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Write files to check a bundle elsewhere, by Polygraphy or on a Jetson.
+    """Write files to check elsewhere, by Polygraphy or on a Jetson.
 
     Writes the graph, inputs and reference outputs to OUT, or compares returned outputs (--check). The other machine
     needs no scm-sdk. Run the printed command in OUT. With --target orin: the graph, the recorded samples, build.sh and
