@@ -209,6 +209,20 @@ def installed_from() -> str:
     pytest.skip("this environment was made of other releases than those of a constraints file")
 
 
+def test_what_test_edge_installs_is_pinned(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    held = pins({"python_version": "3.11", "python_full_version": "3.11.0"}, "constraints-edge.txt")
+    seen, todo = set(), ["test-edge"]
+    while todo:
+        for line in extras[(extra := todo.pop())]:
+            requirement = Requirement(line)
+            todo += [each for each in requirement.extras if each not in seen]
+            if requirement.name != "scm-sdk":
+                assert held[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+        seen.add(extra)
+    assert {"litert-export", "executorch", "coreml", "mnn", "openvino"} <= seen
+
+
 def test_what_requirements_bring_is_pinned_too() -> None:
     file = installed_from()
     held = pins({}, file)
