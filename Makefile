@@ -76,7 +76,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Write constraints.txt (the newest releases of all extras, for every supported Python and system) and
 # constraints-lowest.txt (the oldest releases that pyproject.toml allows, on the oldest Python).

@@ -48,7 +48,7 @@ def export(source: EdgeSource, path: Path) -> tuple[str, ...]:
             "Expected operators that it knows; run the ONNX graph with another runtime."
         ) from exc
     write_recorded(source.bundle, source.spec, source.precision, path.parent)
-    with as_file(files(__package__) / "coreml_files") as folder:
+    with as_file(files("scm_sdk.export.edge") / "coreml_files") as folder:
         for name in CHECKERS:
             shutil.copyfile(folder / name, path.parent / name)
     labels = ["labels: int32 in this package"] if any(t.dtype == "int64" for t in source.spec.inputs) else []
