@@ -11,17 +11,17 @@ import click
 from .common import json_option, make_table, print_json, print_table, say
 from .libraries import requires
 from .located import model_argument
-from .names import STEPS, OutputPath
+from .names import STEPS, OutputPath, one_of
 
 
 @click.command()
 @requires("onnx_ir")
 @model_argument("bundle")
 @click.option("-o", "--out", default=Path("site"), type=OutputPath(), help="Folder for the site.")
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "fp16"]),
+@click.option("--precision", "precisions", multiple=True, type=one_of("precision", "fp32", "fp16"),
               help="Precision of the graphs; may be repeated; fp32 and fp16 where the bundle has them.")  # fmt: skip
 @click.option("--steps", multiple=True, type=STEPS, help="Number of network calls; may be repeated; all when absent.")
-@click.option("--device", type=click.Choice(["all", "wasm", "webgpu"]), default="all",
+@click.option("--device", type=one_of("device", "all", "wasm", "webgpu"), default="all",
               help="Device of the visitors: its runtime is copied.")  # fmt: skip
 @click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
               help="Text file with one prompt per line, encoded for visitors of a text-to-image model.")  # fmt: skip

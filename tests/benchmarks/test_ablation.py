@@ -36,8 +36,7 @@ def test_every_run_has_a_valid_config_a_folder_of_its_own_and_a_teacher_before_i
         config = plan.train_config(run, plan.Budget(), 40, tmp_path, data)
         assert config.num_iterations == 40
         assert run.method == plan.TEACHER or run.teacher.key in seen
-        for name, value in run.changes.items():
-            assert getattr(config, name) == value
+        assert config.with_settings(run.changes) == config, "it has them"
         for name, value in run.network.items():
             assert getattr(config.network, name) == value
         seen.append(run.key)

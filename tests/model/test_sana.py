@@ -70,7 +70,7 @@ def test_the_pictures_are_those_of_diffusers(
 
 def test_a_folder_opens_as_it_is_and_takes_prompts(sana_pipeline: Any, sana_folder: Path) -> None:
     with Generator.from_pretrained(sana_folder, backend="torch", num_threads=1) as gen:
-        assert gen.source.steps == (1, 2, 4) and gen.opened().spec.image_shape == (3, 64, 64)
+        assert gen.source.steps == (1, 2, 3, 4) and gen.opened().spec.image_shape == (3, 64, 64)
         out = gen(2, prompt=PROMPTS, seed=7)
         one = gen(prompt=PROMPTS[1], seed=8, output_type="uint8")
     assert out.images[0].size == (64, 64) and out.seeds == (7, 8)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 
 from scm_sdk.export.cli import main
@@ -20,7 +21,8 @@ UNIT = ROOT / "deploy" / "systemd" / "scm-serve.service"
 def check_arguments(arguments: list[str]) -> None:
     """Parse arguments of the command line as the command does, without running it."""
     assert arguments[0] == "serve"
-    main.commands["serve"].make_context("serve", arguments[1:])  # raises where an option does not exist
+    above = click.Context(main, **main.context_settings)
+    main.commands["serve"].make_context("serve", arguments[1:], above)  # raises where an option does not exist
 
 
 def test_the_image_starts_the_server_with_keys_and_not_as_root() -> None:

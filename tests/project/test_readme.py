@@ -91,13 +91,14 @@ def test_each_line_of_the_readme_is_run():
 @pytest.mark.parametrize("words", COMMANDS)
 def test_each_command_parses(words):
     """Against the real command: its name, its options, their values; a shell variable counts as a number."""
-    command, name = main, "scm-export"
+    command, name, above = main, "scm-export", None
     words = [re.sub(r"^\$\w+$", "0", word) for word in words]
     while isinstance(command, click.Group):
         name, *words = words
         assert name in command.commands, f"no command {name}"
+        above = click.Context(command, above, **command.context_settings)
         command = command.commands[name]
-    with command.make_context(name, list(words)):
+    with command.make_context(name, list(words), above):
         pass
 
 

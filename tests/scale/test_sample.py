@@ -182,7 +182,7 @@ def test_object_store_holds_the_same(unet_bundle: Path, whole: Path, plan: Sampl
 
 def test_url_without_its_library_is_refused(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(BackendUnavailable, match=r"s3://bucket needs fsspec.*sample"):
+    with pytest.raises(BackendUnavailable, match=r"s3://bucket needs fsspec.*pip install .*fsspec"):
         Store("s3://bucket")
     monkeypatch.undo()
     with pytest.raises(BackendUnavailable, match="nothing://x cannot be opened"):

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
+from scm_sdk._util.processor import cpu_class
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.engines.targets import resolve_target
 from scm_sdk.errors import ConfigError
@@ -19,6 +20,7 @@ from scm_sdk.export.graph.io import read_model
 from scm_sdk.export.precision.cpu import cpu_form, norms_that_fuse
 from scm_sdk.export.precision.variants import add_cpu_form
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.selection import FP32_CPU_IS_FASTER
 from scm_sdk.model.consistency import ConsistencyModel
 
 GRAPH = "onnx/fp32-cpu/2step/model.onnx"
@@ -47,7 +49,8 @@ def test_a_bundle_gains_it_and_every_cpu_backend_passes(unet_copy: Path) -> None
     with Generator.from_pretrained(unet_copy, backend="torch", num_inference_steps=2) as gen:
         np.testing.assert_allclose(out.images, gen(2, class_labels=[0, 1], seed=5, output_type="raw").images, atol=1e-4)
     with Generator.from_pretrained(unet_copy, num_inference_steps=2) as gen:
-        assert gen.plan().chosen.precision == "fp32", "what is faster is measured, not supposed"
+        measured = cpu_class() in FP32_CPU_IS_FASTER  # by this project; elsewhere the user's own measurement decides
+        assert gen.plan().chosen.precision == ("fp32-cpu" if measured else "fp32")
 
 
 @pytest.mark.usefixtures("any_size")
