@@ -63,7 +63,7 @@ test-matrix: $(READY)
 # On a machine with a CUDA GPU: the tests that need it, and the speed of every engine as one JSON file, also after failed
 # tests, whose exit code is kept. A flavor that does not fit the GPU is skipped.
 gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python benchmarks/gpu.py --json gpu.json && exit $$tests
+	$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python benchmarks/speed/gpu.py --json gpu.json && exit $$tests
 
 # The documentation site; open $(DOCS)/index.html. A warning is an error.
 docs: $(READY)

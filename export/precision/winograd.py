@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_CHANNELS, LEAST_TILES, LEAST_PRODUCT = 128, 16, 2**12
 """Minimum channels of the narrower side, tiles of a map, and their product: with few channels the transforms cost more
-than they save, with few tiles the larger filters do. Measured by ``benchmarks/winograd.py``."""
+than they save, with few tiles the larger filters do. Measured by ``benchmarks/speed/winograd.py``."""
 CHANNELS_PER_SIDE = 3
 """Minimum channels per row or column of a map, because the matrix for all tiles of an axis grows with its square."""
 _OUT, _IN = 4, 6

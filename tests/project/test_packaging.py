@@ -261,4 +261,4 @@ def test_each_set_of_extras_is_installed_though_another_was(tmp_path: Path) -> N
     assert "pip install" not in would_do("test")
     gpu = would_do("gpu")
     assert '".[gpu,test,tensorrt]"' in gpu and "uninstall -qq --yes onnxruntime onnxruntime-gpu" in gpu
-    assert gpu.index("pytest -m gpu; tests=$?") < gpu.index("benchmarks/gpu.py") < gpu.index("exit $tests")
+    assert gpu.index("pytest -m gpu; tests=$?") < gpu.index("benchmarks/speed/gpu.py") < gpu.index("exit $tests")

@@ -42,8 +42,8 @@ candidate of which 95 % or more do fails with a probability of at most 5 % for a
 more surely with more samples. Few samples prove little; the record holds their number. fp32-cpu computes float32 in
 another order and has 123 dB or more. 55 dB is half a level of an 8-bit image (root mean square), 35 dB four and a half
 levels. Networks that amplify rounding lose more: half of FP16's loss can come from rounding the noise. Of 5,120 samples
-of the shipped model, after 1 and 2 steps, 95 % reach 64.9 and 59.8 dB in FP16; ``benchmarks/fresh_seeds.py`` evaluates
-ten blocks of fresh seeds."""
+of the shipped model, after 1 and 2 steps, 95 % reach 64.9 and 59.8 dB in FP16; ``benchmarks/fidelity/fresh_seeds.py``
+evaluates ten blocks of fresh seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def load_benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutations", ROOT / "benchmarks/mutations.py")
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "benchmarks/fidelity/mutations.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["mutations"] = module

@@ -45,7 +45,7 @@ def write_markdown(table: dict[str, Any], path: Path) -> None:
     lines = [
         f"Metric: {table['metric']}, {table['budget']['num_reference']:,} held-out pictures. An FD of several seeds is "
         "their mean, in brackets each; of a KID the 95 % interval is in brackets, the widest of the seeds'. Written by "
-        "`benchmarks/ablation.py`.",
+        "`benchmarks/study/ablation.py`.",
     ]
     for title, rows in _tables(table):
         lines += ["", f"### {title}", "", f"| {' | '.join(TITLES)} |", "|---" * len(TITLES) + "|"]

@@ -1,6 +1,6 @@
 """Insert each known fault into each graph of a bundle; the validation must find and name it.
 
-    python benchmarks/mutations.py scm-demo/avatars --json benchmarks/results/mutations.json
+    python benchmarks/fidelity/mutations.py scm-demo/avatars --json benchmarks/results/mutations.json
 
 One line for each fault and precision: the result of ``scm-export validate`` for a bundle with the faulty graph,
 whether the numbers alone show the fault, its name in the output, and the first node at which ``bisect`` finds it.

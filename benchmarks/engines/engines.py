@@ -1,10 +1,10 @@
 """Measure every precision and engine of a checkpoint, built without a GPU: build time, size, error.
 
-    python benchmarks/engines.py scm_sdk/assets/avatars --target a100 --target l4 --target t4 --json engines.json
-    python benchmarks/engines.py --random 55 --target a100 --json engines-55m.json
+    python benchmarks/engines/engines.py scm_sdk/assets/avatars --target a100 --target l4 --json engines.json
+    python benchmarks/engines/engines.py --random 55 --target a100 --json engines-55m.json
 
 ``--random N`` takes a U-Net of 32x32 pixels with about N million random weights: sizes and times are then real, the
-accuracy is that of a network that was never trained. Engines are not run: that is ``benchmarks/gpu.py``.
+accuracy is that of a network that was never trained. Engines are not run: that is ``benchmarks/speed/gpu.py``.
 """
 
 import json

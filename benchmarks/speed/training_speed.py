@@ -1,6 +1,6 @@
 r"""Measure training samples per second: each implementation of a step and a plain transcription, in turn.
 
-    python benchmarks/training_speed.py benchmarks/teachers/avatars --threads 1 \
+    python benchmarks/speed/training_speed.py benchmarks/teachers/avatars --threads 1 \
         --json benchmarks/results/training-speed.json
 
 One iteration of each way per round, first another one each round: loss, gradient, clipping, optimizer and average. The

@@ -1,6 +1,6 @@
 """Compare images with those of diffusers; the tests' figures as one table.
 
-    python benchmarks/parity.py --out benchmarks/results/parity-diffusers.md
+    python benchmarks/fidelity/parity.py --out benchmarks/results/parity-diffusers.md
 
 Runs the tests that hold this package to diffusers' pipelines, samplers and scheduler on tiny random models, the same
 noise on both sides, and writes each measurement and its limit. Nothing is downloaded. Exits 1 if one fails.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "test_sana": ("test_the_pictures_are_those_of_diffusers", "`SanaSprintPipeline`, steps, backend"),
     "test_foreign_denoisers": ("librarys or heun or dit", "a teacher's sampler"),
@@ -40,7 +40,7 @@ def main(out: Path | None) -> None:
     lines = [
         f"Largest difference from diffusers {version('diffusers')}: of pictures in [0, 1] for `SanaSprintPipeline`, of "
         "data units for `SCMScheduler`,",
-        "a share of the largest value for samplers. Made by `python benchmarks/parity.py`.",
+        "a share of the largest value for samplers. Made by `python benchmarks/fidelity/parity.py`.",
         "",
         "| what | case | largest difference | allowed |",
         "|---|---|---|---|",

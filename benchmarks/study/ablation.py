@@ -1,6 +1,6 @@
 """Compare objectives and stabilizers: teacher and students at equal processor time on two small data sets.
 
-    taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/ablation.py --work runs/ablation \
+    taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/study/ablation.py --work runs/ablation \
         --out benchmarks/results/ablation
 
 For each run: the Fréchet and kernel distances of EfficientNet-Lite0's features to held-out pictures after 1, 2 and 4
@@ -166,7 +166,7 @@ class Ablation:
         """Write everything that is finished as JSON and Markdown."""
         done = [run for run in runs if self.finished(run)]
         table = {
-            "command": shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/study/ablation.py", *sys.argv[1:]]),
             "machine": describe_machine(),
             "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
             "metric": effnet_lite0().metric(self.budget.num_images),

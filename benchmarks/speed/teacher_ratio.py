@@ -1,6 +1,6 @@
 """Measure how much faster a student is than its teacher: 35 calls of the diffusion model, 1 and 2 of the sampler.
 
-    python benchmarks/teacher_ratio.py benchmarks/teachers/avatars scm-demo/avatars --json teacher_ratio.json
+    python benchmarks/speed/teacher_ratio.py benchmarks/teachers/avatars scm-demo/avatars --json teacher_ratio.json
 
 The teacher runs in PyTorch with the second-order solver; the student in PyTorch too, in ONNX Runtime and OpenVINO.
 """

@@ -1,7 +1,7 @@
 """Measure the path from random weights to an engine at the paper's sizes: time, bytes, peak memory.
 
-    python benchmarks/size.py cifar10 imagenet64_s imagenet512_s --work runs/size --json benchmarks/results/size.json
-    python benchmarks/size.py imagenet512_xxl --work runs/size --json benchmarks/results/size.json
+    python benchmarks/engines/size.py cifar10 imagenet64_s --work runs/size --json benchmarks/results/size.json
+    python benchmarks/engines/size.py imagenet512_xxl --work runs/size --json benchmarks/results/size.json
 
 Each stage is a process of its own, whose peak memory the system reports: ``weights`` writes a checkpoint of random
 weights, ``export`` makes the bundle with a 2-step sampler graph and PyTorch's own picture in it, ``fp16`` and
@@ -149,7 +149,7 @@ def _keep(preset: str, folder: Path, out: Path) -> None:
     from scm_sdk.evaluate.machine import describe_machine
 
     table = json.loads(out.read_bytes()) if out.exists() else {"sizes": {}}
-    command = shlex.join(["python", "benchmarks/size.py", preset])
+    command = shlex.join(["python", "benchmarks/engines/size.py", preset])
     table["sizes"][preset] = {"command": command, "machine": describe_machine(), **_row(folder)}
     atomic_write_bytes(out, json.dumps(table, indent=1).encode() + b"\n")
 

@@ -1,6 +1,6 @@
 """Measure many threads on one Generator: images per second, and the latency of each caller.
 
-    python benchmarks/callers.py scm-demo/avatars --json benchmarks/results/callers.json
+    python benchmarks/speed/callers.py scm-demo/avatars --json benchmarks/results/callers.json
 
 Each caller requests one image after the other, by its seed. ``calls`` is ``gen(...)`` from every thread, each with
 one core; ``batcher`` is ``gen.batcher()`` of the same generator, which combines waiting requests into batches, one per

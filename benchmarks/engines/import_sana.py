@@ -1,6 +1,6 @@
 """Measure time and memory of importing a SANA-Sprint of real size, with random weights.
 
-    python benchmarks/import_sana.py 0.6B --work runs/sana --json benchmarks/results/import-sana.json
+    python benchmarks/engines/import_sana.py 0.6B --work runs/sana --json benchmarks/results/import-sana.json
 
 The released layouts (0.6B, 1.6B) with their DC-AE are made from their configs and saved by diffusers, bfloat16, as they
 are on the hub. Nothing is downloaded. Each stage is a process of its own, whose peak memory the system reports:

@@ -1,6 +1,6 @@
 """Find the size from which Winograd is faster than a direct 3x3 convolution on this CPU, in pairs of calls.
 
-    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/winograd.py --json benchmarks/results/winograd-avx512_bf16.json
+    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/speed/winograd.py --json winograd-avx512_bf16.json
 
 Chains of four convolutions, each with filters of its own, as they are and as ``scm-export precision --to fp32-cpu``
 rewrites them, with one thread of ONNX Runtime and of OpenVINO. Times are of the processor; the ratio is the median over

@@ -1,6 +1,6 @@
 """Verdicts of the parity gate on blocks of seeds that nothing was chosen on.
 
-    python benchmarks/fresh_seeds.py scm-demo/avatars --json benchmarks/results/fresh_seeds.json
+    python benchmarks/fidelity/fresh_seeds.py scm-demo/avatars --json benchmarks/results/fresh_seeds.json
 
 Takes a copy of BUNDLE, adds FP16 and INT8 to it as the README does (``quantize --target-psnr 37``), and judges each
 precision and number of steps on each block through ONNX Runtime, as ``validate --first-seed --no-record`` does. Exits 1

@@ -1,6 +1,6 @@
 """Measure the overhead of ``Generator`` over a bare session: one image, one thread, each in turn.
 
-    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/overhead.py BUNDLE --json benchmarks/results/overhead.json
+    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/speed/overhead.py BUNDLE --json overhead.json
 
 Two views. "in turn" takes the real session: differences of the processor time of neighboring calls, which hold what
 the session and Python do to each other's caches, and, on a busy machine, what other programs do. "alone" puts a
@@ -71,7 +71,7 @@ def main(bundle: Path, rounds: int, out: Path | None) -> None:
         alone = {name: min(cpu_us(call) for _ in range(rounds * 5)) for name, call in ways.items()}
     base = in_turn["session.run"]
     record = {
-        "command": f"python benchmarks/overhead.py {bundle} --rounds {rounds}",
+        "command": f"python benchmarks/speed/overhead.py {bundle} --rounds {rounds}",
         "machine": describe_machine(),
         "note": "processor time of one thread, microseconds; one image, the default number of steps",
         "session_run_us": statistics.median(base),

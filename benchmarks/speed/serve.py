@@ -1,6 +1,6 @@
 """`scm-export serve` under load: throughput and latency by number of clients, and three times what it carries.
 
-    python benchmarks/serve.py scm-demo/avatars --json benchmarks/results/serve.json
+    python benchmarks/speed/serve.py scm-demo/avatars --json benchmarks/results/serve.json
 
 ``calls`` is ``gen(...)`` from as many threads of this process; ``server`` is the server in a process of its own, asked
 over kept connections by one thread of this process, so that its clients take a share of the cores. Both make the same

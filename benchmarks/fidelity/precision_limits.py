@@ -1,6 +1,6 @@
 """Compute the limits of FP16 and INT8 on a transformer for any graph, with rounding emulated in PyTorch.
 
-    python benchmarks/precision_limits.py scm_sdk/assets/avatars --json benchmarks/results/precision_limits.json
+    python benchmarks/fidelity/precision_limits.py scm-demo/avatars --json benchmarks/results/precision_limits.json
 
 Only the linear layers over patches are touched: their weights, what they read, or both are rounded, all else is
 float32. INT8 has a scale for each output channel of a weight and one for each tensor that is read, at each step its

@@ -1,7 +1,7 @@
 """Measure time to the first image and peak memory of new processes, each backend in turn.
 
-    python benchmarks/cold_start.py scm-demo/avatars --json benchmarks/results/cold_start.json
-    python benchmarks/cold_start.py scm-demo/avatars --images 10000     # is the memory flat?
+    python benchmarks/speed/cold_start.py scm-demo/avatars --json benchmarks/results/cold_start.json
+    python benchmarks/speed/cold_start.py scm-demo/avatars --images 10000     # is the memory flat?
 
 Measures whole processes from outside: start Python, import, open and hash the bundle, generate one image. Processor
 time is given in addition to wall time, since other programs on the machine affect it less. Ratios are from

@@ -1,7 +1,7 @@
 r"""Compare ``Generator`` with other ways to run the same model on a CPU, in pairs of calls in one process.
 
     pip install --editable ".[cpu,bench]"
-    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/peers.py scm-demo/avatars --threads 1 \
+    taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/speed/peers.py scm-demo/avatars --threads 1 \
         --json benchmarks/results/peers-avatars.json
 
 All get the same noise and labels. Those of float32 must return the same images to within 1e-4 of ``sigma_data``. The

@@ -1,7 +1,7 @@
 """Build, validate and time engines on this GPU, compared with PyTorch and ONNX Runtime on the same GPU.
 
-    python benchmarks/gpu.py --json gpu.json                  # the shipped model
-    python benchmarks/gpu.py runs/mine --json gpu.json        # a checkpoint of yours
+    python benchmarks/speed/gpu.py --json gpu.json                  # the shipped model
+    python benchmarks/speed/gpu.py runs/mine --json gpu.json        # a checkpoint of yours
 
 One JSON file, written again after each stage: for each engine its build time, peak memory, size, census and difference
 from PyTorch, and for each batch the raw, interleaved samples. A flavor that fails is on record with its reason, the

@@ -1,6 +1,6 @@
 """The README's picture: real avatars, a teacher after 35 calls if there is one, the student after 1 and after 2.
 
-    python benchmarks/picture.py scm-demo/avatars docs/avatars.png --teacher runs/teacher
+    python benchmarks/study/picture.py scm-demo/avatars docs/avatars.png --teacher runs/teacher
 
 A row for each hair color; every generated column is one seed, and generated pictures share theirs.
 """
