@@ -64,7 +64,8 @@ def generate(
     from scm_sdk.inference.generator import Generator
 
     in_one_file = _is_file(out)
-    check_writable(out if in_one_file else out / "0.png")
+    if not plan:
+        check_writable(out if in_one_file else out / "0.png")
     wanted = _split_labels(class_labels, num_images)
     if len(prompts) not in (0, 1, num_images):
         raise click.BadParameter(_count_problem(len(prompts), "prompt", num_images), param_hint="--prompt")

@@ -65,8 +65,14 @@ CODE = ("scm_sdk", "export", "runtimes", "examples", "benchmarks", "tests", "doc
 
 
 def tracked() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [ROOT / name for name in listed.split("\0") if name and not (ROOT / name).is_symlink()]
+    """The files of the checkout, or of a copy without git that holds nothing else."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        paths = [ROOT / name for name in listed.split("\0") if name]
+    else:
+        paths = [path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    links = [ROOT / "scm_sdk" / name for name in ("export", "runtimes")]
+    return [path for path in paths if path not in links and not any(link in path.parents for link in links)]
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:

@@ -170,7 +170,7 @@ def test_the_graph_of_files_survives_odd_manifests(validated: Path) -> None:
 
 
 def test_what_cannot_be_reported(validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = CliRunner().invoke(main, ["report", str(validated), "--rounds", "1"])
+    run = CliRunner().invoke(main, ["report", str(validated), "-o", str(tmp_path / "r.html"), "--rounds", "1"])
     assert run.exit_code == 2 and "1 round has no variance" in run.stderr
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="holds no checkpoint to compare with"):
         patch.setattr(Bundle, "artifacts", lambda self, **_: [])

@@ -127,7 +127,7 @@ def test_the_gradient_is_the_papers() -> None:
     noisy = add_noise(g, draw.z, draw.t) / SIGMA
     difference = (Gaussian(-0.5)(noisy, draw.t) - vsd.fake(noisy, draw.t)).detach()
     weight = torch.exp(-vsd.logvar(draw.t)).detach()
-    assert weight.max() > 2 * weight.min()
+    assert weight.max() > 1.2 * weight.min(), "the weight matters"
     expected = 2 * (expand_time(weight, difference) * difference).mean().item()
     assert student.mean.grad == pytest.approx(expected, rel=1e-4), "dg/dmean is 1"
     assert square.item() == pytest.approx(difference.square().mean().item(), rel=1e-4)

@@ -204,8 +204,9 @@ def test_wrong_targets_and_pairs() -> None:
 
 
 @pytest.mark.parametrize("verb", ["generate", "selfcheck", "validate"])
-def test_a_precision_that_is_not_there_names_those_that_are(unet_bundle: Path, verb: str) -> None:
-    result = run(verb, unet_bundle, "--precision", "int8")
+def test_a_precision_that_is_not_there_names_those_that_are(unet_bundle: Path, tmp_path: Path, verb: str) -> None:
+    out = ["-o", tmp_path / "x.png"] if verb == "generate" else []
+    result = run(verb, unet_bundle, "--precision", "int8", *out)
     assert result.exit_code == 2 and "int8" in result.stderr and re.search(r"fp32 \(.*steps\)", result.stderr)
 
 
