@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import msgspec
 
+from .._util.files import sha256_bytes
 from ..errors import ConfigError
 from ..inference.generator import Generator
 from ..inference.request import check_count, make_request
@@ -67,7 +67,7 @@ class SamplePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def fingerprint(self) -> str:
         """Hash of the plan; every shard names it."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+        return sha256_bytes(msgspec.json.encode(self))
 
     def images_of(self, shard: int) -> range:
         """Return the numbers of the images of a shard."""
@@ -130,7 +130,7 @@ def make_plan(
         first_seed=seed,
         class_labels=labels,
         num_prompts=len(prompts),
-        prompts_sha256=hashlib.sha256(text).hexdigest() if prompts else "",
+        prompts_sha256=sha256_bytes(text) if prompts else "",
         guidance_scale=guidance_scale,
         num_inference_steps=spec.num_inference_steps,
         batch_size=size,
@@ -187,7 +187,7 @@ def read_prompts(store: Store, plan: SamplePlan) -> list[str]:
     if not plan.num_prompts:
         return []
     text = store.read(PROMPTS_NAME) or b""
-    if hashlib.sha256(text).hexdigest() != plan.prompts_sha256:
+    if sha256_bytes(text) != plan.prompts_sha256:
         raise ConfigError(
             f"{PROMPTS_NAME} in {store.root} was changed since the plan was written. Write to another place."
         )

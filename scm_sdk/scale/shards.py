@@ -7,7 +7,6 @@ in a shard depends on the time or on who writes it: a shard that is written twic
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 import zipfile
@@ -19,8 +18,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .._util.files import atomic_file, sha256_file, sha256_stream
+from .._util.files import atomic_file, sha256_bytes, sha256_file, sha256_stream
 from ..errors import ConfigError, IntegrityError
+from ..images import encode_picture
 from ..inference.generator import Generator
 from .plan import SamplePlan, read_plan
 from .store import Store
@@ -135,7 +135,7 @@ def write_shard(
     pixels: NDArray[np.uint8] = np.ascontiguousarray(output.images)
     labels = output.class_labels or [None] * len(seeds)
     images = tuple(
-        ImageRecord(seed=seed, class_label=label, sha256=hashlib.sha256(image.tobytes()).hexdigest())
+        ImageRecord(seed=seed, class_label=label, sha256=sha256_bytes(image.tobytes()))
         for seed, label, image in zip(seeds, labels, pixels, strict=True)
     )
     name = shard_name(plan, shard)
@@ -149,13 +149,9 @@ def write_shard(
 
 
 def _write_tar(path: Path, numbers: range, pixels: NDArray[np.uint8], images: Sequence[ImageRecord]) -> None:
-    from PIL import Image
-
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, array, image in zip(numbers, pixels, images, strict=True):
-            picture = io.BytesIO()
-            Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(picture, format="PNG")
-            parts = {"png": picture.getvalue(), "json": msgspec.json.encode(image)}
+            parts = {"png": encode_picture(array, ".png"), "json": msgspec.json.encode(image)}
             if image.class_label is not None:
                 parts["cls"] = str(image.class_label).encode()
             for suffix, data in parts.items():
@@ -207,7 +203,7 @@ def read_shard(store: Store, plan: SamplePlan, shard: int) -> tuple[NDArray[np.u
     if pixels.shape != (count, *plan.shape) or pixels.dtype != np.uint8:
         raise _damaged(store, record, f"holds {pixels.shape} {pixels.dtype}")
     for image, array in zip(record.images, pixels, strict=True):
-        if hashlib.sha256(array.tobytes()).hexdigest() != image.sha256:
+        if sha256_bytes(array.tobytes()) != image.sha256:
             raise _damaged(store, record, f"has other pixels for seed {image.seed}")
     return pixels, record
 
