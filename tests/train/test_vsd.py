@@ -120,14 +120,14 @@ def test_the_gradient_is_the_papers() -> None:
     student, plan = Shift(0.3), run(learning_rate=1e-12)
     vsd = Vsd(plan, Gaussian(0.1), teacher_score(Gaussian(-0.5), sigma_data=SIGMA))
     with torch.no_grad():
-        vsd.logvar.linear.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        vsd.logvar.linear.weight.normal_(std=0.6, generator=torch.Generator().manual_seed(0))
     loss, square = vsd(student, batch(), 5)
     loss.backward()
     draw, g = drawn_and_made(student, plan, vsd)
     noisy = add_noise(g, draw.z, draw.t) / SIGMA
     difference = (Gaussian(-0.5)(noisy, draw.t) - vsd.fake(noisy, draw.t)).detach()
     weight = torch.exp(-vsd.logvar(draw.t)).detach()
-    assert weight.max() > 1.2 * weight.min(), "the weight matters"
+    assert weight.max() > 2 * weight.min()
     expected = 2 * (expand_time(weight, difference) * difference).mean().item()
     assert student.mean.grad == pytest.approx(expected, rel=1e-4), "dg/dmean is 1"
     assert square.item() == pytest.approx(difference.square().mean().item(), rel=1e-4)
