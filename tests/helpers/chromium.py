@@ -49,12 +49,12 @@ class Page:
         """Send a command and return its result."""
         return self._browser.send(method, parameters, self._session)
 
-    def open(self, url: str, *, timeout: float = 60) -> None:
+    def open(self, url: str, *, timeout: float = 180) -> None:
         """Open a page and wait until its modules ran."""
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'", timeout=timeout)
 
-    def evaluate(self, expression: str, *, timeout: float = 60) -> Any:
+    def evaluate(self, expression: str, *, timeout: float = 180) -> Any:
         """Return the value of an expression, or of its promise.
 
         Raises:
@@ -70,7 +70,7 @@ class Page:
         assert thrown is None, thrown.get("exception", {}).get("description") or thrown
         return done["result"].get("value")
 
-    def wait(self, expression: str, *, timeout: float = 60) -> Any:
+    def wait(self, expression: str, *, timeout: float = 180) -> Any:
         """Wait until an expression is true; return its value."""
         end = monotonic() + timeout
         while not (value := self.evaluate(expression)):
@@ -144,7 +144,7 @@ class Browser:
         return page
 
     def send(
-        self, method: str, parameters: dict[str, Any], session: str | None = None, *, timeout: float = 60
+        self, method: str, parameters: dict[str, Any], session: str | None = None, *, timeout: float = 180
     ) -> dict[str, Any]:
         """Send a command and return its result.
 

@@ -125,12 +125,12 @@ class RunningServer:
 
     def connect(self) -> socket.socket:
         """Return an open connection."""
-        return socket.create_connection(self.address, timeout=30)
+        return socket.create_connection(self.address, timeout=120)
 
     def end(self) -> int:
         """Send SIGTERM; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(180)
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples with these labels."""
@@ -146,7 +146,7 @@ class RunningServer:
 
 
 @contextmanager
-def running(bundle: Path, *options: str, timeout: float = 120) -> Iterator[RunningServer]:
+def running(bundle: Path, *options: str, timeout: float = 300) -> Iterator[RunningServer]:
     """Run ``scm-export serve BUNDLE`` on a free port of this machine until the context ends."""
     import httpx
 
@@ -180,7 +180,7 @@ def running(bundle: Path, *options: str, timeout: float = 120) -> Iterator[Runni
             reader.join()
 
 
-def eventually(check: Any, *, timeout: float = 30) -> None:
+def eventually(check: Any, *, timeout: float = 120) -> None:
     """Wait until a check is true."""
     until = time.monotonic() + timeout
     while not check():

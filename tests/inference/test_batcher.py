@@ -34,7 +34,7 @@ class Gate:
 
     def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
         self.entered.release()
-        assert self.open.wait(20)
+        assert self.open.wait(120)
         self.batches.append(len(noise[0]))
         self.threads.append(threading.current_thread().name)
         if self.fault in conditioning["class_labels"] and self.fault:
@@ -91,7 +91,7 @@ def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None
     done: list[int] = []
     with gen.batcher(max_concurrent_batches=1) as batcher:
         futures = [batcher.submit(seed=0, num_images=2)]
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         futures += [batcher.submit(seed=n) for n in (10, 11, 12, 13, 14)]
         futures.append(batcher.submit(seed=20, num_images=9))  # longer than a batch: on its own
         futures.append(batcher.submit(seed=40, noise=None, class_labels=[1, 2], num_images=2))
@@ -99,7 +99,7 @@ def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None
             future.add_done_callback(lambda _, n=n: done.append(n))
         assert batcher.waiting == 16
         gate.open.set()
-        wait(futures, timeout=20)
+        wait(futures, timeout=120)
     assert gate.batches == [2, 4, 1, 4, 2, 4, 1], "between two batches of the long one, one of what waits"
     assert [future.result().info.batches for future in futures] == [(2,)] + [(4,)] * 4 + [(1,), (4, 4, 1), (2,)]
     assert sorted(done) == list(range(8))
@@ -108,7 +108,7 @@ def test_what_waits_is_run_together_in_order(gen: Generator, gate: Gate) -> None
 def test_a_caller_with_nothing_before_it_runs_its_own(gen: Generator, gate: Gate) -> None:
     with gen.batcher(max_concurrent_batches=1) as batcher, ThreadPoolExecutor(1, "caller") as pool:
         first = pool.submit(batcher, seed=0)
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         later = [batcher.submit(seed=n) for n in (1, 2)]
         assert not gate.entered.acquire(timeout=0.1), "the only room is taken"
         assert batcher.waiting == 2
@@ -123,7 +123,7 @@ def test_batches_run_side_by_side(gen: Generator, gate: Gate) -> None:
         futures = []
         for n in range(2):  # the second does not wait for the first
             futures.append(batcher.submit(seed=n))
-            assert gate.entered.acquire(timeout=20)
+            assert gate.entered.acquire(timeout=120)
         futures += [batcher.submit(seed=n) for n in range(2, 5)]
         assert not gate.entered.acquire(timeout=0.1), "a third would share the cores of the two"
         assert batcher.waiting == 3
@@ -158,7 +158,7 @@ def test_as_many_side_by_side_as_cores_hold(
 def test_given_noise_is_packed_with_seeds(gen: Generator, gate: Gate) -> None:
     with gen.batcher(max_concurrent_batches=1) as batcher:
         first = batcher.submit(seed=0)
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         named = batcher.submit(seed=7, class_labels=1, output_type="raw")
         given_noise = batcher.submit(noise=draw_noise(PLAIN, [7]), class_labels=1, output_type="raw")
         gate.open.set()
@@ -171,7 +171,7 @@ def test_given_noise_is_packed_with_seeds(gen: Generator, gate: Gate) -> None:
 def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
     with gen.batcher(max_queue_size=3, max_concurrent_batches=1) as batcher:
         running = batcher.submit(seed=0)
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         held = batcher.submit(seed=1, num_images=2)
         for timeout in (0, 0.01):
             with pytest.raises(QueueFull, match=r"2 images wait, expected room for 2 within .*max_queue_size = 3"):
@@ -191,7 +191,7 @@ def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
 def test_a_cancelled_request_is_never_computed(gen: Generator, gate: Gate) -> None:
     with gen.batcher(max_concurrent_batches=1) as batcher:
         running = batcher.submit(seed=0)
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         futures = [batcher.submit(seed=n) for n in range(1, 4)]
         assert futures[1].cancel()
         assert not running.cancel(), "its batch has started"
@@ -207,7 +207,7 @@ def test_an_error_reaches_its_own_request_only(gen: Generator, gate: Gate) -> No
     gate.fault = 2
     with gen.batcher(max_concurrent_batches=1) as batcher:
         first = batcher.submit(seed=0, class_labels=0)
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         futures = [batcher.submit(seed=n, class_labels=n) for n in (1, 2, 0)]
         with pytest.raises(ConfigError, match="class label is 7"):
             batcher.submit(class_labels=7)
@@ -225,7 +225,7 @@ def test_one_bad_image_does_not_spoil_the_batch(gen: Generator, gate: Gate) -> N
     loud = [np.full((1, 3, 4, 4), 3e38, np.float32)] * 2  # finite, but its sum is not
     with gen.batcher(max_concurrent_batches=1) as batcher:
         futures = [batcher.submit(seed=0)]
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         futures += [batcher.submit(seed=1, class_labels=0), batcher.submit(noise=loud, class_labels=0)]
         gate.open.set()
         assert futures[1].result(20).seeds == (1,)
@@ -252,7 +252,7 @@ def test_closing_waits_for_a_caller_that_runs_its_own(gen: Generator, gate: Gate
     batcher = gen.batcher(max_concurrent_batches=1)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(batcher, seed=0)
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         closing = pool.submit(batcher.close)
         assert not wait([closing], timeout=0.1).done
         gate.open.set()
@@ -263,7 +263,7 @@ def test_closing_waits_for_a_caller_that_runs_its_own(gen: Generator, gate: Gate
 def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Generator, gate: Gate) -> None:
     with pytest.raises(KeyError), gen.batcher(max_concurrent_batches=1) as batcher:
         running = batcher.submit(seed=0)
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         waiting = batcher.submit(seed=1)
         threading.Timer(0.05, gate.open.set).start()
         raise KeyError
@@ -275,7 +275,7 @@ def test_closing_can_cancel_what_waits_and_does_so_when_the_block_fails(gen: Gen
 def test_closing_wakes_who_waits_for_room(gen: Generator, gate: Gate) -> None:
     batcher = gen.batcher(max_queue_size=1, max_concurrent_batches=1)
     running = batcher.submit(seed=0)
-    assert gate.entered.acquire(timeout=20)
+    assert gate.entered.acquire(timeout=120)
     batcher.submit(seed=1)
     with ThreadPoolExecutor(2) as pool:
         late = pool.submit(batcher, seed=2)
@@ -290,7 +290,7 @@ def test_closing_wakes_who_waits_for_room(gen: Generator, gate: Gate) -> None:
 def test_closing_answers_who_waits_in_the_queue_with_an_error_of_this_package(gen: Generator, gate: Gate) -> None:
     batcher = gen.batcher(max_concurrent_batches=1)
     running = batcher.submit(seed=0)
-    assert gate.entered.acquire(timeout=20)
+    assert gate.entered.acquire(timeout=120)
     with ThreadPoolExecutor(9) as pool:
         queued = [pool.submit(batcher, seed=n) for n in range(1, 9)]
         while batcher.waiting < 8:
@@ -310,7 +310,7 @@ def test_closing_answers_who_waits_in_the_queue_with_an_error_of_this_package(ge
 def test_a_long_request_leaves_room_for_others_and_ends_when_the_batcher_is_closed(gen: Generator, gate: Gate) -> None:
     batcher = gen.batcher(max_concurrent_batches=1)
     long = batcher.submit(64, seed=0)
-    assert gate.entered.acquire(timeout=20)
+    assert gate.entered.acquire(timeout=120)
     second = batcher.submit(8, seed=100)
     small = [batcher.submit(seed=n) for n in (200, 201)]
     gate.open.set()
@@ -326,7 +326,7 @@ def test_closing_ends_a_long_request_after_its_batch_where_it_is_told_to(
 ) -> None:
     batcher = gen.batcher(max_concurrent_batches=1)
     long = batcher.submit(64, seed=0)
-    assert gate.entered.acquire(timeout=20)
+    assert gate.entered.acquire(timeout=120)
     assert not long.cancel(), "it runs"
     with ThreadPoolExecutor(1) as pool:
         closing = pool.submit(batcher.close, cancel_waiting=not wait)
@@ -359,7 +359,7 @@ def test_a_callback_that_raises_ends_no_thread_and_no_other_callback(
             future.add_done_callback(fail)
             future.add_done_callback(lambda _, n=n: called.append(n))
         gate.open.set()
-        wait(futures, timeout=20)
+        wait(futures, timeout=120)
         for n in range(8):
             assert batcher.submit(seed=n).result(20).seeds == (n,)
         assert all(worker.is_alive() for worker in batcher._queue._workers)
@@ -377,11 +377,11 @@ def test_a_callback_on_its_own_thread_may_end_it(gen: Generator) -> None:
 def test_who_waits_for_a_cancelled_future_is_woken(gen: Generator, gate: Gate) -> None:
     with gen.batcher(max_concurrent_batches=1) as batcher:
         futures = [batcher.submit(seed=0)]
-        assert gate.entered.acquire(timeout=20)
+        assert gate.entered.acquire(timeout=120)
         futures += [batcher.submit(seed=n) for n in (1, 2)]  # these wait for the first
         assert futures[2].cancel()
         gate.open.set()
-        assert not wait(futures, timeout=20).not_done
+        assert not wait(futures, timeout=120).not_done
 
 
 def test_a_batcher_that_nobody_holds_answers_and_ends_its_threads(gen: Generator, gate: Gate) -> None:
@@ -389,7 +389,7 @@ def test_a_batcher_that_nobody_holds_answers_and_ends_its_threads(gen: Generator
     batcher = gen.batcher(max_concurrent_batches=2)
     workers = batcher._queue._workers
     futures = [batcher.submit(seed=n) for n in range(3)]
-    assert gate.entered.acquire(timeout=20)
+    assert gate.entered.acquire(timeout=120)
     del batcher
     gc.collect()
     gate.open.set()
@@ -399,7 +399,7 @@ def test_a_batcher_that_nobody_holds_answers_and_ends_its_threads(gen: Generator
     for _ in range(20):
         gen.batcher()(seed=1)
     gc.collect()
-    until = monotonic() + 20
+    until = monotonic() + 120
     while threading.active_count() > before and monotonic() < until:
         sleep(0.01)
     assert threading.active_count() == before

@@ -56,8 +56,8 @@ def gunicorn(folder: Path, path: Path, backend: str) -> Iterator[tuple[subproces
     """Run the app behind two preloaded workers; give the process, its address and its log."""
     (folder / "app.py").write_text(APP.format(path=str(path), backend=backend))
     log = folder / "log"
-    command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "2", "-b", "127.0.0.1:0", "--timeout", "60"]
-    command += ["--graceful-timeout", "60", "--log-file", str(log), "app:app"]
+    command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "2", "-b", "127.0.0.1:0", "--timeout", "300"]
+    command += ["--graceful-timeout", "300", "--log-file", str(log), "app:app"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PYTHONWARNINGS": "ignore"}
     with subprocess.Popen(command, cwd=folder, env=env, text=True) as running:
         try:
@@ -75,7 +75,7 @@ def until(found: Callable[[], re.Match[str] | None], log: Path) -> re.Match[str]
 
 
 def get(address: str, path: str) -> tuple[int, bytes, int]:
-    connection = http.client.HTTPConnection(address, timeout=60)
+    connection = http.client.HTTPConnection(address, timeout=300)
     connection.request("GET", path)
     answer = connection.getresponse()
     body = answer.read()
@@ -98,7 +98,7 @@ def exchange(backend: str, path: Path, folder: Path) -> None:
         until(lambda: re.search(rf"\[{worker}\] \[INFO\] Worker exiting", log.read_text()), log)
         assert get(address, "/own")[0] == 200
         running.send_signal(signal.SIGTERM)
-        assert running.wait(90) == 0, log.read_text()
+        assert running.wait(300) == 0, log.read_text()
         assert not re.search("SIGKILL|SIGSEGV|TIMEOUT|Traceback", log.read_text()), log.read_text()
 
 

@@ -110,7 +110,7 @@ def test_serve(newcomer, tmp_path):
         with pytest.raises(urllib.error.HTTPError, match="400"):
             urllib.request.urlopen(f"{address}?label=pink", timeout=60)
         service.send_signal(signal.SIGTERM)  # a run in the background has SIGINT switched off
-        assert service.wait(60) == 0
+        assert service.wait(180) == 0
     finally:
         service.kill()
         service.wait()

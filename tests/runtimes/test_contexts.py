@@ -89,7 +89,7 @@ def test_close_waits_for_the_call_that_runs(played, spec: SamplerSpec, monkeypat
 
     def slow(self: Context, stream: int) -> bool:
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(120)
         return execute(self, stream)
 
     monkeypatch.setattr(Context, "execute_async_v3", slow)
@@ -98,7 +98,7 @@ def test_close_waits_for_the_call_that_runs(played, spec: SamplerSpec, monkeypat
     caller = threading.Thread(target=lambda: found.append(backend.sample(noise, labels)))
     closer = threading.Thread(target=backend.close)
     caller.start()
-    assert inside.wait(10)
+    assert inside.wait(120)
     closer.start()
     closer.join(0.2)
     assert closer.is_alive() and recorder.live, "the call still uses its context"

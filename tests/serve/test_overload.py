@@ -1,7 +1,10 @@
 """A server under more load than it carries: refusals, deadlines, clients that are slow or gone, and its end."""
 
+import asyncio
 import base64
+import itertools
 import json
+import re
 import socket
 import threading
 from collections import Counter
@@ -16,6 +19,10 @@ import pytest
 from helpers.servers import RunningServer, eventually, open_files, running
 from scm_sdk.images import encode_picture
 from scm_sdk.inference.generator import Generator
+from scm_sdk.serve.app import make_app
+from scm_sdk.serve.metrics import Metrics
+from scm_sdk.serve.options import ServeOptions
+from scm_sdk.serve.service import Service
 
 IMAGES = "/v1/images/generations"
 QUEUE = 8
@@ -72,17 +79,42 @@ def test_the_bound_counts_images_not_requests(busy: RunningServer) -> None:
     assert ask(busy, n=8).status_code == 200, "an empty queue takes as many as it holds"
 
 
-def test_what_misses_its_deadline_is_dropped(busy: RunningServer) -> None:
-    before = busy.metric("scm_canceled_images_total")
-    answer = ask(busy, n=8, timeout=0.001)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline_exceeded")
-    assert "retry-after" in answer.headers
-    eventually(lambda: busy.metric("scm_waiting_images") == 0)
-    with busy.http.stream("POST", IMAGES, json={"n": 8, "timeout": 0.08, "stream": True}) as stream:
-        text = stream.read().decode()
-    assert "deadline_exceeded" in text
-    eventually(lambda: busy.metric("scm_waiting_images") == 0)
-    assert busy.metric("scm_canceled_images_total") > before
+@pytest.mark.parametrize(
+    "made, stream", [(0, False), (0, True), (1, True)], ids=["nothing made", "stream of nothing", "one batch made"]
+)
+def test_what_misses_its_deadline_is_dropped(
+    slow_bundle: Path, monkeypatch: pytest.MonkeyPatch, made: int, stream: bool
+) -> None:
+    """The model makes one batch or none and then waits until the answer is there, so no machine is too fast."""
+    batches, answered = itertools.count(), threading.Event()
+    gen = Generator.from_pretrained(slow_bundle, num_threads=None)  # one batch at a time
+    sample = gen.opened().backend.sample
+
+    def held(*inputs: object) -> object:
+        assert next(batches) < made or answered.wait(120)
+        return sample(*inputs)
+
+    monkeypatch.setattr(gen.opened().backend, "sample", held)
+    body = {"n": 8, "stream": stream, "timeout": 3.0 if made else 0.05}
+
+    async def call(service: Service) -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            try:
+                return await client.post(IMAGES, json=body)
+            finally:
+                answered.set()
+
+    with Service(gen, ServeOptions(bundle=slow_bundle), None, Metrics()) as service:
+        answer = asyncio.run(call(service))
+    dropped = re.search(r"^scm_canceled_images_total (\S+)$", service.metrics.render().decode(), re.MULTILINE)
+    if made and stream:  # it had begun
+        assert answer.status_code == 200 and "event: image_generation.completed" in answer.text
+        assert '"code":"deadline_exceeded"' in answer.text and "[DONE]" not in answer.text
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline_exceeded")
+        assert "retry-after" in answer.headers
+    assert dropped and float(dropped[1]) >= 8 - 2 * made - 2, "all but what was made and what was in a batch"
 
 
 def test_a_client_that_goes_away_cancels_its_images(busy: RunningServer) -> None:

@@ -39,7 +39,7 @@ def finish(page: Page, button: str, *, timeout: float = 120) -> None:
 
 def downloaded(path: Path) -> bytes:
     """Return a file that the browser saves, when it is whole."""
-    end = monotonic() + 30
+    end = monotonic() + 120
     while not path.is_file():
         assert monotonic() < end, f"{path.name} was not saved; found {[each.name for each in path.parent.iterdir()]}"
         sleep(0.05)
