@@ -100,7 +100,8 @@ def sample(
     start_or_resume(store, plan, texts)
     chosen = sorted(set(shards)) or range(plan.num_shards)
     total = sum(len(plan.images_of(shard)) for shard in chosen)
-    done = total - sum(len(plan.images_of(shard)) for shard in missing_shards(store, plan, chosen))
+    missing = missing_shards(store, plan, chosen)
+    done = total - sum(len(plan.images_of(shard)) for shard in missing)
     worker = Worker(bundle=str(bundle), out=out, plan=plan, device=device, num_threads=threads)
     with progress_bar("sample", total, done=done) as update:
 
@@ -111,11 +112,11 @@ def sample(
 
         if executor == "ray":
             written = run_ray(
-                worker, chosen, workers=workers, address=ray_address, cpus_per_worker=cpus_per_worker,
+                worker, missing, workers=workers, address=ray_address, cpus_per_worker=cpus_per_worker,
                 gpus_per_worker=gpus_per_worker, finished=finished, stall_seconds=stall_timeout,
             )  # fmt: skip
         else:
-            written = run_local(worker, chosen, workers=workers, finished=finished, stall_seconds=stall_timeout)
+            written = run_local(worker, missing, workers=workers, finished=finished, stall_seconds=stall_timeout)
     if as_json:
         print_json({
             "out": out, "plan": plan.fingerprint, "num_images": num_images, "num_shards": plan.num_shards,

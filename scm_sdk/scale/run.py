@@ -82,11 +82,11 @@ def run_local(
     finished: Finished = lambda _: None,
     stall_seconds: float = STALL_SECONDS,
 ) -> int:
-    """Write the shards that are missing, in this process or in a pool of processes.
+    """Write shards in this process or in a pool of processes.
 
     Args:
         worker: What each process opens.
-        shards: Numbers of the shards; None is all.
+        shards: Shards to write, as ``missing_shards`` lists them; None lists all that are missing.
         workers: Number of processes; 1 uses this one. Each has its own copy of the model.
         finished: Called in this process with the number of each shard that was written.
         stall_seconds: Give up when no shard was finished for so long; only with several processes.
@@ -100,7 +100,7 @@ def run_local(
     """
     if workers < 1:
         raise ConfigError(f"workers is {workers}, expected 1 or more.")
-    todo = missing_shards(Store(worker.out), worker.plan, shards)
+    todo = missing_shards(Store(worker.out), worker.plan) if shards is None else list(shards)
     if not todo:
         return 0
     if workers == 1:
@@ -188,14 +188,14 @@ def run_ray(
     finished: Finished = lambda _: None,
     stall_seconds: float = STALL_SECONDS,
 ) -> int:
-    """Write the shards that are missing on a Ray cluster, with Ray Data's pool of actors.
+    """Write shards on a Ray cluster, with Ray Data's pool of actors.
 
     Ray passes code between its processes: use a cluster that only trusted people reach. A cluster that is started here
     wants Ray's token, has no dashboard and reports no usage. Every node must see ``worker.bundle`` and ``worker.out``.
 
     Args:
         worker: What each actor opens.
-        shards: Numbers of the shards; None is all.
+        shards: Shards to write, as ``missing_shards`` lists them; None lists all that are missing.
         workers: Number of actors, each with its own copy of the model.
         address: Address of a cluster; None starts one on this machine.
         cpus_per_worker: Logical CPUs of an actor.
@@ -212,7 +212,7 @@ def run_ray(
             which then wait without end.
         BackendFailure: If no shard is finished in time, or Ray fails.
     """
-    todo = missing_shards(Store(worker.out), worker.plan, shards)
+    todo = missing_shards(Store(worker.out), worker.plan) if shards is None else list(shards)
     if not todo:
         return 0
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

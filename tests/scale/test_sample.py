@@ -10,6 +10,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -20,7 +21,7 @@ from scm_sdk.errors import BackendFailure, BackendUnavailable, BundleError, Conf
 from scm_sdk.export.cli import main
 from scm_sdk.inference.generator import Generator
 from scm_sdk.scale import run
-from scm_sdk.scale.plan import SamplePlan, make_plan, read_plan, start_or_resume
+from scm_sdk.scale.plan import PROMPTS_NAME, SamplePlan, make_plan, read_plan, start_or_resume
 from scm_sdk.scale.run import Worker, run_local
 from scm_sdk.scale.shards import merge, missing_shards, read_shard, record_name, shard_name
 from scm_sdk.scale.store import Store
@@ -94,7 +95,7 @@ def test_killed_command_is_resumed_by_the_same_command(
         "11", "--shard-size", "4", "--seed", "100", "--backend", "onnxruntime", "--steps", "1", "--json",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / record_name(0)).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -144,10 +145,14 @@ def test_errors_of_a_worker_are_its_own(unet_bundle: Path, plan: SamplePlan, tmp
         run_local(Worker(bundle=str(tmp_path / "nowhere"), out=str(tmp_path), plan=plan), workers=2)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")
 def test_run_that_stalls_is_given_up(unet_bundle: Path, plan: SamplePlan, tmp_path: Path) -> None:
-    start_or_resume(Store(tmp_path), plan)
+    """The workers wait for a file of prompts that is never written, as they would for storage that hangs."""
+    stalled = msgspec.structs.replace(plan, num_prompts=1)
+    start_or_resume(Store(tmp_path), stalled)
+    os.mkfifo(tmp_path / PROMPTS_NAME)
     with pytest.raises(BackendFailure, match=r"no shard was finished for 0 s.*--stall-timeout"):
-        run_local(Worker(bundle=str(unet_bundle), out=str(tmp_path), plan=plan), workers=2, stall_seconds=0.01)
+        run_local(Worker(bundle=str(unet_bundle), out=str(tmp_path), plan=stalled), workers=2, stall_seconds=0.01)
 
 
 @pytest.mark.parametrize("format", ["tar", "npz"])
@@ -228,8 +233,6 @@ def test_another_plan_is_refused(unet_bundle: Path, whole: Path, plan: SamplePla
 
 
 def test_another_artifact_is_refused(unet_bundle: Path, plan: SamplePlan, tmp_path: Path) -> None:
-    import msgspec
-
     other = msgspec.structs.replace(plan, artifact_sha256="0" * 64)
     start_or_resume(Store(tmp_path), other)
     with pytest.raises(ConfigError, match=r"another artifact than the plan's \(000000000000\)"):
@@ -254,7 +257,7 @@ def test_wrong_options(unet_bundle: Path, tmp_path: Path, options: list[str], me
     assert not list(tmp_path.glob("x/shards/*"))
 
 
-def test_commands(unet_bundle: Path, whole: Path, tmp_path: Path) -> None:
+def test_commands(unet_bundle: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = read_plan(Store(whole))
     assert plan is not None
     out = tmp_path / "x"
@@ -262,8 +265,18 @@ def test_commands(unet_bundle: Path, whole: Path, tmp_path: Path) -> None:
     arguments += ["--backend", "onnxruntime", "--steps", "1"]
     one = CliRunner().invoke(main, [*arguments, "--shard-index", "1"])
     assert one.exit_code == 0 and "4 images in 1 shard, 1 of them written now" in one.stderr, one.output
+    read: list[str] = []
+    read_file = Store.read
+
+    def reading(store: Store, name: str) -> bytes | None:
+        read.append(name)
+        return read_file(store, name)
+
+    monkeypatch.setattr(Store, "read", reading)
     again = CliRunner().invoke(main, [*arguments, "--json"])
     assert json.loads(again.stdout)["written"] == 2
+    records = [name for name in read if name.startswith("shards/")]
+    assert records == [record_name(shard) for shard in range(3)], "an object store bills each read"
     merged = CliRunner().invoke(main, ["merge", str(out), "-o", str(tmp_path / "all.npz"), "--json"])
     assert json.loads(merged.stdout)["num_images"] == 11, merged.output
     assert files(out) == files(whole)
