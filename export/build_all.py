@@ -17,7 +17,7 @@ from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.bundle.manifest import MANIFEST_NAME
 from scm_sdk.engines.targets import Target, resolve_targets
 from scm_sdk.errors import ConfigError
-from scm_sdk.evaluate.parity.validate import MIN_PSNR_DB
+from scm_sdk.inference.parity.compare import MIN_PSNR_DB
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 

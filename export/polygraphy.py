@@ -20,11 +20,10 @@ from scm_sdk._util.lazy import require
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ConfigError, ParityError
-from scm_sdk.evaluate.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR
-from scm_sdk.evaluate.parity.difference import Difference, difference
-from scm_sdk.evaluate.parity.reference import noise_floor
-from scm_sdk.evaluate.parity.validate import MIN_PSNR_DB
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.parity.compare import FLOOR_FACTOR, MIN_PSNR_DB, ROUNDING_FLOOR
+from scm_sdk.inference.parity.difference import Difference, difference
+from scm_sdk.inference.parity.reference import noise_floor
 from scm_sdk.spec import CPU_PRECISIONS, Precision, SamplerSpec
 
 from .graph.io import data_path_of

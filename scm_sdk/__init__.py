@@ -35,8 +35,6 @@ if TYPE_CHECKING:
         UnknownArgument,
         UnsupportedGraphError,
     )
-    from .evaluate.latency.measure import Latency, measure
-    from .evaluate.parity.compare import Parity, compare
     from .export.build_all import build_all
     from .export.bundle_export import export_bundle
     from .export.check import check_model
@@ -45,7 +43,9 @@ if TYPE_CHECKING:
     from .export.sana import import_sana
     from .inference.batcher import Batcher
     from .inference.generator import Generator
+    from .inference.latency import Latency, measure
     from .inference.output import GeneratorOutput
+    from .inference.parity.compare import Parity, compare
     from .inference.selection import Plan
     from .model.consistency import ConsistencyModel, ModelConfig
     from .model.decoder import Decoder
@@ -127,10 +127,10 @@ _HOMES = {
     "Identity": ".bundle.signing",
     "IncompatibleEngineError": ".errors",
     "IntegrityError": ".errors",
-    "Latency": ".evaluate.latency.measure",
+    "Latency": ".inference.latency",
     "LatencyError": ".errors",
     "ModelConfig": ".model.consistency",
-    "Parity": ".evaluate.parity.compare",
+    "Parity": ".inference.parity.compare",
     "ParityError": ".errors",
     "Plan": ".inference.selection",
     "Precision": ".spec",
@@ -148,12 +148,12 @@ _HOMES = {
     "add_engines": ".export.engines.add",
     "build_all": ".export.build_all",
     "check_model": ".export.check",
-    "compare": ".evaluate.parity.compare",
+    "compare": ".inference.parity.compare",
     "diffusers_scheduler": ".bundle.scheduler",
     "draw_noise": ".noise",
     "export_bundle": ".export.bundle_export",
     "import_sana": ".export.sana",
-    "measure": ".evaluate.latency.measure",
+    "measure": ".inference.latency",
     "register_network": ".model.networks.custom",
     "validate": ".export.diagnose.validate",
 }

@@ -19,8 +19,8 @@ import click
 
 from scm_sdk._util.events import EventLines
 from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.machine import describe_machine, peak_rss_mib
 from scm_sdk.engines.targets import resolve_targets
-from scm_sdk.evaluate.machine import describe_machine, peak_rss_mib
 from scm_sdk.export.build_all import build_all
 from scm_sdk.export.engines.add import EngineVariant
 from scm_sdk.export.precision.variants import Variant

@@ -187,7 +187,7 @@ def _measure(stage: str, folder: Path) -> None:
 
 def _keep(name: str, folder: Path, out: Path) -> None:
     from scm_sdk import __version__
-    from scm_sdk.evaluate.machine import describe_machine
+    from scm_sdk._util.machine import describe_machine
 
     table = json.loads(out.read_bytes()) if out.exists() else {}
     done = {each: folder / f"{each}.json" for each in STAGES}

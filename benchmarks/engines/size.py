@@ -146,7 +146,7 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _keep(preset: str, folder: Path, out: Path) -> None:
-    from scm_sdk.evaluate.machine import describe_machine
+    from scm_sdk._util.machine import describe_machine
 
     table = json.loads(out.read_bytes()) if out.exists() else {"sizes": {}}
     command = shlex.join(["python", "benchmarks/engines/size.py", preset])

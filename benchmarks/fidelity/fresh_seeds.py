@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.evaluate.parity.compare import Parity
-from scm_sdk.evaluate.parity.validate import MIN_PSNR_DB, validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.build_all import MARGIN_DB
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.int8_variants import QuantizeOptions, add_int8
 from scm_sdk.export.precision.variants import add_precision
+from scm_sdk.inference.parity.compare import MIN_PSNR_DB, Parity
 
 
 @click.command()

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import extend_bundle
 from scm_sdk.bundle.manifest import Artifact
-from scm_sdk.evaluate.machine import describe_machine
 from scm_sdk.export.cli import main as scm_export
 from scm_sdk.export.diagnose.bisect import bisect
 from scm_sdk.export.graph.compose import compose_sampler

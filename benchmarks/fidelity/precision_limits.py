@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from scm_sdk import ConsistencyModel, Sampler
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec
 

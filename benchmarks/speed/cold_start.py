@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk._util.machine import describe_machine
 
 IMAGE = """
 import sys

@@ -24,17 +24,17 @@ from scm_sdk._util.events import EventLines, Silent
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk._util.gpu import current_gpu
 from scm_sdk._util.lazy import is_installed
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.engines.targets import Target, resolve_target
 from scm_sdk.errors import BackendError
-from scm_sdk.evaluate.latency.measure import Latency, measure
-from scm_sdk.evaluate.machine import describe_machine
-from scm_sdk.evaluate.parity.compare import Parity
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.build_all import build_all
 from scm_sdk.export.engines.add import EngineVariant, add_engines
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.latency import Latency, measure
+from scm_sdk.inference.parity.compare import Parity
 from scm_sdk.spec import Precision
 
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "tensorrt_rtx")

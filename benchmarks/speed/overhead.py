@@ -19,7 +19,7 @@ import numpy as np
 
 from scm_sdk import Generator
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.inference.output import convert
 from scm_sdk.noise import draw_noise
 

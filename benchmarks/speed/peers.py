@@ -43,10 +43,10 @@ from result_files import check_class
 
 from scm_sdk import Generator, Sampler
 from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.machine import describe_machine
 from scm_sdk._util.processor import usable_cores
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import BackendUnavailable
-from scm_sdk.evaluate.machine import describe_machine
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from scm_sdk import Generator
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.images import encode_picture
 
 SEEDS = 64

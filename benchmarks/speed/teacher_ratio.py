@@ -17,8 +17,8 @@ import torch
 
 from scm_sdk import Generator
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.latency.measure import measure
 from scm_sdk.inference.backends import Backend
+from scm_sdk.inference.latency import measure
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.noise import draw_noise
 from scm_sdk.train.data.samples import sample_teacher

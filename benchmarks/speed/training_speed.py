@@ -25,7 +25,7 @@ import click
 import torch
 
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.train.batches import Feed
 from scm_sdk.train.build import Run, build

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from result_files import check_class
 
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.export.precision import winograd
 
 LAYERS = 4

@@ -27,7 +27,7 @@ from ablation_runs import AblationRun, Budget
 from ablation_table import show, write_markdown, write_pictures
 
 from scm_sdk._util.files import atomic_write_bytes
-from scm_sdk.evaluate.machine import describe_machine
+from scm_sdk._util.machine import describe_machine
 from scm_sdk.evaluate.quality.cached import cached
 from scm_sdk.evaluate.quality.distances import feature_stats, frechet_distance, kernel_distance
 from scm_sdk.evaluate.quality.features import content_key, extract_features

@@ -12,7 +12,7 @@ from .located import model_argument
 from .names import BackendAndPrecision
 
 if TYPE_CHECKING:
-    from scm_sdk.evaluate.latency.measure import Latency
+    from scm_sdk.inference.latency import Latency
 
 
 @click.command()
@@ -64,9 +64,9 @@ def bench(
     from scm_sdk.bundle.manifest import MANIFEST_NAME
     from scm_sdk.bundle.verify import require_own
     from scm_sdk.errors import BundleError
-    from scm_sdk.evaluate.latency.contract import keep_budgets
-    from scm_sdk.evaluate.latency.measure import measure
+    from scm_sdk.evaluate.stored_budgets import keep_budgets
     from scm_sdk.inference.generator import Generator
+    from scm_sdk.inference.latency import measure
 
     if keep_budget:
         require_own(bundle)
@@ -133,7 +133,7 @@ def bench(
 
 def _verdicts(latency: Latency, budget: str | None) -> list[str]:
     """Return a line for each limit of a budget and each backend that it applies to."""
-    from scm_sdk.evaluate.latency.budget import parse_budgets
+    from scm_sdk.inference.latency import parse_budgets
 
     names = tuple(timing.name for timing in latency)
     lines = []
@@ -185,7 +185,7 @@ def _labels(bundle: Path, others: tuple[Path, ...]) -> dict[Path, str]:
 def _by_batch(budget: str | None, batches: tuple[int, ...]) -> dict[int, str]:
     """Group the parts of a budget by batch size."""
     from scm_sdk.errors import ConfigError
-    from scm_sdk.evaluate.latency.budget import Budget
+    from scm_sdk.inference.latency import Budget
 
     parts: dict[int, list[str]] = {}
     for part in (budget or "").split(","):

@@ -27,9 +27,9 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
     from scm_sdk._util.lazy import install_command, is_installed
     from scm_sdk.engines.targets import resolve_target
-    from scm_sdk.evaluate.latency.measure import measure
     from scm_sdk.images import make_grid, save_png
     from scm_sdk.inference.generator import Generator
+    from scm_sdk.inference.latency import measure
 
     from ..bundle_export import export_bundle
     from ..diagnose.validate import validate

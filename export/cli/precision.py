@@ -79,7 +79,7 @@ def precision(
 
 def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
     """Print the added graphs as JSON, or advice for those below their gate."""
-    from scm_sdk.evaluate.parity.compare import MIN_PSNR_DB
+    from scm_sdk.inference.parity.compare import MIN_PSNR_DB
 
     if as_json:
         print_json([variant.to_dict() for variant in variants])
@@ -95,7 +95,7 @@ def report(variants: list[Variant], bundle: Path, *, as_json: bool) -> None:
 
 
 def _remedy(precision: str, bundle: Path) -> str:
-    from scm_sdk.evaluate.parity.compare import MIN_PSNR_DB
+    from scm_sdk.inference.parity.compare import MIN_PSNR_DB
 
     from ..build_all import MARGIN_DB
 

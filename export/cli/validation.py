@@ -12,7 +12,7 @@ from .located import model_argument
 from .names import BACKEND, PRECISION, STEPS, OutputPath
 
 if TYPE_CHECKING:
-    from scm_sdk.evaluate.parity.compare import Parity
+    from scm_sdk.inference.parity.compare import Parity
     from scm_sdk.spec import Precision
 
     from ..workspace import Workspace
@@ -78,7 +78,7 @@ def validate(
     those of the checkpoint. A comparison on fewer seeds or batches does not replace the recorded one. Budgets in the
     bundle (bench --keep-budget) are measured and enforced, exit 4.
     """
-    from scm_sdk.evaluate.latency.contract import check_budgets
+    from scm_sdk.evaluate.stored_budgets import check_budgets
 
     from ..diagnose.validate import validate as validate_model
     from ..precision.probe import bundle_examples

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from scm_sdk.evaluate.parity.difference import difference
 from scm_sdk.inference.conditioning import Examples
+from scm_sdk.inference.parity.difference import difference
 from scm_sdk.spec import SamplerSpec
 
 from ..precision.half import PRECISION_KEY

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError
-from scm_sdk.evaluate.parity.compare import Parity
-from scm_sdk.evaluate.parity.validate import open_candidate
+from scm_sdk.evaluate.validate import open_candidate
 from scm_sdk.images import make_grid, save_png, to_uint8
+from scm_sdk.inference.parity.compare import Parity
 from scm_sdk.spec import Precision, SamplerSpec
 
 from ..workspace import Workspace

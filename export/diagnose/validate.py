@@ -1,4 +1,4 @@
-"""Validate a bundle: images by ``evaluate.parity``, the structure of its graphs by ``diagnose``.
+"""Validate a bundle: images by ``evaluate.validate``, the structure of its graphs by ``diagnose``.
 
 A reduced precision may change images, which can hide the effect of a small fault. The structure has no such tolerance,
 so both checks must pass.
@@ -13,10 +13,10 @@ from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.events import SILENT, Events
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ExportError, UnsupportedGraphError
-from scm_sdk.evaluate.parity.compare import Parity
-from scm_sdk.evaluate.parity.validate import ValidateOptions, validate_bundle
+from scm_sdk.evaluate.validate import ValidateOptions, validate_bundle
 from scm_sdk.inference.conditioning import Examples
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.parity.compare import Parity
 
 from ..workspace import Workspace
 from .diagnose import Diagnosis, diagnose
@@ -41,7 +41,7 @@ def validate(
         path: The bundle, or the workspace that it is open in.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
         events: As in ``validate_bundle``; and a note for each graph: what was checked, or why it could not be.
-        **options: More arguments of ``scm_sdk.evaluate.parity.validate.validate_bundle``.
+        **options: More arguments of ``scm_sdk.evaluate.validate.validate_bundle``.
 
     Returns:
         One comparison for each number of steps, backend and precision.

@@ -10,8 +10,7 @@ import numpy as np
 from scm_sdk._util.files import atomic_write_bytes
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError
-from scm_sdk.evaluate.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR
-from scm_sdk.evaluate.parity.validate import MIN_PSNR_DB
+from scm_sdk.inference.parity.compare import FLOOR_FACTOR, MIN_PSNR_DB, ROUNDING_FLOOR
 from scm_sdk.inference.request import make_example
 from scm_sdk.spec import Precision, SamplerSpec
 

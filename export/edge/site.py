@@ -24,11 +24,11 @@ from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.goldens import Golden
 from scm_sdk.bundle.manifest import Artifact, FileEntry, files_of
 from scm_sdk.errors import BundleError, ConfigError, ParityError, SchemaError
-from scm_sdk.evaluate.parity.compare import FLOOR_FACTOR, MIN_PSNR_DB, ROUNDING_FLOOR
-from scm_sdk.evaluate.parity.difference import percentile_interval
-from scm_sdk.evaluate.parity.reference import noise_floor
 from scm_sdk.inference.conditioning import read_prompts
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.parity.compare import FLOOR_FACTOR, MIN_PSNR_DB, ROUNDING_FLOOR
+from scm_sdk.inference.parity.difference import percentile_interval
+from scm_sdk.inference.parity.reference import noise_floor
 from scm_sdk.inference.prompts import EMBEDS
 from scm_sdk.inference.request import make_example
 from scm_sdk.spec import Precision, SamplerSpec

@@ -14,7 +14,7 @@ import msgspec
 from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import sha256_bytes, sha256_file
 from scm_sdk._util.gpu import current_gpu
-from scm_sdk._util.peak_memory import PeakMemory
+from scm_sdk._util.machine import PeakMemory
 from scm_sdk._util.processor import platform_tag
 from scm_sdk._util.publish import atomic_folder
 from scm_sdk.bundle.engine_record import BUILD_RECORD_NAME, ENGINE_NAME, BuildRecord, EngineTensor

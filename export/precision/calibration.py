@@ -19,8 +19,8 @@ from scm_sdk._util.files import scratch_folder
 from scm_sdk._util.json_struct import from_json, to_json
 from scm_sdk._util.lazy import require
 from scm_sdk.errors import ConfigError, ExportError, SchemaError
-from scm_sdk.evaluate.parity.seeds import CALIBRATION
 from scm_sdk.inference.conditioning import Examples
+from scm_sdk.inference.parity.reference import CALIBRATION
 from scm_sdk.spec import SamplerSpec
 
 from ..graph.ops import stored

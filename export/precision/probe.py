@@ -1,6 +1,6 @@
 """Compare the images of candidate graphs with those of their float32 sampler while a precision is chosen.
 
-Runs on the CPU with the seeds of ``evaluate.parity.seeds.SELECTION``. The gate judges on other seeds, through the
+Runs on the CPU with the seeds of ``inference.parity.reference.SELECTION``. The gate judges on other seeds, through the
 backends of users (``scm-export validate``), and ``backend="auto"`` takes only artifacts that passed there.
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 
 from scm_sdk._util.files import scratch_folder
 from scm_sdk.errors import ConfigError
-from scm_sdk.evaluate.parity.difference import Difference, difference
-from scm_sdk.evaluate.parity.seeds import SELECTION
 from scm_sdk.inference.conditioning import Examples, read_examples
+from scm_sdk.inference.parity.difference import Difference, difference
+from scm_sdk.inference.parity.reference import SELECTION
 from scm_sdk.inference.request import make_example
 from scm_sdk.inference.sources import open_source
 from scm_sdk.spec import SamplerSpec

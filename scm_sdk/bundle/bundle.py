@@ -339,7 +339,7 @@ class Bundle:
         return self._with(change)
 
     def with_budgets(self, *budgets: str) -> Bundle:
-        """Replace the latency budgets of the bundle; see ``evaluate.latency.contract``.
+        """Replace the latency budgets of the bundle; see ``evaluate.stored_budgets``.
 
         Raises:
             BundleError: If the manifest cannot be written.

@@ -204,7 +204,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         artifacts: Checkpoint, graphs and engines.
         files: Every file except the manifest itself.
         parity: Recorded comparisons.
-        budgets: Latency budgets that ``scm-export validate`` enforces, in the format of ``evaluate.latency.budget``.
+        budgets: Latency budgets that ``scm-export validate`` enforces, in the format of ``inference.latency``.
         provenance: Origin of weights and data, licenses, recipe; free form.
         versions: Versions of the libraries that built the bundle.
         cut_from: Build id of the full bundle, if this one is a subset; see ``subset``.

@@ -46,9 +46,9 @@ from .sources import Source, open_source
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ..evaluate.latency.measure import Latency
-    from ..evaluate.parity.compare import Parity
     from .batcher import Batcher
+    from .latency import Latency
+    from .parity.compare import Parity
 
 Verify = Literal["none", "digest", "smoke", "full"]
 
@@ -375,7 +375,7 @@ class Generator:
             ConfigError: If the two are different samplers, or a looser gate comes without a reason.
             BackendError: If one of them cannot run.
         """
-        from ..evaluate.parity.compare import compare
+        from .parity.compare import compare
 
         return compare(
             self, reference, seeds=seeds, batches=batches, num_inference_steps=num_inference_steps, threshold=threshold,
@@ -415,7 +415,7 @@ class Generator:
             ConfigError: If an argument is unknown (``UnknownArgument``) or out of its range.
             BackendError: If a candidate cannot run.
         """
-        from ..evaluate.latency.measure import measure
+        from .latency import measure
 
         steps = self._steps(num_inference_steps)
         candidates = self._opener.open_accepted(steps)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -26,8 +26,8 @@ from ..errors import BackendError, BackendFailure, BundleError, ConfigError, Int
 from ..spec import Precision, SamplerSpec
 from .backends import BACKENDS, Backend, backend_info, open_backend
 from .latency_cache import recall, remember
-from .output import GenerationInfo
-from .request import Request, make_example
+from .output import GenerationInfo, GeneratorOutput
+from .request import OutputType, Request, make_example
 from .selection import Measured, Plan, PlanRow, WayKey, make_plan, nothing_accepted
 from .sources import Source
 
@@ -105,6 +105,27 @@ class Opened:
             rejected=self.plan.rejected,
             fallback=self.fallback,
         )
+
+
+@runtime_checkable
+class OpensBackends(Protocol):
+    """The part of ``Generator`` that measurements and comparisons use, which are below it."""
+
+    def opened(self, num_inference_steps: int | None = None) -> Opened:
+        """Return the open backend for a number of steps; None is the default of the generator."""
+        ...
+
+    def __call__(
+        self,
+        num_images: int = 1,
+        *,
+        num_inference_steps: int | None = None,
+        seed: int | None = None,
+        output_type: OutputType = "pil",
+        batch_size: int | None = None,
+    ) -> GeneratorOutput:
+        """Generate images; see ``Generator``."""
+        ...
 
 
 def _inputs(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .._util.events import SILENT, Events
 from .._util.lazy import installed_version
+from .._util.machine import describe_machine
 from .._version import __version__
 from ..bundle.bundle import Bundle
 from ..bundle.engine_record import BUILD_RECORD_NAME, BuildRecord
@@ -23,13 +24,12 @@ from ..bundle.manifest import Manifest
 from ..bundle.scores import read_scores
 from ..bundle.status import ModelStatus
 from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
-from ..evaluate.latency.measure import Latency, measure
-from ..evaluate.machine import describe_machine
-from ..evaluate.parity.difference import Difference, difference
-from ..evaluate.parity.reference import Side
 from ..evaluate.selfcheck import Check, selfcheck
 from ..inference.backends import BACKENDS, backend_info
 from ..inference.generator import Generator
+from ..inference.latency import Latency, measure
+from ..inference.parity.difference import Difference, difference
+from ..inference.parity.reference import Side
 from ..inference.request import Request, make_request
 from ..spec import Precision, SamplerSpec
 

@@ -17,8 +17,8 @@ from .._util.lazy import require
 from .._version import __version__
 from ..bundle.card import markdown_text
 from ..bundle.manifest import Artifact, Manifest, ParityRecord
-from ..evaluate.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR
 from ..images import make_grid, to_uint8
+from ..inference.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR
 from . import figures
 from .collect import Pictures, Report
 

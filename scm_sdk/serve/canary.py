@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from .._util.lazy import is_installed
 from ..errors import ConfigError, ScmError
-from ..evaluate.parity.compare import MIN_PSNR_DB
-from ..evaluate.parity.difference import Difference, difference
 from ..inference.generator import Generator
 from ..inference.output import GeneratorOutput
+from ..inference.parity.compare import MIN_PSNR_DB
+from ..inference.parity.difference import Difference, difference
 from ..inference.session import GOLDEN_TOLERANCE
 from .metrics import Metrics
 from .options import ServeOptions

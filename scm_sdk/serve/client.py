@@ -227,7 +227,7 @@ class Client:
         self, output: ClientOutput, index: int, prompt: str | None, steps: int | None, guidance_scale: float | None
     ) -> None:
         """Compute one image again and compare; see ``generate``."""
-        from ..evaluate.parity.compare import MIN_PSNR_DB
+        from ..inference.parity.compare import MIN_PSNR_DB
 
         served = self.model()
         local = self._open_local()

@@ -15,7 +15,7 @@ from scm_sdk.bundle.manifest import MANIFEST_NAME
 from scm_sdk.bundle.resolve import locate
 from scm_sdk.bundle.verify import in_cache
 from scm_sdk.errors import BundleError
-from scm_sdk.evaluate.latency.contract import keep_budgets
+from scm_sdk.evaluate.stored_budgets import keep_budgets
 from scm_sdk.export.cli import main
 
 pytestmark = pytest.mark.usefixtures("offline")

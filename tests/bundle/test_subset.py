@@ -19,8 +19,8 @@ from scm_sdk.bundle.manifest import Artifact, ParityRecord
 from scm_sdk.bundle.verify import make_build_id
 from scm_sdk.engines.targets import resolve_targets
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
-from scm_sdk.evaluate.latency.contract import check_budgets
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.stored_budgets import check_budgets
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.engines.add import add_engines
 from scm_sdk.export.polygraphy import write_handover

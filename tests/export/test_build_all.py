@@ -11,14 +11,14 @@ from helpers.recorded_events import Recorded
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.engines.targets import resolve_targets
 from scm_sdk.errors import ConfigError
-from scm_sdk.evaluate.parity.compare import MIN_PSNR_DB
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.build_all import build_all
 from scm_sdk.export.bundle_export import current_export, export_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.graph.io import write_model
 from scm_sdk.export.graph.network import export_samplers
 from scm_sdk.export.precision.int8_variants import QuantizeOptions
+from scm_sdk.inference.parity.compare import MIN_PSNR_DB
 from scm_sdk.model.consistency import ConsistencyModel
 
 pytestmark = pytest.mark.usefixtures("exported_once")

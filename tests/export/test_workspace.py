@@ -17,7 +17,6 @@ from scm_sdk._util import files
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import extend_bundle
 from scm_sdk.errors import IntegrityError
-from scm_sdk.evaluate.parity.compare import Parity
 from scm_sdk.export.build_all import build_all
 from scm_sdk.export.cli import main
 from scm_sdk.export.diagnose import validate
@@ -26,6 +25,7 @@ from scm_sdk.export.graph.io import read_model
 from scm_sdk.export.precision.variants import Variant
 from scm_sdk.export.workspace import Workspace
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.parity.compare import Parity
 from scm_sdk.model.consistency import ConsistencyModel
 
 pytestmark = pytest.mark.usefixtures("exported_once")

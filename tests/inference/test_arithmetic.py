@@ -15,7 +15,7 @@ from scm_sdk._util.processor import BF16_CLASSES, cpu_class
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Artifact, ParityRecord
 from scm_sdk.errors import BackendUnavailable, ConfigError, ParityError
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.inference import selection
 from scm_sdk.inference.backends import BACKENDS, BackendInfo, open_backend
 from scm_sdk.inference.selection import Measured, Plan, PlanRow

@@ -13,7 +13,7 @@ import scm_sdk
 from helpers.project_modules import MODULES, ROOT
 from scm_sdk import ConsistencyModel, add_engines, build_all, errors, validate
 from scm_sdk.errors import UnknownArgument
-from scm_sdk.evaluate.parity.validate import ValidateOptions, validate_bundle
+from scm_sdk.evaluate.validate import ValidateOptions, validate_bundle
 from scm_sdk.export.engines.options import BuilderOptions, EngineOptions
 
 PACKAGES = ["scm_sdk", "scm_sdk.train", "scm_sdk.model"]

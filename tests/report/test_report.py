@@ -17,8 +17,8 @@ from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Artifact, EngineFacts
 from scm_sdk.bundle.status import ModelStatus
 from scm_sdk.errors import BackendUnavailable, ConfigError, SchemaError
-from scm_sdk.evaluate.latency.contract import keep_budgets
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.stored_budgets import keep_budgets
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.variants import add_precision

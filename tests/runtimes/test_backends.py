@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from scm_sdk.errors import BackendFailure, BackendUnavailable, BundleError, ConfigError, IntegrityError, ShapeError
-from scm_sdk.evaluate.parity.compare import compare
-from scm_sdk.evaluate.parity.reference import run_reference
 from scm_sdk.inference.backends import BACKENDS, Backend, open_backend
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.parity.compare import compare
+from scm_sdk.inference.parity.reference import run_reference
 from scm_sdk.inference.request import make_example
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec, TensorSpec

@@ -19,7 +19,7 @@ from helpers.recorded_events import Recorded
 from scm_sdk._util.gpu import Gpu, gpus
 from scm_sdk.engines.compatibility import EngineHost
 from scm_sdk.errors import BackendUnavailable, ConfigError, IncompatibleEngineError, IntegrityError, SchemaError
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.inference.generator import Generator
 from scm_sdk.runtimes.tensorrt import backend, device_memory
 from scm_sdk.runtimes.tensorrt.backend import open_backend

@@ -22,12 +22,12 @@ from scm_sdk.bundle.engine_record import Flavor
 from scm_sdk.engines.targets import resolve_target
 from scm_sdk.engines.tensorrt import EXTRAS
 from scm_sdk.errors import BackendError, ShapeError
-from scm_sdk.evaluate.latency.measure import measure
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.engines.add import add_engines
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.int8_variants import QuantizeOptions, add_int8
 from scm_sdk.export.precision.variants import add_precision
+from scm_sdk.inference.latency import measure
 from scm_sdk.inference.request import make_request
 from scm_sdk.runtimes.tensorrt.device_memory import Cuda
 

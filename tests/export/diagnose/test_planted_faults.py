@@ -18,8 +18,7 @@ from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import extend_bundle
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ConfigError, ExportError
-from scm_sdk.evaluate.parity.compare import Parity
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.diagnose.bisect import bisect
 from scm_sdk.export.diagnose.diagnose import diagnose
@@ -30,6 +29,7 @@ from scm_sdk.export.graph.io import read_model, write_model
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.int8_variants import QuantizeOptions, add_int8
 from scm_sdk.export.precision.variants import add_precision
+from scm_sdk.inference.parity.compare import Parity
 from scm_sdk.model.consistency import ConsistencyModel
 
 ROOT = Path(__file__).resolve().parents[3]

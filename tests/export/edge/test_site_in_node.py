@@ -10,10 +10,10 @@ import pytest
 
 from helpers.node import run_node
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.evaluate.parity.difference import difference
 from scm_sdk.export.edge.site import SITE_NAME, read_site, write_site
 from scm_sdk.images import to_uint8
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.parity.difference import difference
 
 PROVE = """
 const { Generator } = await import(`${args[0]}/scm.js`);

@@ -12,7 +12,7 @@ from scm_sdk._util.processor import cpu_class
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.engines.targets import resolve_target
 from scm_sdk.errors import ConfigError
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.diagnose.diagnose import diagnose
 from scm_sdk.export.engines.add import add_engines

@@ -18,9 +18,7 @@ from hypothesis.extra import numpy as hnp
 from scm_sdk import Generator
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError, ExportError, ParityError, SchemaError, ShapeError, UnsupportedGraphError
-from scm_sdk.evaluate.parity import compare
-from scm_sdk.evaluate.parity.seeds import CALIBRATION, JUDGMENT, SELECTION
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.graph.io import read_model, write_model
 from scm_sdk.export.precision.calibration import Calibration, calibrate
@@ -39,6 +37,8 @@ from scm_sdk.export.precision.int8_variants import QuantizeOptions, add_foreign_
 from scm_sdk.export.precision.layer_search import exclude_to_target, open_candidates, sensitivity
 from scm_sdk.export.precision.probe import Probe
 from scm_sdk.inference import request
+from scm_sdk.inference.parity import compare
+from scm_sdk.inference.parity.reference import CALIBRATION, JUDGMENT, SELECTION
 from scm_sdk.spec import SamplerSpec
 
 GRAPH = "onnx/fp32/2step/model.onnx"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from helpers.bf16 import COMPUTES_BF16
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import BackendFailure, ConfigError
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.graph.io import read_model, write_model
 from scm_sdk.export.precision.half import Island, default_plan

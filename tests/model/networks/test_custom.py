@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from scm_sdk import Generator
 from scm_sdk.errors import ConfigError, ExportError, ShapeError
-from scm_sdk.evaluate.parity.validate import validate_bundle
 from scm_sdk.evaluate.selfcheck import selfcheck
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.bundle_export import export_bundle
 from scm_sdk.export.check import check_model
 from scm_sdk.inference.output import convert

@@ -9,21 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypedDict, get_args
 
-from ..._util.arguments import checked_names
-from ..._util.events import SILENT, Events
-from ...bundle.bundle import Bundle
-from ...bundle.manifest import Artifact, ParityRecord
-from ...bundle.verify import in_cache
-from ...errors import BackendUnavailable, BundleError, ConfigError, IncompatibleEngineError
-from ...inference.backends import BACKENDS
-from ...inference.conditioning import Examples
-from ...inference.generator import Generator
-from ...inference.selection import describe_precisions, precisions_of
-from ...spec import Precision
-from .compare import MIN_PSNR_DB as MIN_PSNR_DB
-from .compare import Parity, compare
-from .reference import NUM_SEEDS, SPLITS, run_reference
-from .seeds import JUDGMENT
+from .._util.arguments import checked_names
+from .._util.events import SILENT, Events
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import Artifact, ParityRecord
+from ..bundle.verify import in_cache
+from ..errors import BackendUnavailable, BundleError, ConfigError, IncompatibleEngineError
+from ..inference.backends import BACKENDS
+from ..inference.conditioning import Examples
+from ..inference.generator import Generator
+from ..inference.parity.compare import Parity, compare
+from ..inference.parity.reference import JUDGMENT, NUM_SEEDS, SPLITS, run_reference
+from ..inference.selection import describe_precisions, precisions_of
+from ..spec import Precision
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 Examine = Callable[[Artifact, Generator], tuple[str, tuple[float, ...]]]

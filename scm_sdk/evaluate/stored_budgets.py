@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from ..._util.events import SILENT, Events
-from ...bundle.bundle import Bundle
-from ...errors import BackendUnavailable, ConfigError, IncompatibleEngineError
-from ...inference.backends import BACKENDS
-from ...inference.generator import Generator
-from .budget import P99_ROUNDS, Budget
-from .measure import Latency, measure
+from .._util.events import SILENT, Events
+from ..bundle.bundle import Bundle
+from ..errors import BackendUnavailable, ConfigError, IncompatibleEngineError
+from ..inference.backends import BACKENDS
+from ..inference.generator import Generator
+from ..inference.latency import P99_ROUNDS, Budget, Latency, measure
 
 ROUNDS = 50
 

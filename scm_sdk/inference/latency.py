@@ -7,22 +7,90 @@ stable, and every raw sample is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..._util.arguments import checked_names
-from ...errors import ConfigError, LatencyError
-from ...inference.backends import Backend
-from ...inference.generator import Generator
-from ...inference.request import check_count, make_example
-from ..machine import describe_machine, peak_rss_mib
-from .budget import P99_ROUNDS, Budget, parse_budgets
+from .._util.arguments import checked_names
+from .._util.machine import describe_machine, peak_rss_mib
+from ..errors import ConfigError, LatencyError
+from .backends import Backend
+from .request import check_count, make_example
+from .session import OpensBackends
+
+P99_ROUNDS = 100
+"""Minimum number of samples for a 99th percentile; with fewer it would be their maximum."""
+_FORM = re.compile(r"(?:(?P<name>.+):)?(?P<stat>\w+)=(?P<number>[0-9]*\.?[0-9]+)(?P<unit>us|ms|s)@b(?P<batch>[0-9]+)")
+_STATISTICS: dict[str, Literal["median", "p90", "p95", "p99"]] = {
+    "median": "median",
+    "p50": "median",
+    "p90": "p90",
+    "p95": "p95",
+    "p99": "p99",
+}
+_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One limit.
+
+    Attributes:
+        statistic: The limited statistic.
+        limit_ms: Maximum of the statistic, ms.
+        batch: Batch size of the measurement.
+        name: The limited candidate; None for all candidates.
+    """
+
+    statistic: Literal["median", "p90", "p95", "p99"]
+    limit_ms: float
+    batch: int
+    name: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Parse one budget.
+
+        Raises:
+            ConfigError: If it does not have the form ``[name:]p95=25ms@b1``.
+        """
+        match = _FORM.fullmatch(text.strip())
+        if match is None or match["stat"] not in _STATISTICS:
+            raise ConfigError(
+                f"budget is {text!r}, expected [NAME:]STATISTIC=TIME@bBATCH such as p95=25ms@b1, with one of "
+                f"{', '.join(_STATISTICS)} and us, ms or s."
+            )
+        limit = float(match["number"]) * _MS[match["unit"]]
+        return cls(
+            statistic=_STATISTICS[match["stat"]],
+            limit_ms=limit,
+            batch=int(match["batch"]),
+            name=match["name"],
+        )
+
+
+def parse_budgets(text: str | None, *, batch: int, rounds: int, names: tuple[str, ...]) -> tuple[Budget, ...]:
+    """Parse comma-separated budgets and check that this measurement can decide them.
+
+    Raises:
+        ConfigError: If a budget is malformed, for another batch or an unknown candidate, or needs more rounds.
+    """
+    budgets = tuple(Budget.parse(part) for part in text.split(",")) if text else ()
+    for budget in budgets:
+        if budget.batch != batch:
+            raise ConfigError(f"budget is for batch {budget.batch}, expected {batch}, the one that is measured.")
+        if budget.name is not None and budget.name not in names:
+            raise ConfigError(f"budget is for {budget.name!r}, expected one of {', '.join(names)}.")
+        if budget.statistic == "p99" and rounds < P99_ROUNDS:
+            raise ConfigError(f"budget is for p99, but rounds is {rounds}; expected at least {P99_ROUNDS}.")
+    return budgets
+
 
 _RESAMPLES = 2000
 _RESAMPLES_AT_ONCE = 200
@@ -150,7 +218,7 @@ class Latency:
 
 @checked_names("measure")
 def measure(
-    candidates: Mapping[str, Generator | Backend | Callable[[], object]],
+    candidates: Mapping[str, OpensBackends | Backend | Callable[[], object]],
     *,
     batch: int = 1,
     rounds: int = 100,
@@ -222,12 +290,12 @@ def measure(
 
 
 def _call(
-    candidate: Generator | Backend | Callable[[], object], batch: int, steps: int | None, end_to_end: bool
+    candidate: OpensBackends | Backend | Callable[[], object], batch: int, steps: int | None, end_to_end: bool
 ) -> Callable[[], object]:
     """Return the function to time, after the untimed preparation."""
-    if isinstance(candidate, Generator) and end_to_end:
+    if isinstance(candidate, OpensBackends) and end_to_end:
         return lambda: candidate(batch, num_inference_steps=steps, seed=0, output_type="uint8", batch_size=batch)
-    backend = candidate.opened(steps).backend if isinstance(candidate, Generator) else candidate
+    backend = candidate.opened(steps).backend if isinstance(candidate, OpensBackends) else candidate
     if isinstance(backend, Backend):
         if batch > backend.spec.max_batch:
             raise ConfigError(f"batch is {batch}, expected 1..{backend.spec.max_batch}, the sampler's largest.")
@@ -240,7 +308,7 @@ def _call(
 
 
 def _load_ms(candidate: object, steps: int | None) -> float | None:
-    return candidate.opened(steps).load_ms if isinstance(candidate, Generator) else None
+    return candidate.opened(steps).load_ms if isinstance(candidate, OpensBackends) else None
 
 
 def _time_ms(call: Callable[[], object]) -> float:

@@ -20,12 +20,18 @@ from numpy.typing import NDArray
 
 from ..._util.processor import cpu_class
 from ...errors import ConfigError
-from ...inference.backends import BACKENDS, Backend
-from ...inference.conditioning import Examples
-from ...inference.generator import Generator
-from ...inference.request import Request, make_example
 from ...spec import Precision, SamplerSpec
+from ..backends import BACKENDS, Backend
+from ..conditioning import Examples
+from ..request import Request, make_example
+from ..session import OpensBackends
 
+JUDGMENT = range(0, 1 << 40)
+CALIBRATION = range(1 << 40, 1 << 41)
+SELECTION = range(1 << 41, 1 << 42)
+"""Disjoint ranges of seeds, so that no graph is judged on the samples that tuned it: ``calibration`` measures ranges on
+``CALIBRATION``, ``precision.probe`` compares plans on ``SELECTION``, and the parity gate (``validate``) judges on
+``JUDGMENT``, from its first seed or another one (``validate --first-seed``)."""
 NUM_SEEDS = 32
 NUM_RERUNS = 8
 """Reruns of the reference. With four, 5 of 1,024 single samples of the shipped model differed between PyTorch and
@@ -55,9 +61,9 @@ class Side:
     any_steps: bool = False
 
     @classmethod
-    def of(cls, given: Generator | Backend, steps: int | None) -> Side:
+    def of(cls, given: OpensBackends | Backend, steps: int | None) -> Side:
         """Return the side of a generator with a number of steps, or of a backend."""
-        if isinstance(given, Generator):
+        if isinstance(given, OpensBackends):
             opened = given.opened(steps)
             row = opened.row
             by_class = BACKENDS[row.backend].needs_cpu_class(row.precision, opened.device)
@@ -107,7 +113,7 @@ class ReferenceRun:
 
 
 def run_reference(
-    reference: Generator | Backend,
+    reference: OpensBackends | Backend,
     *,
     seeds: Sequence[int] | None = None,
     batches: Sequence[int | None] | None = None,
@@ -140,7 +146,7 @@ def run_reference(
 
 
 def noise_floor(
-    reference: Generator | Backend,
+    reference: OpensBackends | Backend,
     *,
     seeds: Sequence[int] | None = None,
     batches: Sequence[int | None] | None = None,

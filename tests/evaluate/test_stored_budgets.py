@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from helpers.recorded_events import Recorded
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError, LatencyError
-from scm_sdk.evaluate.latency.contract import check_budgets, keep_budgets
+from scm_sdk.evaluate.stored_budgets import check_budgets, keep_budgets
 from scm_sdk.export.cli import main
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.variants import add_precision

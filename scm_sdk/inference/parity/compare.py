@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from ..._util.arguments import checked_names
 from ...bundle.manifest import PSNR_CAP, ParityRecord, describe_way
 from ...errors import ConfigError, ParityError
-from ...inference.backends import Backend
-from ...inference.generator import Generator
 from ...spec import Precision, SamplerSpec
+from ..backends import Backend
+from ..session import OpensBackends
 from .difference import Difference, difference
 from .reference import ReferenceRun, Side, run_reference
 
@@ -227,8 +227,8 @@ class Parity:
 
 @checked_names("compare")
 def compare(
-    candidate: Generator | Backend,
-    reference: Generator | Backend | ReferenceRun,
+    candidate: OpensBackends | Backend,
+    reference: OpensBackends | Backend | ReferenceRun,
     *,
     seeds: Sequence[int] | None = None,
     batches: Sequence[int | None] | None = None,

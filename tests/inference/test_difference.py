@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scm_sdk.errors import ShapeError
-from scm_sdk.evaluate.parity.difference import difference, percentile_interval, ssim
+from scm_sdk.inference.parity.difference import difference, percentile_interval, ssim
 from scm_sdk.spec import SamplerSpec
 
 SPEC = SamplerSpec(times=(1.5,), sample_shape=(3, 16, 16))

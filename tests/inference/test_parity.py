@@ -23,12 +23,12 @@ from scm_sdk import Generator
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Manifest, ParityRecord
 from scm_sdk.errors import ConfigError, ParityError
-from scm_sdk.evaluate.parity.compare import FLOOR_FACTOR, MIN_PSNR_DB, ROUNDING_FLOOR, _check_least_psnr, compare
-from scm_sdk.evaluate.parity.reference import noise_floor, run_reference
-from scm_sdk.evaluate.parity.validate import validate_bundle
+from scm_sdk.evaluate.validate import validate_bundle
 from scm_sdk.export.cli import main
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.variants import add_precision
+from scm_sdk.inference.parity.compare import FLOOR_FACTOR, MIN_PSNR_DB, ROUNDING_FLOOR, _check_least_psnr, compare
+from scm_sdk.inference.parity.reference import noise_floor, run_reference
 from scm_sdk.inference.request import make_example
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.sampler import Sampler

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scm_sdk import Generator
+from scm_sdk._util.machine import peak_rss_mib
 from scm_sdk.errors import ConfigError, LatencyError
-from scm_sdk.evaluate.latency import measure as module
-from scm_sdk.evaluate.latency.budget import Budget
-from scm_sdk.evaluate.latency.measure import bootstrap_median, measure
-from scm_sdk.evaluate.machine import peak_rss_mib
+from scm_sdk.inference import latency as module
+from scm_sdk.inference.latency import Budget, bootstrap_median, measure
 
 
 class Clock:
@@ -230,7 +229,7 @@ def test_peak_memory_grows_with_what_is_used() -> None:
     if peak_rss_mib() is None:
         pytest.skip("this system does not report a process's peak memory")
     code = (
-        "from scm_sdk.evaluate.machine import peak_rss_mib\n"
+        "from scm_sdk._util.machine import peak_rss_mib\n"
         "before = peak_rss_mib()\n"
         "block = b'1' * (256 << 20)\n"
         "del block\n"

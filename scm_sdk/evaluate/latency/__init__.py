@@ -1,1 +1,0 @@
-"""Measure latency and enforce budgets."""
