@@ -20,8 +20,8 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath, one_of
 @click.option("--num-shards", type=click.IntRange(1), help="Number of shards, instead of --shard-size.")
 @click.option("--shard-index", "shards", multiple=True, type=click.IntRange(0),
               help="Write this shard only, for a job of an array; may be repeated.")  # fmt: skip
-@click.option("--format", "format_", type=one_of("format", "tar", "npz"), default="tar",
-              help="Format of a shard: PNG files in a tar file as WebDataset reads it, or arrays.")  # fmt: skip
+@click.option("--format", "format_", type=one_of("format", "tar", "parquet", "npz"), default="tar",
+              help="Format of a shard: PNG files in a tar file for WebDataset or in a Parquet table, or arrays.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first image.")
 @click.option("--class-label", "labels", multiple=True, metavar="NAME|NUMBER",
               help="Class label; several are repeated in order. Each seed draws its own when absent.")  # fmt: skip
@@ -88,7 +88,7 @@ def sample(
             prompts=texts,
             guidance_scale=guidance_scale,
             batch_size=batch_size,
-            format="npz" if format_ == "npz" else "tar",
+            format=format_,  # type: ignore[arg-type]
         )
         warnings = gen.source.status.warnings
     if wrong := [shard for shard in shards if shard >= plan.num_shards]:

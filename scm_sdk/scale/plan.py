@@ -8,13 +8,14 @@ from typing import Literal, get_args
 import msgspec
 
 from .._util.files import sha256_bytes
+from .._util.lazy import require
 from ..errors import ConfigError
 from ..inference.generator import Generator
 from ..inference.request import check_count, make_request
 from ..noise import check_seed
 from .store import Store
 
-ShardFormat = Literal["tar", "npz"]
+ShardFormat = Literal["tar", "npz", "parquet"]
 SHARD_FORMATS: tuple[str, ...] = get_args(ShardFormat)
 PLAN_NAME = "plan.json"
 PROMPTS_NAME = "prompts.txt"
@@ -39,8 +40,9 @@ class SamplePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         artifact_sha256: Hash of the artifact.
         build_id: Identity of the bundle.
         shape: (height, width, channels) of an image.
-        format: ``tar``, a PNG and a JSON file for each image, as WebDataset reads it, or ``npz``, arrays ``images``
-            (N, H, W, C) uint8, ``seeds`` uint64 and ``class_labels`` int64.
+        format: ``tar``, a PNG and a JSON file for each image, as WebDataset reads it; ``parquet``, a row with a
+            PNG file for each image, as Hugging Face's ``datasets`` reads it; or ``npz``, arrays ``images`` (N, H, W, C)
+            uint8, ``seeds`` uint64 and ``class_labels`` int64.
     """
 
     num_images: int
@@ -103,11 +105,14 @@ def make_plan(
 
     Raises:
         ConfigError: If an argument is out of range or the model returns no pictures.
+        BackendUnavailable: If the format's library is not installed.
     """
     opened = generator.opened()
     spec, row = opened.spec, opened.row
     if format not in SHARD_FORMATS:
         raise ConfigError(f"format is {format!r}, expected one of {', '.join(SHARD_FORMATS)}.")
+    if format == "parquet":
+        require("pyarrow.parquet", extra="parquet", purpose="format 'parquet'")
     if spec.output != "pixels" or len(spec.image_shape) != 3 or spec.image_shape[0] not in (1, 3):
         raise ConfigError(
             f"the model returns {spec.output} of shape {spec.image_shape}, expected pictures (C, H, W) with 1 or 3 "

@@ -12,13 +12,14 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from .._util.files import atomic_file, sha256_bytes, sha256_file, sha256_stream
+from .._util.lazy import require
 from ..errors import ConfigError, IntegrityError
 from ..images import encode_picture
 from ..inference.generator import Generator
@@ -27,6 +28,11 @@ from .store import Store
 
 _MOST_BYTES = 1 << 31
 """Largest file inside a shard that is read back."""
+_ROWS = 100
+"""Images of a row group of Parquet: what its readers hold in memory at a time."""
+_FEATURES = b"""{"info": {"features": {"image": {"_type": "Image"}, "seed": {"dtype": "uint64", "_type": "Value"},
+ "class_label": {"dtype": "int64", "_type": "Value"}, "sha256": {"dtype": "string", "_type": "Value"}}}}"""
+"""Metadata by which Hugging Face's ``datasets`` shows the images as pictures."""
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,9 +177,42 @@ def _write_npz(path: Path, numbers: range, pixels: NDArray[np.uint8], images: Se
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def _write_parquet(path: Path, numbers: range, pixels: NDArray[np.uint8], images: Sequence[ImageRecord]) -> None:
+    pa, parquet = _pyarrow()
+    schema = pa.schema(
+        {
+            "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+            "seed": pa.uint64(),
+            "class_label": pa.int64(),
+            "sha256": pa.string(),
+        },
+        metadata={"huggingface": _FEATURES},
+    )
+    # PNG files are compressed; without compression and dictionaries the size of the file bounds a reader's memory.
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": ["seed", "class_label"]}
+    with parquet.ParquetWriter(path, schema, **options) as writer:
+        for start in range(0, len(images), _ROWS):
+            rows = [
+                msgspec.structs.asdict(image)
+                | {"image": {"bytes": encode_picture(array, ".png"), "path": f"{number:010d}.png"}}
+                for number, array, image in zip(
+                    numbers[start : start + _ROWS], pixels[start : start + _ROWS], images[start : start + _ROWS],
+                    strict=True,
+                )
+            ]  # fmt: skip
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    names, purpose = ("pyarrow", "pyarrow.parquet"), "shards of format 'parquet'"
+    pyarrow, parquet = (require(name, extra="parquet", purpose=purpose) for name in names)
+    return pyarrow, parquet
+
+
 _WRITERS: dict[str, Callable[[Path, range, NDArray[np.uint8], Sequence[ImageRecord]], None]] = {
     "tar": _write_tar,
     "npz": _write_npz,
+    "parquet": _write_parquet,
 }
 
 
@@ -215,8 +254,6 @@ def _damaged(store: Store, record: ShardRecord, what: str) -> IntegrityError:
 
 
 def _read_tar(file: IO[bytes], plan: SamplePlan) -> NDArray[np.uint8]:
-    from PIL import Image
-
     pictures = []
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
@@ -225,11 +262,22 @@ def _read_tar(file: IO[bytes], plan: SamplePlan) -> NDArray[np.uint8]:
             content = archive.extractfile(member)
             if content is None:
                 raise ValueError(f"{member.name} is no file")
-            with Image.open(content, formats=["PNG"]) as picture:
-                if picture.size != (plan.shape[1], plan.shape[0]):
-                    raise ValueError(f"{member.name} has {picture.size} pixels")
-                pictures.append(np.asarray(picture).reshape(plan.shape))
+            pictures.append(_read_picture(content, member.name, plan))
     return np.stack(pictures)
+
+
+def _read_picture(content: IO[bytes], name: str, plan: SamplePlan) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        with Image.open(content, formats=["PNG"]) as picture:
+            if picture.size != (plan.shape[1], plan.shape[0]):
+                raise ValueError(f"{name} has {picture.size} pixels")
+            return np.asarray(picture).reshape(plan.shape)
+    except ValueError:
+        raise
+    except Exception as exc:  # Pillow raises many
+        raise ValueError(f"{name} is no picture: {exc}") from exc
 
 
 def _read_npz(file: IO[bytes], plan: SamplePlan) -> NDArray[np.uint8]:
@@ -238,7 +286,32 @@ def _read_npz(file: IO[bytes], plan: SamplePlan) -> NDArray[np.uint8]:
     return images
 
 
-_READERS: dict[str, Callable[[IO[bytes], SamplePlan], NDArray[np.uint8]]] = {"tar": _read_tar, "npz": _read_npz}
+def _read_parquet(file: IO[bytes], plan: SamplePlan) -> NDArray[np.uint8]:
+    pa, parquet = _pyarrow()
+    try:
+        table = parquet.ParquetFile(file)
+        found = table.metadata
+        if found.num_rows > plan.shard_size:
+            raise ValueError(f"it has {found.num_rows} rows")
+        for group in map(found.row_group, range(found.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                if column.compression != "UNCOMPRESSED" or not set(column.encodings) <= {"PLAIN", "RLE"}:
+                    raise ValueError(f"{column.path_in_schema} is compressed")  # a small file could fill the memory
+        pictures = [
+            _read_picture(io.BytesIO(row["image"]["bytes"]), row["image"]["path"], plan)
+            for batch in table.iter_batches(_ROWS, columns=["image"])
+            for row in batch.to_pylist()
+        ]
+    except (pa.ArrowException, TypeError) as exc:
+        raise ValueError(str(exc)) from exc
+    return np.stack(pictures)
+
+
+_READERS: dict[str, Callable[[IO[bytes], SamplePlan], NDArray[np.uint8]]] = {
+    "tar": _read_tar,
+    "npz": _read_npz,
+    "parquet": _read_parquet,
+}
 
 
 def merge(store: Store, out: Path | None, *, progress: Callable[[int], object] = lambda _: None) -> SamplePlan:

@@ -1,13 +1,17 @@
 """Batch generation: shards that any rerun reproduces, kills, resumes, merging, damage."""
 
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -21,7 +25,7 @@ from scm_sdk.errors import BackendFailure, BackendUnavailable, BundleError, Conf
 from scm_sdk.export.cli import main
 from scm_sdk.inference.generator import Generator
 from scm_sdk.scale import run
-from scm_sdk.scale.plan import PROMPTS_NAME, SamplePlan, make_plan, read_plan, start_or_resume
+from scm_sdk.scale.plan import PROMPTS_NAME, SHARD_FORMATS, SamplePlan, make_plan, read_plan, start_or_resume
 from scm_sdk.scale.run import Worker, run_local
 from scm_sdk.scale.shards import merge, missing_shards, read_shard, record_name, shard_name
 from scm_sdk.scale.store import Store
@@ -155,8 +159,10 @@ def test_run_that_stalls_is_given_up(unet_bundle: Path, plan: SamplePlan, tmp_pa
         run_local(Worker(bundle=str(unet_bundle), out=str(tmp_path), plan=stalled), workers=2, stall_seconds=0.01)
 
 
-@pytest.mark.parametrize("format", ["tar", "npz"])
+@pytest.mark.parametrize("format", SHARD_FORMATS)
 def test_merged_file_is_read_by_numpy(unet_bundle: Path, tmp_path: Path, format) -> None:
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
     with Generator.from_pretrained(unet_bundle, backend="onnxruntime", num_inference_steps=1) as gen:
         plan = make_plan(gen, num_images=5, shard_size=2, class_labels=[1, 0], format=format)
         wanted = gen(5, seed=0, class_labels=[1, 0, 1, 0, 1], output_type="uint8").images
@@ -169,6 +175,111 @@ def test_merged_file_is_read_by_numpy(unet_bundle: Path, tmp_path: Path, format)
     with np.load(tmp_path / "all.npz") as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], wanted)
         assert arrays["arr_1"].tolist() == [1, 0, 1, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def table(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SamplePlan]:
+    """A finished run of one Parquet shard, and its plan."""
+    pytest.importorskip("pyarrow")
+    out = tmp_path_factory.mktemp("table")
+    with Generator.from_pretrained(unet_bundle, backend="onnxruntime", num_inference_steps=1) as gen:
+        plan = make_plan(gen, num_images=101, seed=2**64 - 200, format="parquet")
+    start_or_resume(Store(out), plan)
+    assert run_local(Worker(bundle=str(unet_bundle), out=str(out), plan=plan)) == 1
+    return out, plan
+
+
+def test_parquet_shards_have_the_same_bytes_again_and_a_row_for_each_image(
+    unet_bundle: Path, table: tuple[Path, SamplePlan], tmp_path: Path
+) -> None:
+    import pyarrow.parquet as parquet
+
+    out, plan = table
+    start_or_resume(Store(tmp_path), plan)
+    assert run_local(Worker(bundle=str(unet_bundle), out=str(tmp_path), plan=plan), [0], workers=2) == 1
+    assert files(tmp_path) == files(out)
+    pixels, record = read_shard(Store(out), plan, 0)
+    file = parquet.ParquetFile(out / shard_name(plan, 0))
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [100, 1]
+    rows = file.read().to_pylist()
+    assert [(row["seed"], row["class_label"], row["sha256"]) for row in rows] == [
+        (image.seed, image.class_label, image.sha256) for image in record.images
+    ]
+    assert rows[100]["image"]["path"] == "0000000100.png"
+    with Image.open(io.BytesIO(rows[100]["image"]["bytes"])) as picture:
+        np.testing.assert_array_equal(np.asarray(picture).reshape(plan.shape), pixels[100])
+
+
+def test_parquet_shards_are_datasets_of_pictures(table: tuple[Path, SamplePlan], tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's reader is no part of an extra")
+    out, plan = table
+    data = datasets.Dataset.from_parquet(str(out / shard_name(plan, 0)), cache_dir=str(tmp_path))
+    assert data[3]["image"].size == (plan.shape[1], plan.shape[0])
+    assert (data[3]["seed"], len(data)) == (plan.first_seed + 3, 101)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compression": "zstd"}, "is compressed"),
+        ({"use_dictionary": True}, "is compressed"),
+        ({"rows": 102}, "102 rows"),
+        ({"columns": ["seed"]}, "cannot be read"),
+        ({"image": {"bytes": None, "path": "x"}}, "x is no picture"),
+        ({"image": None}, "cannot be read"),
+    ],
+)
+def test_parquet_shards_of_others_are_refused(table: tuple[Path, SamplePlan], tmp_path: Path, options, message) -> None:
+    """Their records fit them: who can change a shard can change its record."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    out, plan = table
+    shutil.copytree(out, tmp_path / "x")
+    path = tmp_path / "x" / shard_name(plan, 0)
+    data = parquet.read_table(path)
+    rows = data.to_pylist()[:1] * options.get("rows", 101)
+    if "image" in options:
+        rows = [row | {"image": options["image"]} for row in rows]
+    data = pa.Table.from_pylist(rows, data.schema).select(options.get("columns", data.column_names))
+    plain = {"compression": "none", "use_dictionary": False}
+    parquet.write_table(data, path, **plain | {name: options[name] for name in options if name in plain})
+    seal(tmp_path / "x", plan, 0)
+    with pytest.raises(IntegrityError, match=message):
+        merge(Store(tmp_path / "x"), None)
+
+
+def seal(out: Path, plan: SamplePlan, shard: int) -> None:
+    """Let the record of a changed shard say what the shard now holds."""
+    data = (out / shard_name(plan, shard)).read_bytes()
+    record = json.loads((out / record_name(shard)).read_bytes())
+    record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (out / record_name(shard)).write_text(json.dumps(record))
+
+
+def test_parquet_without_its_library_is_refused(unet_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with (
+        Generator.from_pretrained(unet_bundle, backend="onnxruntime", num_inference_steps=1) as gen,
+        pytest.raises(BackendUnavailable, match=r"parquet.* needs pyarrow.*Install it with"),
+    ):
+        make_plan(gen, num_images=1, format="parquet")
+
+
+def test_pictures_of_others_are_refused(whole: Path, plan: SamplePlan, tmp_path: Path) -> None:
+    """A PNG file of a few bytes may say that it has 10^9 pixels."""
+    shutil.copytree(whole, tmp_path / "x")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 1 << 15, 1 << 15, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header))
+    with tarfile.open(tmp_path / "x" / shard_name(plan, 0), "w") as archive:
+        for number in range(4):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(bomb)
+            archive.addfile(member, io.BytesIO(bomb))
+    seal(tmp_path / "x", plan, 0)
+    with pytest.raises(IntegrityError, match=r"0\.png is no picture"):
+        merge(Store(tmp_path / "x"), None)
 
 
 def test_object_store_holds_the_same(unet_bundle: Path, whole: Path, plan: SamplePlan) -> None:
@@ -247,7 +358,7 @@ def test_another_artifact_is_refused(unet_bundle: Path, plan: SamplePlan, tmp_pa
         (["--num-shards", "3", "--shard-index", "3"], r"shard 3 is given, expected 0..2"),
         (["--class-label", "unicorn"], "class label is 'unicorn'"),
         (["--guidance-scale", "2"], "no such input"),
-        (["--format", "zip"], "expected tar or npz"),
+        (["--format", "zip"], "expected tar, parquet or npz"),
     ],
 )
 def test_wrong_options(unet_bundle: Path, tmp_path: Path, options: list[str], message: str) -> None:
