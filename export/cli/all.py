@@ -95,7 +95,7 @@ def build(
         parity.raise_if_failed()
     graphs = [a for a in made.manifest.artifacts if a.format == "onnx"]
     proof = (
-        f"{plural(len(checked.results), 'comparison')} passed, {len(checked.skipped)} skipped"
+        f"{plural(sum(map(bool, checked.results)), 'comparison')} passed, {len(checked.skipped)} skipped"
         if validate
         else "not validated"
     )

@@ -93,7 +93,7 @@ def validate(
             examples=None if prompts is None else bundle_examples(bundle, prompts),
             events=events,
         )  # fmt: skip
-    failed = [parity for parity in results if not parity]
+    failed = [parity for parity in results if parity.required and not parity]
     if folder is not None:
         for parity in failed:
             _localize(workspace, parity, folder)
