@@ -21,7 +21,7 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath, one_of
 @click.option("--shard-index", "shards", multiple=True, type=click.IntRange(0),
               help="Write this shard only, for a job of an array; may be repeated.")  # fmt: skip
 @click.option("--format", "format_", type=one_of("format", "tar", "parquet", "npz"), default="tar",
-              help="Format of a shard: PNG files in a tar file for WebDataset or in a Parquet table, or arrays.")  # fmt: skip
+              help="Format of a shard: PNG files in a tar file or a Parquet table, or arrays.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first image.")
 @click.option("--class-label", "labels", multiple=True, metavar="NAME|NUMBER",
               help="Class label; several are repeated in order. Each seed draws its own when absent.")  # fmt: skip

@@ -1,5 +1,6 @@
 """Bundles that are served in a moment, and servers of ``scm-export serve`` in a process of their own."""
 
+import math
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.toy_bundles import write_linear_graph
 from scm_sdk.bundle.bundle import publish_bundle, write_bundle
 from scm_sdk.bundle.manifest import Artifact, ParityRecord
+from scm_sdk.inference.generator import Generator
 from scm_sdk.spec import SamplerSpec, default_times
 
 if TYPE_CHECKING:
@@ -101,20 +103,16 @@ def slow_down(graph: Path, matmuls: int) -> None:
     onnx.save(model, str(graph))
 
 
-@dataclass
-class RunningServer:
-    """A server in a process of its own.
+@dataclass(kw_only=True)
+class Server:
+    """A server that listens.
 
     Attributes:
-        process: It.
         url: Its address.
-        lines: What it wrote on stderr so far.
         http: A client of it, for any number of threads.
     """
 
-    process: subprocess.Popen[str]
     url: str
-    lines: list[str]
     http: "httpx.Client"
 
     @property
@@ -125,12 +123,7 @@ class RunningServer:
 
     def connect(self) -> socket.socket:
         """Return an open connection."""
-        return socket.create_connection(self.address, timeout=120)
-
-    def end(self) -> int:
-        """Send SIGTERM; return the exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(180)
+        return socket.create_connection(self.address, timeout=600)
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples with these labels."""
@@ -145,12 +138,104 @@ class RunningServer:
         )
 
 
+@dataclass(kw_only=True)
+class RunningServer(Server):
+    """A server in a process of its own.
+
+    Attributes:
+        process: It.
+        lines: What it wrote on stderr so far.
+    """
+
+    process: subprocess.Popen[str]
+    lines: list[str]
+
+    def end(self) -> int:
+        """Send SIGTERM; return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(600)
+
+
+class Held:
+    """Lets a model make as many batches as a test says, so that no machine is too fast."""
+
+    def __init__(self) -> None:
+        self._changed, self._allowed = threading.Condition(), 0.0
+
+    def let(self, batches: float = math.inf) -> None:
+        """Let the model make so many more batches."""
+        with self._changed:
+            self._allowed += batches
+            self._changed.notify_all()
+
+    def hold(self, gen: Generator) -> Generator:
+        """Let each batch of an open generator wait for ``let``."""
+        backend = gen.opened().backend
+        sample = backend.sample
+
+        def wait(*inputs: Any) -> Any:
+            with self._changed:
+                assert self._changed.wait_for(lambda: self._allowed > 0, 600)
+                self._allowed -= 1
+            return sample(*inputs)
+
+        backend.sample = wait  # type: ignore[method-assign]
+        return gen
+
+
+@dataclass(kw_only=True)
+class HeldServer(Server):
+    """A server in a thread of this process whose model waits for the test.
+
+    Attributes:
+        model: Lets it make batches.
+    """
+
+    model: Held
+
+
 @contextmanager
-def running(bundle: Path, *options: str, timeout: float = 300) -> Iterator[RunningServer]:
-    """Run ``scm-export serve BUNDLE`` on a free port of this machine until the context ends."""
+def held(bundle: Path, **options: Any) -> Iterator[HeldServer]:
+    """Serve a bundle of one number of steps in this process, by the server of ``scm-export serve``, until the end."""
+    import httpx
+
+    from scm_sdk.serve.app import make_app
+    from scm_sdk.serve.metrics import Metrics
+    from scm_sdk.serve.options import ServeOptions
+    from scm_sdk.serve.server import _Config, _Server, listen
+    from scm_sdk.serve.service import Service
+
+    chosen = ServeOptions(bundle=bundle, port=0, **{"deadline": 600.0, "read_timeout": 600.0} | options)
+    model = Held()
+    gen = model.hold(Generator.from_pretrained(bundle))
+    with listen(chosen) as listening, Service(gen, chosen, None, Metrics()) as service:
+        server = _Server(_Config(make_app(service), chosen))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            eventually(lambda: server.started)
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            with httpx.Client(base_url=url, limits=httpx.Limits(max_connections=None), timeout=600) as http:
+                yield HeldServer(url=url, http=http, model=model)
+        finally:
+            model.let()
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def running(bundle: Path, *options: str, timeout: float = 600) -> Iterator[RunningServer]:
+    """Run ``scm-export serve BUNDLE`` on a free port of this machine until the context ends.
+
+    Args:
+        bundle: The bundle.
+        options: Further options; the time limits are minutes unless they say otherwise.
+        timeout: Seconds for the start.
+    """
     import httpx
 
     command = [sys.executable, "-m", "scm_sdk.export.cli", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    command += ["--deadline", "600", "--read-timeout", "600", "--drain-timeout", "600"]
     lines: list[str] = []
     with subprocess.Popen(
         [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -173,14 +258,14 @@ def running(bundle: Path, *options: str, timeout: float = 300) -> Iterator[Runni
             assert found, "\n".join(lines)
             url = found[1].replace("0.0.0.0", "127.0.0.1")
             limits = httpx.Limits(max_connections=None)
-            with httpx.Client(base_url=url, limits=limits, timeout=60) as http:
-                yield RunningServer(process, url, lines, http)
+            with httpx.Client(base_url=url, limits=limits, timeout=600) as http:
+                yield RunningServer(url=url, http=http, process=process, lines=lines)
         finally:
             process.kill()
             reader.join()
 
 
-def eventually(check: Any, *, timeout: float = 120) -> None:
+def eventually(check: Any, *, timeout: float = 600) -> None:
     """Wait until a check is true."""
     until = time.monotonic() + timeout
     while not check():
