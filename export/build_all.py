@@ -18,6 +18,7 @@ from scm_sdk.bundle.manifest import MANIFEST_NAME
 from scm_sdk.engines.targets import Target, resolve_targets
 from scm_sdk.errors import ConfigError
 from scm_sdk.inference.parity.compare import MIN_PSNR_DB
+from scm_sdk.model.foreign.pipelines import usual_steps
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 
@@ -55,14 +56,15 @@ def build_all(
     """Create or complete a bundle.
 
     Args:
-        checkpoint: Folder with ``config.json`` and safetensors, a SANA-Sprint pipeline, or a bundle, ``out`` itself or
+        checkpoint: Folder with ``config.json`` and safetensors, a pipeline of diffusers, or a bundle, ``out`` itself or
             another, whose checkpoint is taken.
         out: The bundle, or a workspace of it. One that was exported from other weights or for other samplers is
             exported again.
         precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
         targets: GPUs, also by name, to build engines for; () builds none.
         flavor: Which library builds them.
-        steps: Numbers of steps; () is those that ``out`` was exported for, else 1 and 2.
+        steps: Numbers of steps; () is those that ``out`` was exported for, else 1 and 2, or
+            the usual ones of a few-step pipeline.
         max_batch: Largest batch; None is that of ``out``, else 32, or 8 of a pipeline.
         target_db: PSNR that 95 % of the images are to reach in int8, dB, for which the fewest layers are left out; None
             is ``MARGIN_DB`` above the gate's.
@@ -97,7 +99,9 @@ def build_all(
     else:
         events.stage(f"export {os.fspath(checkpoint)}")
         largest = max_batch or (PIPELINE_BATCH if is_pipeline(folder) else 32)
-        export_bundle(folder, workspace, steps=steps or (1, 2), max_batch=largest, overwrite=True, events=events)
+        export_bundle(
+            folder, workspace, steps=steps or usual_steps(folder), max_batch=largest, overwrite=True, events=events
+        )
     examples = None if prompts is None else bundle_examples(workspace.path, prompts)
     if "fp32-cpu" in precisions:
         add_cpu_form(workspace, examples=examples, events=events)

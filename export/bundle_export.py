@@ -22,6 +22,7 @@ from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
 from scm_sdk.errors import ConfigError, ScmError
 from scm_sdk.inference.request import make_example
+from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import Renoise, SamplerSpec
 
 from .graph.io import GraphReport, read_report
@@ -68,10 +69,10 @@ def plan_samplers(
     steps: Sequence[int],
     *,
     times: Sequence[float] = (),
-    renoise: Renoise = "fresh",
+    renoise: Renoise | None = None,
     max_batch: int = 32,
 ) -> tuple[SamplerSpec, ...]:
-    """Return one spec per number of steps, or the one with the given times.
+    """Return one spec per number of steps, or the one with the given times; ``renoise`` None is the model's rule.
 
     Raises:
         ConfigError: If a number of steps is out of range or not unique.
@@ -90,7 +91,7 @@ def export_bundle(
     *,
     steps: Sequence[int] = (1, 2),
     times: Sequence[float] = (),
-    renoise: Renoise = "fresh",
+    renoise: Renoise | None = None,
     max_batch: int = 32,
     name: str = "",
     overwrite: bool = False,
@@ -102,12 +103,12 @@ def export_bundle(
     If a stage fails, no files remain; an existing bundle at ``out`` stays until the new one is complete.
 
     Args:
-        checkpoint: Folder with ``config.json`` and safetensors, for example a training run, or a SANA-Sprint pipeline
-            that diffusers saved; or a model in evaluation mode.
+        checkpoint: Folder with ``config.json`` and safetensors, for example a training run, or a pipeline that
+            diffusers saved; or a model in evaluation mode.
         out: The bundle's folder, or a workspace of it.
         steps: Numbers of steps.
         times: Times of one sampler, radians, instead of ``steps``.
-        renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
+        renoise: Noise of the steps after the first, see ``SamplerSpec.renoise``; None is the model's rule.
         max_batch: Largest batch.
         name: Name of the model; default: the name of the folder.
         overwrite: Replace an existing bundle.
@@ -136,7 +137,7 @@ def export_bundle(
         graphs = export_samplers(model, specs, folder / "onnx" / "fp32", events=events)
         events.stage("record reference samples")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
-        if renoise == "fresh":  # SCMScheduler knows no other
+        if specs[0].renoise == "fresh":  # SCMScheduler knows no other
             atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
         relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
         artifacts = [
@@ -181,7 +182,7 @@ def is_current(
     For an unchanged bundle, leftovers of killed commands are removed here, because nothing else is written.
 
     Args:
-        checkpoint: Folder of a checkpoint or a SANA-Sprint pipeline.
+        checkpoint: Folder of a checkpoint or a pipeline.
         out: The bundle's folder; it may be missing; or a workspace of it.
         steps: Numbers of steps; () is any.
         times: Times of one sampler, radians, instead of ``steps``.
@@ -206,7 +207,7 @@ def is_current(
         for name in decisive
     )
     one = manifest.samplers[0]  # parts of the checkpoint's config, which is the same
-    wanted = {tuple(times)} if times else {one.with_steps(n).times for n in steps}
+    wanted = {tuple(times)} if times else {_with_steps(Path(checkpoint), one, n).times for n in steps}
     same_times = not wanted or wanted == {spec.times for spec in manifest.samplers}
     same_rest = all(
         max_batch in (None, spec.max_batch) and renoise in (None, spec.renoise) for spec in manifest.samplers
@@ -214,15 +215,28 @@ def is_current(
     return same_weights and same_times and same_rest
 
 
+def _with_steps(checkpoint: Path, spec: SamplerSpec, num_inference_steps: int) -> SamplerSpec:
+    """Return the sampler of a checkpoint with another number of steps; a pipeline has times of its own."""
+    from scm_sdk.model.foreign.pipelines import read_pipeline
+
+    if is_pipeline(checkpoint):
+        return read_pipeline(checkpoint).spec(num_inference_steps)
+    return spec.with_steps(num_inference_steps)
+
+
 def current_export(
     checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (1, 2), times: Sequence[float] = (),
-    renoise: Renoise = "fresh", max_batch: int = 32, name: str = "",
+    renoise: Renoise | None = None, max_batch: int = 32, name: str = "",
 ) -> BundleReport | None:  # fmt: skip
     """Return the report of the existing bundle if ``export_bundle`` would create the same; else None.
 
     Args are those of ``export_bundle``.
     """
+    from scm_sdk.model.foreign.pipelines import read_pipeline
+
     workspace = Workspace(out)
+    if renoise is None:
+        renoise = read_pipeline(Path(checkpoint)).spec().renoise if is_pipeline(Path(checkpoint)) else "fresh"
     if not is_current(checkpoint, workspace, steps=steps, times=times, renoise=renoise, max_batch=max_batch):
         return None
     return report_bundle(workspace) if workspace.opened.manifest.name == (name or Path(out).name) else None

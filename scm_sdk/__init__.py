@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .export.check import check_model
     from .export.diagnose.validate import validate
     from .export.engines.add import add_engines
+    from .export.flow_pipeline import import_flow_pipeline
     from .export.sana import import_sana
     from .inference.batcher import Batcher
     from .inference.generator import Generator
@@ -101,6 +102,7 @@ __all__ = [
     "diffusers_scheduler",
     "draw_noise",
     "export_bundle",
+    "import_flow_pipeline",
     "import_sana",
     "measure",
     "register_network",
@@ -152,6 +154,7 @@ _HOMES = {
     "diffusers_scheduler": ".bundle.scheduler",
     "draw_noise": ".noise",
     "export_bundle": ".export.bundle_export",
+    "import_flow_pipeline": ".export.flow_pipeline",
     "import_sana": ".export.sana",
     "measure": ".inference.latency",
     "register_network": ".model.networks.custom",

@@ -60,7 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
         np.random.default_rng = lambda seed=None: default_rng(shifted(seed))
 
 
-pytest_plugins = ["helpers.distributed_fixtures", "helpers.hub_fixtures", "helpers.sana_fixtures"]
+pytest_plugins = [
+    "helpers.distributed_fixtures",
+    "helpers.few_step_fixtures",
+    "helpers.hub_fixtures",
+    "helpers.sana_fixtures",
+]
 
 # No deadline: on a busy machine the clock of one example says nothing about the code.
 # In CI the examples are the same every time, so that its verdict is the change's; a person's runs look for new ones.

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @click.option("-n", "--dry-run", is_flag=True, help="Print the samplers as a JSON list and stop.")
 @json_option
 def onnx(
-    checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], renoise: Renoise, max_batch: int,
-    name: str, overwrite: bool, dry_run: bool, as_json: bool,
+    checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], renoise: Renoise | None,
+    max_batch: int, name: str, overwrite: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export a checkpoint to a bundle of ONNX graphs.
 

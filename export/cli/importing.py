@@ -1,9 +1,10 @@
-"""``import``: convert a SANA-Sprint pipeline to a bundle, or an EDM pickle to safetensors."""
+"""``import``: convert a few-step pipeline of diffusers to a bundle, or an EDM pickle to safetensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,8 @@ from .names import STEPS, OutputPath, sampler_options
 
 if TYPE_CHECKING:
     from scm_sdk.spec import Renoise
+
+    from ..bundle_export import BundleReport
 
 
 @click.command(name="import")
@@ -30,27 +33,29 @@ if TYPE_CHECKING:
     "--steps",
     multiple=True,
     type=STEPS,
-    default=(1, 2, 4),
-    help="Number of network calls of a pipeline's graph; may be repeated.",
+    help="Number of network calls of a pipeline's graph; may be repeated. Default: the pipeline's usual ones.",
 )
 @sampler_options
 @click.option("--size", default="", metavar="HxW", help="Image size of a pipeline, pixels; default: its own size.")
-@click.option("--tokens", type=click.IntRange(1), default=300, help="Length of a pipeline's prompts, tokens.")
+@click.option("--frames", type=click.IntRange(1), help="Frames of a pipeline's videos; default: its own number.")
+@click.option("--tokens", type=click.IntRange(1), help="Length of a pipeline's prompts, tokens; default: its own.")
 @click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs, images.")
 @click.option("--text-encoder/--no-text-encoder", default=True, help="Copy a pipeline's text encoder into the bundle.")
+@click.option("--distilled", is_flag=True, help="The weights are a few-step student, where the folder does not say so.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier import in OUT.")
 @revision_option
 @json_option
 def import_(
     source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
-    renoise: Renoise, size: str, tokens: int, max_batch: int, text_encoder: bool, overwrite: bool,
-    revision: str | None, as_json: bool,
+    renoise: Renoise | None, size: str, frames: int | None, tokens: int | None, max_batch: int, text_encoder: bool,
+    distilled: bool, overwrite: bool, revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Import a SANA-Sprint pipeline, or an EDM or EDM2 pickle.
+    """Import a few-step pipeline of diffusers, or an EDM or EDM2 pickle.
 
-    A pipeline is converted to a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that
-    diffusers saved, or a .pkl file, whose weights are read without executing it. An import that already exists in OUT
-    with the same options is left unchanged.
+    Pipelines: SANA-Sprint, FLUX.2-klein, Z-Image-Turbo, and students of Wan 2.1 (rCM, DMD). A pipeline is converted to
+    a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved, or a .pkl file,
+    whose weights are read without executing it. An import that already exists in OUT with the same options is left
+    unchanged.
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
@@ -59,24 +64,32 @@ def import_(
     """
     if not source.is_file() and source.suffix != ".pkl":
         require_all(*EXPORT)
+        from scm_sdk.model.foreign.pipelines import is_sana
+
+        from ..flow_pipeline import current_flow_import, import_flow_pipeline
         from ..sana import current_import, import_sana, parse_size
 
         folder = local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
-        report = None
-        if not overwrite:
-            report = current_import(
-                folder, out, steps=steps, times=times, renoise=renoise, size=parse_size(size),
-                max_sequence_length=tokens, max_batch=max_batch, text_encoder=text_encoder,
-            )  # fmt: skip
+        given: dict[str, Any] = {"times": times, "size": parse_size(size), "max_batch": max_batch}
+        current: Callable[..., BundleReport | None]
+        create: Callable[..., BundleReport]
+        if is_sana(folder):
+            if distilled or frames is not None:
+                option = "--distilled" if distilled else "--frames"
+                raise click.UsageError(f"{option} is given for a SANA-Sprint pipeline, expected it left out.")
+            given |= {"steps": steps or (1, 2, 4), "renoise": renoise or "fresh", "text_encoder": text_encoder}
+            given |= {"max_sequence_length": tokens or 300}
+            current, create = current_import, import_sana
+        else:
+            given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}
+            given |= {"max_sequence_length": tokens or 0}
+            current, create = current_flow_import, import_flow_pipeline
+        report = None if overwrite else current(folder, out, **given)
         unchanged = report is not None
         if report is None:
             with TerminalEvents() as events:
-                report = import_sana(
-                    folder, out, origin=origin, steps=steps, times=times, renoise=renoise, size=parse_size(size),
-                    max_sequence_length=tokens, max_batch=max_batch, text_encoder=text_encoder, overwrite=overwrite,
-                    events=events,
-                )  # fmt: skip
+                report = create(folder, out, origin=origin, overwrite=overwrite, events=events, **given)
         if as_json:
             print_json({**report.to_dict(), "unchanged": unchanged})
         state = "unchanged, " if unchanged else ""

@@ -189,8 +189,8 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in (
         click.option(
-            "--renoise", type=one_of("renoise", *get_args(Renoise)), default="fresh",
-            help="Noise of later steps: new noise, that of the first step, or that of the ODE trajectory.",
+            "--renoise", type=one_of("renoise", *get_args(Renoise)),
+            help="Noise of later steps: new, that of the first step, or of the ODE; default: the model's rule.",
         ),
         click.option(
             "--sigmas", multiple=True, type=float, expose_value=False, callback=as_times,

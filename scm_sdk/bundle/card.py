@@ -41,6 +41,7 @@ _EXTRAS: dict[Format, str] = {
 
 _TAGS: dict[Kind, list[str]] = {
     "consistency model": ["consistency-model"],
+    "few-step model": [],
     "diffusion model": ["diffusion", "trigflow"],
     "unknown": ["trigflow"],
 }

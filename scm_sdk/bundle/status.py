@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-Kind = Literal["consistency model", "diffusion model", "unknown"]
+Kind = Literal["consistency model", "diffusion model", "few-step model", "unknown"]
 
 _PAPER = "(sCM, [arXiv 2410.11081](https://arxiv.org/abs/2410.11081))"
 _OBJECTIVES = {
@@ -22,7 +22,12 @@ _OBJECTIVES = {
     "vsd": "A few-step generator, distilled from a diffusion model by variational score distillation (VSD) alone",
     "sCM and LADD (SANA-Sprint)": f"A continuous-time consistency model {_PAPER}, distilled with an adversarial loss "
     "(LADD) as SANA-Sprint",
+    "few-step flow matching": "A few-step model of flow matching, distilled from a model of many steps",
+    "rCM or DMD": "A few-step model, distilled as rCM ([arXiv 2510.08431](https://arxiv.org/abs/2510.08431)) or by "
+    "distribution matching (DMD)",
 }
+_FEW_STEP = {"few-step flow matching", "rCM or DMD"}
+"""Objectives whose students are few-step models, not all of them consistency models."""
 """Kind of model by the first objective of its provenance (before a ``+``)."""
 
 
@@ -52,8 +57,10 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
         """Read the status from the provenance of a model; malformed entries count as absent."""
         objective = str(provenance.get("objective") or "")
         kind: Kind = "consistency model" if objective else "unknown"
+        if (main := objective.partition("+")[0].strip()) in _FEW_STEP:
+            kind = "few-step model"
         return cls(
-            kind="diffusion model" if objective.partition("+")[0].strip() == "diffusion" else kind,
+            kind="diffusion model" if main == "diffusion" else kind,
             objective=objective,
             iteration=_count(provenance.get("iteration")),
             num_iterations=_count(provenance.get("num_iterations")),

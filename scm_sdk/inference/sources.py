@@ -1,4 +1,4 @@
-"""Sources of a ``Generator``: a bundle, a checkpoint folder, or a SANA-Sprint pipeline, as one class ``Source``."""
+"""Sources of a ``Generator``: a bundle, a checkpoint folder, or a pipeline of diffusers, as one class ``Source``."""
 
 from __future__ import annotations
 
@@ -275,21 +275,26 @@ def _checkpoint_provenance(folder: Path) -> dict[str, Any]:
 
 
 def _from_pipeline(folder: Path, verify: Literal["none", "digest"]) -> Source:
-    """Open a SANA-Sprint folder as diffusers saved it, through PyTorch."""
+    """Open a pipeline's folder as diffusers saved it, through PyTorch."""
     from ..model.foreign.component import weight_files
-    from ..model.foreign.sana_folder import OBJECTIVE, STEPS, read_sana_folder
+    from ..model.foreign.few_step_folder import FewStepFolder
+    from ..model.foreign.pipelines import read_pipeline
+    from ..model.foreign.sana_folder import OBJECTIVE, STEPS
 
-    found = read_sana_folder(folder)
+    found = read_pipeline(folder)
+    steps, objective = (
+        (found.row.steps, found.row.objective) if isinstance(found, FewStepFolder) else (STEPS, OBJECTIVE)
+    )
     weights = tuple(file for name in ("transformer", "vae") for file in weight_files(folder / name))
     return Source(
         path=folder,
         build_id=_digest(weights) if verify == "digest" else "",
         artifacts=(Artifact(path=".", format="safetensors"),),
         parity=(),
-        steps=STEPS,
+        steps=steps,
         bundle=None,
-        provenance={"objective": OBJECTIVE},
-        status=ModelStatus.of({"objective": OBJECTIVE}),
+        provenance={"objective": objective},
+        status=ModelStatus.of({"objective": objective}),
         _spec=found.spec,
         text_encoder=folder if found.has_text_encoder else None,
         verify=verify,

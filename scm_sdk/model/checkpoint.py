@@ -117,9 +117,9 @@ def load_checkpoint(
 ) -> ConsistencyModel:
     """Load a checkpoint folder, or another library's; see ``ConsistencyModel.from_pretrained``."""
     if is_pipeline(folder):
-        from .foreign.sana import load_sana
+        from .foreign.pipelines import load_pipeline
 
-        return load_sana(folder)
+        return load_pipeline(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder, expected a checkpoint with {CONFIG_NAME} and {WEIGHTS_NAME}.")
     config = read_config(folder / CONFIG_NAME)

@@ -210,7 +210,7 @@ class ConsistencyModel(nn.Module):
         num_inference_steps: int = 2,
         *,
         times: tuple[float, ...] | None = None,
-        renoise: Renoise = "fresh",
+        renoise: Renoise | None = None,
         max_batch: int = 32,
     ) -> SamplerSpec:
         """Describe the sampler that unrolls this model over its times and decodes, if the model has a decoder.
@@ -218,7 +218,8 @@ class ConsistencyModel(nn.Module):
         Args:
             num_inference_steps: Number of network calls at the default times; not used if ``times`` is given.
             times: Times, radians, strictly falling; ``scm_sdk.spec.flow_times`` makes them from flow-matching sigmas.
-            renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
+            renoise: Noise of the steps after the first, see ``SamplerSpec.renoise``; None is the model's rule, which is
+                ``fresh`` except for few-step flow pipelines.
             max_batch: Largest batch.
         """
         config = self.config
@@ -236,7 +237,7 @@ class ConsistencyModel(nn.Module):
             default_guidance=config.default_guidance if config.guidance else None,
             conditioning=config.conditioning,
             max_batch=max_batch,
-            renoise=renoise,
+            renoise=renoise or "fresh",
         )
 
     @classmethod

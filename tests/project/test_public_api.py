@@ -23,6 +23,7 @@ ANY_VALUE = {
     "scm_sdk.pickles.": "values of a pickle, checked when they are used",
     "scm_sdk.export.cli.": "parameters of a command, which click passes by name",
     "scm_sdk.train.data.": "rows of an array, as NumPy types them",
+    "scm_sdk.model.foreign.few_step_networks": "a module of diffusers, which has no types",
     "scm_sdk.model.foreign.linear_attention": "a module of diffusers, which has no types",
 }
 """Where a public signature may say ``Any``, and what it stands for."""

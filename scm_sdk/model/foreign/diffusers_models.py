@@ -144,7 +144,7 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
             f"a {config.class_name} of diffusers {diffusers.__version__} cannot be made: {exc}. Expected the "
             "arguments of its own config.json; update diffusers if they are newer."
         ) from exc
-    _make_tractable(module)
+    make_tractable(module)
     channels = config.sample_shape[0]
     denoiser = ModuleDenoiser(
         module,
@@ -155,7 +155,7 @@ def make_diffusers_network(config: DiffusersConfig) -> TrigFlowNetwork:
     return TrigFlowNetwork(denoiser, sigma_data=config.sigma_data)
 
 
-def _make_tractable(module: nn.Module) -> None:
+def make_tractable(module: nn.Module) -> None:
     """Remove randomness and dependence on the batch size, which neither a JVP nor a graph supports."""
     upsampling: Any = import_module(
         "diffusers.models.upsampling"

@@ -135,11 +135,11 @@ class SanaModel(ConsistencyModel):
         num_inference_steps: int = 2,
         *,
         times: tuple[float, ...] | None = None,
-        renoise: Renoise = "fresh",
+        renoise: Renoise | None = None,
         max_batch: int = 8,
     ) -> SamplerSpec:
         """Describe the sampler that ends with the decoder, by default with diffusers' times."""
-        return self.folder.spec(num_inference_steps, times=times, renoise=renoise, max_batch=max_batch)
+        return self.folder.spec(num_inference_steps, times=times, renoise=renoise or "fresh", max_batch=max_batch)
 
     def check_reopens(self) -> None:
         """Do nothing: every part is created from the configs of the pipeline."""

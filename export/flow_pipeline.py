@@ -1,0 +1,120 @@
+"""Import a few-step flow pipeline of diffusers as a bundle: its weights, and one graph per number of steps.
+
+Each graph holds the transformer once per step and the autoencoder's decoder after the last; its inputs are the noise
+and the embeddings of a prompt. ``scm_sdk.model.foreign.few_step_folder`` has the table of pipelines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scm_sdk._util.events import SILENT, Events
+from scm_sdk.spec import Renoise
+
+from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
+from .sana import MAX_BATCH
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from scm_sdk.model.foreign.few_step_folder import Settings
+
+
+def import_flow_pipeline(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    steps: Sequence[int] = (),
+    times: Sequence[float] = (),
+    renoise: Renoise | None = None,
+    size: tuple[int, int] | None = None,
+    num_frames: int = 0,
+    max_sequence_length: int = 0,
+    max_batch: int = MAX_BATCH,
+    distilled: bool = False,
+    name: str = "",
+    origin: str = "",
+    overwrite: bool = False,
+    events: Events = SILENT,
+) -> BundleReport:
+    """Import a few-step flow pipeline that diffusers saved.
+
+    Args:
+        source: Folder of the pipeline; its class is in the table of docs/models.md.
+        out: The bundle's folder; if a stage fails, no files remain.
+        steps: Numbers of steps, one graph each; () is the pipeline's usual ones.
+        times: Times of one sampler, radians, instead of ``steps``.
+        renoise: Noise of the steps after the first; None is the pipeline's rule. See ``SamplerSpec.renoise``.
+        size: Height and width, pixels; None is the pipeline's default.
+        num_frames: Frames of a video, 4 n + 1; 0 is the pipeline's default.
+        max_sequence_length: Tokens of a prompt; 0 is the pipeline's default.
+        max_batch: Largest batch.
+        distilled: The weights are a few-step student; needed where the folder does not say so.
+        name: Name of the model; default: the name of the folder.
+        origin: Origin of the folder, stored in the bundle; default: its name.
+        overwrite: Replace an existing bundle.
+        events: Receives the stages.
+
+    Raises:
+        BackendUnavailable: If diffusers is not installed.
+        ConfigError: If the folder is another pipeline, the full model of many steps, or has unknown settings.
+        BundleError: If a component is missing, or ``out`` cannot be written.
+        ExportError: If the network cannot be exported.
+    """
+    from scm_sdk.model.foreign.few_step import load_few_step
+
+    model = load_few_step(Path(source), _settings(size, num_frames, max_sequence_length, distilled))
+    model.keep_text_encoder = False
+    provenance = {
+        "source": origin or Path(source).name,
+        "pipeline": model.folder.row.name,
+        "objective": model.folder.row.objective,
+        "license": "see the source's card",
+    }
+    return export_bundle(
+        model,
+        Path(out),
+        steps=steps or model.folder.row.steps,
+        times=times,
+        renoise=renoise,
+        max_batch=max_batch,
+        name=name,
+        overwrite=overwrite,
+        provenance=provenance,
+        events=events,
+    )
+
+
+def current_flow_import(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    steps: Sequence[int] = (),
+    times: Sequence[float] = (),
+    renoise: Renoise | None = None,
+    size: tuple[int, int] | None = None,
+    num_frames: int = 0,
+    max_sequence_length: int = 0,
+    max_batch: int = MAX_BATCH,
+    distilled: bool = False,
+) -> BundleReport | None:
+    """Return the report of the existing bundle if ``import_flow_pipeline`` would create the same; else None."""
+    from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
+
+    given = read_few_step_folder(Path(source), _settings(size, num_frames, max_sequence_length, distilled))
+    workspace = Workspace(out)
+    if not is_current(Path(source), workspace, times=times, renoise=renoise or given.row.renoise, max_batch=max_batch):
+        return None
+    found = {spec.times for spec in workspace.opened.manifest.samplers}
+    wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
+    same = found == wanted and read_few_step_folder(Path(out) / DENOISER).settings == given.settings
+    return report_bundle(workspace) if same else None
+
+
+def _settings(size: tuple[int, int] | None, num_frames: int, tokens: int, distilled: bool) -> Settings:
+    from scm_sdk.model.foreign.few_step_folder import Settings
+
+    height, width = size or (0, 0)
+    return Settings(height=height, width=width, num_frames=num_frames, max_sequence_length=tokens, distilled=distilled)

@@ -1,0 +1,218 @@
+"""Few-step flow pipelines of diffusers as consistency models: the transformer is F, the autoencoder the decoder.
+
+``few_step_folder`` has the table of pipelines, ``few_step_networks`` their modules. The transformer predicts the
+velocity of flow matching on latents of standard deviation 1; ``model.conversions.FLOW`` makes it F, exactly. Weights
+run in float32; reduced precisions are made from the float32 graph.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..._util.files import atomic_write_bytes
+from ..._util.json_struct import to_json
+from ..._util.lazy import require
+from ...bundle.layout import INDEX_NAME
+from ...errors import BundleError, ConfigError, IntegrityError
+from ...spec import Renoise, SamplerSpec
+from ..bounds import check_bound, check_num_parameters
+from ..checkpoint import check_fits, read_tensors
+from ..consistency import ConsistencyModel, ModelConfig
+from ..conversions import FLOW
+from ..decoder import Decoder, LatentScale
+from ..networks.custom import OwnConfig
+from .component import read_json, weight_files
+from .denoiser import ModuleDenoiser, TrigFlowNetwork
+from .diffusers_models import make_tractable
+from .few_step_folder import SETTINGS_NAME, FewStepFolder, Settings, read_few_step_folder
+from .few_step_networks import NETWORKS, ImageDecoder, WanDecoder
+
+DECODER_WEIGHTS = ("decoder.", "post_quant_conv.", "bn.")
+"""Prefixes of an autoencoder's weights that decoding needs."""
+SLA_WEIGHT = "proj_l"
+"""Name in sparse-linear attention (SLA, arXiv 2509.24006), which plain attention does not replace."""
+
+
+class FewStepModel(ConsistencyModel):
+    """A pipeline without its text encoder, as input of the sampler, the exporter and the backends.
+
+    Args:
+        folder: The source folder; its configs define the shapes.
+        network: The denoiser: latents, flow time and prompt to the velocity.
+        decoder: The decoder with its scale.
+
+    Attributes:
+        folder: The source folder.
+        keep_text_encoder: Whether ``save_pretrained`` also copies an existing text encoder.
+    """
+
+    def __init__(self, folder: FewStepFolder, network: nn.Module, decoder: Decoder) -> None:
+        described = OwnConfig(name=folder.row.name, sample_shape=folder.sample_shape, conditioning=folder.conditioning)
+        made = TrigFlowNetwork(ModuleDenoiser(network, FLOW), sigma_data=1.0)
+        super().__init__(ModelConfig(network=described, sigma_data=1.0), made, decoder)
+        self.folder = folder
+        self.keep_text_encoder = True
+
+    def spec(
+        self,
+        num_inference_steps: int = 0,
+        *,
+        times: tuple[float, ...] | None = None,
+        renoise: Renoise | None = None,
+        max_batch: int = 8,
+    ) -> SamplerSpec:
+        """Describe the sampler that ends with the decoder, by default with the pipeline's times and re-noise rule."""
+        return self.folder.spec(num_inference_steps, times=times, renoise=renoise, max_batch=max_batch)
+
+    def check_reopens(self) -> None:
+        """Do nothing: every part is created from the configs of the pipeline."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the files of the pipeline and write the settings of the import next to them."""
+        copy_few_step_folder(self.folder, Path(folder), text_encoder=self.keep_text_encoder)
+
+
+def load_few_step(folder: str | Path, settings: Settings | None = None) -> FewStepModel:
+    """Load transformer and decoder of a pipeline in the table, float32, evaluation mode, on the CPU.
+
+    Args:
+        folder: Folder that diffusers saved.
+        settings: Size, frames and prompt tokens; None reads the settings of an import, if any.
+
+    Raises:
+        BackendUnavailable: If diffusers is not installed.
+        ConfigError: If the folder is another pipeline, the full model, or has another variant's settings.
+        BundleError: If a component or a shard is missing.
+        IntegrityError: If weights are truncated or do not match their config.
+    """
+    found = read_few_step_folder(Path(folder), settings)
+    diffusers = require("diffusers", extra="diffusers", purpose=f"a {found.row.name}")
+    _refuse_sla(found.path / "transformer")
+    transformer = _load_component(
+        getattr(diffusers, found.row.transformer), found.transformer, found.path / "transformer"
+    )
+    vae: Any = _load_component(getattr(diffusers, found.row.vae), found.vae, found.path / "vae", keep=DECODER_WEIGHTS)
+    network = NETWORKS[found.row.name](transformer, found)
+    return FewStepModel(found, network, _decoder(found, vae)).eval().requires_grad_(False)
+
+
+def _decoder(folder: FewStepFolder, vae: Any) -> Decoder:
+    config = folder.vae
+    if folder.row.vae == "AutoencoderKLWan":
+        scale = LatentScale.of_data(config["latents_mean"], config["latents_std"], sigma_data=1.0)
+        return Decoder(WanDecoder(vae), scale, folder.output_shape)
+    if folder.row.vae == "AutoencoderKLFlux2":
+        variance = vae.bn.running_var.double() + float(config.get("batch_norm_eps", 1e-4))
+        mean, std = vae.bn.running_mean.tolist(), variance.sqrt().tolist()
+        return Decoder(
+            ImageDecoder(vae, patches=2), LatentScale.of_data(mean, std, sigma_data=1.0), folder.output_shape
+        )
+    scale = LatentScale(scale=(1 / float(config["scaling_factor"]),), shift=(float(config.get("shift_factor") or 0),))
+    return Decoder(ImageDecoder(vae), scale, folder.output_shape)
+
+
+def _refuse_sla(folder: Path) -> None:
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = [name for name in opened.keys() if SLA_WEIGHT in name.split(".")]  # noqa: SIM118
+        except (SafetensorError, OSError) as exc:
+            raise IntegrityError(f"{file} is truncated or no safetensors file ({exc}). Copy it again.") from exc
+        refuse_sla_names(names, file)
+
+
+def refuse_sla_names(names: list[str], where: Path) -> None:
+    """Refuse weights of sparse-linear attention.
+
+    Raises:
+        ConfigError: If there are any; it names the first.
+    """
+    if names:
+        raise ConfigError(
+            f"{where} holds {names[0]!r}, a weight of sparse-linear attention (SLA, as in TurboDiffusion), expected "
+            "Wan's plain attention: without SLA such weights are wrong. Take a student without it, such as rCM's."
+        )
+
+
+def _load_component(kind: Any, config: dict[str, Any], folder: Path, *, keep: tuple[str, ...] = ("",)) -> nn.Module:
+    """Create a module of diffusers with the weights of its folder, float32.
+
+    Args:
+        kind: Class of the module.
+        config: Its config.
+        folder: Folder of the component.
+        keep: Prefixes of the weights to load; the others stay on the meta device.
+
+    Raises:
+        ConfigError: If a setting is out of bounds.
+        IntegrityError: If the class refuses the config, or the weights do not match it.
+    """
+    for name, value in config.items():
+        if value is not None:
+            check_bound(name, tuple(value) if isinstance(value, list) else value)
+    try:
+        check_num_parameters(lambda: kind.from_config(config))
+        with torch.device("meta"):  # no memory for a wrong file, no time for random weights
+            module: nn.Module = kind.from_config(config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
+            MemoryError) as exc:  # fmt: skip
+        raise IntegrityError(
+            f"{folder} has a config that {kind.__name__} refuses: {exc}. Copy the folder again."
+        ) from exc
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        tensors |= read_tensors(file)
+    check_fits(module, tensors, f"the weights in {folder} do not fit its config", remedy="Copy the folder again.")
+    if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in tensors):
+        module = kind.from_config(config)  # its constructor computes tables
+    kept = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+        if name.startswith(keep)
+    }
+    module.load_state_dict(kept, strict=False, assign=True)
+    make_tractable(module)
+    return module
+
+
+def copy_few_step_folder(source: FewStepFolder, target: Path, *, text_encoder: bool = True) -> None:
+    """Copy the files of a pipeline, without unrelated files.
+
+    Args:
+        source: A verified folder.
+        target: Target folder; created if missing.
+        text_encoder: Whether to copy the text encoder; without it the copy takes embeddings only.
+
+    Raises:
+        BundleError: If the files cannot be written.
+    """
+    index = read_json(source.path / INDEX_NAME)
+    wanted = [*weight_files(source.path / "transformer"), *weight_files(source.path / "vae")]
+    folders = ["transformer", "vae", "scheduler"]
+    if text_encoder and source.has_text_encoder:
+        wanted += weight_files(source.path / "text_encoder", "model.safetensors")
+        folders += ["text_encoder", "tokenizer"]
+    else:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    for name in folders:
+        if (source.path / name).is_dir():
+            files = sorted((source.path / name).iterdir())
+            wanted += [file for file in files if file.suffix in (".json", ".model", ".txt", ".jinja")]
+    try:
+        for file in wanted:
+            copy = target / file.relative_to(source.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # not hard links: the copy must not change with the original
+    except OSError as exc:
+        raise BundleError(
+            f"{target} cannot be written: {exc.strerror or exc}. Free some space or choose another."
+        ) from exc
+    atomic_write_bytes(target / INDEX_NAME, to_json(index), error=BundleError)
+    atomic_write_bytes(target / SETTINGS_NAME, to_json(msgspec.to_builtins(source.settings)), error=BundleError)

@@ -1,0 +1,312 @@
+"""The denoisers and decoders of the few-step flow pipelines, each as a module with any batch size and real numbers.
+
+A denoiser takes latents, the flow's time and the prompt's embeddings, and returns the velocity ``eps - x_0``; the
+weights and blocks are diffusers' own. Rotary embeddings are written with stacked real and imaginary parts: diffusers
+writes them into strided slices or as complex numbers, which ONNX does not have. Positions are constants of the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .few_step_folder import Z_IMAGE_MULTIPLE, FewStepFolder
+
+_MASKED = -1e4
+"""Added to the score of a key that is left out: its weight is 0, also in half precision."""
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighboring pairs of channels: rotary position embedding (arXiv 2104.09864).
+
+    Args:
+        x: (B, L, heads, D).
+        cos: Cosine of each pair's angle, broadcast over (B, L, 1, D/2).
+        sin: Sine.
+    """
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def _angles(dim: int, positions: Tensor, theta: float) -> Tensor:
+    """Return the angles, (positions, dim / 2), float64."""
+    rates = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.outer(positions.double(), rates)
+
+
+def _grid_angles(sizes: tuple[int, ...], dims: tuple[int, ...], theta: float) -> Tensor:
+    """Return the angles of a grid of tokens, (prod(sizes), sum(dims) / 2), float64; each axis has its channels."""
+    grids = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
+    return torch.cat([_angles(d, grid.reshape(-1), theta) for d, grid in zip(dims, grids, strict=True)], dim=-1)
+
+
+class _Attention:
+    """A diffusers attention processor for blocks with to_q, to_k, to_v, norms and an optional rotation.
+
+    Args:
+        across_heads: Whether the norms are of all channels, before these are split into heads.
+    """
+
+    def __init__(self, *, across_heads: bool) -> None:
+        self.across_heads = across_heads
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        freqs_cis: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the attention's output, (B, L, C).
+
+        Args:
+            attn: The module whose processor this is.
+            hidden_states: (B, L, C).
+            encoder_hidden_states: Keys of cross-attention, (B, K, C); None is self-attention.
+            attention_mask: Added to the scores, (B, K), or None.
+            rotary_emb: Cosines and sines, (1 or B, L, 1, D/2), or None.
+            freqs_cis: The same; Z-Image's name.
+        """
+        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(keys), attn.to_v(keys)
+        if self.across_heads:
+            q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (each.unflatten(2, (attn.heads, -1)) for each in (q, k, v))
+        if not self.across_heads:
+            q, k = (q if norm is None else norm(q) for q, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+        if (angles := rotary_emb or freqs_cis) is not None:
+            q, k = rotate_pairs(q, *angles), rotate_pairs(k, *angles)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out: Tensor = attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class _Rotation(nn.Module):
+    """Cosines and sines as constants."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, angles: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return self.cos, self.sin
+
+
+class Flux2(nn.Module):
+    """FLUX.2-klein's denoiser: latents of 2x2 patches as a sequence, and the prompt's tokens.
+
+    Args:
+        transformer: A ``Flux2Transformer2DModel``.
+        folder: Its folder.
+    """
+
+    image_ids: Tensor
+    text_ids: Tensor
+
+    def __init__(self, transformer: nn.Module, folder: FewStepFolder) -> None:
+        super().__init__()
+        self.transformer = transformer
+        _, height, width = folder.sample_shape
+        one, tokens = torch.arange(1), torch.arange(folder.settings.max_sequence_length)
+        image = torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one)
+        self.register_buffer("image_ids", image, persistent=False)
+        self.register_buffer("text_ids", torch.cartesian_prod(one, one, one, tokens), persistent=False)
+
+    def forward(self, x: Tensor, time: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return the velocity, like ``x``, (B, C, H, W)."""
+        (v,) = self.transformer(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            timestep=time,
+            guidance=None,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )
+        velocity: Tensor = v.transpose(1, 2).unflatten(2, x.shape[2:])
+        return velocity
+
+
+class ZImage(nn.Module):
+    """Z-Image's denoiser for prompts of one stored length with a mask, any batch size.
+
+    diffusers' own forward takes lists of prompts of different lengths. The same tokens are made here: the prompt, then
+    the learned padding up to a multiple of 32, which is attended to; whatever is behind is left out of the attention.
+    The image's first position follows the prompt's last.
+
+    Args:
+        transformer: A ``ZImageTransformer2DModel``.
+        folder: Its folder.
+    """
+
+    def __init__(self, transformer: Any, folder: FewStepFolder) -> None:
+        super().__init__()
+        self.transformer = transformer
+        for module in transformer.modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(_Attention(across_heads=False))
+        first, *grid = transformer.axes_dims
+        theta = float(transformer.rope_theta)
+        _, height, width = folder.sample_shape
+        self.size = (height // 2, width // 2)
+        self.tokens = self.size[0] * self.size[1]
+        self.filled = -self.tokens % Z_IMAGE_MULTIPLE
+        self.depth = _Rotation(_angles(first, torch.arange(transformer.axes_lens[0]), theta))
+        self.plane = _Rotation(_grid_angles(self.size, tuple(grid), theta))
+
+    def forward(self, x: Tensor, time: Tensor, prompt_embeds: Tensor, prompt_attention_mask: Tensor) -> Tensor:
+        """Return the velocity, like ``x``, (B, C, H, W).
+
+        Args:
+            x: Latents, (B, C, H, W).
+            time: The flow's time, (B,): 1 is noise.
+            prompt_embeds: (B, L, D).
+            prompt_attention_mask: 1 for tokens and 0 for padding, (B, L), int64.
+        """
+        model: Any = self.transformer
+        adaln = model.t_embedder((1 - time) * model.t_scale).to(x.dtype)
+        prompt, left_out, prompt_angles, length = self._prompt(prompt_embeds, prompt_attention_mask)
+        image, image_angles = self._image(x, length)
+        for layer in model.noise_refiner:
+            image = layer(image, None, image_angles, adaln)
+        for layer in model.context_refiner:
+            prompt = layer(prompt, left_out, prompt_angles)
+        tokens = torch.cat([image, prompt], dim=1)
+        angles = tuple(torch.cat([i, p], dim=1) for i, p in zip(image_angles, prompt_angles, strict=True))
+        mask = torch.cat([torch.zeros_like(image[:, :, 0]), left_out], dim=1)
+        for layer in model.layers:
+            tokens = layer(tokens, mask, angles, adaln)
+        tokens = model.all_final_layer["2-1"](tokens, c=adaln)[:, : self.tokens]
+        patches = tokens.unflatten(1, self.size).unflatten(3, (2, 2, x.shape[1]))  # B h w 2 2 C
+        velocity: Tensor = -patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return velocity
+
+    def _image(self, x: Tensor, length: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        model: Any = self.transformer
+        batch, channels = x.shape[:2]
+        patches = x.reshape(batch, channels, self.size[0], 2, self.size[1], 2).permute(0, 2, 4, 3, 5, 1)  # B h w 2 2 C
+        image = model.all_x_embedder["2-1"](patches.flatten(3).flatten(1, 2))
+        padding = model.x_pad_token.expand(x.shape[0], self.filled, -1)
+        angles = []
+        for depth, plane, at_zero in ((self.depth.cos, self.plane.cos, 1.0), (self.depth.sin, self.plane.sin, 0.0)):
+            start = depth[length + 1][:, None].expand(-1, self.tokens, -1)
+            whole = torch.cat([start, plane.expand(x.shape[0], -1, -1)], dim=2)
+            angles.append(functional.pad(whole, (0, 0, 0, self.filled), value=at_zero)[:, :, None])
+        return torch.cat([image, padding], dim=1), (angles[0], angles[1])
+
+    def _prompt(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Return the prompt's tokens, what is left out of the attention, its rotation, and its filled length."""
+        model: Any = self.transformer
+        missing = -embeds.shape[1] % Z_IMAGE_MULTIPLE
+        kept = functional.pad(mask, (0, missing))
+        count = kept.sum(dim=1, keepdim=True)
+        length = (count + Z_IMAGE_MULTIPLE - 1) // Z_IMAGE_MULTIPLE * Z_IMAGE_MULTIPLE
+        position = torch.where(kept > 0, kept.cumsum(1) - 1, count + (1 - kept).cumsum(1) - 1)
+        embedded = model.cap_embedder(functional.pad(embeds, (0, 0, 0, missing)))
+        prompt = torch.where(kept[:, :, None] > 0, embedded, model.cap_pad_token)
+        left_out = (position >= length).to(embeds.dtype) * _MASKED
+        angles = [
+            functional.pad(depth[position + 1], (0, self.plane.cos.shape[1]), value=at_zero)[:, :, None]
+            for depth, at_zero in ((self.depth.cos, 1.0), (self.depth.sin, 0.0))
+        ]
+        return prompt, left_out, (angles[0], angles[1]), length[:, 0]
+
+
+class Wan(nn.Module):
+    """Wan 2.1's text-to-video denoiser.
+
+    Args:
+        transformer: A ``WanTransformer3DModel``.
+        folder: Its folder.
+    """
+
+    def __init__(self, transformer: Any, folder: FewStepFolder) -> None:
+        super().__init__()
+        self.transformer = transformer
+        for module in transformer.modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(_Attention(across_heads=True))
+        _, frames, height, width = folder.sample_shape
+        transformer.rope = _Rotation(
+            _wan_angles(transformer.config.attention_head_dim, (frames, height // 2, width // 2))
+        )
+
+    def forward(self, x: Tensor, time: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return the velocity, like ``x``, (B, C, T, H, W)."""
+        (v,) = self.transformer(
+            hidden_states=x, timestep=1000 * time, encoder_hidden_states=prompt_embeds, return_dict=False
+        )
+        velocity: Tensor = v
+        return velocity
+
+
+def _wan_angles(head_dim: int, sizes: tuple[int, int, int], theta: float = 10000.0) -> Tensor:
+    """Return Wan's angles, (1, tokens, 1, head_dim / 2): thirds of the channels turn with frame, row and column."""
+    plane = 2 * (head_dim // 6)
+    return _grid_angles(sizes, (head_dim - 2 * plane, plane, plane), theta)[None, :, None]
+
+
+class ImageDecoder(nn.Module):
+    """The decoder of a KL autoencoder: latents of one stage, (B, C, H, W), to pixels.
+
+    Args:
+        vae: The autoencoder.
+        patches: Side of the patches that the latents come in: their channels are C times its square.
+    """
+
+    def __init__(self, vae: Any, *, patches: int = 1) -> None:
+        super().__init__()
+        self.patches = patches
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return pixels, (B, 3, H', W')."""
+        z = functional.pixel_shuffle(latents, self.patches) if self.patches > 1 else latents
+        pixels: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return pixels
+
+
+class WanDecoder(nn.Module):
+    """The decoder of ``AutoencoderKLWan``: one latent frame after the other, with the causal convolutions' caches.
+
+    Args:
+        vae: The autoencoder.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        kind = type(vae.post_quant_conv)
+        self.num_caches = sum(isinstance(module, kind) for module in vae.decoder.modules())
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return pixels, (B, 3, 1 + 4 (T - 1), H, W), clipped to [-1, 1]."""
+        z = self.post_quant_conv(latents)
+        caches: list[Tensor | None] = [None] * self.num_caches
+        frames = [
+            self.decoder(z[:, :, i : i + 1], feat_cache=caches, feat_idx=[0], first_chunk=i == 0)
+            for i in range(z.shape[2])
+        ]
+        return torch.cat(frames, dim=2).clamp(-1.0, 1.0)
+
+
+NETWORKS: dict[str, Callable[[Any, FewStepFolder], nn.Module]] = {
+    "Flux2KleinPipeline": Flux2,
+    "ZImagePipeline": ZImage,
+    "WanPipeline": Wan,
+}
+"""The denoiser's module by the pipeline's class."""
