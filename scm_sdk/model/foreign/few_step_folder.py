@@ -45,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         width: Width, pixels; 0 is the pipeline's default.
         num_frames: Frames of a video, 4 n + 1; 0 is the pipeline's default, and 0 for an image.
         max_sequence_length: Tokens of a prompt; 0 is the pipeline's default.
-        distilled: Whether the user says that the weights are a few-step student, where the folder cannot tell.
+        distilled: Whether the user says that the weights are a few-step student, where the folder does not say so.
     """
 
     height: int = 0
@@ -72,7 +72,7 @@ class FewStepPipeline:
         sample_shape: Shape of the noise, of the two configs and the settings.
         sigmas: Noise levels of N steps, of the scheduler's config and the sample shape.
         student: Why the folder is known to hold a few-step student: "" if it says so, else what it lacks; of the
-            model index. None if nothing in such a folder can tell.
+            model index. None if no such folder says which it is.
         check: Raises if the transformer's config or the model index is of another variant.
         mask: Whether the prompt has an attention mask.
         objective: Method of the released weights, for the provenance.
