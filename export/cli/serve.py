@@ -50,6 +50,8 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
               help="Successive images out of bound that fail /readyz.")  # fmt: skip
 @click.option("--shadow-warn", is_flag=True, help="Log images out of bound, but stay ready.")
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", help="Form of the log on stderr.")
+@click.option("--traces", is_flag=True,
+              help="Send a trace of each request by OpenTelemetry, to where the variables OTEL_* say.")  # fmt: skip
 @click.option("--trust-engines", is_flag=True, help="Run TensorRT engines that were not built on this machine.")
 @json_option
 @requires("starlette", "uvicorn", "prometheus_client")
@@ -58,7 +60,7 @@ def serve(
     backend: str, precision: str, device: str | None, num_threads: int | None, steps: tuple[int, ...], max_queue: int,
     max_images: int, max_images_per_key: int | None, deadline: float, max_body: int, read_timeout: float,
     max_connections: int, drain_timeout: float, shadow: float, shadow_backend: str, shadow_samples: int,
-    shadow_warn: bool, log_format: str, trust_engines: bool, as_json: bool,
+    shadow_warn: bool, log_format: str, traces: bool, trust_engines: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve a bundle over HTTP.
 
@@ -79,7 +81,8 @@ def serve(
         max_queue=max_queue, max_images=max_images, max_images_per_key=max_images_per_key, deadline=deadline,
         max_body=max_body, read_timeout=read_timeout, max_connections=max_connections, drain_timeout=drain_timeout,
         shadow=shadow, shadow_backend=shadow_backend, shadow_samples=shadow_samples,  # type: ignore[arg-type]
-        shadow_warn=shadow_warn, log_format=log_format, trust_engines=trust_engines,  # type: ignore[arg-type]
+        shadow_warn=shadow_warn, log_format=log_format, traces=traces,  # type: ignore[arg-type]
+        trust_engines=trust_engines,
     )  # fmt: skip
     who = "everyone on this machine" if api_key_file is None else "holders of an API key"
 

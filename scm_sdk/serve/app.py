@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ from .schemas import (
     openapi_document,
 )
 from .service import Call, Service, in_order
+from .traces import Attribute, RequestSpan
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -101,6 +102,14 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request, start = Request(scope), time.perf_counter()
+        is_quiet = scope["path"] in QUIET
+        with nullcontext() if is_quiet else self._service.traces.request(request.headers) as span:
+            await self._answer(request, span, start, receive, send)
+
+    async def _answer(
+        self, request: Request, span: RequestSpan | None, start: float, receive: Receive, send: Send
+    ) -> None:
+        scope = request.scope
         given = request.headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
         state["request_id"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
@@ -131,9 +140,9 @@ class Gate:
         except Exception as exc:  # Starlette answers what it can and raises it again
             state.setdefault("failure", exc)
         finally:
-            self._record(scope, status, time.perf_counter() - start)
+            self._record(scope, span, status, time.perf_counter() - start)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, span: RequestSpan | None, status: int, seconds: float) -> None:
         state = scope["state"]
         endpoint = getattr(scope.get("route"), "path", "other")
         path = scope["raw_path"].decode("latin-1")[:200]  # as it was sent, without line ends
@@ -143,17 +152,24 @@ class Gate:
         if code := state.get("code", ""):
             metrics.rejected.labels(code).inc()
         failed = state.get("failure")
+        fields = {
+            "request_id": state["request_id"], "method": scope["method"], "path": path,
+            "status": status, "ms": round(seconds * 1e3, 2), "client": (scope.get("client") or ("",))[0],
+            "key": state["key"], "code": code, "images": state.get("images", 0),
+        }  # fmt: skip
+        if span is not None:
+            fields["trace_id"] = span.trace_id
+            attributes: dict[str, Attribute] = {
+                "http.request.method": scope["method"], "http.route": endpoint, "url.path": path.partition("?")[0],
+                "http.response.status_code": status, "client.address": fields["client"],
+                "scm.request_id": state["request_id"], "scm.key": state["key"], "scm.images": fields["images"],
+            }  # fmt: skip
+            span.finish(f"{scope['method']} {endpoint}", attributes | ({"error.type": code} if code else {}), failed)
         LOG.log(
             logging.ERROR if failed else logging.DEBUG if scope["path"] in QUIET else logging.INFO,
             "%s %s %d", scope["method"], path, status,
             exc_info=failed,
-            extra={
-                "fields": {
-                    "request_id": state["request_id"], "method": scope["method"], "path": path,
-                    "status": status, "ms": round(seconds * 1e3, 2), "client": (scope.get("client") or ("",))[0],
-                    "key": state["key"], "code": code, "images": state.get("images", 0),
-                }
-            },
+            extra={"fields": fields},
         )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class ServeOptions:
         shadow_samples: Successive images out of bound that fail the readiness check.
         shadow_warn: Only warn in the log and the metrics; stay ready.
         log_format: ``json`` lines or ``text``, on stderr.
+        traces: Send a span of each request to the collector that the variables ``OTEL_*`` name.
     """
 
     bundle: str | os.PathLike[str]
@@ -71,6 +72,7 @@ class ServeOptions:
     shadow_samples: int = 5
     shadow_warn: bool = False
     log_format: LogFormat = "json"
+    traces: bool = False
 
     is_loopback: bool = field(init=False)
 

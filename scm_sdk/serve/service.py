@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from .limits import Admission
 from .metrics import Metrics
 from .options import ServeOptions
 from .schemas import Model, PictureFormat, RequestError
+from .traces import OtelTraces, Traces
 
 T = TypeVar("T")
 READY_SECONDS = 5.0
@@ -90,9 +91,17 @@ class Service:
         admission: The images that were accepted and are not yet made.
         model: What is served, for the API.
         spec: The sampler of the default number of steps.
+        traces: Where spans of requests go.
     """
 
-    def __init__(self, gen: Generator, options: ServeOptions, canary: Canary | None, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        gen: Generator,
+        options: ServeOptions,
+        canary: Canary | None,
+        metrics: Metrics,
+        traces: Traces | None = None,
+    ) -> None:
         opened = gen.opened()
         spec = opened.spec
         name = gen.source.bundle.manifest.name if gen.source.bundle is not None else gen.source.path.name
@@ -114,6 +123,7 @@ class Service:
             guidance_range=spec.guidance_range,
             max_images=options.max_images,
         )
+        self.traces = Traces() if traces is None else traces
         self._path = gen.source.path
         self._gen, self._canary = gen, canary
         self._batcher = gen.batcher(max_queue_size=max(options.max_queue, spec.max_batch))
@@ -132,6 +142,7 @@ class Service:
             ConfigError: If the bundle does not have what the options name.
             ScmError: If it cannot be opened.
         """
+        traces = OtelTraces() if options.traces else Traces()
         gen = Generator.from_pretrained(
             options.bundle,
             backend=options.backend,
@@ -153,11 +164,12 @@ class Service:
                     open_reference(gen, options), bounds, share=options.shadow, tolerated=options.shadow_samples,
                     metrics=metrics,
                 )  # fmt: skip
-            return cls(gen, options, canary, metrics)
+            return cls(gen, options, canary, metrics, traces)
         except BaseException:
             if canary is not None:
                 canary.close()
             gen.close()
+            traces.close()
             raise
 
     def close(self) -> None:
@@ -170,6 +182,7 @@ class Service:
         if self._canary is not None:
             self._canary.close()
         self._gen.close()
+        self.traces.close()
         self.metrics.close()
 
     def __enter__(self) -> Service:
@@ -254,6 +267,10 @@ class Service:
                 futures.append((start, future))
 
         pending: dict[asyncio.Future[GeneratorOutput], int] = {}
+        generating = ExitStack()
+        generating.enter_context(
+            self.traces.part("generate", {"scm.images": len(call.seeds), "scm.num_inference_steps": call.steps})
+        )
         submitted = loop.run_in_executor(self._threads, submit)
         try:
             with self._translated():
@@ -275,6 +292,7 @@ class Service:
                     self._observe(output, call, start)
                     yield start, output
         finally:
+            generating.close()
             if not submitted.done():  # the caller has gone: what is still submitted is dropped, too
                 await asyncio.wait([submitted])
             submitted.exception()  # was raised above, or no request waits for it
@@ -309,7 +327,8 @@ class Service:
             BackendFailure: If one holds NaN or infinity.
         """
         work = partial(_files, self.arrays, output, kind)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        with self.traces.part("encode", {"scm.images": len(output.seeds)}):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def arrays(self, output: GeneratorOutput) -> NDArray[np.uint8]:
         """Return an output's pictures, (N, H, W, C) uint8.

@@ -1,6 +1,7 @@
 """Bundles that are served in a moment, and servers of ``scm-export serve`` in a process of their own."""
 
 import math
+import os
 import re
 import signal
 import socket
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from helpers.toy_bundles import write_linear_graph
@@ -224,13 +226,16 @@ def held(bundle: Path, **options: Any) -> Iterator[HeldServer]:
 
 
 @contextmanager
-def running(bundle: Path, *options: str, timeout: float = 600) -> Iterator[RunningServer]:
+def running(
+    bundle: Path, *options: str, timeout: float = 600, env: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[RunningServer]:
     """Run ``scm-export serve BUNDLE`` on a free port of this machine until the context ends.
 
     Args:
         bundle: The bundle.
         options: Further options; the time limits are minutes unless they say otherwise.
         timeout: Seconds for the start.
+        env: Further variables of its environment.
     """
     import httpx
 
@@ -238,7 +243,7 @@ def running(bundle: Path, *options: str, timeout: float = 600) -> Iterator[Runni
     command += ["--deadline", "600", "--read-timeout", "600", "--drain-timeout", "600"]
     lines: list[str] = []
     with subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | dict(env)
     ) as process:
         assert process.stderr is not None
         stderr, started = process.stderr, threading.Event()
