@@ -12,7 +12,7 @@ from ._util.public import lazy_names
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from ._util.events import EventLines, Events
+    from ._util.events import EventLines, Events, ProgressBar
     from .bundle.bundle import Bundle
     from .bundle.scheduler import diffusers_scheduler
     from .bundle.signing import Identity, PublicKey
@@ -83,6 +83,7 @@ __all__ = [
     "ParityError",
     "Plan",
     "Precision",
+    "ProgressBar",
     "PublicKey",
     "QueueFull",
     "Sampler",
@@ -136,6 +137,7 @@ _HOMES = {
     "ParityError": ".errors",
     "Plan": ".inference.selection",
     "Precision": ".spec",
+    "ProgressBar": "._util.events",
     "PublicKey": ".bundle.signing",
     "QueueFull": ".errors",
     "Sampler": ".model.sampler",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, make_table, print_json, print_table, progress_bar, say, timed_batches_option
+from .common import TerminalEvents, json_option, make_table, print_json, print_table, say, timed_batches_option
 from .located import model_argument
 from .names import BackendAndPrecision
 
@@ -90,13 +90,8 @@ def bench(
             for name in backends
         }
         for batch in batches:
-            with progress_bar(f"batch {batch}", rounds) as update:
-                results.append(
-                    measure(
-                        opened, batch=batch, rounds=rounds, budget=budgets.get(batch),
-                        progress=lambda done, _: update(done),
-                    )
-                )  # fmt: skip
+            with TerminalEvents("", title=f"batch {batch}", total=rounds) as events:
+                results.append(measure(opened, batch=batch, rounds=rounds, budget=budgets.get(batch), events=events))
     if as_json:
         print_json([latency.to_dict() for latency in results])
     else:

@@ -255,6 +255,8 @@ class TerminalEvents(Silent):
 
     Args:
         indent: What each line begins with.
+        title: Title of the bar of work that reports no stage.
+        total: Steps of such work; its bar is shown from the start.
         show_results: Whether results are shown; they are collected in any case.
         hide_bars: Whether steps are not shown.
 
@@ -263,14 +265,25 @@ class TerminalEvents(Silent):
         skipped: Why something was left out, in order.
     """
 
-    def __init__(self, indent: str = "  ", *, show_results: bool = True, hide_bars: bool = False) -> None:
+    def __init__(
+        self,
+        indent: str = "  ",
+        *,
+        title: str = "working",
+        total: int | None = None,
+        show_results: bool = True,
+        hide_bars: bool = False,
+    ) -> None:
         self._indent, self._show_results, self._hide_bars = indent, show_results, hide_bars
-        self._bar, self._stage = ExitStack(), "working"
+        self._bar, self._stage = ExitStack(), title
         self._update: Callable[..., None] | None = None
+        self._total = total
         self.results: list[Any] = []
         self.skipped: list[str] = []
 
     def __enter__(self) -> TerminalEvents:
+        if self._total is not None:
+            self._open_bar(self._total)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -283,10 +296,7 @@ class TerminalEvents(Silent):
 
     def step(self, text: str, done: int, total: int, /) -> None:
         """Move the bar of the stage, or write a line now and then where stderr is no terminal."""
-        if self._update is None:
-            bar = progress_bar(f"{self._indent}{self._stage}", total, hidden=self._hide_bars)
-            self._update = self._bar.enter_context(bar)
-        self._update(done, text, total)
+        (self._update or self._open_bar(total))(done, text, total)
 
     def result(self, made: object, /) -> None:
         """Collect it, and write what ``str`` says of it."""
@@ -301,6 +311,11 @@ class TerminalEvents(Silent):
     def note(self, text: str, /) -> None:
         """Write the text."""
         self._line(f"      {text}")
+
+    def _open_bar(self, total: int) -> Callable[..., None]:
+        bar = progress_bar(f"{self._indent}{self._stage}", total, hidden=self._hide_bars)
+        self._update = self._bar.enter_context(bar)
+        return self._update
 
     def _line(self, text: str) -> None:
         self._bar.close()

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, print_json, say
+from .common import TerminalEvents, json_option, print_json, say
 from .located import model_argument
 from .names import PRECISION, STEPS, Name
 
 if TYPE_CHECKING:
     from scm_sdk.spec import Precision
-
-    from ..edge.artifacts import EdgeArtifact
 
 
 def _runtimes() -> tuple[str, ...]:
@@ -45,20 +43,8 @@ def edge(
     from ..edge.artifacts import add_edge
     from ..edge.runtimes import edge_runtime
 
-    def show(artifact: EdgeArtifact) -> None:
-        if not as_json:
-            say(f"  {artifact.path}: {artifact.bytes / 1e6:.1f} MB{', unchanged' if artifact.unchanged else ''}")
-            for note in artifact.notes:
-                say(f"    {note}")
-
-    made = add_edge(
-        bundle,
-        runtime,
-        precisions=precisions,
-        steps=steps,
-        progress=lambda stage: say(f"  {stage} …"),
-        on_artifact=show,
-    )
+    with TerminalEvents(show_results=not as_json) as events:
+        made = add_edge(bundle, runtime, precisions=precisions, steps=steps, events=events)
     if as_json:
         print_json([artifact.to_dict() for artifact in made])
     backend = edge_runtime(runtime).backend

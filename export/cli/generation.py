@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import json_option, plural, print_json, progress_bar, say
+from .common import TerminalEvents, json_option, plural, print_json, say
 from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath
 
@@ -77,7 +77,7 @@ def generate(
             print_json(rows.to_dict()) if as_json else click.echo(str(rows))
             return
         labels = [_number_or_name(label, gen.opened().spec.class_names) for label in wanted]
-        with progress_bar("generate", num_images) as update:
+        with TerminalEvents("", title="generate", total=num_images) as events:
             result = gen(
                 num_images,
                 class_labels=None if not labels else labels[0] if len(labels) == 1 else labels,
@@ -87,7 +87,7 @@ def generate(
                 guidance_scale=guidance_scale,
                 batch_size=batch_size,
                 output_type="uint8",
-                progress=lambda done, _total: update(done),
+                events=events,
             )
     pixels = np.asarray(result.images)
     if in_one_file:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import json_option, plural, print_json, progress_bar, say
+from .common import TerminalEvents, json_option, plural, print_json, say
 from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath, one_of
 
@@ -101,22 +101,15 @@ def sample(
     chosen = sorted(set(shards)) or range(plan.num_shards)
     total = sum(len(plan.images_of(shard)) for shard in chosen)
     missing = missing_shards(store, plan, chosen)
-    done = total - sum(len(plan.images_of(shard)) for shard in missing)
     worker = Worker(bundle=str(bundle), out=out, plan=plan, device=device, num_threads=threads)
-    with progress_bar("sample", total, done=done) as update:
-
-        def finished(shard: int) -> None:
-            nonlocal done
-            done += len(plan.images_of(shard))
-            update(done, f"shard {shard}")
-
+    with TerminalEvents("", title="sample shards", total=len(missing)) as events:
         if executor == "ray":
             written = run_ray(
                 worker, missing, workers=workers, address=ray_address, cpus_per_worker=cpus_per_worker,
-                gpus_per_worker=gpus_per_worker, finished=finished, stall_seconds=stall_timeout,
+                gpus_per_worker=gpus_per_worker, events=events, stall_seconds=stall_timeout,
             )  # fmt: skip
         else:
-            written = run_local(worker, missing, workers=workers, finished=finished, stall_seconds=stall_timeout)
+            written = run_local(worker, missing, workers=workers, events=events, stall_seconds=stall_timeout)
     if as_json:
         print_json({
             "out": out, "plan": plan.fingerprint, "num_images": num_images, "num_shards": plan.num_shards,
@@ -142,14 +135,12 @@ def merge(samples: str, out: Path | None, as_json: bool) -> None:
     \b
     scm-export merge samples -o samples.npz
     """
-    from scm_sdk.scale.plan import read_plan
     from scm_sdk.scale.shards import merge
     from scm_sdk.scale.store import Store
 
     store = Store(samples)
-    plan = read_plan(store)
-    with progress_bar("merge", plan.num_images if plan else 1) as update:
-        plan = merge(store, out, progress=update)
+    with TerminalEvents("", title="merge") as events:
+        plan = merge(store, out, events=events)
     if as_json:
         print_json({"out": None if out is None else str(out), "num_images": plan.num_images, "plan": plan.fingerprint})
         return

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.lazy import installed_version, require
 from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle
@@ -48,6 +49,10 @@ class EdgeArtifact:
     unchanged: bool = False
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        unchanged = ", unchanged" if self.unchanged else ""
+        return "\n    ".join([f"{self.path}: {self.bytes / 1e6:.1f} MB{unchanged}", *self.notes])
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return dict(vars(self))
@@ -59,8 +64,7 @@ def add_edge(
     *,
     precisions: Sequence[Precision] = (),
     steps: Sequence[int] = (),
-    progress: Callable[[str], object] = lambda _: None,
-    on_artifact: Callable[[EdgeArtifact], object] = lambda _: None,
+    events: Events = SILENT,
 ) -> list[EdgeArtifact]:
     """Convert a bundle's samplers for an edge runtime and add them to the bundle.
 
@@ -72,8 +76,7 @@ def add_edge(
         runtime: A name in ``runtimes.RUNTIMES``.
         precisions: Precisions of the artifacts; () is fp32.
         steps: Only these numbers of steps; () is all.
-        progress: Called with the name of each stage as it begins.
-        on_artifact: Called with each artifact.
+        events: Receives each conversion as a stage, and each artifact as a result.
 
     Raises:
         BackendUnavailable: If a library of the runtime is not installed.
@@ -93,19 +96,19 @@ def add_edge(
     ]
     made = []
     for source in sources:
-        made.append(_add(Bundle.open(path), info, source, progress))
-        on_artifact(made[-1])
+        made.append(_add(Bundle.open(path), info, source, events))
+        events.result(made[-1])
     return made
 
 
-def _add(bundle: Bundle, info: EdgeRuntime, source: EdgeSource, progress: Callable[[str], object]) -> EdgeArtifact:
+def _add(bundle: Bundle, info: EdgeRuntime, source: EdgeSource, events: Events) -> EdgeArtifact:
     steps, precision = source.spec.num_inference_steps, source.precision
     relative = info.path(precision, steps)
     recipe = _recipe(bundle, info, source)
     if recipe_of(bundle, relative) == recipe:
         size = sum(entry.size for entry in files_of(bundle.manifest, _folder(relative)))
         return _described(info, source, relative, size, unchanged=True)
-    progress(f"convert the {steps}-step sampler to {info.title} in {precision}")
+    events.stage(f"convert the {steps}-step sampler to {info.title} in {precision}")
     with extend_bundle(bundle) as draft:
         folder = draft.path(_folder(relative))
         folder.mkdir(parents=True)

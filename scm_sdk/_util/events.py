@@ -1,13 +1,16 @@
 """What long work reports: stages, steps, results, and what was skipped.
 
 Every function that runs for more than a moment takes ``events``, one object for everything that it reports. ``Silent``
-ignores all of it and is what to subclass; ``EventLines`` writes each event as a line.
+ignores all of it and is what to subclass; ``EventLines`` writes each event as a line, ``ProgressBar`` shows the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 @runtime_checkable
@@ -24,7 +27,7 @@ class Events(Protocol):
         """One of the steps of a stage is done.
 
         Args:
-            text: What was done or found.
+            text: What was done or found, or what is counted.
             done: Steps done, this one included.
             total: Steps in all; an upper bound while a search decides what it looks at next.
         """
@@ -91,6 +94,41 @@ class EventLines(Silent):
     def note(self, text: str, /) -> None:
         """Write the text."""
         self._write(text)
+
+
+class ProgressBar(Silent):
+    """Shows the steps of each stage as a bar on stderr, inside a ``with`` statement.
+
+    ``with ProgressBar() as bar: gen(100, events=bar)``
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        title = TextColumn("{task.description}", markup=False)
+        self._bars = Progress(
+            title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        )
+        self._title = ""
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ProgressBar:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._bars.stop()
+
+    def stage(self, title: str, /) -> None:
+        """Give the steps that follow a bar of their own."""
+        self._title, self._task = title, None
+
+    def step(self, text: str, done: int, total: int, /) -> None:
+        """Move the bar."""
+        if self._task is None:
+            self._task = self._bars.add_task(self._title or text, total=total)
+        self._bars.update(self._task, completed=done, total=total)
 
 
 class Counter:

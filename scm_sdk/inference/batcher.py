@@ -96,7 +96,7 @@ class Batcher:
             num_images: Number of images; at most ``max_queue_size`` or 16 of the model's largest
                 batches, whichever is more.
             timeout: Seconds to wait for room in the queue; 0 refuses at once, None waits without a limit.
-            **arguments: The others of ``Generator.__call__``, without ``progress`` and ``batch_size``.
+            **arguments: The others of ``Generator.__call__``, without ``events`` and ``batch_size``.
 
         Returns:
             A future. ``cancel()`` works until its batch starts; the images are then never computed. Functions passed to

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .._util.events import Silent
 from .output import GenerationInfo, GeneratorOutput, make_output
 from .request import OutputType, Request, check_arguments, merge
 from .session import Opened
@@ -82,6 +83,18 @@ def first_batch(waiting: Iterable[Job]) -> list[int]:
     return chosen
 
 
+class _Between(Silent):
+    """Calls a function after each batch but the last."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+
+    def step(self, text: str, done: int, total: int, /) -> None:
+        """Call it if batches are left."""
+        if done < total:
+            self._call()
+
+
 def run_jobs(
     jobs: Sequence[Job], source: Source, *, between: Callable[[], object] = lambda: None
 ) -> list[Ran | Exception]:
@@ -94,12 +107,9 @@ def run_jobs(
     """
     start = perf_counter()
     opened = jobs[0].opened
-    images = sum(map(len, jobs))
     try:
         request = merge([job.request for job in jobs])
-        raw, batches, timings = opened.run(
-            request, jobs[0].batch_size, lambda done: between() if done < images else None
-        )
+        raw, batches, timings = opened.run(request, jobs[0].batch_size, _Between(between))
     except Exception as exc:
         if len(jobs) == 1:
             return [exc]

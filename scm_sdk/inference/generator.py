@@ -12,7 +12,7 @@ batches.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 import numpy as np
 
 from .._util.arguments import check_names, checked_names
+from .._util.events import SILENT, Events
 from .._util.publish import undisturbed
 from ..bundle.bundle import Bundle
 from ..bundle.signing import Signer
 from ..errors import BundleError, ConfigError, IntegrityError, UnknownArgument
 from .backends import Backend
 from .batching import Job, run_in_order
-from .output import GenerationInfo, GeneratorOutput, Progress, make_output, report_progress
+from .output import GeneratorOutput, make_output
 from .prompts import EMBEDS, MASK, Prompts
 from .request import (
     Labels,
@@ -197,7 +198,6 @@ class Generator:
         seed: Seeds | None = None,
         noise: Sequence[np.ndarray] | np.ndarray | None = None,
         output_type: OutputType = "pil",
-        progress: Progress = False,
         batch_size: int | None = None,
         *,
         guidance_scale: float | Sequence[float] | None = None,
@@ -205,6 +205,7 @@ class Generator:
         prompt: str | Sequence[str] | None = None,
         prompt_embeds: np.ndarray | None = None,
         prompt_attention_mask: np.ndarray | None = None,
+        events: Events = SILENT,
     ) -> GeneratorOutput:
         """Generate images.
 
@@ -220,13 +221,13 @@ class Generator:
             output_type: ``"pil"`` list of PIL images; ``"np"`` (N, H, W, C) float32 in [0, 1];
                 ``"pt"`` torch tensor (N, C, H, W) float32 in [0, 1]; ``"uint8"`` (N, H, W, C) uint8;
                 ``"raw"`` ``(N, *image_shape)`` float32 in data units, not clipped.
-            progress: True shows a bar on stderr; a function is called as f(images_done, num_images).
             batch_size: Batch size, at most ``max_batch``; None is ``max_batch``.
             guidance_scale: One number, or one per image, for models with this input.
             conditioning: ``(num_images, ...)`` arrays by name, for models with further inputs.
             prompt: One text for all images, or one per image, for text-to-image models.
             prompt_embeds: Embeddings instead of a prompt: (num_images, L, D) float32, or (1, L, D) for all.
             prompt_attention_mask: Mask of the embeddings, (num_images, L) or (1, L) int64; None keeps every token.
+            events: Receives a step after each batch, with the images done; ``ProgressBar`` shows it.
 
         Raises:
             ConfigError: If an argument is out of its range.
@@ -247,7 +248,8 @@ class Generator:
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
         )
-        raw, info = self._run(opened, request, self._batch_size(opened, batch_size), progress)
+        raw, batches, timings = opened.run(request, self._batch_size(opened, batch_size), events)
+        info = opened.info(self.source, batches=batches, timings=timings)
         return make_output(request, raw, output_type, info.with_total((perf_counter() - start) * 1e3))
 
     @overload
@@ -266,7 +268,7 @@ class Generator:
         call. A few batches of requests are read ahead. For many threads use ``batcher``.
 
         Args:
-            requests: Keyword arguments of ``__call__``, without ``progress`` and ``batch_size``.
+            requests: Keyword arguments of ``__call__``, without ``events`` and ``batch_size``.
             return_exceptions: Yield the exception of a failed request in place of its output, and continue.
 
         Yields:
@@ -392,7 +394,7 @@ class Generator:
         max_seconds: float | None = None,
         budget: str | None = None,
         num_inference_steps: int | None = None,
-        progress: Callable[[int, int], object] | None = None,
+        events: Events = SILENT,
     ) -> Latency:
         """Measure every accepted row of the plan, interleaved, and use the fastest if the backend is ``"auto"``.
 
@@ -406,7 +408,7 @@ class Generator:
             max_seconds: Time limit for slow candidates; None is 60, or no limit with a budget.
             budget: Latency budgets; see ``scm_sdk.measure``.
             num_inference_steps: Number of steps; None is the default of the generator.
-            progress: Called as f(rounds_done, rounds).
+            events: Receives a step after each round.
 
         Returns:
             One entry ``PlanRow.name`` for each; ``str()`` is a table.
@@ -427,7 +429,7 @@ class Generator:
                 warmup=warmup,
                 max_seconds=60.0 if max_seconds is None and budget is None else max_seconds,
                 budget=budget,
-                progress=progress,
+                events=events,
             )
         finally:
             for opened in candidates:
@@ -479,13 +481,6 @@ class Generator:
         opened, request = self._prepare(output_type, options.pop("num_inference_steps", None), **options)
         size = self._batch_size(opened, None)
         return Job(opened=opened, request=request, output_type=output_type, batch_size=size)
-
-    def _run(
-        self, opened: Opened, request: Request, batch_size: int, progress: Progress
-    ) -> tuple[np.ndarray, GenerationInfo]:
-        with report_progress(progress, len(request)) as report:
-            raw, batches, timings = opened.run(request, batch_size, report)
-        return raw, opened.info(self.source, batches=batches, timings=timings)
 
 
 def _open_again(kind: type[Generator], path: Path, arguments: Mapping[str, Any], build_id: str) -> Generator:

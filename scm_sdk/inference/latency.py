@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._util.arguments import checked_names
+from .._util.events import SILENT, Events
 from .._util.machine import describe_machine, peak_rss_mib
 from ..errors import ConfigError, LatencyError
 from .backends import Backend
@@ -227,7 +228,7 @@ def measure(
     budget: str | None = None,
     num_inference_steps: int | None = None,
     end_to_end: bool = False,
-    progress: Callable[[int, int], object] | None = None,
+    events: Events = SILENT,
 ) -> Latency:
     """Measure candidates against each other, interleaved in this process.
 
@@ -243,7 +244,7 @@ def measure(
             commas. Without a name it applies to every candidate.
         num_inference_steps: Number of steps of generators; None is the default of each.
         end_to_end: Time generators from a seed to 8-bit images.
-        progress: Called as f(rounds_done, rounds).
+        events: Receives a step after each round.
 
     Raises:
         ConfigError: If there is no candidate, a number is out of range, or the budget cannot be parsed or is for
@@ -268,8 +269,7 @@ def measure(
             rounds = number
             break
         _round(calls, samples, number)
-        if progress is not None:
-            progress(number + 1, rounds)
+        events.step("rounds", number + 1, rounds)
     base = np.array(next(iter(samples.values())))
     timings = tuple(
         _timing(name, batch, _load_ms(candidates[name], num_inference_steps), first[name], np.array(times), base)

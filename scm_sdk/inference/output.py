@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +17,6 @@ from .selection import PlanRow
 Images = Any
 """A list of PIL images, a NumPy array or a PyTorch tensor, depending on ``output_type``."""
 _SHOWN = 8
-Progress = bool | Callable[[int, int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,22 +133,3 @@ def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: Outp
     if output_type == "np":
         return np.ascontiguousarray(np.moveaxis(unit, 1, -1))
     return require("torch", extra="torch", purpose="output_type 'pt'").from_numpy(unit)
-
-
-@contextmanager
-def report_progress(progress: Progress, total: int) -> Iterator[Callable[[int], object]]:
-    """Provide a function to call with the number of finished images: a bar on stderr, a callback, or no-op."""
-    if not progress:
-        yield lambda done: None
-    elif callable(progress):
-        call = progress
-        yield lambda done: call(done, total)
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("generating", total=total)
-            yield lambda done: bar.update(task, completed=done)

@@ -202,7 +202,7 @@ def check_arguments(arguments: object, *, of: str) -> Mapping[str, Any]:
             f"{of} got a {type(arguments).__name__}, expected a mapping of arguments for each request, such as "
             "{'seed': 1}."
         )
-    for name in sorted({"batch_size", "progress"} & arguments.keys()):
+    for name in sorted({"batch_size", "events"} & arguments.keys()):
         raise UnknownArgument(
             f"{of} got {name!r}, which only a single call takes: requests share batches, of max_batch images at most. "
             "Leave it out, or open the generator with another max_batch."

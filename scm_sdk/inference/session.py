@@ -11,13 +11,14 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from .._util.events import SILENT, Events
 from .._util.forked import check_process
 from ..bundle.goldens import GOLDEN_PATH
 from ..bundle.manifest import ParityRecord
@@ -60,7 +61,7 @@ class Opened:
         return str(getattr(self.backend, "device", "cpu"))
 
     def run(
-        self, request: Request, batch_size: int, report: Callable[[int], object] = lambda done: None
+        self, request: Request, batch_size: int, events: Events = SILENT
     ) -> tuple[np.ndarray, tuple[int, ...], dict[str, float]]:
         """Run a request in batches; the noise of a batch is drawn while the previous one runs.
 
@@ -84,7 +85,7 @@ class Opened:
             noise_s += drawn - began
             began = perf_counter()
             sample_s += began - drawn
-            report(stop)
+            events.step("images", stop, count)
         assert raw is not None, "a request holds at least one image"
         timings = {"load_ms": self.load_ms, "noise_ms": noise_s * 1e3, "sample_ms": sample_s * 1e3}
         return raw, tuple(stop - start for start, stop in parts), timings

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._util.events import SILENT, Events
 from ..errors import ConfigError, ShapeError
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
@@ -93,7 +94,7 @@ def sample_ode(
     *,
     sigma_data: float,
     order: Literal[1, 2] = 2,
-    progress: Callable[[int, int], None] | None = None,
+    events: Events = SILENT,
 ) -> Tensor:
     """Generate samples from standard normal noise by solving the probability-flow ODE, without gradients.
 
@@ -105,7 +106,7 @@ def sample_ode(
         sigma_data: Standard deviation of the data, data units.
         order: 1 is DDIM: one network call per step. 2 is 2S: two per step, one in the last, so
             ``2 * (len(times) - 1) - 1`` in all, and an error that falls with the square of the step.
-        progress: Called after each step with (completed steps, total steps).
+        events: Receives each step.
 
     Returns:
         Samples, (B, *sample), data units, not clipped.
@@ -120,8 +121,8 @@ def sample_ode(
     samples = noise
     for step, state in enumerate(solve_ode(velocity_fn, noise, times, sigma_data=sigma_data, order=order)):
         samples = state
-        if progress is not None and step:
-            progress(step, len(times) - 1)
+        if step:
+            events.step("steps", step, len(times) - 1)
     return samples
 
 

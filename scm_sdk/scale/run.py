@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .._util.events import SILENT, Events
 from .._util.lazy import require
 from .._util.processor import limited_threads
 from ..errors import BackendFailure, ConfigError
@@ -29,8 +30,6 @@ STALL_SECONDS = 3600.0
 """Default time without a finished shard after which a run is given up, seconds."""
 MOST_LOSSES = 3
 """How many times in a row workers may die before any of them finishes a shard."""
-Finished = Callable[[int], object]
-"""Called with the number of each shard that was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def run_local(
     shards: Sequence[int] | None = None,
     *,
     workers: int = 1,
-    finished: Finished = lambda _: None,
+    events: Events = SILENT,
     stall_seconds: float = STALL_SECONDS,
 ) -> int:
     """Write shards in this process or in a pool of processes.
@@ -88,7 +87,7 @@ def run_local(
         worker: What each process opens.
         shards: Shards to write, as ``missing_shards`` lists them; None lists all that are missing.
         workers: Number of processes; 1 uses this one. Each has its own copy of the model.
-        finished: Called in this process with the number of each shard that was written.
+        events: Receives a step for each shard that was written, in this process.
         stall_seconds: Give up when no shard was finished for so long; only with several processes.
 
     Returns:
@@ -105,8 +104,9 @@ def run_local(
         return 0
     if workers == 1:
         write = worker.open()
-        for shard in todo:
-            finished(write(shard))
+        for done, shard in enumerate(todo, 1):
+            write(shard)
+            events.step(f"shard {shard}", done, len(todo))
         return len(todo)
     if worker.num_threads is None:
         cores = limited_threads() or os.cpu_count() or 1
@@ -117,7 +117,7 @@ def run_local(
         try:
             for shard in _run_pool(worker, sorted(left), min(workers, len(left)), stall_seconds):
                 left.discard(shard)
-                finished(shard)
+                events.step(f"shard {shard}", len(todo) - len(left), len(todo))
         except BrokenProcessPool as exc:
             losses = 0 if len(left) < before else losses + 1
             if losses >= MOST_LOSSES:
@@ -185,7 +185,7 @@ def run_ray(
     address: str | None = None,
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float = 0.0,
-    finished: Finished = lambda _: None,
+    events: Events = SILENT,
     stall_seconds: float = STALL_SECONDS,
 ) -> int:
     """Write shards on a Ray cluster, with Ray Data's pool of actors.
@@ -200,7 +200,7 @@ def run_ray(
         address: Address of a cluster; None starts one on this machine.
         cpus_per_worker: Logical CPUs of an actor.
         gpus_per_worker: Logical GPUs of an actor.
-        finished: Called with the number of each shard that was written.
+        events: Receives a step for each shard that was written.
         stall_seconds: Give up when no shard was finished for so long.
 
     Returns:
@@ -250,8 +250,8 @@ def run_ray(
             num_cpus=cpus_per_worker,
             num_gpus=gpus_per_worker or None,
         )
-        for shard in _with_deadline(rows.iter_rows(), stall_seconds):
-            finished(int(shard["shard"]))
+        for done, row in enumerate(_with_deadline(rows.iter_rows(), stall_seconds), 1):
+            events.step(f"shard {row['shard']}", done, len(todo))
         return len(todo)
     finally:
         if started:

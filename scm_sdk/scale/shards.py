@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from .._util.events import SILENT, Events
 from .._util.files import atomic_file, sha256_bytes, sha256_file, sha256_stream
 from .._util.lazy import require
 from ..errors import ConfigError, IntegrityError
@@ -314,7 +315,7 @@ _READERS: dict[str, Callable[[IO[bytes], SamplePlan], NDArray[np.uint8]]] = {
 }
 
 
-def merge(store: Store, out: Path | None, *, progress: Callable[[int], object] = lambda _: None) -> SamplePlan:
+def merge(store: Store, out: Path | None, *, events: Events = SILENT) -> SamplePlan:
     """Check every shard of a finished batch generation and join the images into one ``.npz`` file.
 
     The file has the form that FID tools of guided diffusion read: ``arr_0`` (N, H, W, C) uint8, and ``arr_1`` (N,)
@@ -323,7 +324,7 @@ def merge(store: Store, out: Path | None, *, progress: Callable[[int], object] =
     Args:
         store: Where the shards are.
         out: The file; None checks only.
-        progress: Called with the number of images that were read.
+        events: Receives a step after each shard, with the images read.
 
     Raises:
         ConfigError: If the store has no plan.
@@ -341,7 +342,7 @@ def merge(store: Store, out: Path | None, *, progress: Callable[[int], object] =
             pixels, record = read_shard(store, plan, shard)
             labels.extend(image.class_label for image in record.images if image.class_label is not None)
             done += len(pixels)
-            progress(done)
+            events.step("images", done, plan.num_images)
             yield pixels.tobytes()
 
     if out is None:

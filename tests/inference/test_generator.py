@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from scm_sdk import Generator
+from scm_sdk import EventLines, Generator, ProgressBar
+from scm_sdk._util.events import Silent
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import ParityRecord
 from scm_sdk.errors import BackendFailure, ConfigError
@@ -112,10 +113,11 @@ def test_steps_default_to_two(ort: Generator, reference: Generator, unet_bundle:
 
 
 def test_progress(ort: Generator, capsys: pytest.CaptureFixture[str]) -> None:
-    seen: list[tuple[int, int]] = []
-    ort(7, seed=0, batch_size=3, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(3, 7), (6, 7), (7, 7)]
-    ort(7, seed=0, progress=True)
+    lines: list[str] = []
+    ort(7, seed=0, batch_size=3, events=EventLines(lines.append))
+    assert lines == ["3 of 7: images", "6 of 7: images", "7 of 7: images"]
+    with ProgressBar() as bar:
+        ort(7, seed=0, events=bar)
     streams = capsys.readouterr()
     assert "7/7" in streams.err
     assert streams.out == ""
@@ -190,8 +192,8 @@ def test_a_wrong_request_in_a_stream_costs_only_itself(ort: Generator) -> None:
     assert next(stream).seeds == (2,)
     with pytest.raises(ConfigError, match="num_images is 0"):
         next(stream)
-    with pytest.raises(TypeError, match="progress"):
-        list(ort.stream([{"progress": True}]))
+    with pytest.raises(TypeError, match="events"):
+        list(ort.stream([{"events": Silent()}]))
     assert list(ort.stream([])) == []
 
 

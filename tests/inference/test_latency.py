@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scm_sdk import Generator
+from scm_sdk._util.events import EventLines
 from scm_sdk._util.machine import peak_rss_mib
 from scm_sdk.errors import ConfigError, LatencyError
 from scm_sdk.inference import latency as module
@@ -186,7 +187,7 @@ def test_a_batch_over_the_samplers_is_refused(ort: Generator) -> None:
 
 
 def test_real_backends_side_by_side(ort: Generator, reference: Generator) -> None:
-    seen: list[tuple[int, int]] = []
+    lines: list[str] = []
     result = measure(
         {
             "torch": reference,
@@ -197,9 +198,9 @@ def test_real_backends_side_by_side(ort: Generator, reference: Generator) -> Non
         batch=3,
         rounds=4,
         warmup=1,
-        progress=lambda done, total: seen.append((done, total)),
+        events=EventLines(lines.append),
     )
-    assert seen == [(n, 4) for n in (1, 2, 3, 4)]
+    assert lines == [f"{n} of 4: rounds" for n in (1, 2, 3, 4)]
     assert [timing.name for timing in result] == ["torch", "onnxruntime", "backend", "sleep"]
     assert result["onnxruntime"].load_ms == ort.opened().load_ms
     assert result["backend"].load_ms is None

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from scm_sdk._util.events import EventLines
 from scm_sdk.errors import ConfigError, ShapeError
 from scm_sdk.model.consistency import ConsistencyModel, ModelConfig
 from scm_sdk.model.networks.presets import tiny
@@ -149,7 +150,7 @@ def test_karras_times_golden() -> None:
 
 
 def test_keeps_dtype_reports_progress_and_makes_no_graph() -> None:
-    seen: list[tuple[int, int]] = []
+    lines: list[str] = []
     weight = torch.ones(1, requires_grad=True)
     noise = torch.randn(2, 3, 4, 4)
     out = sample_ode(
@@ -157,10 +158,10 @@ def test_keeps_dtype_reports_progress_and_makes_no_graph() -> None:
         noise,
         karras_times(3, 0.5),
         sigma_data=0.5,
-        progress=lambda done, total: seen.append((done, total)),
+        events=EventLines(lines.append),
     )
     assert out.dtype == torch.float32 and out.shape == noise.shape and not out.requires_grad
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert lines == ["1 of 3: steps", "2 of 3: steps", "3 of 3: steps"]
 
 
 @pytest.mark.parametrize(

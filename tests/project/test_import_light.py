@@ -46,9 +46,9 @@ def test_the_public_names_are_these() -> None:
     assert sorted(set(scm_sdk.__all__) - errors) == [
         "Batcher", "Bundle", "Client", "ClientOutput", "ConsistencyModel", "Decoder", "EventLines", "Events",
         "Generator", "GeneratorOutput", "Identity", "Latency", "ModelConfig", "Parity", "Plan", "Precision",
-        "PublicKey", "Sampler", "SamplerSpec", "TensorSpec", "__version__", "add_engines", "build_all", "check_model",
-        "compare", "diffusers_scheduler", "draw_noise", "export_bundle", "import_flow_pipeline", "import_sana",
-        "measure", "register_network", "validate",
+        "ProgressBar", "PublicKey", "Sampler", "SamplerSpec", "TensorSpec", "__version__", "add_engines", "build_all",
+        "check_model", "compare", "diffusers_scheduler", "draw_noise", "export_bundle", "import_flow_pipeline",
+        "import_sana", "measure", "register_network", "validate",
     ]  # fmt: skip
     assert len(errors) == 17 and set(scm_sdk.__all__) <= set(dir(scm_sdk))
 

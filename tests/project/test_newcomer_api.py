@@ -116,7 +116,7 @@ def test_a_guidance_scale_is_a_number(wrong) -> None:
         assert scale.dtype == np.float32 and scale.tolist() == [4]
 
 
-@pytest.mark.parametrize("name", ["batch_size", "progress"])
+@pytest.mark.parametrize("name", ["batch_size", "events"])
 def test_what_shared_batches_cannot_have_is_said(name: str, gen: Generator) -> None:
     with gen.batcher() as batcher:
         for call in (batcher, batcher.submit, lambda **options: next(gen.stream([options]))):

@@ -10,12 +10,13 @@ RIGHT = """
 from collections.abc import Iterator, Mapping
 from typing import Any
 import numpy as np
-from scm_sdk import ConsistencyModel, Generator, Latency, Parity, add_engines, build_all, compare, measure, validate
+from scm_sdk import ConsistencyModel, EventLines, Generator, Latency, Parity, ProgressBar
+from scm_sdk import add_engines, build_all, compare, measure, validate
 gen = Generator.from_pretrained("model", backend="onnxruntime", num_threads=1)
 gen(4, "red", seed=[1, 2, 3, 4], output_type="np").images
-gen(num_images=2, class_labels=np.array([0, 1]), guidance_scale=[1.0, 2.0], progress=True)
+gen(num_images=2, class_labels=np.array([0, 1]), guidance_scale=[1.0, 2.0], events=ProgressBar())
 gen.reopen(precision="fp16", verify="none").compare(gen, threshold=0.1, reason="why").raise_if_failed()
-latency: Latency = gen.benchmark(batch=8, rounds=10, progress=print)
+latency: Latency = gen.benchmark(batch=8, rounds=10, events=EventLines(print))
 latency.raise_if_over()
 parity: Parity = compare(gen, gen, threshold=0.1, reason="why")
 measure({"one": gen}, batch=1, rounds=20).to_dict()

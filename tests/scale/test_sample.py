@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from scm_sdk._util.events import EventLines, Silent
 from scm_sdk._util.lazy import is_installed
 from scm_sdk.errors import BackendFailure, BackendUnavailable, BundleError, ConfigError, IntegrityError
 from scm_sdk.export.cli import main
@@ -42,9 +43,9 @@ def whole(unet_bundle: Path, plan: SamplePlan, tmp_path_factory: pytest.TempPath
     """A finished run, written by this process."""
     out = tmp_path_factory.mktemp("samples")
     start_or_resume(Store(out), plan)
-    written: list[int] = []
-    assert run_local(Worker(bundle=str(unet_bundle), out=str(out), plan=plan), finished=written.append) == 3
-    assert written == [0, 1, 2] and not missing_shards(Store(out), plan)
+    written: list[str] = []
+    assert run_local(Worker(bundle=str(unet_bundle), out=str(out), plan=plan), events=EventLines(written.append)) == 3
+    assert written == ["1 of 3: shard 0", "2 of 3: shard 1", "3 of 3: shard 2"] and not missing_shards(Store(out), plan)
     return out
 
 
@@ -123,13 +124,14 @@ def test_killed_worker_loses_nothing(unet_bundle: Path, whole: Path, plan: Sampl
     pools: list[run.ProcessPoolExecutor] = []
     monkeypatch.setattr(run, "ProcessPoolExecutor", remember)
 
-    def finished(shard: int) -> None:
-        if not killed:
-            killed.extend(pools[0]._processes)
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
+    class Kill(Silent):
+        def step(self, text: str, done: int, total: int, /) -> None:
+            if not killed:
+                killed.extend(pools[0]._processes)
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
 
-    assert run_local(Worker(bundle=str(unet_bundle), out=str(tmp_path), plan=plan), workers=2, finished=finished) == 3
+    assert run_local(Worker(bundle=str(unet_bundle), out=str(tmp_path), plan=plan), workers=2, events=Kill()) == 3
     assert killed and files(tmp_path) == files(whole)
 
 
@@ -169,9 +171,9 @@ def test_merged_file_is_read_by_numpy(unet_bundle: Path, tmp_path: Path, format)
     out = str(tmp_path / "samples")
     start_or_resume(Store(out), plan)
     run_local(Worker(bundle=str(unet_bundle), out=out, plan=plan))
-    read: list[int] = []
-    merge(Store(out), tmp_path / "all.npz", progress=read.append)
-    assert read == [2, 4, 5]
+    read: list[str] = []
+    merge(Store(out), tmp_path / "all.npz", events=EventLines(read.append))
+    assert read == ["2 of 5: images", "4 of 5: images", "5 of 5: images"]
     with np.load(tmp_path / "all.npz") as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], wanted)
         assert arrays["arr_1"].tolist() == [1, 0, 1, 0, 1]
