@@ -16,9 +16,9 @@ import numpy as np
 
 from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import scratch_folder
-from scm_sdk._util.json_struct import from_json, to_json
+from scm_sdk._util.json_struct import JsonFile
 from scm_sdk._util.lazy import require
-from scm_sdk.errors import ConfigError, ExportError, SchemaError
+from scm_sdk.errors import ConfigError, ExportError
 from scm_sdk.inference.conditioning import Examples
 from scm_sdk.inference.parity.reference import CALIBRATION
 from scm_sdk.spec import SamplerSpec
@@ -41,7 +41,7 @@ _GROUP_BYTES = 256 * 2**20
 """Maximum number of activations per histogram run."""
 
 
-class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Calibration(JsonFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Ranges of the inputs of layers; stored in a bundle as ``calibration/<p>-<n>step.json``.
 
     Attributes:
@@ -54,6 +54,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ranges: Largest representable absolute value, by the name of the node that reads it.
     """
 
+    TITLE = "calibration"
+    REMEDY = "Calibrate again: scm-export quantize"
+
     method: Method
     num_samples: int
     seed: int
@@ -61,23 +64,6 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     graph_sha256: str
     ranges: dict[str, Annotated[float, msgspec.Meta(ge=0)]]
     conditioning: str = ""
-
-    def to_json(self) -> bytes:
-        """Return indented JSON that ``from_json`` reads back to an equal calibration."""
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Calibration:
-        """Parse a calibration.
-
-        Raises:
-            SchemaError: If it cannot be read.
-        """
-        return from_json(
-            data,
-            cls,
-            lambda exc: SchemaError(f"calibration cannot be read: {exc}. Calibrate again: scm-export quantize"),
-        )
 
 
 def calibrate(

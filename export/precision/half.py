@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from scm_sdk._util.json_struct import from_json, to_json
+from scm_sdk._util.json_struct import JsonFile
 from scm_sdk.errors import ConfigError, ExportError
 
 from .fp16_unsafe import DELICATE, delicate_nodes
@@ -90,7 +90,7 @@ class Island(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reason: str
 
 
-class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PrecisionPlan(JsonFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Precision of the nodes of a sampler graph; stored in a bundle as ``precision/<p>.json``.
 
     Attributes:
@@ -98,31 +98,16 @@ class PrecisionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         islands: Nodes that stay in float32.
     """
 
+    TITLE = "precision plan"
+    REMEDY = "Expected the JSON that scm-export precision writes."
+    ERROR = ConfigError
+
     precision: LowPrecision
     islands: tuple[Island, ...] = ()
 
     def with_islands(self, *islands: Island) -> PrecisionPlan:
         """Return this plan with more islands."""
         return msgspec.structs.replace(self, islands=self.islands + islands)
-
-    def to_json(self) -> bytes:
-        """Return indented JSON that ``from_json`` reads back to an equal plan."""
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, data: bytes) -> PrecisionPlan:
-        """Parse a plan.
-
-        Raises:
-            ConfigError: If it is not JSON or violates the schema.
-        """
-        return from_json(
-            data,
-            cls,
-            lambda exc: ConfigError(
-                f"precision plan cannot be read: {exc}. Expected the JSON that scm-export precision writes."
-            ),
-        )
 
 
 def default_plan(precision: LowPrecision) -> PrecisionPlan:

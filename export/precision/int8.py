@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from scm_sdk._util.json_struct import from_json, to_json
+from scm_sdk._util.json_struct import JsonFile
 from scm_sdk.errors import ConfigError, ExportError
 
 from ..graph.ops import stored
@@ -52,37 +52,22 @@ class Exclusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     reason: str
 
 
-class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class QuantizePlan(JsonFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Layers of a sampler graph that compute in int8; stored in a bundle as ``precision/int8.json``.
 
     Attributes:
         exclusions: Layers that keep the precision of the graph.
     """
 
+    TITLE = "quantization plan"
+    REMEDY = "Expected the JSON that scm-export quantize writes."
+    ERROR = ConfigError
+
     exclusions: tuple[Exclusion, ...] = ()
 
     def excluding(self, *exclusions: Exclusion) -> QuantizePlan:
         """Return this plan with more exclusions."""
         return msgspec.structs.replace(self, exclusions=self.exclusions + exclusions)
-
-    def to_json(self) -> bytes:
-        """Return indented JSON that ``from_json`` reads back to an equal plan."""
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, data: bytes) -> QuantizePlan:
-        """Parse a plan.
-
-        Raises:
-            ConfigError: If it is no JSON or breaks the schema.
-        """
-        return from_json(
-            data,
-            cls,
-            lambda exc: ConfigError(
-                f"quantization plan cannot be read: {exc}. Expected the JSON that scm-export quantize writes."
-            ),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

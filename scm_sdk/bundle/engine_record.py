@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from .._util.json_struct import from_json, to_json
+from .._util.json_struct import JsonFile
 from ..errors import SchemaError
 from ..spec import Precision, SamplerSpec
 from .manifest import EngineFacts
@@ -36,7 +36,7 @@ class EngineTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     shape: tuple[int, ...]
 
 
-class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BuildRecord(JsonFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Build and properties of an engine.
 
     Attributes:
@@ -59,6 +59,9 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         warnings: Warnings of the builder, each text once.
     """
 
+    TITLE = BUILD_RECORD_NAME
+    REMEDY = "Build the engine again: scm-export engine"
+
     schema_version: int = SCHEMA_VERSION
     flavor: Flavor = msgspec.field(name="flavour")  # as records spell it
     facts: EngineFacts
@@ -69,15 +72,11 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     precision: Precision
     inputs: tuple[EngineTensor, ...]
     outputs: tuple[EngineTensor, ...]
-    options: dict[str, Any] = {}
-    census: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    census: dict[str, Any] = msgspec.field(default_factory=dict)
+    seconds: dict[str, float] = msgspec.field(default_factory=dict)
     peak_memory_bytes: int = 0
     warnings: tuple[str, ...] = ()
-
-    def to_json(self) -> bytes:
-        """Return indented JSON that ``from_json`` reads back to an equal record."""
-        return to_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> BuildRecord:
@@ -86,16 +85,10 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             SchemaError: If it cannot be read or has a newer schema.
         """
-        record = from_json(
-            data,
-            cls,
-            lambda exc: SchemaError(
-                f"{BUILD_RECORD_NAME} cannot be read: {exc}. Build the engine again: scm-export engine"
-            ),
-        )
+        record = super().from_json(data)
         if record.schema_version != SCHEMA_VERSION:
             raise SchemaError(
                 f"{BUILD_RECORD_NAME} has schema version {record.schema_version}, this scm-sdk reads "
-                f"{SCHEMA_VERSION}. Build the engine again: scm-export engine"
+                f"{SCHEMA_VERSION}. {cls.REMEDY}"
             )
         return record

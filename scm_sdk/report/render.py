@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import shlex
 from pathlib import Path
@@ -17,7 +16,7 @@ from .._util.lazy import require
 from .._version import __version__
 from ..bundle.card import markdown_text
 from ..bundle.manifest import Artifact, Manifest, ParityRecord
-from ..images import make_grid, to_uint8
+from ..images import encode_picture, make_grid, to_uint8
 from ..inference.parity.compare import FLOOR_FACTOR, ROUNDING_FLOOR
 from . import figures
 from .collect import Pictures, Report
@@ -270,15 +269,11 @@ def _script(report: Report, pictures: Pictures) -> dict[str, str]:
 
 def _grid(images: NDArray[np.float32], value_range: tuple[float, float]) -> str:
     """Return a contact sheet as a data URL."""
-    from PIL import Image
-
     finite = np.nan_to_num(images, nan=value_range[0], posinf=value_range[1], neginf=value_range[0])
     columns = min(_COLUMNS, len(images))
     scale = max(1, min(4, _LARGEST_WIDTH // (columns * images.shape[-1])))
     sheet = make_grid(to_uint8(finite.astype(np.float32), value_range), columns, scale, padding=2)
-    stream = io.BytesIO()
-    Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).save(stream, format="png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_picture(sheet, ".png")).decode()
 
 
 def _origin(record: ParityRecord) -> str:
