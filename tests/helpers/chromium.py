@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+DEADLINE = 600
+"""Seconds after which a test gives up waiting: for a hung browser alone, not a bound of anything's speed."""
 WASM_ONLY = ("--disable-gpu",)
 SOFTWARE_WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
@@ -49,12 +51,12 @@ class Page:
         """Send a command and return its result."""
         return self._browser.send(method, parameters, self._session)
 
-    def open(self, url: str, *, timeout: float = 180) -> None:
+    def open(self, url: str, *, timeout: float = DEADLINE) -> None:
         """Open a page and wait until its modules ran."""
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'", timeout=timeout)
 
-    def evaluate(self, expression: str, *, timeout: float = 180) -> Any:
+    def evaluate(self, expression: str, *, timeout: float = DEADLINE) -> Any:
         """Return the value of an expression, or of its promise.
 
         Raises:
@@ -70,7 +72,7 @@ class Page:
         assert thrown is None, thrown.get("exception", {}).get("description") or thrown
         return done["result"].get("value")
 
-    def wait(self, expression: str, *, timeout: float = 180) -> Any:
+    def wait(self, expression: str, *, timeout: float = DEADLINE) -> Any:
         """Wait until an expression is true; return its value."""
         end = monotonic() + timeout
         while not (value := self.evaluate(expression)):
@@ -144,7 +146,7 @@ class Browser:
         return page
 
     def send(
-        self, method: str, parameters: dict[str, Any], session: str | None = None, *, timeout: float = 180
+        self, method: str, parameters: dict[str, Any], session: str | None = None, *, timeout: float = DEADLINE
     ) -> dict[str, Any]:
         """Send a command and return its result.
 

@@ -16,7 +16,7 @@ const done = (value) => process.stdout.write(JSON.stringify(value) + "\\n", () =
 WEB = Path(__file__).resolve().parents[2] / "export" / "edge" / "web"
 
 
-def run_node(script: str, *arguments: object, folder: Path = WEB, timeout: float = 300) -> Any:
+def run_node(script: str, *arguments: object, folder: Path = WEB, timeout: float = 1800) -> Any:
     """Run an ES module and return what it gives to ``done``; skip the test where there is no Node 18.
 
     Args:
@@ -36,3 +36,21 @@ def run_node(script: str, *arguments: object, folder: Path = WEB, timeout: float
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def npm_install(listed: Path, folder: Path) -> None:
+    """Install the packages of a ``package-lock.json`` as it pins them; skip the test where that cannot be done.
+
+    Args:
+        listed: Folder with ``package.json`` and its lock file.
+        folder: Where they are copied and installed.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(listed / name, folder / name)
+    command = [npm, "ci", "--ignore-scripts", "--silent", "--no-audit", "--no-fund"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        pytest.skip(f"the npm registry is unreachable: {done.stderr[-200:]}")

@@ -10,6 +10,8 @@ const SMALL = 128;
 /** Largest side, pixels, of a downloaded picture that is enlarged. */
 const DOWNLOAD = 512;
 const PHASES = { download: "Fetching", open: "Opening", generate: "Generating", prove: "Proving" };
+/** Codes of errors after which a generator may be broken: the next action loads another one. */
+const FATAL = ["worker", "closed", "out-of-memory", "runtime"];
 const NAMES = { auto: "Auto", webgpu: "WebGPU", wasm: "WebAssembly" };
 
 /** @param {string} id @returns {any} */
@@ -23,17 +25,19 @@ let loaded; // `graphs`: those that were fetched
 let running;
 /** @type {Samples | undefined} */
 let shown;
+let shownLink = "";
+let phase = "";
 
-await start();
+try {
+  await start();
+} catch (error) {
+  $("model").textContent = "The site cannot be opened";
+  $("facts").textContent = "";
+  showError(error);
+}
 
 async function start() {
-  try {
-    site = await fetchSite(new URL("./", import.meta.url), undefined, undefined);
-  } catch (error) {
-    $("model").textContent = "The site cannot be opened";
-    showError(error);
-    return;
-  }
+  site = await fetchSite(new URL("./", import.meta.url), undefined, undefined);
   const spec = site.samplers[0];
   const shape = spec.output_shape.length ? spec.output_shape : spec.sample_shape;
   document.title = `${site.name} in the browser`;
@@ -73,7 +77,13 @@ async function start() {
   addChoice("device", offered.map((name) => [name, NAMES[/** @type {"auto"} */ (name)]]), offered[0]);
   const kinds = precisions.length > 1 ? ["auto", ...precisions] : precisions;
   addChoice("precision", kinds.map((name) => [name, name === "auto" ? "Auto" : name]), kinds[0]);
-  readLink();
+  const unfit = readLink();
+  addEventListener("hashchange", () => {
+    const left = readLink();
+    if (running) return;
+    status(left);
+    showCost();
+  });
 
   $("form").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
@@ -96,6 +106,7 @@ async function start() {
     $("generate").disabled = true;
     status("This model takes inputs that the page cannot make. It can be proved here, and scm.js generates with them.");
   }
+  if (unfit) status(unfit);
   showCost();
   showWhat();
 }
@@ -107,9 +118,11 @@ async function start() {
 async function run(action) {
   if (running) return;
   running = new AbortController();
+  const focused = document.activeElement;
+  phase = "";
   $("alert").hidden = true;
+  $("cancel").hidden = $("progress").hidden = $("amount").hidden = false;
   $("controls").disabled = $("prove").disabled = true;
-  $("cancel").hidden = $("progress").hidden = false;
   try {
     await action(running.signal);
   } catch (error) {
@@ -117,12 +130,16 @@ async function run(action) {
     else {
       status("");
       showError(error);
+      if (error instanceof ScmError && FATAL.includes(error.code)) await unload();
     }
   } finally {
     running = undefined;
     $("controls").disabled = false;
     $("prove").disabled = !site.goldens.length;
-    $("cancel").hidden = $("progress").hidden = true;
+    // What was disabled lost the focus, and what is hidden now loses it.
+    const isLost = [document.body, $("cancel")].includes(document.activeElement);
+    if (isLost && focused instanceof HTMLElement) focused.focus({ preventScroll: true });
+    $("cancel").hidden = $("progress").hidden = $("amount").hidden = true;
     showCost();
     showWhat();
   }
@@ -136,8 +153,7 @@ async function run(action) {
 async function generator(signal) {
   const device = value("device");
   if (loaded?.device !== device) {
-    await loaded?.gen.close();
-    loaded = undefined;
+    await unload();
     const gen = await Generator.load(new URL("./", import.meta.url), {
       device: /** @type {"auto"} */ (device),
       signal,
@@ -148,26 +164,34 @@ async function generator(signal) {
   return loaded.gen;
 }
 
+async function unload() {
+  const gen = loaded?.gen;
+  loaded = undefined;
+  await gen?.close().catch(() => {}); // it may have ended by itself
+}
+
 /** @param {AbortSignal} signal */
 async function generate(signal) {
-  const gen = await generator(signal);
+  const link = linkHash();
   const label = $("label").value;
-  const samples = await gen.generate({
+  const request = {
     seed: $("seed").value.trim(),
     numImages: Number(value("count")),
     classLabels: label === "" ? undefined : Number(label),
     prompt: site.prompts.length ? site.prompts[Number($("prompt").value)].text : undefined,
-    guidanceScale: site.samplers[0].guidance_range ? Number($("guidance").value) : undefined,
+    guidanceScale: site.samplers[0].guidance_range ? $("guidance").valueAsNumber : undefined,
     steps: Number(value("steps")),
     precision: /** @type {"auto"} */ (value("precision")),
-    signal,
-    onProgress,
-  });
+  };
+  const gen = await generator(signal);
+  const samples = await gen.generate({ ...request, signal, onProgress });
   markFetched(samples);
   show(samples);
+  shownLink = link;
   const { info } = samples;
   status(`${plural(samples.seeds.length, "image")} by ${NAMES[info.device]} in ${info.precision}, ${duration(info.medianMs)} each.`);
-  history.replaceState(null, "", linkHash());
+  history.replaceState(null, "", link);
+  $("results").scrollIntoView({ block: "nearest" }); // it is below the form on a phone
 }
 
 /** @param {AbortSignal} signal */
@@ -322,16 +346,16 @@ async function download(index) {
 }
 
 async function copyLink() {
-  const url = new URL(linkHash(), location.href).href;
+  const url = new URL(shownLink, location.href).href;
   try {
     await navigator.clipboard.writeText(url);
-    status("Link copied. It opens this page with the same request.");
+    status("Link copied. It opens this page with the request of these images.");
   } catch {
     status(`Copy this link: ${url}`);
   }
 }
 
-/** @returns {string} */
+/** @returns {string} The request of the form. */
 function linkHash() {
   const fields = {
     seed: $("seed").value.trim(),
@@ -339,8 +363,11 @@ function linkHash() {
     steps: value("steps"),
     label: $("label").value,
     prompt: $("prompt").value,
+    guidance: $("guidance").value,
+    device: value("device"),
+    precision: value("precision"),
   };
-  return `#${new URLSearchParams(Object.entries(fields).filter(([, text]) => text !== ""))}`;
+  return `#${new URLSearchParams(Object.entries(fields).filter(([, text]) => text !== "" && text !== "auto"))}`;
 }
 
 /** @param {import("./scm/types.js").SamplerSpec} spec */
@@ -356,20 +383,38 @@ function canGenerate() {
   return site.samplers[0].conditioning.every(({ name, kind }) => kind === "mask" || filled.includes(name));
 }
 
-/** Set the controls to what the link asks for; what does not fit is left out. */
+/**
+ * Set the controls to what the link asks for.
+ * @returns {string} What does not fit and was left out, or "".
+ */
 function readLink() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  if (/^\d{1,20}$/.test(asked.get("seed") ?? "")) $("seed").value = asked.get("seed");
-  for (const id of ["label", "prompt"]) {
-    const text = asked.get(id);
-    if (text && [...$(id).options].some((each) => each.value === text)) $(id).value = text;
+  const unfit = [];
+  for (const [key, text] of new URLSearchParams(location.hash.slice(1))) {
+    if (!setControl(key, text)) unfit.push(`${key}=${text}`);
   }
-  for (const [key, name] of [["n", "count"], ["steps", "steps"]]) {
-    const input = [...document.getElementsByName(name)].find(
-      (each) => /** @type {HTMLInputElement} */ (each).value === asked.get(key),
-    );
-    if (input) /** @type {HTMLInputElement} */ (input).checked = true;
+  return unfit.length ? `The link asks for ${unfit.join(" and ").slice(0, 200)}, which this page does not have.` : "";
+}
+
+/**
+ * @param {string} key Of a link.
+ * @param {string} text
+ * @returns {boolean} Whether the page has it.
+ */
+function setControl(key, text) {
+  if (key === "label" || key === "prompt") {
+    const has = [...$(key).options].some((each) => each.value === text);
+    if (has) $(key).value = text;
+    return has;
   }
+  if (key === "seed" || key === "guidance") {
+    const has = key === "seed" ? /^\d{1,20}$/.test(text) : !$("guidance-field").hidden && Number.isFinite(parseFloat(text));
+    if (has) $(key).value = text;
+    return has;
+  }
+  const inputs = [...document.getElementsByName(key === "n" ? "count" : key)];
+  const input = inputs.find((each) => each instanceof HTMLInputElement && each.type === "radio" && each.value === text);
+  if (input instanceof HTMLInputElement) input.checked = true;
+  return Boolean(input);
 }
 
 /** Say on the buttons how much is still to be fetched. */
@@ -424,10 +469,13 @@ function showWhat() {
 }
 
 /** @param {Progress} event */
-function onProgress({ phase, name, loaded: done, total }) {
+function onProgress({ phase: kind, name, loaded: done, total }) {
   $("progress").value = total ? done / total : 0;
-  const amount = phase === "download" ? `${megabytes(done)} of ${megabytes(total)}` : phase === "open" ? "" : `${done} of ${total}`;
-  status(`${PHASES[phase]} ${phase === "generate" ? "images" : name} ${amount}`.trim() + "…");
+  $("amount").textContent =
+    kind === "download" ? `${megabytes(done)} of ${megabytes(total)}` : kind === "open" ? "" : `${done} of ${total}`;
+  const now = `${PHASES[kind]} ${kind === "generate" ? "images" : name}…`;
+  if (now !== phase) status(now); // a screen reader says it once, not with each number
+  phase = now;
 }
 
 /** @param {unknown} error */

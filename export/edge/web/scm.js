@@ -101,7 +101,8 @@ class Remote {
   /** @type {Map<number, { resolve: (value: any) => void, reject: (error: unknown) => void, hooks: CallOptions }>} */
   #waiting = new Map();
   #next = 0;
-  #ended = false;
+  /** @type {ScmError | undefined} */
+  #ended;
 
   constructor() {
     this.worker = new Worker(new URL("./scm/worker.js", import.meta.url), { type: "module", name: "scm" });
@@ -121,7 +122,7 @@ class Remote {
    */
   async call(call, args, hooks) {
     hooks.signal?.throwIfAborted();
-    if (this.#ended) throw closed();
+    if (this.#ended) throw this.#ended;
     const id = (this.#next += 1);
     const stop = () => {
       this.worker.postMessage({ id, abort: true });
@@ -156,7 +157,7 @@ class Remote {
 
   /** @param {ScmError} error */
   #fail(error) {
-    this.#ended = true;
+    this.#ended ??= error;
     for (const { reject } of this.#waiting.values()) reject(error);
     this.#waiting.clear();
   }

@@ -256,7 +256,7 @@ class TestServer:
 
     def get(self, url: str, path: str, *, host: str | None = None) -> tuple[int, dict[str, str], bytes]:
         parts = urlsplit(url)
-        with closing(http.client.HTTPConnection("127.0.0.1", parts.port or 80, timeout=120)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", parts.port or 80, timeout=1800)) as connection:
             connection.request("GET", path, headers={"Host": host or parts.netloc})
             answer = connection.getresponse()
             return answer.status, dict(answer.getheaders()), answer.read()
@@ -325,7 +325,7 @@ def test_the_command_writes_and_serves(two_precisions: Path, onnxruntime_web: Pa
             url = next(found[0] for line in lines if (found := re.search(r"http://localhost:\d+/", line)))
             assert TestServer().get(url, f"/{SITE_NAME}")[2] == (out / SITE_NAME).read_bytes()
             process.send_signal(2)
-            assert process.wait(120) == 0
+            assert process.wait(1800) == 0
         finally:
             process.kill()
 

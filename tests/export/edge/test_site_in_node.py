@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,11 @@ def test_wrong_options_are_refused_by_name(site: Path) -> None:
         assert got.get("error", "").startswith(f"ScmError {code}: ") and fact in got["error"], (options, got)
 
 
+def changed(text: str, name: str, value: object) -> bytes:
+    """Return a manifest with another value under a name."""
+    return json.dumps(json.loads(text) | {name: value}).encode()
+
+
 def test_damaged_sites_are_refused_before_use(site_copy: Path) -> None:
     model = site_copy / "model/onnx/fp32/1step/model.onnx"
     whole, request = model.read_bytes(), ({}, {"steps": 1})
@@ -212,6 +218,10 @@ def test_damaged_sites_are_refused_before_use(site_copy: Path) -> None:
         (manifest, b"{", "manifest", "is no JSON"),
         (manifest, text.replace('"schema_version": 1', '"schema_version": 2').encode(), "manifest", "version 2"),
         (manifest, text.replace("scm-noise-v1", "scm-noise-v2").encode(), "manifest", "scm-noise-v2"),
+        (manifest, text.replace('"samplers"', '"others"').encode(), "manifest", "samplers is no list"),
+        (manifest, changed(text, "graphs", []), "manifest", "graphs is empty"),
+        (manifest, changed(text, "files", [None]), "manifest", "files[0] is no object"),
+        (manifest, changed(text, "name", 7), "manifest", "name is no string"),
     ]
     for path, damaged, code, fact in cases:
         error = refused(path, damaged)
@@ -219,6 +229,25 @@ def test_damaged_sites_are_refused_before_use(site_copy: Path) -> None:
     model.unlink()
     (found,) = call(site_copy, request)
     assert "ScmError network: " in found["error"] and "model.onnx cannot be read" in found["error"]
+
+
+def test_a_file_that_is_larger_than_listed_or_than_memory_is_refused(
+    site_copy: Path, served: Callable[[Path], str]
+) -> None:
+    """The server sends more than is listed, and reading stops there; the manifest lists more than there can be."""
+    listed = {"path": "page.css", "size": 10, "sha256": "0" * 64, "gzip_size": 0}
+    (site_copy / "page.css").write_bytes(b"x" * (1 << 22))
+    script = """
+    const { fetchFile } = await import(`${args[0]}/scm/files.js`);
+    const events = [];
+    const error = await fetchFile(new URL(args[1]), args[2], (n) => events.push(n)).catch((error) => error);
+    done([error.code, error.message, Math.max(...events)]);
+    """
+    url = served(site_copy)
+    code, message, read = run_node(script, site_copy.as_uri(), url, listed)
+    assert code == "integrity" and "more than the expected 10 bytes" in message and read == 0
+    code, message, _ = run_node(script, site_copy.as_uri(), url, listed | {"size": 2**52})
+    assert code == "out-of-memory" and f"making room for the {2**52} bytes" in message
 
 
 @pytest.mark.parametrize("images", [(16 << 20) - 2048, 20 << 20], ids=["under 4 GiB", "over 4 GiB"])

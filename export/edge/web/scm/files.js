@@ -1,5 +1,5 @@
 /** Files of a site: fetched, unpacked, and compared with the sha256 of the site's manifest before anyone reads them. */
-import { ScmError, messageOf } from "./errors.js";
+import { ScmError, fromRuntime, messageOf } from "./errors.js";
 
 /** Whether this is Node, which reads files of the disk and has no web workers. */
 export const IS_NODE = Boolean(/** @type {any} */ (globalThis).process?.versions?.node);
@@ -43,7 +43,49 @@ export async function fetchSite(base, sha256, signal) {
       `${url} needs the noise contract ${site.noise_contract}, this scm.js has scm-noise-v1. Take a newer scm.js.`,
     );
   }
+  const problem = problemOf(site, SHAPE, "");
+  if (problem) throw new ScmError("manifest", `${url} is damaged: ${problem}. ${REPAIR}`);
   return site;
+}
+
+/** In a list of `SHAPE`: it has at least one element. */
+const MANY = true;
+const ENTRY = { path: "string", size: "number", sha256: "string", gzip_size: "number" };
+const SAMPLER = {
+  times: ["number", MANY], sample_shape: ["number", MANY], sigma_data: "number", output: "string",
+  output_shape: ["number"], value_range: ["number", MANY], num_classes: "number", class_names: ["string"],
+  conditioning: [{ name: "string", shape: ["number"], dtype: "string", kind: "string" }], max_batch: "number",
+};
+const GRAPH = {
+  path: "string", files: ["string", MANY], num_inference_steps: "number", precision: "string",
+  devices: ["string", MANY], bound: { gate: "string", threshold: "number", rank: "number", source: "string" },
+};
+/** Types of what is read of a manifest. The elements of a list have the type of the first one here. */
+const SHAPE = {
+  name: "string", build_id: "string", made_by: "string", license: "string", notes: ["string"],
+  samplers: [SAMPLER, MANY], graphs: [GRAPH, MANY], files: [ENTRY, MANY],
+  goldens: [{ num_inference_steps: "number", path: "string", seeds: ["string", MANY], made_by: "string", conditioning: {} }],
+  prompts: [{ text: "string", conditioning: {} }],
+  runtime: { name: "string", version: "string", devices: {} },
+};
+
+/**
+ * Return what is wrong with a value, or "".
+ * @param {any} value
+ * @param {any} shape
+ * @param {string} name
+ * @returns {string}
+ */
+function problemOf(value, shape, name) {
+  if (Array.isArray(shape)) {
+    if (!Array.isArray(value)) return `${name} is no list`;
+    if (shape[1] === MANY && !value.length) return `${name} is empty`;
+    return value.map((each, i) => problemOf(each, shape[0], `${name}[${i}]`)).find(Boolean) ?? "";
+  }
+  if (typeof shape === "string") return typeof value === shape ? "" : `${name} is no ${shape}`;
+  if (typeof value !== "object" || value === null || Array.isArray(value)) return `${name} is no object`;
+  const inside = Object.entries(shape).map(([key, part]) => problemOf(value[key], part, name ? `${name}.${key}` : key));
+  return inside.find(Boolean) ?? "";
 }
 
 /**
@@ -56,7 +98,7 @@ export async function fetchSite(base, sha256, signal) {
  */
 export async function fetchFile(base, file, onBytes, signal) {
   const url = new URL(file.gzip_size ? `${file.path}.gz` : file.path, base);
-  let bytes = await download(url, file.gzip_size || file.size, onBytes, signal);
+  let bytes = await download(url, file.gzip_size || file.size, onBytes, signal, Math.max(file.size, file.gzip_size));
   // A server may unpack .gz files itself, which it says in a header that only the browser sees.
   if (file.gzip_size && bytes[0] === 0x1f && bytes[1] === 0x8b) bytes = await unpack(url, bytes, file.size);
   if (bytes.length !== file.size) {
@@ -106,12 +148,13 @@ async function checkDigest(name, bytes, expected) {
 
 /**
  * @param {URL} url
- * @param {number | undefined} size Expected bytes, for progress and as a limit; undefined is unknown.
+ * @param {number | undefined} size Expected bytes, for progress; undefined is unknown.
  * @param {OnBytes} [onBytes]
  * @param {AbortSignal} [signal]
+ * @param {number} [most] Largest number of bytes that is read; undefined is any.
  * @returns {Promise<Uint8Array<ArrayBuffer>>}
  */
-async function download(url, size, onBytes, signal) {
+async function download(url, size, onBytes, signal, most) {
   signal?.throwIfAborted();
   if (url.protocol === "file:") {
     const bytes = await readLocal(url);
@@ -138,9 +181,11 @@ async function download(url, size, onBytes, signal) {
     );
   }
   try {
-    return await readBody(response, size, onBytes);
+    if (!response.body || most === undefined) return new Uint8Array(await response.arrayBuffer());
+    return await readAll(response.body, most, url.pathname, (loaded) => onBytes?.(Math.min(loaded, size ?? most), size ?? most));
   } catch (error) {
     signal?.throwIfAborted();
+    if (error instanceof ScmError) throw error;
     throw new ScmError(
       "network",
       `${url} ended early: ${messageOf(error)}. Check the connection, then try again.`,
@@ -150,31 +195,42 @@ async function download(url, size, onBytes, signal) {
 }
 
 /**
- * @param {Response} response
- * @param {number | undefined} size
- * @param {OnBytes} [onBytes]
+ * Read a stream into one buffer, so that a large file is in memory once.
+ * @param {ReadableStream<Uint8Array>} stream
+ * @param {number} most Bytes; more are refused at once.
+ * @param {string} name Whose content it is.
+ * @param {(loaded: number) => void} [onBytes]
  * @returns {Promise<Uint8Array<ArrayBuffer>>}
  */
-async function readBody(response, size, onBytes) {
-  if (!response.body || !onBytes || size === undefined) return new Uint8Array(await response.arrayBuffer());
-  /** @type {Uint8Array[]} */
-  const parts = [];
-  let loaded = 0;
-  onBytes(0, size);
-  for (const reader = response.body.getReader(); ; ) {
+async function readAll(stream, most, name, onBytes) {
+  const bytes = allocate(most, name);
+  let at = 0;
+  onBytes?.(0);
+  for (const reader = stream.getReader(); ; ) {
     const { done, value } = await reader.read();
     if (done) break;
-    parts.push(value);
-    loaded += value.length;
-    onBytes(Math.min(loaded, size), size);
+    if (at + value.length > most) {
+      void reader.cancel().catch(() => {});
+      throw new ScmError("integrity", `${name} has more than the expected ${most} bytes: it is another file. ${REPAIR}`);
+    }
+    bytes.set(value, at);
+    at += value.length;
+    onBytes?.(at);
   }
-  const bytes = new Uint8Array(loaded);
-  let at = 0;
-  for (const part of parts) {
-    bytes.set(part, at);
-    at += part.length;
+  return at === most ? bytes : bytes.slice(0, at);
+}
+
+/**
+ * @param {number} size Bytes.
+ * @param {string} name For what.
+ * @returns {Uint8Array<ArrayBuffer>}
+ */
+function allocate(size, name) {
+  try {
+    return new Uint8Array(size);
+  } catch (error) {
+    throw fromRuntime(error, `making room for the ${size} bytes of ${name}`);
   }
-  return bytes;
 }
 
 /**
@@ -206,19 +262,11 @@ async function readLocal(url) {
  * @returns {Promise<Uint8Array<ArrayBuffer>>}
  */
 async function unpack(url, packed, size) {
-  const bytes = new Uint8Array(size);
-  let at = 0;
   try {
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-    for (const reader = stream.getReader(); ; ) {
-      const { done, value } = await reader.read();
-      if (done) break;
-      if (at + value.length > size) throw new Error(`more than ${size} bytes`);
-      bytes.set(value, at);
-      at += value.length;
-    }
+    return await readAll(stream, size, url.pathname);
   } catch (error) {
+    if (error instanceof ScmError) throw error;
     throw new ScmError("integrity", `${url} cannot be unpacked: ${messageOf(error)}. ${REPAIR}`, error);
   }
-  return at === size ? bytes : bytes.subarray(0, at);
 }
