@@ -28,11 +28,12 @@ let shown;
 let shownLink = "";
 let phase = "";
 
+$("facts").textContent = ""; // the hint for a page without this script
+$("facts").classList.remove("late");
 try {
   await start();
 } catch (error) {
   $("model").textContent = "The site cannot be opened";
-  $("facts").textContent = "";
   showError(error);
 }
 
