@@ -109,7 +109,7 @@ def test_what_is_no_bundle(bundle_copy: Path, tmp_path: Path) -> None:
         (tmp_path, f"holds no file {MANIFEST_NAME}"),
         (Path("nul\0byte"), "is not a folder"),
     ):
-        with pytest.raises(BundleError, match=rf"{found}, expected a bundle. Give the folder that scm-export wrote"):
+        with pytest.raises(BundleError, match=rf"{found}, expected a bundle"):
             Bundle.open(path)
     (bundle_copy / MANIFEST_NAME).unlink()
     (bundle_copy / MANIFEST_NAME).mkdir()

@@ -50,7 +50,7 @@ def test_what_the_server_says(hub, linear):
     hub.repos["someone/linear"] = contents(linear)
     with pytest.raises(BundleError, match="hf:someone/absent is no repository of the hub"):
         Generator.from_pretrained("hf:someone/absent")
-    with pytest.raises(BundleError, match="someone/linear@v9: the repository is there, this revision is not"):
+    with pytest.raises(BundleError, match=r"linear@v9.*this revision is not"):
         Generator.from_pretrained("hf:someone/linear", revision="v9")
     hub.repos["someone/pickles"] = {"model.ckpt": b"x"}
     with pytest.raises(BundleError, match=r"expected a bundle or a checkpoint; it holds model\.ckpt"):
@@ -92,7 +92,7 @@ def test_sizes_are_capped(hub, linear, unet_checkpoint):
     with pytest.raises(BundleError, match="expected at most 4096 files and 1000 bytes"):
         fetch("someone/linear", max_bytes=1000)
     hub.claimed_sizes[MANIFEST_NAME] = 1 << 40
-    with pytest.raises(BundleError, match=r"scm_manifest\.json has 1099511627776 bytes, more than any model needs"):
+    with pytest.raises(BundleError, match=r"scm_manifest\.json has 1099511627776 bytes"):
         fetch("someone/linear")
     hub.repos["someone/unet"] = contents(unet_checkpoint)
     hub.claimed_sizes["config.json"] = 1 << 30

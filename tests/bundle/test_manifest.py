@@ -54,7 +54,7 @@ def changed(**changes: Any) -> bytes:
 
 
 def test_a_newer_schema_says_update() -> None:
-    with pytest.raises(SchemaError, match=r"has schema version 3, this scm-sdk reads up to 2. Install a newer version"):
+    with pytest.raises(SchemaError, match=r"schema version 3, .* up to 2\."):
         Manifest.from_json(changed(schema_version=3, what_we_do_not_know_yet=[1, 2]))
 
 

@@ -246,7 +246,7 @@ def test_who_changes_a_signed_bundle_is_warned_and_it_is_refused(runs: Path, our
 
 def test_what_the_manifest_does_not_list_is_not_signed(bundle_copy: Path, keys: SimpleNamespace) -> None:
     (bundle_copy / "notes.txt").write_bytes(b"")
-    with pytest.raises(BundleError, match=r"is not signed: notes\.txt is a file that its manifest does not list"):
+    with pytest.raises(BundleError, match=r"is not signed: notes\.txt"):
         sign(bundle_copy, PrivateKey(keys.ours.private))
     (bundle_copy / "notes.txt").unlink()
     shutil.move(bundle_copy / "onnx", bundle_copy.parent / "elsewhere")

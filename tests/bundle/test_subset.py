@@ -148,7 +148,7 @@ def test_what_is_not_kept_need_not_be_there_and_what_is_kept_is_whole(whole: Bun
 
 @pytest.mark.parametrize("only", [["onnx/fp32/3step"], ["onnx/fp3"], ["README.md"], [""], []])
 def test_names_that_are_not_there(only: list[str], made_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no artifact '.*', expected some of denoiser, onnx/fp32/1step, onnx"):
+    with pytest.raises(ConfigError, match=r"no artifact '.*', expected some of denoiser, onnx"):
         Bundle.open(made_bundle).subset(tmp_path / "slim", only)
     assert not (tmp_path / "slim").exists()
 

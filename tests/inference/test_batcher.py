@@ -174,7 +174,7 @@ def test_a_full_queue_refuses_or_waits(gen: Generator, gate: Gate) -> None:
         assert gate.entered.acquire(timeout=120)
         held = batcher.submit(seed=1, num_images=2)
         for timeout in (0, 0.01):
-            with pytest.raises(QueueFull, match=r"2 images wait, expected room for 2 within .*max_queue_size = 3"):
+            with pytest.raises(QueueFull, match=r"2 images wait.*max_queue_size = 3"):
                 batcher.submit(seed=2, num_images=2, timeout=timeout)
         assert held.cancel(), "a canceled request makes room at once"
         large = batcher.submit(seed=3, num_images=8, timeout=0)
@@ -337,7 +337,7 @@ def test_closing_ends_a_long_request_after_its_batch_where_it_is_told_to(
     if wait:
         assert len(long.result(0).images) == 64
     else:
-        with pytest.raises(BackendFailure, match="closed with cancel_waiting while a request of several batches ran"):
+        with pytest.raises(BackendFailure, match="closed with cancel_waiting"):
             long.result(0)
         assert gate.batches == [4]
 

@@ -154,7 +154,7 @@ def test_a_budget_is_a_gate(clock: Clock) -> None:
     over = measure(candidates, rounds=2, warmup=0, budget="p95=25ms@b1")
     assert not over
     assert over.over_budget == ("slow has p95 30 ms at batch 1, expected at most 25 ms",)
-    with pytest.raises(LatencyError, match=r"slow has p95 30 ms at batch 1, expected at most 25 ms\. Measure again"):
+    with pytest.raises(LatencyError, match=r"slow has p95 30 ms .*at most 25 ms"):
         over.raise_if_over()
     measure(candidates, rounds=2, warmup=0).raise_if_over()
 

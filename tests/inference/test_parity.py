@@ -136,7 +136,7 @@ def test_what_is_not_finite_never_passes(ort: Generator, value: float) -> None:
 
 def test_loosening_needs_a_reason(ort: Generator) -> None:
     backend = ort.opened().backend
-    with pytest.raises(ConfigError, match=r"threshold is 1\.0e-02, looser than the derived 1\.0e-05 .*a reason"):
+    with pytest.raises(ConfigError, match=r"1\.0e-02, looser than .* 1\.0e-05"):
         compare(backend, backend, seeds=range(5), threshold=1e-2)
     parity = compare(backend, backend, seeds=range(5), threshold=1e-2, reason="int8 on a CPU without VNNI")
     assert (parity.threshold, parity.reason) == (1e-2, "int8 on a CPU without VNNI")
@@ -151,9 +151,9 @@ def test_wrong_arguments(ort: Generator, reference: Generator) -> None:
         compare(ort, reference, batches=())
     with pytest.raises(ConfigError, match="seeds holds 2, expected at least 5, the largest batch"):
         compare(ort, reference, seeds=[1, 2])
-    with pytest.raises(ConfigError, match=r"different samplers \(times: .*1\.1.* and .*\), expected the same"):
+    with pytest.raises(ConfigError, match=r"different samplers \(times: .*1\.1"):
         compare(backend, reference, num_inference_steps=1)
-    with pytest.raises(ConfigError, match="int cannot be compared, expected a Generator or an object with"):
+    with pytest.raises(ConfigError, match="int cannot be compared, expected a Generator"):
         compare(ort, 3)  # type: ignore[arg-type]
 
 
@@ -251,9 +251,7 @@ def test_validation_makes_as_many_seeds_as_the_largest_batch_needs(unet_copy: Pa
 
 def test_a_looser_least_psnr_needs_a_reason_wherever_it_is_asked(ort: Generator, reference: Generator) -> None:
     backend = ort.opened().backend
-    with pytest.raises(
-        ConfigError, match=r"min_psnr_db is 20\.0, looser than 30\.0 dB for any precision, expected a reason"
-    ):
+    with pytest.raises(ConfigError, match=r"min_psnr_db is 20\.0, looser than 30\.0 dB"):
         compare(backend, reference.opened().backend, seeds=range(5), min_psnr_db=20)
     why = {"min_psnr_db": 20, "reason": "a test"}
     assert compare(backend, reference.opened().backend, seeds=range(5), **why).reason == "a test"

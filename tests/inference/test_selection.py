@@ -59,7 +59,7 @@ def test_auto_takes_onnxruntime_only_with_a_passed_parity(unet_copy: Path) -> No
         assert gen(1, seed=0).info.backend == "torch"
         assert any(row.reason == "recorded parity failed: 4.0e-02 of 1.0e-05 allowed" for row in gen.plan().rejected)
     # A name opens it, or it could never be compared again; with a warning.
-    with pytest.warns(RuntimeWarning, match=f"onnxruntime runs {GRAPH}, asked for by name, although .*failed: 4.0e-02"):
+    with pytest.warns(RuntimeWarning, match=rf"onnxruntime runs {GRAPH}.* failed: 4.0e-02"):
         Generator.from_pretrained(unet_copy, backend="onnxruntime").close()
 
 
@@ -221,9 +221,7 @@ def test_a_checkpoint_folder_runs_with_torch(unet_checkpoint: Path, reference: G
         assert (out.info.artifact, len(out.info.sha256)) == (".", 64)
     with Generator.from_pretrained(unet_checkpoint, backend="torch") as gen:
         assert gen(1, seed=1, num_inference_steps=5).info.num_inference_steps == 5
-    with pytest.raises(
-        ConfigError, match=r"it holds safetensors, onnxruntime opens onnx\. Make it first: scm-export onnx"
-    ):
+    with pytest.raises(ConfigError, match=r"onnxruntime opens onnx\. .*scm-export onnx"):
         Generator.from_pretrained(unet_checkpoint, backend="onnxruntime")
 
 
@@ -231,15 +229,13 @@ def test_recorded_samples_are_run_when_asked(unet_copy: Path, linear_bundle: Cal
     for verify in get_args(Verify)[2:]:
         for backend in ("onnxruntime", "torch"):
             Generator.from_pretrained(unet_copy, backend=backend, verify=verify).close()
-    with pytest.raises(BundleError, match="records no sample of 2 steps, expected one for verify='smoke'"):
+    with pytest.raises(BundleError, match=r"no sample of 2 steps.*verify='smoke'"):
         Generator.from_pretrained(linear_bundle(PLAIN), backend="onnxruntime", verify="smoke")
     bundle = Bundle.open(unet_copy)
     golden = bundle.goldens()[2]
     moved = Golden(images=golden.images + np.float32(0.01), seeds=golden.seeds, class_labels=golden.class_labels)
     write_goldens(unet_copy, {2: moved})
-    with pytest.raises(
-        BackendFailure, match=r"differs from the recorded sample by 2\.0e-02 sigma_data, expected at most"
-    ):
+    with pytest.raises(BackendFailure, match=r"the recorded sample by 2\.0e-02 sigma_data"):
         _open_with_new_golden(unet_copy)
 
 

@@ -160,7 +160,7 @@ def test_a_spec_without_the_decoder_says_latents(latent_model: ConsistencyModel)
 
 def test_a_spec_of_another_picture_is_refused(latent_model: ConsistencyModel, network: NetworkGraph) -> None:
     wrong = msgspec.structs.replace(latent_model.spec(1), output_shape=(3, 8, 8))
-    with pytest.raises(ConfigError, match=r"output_shape \(3, 8, 8\), expected \(1, 8, 8\): .*ends with the decoder"):
+    with pytest.raises(ConfigError, match=r"output_shape \(3, 8, 8\), expected \(1, 8, 8\)"):
         compose_sampler(network, wrong)
 
 
@@ -182,7 +182,7 @@ def test_wrong_shapes_are_refused() -> None:
     decoder = Decoder(nn.Upsample(scale_factor=2), SCALE, (2, 4, 4))
     with pytest.raises(ShapeError, match="x_0 has 3 channels, expected 2"):
         decoder(torch.zeros(1, 3, 2, 2))
-    with pytest.raises(ShapeError, match=r"Upsample turned latents of \(2, 4, 4\) into \(2, 8, 8\), expected"):
+    with pytest.raises(ShapeError, match=r"latents of \(2, 4, 4\) into \(2, 8, 8\)"):
         decoder(torch.zeros(1, 2, 4, 4))
 
 

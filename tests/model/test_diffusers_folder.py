@@ -84,7 +84,7 @@ def test_shards_are_one_model(folder):
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 1.2]), torch.tensor([0, 2])
     torch.testing.assert_close(load_diffusers(folder)(x, t, labels), whole(x, t, labels), rtol=0, atol=0)
     (folder / "unet" / "part-1.safetensors").unlink()
-    with pytest.raises(BundleError, match=r"1 of 2 shards are missing in .*unet, first part-1\.safetensors"):
+    with pytest.raises(BundleError, match=r"1 of 2 shards .*first part-1\.safetensors"):
         load_diffusers(folder)
 
 
@@ -326,7 +326,7 @@ def test_a_teacher_may_be_another_network_than_the_student(saved, npz, tmp_path,
     start = resolve(config)
     assert start.model_config.network == tiny(num_classes=3)
     other = TrainConfig(objective="scd", teacher=str(unet_checkpoint), init_from=str(tmp_path / "own"), data=data)
-    with pytest.raises(ConfigError, match=r"the classes of .* are cat, dog, robot, rocket, those of the data a, b, c"):
+    with pytest.raises(ConfigError, match=r"are cat, dog, robot, rocket, .* a, b, c"):
         resolve(other)
 
 

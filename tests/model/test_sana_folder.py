@@ -139,7 +139,7 @@ def test_a_shard_of_another_folder_is_never_read(sana_copy: Path) -> None:
 
 def test_weights_of_another_size_are_refused(sana_copy: Path) -> None:
     change(sana_copy / "transformer" / "config.json", {"num_layers": 2})
-    with pytest.raises(IntegrityError, match=r"do not fit its config: \d+ tensors differ, first 'transformer_blocks.1"):
+    with pytest.raises(IntegrityError, match=r"\d+ tensors differ, first 'transformer_blocks\.1"):
         load_sana(sana_copy)
 
 
@@ -177,7 +177,5 @@ def test_sizes_are_read_or_refused(text: str, message: str) -> None:
 
 
 def test_a_size_between_the_cells_is_refused(sana_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"images are 33x32 pixels, expected multiples of 2.*64x64 is the model's own"
-    ):
+    with pytest.raises(ConfigError, match=r"33x32 pixels, expected multiples of 2.*64x64"):
         import_sana(sana_folder, tmp_path / "out", size=(33, 32))

@@ -128,7 +128,7 @@ def test_giant_requests_are_refused_before_anything_is_built(gen: Generator) -> 
     with pytest.raises(ConfigError, match=rf"num_images is 1000000000, expected at most {MAX_IMAGES}"):
         gen(10**9)
     large = msgspec.structs.replace(SPEC, sample_shape=(3, 1024, 1024), num_classes=0, class_names=())
-    with pytest.raises(ConfigError, match="num_images is 342, expected at most 341 in one request, 12582912 bytes"):
+    with pytest.raises(ConfigError, match="num_images is 342, expected at most 341"):
         make_request(large, num_images=342)
     assert len(make_request(large, num_images=341)) == 341
     words = TensorSpec(name="prompt_embeds", shape=(300, 2304))

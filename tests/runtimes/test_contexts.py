@@ -50,7 +50,7 @@ def test_a_lane_that_cannot_be_set_up_leaves_nothing(played, spec: SamplerSpec, 
             raise RuntimeError("a pybind exception")
 
         patch.setattr(Context, "infer_shapes", foreign)
-        with pytest.raises(BackendFailure, match="setting an engine up failed with RuntimeError: a pybind exception"):
+        with pytest.raises(BackendFailure, match="RuntimeError: a pybind exception"):
             backend.sample(*inputs(spec, 1))
     made: list[PlayedBuffer] = []
 

@@ -41,9 +41,7 @@ def test_a_good_engine_passes_every_check(engine: Path, spec: SamplerSpec) -> No
 def test_damage_is_found_before_the_library_sees_it(engine: Path, spec: SamplerSpec) -> None:
     good = engine.read_bytes()
     engine.write_bytes(good[:-1])
-    with pytest.raises(
-        IntegrityError, match=r"has \d+ bytes, expected \d+: it was cut short\. Build it again: scm-export"
-    ):
+    with pytest.raises(IntegrityError, match=r"has \d+ bytes, expected \d+: .*scm-export engine"):
         read_engine(engine, spec, HOST)
     engine.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
     with pytest.raises(IntegrityError, match=r"is not the engine that build\.json describes"):
@@ -188,7 +186,7 @@ def test_host_code_runs_only_from_who_is_trusted(engine, spec, monkeypatch: pyte
         open_backend(engine, spec)
     assert allowed == [False], "a plain engine needs no such leave"
     rewrite(engine, facts=msgspec.structs.replace(record_of(engine).facts, version_compatible=True))
-    with pytest.raises(BackendUnavailable, match="holds code that runs on the host, expected one that you trust"):
+    with pytest.raises(BackendUnavailable, match="holds code that runs on the host"):
         open_backend(engine, spec)
     assert allowed == [False]
     with pytest.raises(IncompatibleEngineError):

@@ -132,13 +132,13 @@ def test_snapshots_that_do_not_reach_damaged_ones_and_none(run, tmp_path):
     source, _ = run
     folder = tmp_path / "ema"
     folder.mkdir()
-    with pytest.raises(TrainError, match="holds no snapshots, expected those of a run with --ema-profile"):
+    with pytest.raises(TrainError, match=r"holds no snapshots.*--ema-profile"):
         reconstruct(tmp_path, 0.1)
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     name = f"{ITERATIONS:08d}-0.05.safetensors"
     whole = (source / "ema" / name).read_bytes()
     (folder / name).write_bytes(whole)
-    with pytest.raises(TrainError, match=r"off by \d+%, at most 10% is allowed. Choose a width nearer to 0.05"):
+    with pytest.raises(TrainError, match=r"off by \d+%, .*nearer to 0\.05"):
         reconstruct(tmp_path, 0.2)
     (folder / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(IntegrityError, match="is no snapshot of an average"):
@@ -200,7 +200,5 @@ def test_only_models_of_one_shape_are_averaged(run, tmp_path):
     model = ConsistencyModel.from_pretrained(out)
     config = msgspec.structs.replace(model.config, mid_time=0.7)
     ConsistencyModel(config, model.network).save_pretrained(tmp_path / "later")
-    with pytest.raises(
-        ConfigError, match=r"later has mid_time = 0.7, .* has 1.1; expected models that differ in their"
-    ):
+    with pytest.raises(ConfigError, match=r"mid_time = 0\.7, .* has 1\.1"):
         average_models([out, tmp_path / "later"])

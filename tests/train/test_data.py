@@ -57,7 +57,7 @@ def test_data_from_npy(tmp_path, name):
     data = load_data(DataConfig(source=source))
     np.testing.assert_array_equal(data.images, pixels)
     assert data.labels is None
-    with pytest.raises(ConfigError, match=rf"label is 'kind', and .*{name} is one array without labels.*npz"):
+    with pytest.raises(ConfigError, match=rf"label is 'kind', .*{name} .*without labels"):
         load_data(DataConfig(source=source, label="kind"))
 
 
@@ -84,7 +84,7 @@ def test_arrays_that_are_none(tmp_path, monkeypatch):
 def test_unknown_label_lists_the_columns(npz):
     with pytest.raises(ConfigError, match=r"label 'color' is no column of .*, expected one of kind"):
         load_data(DataConfig(source=str(npz), label="color"))
-    with pytest.raises(ConfigError, match=r"rows \(--rows\) are 0\.\.99, expected a range within the 12 images"):
+    with pytest.raises(ConfigError, match=r"--rows\) are 0\.\.99, .* the 12 images"):
         load_data(DataConfig(source=str(npz), rows=(0, 99)))
 
 

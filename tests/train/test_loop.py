@@ -245,7 +245,7 @@ def test_nan_steps_are_skipped_then_stop_the_run(npz, tmp_path, monkeypatch):
     assert logs[-1].skipped == 2
     assert all(torch.isfinite(p).all() for p in weights(tmp_path / "some").values())
     bad = {2, 3}
-    with pytest.raises(TrainError, match="2 steps in a row had a loss or gradient that is not finite, at iteration 3"):
+    with pytest.raises(TrainError, match=r"2 steps in a row .* at iteration 3"):
         train(config(npz, max_bad_steps=2), tmp_path / "many")
 
 
@@ -301,7 +301,7 @@ def test_config_round_trip_and_unknown_key(npz):
 
 
 def test_data_and_network_must_fit(npz, tmp_path):
-    with pytest.raises(ConfigError, match=r"images are \(C, H, W\) = \(1, 8, 8\), the network takes \(1, 16, 16\)"):
+    with pytest.raises(ConfigError, match=r"images are .* \(1, 8, 8\), .* \(1, 16, 16\)"):
         train(config(npz, network=tiny(num_classes=3, image_size=16)), tmp_path / "run")
     with pytest.raises(ConfigError, match="data has 3 classes, the network 4"):
         train(config(npz, network=tiny(num_classes=4)), tmp_path / "run")

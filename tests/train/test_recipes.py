@@ -74,7 +74,7 @@ def test_every_recipe_is_a_run_and_students_find_their_teachers():
         if not name.endswith("teacher"):
             assert f"runs/{before}-teacher" in (c.teacher, c.init_from)
     assert recipe("imagenet512-l-scd-vsd").init_from == "runs/imagenet512-l-scd"
-    with pytest.raises(ConfigError, match=r"recipe is 'cifar100', expected one of cifar10-\{teacher,sct,scd\}"):
+    with pytest.raises(ConfigError, match=r"recipe is 'cifar100', .* cifar10-\{teacher,sct,scd\}"):
         recipe("cifar100")
 
 

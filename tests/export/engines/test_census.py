@@ -184,7 +184,7 @@ def test_an_int8_product_that_is_split_runs_in_half_and_is_refused(tmp_path: Pat
     assert not compare_stored(low, {k: v.const_value.numpy() for k, v in full.graph.initializers.items()}).changed
     arguments = (graph(tmp_path / "bundle", "int8"), tmp_path / "engine", options("8.0"))
     if one:
-        with pytest.raises(ExportError, match=r"1 layers run in another type \(step0/before\.0/MatMul: Half, not Int8"):
+        with pytest.raises(ExportError, match=r"1 layers .*before\.0/MatMul: Half, not Int8"):
             build_engine(*arguments)
         return
     census = build_engine(*arguments).census["built"]

@@ -170,7 +170,7 @@ def test_graphs_that_are_not_ours(graphs: Path, tmp_path: Path) -> None:
 def test_options_are_checked_before_anything_is_built(graphs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"batch is \(2, 1, 5\), expected 1 <= smallest"):
         options(batch=(2, 1, 5))
-    with pytest.raises(ConfigError, match=r"cannot build for compute capability 9\.0, expected one of 7\.5"):
+    with pytest.raises(ConfigError, match=r"compute capability 9\.0, expected one of 7\.5"):
         options("9.0")
     with pytest.raises(ConfigError, match="expected one GPU"):
         options("8.0", "8.6", flavor="tensorrt")
@@ -213,7 +213,7 @@ def test_tensorrt_itself_is_missing_here_and_says_so(graphs: Path) -> None:
 
 
 def test_what_cannot_be_built_is_said_before_the_export(unet_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(ConfigError, match=r"cannot build for h100 \(9\.0\).*--flavor tensorrt on such a GPU"):
+    with pytest.raises(ConfigError, match=r"h100 \(9\.0\).*--flavor tensorrt"):
         build_all(unet_checkpoint, tmp_path / "bundle", targets=resolve_targets(["a100", "h100"]))
     monkeypatch.setattr(add, "load_flavor", lambda flavor, purpose: None)
     if current_gpu() is None:

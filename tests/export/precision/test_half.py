@@ -123,7 +123,7 @@ def test_conditioning_is_what_does_not_depend_on_noise(fp32: ir.Model) -> None:
 
 def test_a_pattern_that_matches_nothing_is_refused(fp32: ir.Model) -> None:
     plan = default_plan("fp16").with_islands(Island(pattern="step*/decoder.*", reason="a typing error"))
-    with pytest.raises(ConfigError, match=r"'step\*/decoder\.\*' matches no node, expected a shell pattern"):
+    with pytest.raises(ConfigError, match=r"'step\*/decoder\.\*' matches no node"):
         apply_precision(fp32, plan)
 
 
@@ -176,7 +176,7 @@ def test_a_target_that_is_met_needs_no_islands(fp32: ir.Model, probe: Probe) -> 
 
 def test_a_target_out_of_reach_is_an_error(fp32: ir.Model, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "gate_db", lambda model: 70.0)  # a network that rounds however it is cut
-    with pytest.raises(ParityError, match=r"reaches 70\.0 dB with every block in float32, expected 90\.0 dB"):
+    with pytest.raises(ParityError, match=r"reaches 70\.0 dB .*expected 90\.0 dB"):
         find_islands(fp32, default_plan("fp16"), probe, 90)
 
 

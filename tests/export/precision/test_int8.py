@@ -268,9 +268,7 @@ def test_the_cpu_form_is_another_file_and_runs_fused(unet_copy: Path, caplog: py
     assert not caplog.records, "what its quantizer advises is not the user's to do"
     assert variant.psnr_db is not None and variant.psnr_db > 20
     far = QuantizePlan(exclusions=(Exclusion(pattern="step2/*", reason="asked for"),))
-    with pytest.raises(
-        ConfigError, match=r"'step2/\*' names a step that no graph of .* has, expected step0/ to step1/"
-    ):
+    with pytest.raises(ConfigError, match=r"'step2/\*' .*expected step0/ to step1/"):
         add_int8(unet_copy, QuantizeOptions(plan=far), steps=[1])
     with pytest.raises(ConfigError, match="int8-cpu was asked for with method entropy"):
         QuantizeOptions(precision="int8-cpu", method="entropy")

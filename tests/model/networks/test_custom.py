@@ -172,7 +172,7 @@ def test_a_checkpoint_finds_its_code_again(tmp_path, monkeypatch):
     x, t, text = torch.randn(2, 2, 12), torch.tensor([0.5]), torch.randn(2, 3)
     torch.testing.assert_close(again(x, t, text=text), model(x, t, text=text), rtol=0, atol=0)
     monkeypatch.delitem(custom.NETWORKS.factories, "tests/sound")
-    with pytest.raises(ConfigError, match=r"network is 'tests/sound', whose code is not part.*register_network"):
+    with pytest.raises(ConfigError, match=r"'tests/sound'.*register_network"):
         ConsistencyModel.from_pretrained(tmp_path)
     given = ConsistencyModel.from_pretrained(tmp_path, network=Sound())
     torch.testing.assert_close(given(x, t, text=text), model(x, t, text=text), rtol=0, atol=0)
@@ -197,9 +197,9 @@ def test_tied_weights_are_stored():
 
 
 def test_registering_and_describing_go_wrong_clearly():
-    with pytest.raises(ConfigError, match=r"'tests/sound' is registered twice, as .*Sound and as .*Faulty"):
+    with pytest.raises(ConfigError, match=r"'tests/sound' is registered twice.*Faulty"):
         register_network("tests/sound")(Faulty)
-    with pytest.raises(ConfigError, match=r"a network with its sample_shape, for example ConsistencyModel\(network="):
+    with pytest.raises(ConfigError, match=r"sample_shape.*ConsistencyModel\(network="):
         ConsistencyModel(network=Sound(), sigma_data=0.5)
     with pytest.raises(ConfigError, match=r"cannot be made with \{'rows': 3\}: .*rows"):
         custom.make_own_network(sound(arguments={"rows": 3}).config.network)

@@ -206,5 +206,5 @@ def test_checkpoints_come_back(name: str, tmp_path: Any) -> None:
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([0.5])
     with torch.inference_mode():
         torch.testing.assert_close(model.network(x, t), network(x, t), atol=0, rtol=0)
-    with pytest.raises(ConfigError, match=r"default_guidance is 4.0, expected a number in guidance_range = 1.0\.\.2.0"):
+    with pytest.raises(ConfigError, match=r"default_guidance is 4\.0, .* 1\.0\.\.2\.0"):
         ModelConfig(network=TINY[name], default_guidance=4.0)
