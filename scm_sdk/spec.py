@@ -194,6 +194,12 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return len(self.times)
 
     @property
+    def targets(self) -> tuple[float, ...]:
+        """Time that each step leads to, radians, the second time of a flow map: the next one in the ODE, else 0."""
+        following = (*self.times[1:], 0.0)
+        return following if self.renoise == "ode" else (0.0,) * len(self.times)
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one output, without the batch axis."""
         return self.output_shape or self.sample_shape

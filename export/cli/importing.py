@@ -52,10 +52,10 @@ def import_(
 ) -> None:  # fmt: skip
     """Import a few-step pipeline of diffusers, or an EDM or EDM2 pickle.
 
-    Pipelines: SANA-Sprint, FLUX.2-klein, Z-Image-Turbo, and students of Wan 2.1 (rCM, DMD). A pipeline is converted to
-    a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved, or a .pkl file,
-    whose weights are read without executing it. An import that already exists in OUT with the same options is left
-    unchanged.
+    Pipelines: SANA-Sprint, FLUX.2-klein, Z-Image-Turbo, AnyFlow, and students of Wan 2.1 (rCM, DMD). A pipeline is
+    converted to a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved, or
+    a .pkl file, whose weights are read without executing it. An import that already exists in OUT with the same options
+    is left unchanged.
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2

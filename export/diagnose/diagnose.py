@@ -279,7 +279,7 @@ class _Doctor:
         labels = self.feeds.get("class_labels")
 
         def error(t: float, labels: np.ndarray | None) -> float:
-            return relative_difference(at["F"], self._torch(at["network_input"], t, labels))
+            return relative_difference(at["F"], self._torch(at["network_input"], t, labels, spec.targets[step]))
 
         found = error(t, labels)
         off = found > self.tolerance
@@ -320,13 +320,15 @@ class _Doctor:
             what += ": the time was rounded to float16"
         return Finding(fault="time", step=step, value=value, text=what)
 
-    def _torch(self, x: np.ndarray, t: float, labels: np.ndarray | None) -> np.ndarray:
+    def _torch(self, x: np.ndarray, t: float, labels: np.ndarray | None, target: float) -> np.ndarray:
         import torch
 
         names = [tensor.name for tensor in self.spec.conditioning_inputs]
         given = {name: torch.from_numpy(self.feeds[name]) for name in names}
         if labels is not None:
             given["class_labels"] = torch.from_numpy(labels)
+        if self.model.config.flow_map:
+            given["r"] = torch.full((len(x),), target)
         with torch.inference_mode():
             F = self.model.network(torch.from_numpy(x), torch.full((len(x),), t), **given)
         array: np.ndarray = F.numpy()
@@ -341,11 +343,11 @@ class _Doctor:
 
         found = []
         ends = {"output": "latents", "output_shape": ()} if self.decodes else {}
-        for step in range(self.spec.num_inference_steps):
-            so_far = msgspec.structs.replace(self.spec, times=self.spec.times[: step + 1], **ends)
-            inputs = [torch.from_numpy(self.feeds[tensor.name]) for tensor in so_far.inputs]
-            with torch.inference_mode():
-                wanted = Sampler(self.model, so_far).eval()(*inputs).numpy()
-            gap = difference(self.values[f"step{step}/x0"], wanted, self.seeds, so_far)
+        ending = msgspec.structs.replace(self.spec, **ends)
+        inputs = [torch.from_numpy(self.feeds[tensor.name]) for tensor in self.spec.inputs]
+        with torch.inference_mode():
+            estimates = [each.numpy() for each in Sampler(self.model, self.spec).eval().estimates(*inputs)]
+        for step, wanted in enumerate(estimates):
+            gap = difference(self.values[f"step{step}/x0"], wanted, self.seeds, ending)
             found.append(gap.psnr_db if gap.finite else 0.0)
         return tuple(found)

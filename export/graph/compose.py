@@ -5,7 +5,7 @@ that depend only on the time are computed here and stored; values that depend on
 stored as a table. Around the network is the algebra of the sampler, float32 with constants computed in float64:
 
     x_t   = cos(t) x0 + sin(t) sigma_data noise          (no x0 in the first step)
-    F     = network(x_t / sigma_data, t, class_labels)
+    F     = network(x_t / sigma_data, t, class_labels)   (a flow map also takes r, the time that the step leads to)
     x0    = cos(t) x_t - sin(t) sigma_data F
     noise = sin(t) / sigma_data x_t + cos(t) F           (of the next step; only if ``renoise`` is ``ode``)
 
@@ -31,7 +31,16 @@ from scm_sdk.spec import SamplerSpec
 from .cleanup import check_time_folded, narrow_splits
 from .decoder import decoder_stage
 from .label_table import LABEL_INPUT, label_branch
-from .partial_eval import BATCH_DIM, TIME_INPUT, classify, needed, time_border, time_constants
+from .partial_eval import (
+    BATCH_DIM,
+    TARGET_INPUT,
+    TIME_INPUT,
+    TIME_INPUTS,
+    classify,
+    needed,
+    time_border,
+    time_constants,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,11 +177,11 @@ class _Unroller:
         copies: dict[ir.Value, ir.Value] = {
             value: x if value.name == "x" else self.inputs[value.name or ""]
             for value in self.source.inputs
-            if value.name != TIME_INPUT
+            if value.name not in TIME_INPUTS
         }
         narrow: set[ir.Value] = set()  # one row for the whole batch
         for value, constant in zip(
-            self.border, time_constants(self.source, self.border, self.spec.times[step]), strict=True
+            self.border, time_constants(self.source, self.border, self._times(step)), strict=True
         ):
             copies[value] = self._constant(f"step{step}/{value.name}", constant.array)
             if constant.per_sample:
@@ -206,6 +215,9 @@ class _Unroller:
             return self._expand(step, copies[self.output], x)
         return copies[self.output]
 
+    def _times(self, step: int) -> dict[str, float]:
+        return {TIME_INPUT: self.spec.times[step], TARGET_INPUT: self.spec.targets[step]}
+
     def _add_labels(self, step: int) -> dict[ir.Value, ir.Value]:
         """Read one row of the step's table per sample; return the values of the label branch in it."""
         import numpy as np
@@ -214,7 +226,7 @@ class _Unroller:
         if self.labeled is None:
             return {}
         name, border = f"step{step}/labels", self.labeled.border
-        found = self.labeled.rows(self.source, self.spec.times[step])
+        found = self.labeled.rows(self.source, self._times(step))
         alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # already contiguous
         laid = found if alike else [rows.reshape(len(rows), -1) for rows in found]
         rows_of_all = np.concatenate(laid, axis=1)

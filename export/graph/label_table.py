@@ -40,8 +40,8 @@ class LabelBranch:
     border: tuple[ir.Value, ...]
     num_classes: int
 
-    def rows(self, graph: ir.Graph, t: float) -> list[np.ndarray]:
-        """Return each border value for each class at a time, (num_classes, ...).
+    def rows(self, graph: ir.Graph, times: Mapping[str, float]) -> list[np.ndarray]:
+        """Return each border value for each class at the times of a step, (num_classes, ...).
 
         Raises:
             UnsupportedGraphError: If a row depends on the labels of other samples; it names the value.
@@ -49,7 +49,7 @@ class LabelBranch:
         import numpy as np
 
         def of(labels: np.ndarray) -> list[np.ndarray]:
-            return evaluate(graph, list(self.border), batch=len(labels), t=t, given={LABEL_INPUT: labels})
+            return evaluate(graph, list(self.border), batch=len(labels), times=times, given={LABEL_INPUT: labels})
 
         rows = of(np.arange(self.num_classes, dtype=np.int64))
         for value, each, alone in zip(self.border, rows, of(np.zeros(1, dtype=np.int64)), strict=True):

@@ -29,7 +29,7 @@ from .cleanup import clean
 from .compose import compose_sampler
 from .decoder import export_decoder
 from .io import EXTERNAL_DATA_ABOVE, GraphReport, write_model
-from .partial_eval import TIME_INPUT
+from .partial_eval import TARGET_INPUT, TIME_INPUT
 from .trace import EXAMPLE_BATCH, ROOT, require_exportable, trace_network, translate
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class NetworkGraph:
     """A network ``F(x, t, conditioning)`` as a clean ONNX graph, for composing samplers.
 
     Attributes:
-        model: Inputs ``x`` ``(batch, *sample_shape)``, ``t`` (1,) and the conditioning, output ``F``. It shares memory
-            with the weights of the torch model: write it before training continues.
+        model: Inputs ``x`` ``(batch, *sample_shape)``, ``t`` (1,), ``r`` (1,) of a flow map, and the conditioning,
+            output ``F``. It shares memory with the weights of the torch model: write it before training continues.
         spec: A sampler of the model; composed samplers must be consistent with it.
         versions: Further metadata of the file.
         num_nodes_exported: Nodes before cleanup.
@@ -111,9 +111,11 @@ def export_network(model: ConsistencyModel, *, events: Events = SILENT) -> Netwo
     }
     seconds: dict[str, float] = {}
     with _stage("trace", "trace the network", seconds, events):
-        program = trace_network(module, x, conditioning)
+        flow_map = model.config.flow_map
+        program = trace_network(module, x, conditioning, flow_map=flow_map)
     with _stage("translate", "translate to ONNX", seconds, events):
-        graph = translate(program, ("x", TIME_INPUT, *conditioning), "F")
+        times = (TIME_INPUT, *((TARGET_INPUT,) if flow_map else ()))
+        graph = translate(program, ("x", *times, *conditioning), "F")
     num_nodes_exported = graph.graph.num_nodes()
     with _stage("clean", "simplify the graph", seconds, events):
         clean(graph, root=ROOT)

@@ -4,7 +4,7 @@ Every value of a graph is in one of four classes, by the inputs it depends on:
 
 * ``CONSTANT``  weights and literals,
 * ``BATCH``     also the batch size, read from the shape of a tensor,
-* ``TIME``      also the time ``t``, one number for the whole batch,
+* ``TIME``      also the time ``t``, and ``r`` of a flow map, one number each for the whole batch,
 * ``DATA``      anything else: the samples, the labels.
 
 Only ``DATA`` must be computed when the graph runs. ``graph.cleanup`` and ``graph.compose`` use this module to classify
@@ -27,6 +27,9 @@ BATCH_DIM = "batch"
 """Name of the only symbolic dimension, axis 0 of every input."""
 TIME_INPUT = "t"
 """Name of the network's time input, (1,)."""
+TARGET_INPUT = "r"
+"""Name of the second time input of a flow map, (1,): the time that a step leads to."""
+TIME_INPUTS = (TIME_INPUT, TARGET_INPUT)
 
 
 ROUNDING = 1e-5
@@ -52,7 +55,7 @@ def classify(graph: ir.Graph) -> dict[ir.Value, Depends]:
     """
     classes: dict[ir.Value, Depends] = dict.fromkeys(graph.initializers.values(), Depends.CONSTANT)
     for value in graph.inputs:
-        classes[value] = Depends.TIME if value.name == TIME_INPUT else Depends.DATA
+        classes[value] = Depends.TIME if value.name in TIME_INPUTS else Depends.DATA
     for node in graph:
         if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
             raise UnsupportedGraphError(
@@ -88,7 +91,7 @@ def evaluate(
     values: list[ir.Value],
     *,
     batch: int = 1,
-    t: float | None = None,
+    times: Mapping[str, float] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Compute ``values`` with numpy; they must not depend on ``DATA`` other than ``given``.
@@ -97,7 +100,7 @@ def evaluate(
         graph: The graph.
         values: Values to compute.
         batch: The batch size that shapes report.
-        t: The time, radians; None if no value is ``TIME``.
+        times: Values of the ``TIME_INPUTS``, radians; None if no value is ``TIME``.
         given: Inputs of the graph by name; axis 0 has length ``batch``.
 
     Returns:
@@ -117,8 +120,8 @@ def evaluate(
     for value in (*values, *_inputs_of(nodes)):
         if value.is_initializer() and value.const_value is not None:
             feeds[value] = value.const_value.numpy()
-        elif value.name == TIME_INPUT:
-            feeds[value] = np.array([t], dtype=np.float32)
+        elif value.name in TIME_INPUTS:
+            feeds[value] = np.array([(times or {})[value.name]], dtype=np.float32)
         elif (array := (given or {}).get(value.name or "")) is not None:
             feeds[value] = array
         elif value in shapes:
@@ -193,8 +196,8 @@ def time_border(graph: ir.Graph, classes: Mapping[ir.Value, Depends]) -> list[ir
     return read_outside((*graph.inputs, *(value for node in graph for value in node.outputs)), branch)
 
 
-def time_constants(graph: ir.Graph, border: list[ir.Value], t: float) -> list[TimeConstant]:
-    """Compute the border of the time branch at one time.
+def time_constants(graph: ir.Graph, border: list[ir.Value], times: Mapping[str, float]) -> list[TimeConstant]:
+    """Compute the border of the time branch at the times of one step.
 
     It is computed for one sample and for three: the time is the same for all samples, so a value is either independent
     of the batch size or has equal rows.
@@ -206,7 +209,10 @@ def time_constants(graph: ir.Graph, border: list[ir.Value], t: float) -> list[Ti
 
     constants = []
     for value, one, three in zip(
-        border, evaluate(graph, border, batch=1, t=t), evaluate(graph, border, batch=3, t=t), strict=True
+        border,
+        evaluate(graph, border, batch=1, times=times),
+        evaluate(graph, border, batch=3, times=times),
+        strict=True,
     ):
         if three.shape[:1] == (3,) and one.shape == (1, *three.shape[1:]):
             rows = np.broadcast_to(one, three.shape)

@@ -65,16 +65,19 @@ def require_exportable(network: nn.Module) -> None:
             )
 
 
-def trace_network(network: nn.Module, x: Tensor, conditioning: Mapping[str, Tensor]) -> ExportedProgram:
+def trace_network(
+    network: nn.Module, x: Tensor, conditioning: Mapping[str, Tensor], *, flow_map: bool = False
+) -> ExportedProgram:
     """Trace ``network(x, t, **conditioning)`` for one time and any batch size.
 
-    The traced module takes ``t`` as (1,) and expands it to the batch, as the network protocol requires, so that one
-    time applies to the whole batch.
+    The traced module takes ``t``, and ``r`` of a flow map, as (1,) and expands them to the batch, as
+    the network protocol requires, so that one time applies to the whole batch.
 
     Args:
         network: A float32 network in evaluation mode.
         x: Example samples, ``(B, *sample_shape)`` with B = ``EXAMPLE_BATCH``.
         conditioning: Example conditioning by argument name, axis 0 is the batch.
+        flow_map: Whether the network also takes ``r``, which becomes the third input.
 
     Raises:
         ShapeError: If the output of the network differs in shape or dtype from ``x``.
@@ -87,12 +90,15 @@ def trace_network(network: nn.Module, x: Tensor, conditioning: Mapping[str, Tens
             super().__init__()
             self.network = network
 
-        def forward(self, x: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-            out: Tensor = self.network(x, t.expand(x.shape[0]), **conditioning)
+        def forward(self, x: Tensor, times: dict[str, Tensor], conditioning: dict[str, Tensor]) -> Tensor:
+            t, *target = (time.expand(x.shape[0]) for time in times.values())
+            given = {**({"r": target[0]} if target else {}), **conditioning}
+            out: Tensor = self.network(x, t, **given)
             return out
 
     module = AtOneTime().eval()
-    args = (x, torch.ones(1, device=x.device), dict(conditioning))
+    times = {name: torch.full((1,), at, device=x.device) for name, at in (("t", 1.0), ("r", 0.5))[: 1 + flow_map]}
+    args = (x, times, dict(conditioning))
     with torch.no_grad(), _translated(f"{type(network).__name__} fails on an example of two samples"):
         out = _example(module, args)
     if not isinstance(out, torch.Tensor) or out.shape != x.shape or out.dtype != x.dtype:
@@ -103,7 +109,7 @@ def trace_network(network: nn.Module, x: Tensor, conditioning: Mapping[str, Tens
             "be like x. A network that also returns a weighting must leave it out of forward()."
         )
     batch = {0: torch.export.Dim(BATCH_DIM)}
-    shapes = {"x": batch, "t": None, "conditioning": {name: batch for name in conditioning}}
+    shapes = {"x": batch, "times": dict.fromkeys(times), "conditioning": {name: batch for name in conditioning}}
     with torch.no_grad(), _quiet(), _translated(f"{type(network).__name__} cannot be traced"):
         return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
 

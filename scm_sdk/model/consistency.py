@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import msgspec
+import torch
 from torch import Tensor, nn
 
 from .._util.arguments import check_names
@@ -115,6 +116,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return getattr(self.network, "guidance", False)
 
     @property
+    def flow_map(self) -> bool:
+        """Whether the network takes ``r``, the time that a step leads to."""
+        return getattr(self.network, "flow_map", False)
+
+    @property
     def conditioning(self) -> tuple[TensorSpec, ...]:
         """Inputs of the network in addition to x, t, class_labels and guidance_scale."""
         return getattr(self.network, "conditioning", ())
@@ -132,6 +138,7 @@ class OwnOptions(TypedDict, total=False):
     num_classes: int
     conditioning: tuple[TensorSpec, ...]
     guidance: bool
+    flow_map: bool
     sigma_data: float
     class_names: tuple[str, ...]
     value_range: tuple[float, float]
@@ -202,7 +209,10 @@ class ConsistencyModel(nn.Module):
             )
         if class_labels is not None:
             conditioning["class_labels"] = class_labels
-        F = self.network(x_t / self.sigma_data, t.expand(len(x_t)), **conditioning)
+        t = t.expand(len(x_t))
+        if self.config.flow_map:
+            conditioning["r"] = torch.zeros_like(t)
+        F = self.network(x_t / self.sigma_data, t, **conditioning)
         return predict_data(x_t, F, t, sigma_data=self.sigma_data)
 
     def spec(

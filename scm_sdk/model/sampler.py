@@ -63,6 +63,21 @@ class Sampler(nn.Module):
         Raises:
             ShapeError: If an input is missing.
         """
+        x_0 = self.estimates(*inputs)[-1]
+        if self.model.decoder is None or self.spec.output == "latents":
+            return x_0
+        pixels: Tensor = self.model.decoder(x_0)
+        return pixels
+
+    def estimates(self, *inputs: Tensor) -> list[Tensor]:
+        """Return the estimate of x_0 after each step, (B, ...), data units, before a decoder.
+
+        Args:
+            *inputs: As of ``forward``.
+
+        Raises:
+            ShapeError: If an input is missing.
+        """
         if len(inputs) != len(self.spec.inputs):
             names = ", ".join(tensor.name for tensor in self.spec.inputs)
             raise ShapeError(f"the sampler got {len(inputs)} inputs, expected {len(self.spec.inputs)}: {names}.")
@@ -71,21 +86,20 @@ class Sampler(nn.Module):
         conditioning = dict(zip(asked, inputs[count:], strict=True))
         sigma_data, renoise = self.spec.sigma_data, self.spec.renoise
         noise = inputs[0]
-        x_0: Tensor | None = None
-        for step, (cos, sin, t) in enumerate(zip(self.cosines, self.sines, self.spec.times, strict=True)):
+        found: list[Tensor] = []
+        steps = zip(self.cosines, self.sines, self.spec.times, self.spec.targets, strict=True)
+        for step, (cos, sin, t, target) in enumerate(steps):
             if renoise == "fresh":
                 noise = inputs[step]
             x_t = (sin * sigma_data) * noise
-            if x_0 is not None:
-                x_t = cos * x_0 + x_t
+            if found:
+                x_t = cos * found[-1] + x_t
             dtype = torch.promote_types(noise.dtype, torch.float32)  # at least float32
             t_B = torch.full(noise.shape[:1], t, dtype=dtype, device=noise.device)
+            if self.model.config.flow_map:
+                conditioning["r"] = torch.full_like(t_B, target)
             F = self.model.network(x_t / sigma_data, t_B, **conditioning)
-            x_0 = cos * x_t - (sin * sigma_data) * F
+            found.append(cos * x_t - (sin * sigma_data) * F)
             if renoise == "ode":
                 noise = (sin / sigma_data) * x_t + cos * F
-        assert x_0 is not None
-        if self.model.decoder is None or self.spec.output == "latents":
-            return x_0
-        pixels: Tensor = self.model.decoder(x_0)
-        return pixels
+        return found

@@ -104,7 +104,8 @@ class TrigFlowNetwork(nn.Module):
             x: Noisy samples divided by ``sigma_data``, (B, ...).
             t: Times, (B,) or (1,), radians.
             class_labels: Labels, (B,), int64, or None.
-            **conditioning: Further inputs of the denoiser.
+            **conditioning: Further inputs of the denoiser; ``r``, the time that the step of a flow map leads to, is
+                given to the denoiser as a time of its convention.
 
         Raises:
             ShapeError: If the denoiser returns another shape.
@@ -113,6 +114,8 @@ class TrigFlowNetwork(nn.Module):
             conditioning["class_labels"] = class_labels
         t = t.double().expand(x.shape[0])  # len() would fix the batch size of a graph
         convention, sigma_data = self.denoiser.convention, self.sigma_data
+        if (r := conditioning.get("r")) is not None:
+            conditioning["r"] = convention.time(r.double().expand(x.shape[0]), sigma_data).to(x.dtype)
         one, zero = torch.ones_like(t)[:, None], torch.zeros_like(t)[:, None]
         scale = sigma_data * convention.model_input(one, t, sigma_data)[:, 0]
         from_state = sigma_data * convention.to_trigflow(one, zero, t, sigma_data)[:, 0]

@@ -54,7 +54,12 @@ class FewStepModel(ConsistencyModel):
     """
 
     def __init__(self, folder: FewStepFolder, network: nn.Module, decoder: Decoder) -> None:
-        described = OwnConfig(name=folder.row.name, sample_shape=folder.sample_shape, conditioning=folder.conditioning)
+        described = OwnConfig(
+            name=folder.row.name,
+            sample_shape=folder.sample_shape,
+            conditioning=folder.conditioning,
+            flow_map=folder.row.flow_map,
+        )
         made = TrigFlowNetwork(ModuleDenoiser(network, FLOW), sigma_data=1.0)
         super().__init__(ModelConfig(network=described, sigma_data=1.0), made, decoder)
         self.folder = folder

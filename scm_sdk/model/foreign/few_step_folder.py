@@ -6,6 +6,7 @@
     Flux2KleinPipeline   Flux2Transformer2DModel     AutoencoderKLFlux2  the scheduler's    ode
     ZImagePipeline       ZImageTransformer2DModel    AutoencoderKL       the scheduler's    ode
     WanPipeline          WanTransformer3DModel       AutoencoderKLWan    rCM's times        fresh
+    AnyFlowPipeline      AnyFlowTransformer3DModel   AutoencoderKLWan    the scheduler's    ode, a flow map
 
 Only JSON and file names are read here, without torch and diffusers, so that a wrong folder is refused quickly. The
 files are untrusted: sizes are limited, names must stay in the folder, weights must be safetensors.
@@ -75,6 +76,7 @@ class FewStepPipeline:
             model index. None if no such folder says which it is.
         check: Raises if the transformer's config or the model index is of another variant.
         mask: Whether the prompt has an attention mask.
+        flow_map: Whether the transformer also takes the time that a step leads to.
         objective: Method of the released weights, for the provenance.
     """
 
@@ -92,6 +94,7 @@ class FewStepPipeline:
     student: Callable[[Mapping[str, Any]], str] | None
     check: Callable[[Mapping[str, Any], Mapping[str, Any], Settings], None]
     mask: bool = False
+    flow_map: bool = False
     objective: str = "few-step flow matching"
 
 
@@ -170,15 +173,15 @@ def _rcm_sigmas(scheduler: Mapping[str, Any], num_inference_steps: int, shape: t
     return [math.sin(t) / (math.sin(t) + math.cos(t)) for t in RCM_TIMES[:num_inference_steps]]
 
 
+def _flow_map_sigmas(scheduler: Mapping[str, Any], num_inference_steps: int, shape: tuple[int, ...]) -> list[float]:
+    return _shifted({"shift": scheduler.get("shift", 1.0)}, _linear(num_inference_steps), 0.0)
+
+
 # Variants
 
 
 def _flux2_student(index: Mapping[str, Any]) -> str:
     return "" if index.get("is_distilled") else "its model_index.json has is_distilled false"
-
-
-def _check_nothing(transformer: Mapping[str, Any], index: Mapping[str, Any], size: Settings) -> None:
-    pass
 
 
 def _check_flux2(transformer: Mapping[str, Any], index: Mapping[str, Any], size: Settings) -> None:
@@ -205,6 +208,10 @@ def _check_wan(transformer: Mapping[str, Any], index: Mapping[str, Any], size: S
     _refuse_other(INDEX_NAME, index, {"boundary_ratio": None, "expand_timesteps": False})
     if (second := index.get("transformer_2")) and second[0] is not None:
         raise ConfigError("the pipeline has a transformer_2, as Wan 2.2 has, expected one transformer, as in Wan 2.1.")
+
+
+def _check_any_flow(transformer: Mapping[str, Any], index: Mapping[str, Any], size: Settings) -> None:
+    _refuse_other("transformer", transformer, {"image_dim": None, "patch_size": [1, 2, 2]})
 
 
 def _refuse_other(subject: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -265,6 +272,23 @@ TABLE = {
             student=None,
             check=_check_wan,
             objective="rCM or DMD",
+        ),
+        FewStepPipeline(
+            name="AnyFlowPipeline",
+            transformer="AnyFlowTransformer3DModel",
+            vae="AutoencoderKLWan",
+            schedulers=("FlowMapEulerDiscreteScheduler",),
+            text_dim="text_dim",
+            renoise="ode",
+            steps=(4,),
+            defaults=Settings(height=480, width=832, num_frames=81, max_sequence_length=512),
+            cell=lambda transformer, vae: 2 * _wan_factors(vae)[1],
+            sample_shape=_wan_shape,
+            sigmas=_flow_map_sigmas,
+            student=lambda index: "",
+            check=_check_any_flow,
+            flow_map=True,
+            objective="flow map (AnyFlow)",
         ),
     )
 }

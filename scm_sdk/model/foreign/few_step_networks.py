@@ -252,6 +252,47 @@ class Wan(nn.Module):
         return velocity
 
 
+class AnyFlow(nn.Module):
+    """AnyFlow's text-to-video flow map: the mean velocity between two times (arXiv 2605.13724).
+
+    Args:
+        transformer: An ``AnyFlowTransformer3DModel``.
+        folder: Its folder.
+    """
+
+    def __init__(self, transformer: Any, folder: FewStepFolder) -> None:
+        super().__init__()
+        self.transformer = transformer
+        for module in transformer.modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(_Attention(across_heads=True))
+        _, frames, height, width = folder.sample_shape
+        transformer.rope = _Rotation(
+            _wan_angles(transformer.config.attention_head_dim, (frames, height // 2, width // 2))
+        )
+        transformer.condition_embedder = _OneTime(transformer.condition_embedder)
+
+    def forward(self, x: Tensor, time: Tensor, r: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return the mean velocity from ``time`` to ``r``, like ``x``, (B, C, T, H, W)."""
+        (v,) = self.transformer(
+            hidden_states=x.transpose(1, 2), timestep=1000 * time[:, None], r_timestep=1000 * r[:, None],
+            encoder_hidden_states=prompt_embeds, return_dict=False,
+        )  # fmt: skip
+        velocity: Tensor = v.transpose(1, 2)
+        return velocity
+
+
+class _OneTime(nn.Module):
+    """AnyFlow's embedding of the times, once for all tokens: they have one time, and a graph stores its embedding."""
+
+    def __init__(self, embedder: nn.Module) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, timestep: Tensor, r_timestep: Tensor, text: Tensor, image: None, *, layout_cfg: object) -> object:
+        return self.embedder(timestep, r_timestep, text, image, layout_cfg={"full_token_per_frame": 1})
+
+
 def _wan_angles(head_dim: int, sizes: tuple[int, int, int], theta: float = 10000.0) -> Tensor:
     """Return Wan's angles, (1, tokens, 1, head_dim / 2): thirds of the channels turn with frame, row and column."""
     plane = 2 * (head_dim // 6)
@@ -308,5 +349,6 @@ NETWORKS: dict[str, Callable[[Any, FewStepFolder], nn.Module]] = {
     "Flux2KleinPipeline": Flux2,
     "ZImagePipeline": ZImage,
     "WanPipeline": Wan,
+    "AnyFlowPipeline": AnyFlow,
 }
 """The denoiser's module by the pipeline's class."""

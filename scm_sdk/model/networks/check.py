@@ -65,6 +65,8 @@ def _example(model: ConsistencyModel) -> tuple[Tensor, Tensor, dict[str, Tensor]
             given[tensor.name] = torch.full(shape, int(tensor.kind == "mask"), device=device)
     if spec.num_classes:
         given["class_labels"] = torch.tensor([0, spec.num_classes - 1], device=device)
+    if model.config.flow_map:
+        given["r"] = torch.tensor(TIMES, device=device) / 2
     x = torch.randn((len(TIMES), *spec.sample_shape), generator=draw).to(device)
     return x, torch.tensor(TIMES, device=device), given
 

@@ -45,8 +45,9 @@ class Network(Protocol):
         Args:
             x: Noisy samples divided by ``sigma_data``, (B, *sample_shape), float32: variance 1 at every time.
             t: Times, (B,), float32, radians in [0, pi/2]: 0 is data, pi/2 is noise.
-            **conditioning: By name, axis 0 is the batch: ``class_labels`` (B,) int64 if there are classes, then custom
-                inputs. Training may pass labels as the third argument, and the label ``num_classes`` for "no label".
+            **conditioning: By name, axis 0 is the batch: ``class_labels`` (B,) int64 if there are classes, ``r`` (B,) if it
+                is a flow map (the time that the step leads to, radians, a constant of each step), then custom inputs.
+                Training may pass labels as the third argument, and the label ``num_classes`` for "no label".
         """
         ...
 
@@ -61,6 +62,7 @@ class OwnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         num_classes: Number of class labels; 0 for none.
         conditioning: Inputs in addition to x, t, class_labels and guidance_scale.
         guidance: Whether it takes ``guidance_scale`` (B,) float32.
+        flow_map: Whether it takes ``r`` (B,) float32, the time that a step leads to, radians.
         dropout: Always 0: a custom network sets its own dropout.
     """
 
@@ -70,6 +72,7 @@ class OwnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_classes: int = 0
     conditioning: tuple[TensorSpec, ...] = ()
     guidance: bool = False
+    flow_map: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -101,6 +104,7 @@ def own_config(
     num_classes: int = 0,
     conditioning: tuple[TensorSpec, ...] = (),
     guidance: bool = False,
+    flow_map: bool = False,
 ) -> OwnConfig:
     """Return the config of a module; ``ConsistencyModel(network=...)`` passes these arguments.
 
@@ -112,6 +116,7 @@ def own_config(
         num_classes: Number of class labels; 0 for none.
         conditioning: Inputs in addition to x, t, class_labels and guidance_scale.
         guidance: Whether it takes ``guidance_scale``.
+        flow_map: Whether it takes ``r``, the time that a step leads to.
     """
     return OwnConfig(
         name=name or NETWORKS.name_of(unwrapped(network)),
@@ -120,6 +125,7 @@ def own_config(
         num_classes=num_classes,
         conditioning=tuple(conditioning),
         guidance=guidance,
+        flow_map=flow_map,
     )
 
 
