@@ -45,8 +45,8 @@ class Network(Protocol):
         Args:
             x: Noisy samples divided by ``sigma_data``, (B, *sample_shape), float32: variance 1 at every time.
             t: Times, (B,), float32, radians in [0, pi/2]: 0 is data, pi/2 is noise.
-            **conditioning: By name, axis 0 is the batch: ``class_labels`` (B,) int64 if there are classes, ``r`` (B,) if it
-                is a flow map (the time that the step leads to, radians, a constant of each step), then custom inputs.
+            **conditioning: By name, axis 0 is the batch: ``class_labels`` (B,) int64 if there are classes, ``r`` (B,)
+                if it is a flow map (the time that the step leads to, radians, one for each step), then custom inputs.
                 Training may pass labels as the third argument, and the label ``num_classes`` for "no label".
         """
         ...
