@@ -16,7 +16,7 @@ from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.card import CARD_PATH, model_card
 from scm_sdk.bundle.goldens import Golden, write_goldens
-from scm_sdk.bundle.layout import CONFIG_NAME
+from scm_sdk.bundle.layout import CONFIG_NAME, ENCODER_PATH
 from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact
 from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
@@ -25,6 +25,7 @@ from scm_sdk.inference.request import make_example
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import Renoise, SamplerSpec
 
+from .graph.decoder import export_encoder, write_decoder
 from .graph.io import GraphReport, read_report
 from .graph.network import export_samplers
 from .workspace import Workspace
@@ -70,18 +71,30 @@ def plan_samplers(
     *,
     times: Sequence[float] = (),
     renoise: Renoise | None = None,
+    start_time: float | None = None,
     max_batch: int = 32,
 ) -> tuple[SamplerSpec, ...]:
-    """Return one spec per number of steps, or the one with the given times; ``renoise`` None is the model's rule.
+    """Return one spec per number of steps, or the one with the given times; and the one-step spec of a start time.
+
+    ``renoise`` None is the model's rule.
 
     Raises:
         ConfigError: If a number of steps is out of range or not unique.
     """
-    if times:
-        return (model.spec(len(times), times=tuple(times), renoise=renoise, max_batch=max_batch),)
-    if len(set(steps)) != len(steps) or not steps:
+    if not times and (len(set(steps)) != len(steps) or not steps):
         raise ConfigError(f"steps are {list(steps)}, expected different numbers, for example 1 and 2.")
-    return tuple(model.spec(n, renoise=renoise, max_batch=max_batch) for n in steps)
+    if start_time is not None and 1 in ((len(times),) if times else steps):
+        raise ConfigError(
+            f"start_time {start_time} makes a sampler of one step, of which there is another, expected one sampler for "
+            "each number of steps. Leave 1 out of steps: for example --steps 2."
+        )
+    wanted = [tuple(times)] if times else [None] * len(steps)
+    counts = [len(times)] if times else list(steps)
+    if start_time is not None:
+        wanted, counts = [(start_time,), *wanted], [1, *counts]
+    return tuple(
+        model.spec(n, times=each, renoise=renoise, max_batch=max_batch) for n, each in zip(counts, wanted, strict=True)
+    )
 
 
 @checked_names("export_bundle")
@@ -92,6 +105,7 @@ def export_bundle(
     steps: Sequence[int] = (1, 2),
     times: Sequence[float] = (),
     renoise: Renoise | None = None,
+    start_time: float | None = None,
     max_batch: int = 32,
     name: str = "",
     overwrite: bool = False,
@@ -109,6 +123,7 @@ def export_bundle(
         steps: Numbers of steps.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first, see ``SamplerSpec.renoise``; None is the model's rule.
+        start_time: First time, radians, of a further sampler with one step, for ``gen(image=..., start_time=...)``.
         max_batch: Largest batch.
         name: Name of the model; default: the name of the folder.
         overwrite: Replace an existing bundle.
@@ -126,7 +141,7 @@ def export_bundle(
     given = isinstance(checkpoint, ConsistencyModel)
     model = checkpoint if isinstance(checkpoint, ConsistencyModel) else ConsistencyModel.from_pretrained(checkpoint)
     model.check_reopens()
-    specs = plan_samplers(model, steps, times=times, renoise=renoise, max_batch=max_batch)
+    specs = plan_samplers(model, steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch)
     workspace, provenance = Workspace.of(out), provenance or dict(model.config.provenance)
     out = workspace.path
     name = name or out.name
@@ -135,6 +150,9 @@ def export_bundle(
         if not given:
             bake_weights_(model.network)  # only this function references the model, so its memory can be reused
         graphs = export_samplers(model, specs, folder / "onnx" / "fp32", events=events)
+        if model.encoder is not None:
+            events.stage("export the encoder")
+            write_decoder(export_encoder(model.encoder), folder / ENCODER_PATH)
         events.stage("record reference samples")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
         if specs[0].renoise == "fresh":  # SCMScheduler knows no other
@@ -154,7 +172,8 @@ def export_bundle(
             path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
         ]
         weights = [path for path in parts if path.endswith((".safetensors", CONFIG_NAME))]
-        made = [*relative, *(f"{path}_data" for path in relative), "golden/golden.safetensors"]
+        built = [*relative, ENCODER_PATH]
+        made = [*built, *(f"{path}_data" for path in built), "golden/golden.safetensors"]
         manifest = write_bundle(
             folder,
             name=name,
@@ -175,7 +194,7 @@ def export_bundle(
 
 def is_current(
     checkpoint: str | Path, out: str | Path | Workspace, *, steps: Sequence[int] = (), times: Sequence[float] = (),
-    renoise: Renoise | None = None, max_batch: int | None = None,
+    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int | None = None,
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
 
@@ -187,6 +206,7 @@ def is_current(
         steps: Numbers of steps; () is any.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; None is any.
+        start_time: First time of a further sampler with one step, radians.
         max_batch: Largest batch; None is any.
     """
     workspace = Workspace.of(out)
@@ -208,6 +228,7 @@ def is_current(
     )
     one = manifest.samplers[0]  # parts of the checkpoint's config, which is the same
     wanted = {tuple(times)} if times else {_with_steps(Path(checkpoint), one, n).times for n in steps}
+    wanted |= set() if start_time is None else {(start_time,)}
     same_times = not wanted or wanted == {spec.times for spec in manifest.samplers}
     same_rest = all(
         max_batch in (None, spec.max_batch) and renoise in (None, spec.renoise) for spec in manifest.samplers
@@ -226,7 +247,7 @@ def _with_steps(checkpoint: Path, spec: SamplerSpec, num_inference_steps: int) -
 
 def current_export(
     checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (1, 2), times: Sequence[float] = (),
-    renoise: Renoise | None = None, max_batch: int = 32, name: str = "",
+    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int = 32, name: str = "",
 ) -> BundleReport | None:  # fmt: skip
     """Return the report of the existing bundle if ``export_bundle`` would create the same; else None.
 
@@ -237,7 +258,9 @@ def current_export(
     workspace = Workspace(out)
     if renoise is None:
         renoise = read_pipeline(Path(checkpoint)).spec().renoise if is_pipeline(Path(checkpoint)) else "fresh"
-    if not is_current(checkpoint, workspace, steps=steps, times=times, renoise=renoise, max_batch=max_batch):
+    if not is_current(
+        checkpoint, workspace, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch
+    ):
         return None
     return report_bundle(workspace) if workspace.opened.manifest.name == (name or Path(out).name) else None
 

@@ -1,7 +1,8 @@
 """Import a SANA-Sprint pipeline of diffusers as a bundle: its weights, and one graph per number of steps.
 
 Each graph holds the transformer once per step and the decoder of the autoencoder after the last; its inputs are the
-noise, the guidance scale, and the embeddings and mask of a prompt. The text encoder is copied unchanged.
+noise, the guidance scale, and the embeddings and mask of a prompt. The text encoder is copied unchanged; the encoder of
+the autoencoder becomes a graph of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scm_sdk._util.events import SILENT, Events
+from scm_sdk.bundle.layout import ENCODER_PATH
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import Renoise
 
@@ -27,10 +29,12 @@ def import_sana(
     steps: Sequence[int] = (1, 2, 4),
     times: Sequence[float] = (),
     renoise: Renoise = "fresh",
+    start_time: float | None = None,
     size: tuple[int, int] | None = None,
     max_sequence_length: int = 300,
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
+    encoder: bool = False,
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
@@ -44,10 +48,12 @@ def import_sana(
         steps: Numbers of steps, one graph each.
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
+        start_time: First time, radians, of a further sampler with one step, for ``gen(image=..., start_time=...)``.
         size: Height and width of the images, pixels; None is the model's own size.
         max_sequence_length: Tokens of a prompt.
         max_batch: Largest batch.
         text_encoder: Whether to copy the text encoder. A bundle without it takes embeddings only.
+        encoder: Whether to export the encoder of the autoencoder, which ``gen(image=...)`` needs.
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
@@ -64,7 +70,8 @@ def import_sana(
     from scm_sdk.model.foreign.sana_folder import OBJECTIVE
 
     height, width = size or (0, 0)
-    model = load_sana(Path(source), Settings(height=height, width=width, max_sequence_length=max_sequence_length))
+    settings = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
+    model = load_sana(Path(source), settings, encoder=encoder)
     model.keep_text_encoder = text_encoder
     provenance = {
         "source": origin or Path(source).name,
@@ -78,6 +85,7 @@ def import_sana(
         steps=steps,
         times=times,
         renoise=renoise,
+        start_time=start_time,
         max_batch=max_batch,
         name=name,
         overwrite=overwrite,
@@ -93,22 +101,27 @@ def current_import(
     steps: Sequence[int] = (1, 2, 4),
     times: Sequence[float] = (),
     renoise: Renoise = "fresh",
+    start_time: float | None = None,
     size: tuple[int, int] | None = None,
     max_sequence_length: int = 300,
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
+    encoder: bool = False,
 ) -> BundleReport | None:
     """Return the report of the existing bundle if ``import_sana`` would create the same; else None."""
     from scm_sdk.model.foreign.sana_config import Settings
     from scm_sdk.model.foreign.sana_folder import read_sana_folder
 
-    if not is_current(Path(source), Path(out), steps=steps, times=times, renoise=renoise, max_batch=max_batch):
+    if not is_current(
+        Path(source), Path(out), steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch
+    ):
         return None
     height, width = size or (0, 0)
     wanted = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
     there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(Path(source))
     same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)
-    return report_bundle(Path(out)) if same else None
+    report = report_bundle(Path(out)) if same else None
+    return report if encoder == (Path(out) / ENCODER_PATH).is_file() else None
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

@@ -7,6 +7,8 @@ manifest.
 An ``int8`` graph is made for engines: here its Q/DQ nodes are computed in floating point, because the fused int8
 kernels saturate on a CPU without VNNI. ``int8-cpu`` is the fast form for CPUs.
 
+``OrtGraph`` runs graphs next to a sampler's: the encoder of an autoencoder.
+
 Threads: ``InferenceSession.run`` is thread-safe, so ``sample`` takes no lock. The worker threads of the session do not
 spin while they wait, which would waste cores of a shared machine.
 """
@@ -24,7 +26,7 @@ import numpy as np
 from scm_sdk._util.lazy import install_command, require
 from scm_sdk._util.processor import limited_threads
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
-from scm_sdk.spec import SamplerSpec
+from scm_sdk.spec import SamplerSpec, TensorSpec
 
 from .base import (
     SPEC_KEY,
@@ -78,25 +80,7 @@ class OrtBackend:
         device: str | None = None,
         num_threads: int | None = None,
     ) -> None:
-        ort = require("onnxruntime", extra="onnxruntime", purpose="backend 'onnxruntime'")
-        check_num_threads(num_threads)
-        check_artifact(artifact_path)
-        provider, index = _provider(ort, device)
-        options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        options.intra_op_num_threads = num_threads or limited_threads() or 0  # 0: chosen by the library
-        settings = [provider] if index is None else [(provider, _cuda_options(index))]
-        session = _load(ort, artifact_path, options, settings)
-        if _metadata(session, PRECISION_KEY).partition(" ")[0] == "int8" and index is None:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            session = _load(ort, artifact_path, options, settings)
-        if session.get_providers()[:1] != [provider]:
-            raise BackendUnavailable(
-                f"onnxruntime runs {artifact_path.name} on {session.get_providers()}, expected {provider} "
-                "first: it fell back silently. Check the driver (scm-export doctor) or use device='cpu'."
-            )
+        session, index = _open_session(artifact_path, device, num_threads)
         found = [_describe(node) for node in (*session.get_inputs(), *session.get_outputs())]
         check_graph(spec, found, _metadata(session, SPEC_KEY), artifact_path)
         self.spec = spec
@@ -121,6 +105,76 @@ class OrtBackend:
     def close(self) -> None:
         """Release the session, which owns the memory."""
         self._session = None
+
+
+class OrtGraph:
+    """One ``InferenceSession`` over a graph that is no sampler, with declared inputs and one output.
+
+    Args:
+        path: The ``.onnx`` file.
+        inputs: Its inputs in order.
+        output: Its output.
+        device: As in ``open_backend``.
+        num_threads: As in ``open_backend``.
+
+    Raises:
+        BackendUnavailable: If onnxruntime or the execution provider for ``device`` is not here.
+        IntegrityError: If the file is missing, damaged, or has other inputs or another output.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        output: TensorSpec,
+        *,
+        device: str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        session, _ = _open_session(path, device, num_threads)
+        found = [_describe(node) for node in (*session.get_inputs(), *session.get_outputs())]
+        expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (*inputs, output)]
+        if found != expected:
+            raise IntegrityError(f"{path} has inputs and output {found}, expected {expected}. Export the bundle again.")
+        self._path, self._output, self._session = path, output, session
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the output for inputs of the declared shapes and dtypes, axis 0 is the batch.
+
+        Raises:
+            BackendFailure: If onnxruntime raised.
+        """
+        try:
+            (output,) = self._session.run([self._output.name], dict(feeds))
+        except Exception as exc:  # onnxruntime's errors have no common base class
+            raise BackendFailure(
+                f"onnxruntime failed on {self._path}: {_said(exc)}. Expected an output; report it if memory suffices."
+            ) from exc
+        return np.asarray(output)
+
+
+def _open_session(path: Path, device: str | None, num_threads: int | None) -> tuple[Any, int | None]:
+    """Return a session that runs where ``device`` says, and the number of its GPU."""
+    ort = require("onnxruntime", extra="onnxruntime", purpose="backend 'onnxruntime'")
+    check_num_threads(num_threads)
+    check_artifact(path)
+    provider, index = _provider(ort, device)
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.intra_op_num_threads = num_threads or limited_threads() or 0  # 0: chosen by the library
+    settings = [provider] if index is None else [(provider, _cuda_options(index))]
+    session = _load(ort, path, options, settings)
+    if _metadata(session, PRECISION_KEY).partition(" ")[0] == "int8" and index is None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = _load(ort, path, options, settings)
+    if session.get_providers()[:1] != [provider]:
+        raise BackendUnavailable(
+            f"onnxruntime runs {path.name} on {session.get_providers()}, expected {provider} "
+            "first: it fell back silently. Check the driver (scm-export doctor) or use device='cpu'."
+        )
+    return session, index
 
 
 def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:

@@ -13,6 +13,9 @@ from .located import model_argument
 from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from scm_sdk.inference.output import GeneratorOutput
 
 
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size, images; default: the largest of the bundle.")
 @click.option("--prompt", "prompts", multiple=True,
               help="Prompt of a text-to-image model: one for all images, or one for each, repeated.")  # fmt: skip
+@click.option("--image", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Image to start from, of the model's size; transparent pixels become white.")  # fmt: skip
+@click.option("--start-time", type=float, help="Start time of a sampler of the bundle, with --image, radians.")
 @click.option(
     "--guidance-scale", type=float, help="Guidance scale of a model with this input; default: that of the model."
 )
@@ -46,7 +52,7 @@ if TYPE_CHECKING:
 def generate(
     bundle: Path, out: Path, num_images: int, class_labels: str, steps: int | None, seed: int | None, backend: str,
     precision: str, device: str | None, threads: int | None, batch_size: int | None, prompts: tuple[str, ...],
-    guidance_scale: float | None, scale: int, plan: bool, as_json: bool,
+    image: Path | None, start_time: float | None, guidance_scale: float | None, scale: int, plan: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate images from a bundle or a checkpoint.
 
@@ -56,12 +62,15 @@ def generate(
     \b
     scm-export generate avatars -o red.png --class-labels red --seed 7
     scm-export generate sana -o fox.jpg --num-images 1 --prompt "a red fox" --scale 1
+    scm-export generate sana -o fox2.jpg --num-images 1 --prompt "a blue fox" --image fox.jpg --start-time 1.1 --scale 1
     """
     import numpy as np
 
     from scm_sdk._util.files import check_writable
     from scm_sdk.images import make_grid, save_picture
     from scm_sdk.inference.generator import Generator
+    from scm_sdk.inference.sources import open_source
+    from scm_sdk.inference.start import StartImages
 
     in_one_file = _is_file(out)
     if not plan:
@@ -69,6 +78,11 @@ def generate(
     wanted = _split_labels(class_labels, num_images)
     if len(prompts) not in (0, 1, num_images):
         raise click.BadParameter(_count_problem(len(prompts), "prompt", num_images), param_hint="--prompt")
+    pixels = None if image is None else _read_image(image)
+    if pixels is not None or start_time is not None:  # its sampler alone is to be loaded
+        source = open_source(bundle)
+        steps = StartImages(source, device=device, num_threads=threads).steps(pixels, start_time, steps)
+        source.release()
     with Generator.from_pretrained(
         bundle, backend=backend, precision=precision, device=device, num_threads=threads, num_inference_steps=steps
     ) as gen:
@@ -76,6 +90,8 @@ def generate(
             rows = gen.plan()
             print_json(rows.to_dict()) if as_json else click.echo(str(rows))
             return
+        if pixels is not None and gen.opened().spec.image_shape[0] == 1 and (pixels == pixels[..., :1]).all():
+            pixels = pixels[..., :1]
         labels = [_number_or_name(label, gen.opened().spec.class_names) for label in wanted]
         with TerminalEvents("", title="generate", total=num_images) as events:
             result = gen(
@@ -84,21 +100,23 @@ def generate(
                 num_inference_steps=steps,
                 seed=seed,
                 prompt=None if not prompts else prompts[0] if len(prompts) == 1 else list(prompts),
+                image=pixels,
+                start_time=start_time,
                 guidance_scale=guidance_scale,
                 batch_size=batch_size,
                 output_type="uint8",
                 events=events,
             )
-    pixels = np.asarray(result.images)
+    made = np.asarray(result.images)
     if in_one_file:
         files = [out]
-        grid = make_grid(pixels, max(1, round(num_images**0.5)), scale=scale)
+        grid = make_grid(made, max(1, round(num_images**0.5)), scale=scale)
         save_picture(grid, out, texts={"scm": _describe(result, range(num_images))})
     else:
         digits = len(str(max(result.seeds)))  # so that a listing is in the order of the seeds
         files = [out / f"{seed:0{digits}d}.png" for seed in result.seeds]
-        for i, (image, file) in enumerate(zip(pixels, files, strict=True)):
-            save_picture(image, file, texts={"scm": _describe(result, [i])})
+        for i, (each, file) in enumerate(zip(made, files, strict=True)):
+            save_picture(each, file, texts={"scm": _describe(result, [i])})
     info = result.info
     for text in info.model.training_warnings:
         say(f"warning: {text}")
@@ -126,6 +144,16 @@ def _describe(result: GeneratorOutput, indices: Sequence[int]) -> str:
         "backend": info.backend,
     }
     return json.dumps(told, separators=(",", ":"))
+
+
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    """Return the pixels of an image file, (H, W, 3), or fail with the reason."""
+    from scm_sdk.train.data.pictures import decode_picture
+
+    try:
+        return decode_picture(file)
+    except (ValueError, OSError) as exc:
+        raise click.BadParameter(f"{file} is no image that can be read: {exc}.", param_hint="--image") from exc
 
 
 def _is_file(out: Path) -> bool:

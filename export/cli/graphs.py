@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @json_option
 def onnx(
     checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], renoise: Renoise | None,
-    max_batch: int, name: str, overwrite: bool, dry_run: bool, as_json: bool,
+    start_time: float | None, max_batch: int, name: str, overwrite: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export a checkpoint to a bundle of ONNX graphs.
 
@@ -47,20 +47,21 @@ def onnx(
         from scm_sdk.model.consistency import ConsistencyModel
 
         model = ConsistencyModel.from_pretrained(checkpoint)
-        specs = plan_samplers(model, steps, times=times, renoise=renoise, max_batch=max_batch)
+        specs = plan_samplers(model, steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch)
         print_json([msgspec.json.decode(spec.to_json()) for spec in specs])
         return
     report = None
     if not overwrite:
         report = current_export(
-            checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch, name=name
-        )
+            checkpoint, out, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
+            name=name,
+        )  # fmt: skip
     unchanged = report is not None
     if report is None:
         with TerminalEvents() as events:
             report = export_bundle(
-                checkpoint, out, steps=steps, times=times, renoise=renoise, max_batch=max_batch, name=name,
-                overwrite=overwrite, events=events,
+                checkpoint, out, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
+                name=name, overwrite=overwrite, events=events,
             )  # fmt: skip
     say_warnings(report.status)
     if as_json:

@@ -42,13 +42,15 @@ if TYPE_CHECKING:
 @click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs, images.")
 @click.option("--text-encoder/--no-text-encoder", default=True, help="Copy a pipeline's text encoder into the bundle.")
 @click.option("--distilled", is_flag=True, help="The weights are a few-step student, where the folder does not say so.")
+@click.option("--encoder", is_flag=True, help="Add the encoder of a pipeline's autoencoder, for generate --image.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier import in OUT.")
 @revision_option
 @json_option
 def import_(
     source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
-    renoise: Renoise | None, size: str, frames: int | None, tokens: int | None, max_batch: int, text_encoder: bool,
-    distilled: bool, overwrite: bool, revision: str | None, as_json: bool,
+    renoise: Renoise | None, start_time: float | None, size: str, frames: int | None, tokens: int | None,
+    max_batch: int, text_encoder: bool, distilled: bool, encoder: bool, overwrite: bool, revision: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Import a few-step pipeline of diffusers, or an EDM or EDM2 pickle.
 
@@ -79,9 +81,12 @@ def import_(
                 option = "--distilled" if distilled else "--frames"
                 raise click.UsageError(f"{option} is given for a SANA-Sprint pipeline, expected it left out.")
             given |= {"steps": steps or (1, 2, 4), "renoise": renoise or "fresh", "text_encoder": text_encoder}
-            given |= {"max_sequence_length": tokens or 300}
+            given |= {"max_sequence_length": tokens or 300, "encoder": encoder, "start_time": start_time}
             current, create = current_import, import_sana
         else:
+            if encoder or start_time is not None:
+                option = "--encoder" if encoder else "--start-time"
+                raise click.UsageError(f"{option} is given, expected it left out: it is for SANA-Sprint pipelines.")
             given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}
             given |= {"max_sequence_length": tokens or 0}
             current, create = current_flow_import, import_flow_pipeline

@@ -178,7 +178,7 @@ PRECISION_OR_AUTO = Name("precision", _precisions, ("auto",))
 
 
 def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--times`` and ``--sigmas``, which become the argument ``times``, and ``--renoise``."""
+    """Add ``--times`` and ``--sigmas``, which become the argument ``times``, ``--renoise`` and ``--start-time``."""
     from scm_sdk.spec import Renoise, flow_times
 
     def as_times(ctx: click.Context, param: click.Parameter, sigmas: tuple[float, ...]) -> None:
@@ -188,6 +188,10 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ctx.params["times"] = flow_times(sigmas)
 
     for option in (
+        click.option(
+            "--start-time", type=float,
+            help="Start time of a further sampler with one step, for generate --image, radians.",
+        ),
         click.option(
             "--renoise", type=one_of("renoise", *get_args(Renoise)),
             help="Noise of later steps: new, that of the first step, or of the ODE; default: the model's rule.",

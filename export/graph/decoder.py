@@ -1,6 +1,7 @@
-"""Export the decoder of a latent model: the last stage of a sampler graph, or a separate graph.
+"""Export the decoder of a latent model: the last stage of a sampler graph, or a separate graph; and its encoder.
 
-Names: nodes ``decoder/<module path>/<operator>``, weights ``decoder.<name in the state dict>``.
+Names: nodes ``decoder/<module path>/<operator>``, weights ``decoder.<name in the state dict>``; those of the encoder
+start with ``encoder``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from .trace import EXAMPLE_BATCH, trace_decoder, translate
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import nn
 
-    from scm_sdk.model.decoder import Decoder
+    from scm_sdk.model.decoder import Decoder, Encoder
 
 ROOT = "decoder"
-INPUT, OUTPUT = "latents", "images"
+LATENTS, IMAGES = "latents", "images"
 IR_VERSION = 10
 
 
@@ -39,30 +41,51 @@ def export_decoder(decoder: Decoder, sample_shape: tuple[int, ...]) -> ir.Model:
         ExportError: If it cannot be exported; the message names the operator and the line where known.
         ShapeError: If its output differs from its config.
     """
+    return _export(decoder, sample_shape, (LATENTS, IMAGES), ROOT)
+
+
+def export_encoder(encoder: Encoder) -> ir.Model:
+    """Export an encoder, float32, opset 20, any batch size.
+
+    Args:
+        encoder: A float32 encoder in evaluation mode.
+
+    Returns:
+        A model with input ``images`` and output ``latents``, the data of a latent sampler.
+
+    Raises:
+        ExportError: If it cannot be exported; the message names the operator and the line where known.
+        ShapeError: If its output differs from its config.
+    """
+    return _export(encoder, encoder.image_shape, (IMAGES, LATENTS), "encoder")
+
+
+def _export(module: nn.Module, shape: tuple[int, ...], names: tuple[str, str], prefix: str) -> ir.Model:
     import torch
 
-    device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(0)
-    example = torch.randn((EXAMPLE_BATCH, *sample_shape), generator=generator, device=device)
-    model = clean(translate(trace_decoder(decoder, example), (INPUT,), OUTPUT), root=ROOT)
-    _prefix(model)
+    example = torch.randn((EXAMPLE_BATCH, *shape), generator=generator, device=device)
+    model = clean(translate(trace_decoder(module, example), names[:1], names[1]), root=ROOT)
+    _prefix(model, prefix)
     return model
 
 
 def write_decoder(decoder: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> GraphReport:
-    """Write a decoder as a separate graph, for samplers that end with latents.
+    """Write a decoder, for samplers that end with latents, or an encoder as a separate graph.
 
     Raises:
         ScmError: As ``write_model`` does.
     """
     import onnx_ir as ir
 
-    x_0 = ir.val(INPUT, ir.DataType.FLOAT, decoder.graph.inputs[0].shape)
-    images, nodes, initializers = decoder_stage(decoder, x_0)
-    images.name = OUTPUT
+    given, returned = decoder.graph.inputs[0], decoder.graph.outputs[0].name
+    first = ir.val(given.name or "", ir.DataType.FLOAT, given.shape)
+    last, nodes, initializers = decoder_stage(decoder, first)
+    last.name = returned
     graph = ir.Graph(
-        [x_0], [images], nodes=nodes, initializers=initializers, opset_imports={"": decoder.opset_imports[""]},
-        name="decoder",
+        [first], [last], nodes=nodes, initializers=initializers, opset_imports={"": decoder.opset_imports[""]},
+        name="decoder" if returned == IMAGES else "encoder",
     )  # fmt: skip
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="scm-sdk", producer_version=__version__)
     return write_model(model, path, external_data_above=external_data_above)
@@ -96,16 +119,16 @@ def decoder_stage(decoder: ir.Model, x_0: ir.Value) -> tuple[ir.Value, list[ir.N
     return copies[source.outputs[0]], nodes, weights
 
 
-def _prefix(model: ir.Model) -> None:
-    """Prefix the names of the decoder for a sampler graph."""
+def _prefix(model: ir.Model, prefix: str) -> None:
+    """Prefix all names; those of a decoder share a graph with the network's."""
     graph = model.graph
     for node in graph:
-        node.name = f"{ROOT}/{node.name}"
+        node.name = f"{prefix}/{node.name}"
         for value in node.outputs:
             if not value.is_graph_output():
-                value.name = f"{ROOT}/{value.name}"
+                value.name = f"{prefix}/{value.name}"
     for name, value in list(graph.initializers.items()):
-        value.name = f"{ROOT}.{name}"
+        value.name = f"{prefix}.{name}"
         if value.const_value is not None:
             value.const_value.name = value.name
     (output,) = graph.outputs

@@ -13,9 +13,9 @@ import numpy as np
 from .._util.forked import survive_fork
 from ..bundle.manifest import Artifact
 from ..errors import ConfigError
-from ..spec import Precision, SamplerSpec
+from ..spec import Precision, SamplerSpec, TensorSpec
 
-__all__ = ["BACKENDS", "Backend", "BackendInfo", "backend_info", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "BackendInfo", "Graph", "backend_info", "open_backend", "open_graph"]
 
 
 @runtime_checkable
@@ -185,6 +185,35 @@ def open_backend(
     backend: Backend = import_module(info.module).open_backend(artifact_path, spec, **options)
     survive_fork(backend)
     return backend
+
+
+class Graph(Protocol):
+    """An open graph that is no sampler, with declared inputs and one output; thread-safe."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the output for inputs by name; axis 0 is the batch."""
+        ...
+
+
+def open_graph(
+    path: Path,
+    inputs: Sequence[TensorSpec],
+    output: TensorSpec,
+    *,
+    device: str | None = None,
+    num_threads: int | None = None,
+) -> Graph:
+    """Open a graph that is no sampler, such as an encoder, with ONNX Runtime.
+
+    Raises:
+        BackendUnavailable: If onnxruntime or the device is not here.
+        IntegrityError: If the file is missing, damaged, or has other inputs or another output.
+    """
+    graph: Graph = import_module(BACKENDS["onnxruntime"].module).OrtGraph(
+        path, inputs, output, device=device, num_threads=num_threads
+    )
+    survive_fork(graph)
+    return graph
 
 
 def backend_info(name: str) -> BackendInfo:

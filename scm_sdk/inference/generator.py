@@ -43,8 +43,10 @@ from .request import (
 from .selection import Measured, Plan
 from .session import Fallback, Opened, Opener
 from .sources import Source, open_source
+from .start import StartImages
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from typing_extensions import Unpack
 
     from .batcher import Batcher
@@ -83,6 +85,7 @@ class Generator:
         self._prompts = Prompts(
             source.text_encoder, arguments["device"], check=source.check_text_encoder, note=source.cut_note
         )
+        self._starts = StartImages(source, device=arguments["device"], num_threads=arguments["num_threads"])
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 
@@ -205,6 +208,8 @@ class Generator:
         prompt: str | Sequence[str] | None = None,
         prompt_embeds: np.ndarray | None = None,
         prompt_attention_mask: np.ndarray | None = None,
+        image: Image | Sequence[Image] | np.ndarray | None = None,
+        start_time: float | None = None,
         events: Events = SILENT,
     ) -> GeneratorOutput:
         """Generate images.
@@ -227,6 +232,10 @@ class Generator:
             prompt: One text for all images, or one per image, for text-to-image models.
             prompt_embeds: Embeddings instead of a prompt: (num_images, L, D) float32, or (1, L, D) for all.
             prompt_attention_mask: Mask of the embeddings, (num_images, L) or (1, L) int64; None keeps every token.
+            image: Image to start from, of the model's size: a PIL image, a list of num_images, or an array (H, W, C) or
+                (num_images, H, W, C), uint8 or float32 in [0, 1]. A latent model needs its encoder in the bundle.
+            start_time: Time, radians, at which noise is added to the image: the first time of a sampler of the bundle,
+                which is then taken. A smaller time keeps more of the image.
             events: Receives a step after each batch, with the images done; ``ProgressBar`` shows it.
 
         Raises:
@@ -247,6 +256,8 @@ class Generator:
             prompt=prompt,
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
+            image=image,
+            start_time=start_time,
         )
         raw, batches, timings = opened.run(request, self._batch_size(opened, batch_size), events)
         info = opened.info(self.source, batches=batches, timings=timings)
@@ -468,12 +479,15 @@ class Generator:
         return most if asked is None else check_count("batch_size", asked, most=most)
 
     def _prepare(self, output_type: str, steps: int | None, **arguments: Any) -> tuple[Opened, Request]:
+        image = arguments.pop("image", None)
+        steps = self._starts.steps(image, arguments.pop("start_time", None), steps)
         opened = self._opener.get(self._steps(steps))
         check_output_type(opened.spec, output_type)
         words = {name: arguments.pop(name, None) for name in ("conditioning", "prompt", EMBEDS, MASK)}
         count = check_num_images(arguments.get("num_images", 1), opened.spec)
         made = self._prompts.conditioning(opened.spec, count, **words)
-        return opened, make_request(opened.spec, conditioning=made, **arguments)
+        offset = self._starts.offset(opened.spec, count, image)
+        return opened, make_request(opened.spec, conditioning=made, offset=offset, **arguments)
 
     def _job(self, arguments: Mapping[str, Any]) -> Job:
         options = dict(arguments)

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal, SupportsIndex, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from ..errors import ConfigError, ShapeError, UnknownArgument
 from ..noise import check_seed, draw_noise, standard_normal
 from ..spec import SamplerSpec
 from .conditioning import Examples
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 OutputType = Literal["pil", "np", "pt", "uint8", "raw"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
@@ -51,6 +54,8 @@ class RequestOptions(TypedDict, total=False):
     prompt: str | Sequence[str] | None
     prompt_embeds: np.ndarray | None
     prompt_attention_mask: np.ndarray | None
+    image: Image | Sequence[Image] | np.ndarray | None
+    start_time: float | None
 
 
 _ARGUMENTS = ("num_images", *RequestOptions.__annotations__)
@@ -66,12 +71,15 @@ class Request:
         noise: One ``(N, *sample_shape)`` float32 array per ``spec.noise_inputs``, or None: drawn from the seeds on
             demand.
         conditioning: ``spec.conditioning_inputs`` by name, ``(N, *shape)``.
+        offset: Added to the noise of the first step, ``(N, *sample_shape)`` float32; see ``start.StartImages``. None is
+            nothing.
     """
 
     spec: SamplerSpec
     seeds: tuple[int, ...]
     noise: tuple[np.ndarray, ...] | None
     conditioning: dict[str, np.ndarray]
+    offset: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.noise[0]) if self.noise is not None else len(self.seeds)
@@ -92,6 +100,8 @@ class Request:
             noise = [np.asarray(array) for array in draw_noise(self.spec, self.seeds[start:stop])]
         else:
             noise = [array[start:stop] for array in self.noise]
+        if self.offset is not None:
+            noise[0] = noise[0] + self.offset[start:stop]
         return noise, {name: array[start:stop] for name, array in self.conditioning.items()}
 
 
@@ -101,7 +111,7 @@ def merge(requests: Sequence[Request]) -> Request:
     if len(requests) == 1:
         return first
     noise = None
-    if any(request.noise is not None for request in requests):
+    if any(request.noise is not None or request.offset is not None for request in requests):
         parts = [request.inputs(0, len(request))[0] for request in requests]
         noise = tuple(np.concatenate(step) for step in zip(*parts, strict=True))
     return Request(
@@ -123,8 +133,9 @@ def make_request(
     noise: Sequence[np.ndarray] | np.ndarray | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     conditioning: Mapping[str, np.ndarray] | None = None,
+    offset: np.ndarray | None = None,
 ) -> Request:
-    """Check the arguments of a call, documented at ``Generator.__call__``.
+    """Check the arguments of a call, documented at ``Generator.__call__``; ``offset`` is that of ``Request``.
 
     Raises:
         ConfigError: If a number, a seed, a label or a name is out of its range.
@@ -147,7 +158,7 @@ def make_request(
     elif guidance_scale is not None:
         raise ConfigError("guidance_scale is given, but this model has no such input. Leave guidance_scale out.")
     known |= _conditioning(spec, conditioning or {}, count)
-    return Request(spec=spec, seeds=seeds, noise=arrays, conditioning=known)
+    return Request(spec=spec, seeds=seeds, noise=arrays, conditioning=known, offset=offset)
 
 
 def make_example(

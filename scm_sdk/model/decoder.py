@@ -1,7 +1,8 @@
-"""The decoder of a latent model: from x_0 to pixels, inside the sampler graph or separate.
+"""The decoder of a latent model: from x_0 to pixels, inside the sampler graph or separate; and its encoder.
 
 A latent model denoises latents that were normalized to standard deviation ``sigma_data``, channel by channel. Its
-decoder first undoes that, with numbers from a config, and then runs any module that turns latents into pixels.
+decoder first undoes that, with numbers from a config, and then runs any module that turns latents into pixels. Its
+encoder is the reverse; only samplers that start from an image need it.
 """
 
 from __future__ import annotations
@@ -171,3 +172,47 @@ class Decoder(nn.Module):
         """Convert latents of an autoencoder to training data; the inverse of ``to_latents``."""
         axes = (1, len(self.latents.scale), *([1] * (latents.ndim - 2)))
         return (latents - self.shift.to(latents.dtype).reshape(axes)) / self.scale.to(latents.dtype).reshape(axes)
+
+
+class Encoder(nn.Module):
+    """Encodes pixels to the data of a latent sampler, the start of ``gen(image=...)``.
+
+    A bundle holds it as a graph alone: a checkpoint does not keep it.
+
+    Args:
+        module: Maps pixels (B, C, H, W), float32, in the decoder's value range, to latents (B, ...), float32, in the
+            units of the autoencoder; not random.
+        latents: Conversion of the sampler's output to these latents, the decoder's; here it is inverted.
+        image_shape: Shape of one image, without the batch axis.
+        sample_shape: Shape of one sample of latents, without the batch axis.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, module: nn.Module, latents: LatentScale, image_shape: Sequence[int], sample_shape: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.image_shape, self.sample_shape = tuple(image_shape), tuple(sample_shape)
+        axes = (-1, *([1] * (len(self.sample_shape) - 1)))
+        self.register_buffer("scale", torch.tensor(latents.scale).reshape(axes), persistent=False)
+        self.register_buffer("shift", torch.tensor(latents.shift).reshape(axes), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return x_0, ``(B, *sample_shape)``.
+
+        Args:
+            images: Pixels, ``(B, *image_shape)``.
+
+        Raises:
+            ShapeError: If the module returns another shape.
+        """
+        latents: Tensor = self.module(images)
+        if tuple(latents.shape[1:]) != self.sample_shape:
+            raise ShapeError(
+                f"{type(self.module).__name__} turned images of {tuple(images.shape[1:])} into "
+                f"{tuple(latents.shape[1:])}, expected {self.sample_shape}, the samples of the model."
+            )
+        return (latents - self.shift) / self.scale

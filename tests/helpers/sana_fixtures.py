@@ -69,6 +69,19 @@ def sana_bundle(sana_folder: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def sana_image_bundle(sana_folder: Path) -> Path:
+    """A bundle with the encoder, samplers of 2 steps from noise and of 1 step from 1.1 radians; read only."""
+    from scm_sdk.export.sana import import_sana
+
+    out = sana_folder.parent / "image-bundle"
+    import_sana(
+        sana_folder, out, steps=(2,), start_time=1.1, size=(SIZE, SIZE), max_sequence_length=TOKENS, max_batch=3,
+        text_encoder=False, encoder=True,
+    )  # fmt: skip
+    return out
+
+
 @pytest.fixture
 def sana_copy(sana_folder: Path, tmp_path: Path) -> Path:
     """A copy of the folder that the test may damage."""

@@ -30,7 +30,9 @@ from scm_sdk.noise import draw_noise
 from scm_sdk.spec import Renoise, SamplerSpec, flow_times
 
 RULES: tuple[Renoise, ...] = ("fresh", "same", "ode")
-LEVELS = st.lists(st.floats(0.02, 1.0), min_size=1, max_size=8, unique=True).map(lambda u: sorted(u, reverse=True))
+LEVELS = st.lists(st.floats(0.02, 1.0), min_size=1, max_size=8, unique_by=lambda u: round(u, 6)).map(
+    lambda u: sorted(u, reverse=True)
+)
 
 
 class Flow(nn.Module):

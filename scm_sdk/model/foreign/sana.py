@@ -32,7 +32,7 @@ from ...spec import Renoise, SamplerSpec
 from ..bounds import check_bound, check_num_parameters
 from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
-from ..decoder import Decoder, LatentScale
+from ..decoder import Decoder, Encoder, LatentScale
 from ..networks.custom import OwnConfig
 from .component import read_json, weight_files
 from .linear_attention import guard_autoencoder, guard_transformer
@@ -110,6 +110,7 @@ class SanaModel(ConsistencyModel):
         folder: The source folder; its configs define the shapes.
         transformer: The transformer.
         decode: The decoder of the autoencoder: latents to pixels.
+        encode: Its encoder: pixels to latents; None for samplers that start from noise.
 
     Attributes:
         folder: The source folder.
@@ -118,7 +119,9 @@ class SanaModel(ConsistencyModel):
 
     islands = ("@delicate", "step*/flow*")
 
-    def __init__(self, folder: SanaFolder, transformer: nn.Module, decode: nn.Module) -> None:
+    def __init__(
+        self, folder: SanaFolder, transformer: nn.Module, decode: nn.Module, encode: nn.Module | None = None
+    ) -> None:
         described = OwnConfig(
             name="sana-sprint", sample_shape=folder.sample_shape, conditioning=folder.conditioning, guidance=True
         )
@@ -129,6 +132,8 @@ class SanaModel(ConsistencyModel):
         self.keep_text_encoder = True
         factor = 1 / (spec.sigma_data * float(folder.vae["scaling_factor"]))
         self.decoder = Decoder(decode, LatentScale(scale=(factor,), shift=(0.0,)), spec.image_shape)
+        if encode is not None:
+            self.encoder = Encoder(encode, self.decoder.latents, spec.image_shape, folder.sample_shape)
 
     def spec(
         self,
@@ -149,12 +154,13 @@ class SanaModel(ConsistencyModel):
         copy_sana_folder(self.folder, Path(folder), text_encoder=self.keep_text_encoder)
 
 
-def load_sana(folder: str | Path, settings: Settings | None = None) -> SanaModel:
+def load_sana(folder: str | Path, settings: Settings | None = None, *, encoder: bool = False) -> SanaModel:
     """Load transformer and decoder of a SANA-Sprint folder, float32, evaluation mode, on the CPU.
 
     Args:
         folder: Folder that diffusers saved.
         settings: Image size and prompt tokens; None reads the settings of an import, if any.
+        encoder: Whether to load the encoder of the autoencoder, too.
 
     Raises:
         BackendUnavailable: If diffusers is not installed.
@@ -167,10 +173,11 @@ def load_sana(folder: str | Path, settings: Settings | None = None) -> SanaModel
     transformer = _load(
         diffusers.SanaTransformer2DModel, msgspec.to_builtins(found.transformer), found.path / "transformer"
     )
-    vae = _load(diffusers.AutoencoderDC, _public(found.vae), found.path / "vae", keep="decoder.")
+    parts = ("decoder", "encoder") if encoder else ("decoder",)
+    vae = _load(diffusers.AutoencoderDC, _public(found.vae), found.path / "vae", keep=tuple(f"{p}." for p in parts))
     guard_transformer(transformer)
     guard_autoencoder(vae)
-    return SanaModel(found, transformer, vae.get_submodule("decoder")).eval().requires_grad_(False)
+    return SanaModel(found, transformer, *map(vae.get_submodule, parts)).eval().requires_grad_(False)
 
 
 def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = True) -> None:
@@ -209,7 +216,7 @@ def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = T
     atomic_write_bytes(target / SETTINGS_NAME, _pretty(msgspec.to_builtins(source.settings)), error=BundleError)
 
 
-def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str = "") -> nn.Module:
+def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str | tuple[str, ...] = "") -> nn.Module:
     """Create a module of diffusers with the weights of a component whose names start with ``keep``."""
     for name, value in config.items():
         if value is not None:
