@@ -7,11 +7,14 @@ and the embeddings of a prompt. ``scm_sdk.model.foreign.few_step_folder`` has th
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scm_sdk._util.events import SILENT, Events
+from scm_sdk.bundle.manifest import MANIFEST_NAME
+from scm_sdk.errors import BundleError
 from scm_sdk.spec import Renoise
 
 from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
@@ -34,6 +37,7 @@ def import_flow_pipeline(
     max_sequence_length: int = 0,
     max_batch: int = MAX_BATCH,
     distilled: bool = False,
+    base: str | os.PathLike[str] | None = None,
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
@@ -42,7 +46,8 @@ def import_flow_pipeline(
     """Import a few-step flow pipeline that diffusers saved.
 
     Args:
-        source: Folder of the pipeline; its class is in the table of docs/models.md.
+        source: Folder of the pipeline; its class is in the table of docs/models.md. Or an rCM student of Wan 2.1, a
+            ``.pt`` file, which is read without executing it.
         out: The bundle's folder; if a stage fails, no files remain.
         steps: Numbers of steps, one graph each; () is the pipeline's usual ones.
         times: Times of one sampler, radians, instead of ``steps``.
@@ -52,6 +57,7 @@ def import_flow_pipeline(
         max_sequence_length: Tokens of a prompt; 0 is the pipeline's default.
         max_batch: Largest batch.
         distilled: The weights are a few-step student; needed where the folder does not say so.
+        base: The ``WanPipeline`` folder with autoencoder and configs of a ``.pt`` file; None for a folder.
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
@@ -65,26 +71,28 @@ def import_flow_pipeline(
     """
     from scm_sdk.model.foreign.few_step import load_few_step
 
-    model = load_few_step(Path(source), _settings(size, num_frames, max_sequence_length, distilled))
-    model.keep_text_encoder = False
-    provenance = {
-        "source": origin or Path(source).name,
-        "pipeline": model.folder.row.name,
-        "objective": model.folder.row.objective,
-        "license": "see the source's card",
-    }
-    return export_bundle(
-        model,
-        Path(out),
-        steps=steps or model.folder.row.steps,
-        times=times,
-        renoise=renoise,
-        max_batch=max_batch,
-        name=name,
-        overwrite=overwrite,
-        provenance=provenance,
-        events=events,
-    )
+    settings = _settings(size, num_frames, max_sequence_length, distilled or base is not None)
+    with _pipeline(source, out, base) as folder:
+        model = load_few_step(folder, settings)
+        model.keep_text_encoder = False
+        provenance = {
+            "source": origin or Path(source).name,
+            "pipeline": model.folder.row.name,
+            "objective": "rCM" if base is not None else model.folder.row.objective,
+            "license": "see the source's card",
+        }
+        return export_bundle(
+            model,
+            Path(out),
+            steps=steps or model.folder.row.steps,
+            times=times,
+            renoise=renoise,
+            max_batch=max_batch,
+            name=name,
+            overwrite=overwrite,
+            provenance=provenance,
+            events=events,
+        )
 
 
 def current_flow_import(
@@ -99,18 +107,43 @@ def current_flow_import(
     max_sequence_length: int = 0,
     max_batch: int = MAX_BATCH,
     distilled: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> BundleReport | None:
     """Return the report of the existing bundle if ``import_flow_pipeline`` would create the same; else None."""
     from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
 
-    given = read_few_step_folder(Path(source), _settings(size, num_frames, max_sequence_length, distilled))
+    settings = _settings(size, num_frames, max_sequence_length, distilled or base is not None)
     workspace = Workspace(out)
-    if not is_current(Path(source), workspace, times=times, renoise=renoise or given.row.renoise, max_batch=max_batch):
+    if not (workspace.path / MANIFEST_NAME).is_file():
         return None
-    found = {spec.times for spec in workspace.opened.manifest.samplers}
-    wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
-    same = found == wanted and read_few_step_folder(Path(out) / DENOISER).settings == given.settings
-    return report_bundle(workspace) if same else None
+    with _pipeline(source, out, base) as folder:
+        given = read_few_step_folder(folder, settings)
+        rule = renoise or given.row.renoise
+        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch):
+            return None
+        found = {spec.times for spec in workspace.opened.manifest.samplers}
+        wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
+        same = found == wanted and read_few_step_folder(Path(out) / DENOISER).settings == given.settings
+        return report_bundle(workspace) if same else None
+
+
+@contextmanager
+def _pipeline(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], base: str | os.PathLike[str] | None
+) -> Iterator[Path]:
+    """Provide the folder of the pipeline: the source, or one that is made of a student's file and then removed."""
+    from scm_sdk.model.foreign.rcm_file import student_pipeline
+
+    if base is None:
+        yield Path(source)
+        return
+    beside = Path(out).absolute().parent  # the same disk, which must hold the bundle as well
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise BundleError(f"{beside} cannot be created: {exc.strerror or exc}. Choose another place.") from exc
+    with student_pipeline(Path(source), Path(base), beside) as folder:
+        yield folder
 
 
 def _settings(size: tuple[int, int] | None, num_frames: int, tokens: int, distilled: bool) -> Settings:

@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.IntRange(1), help="Length of a pipeline's prompts, tokens; default: its own.")
 @click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs, images.")
 @click.option("--text-encoder/--no-text-encoder", default=True, help="Copy a pipeline's text encoder into the bundle.")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="WanPipeline of diffusers whose autoencoder and configs go with an rCM .pt file.",
+)
 @click.option("--distilled", is_flag=True, help="The weights are a few-step student, where the folder does not say so.")
 @click.option("--encoder", is_flag=True, help="Add the encoder of a pipeline's autoencoder, for generate --image.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier import in OUT.")
@@ -49,34 +55,39 @@ if TYPE_CHECKING:
 def import_(
     source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
     renoise: Renoise | None, start_time: float | None, size: str, frames: int | None, tokens: int | None,
-    max_batch: int, text_encoder: bool, distilled: bool, encoder: bool, overwrite: bool, revision: str | None,
-    as_json: bool,
+    max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, encoder: bool, overwrite: bool,
+    revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Import a few-step pipeline of diffusers, or an EDM or EDM2 pickle.
+    """Import a few-step pipeline of diffusers, an rCM student of Wan 2.1, or a pickle of EDM or EDM2.
 
     Pipelines: SANA-Sprint, FLUX.2-klein, Z-Image-Turbo, AnyFlow, and students of Wan 2.1 (rCM, DMD). A pipeline is
-    converted to a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved, or
-    a .pkl file, whose weights are read without executing it. An import that already exists in OUT with the same options
-    is left unchanged.
+    converted to a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved, a
+    .pt file of rCM, or a .pkl file; no code of a file is executed. An import that already exists in OUT with the same
+    options is left unchanged.
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
     scm-export import hf:OWNER/NAME --revision COMMIT -o sana --steps 2
+    scm-export import rCM_Wan2.1_T2V_1.3B_480p.pt --base Wan2.1-T2V-1.3B-Diffusers -o clips --frames 17
     scm-export import edm2-img64-s-1073741-0.075.pkl -o edm2-img64-s
     """
-    if not source.is_file() and source.suffix != ".pkl":
+    student = source.suffix in (".pt", ".pth")
+    if student != (base is not None):
+        found = f"is given for {source}" if base else f"is missing for {source}"
+        raise click.UsageError(f"--base {found}, expected --base FOLDER with a .pt file of rCM, and only there.")
+    if student or (not source.is_file() and source.suffix != ".pkl"):
         require_all(*EXPORT)
         from scm_sdk.model.foreign.pipelines import is_sana
 
         from ..flow_pipeline import current_flow_import, import_flow_pipeline
         from ..sana import current_import, import_sana, parse_size
 
-        folder = local_folder(source, revision)
+        folder = source if student else local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
         given: dict[str, Any] = {"times": times, "size": parse_size(size), "max_batch": max_batch}
         current: Callable[..., BundleReport | None]
         create: Callable[..., BundleReport]
-        if is_sana(folder):
+        if not student and is_sana(folder):
             if distilled or frames is not None:
                 option = "--distilled" if distilled else "--frames"
                 raise click.UsageError(f"{option} is given for a SANA-Sprint pipeline, expected it left out.")
@@ -88,7 +99,7 @@ def import_(
                 option = "--encoder" if encoder else "--start-time"
                 raise click.UsageError(f"{option} is given, expected it left out: it is for SANA-Sprint pipelines.")
             given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}
-            given |= {"max_sequence_length": tokens or 0}
+            given |= {"max_sequence_length": tokens or 0, "base": base}
             current, create = current_flow_import, import_flow_pipeline
         report = None if overwrite else current(folder, out, **given)
         unchanged = report is not None

@@ -37,7 +37,7 @@ MAX_MEMBERS = 4096
 _DIRECTORY_BYTES = 2 << 20
 """Maximum size of the list of members, bytes: 512 per member. A name has about 60."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_UNREADABLE = (
+ZIP_ERRORS = (
     zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError, RuntimeError, struct.error,
 )  # fmt: skip
 """Exceptions of ``zipfile`` for damaged files."""
@@ -110,13 +110,13 @@ def open_archive(path: str | os.PathLike[str]) -> Iterator[Archive]:
     except OSError as exc:
         raise unreadable(path, exc) from exc
     with plain:
-        yield Archive(Path(path), _Capped(io.FileIO(plain.fileno(), closefd=False)))
+        yield Archive(Path(path), CappedReader(io.FileIO(plain.fileno(), closefd=False)))
 
 
 class Archive:
     """An open ``.scmz`` file."""
 
-    def __init__(self, path: Path, stream: _Capped) -> None:
+    def __init__(self, path: Path, stream: CappedReader) -> None:
         self._path, self._stream = path, stream
 
     def sha256(self) -> str:
@@ -175,7 +175,7 @@ class Archive:
             with zipfile.ZipFile(self._stream) as archive:
                 self._stream.limit = None
                 yield archive
-        except _UNREADABLE as exc:
+        except ZIP_ERRORS as exc:
             raise IntegrityError(f"{self._path} is damaged or no {SUFFIX} file: {exc}. {_REPAIR}") from exc
         except OSError as exc:
             if exc.errno in DISK_ERRORS:  # an error of the target disk
@@ -185,7 +185,7 @@ class Archive:
             self._stream.limit = None
 
 
-class _Capped(io.BufferedReader):
+class CappedReader(io.BufferedReader):
     """A file with a size limit per read, because ``zipfile`` reads the list of members at once.
 
     An archive states the position and the length of the list in several places; the limit applies to the one that
@@ -195,6 +195,7 @@ class _Capped(io.BufferedReader):
     limit: int | None = None
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """Return up to ``size`` bytes; refuse more than ``limit``."""
         if self.limit is not None and size is not None and size > self.limit:
             raise zipfile.BadZipFile(
                 f"the list of files takes {size} bytes, expected at most {MAX_MEMBERS} files in {self.limit} bytes"

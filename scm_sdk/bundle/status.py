@@ -24,10 +24,12 @@ _OBJECTIVES = {
     "(LADD) as SANA-Sprint",
     "few-step flow matching": "A few-step model of flow matching, distilled from a model of many steps",
     "flow map (AnyFlow)": "A flow map, distilled as AnyFlow ([arXiv 2605.13724](https://arxiv.org/abs/2605.13724))",
+    "rCM": "A continuous-time consistency model with score regularization "
+    "(rCM, [arXiv 2510.08431](https://arxiv.org/abs/2510.08431)), distilled from a flow model",
     "rCM or DMD": "A few-step model, distilled as rCM ([arXiv 2510.08431](https://arxiv.org/abs/2510.08431)) or by "
     "distribution matching (DMD)",
 }
-_FEW_STEP = {"few-step flow matching", "rCM or DMD", "flow map (AnyFlow)"}
+_FEW_STEP = {"few-step flow matching", "rCM", "rCM or DMD", "flow map (AnyFlow)"}
 """Objectives whose students are few-step models, not all of them consistency models."""
 """Kind of model by the first objective of its provenance (before a ``+``)."""
 

@@ -166,6 +166,8 @@ class _Machine:
 
     def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is dict and type(state) is dict and state.keys() == {"_metadata"}:
+            return  # versions of the modules of a state dict, which are not used
         if not isinstance(target, Buildable):
             self._refuse(self.at, f"a state for an object of type {type(target).__name__}, which takes none")
         target.build(state)

@@ -1,4 +1,4 @@
-"""Flow maps: a second time input r, a constant of each step, by diffusers' scheduler and by hand."""
+"""Flow maps: a second time input r, a constant of each step, held to diffusers' scheduler and to the formula."""
 
 import math
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def model() -> ConsistencyModel:
 SIGMAS = (1.0, 0.9, 0.62, 0.3)
 
 
-def by_hand(u: Any, noise: np.ndarray, sigmas: tuple[float, ...]) -> Tensor:
+def by_formula(u: Any, noise: np.ndarray, sigmas: tuple[float, ...]) -> Tensor:
     """``x' = x - (sigma - sigma') u(x, sigma, sigma')``, in float64."""
     u, x = u.double(), torch.from_numpy(noise).double() * sigmas[0]
     for now, then in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
@@ -61,7 +61,7 @@ def test_the_sampler_follows_the_flow_map_in_torch_and_in_onnx(model: Consistenc
     ort = pytest.importorskip("onnxruntime")
     noise = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
     spec = model.spec(times=flow_times(SIGMAS), renoise="ode")
-    wanted = by_hand(model.get_submodule("network.denoiser.module"), noise, SIGMAS)
+    wanted = by_formula(model.get_submodule("network.denoiser.module"), noise, SIGMAS)
     with torch.no_grad():
         found = Sampler(model, spec).eval()(torch.from_numpy(noise))
     torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=0)
