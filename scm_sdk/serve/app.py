@@ -68,6 +68,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 def make_app(service: Service, keys: ApiKeys | None = None) -> ASGIApp:
     """Return the application that serves an open model; the service is closed when its server ends.
 
+    It may be mounted in another application, whose owner then closes the service: a server sends its end to the
+    outermost application alone. Time limits of connections are those of the server that runs it.
+
     Args:
         service: The model.
         keys: The accepted API keys; None asks for none.
@@ -102,7 +105,7 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request, start = Request(scope), time.perf_counter()
-        is_quiet = scope["path"] in QUIET
+        is_quiet = _path(scope) in QUIET
         with nullcontext() if is_quiet else self._service.traces.request(request.headers) as span:
             await self._answer(request, span, start, receive, send)
 
@@ -127,10 +130,10 @@ class Gate:
 
         try:
             try:
-                if scope["path"] not in PROBES:
+                if _path(scope) not in PROBES:
                     check_host(request.headers.get("host", ""), self._allowed)
                     check_origin(request.headers.get("origin"), request.headers.get("host", ""))
-                if scope["path"] not in OPEN_PATHS:
+                if _path(scope) not in OPEN_PATHS:
                     state["key"] = check_caller(self._keys, request.headers.get("authorization", ""))
             except RequestError as exc:
                 return await _answer_error(request, exc)(scope, receive, send_with_headers)
@@ -166,7 +169,7 @@ class Gate:
             }  # fmt: skip
             span.finish(f"{scope['method']} {endpoint}", attributes | ({"error.type": code} if code else {}), failed)
         LOG.log(
-            logging.ERROR if failed else logging.DEBUG if scope["path"] in QUIET else logging.INFO,
+            logging.ERROR if failed else logging.DEBUG if _path(scope) in QUIET else logging.INFO,
             "%s %s %d", scope["method"], path, status,
             exc_info=failed,
             extra={"fields": fields},
@@ -213,6 +216,9 @@ class _Api:
         asked = decode_image_request(await read_body(request, self._service))
         call, kind = self._call(request, asked)
         request.state.images = len(call.seeds)
+        # Again when they are taken; here a request that is too much costs no tasks.
+        service = self._service
+        service.admission.check(len(call.seeds), request.state.key, retry_after=service.retry_after)
         if asked.stream:
             events = self._events(request, call, kind)
             first = await _unless_disconnected(request, anext(events))  # an error before it is an answer of its own
@@ -404,6 +410,12 @@ class _Api:
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
+def _path(scope: Scope) -> str:
+    """Return a request's path below the place where the application is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
 async def read_body(request: Request, service: Service) -> bytes:
     """Return a request's body.
 
@@ -515,7 +527,7 @@ def _answer_error(request: Request, exc: Exception) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status in (408, 413):  # the rest of the body is not read
         headers["Connection"] = "close"
-    if request.url.path.startswith("/v2"):  # the protocol's own shape
+    if _path(request.scope).startswith("/v2"):  # the protocol's own shape
         return _json({"error": str(error)}, error.status, headers)
     return _json(ErrorObject.of(error), error.status, headers)
 

@@ -186,8 +186,8 @@ class Admission:
         """Images of all callers."""
         return self.by_key.total()
 
-    def take(self, images: int, key: str, *, retry_after: float) -> None:
-        """Accept images at once or not at all.
+    def check(self, images: int, key: str, *, retry_after: float) -> None:
+        """Refuse images for which there is no room now.
 
         Args:
             images: How many.
@@ -210,6 +210,10 @@ class Admission:
                 f"{self.limit_per_key} for one key. Wait for an answer first.",
                 retry_after=retry_after,
             )
+
+    def take(self, images: int, key: str, *, retry_after: float) -> None:
+        """Accept images at once or not at all; arguments and errors are those of ``check``."""
+        self.check(images, key, retry_after=retry_after)
         self.by_key[key] += images
 
     def release(self, images: int, key: str) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -38,7 +40,7 @@ def test_each_is_short_and_named(path):
 def test_each_shows_its_usage(path, tmp_path):
     done = run(path.name, "-h", cwd=tmp_path)
     assert done.stdout.startswith("usage: ") and not list(tmp_path.iterdir())
-    if path.name[:2] in ("03", "05", "06", "07"):  # the others have defaults, or are services
+    if path.name[:2] in ("03", "05", "06", "07", "08", "09"):  # the others have defaults, or are services
         done = run(path.name, cwd=tmp_path, code=2)
         assert "usage: " in done.stderr and "Traceback" not in done.stderr
 
@@ -123,3 +125,95 @@ def test_serve(newcomer, tmp_path):
 
         with Image.open(tmp_path / "served.png") as found:
             assert found.tobytes() == image.tobytes(), number
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the test ends the service with a signal")
+def test_fastapi(newcomer, tmp_path):
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("fastapi", reason="the extra test brings it")
+    from scm_sdk import Generator
+    from scm_sdk.images import encode_picture
+
+    bundle = newcomer / "scm-demo" / "avatars"
+    service = subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / "08_fastapi.py"), str(bundle), "0"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        lines = iter(service.stderr)
+        address = next(found[1] for line in lines if (found := re.search(r"running on (http://[\d.:]+)", line)))
+        with httpx.Client(base_url=address, timeout=600) as http:
+            assert "red" in http.get("/classes").json()
+            assert http.get("/pictures/readyz").json() == {"ready": True}
+            body = {"prompt": "red", "seed": 7}
+            served = http.post("/pictures/v1/images/generations", json=body, headers={"Accept": "image/png"})
+        service.send_signal(signal.SIGTERM)
+        rest = "".join(lines)
+        assert service.wait(600) in (0, -signal.SIGTERM) and "Traceback" not in rest
+    finally:
+        service.kill()
+        service.wait()
+        service.stderr.close()
+    with Generator.from_pretrained(bundle) as gen:
+        assert served.content == encode_picture(gen(seed=7, class_labels="red", output_type="uint8").images[0], ".png")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes as Linux shows them")
+def test_ray_serve(newcomer, tmp_path):
+    """A replica is killed while clients ask: each gets its picture."""
+    pytest.importorskip("ray.serve", reason="needs ray[serve]")
+    from scm_sdk import Client, Generator
+
+    assert run("09_ray_serve.py", newcomer, "1", cwd=tmp_path, code=1).stderr.startswith("set RAY_AUTH_MODE=token")
+    bundle = newcomer / "scm-demo" / "avatars"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(ROOT / "examples" / "09_ray_serve.py"), str(bundle), str(port), "--cpus-per-replica", "0.5"]
+    service = subprocess.Popen(
+        [sys.executable, *command], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        assert service.stdout.readline() == f"http://127.0.0.1:{port} serves {bundle}\n"
+        killed = []
+
+        def ask(seed):
+            if seed == 20:
+                replicas = [
+                    int(path.parent.name)
+                    for path in Path("/proc").glob("[0-9]*/cmdline")
+                    if descends(int(path.parent.name), service.pid) and b"ServeReplica" in read(path)
+                ]
+                killed.append(replicas[0])
+                os.kill(replicas[0], signal.SIGKILL)
+            with Client(f"http://127.0.0.1:{port}", timeout=600, max_retries=100) as client:
+                return client.generate(seed=seed).images[0].tobytes()
+
+        with ThreadPoolExecutor(8) as threads:
+            served = list(threads.map(ask, range(60)))
+        service.send_signal(signal.SIGTERM)
+        assert service.wait(600) == 0 and killed
+    finally:
+        service.kill()
+        service.wait()
+        service.stdout.close()
+    with Generator.from_pretrained(bundle) as gen:
+        assert served == [gen(seed=seed).images[0].tobytes() for seed in range(60)]
+
+
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+def descends(process, ancestor):
+    """Return whether a process was started by another one, or by one of its own."""
+    while process > 1:
+        if process == ancestor:
+            return True
+        found = re.search(rb"^PPid:\t(\d+)", read(Path(f"/proc/{process}/status")), re.MULTILINE)
+        process = int(found[1]) if found else 0
+    return False

@@ -1,18 +1,24 @@
 """Options, API keys, hosts and origins, the queue of images; and a server that other machines may reach."""
 
+import asyncio
+import re
 import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from helpers.servers import running
 from scm_sdk.errors import ConfigError
+from scm_sdk.serve.app import make_app
 from scm_sdk.serve.limits import Admission, ApiKeys, check_caller, check_host, check_origin
 from scm_sdk.serve.options import ServeOptions
 from scm_sdk.serve.schemas import RequestError
 from scm_sdk.serve.server import listen
+from scm_sdk.serve.service import Service
 
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -129,6 +135,25 @@ def test_a_server_for_others_asks_for_a_key_everywhere_but_in_probes_and_the_pag
         named["Host"] = "other.example"
         assert server.http.get("/v1/models", headers=named).status_code == 421
         assert not [line for line in server.lines if KEY in line]
+
+
+def test_a_mounted_application_knows_its_probes_open_paths_and_protocols(served_bundle: Path) -> None:
+    with Service.open(ServeOptions(bundle=served_bundle)) as service:
+        app = Starlette(routes=[Mount("/pictures", make_app(service, ApiKeys({"shop": KEY})))])
+
+        async def ask(path: str, **headers: str) -> httpx.Response:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                return await client.get(f"/pictures{path}", headers=headers)
+
+        assert asyncio.run(ask("/healthz", Host="probe")).status_code == 200
+        assert asyncio.run(ask("/openapi.json")).status_code == 200
+        assert asyncio.run(ask("/openapi.json", Host="other.example")).status_code == 421
+        assert asyncio.run(ask("/v1/models")).json()["error"]["code"] == "invalid_api_key"
+        wrong = asyncio.run(ask("/v2/models/other", Authorization=f"Bearer {KEY}"))
+        assert wrong.status_code == 404 and "'other'" in wrong.json()["error"]
+        found = re.findall(r'endpoint="([^"]+)",status="(\d+)"', service.metrics.render().decode())
+        assert ("/v2/models/{model}", "404") in found
 
 
 def test_answers_are_sent_without_delay(served_bundle: Path) -> None:
