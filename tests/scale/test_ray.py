@@ -41,7 +41,7 @@ print("removed", flush=True)
 sys.stdin.readline()
 cluster.shutdown()
 """
-"""A cluster of a head without CPUs and two nodes; it loses the node of the raylet that it is told."""
+"""A cluster of a head without CPUs and two nodes; it loses the node whose raylet is named on its input."""
 
 
 @pytest.fixture(scope="module")
