@@ -15,7 +15,7 @@ from .collect import Report
 COLORS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#65a30d", "#be185d")
 _INK = "#475569"
 _ARROW = {"arrowstyle": "->", "color": "#94a3b8", "lw": 0.8}
-_LETTER, _GAP = 0.059, 0.6
+_LETTER, _GAP = 0.068, 0.6
 """Dimensions of the provenance figure, inches: a letter at 8 points, and the gap for arrows between two columns."""
 
 

@@ -236,7 +236,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
     cards = [
         {"value": " and ".join(map(str, report.steps)), "text": "network calls per image"},
         {"value": f"{total / 1e6:.1f} MB", "text": f"{len(report.manifest.files)} files, each with its sha256"},
-        {"value": str(len(report.engines)), "text": "engines"},
+        {"value": str(len(report.engines)), "text": "engine" if len(report.engines) == 1 else "engines"},
     ]
     if report.latencies:
         fastest = min(report.latencies[0], key=lambda timing: timing.median_ms)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from helpers.chromium import chromium
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Artifact, EngineFacts
 from scm_sdk.bundle.status import ModelStatus
@@ -89,6 +90,29 @@ def test_the_page_works_in_a_browser(pages: Path, tmp_path: Path) -> None:
 
     with Image.open(picture) as image:
         assert image.size == (1180, 2400) and len(image.convert("RGB").getcolors(1 << 24) or []) > 200
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_is_read_on_any_screen_and_by_keyboard(pages: Path, width: int) -> None:
+    with chromium() as browser:
+        page = browser.new_page()
+        page.resize(width, 800)
+        page.open(pages.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "no sideways scrolling of the page"
+        boxes = "[...document.querySelectorAll('.scroll, pre')]"
+        hidden = f"{boxes}.filter((e) => e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight)"
+        assert page.evaluate(f"{hidden}.every((e) => e.tabIndex === 0 && e.ariaLabel)"), "arrow keys reach what is cut"
+        lines = (
+            "(e) => { const r = document.createRange(); r.selectNodeContents(e); return r.getClientRects().length; }"
+        )
+        assert page.evaluate(f"Math.max(...[...document.querySelectorAll('td.n')].map({lines}))") == 1, "whole numbers"
+        cut = page.evaluate(
+            "[...document.querySelectorAll('svg text')].filter((e) => e.getBoundingClientRect().right"
+            " > e.ownerSVGElement.getBoundingClientRect().right + 1).map((e) => e.textContent)"
+        )
+        assert cut == []
+        assert page.evaluate("[...document.querySelectorAll('th')].every((e) => e.innerText)")
+        assert page.evaluate("document.querySelectorAll('main').length") == 1 and page.messages == []
 
 
 def test_a_bundle_that_was_never_validated_says_so(unet_bundle: Path, tmp_path: Path) -> None:
