@@ -191,10 +191,10 @@ def test_weights_that_are_stored_twice_are_said(
 
 
 @pytest.mark.slow
-def test_a_sana_pipeline_becomes_a_litert_model(sana_bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("litert_torch", reason="litert_torch is not installed: make test-edge installs it")
-    bundle = with_edge(sana_bundle, "litert", tmp_path / "bundle", steps=[1, 2])
-    done = CliRunner().invoke(main, ["validate", str(bundle), "--backend", "litert"])
+@pytest.mark.parametrize("runtime", edge_params())
+def test_a_sana_pipeline_is_converted(runtime: str, sana_bundle: Path, tmp_path: Path) -> None:
+    bundle = with_edge(sana_bundle, runtime, tmp_path / "bundle", steps=[1, 2])
+    done = CliRunner().invoke(main, ["validate", str(bundle), "--backend", runtime])
     assert done.exit_code == 0, done.output
 
 
