@@ -1,7 +1,7 @@
-"""Convert a sampler's output to images: 8-bit arrays, PIL images, contact sheets, files.
+"""Convert a sampler's output to images and clips: 8-bit arrays, PIL images, contact sheets, files.
 
-Arrays of a sampler are (B, C, H, W) float32 in data units; pictures are (H, W, C) uint8. C is 1 for
-gray and 3 for RGB. Callers: ``generator``, ``evaluate``, ``train``, the commands.
+Arrays of a sampler are (B, C, H, W) float32 in data units, or (B, C, T, H, W) for clips; pictures are (H, W, C) uint8,
+clips (T, H, W, C). C is 1 for gray and 3 for RGB. Callers: ``generator``, ``evaluate``, ``train``, the commands.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import math
 import os
 from collections.abc import Mapping
+from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._util.files import atomic_write_bytes
-from .errors import ConfigError, ShapeError
+from ._util.lazy import require
+from .errors import BackendUnavailable, ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +33,9 @@ PICTURE_FORMATS: Mapping[str, Mapping[str, Any]] = {
     ".webp": {"format": "WEBP", "quality": 95},
 }
 """Suffix of a picture file: Pillow's arguments that write it."""
+CLIP_FORMATS = (".gif", ".webp", ".mp4")
+"""Suffixes of a clip's file."""
+MAX_FPS = 240
 
 
 def to_uint8(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) -> NDArray[np.uint8]:
@@ -52,7 +57,7 @@ def to_uint8(images: NDArray[np.floating[Any]], value_range: tuple[float, float]
     if images.ndim != 4 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 1:
         raise ShapeError(
             f"images have shape {images.shape}, expected (B, C, H, W) with C = 1 (gray) or 3 (RGB). "
-            "For latents take output_type='raw', for other data 'raw' or 'np'."
+            "For latents take output_type='raw', for clips 'frames', for other data 'raw' or 'np'."
         )
     if not np.issubdtype(images.dtype, np.floating):
         raise ShapeError(f"images are {images.dtype}, expected floating point numbers in data units.")
@@ -75,6 +80,97 @@ def to_pil(images: NDArray[np.floating[Any]], value_range: tuple[float, float]) 
     Arguments and errors are those of ``to_uint8``.
     """
     return [_pil(picture) for picture in to_uint8(images, value_range)]
+
+
+def clips_to_uint8(clips: NDArray[np.floating[Any]], value_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """Map clips in data units to 8-bit pictures, (B, T, H, W, C).
+
+    Args:
+        clips: (B, C, T, H, W) with C 1 or 3, floating point, data units.
+        value_range: As in ``to_uint8``.
+
+    Raises:
+        ShapeError: If the shape or the dtype differs from that.
+        ConfigError: As ``to_uint8``.
+    """
+    if clips.ndim != 5 or clips.shape[1] not in (1, 3) or min(clips.shape[2:]) < 1:
+        raise ShapeError(
+            f"clips have shape {clips.shape}, expected (B, C, T, H, W) with C = 1 (gray) or 3 (RGB). For images take "
+            "output_type='pil', for other data 'raw' or 'np'."
+        )
+    pictures = to_uint8(clips.swapaxes(1, 2).reshape(-1, clips.shape[1], *clips.shape[3:]), value_range)
+    return pictures.reshape(len(clips), -1, *pictures.shape[1:])
+
+
+def clips_to_pil(clips: NDArray[np.floating[Any]], value_range: tuple[float, float]) -> list[list[Image.Image]]:
+    """Map clips in data units to lists of PIL images, one list for each clip.
+
+    Arguments and errors are those of ``clips_to_uint8``.
+    """
+    return [[_pil(picture) for picture in clip] for clip in clips_to_uint8(clips, value_range)]
+
+
+def save_clip(clip_uint8: NDArray[np.uint8], path: str | os.PathLike[str], *, fps: float = 16.0) -> None:
+    """Write one clip in the format that the file's suffix names, whole or not at all.
+
+    GIF has 256 colors and hundredths of a second; WebP and MP4 (H.264) are lossy. GIF and WebP repeat without end.
+
+    Args:
+        clip_uint8: Frames, (T, H, W, C) with C 1 or 3, uint8.
+        path: The file; its suffix is one of ``CLIP_FORMATS``.
+        fps: Frames per second.
+
+    Raises:
+        ConfigError: If the suffix is another, or ``fps`` is not in (0, 240].
+        ShapeError: If the shape or the dtype differs from that, or an MP4 file's height or width is odd.
+        BackendUnavailable: If PyAV, which writes MP4 files, is not installed, or has no H.264 encoder.
+        ScmError: If the file cannot be written.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix not in CLIP_FORMATS:
+        raise ConfigError(f"{os.fspath(path)} ends in {suffix!r}, expected one of {', '.join(CLIP_FORMATS)}.")
+    if not 0 < fps <= MAX_FPS:
+        raise ConfigError(f"fps is {fps}, expected a number above 0 and at most {MAX_FPS}.")
+    fits = clip_uint8.ndim == 4 and clip_uint8.dtype == np.uint8 and clip_uint8.shape[3] in (1, 3)
+    if not fits or not clip_uint8.size:
+        raise ShapeError(
+            f"clip is {clip_uint8.shape} {clip_uint8.dtype}, expected (T, H, W, C) uint8 with C = 1 or 3. "
+            "scm_sdk.images.clips_to_uint8 makes such arrays."
+        )
+    atomic_write_bytes(path, _mp4(clip_uint8, fps) if suffix == ".mp4" else _animation(clip_uint8, suffix, fps))
+
+
+def _animation(clip: NDArray[np.uint8], suffix: str, fps: float) -> bytes:
+    first, *rest = [_pil(picture) for picture in clip]
+    options = {"format": "GIF"} if suffix == ".gif" else {**PICTURE_FORMATS[".webp"]}
+    buffer = io.BytesIO()
+    first.save(buffer, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **options)
+    return buffer.getvalue()
+
+
+def _mp4(clip: NDArray[np.uint8], fps: float) -> bytes:
+    """Encode H.264 with the chroma subsampling that every player reads."""
+    if clip.shape[1] % 2 or clip.shape[2] % 2:
+        raise ShapeError(
+            f"frames are {clip.shape[1]}x{clip.shape[2]}, expected an even height and width for H.264. Take GIF or "
+            "WebP."
+        )
+    av: Any = require("av", extra="video", purpose="writing an MP4 file")
+    buffer = io.BytesIO()
+    try:
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width = clip.shape[1:3]
+            stream.pix_fmt, stream.options = "yuv420p", {"crf": "16"}
+            for picture in np.broadcast_to(clip, (*clip.shape[:3], 3)):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    except (av.error.FFmpegError, ValueError) as exc:  # ValueError: it was built without the encoder
+        raise BackendUnavailable(
+            f"PyAV {av.__version__} cannot write H.264: {exc}. Expected its encoder libx264; take GIF or WebP."
+        ) from exc
+    return buffer.getvalue()
 
 
 def make_grid(images_uint8: NDArray[np.uint8], columns: int, scale: int = 1, *, padding: int = 0) -> NDArray[np.uint8]:

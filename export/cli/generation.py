@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument("bundle")
 @click.option("-o", "--out", default=Path("images.png"), type=OutputPath(),
-              help="Image file (.png, .jpg, .jpeg, .webp), or a folder for one PNG file per image.")  # fmt: skip
+              help="Image file (.png, .jpg, .jpeg, .webp), clip of a video model (.gif, .webp, .mp4), or a folder for "
+              "one file per image or clip.")  # fmt: skip
 @click.option("--num-images", type=click.IntRange(1), default=16, help="Number of images.")
 @click.option("--class-labels", default="", metavar="A,B,…",
               help="Class names or numbers, comma-separated: one for all images, or one for each. Put a name that "
@@ -47,12 +48,14 @@ if TYPE_CHECKING:
     "--guidance-scale", type=float, help="Guidance scale of a model with this input; default: that of the model."
 )
 @click.option("--scale", type=click.IntRange(1, 64), default=4, help="Screen pixels per image pixel in the grid.")
+@click.option("--fps", type=click.FloatRange(0, 240, min_open=True), default=16, help="Frames per second of a clip.")
 @click.option("--plan", is_flag=True, help="Print what can run here, with reasons, and stop.")
 @json_option
 def generate(
     bundle: Path, out: Path, num_images: int, class_labels: str, steps: int | None, seed: int | None, backend: str,
     precision: str, device: str | None, threads: int | None, batch_size: int | None, prompts: tuple[str, ...],
-    image: Path | None, start_time: float | None, guidance_scale: float | None, scale: int, plan: bool, as_json: bool,
+    image: Path | None, start_time: float | None, guidance_scale: float | None, scale: int, fps: float,
+    plan: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate images from a bundle or a checkpoint.
 
@@ -67,7 +70,7 @@ def generate(
     import numpy as np
 
     from scm_sdk._util.files import check_writable
-    from scm_sdk.images import make_grid, save_picture
+    from scm_sdk.images import make_grid, save_clip, save_picture
     from scm_sdk.inference.generator import Generator
     from scm_sdk.inference.sources import open_source
     from scm_sdk.inference.start import StartImages
@@ -90,6 +93,9 @@ def generate(
             rows = gen.plan()
             print_json(rows.to_dict()) if as_json else click.echo(str(rows))
             return
+        shape = gen.opened().spec.image_shape
+        is_clip = len(shape) == 4 and shape[0] in (1, 3)
+        _check_kind(out, in_one_file, is_clip, num_images)
         if pixels is not None and gen.opened().spec.image_shape[0] == 1 and (pixels == pixels[..., :1]).all():
             pixels = pixels[..., :1]
         labels = [_number_or_name(label, gen.opened().spec.class_names) for label in wanted]
@@ -104,11 +110,16 @@ def generate(
                 start_time=start_time,
                 guidance_scale=guidance_scale,
                 batch_size=batch_size,
-                output_type="uint8",
+                output_type="np" if is_clip else "uint8",
                 events=events,
             )
     made = np.asarray(result.images)
-    if in_one_file:
+    if is_clip:
+        digits = len(str(max(result.seeds)))
+        files = [out] if in_one_file else [out / f"{seed:0{digits}d}.webp" for seed in result.seeds]
+        for each, file in zip(made, files, strict=True):
+            save_clip(np.rint(each * 255).astype(np.uint8), file, fps=fps)
+    elif in_one_file:
         files = [out]
         grid = make_grid(made, max(1, round(num_images**0.5)), scale=scale)
         save_picture(grid, out, texts={"scm": _describe(result, range(num_images))})
@@ -126,7 +137,8 @@ def generate(
     else:
         first, last = result.seeds[0], result.seeds[-1]
         seeds = f"seed {first}" if num_images == 1 else f"seeds {first} to {last}"
-        say(f"{out}: {plural(num_images, 'image')}, {seeds}, by {info.backend} {info.precision}, "
+        made_of = plural(num_images, "clip" if is_clip else "image")
+        say(f"{out}: {made_of}, {seeds}, by {info.backend} {info.precision}, "
             f"{plural(info.num_inference_steps, 'step')}.")  # fmt: skip
 
 
@@ -156,17 +168,34 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
         raise click.BadParameter(f"{file} is no image that can be read: {exc}.", param_hint="--image") from exc
 
 
+def _check_kind(out: Path, in_one_file: bool, is_clip: bool, num_images: int) -> None:
+    """Refuse a file that does not hold what the model makes."""
+    from scm_sdk.images import CLIP_FORMATS, PICTURE_FORMATS
+
+    known, found = (CLIP_FORMATS, "clips") if is_clip else (tuple(PICTURE_FORMATS), "images")
+    if in_one_file and out.suffix.lower() not in known:
+        raise click.BadParameter(
+            f"{out} ends in {out.suffix}, but this model makes {found}, expected {', '.join(known)}, or a folder.",
+            param_hint="--out",
+        )
+    if in_one_file and is_clip and num_images > 1:
+        raise click.BadParameter(
+            f"{out} is one file for {num_images} clips, expected a folder, or --num-images 1.", param_hint="--out"
+        )
+
+
 def _is_file(out: Path) -> bool:
-    """Return whether OUT names one image file; refuse other file names."""
-    from scm_sdk.images import PICTURE_FORMATS
+    """Return whether OUT names one file of images or a clip; refuse other file names."""
+    from scm_sdk.images import CLIP_FORMATS, PICTURE_FORMATS
 
     if out.is_dir():
         return False
-    known = ", ".join(PICTURE_FORMATS)
+    suffixes = tuple(dict.fromkeys((*PICTURE_FORMATS, *CLIP_FORMATS)))
+    known = ", ".join(suffixes)
     if str(out) == "-":
         raise click.BadParameter(f"'-' is not a file name, expected a name that ends in {known}, or a folder.",
                                  param_hint="--out")  # fmt: skip
-    if out.suffix.lower() in PICTURE_FORMATS:
+    if out.suffix.lower() in suffixes:
         return True
     if out.suffix:
         raise click.BadParameter(

@@ -223,7 +223,8 @@ class Generator:
                 and reports it. A seed determines its noise to the bit, for any batch size and position, and its image
                 as far as the backend is reproducible; ``docs/gates.md`` states that for each backend.
             noise: Instead of seeds: one ``(num_images, *sample_shape)`` float32 array per step.
-            output_type: ``"pil"`` list of PIL images; ``"np"`` (N, H, W, C) float32 in [0, 1];
+            output_type: ``"pil"`` list of PIL images; ``"frames"`` list of them for each clip of a video model, which
+                ``out.save`` writes; ``"np"`` (N, H, W, C) or (N, T, H, W, C) float32 in [0, 1];
                 ``"pt"`` torch tensor (N, C, H, W) float32 in [0, 1]; ``"uint8"`` (N, H, W, C) uint8;
                 ``"raw"`` ``(N, *image_shape)`` float32 in data units, not clipped.
             batch_size: Batch size, at most ``max_batch``; None is ``max_batch``.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .._util.lazy import require
 from ..bundle.status import ModelStatus
-from ..errors import BackendFailure
-from ..images import to_pil, to_uint8
+from ..errors import BackendFailure, ConfigError
+from ..images import clips_to_pil, save_clip, to_pil, to_uint8
 from .request import OutputType, Request
 from .selection import PlanRow
 
 Images = Any
-"""A list of PIL images, a NumPy array or a PyTorch tensor, depending on ``output_type``."""
+"""A list of PIL images, a list of them for each clip, an array or a PyTorch tensor, depending on ``output_type``."""
 _SHOWN = 8
 
 
@@ -76,6 +78,39 @@ class GeneratorOutput:
     class_labels: tuple[int, ...] | None
     info: GenerationInfo
 
+    def save(self, path: str | os.PathLike[str], *, fps: float = 16.0) -> tuple[Path, ...]:
+        """Write the clips of a video model; several get their number in the name: ``clip-0.mp4``, ``clip-1.mp4``.
+
+        Args:
+            path: The file: ``.gif``, ``.webp`` or ``.mp4``, which needs the extra ``video``.
+            fps: Frames per second; Wan and its students make 16.
+
+        Returns:
+            The files.
+
+        Raises:
+            ConfigError: If this output holds no clips: ``output_type`` was not ``"frames"`` or ``"np"``.
+            ScmError: As ``images.save_clip``.
+        """
+        clips = self._clips()
+        path = Path(path)
+        files = [path] if len(clips) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(clips))]
+        for clip, file in zip(clips, files, strict=True):
+            save_clip(clip, file, fps=fps)
+        return tuple(files)
+
+    def _clips(self) -> list[np.ndarray]:
+        images = self.images
+        if isinstance(images, list) and images and isinstance(images[0], list):
+            pictures = [np.stack([np.asarray(frame) for frame in clip]) for clip in images]
+            return [clip if clip.ndim == 4 else clip[..., None] for clip in pictures]
+        if isinstance(images, np.ndarray) and images.ndim == 5 and images.shape[-1] in (1, 3):
+            return [np.rint(clip * 255).astype(np.uint8) for clip in images]
+        raise ConfigError(
+            "this output holds no clips, expected those of a video model with output_type 'frames' or 'np'. Save an "
+            "image with out.images[0].save(path)."
+        )
+
     def __str__(self) -> str:
         info = self.info
         lines = [
@@ -126,6 +161,8 @@ def convert(raw: np.ndarray, value_range: tuple[float, float], output_type: Outp
         return raw
     if output_type == "pil":
         return to_pil(raw, value_range)
+    if output_type == "frames":
+        return clips_to_pil(raw, value_range)
     if output_type == "uint8":
         return to_uint8(raw, value_range)
     low, high = value_range

@@ -27,7 +27,7 @@ from .conditioning import Examples
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-OutputType = Literal["pil", "np", "pt", "uint8", "raw"]
+OutputType = Literal["pil", "frames", "np", "pt", "uint8", "raw"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 Labels = SupportsIndex | str | Sequence[int | str] | NDArray[Any]
 Seeds = SupportsIndex | Sequence[int] | NDArray[Any]

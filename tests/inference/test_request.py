@@ -73,7 +73,7 @@ def test_merging_and_cutting_keep_every_image(sizes: list[int], data: st.DataObj
         (
             {"output_type": "jpg"},
             ConfigError,
-            "output_type is 'jpg', expected one of pil, np, pt, uint8, raw",
+            "output_type is 'jpg', expected one of pil, frames, np, pt",
         ),
         ({"batch_size": 6}, ConfigError, r"batch_size is 6, expected 1\.\.5"),
         ({"batch_size": 0}, ConfigError, r"batch_size is 0, expected 1\.\.5"),
