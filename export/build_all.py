@@ -82,7 +82,8 @@ def build_all(
     unknown = set(precisions) - {"fp32", "fp32-cpu", *get_args(LowPrecision), *get_args(Int8)}
     if unknown:
         raise ConfigError(
-            f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp32-cpu, fp16, bf16, int8 or int8-cpu."
+            f"precisions hold {', '.join(sorted(unknown))}, expected fp32, fp32-cpu, fp16, bf16, int8, int8-cpu, "
+            "int8-weights or int4."
         )
     gpus = resolve_targets(targets) if targets else ()
     wanted: list[Precision] = [p for p in precisions if p not in CPU_PRECISIONS]
@@ -110,7 +111,7 @@ def build_all(
             add_precision(workspace, default_plan(precision), examples=examples, events=events)
     for kind in get_args(Int8):
         if kind in precisions:
-            cpu = kind == "int8-cpu"
+            cpu = kind != "int8"
             options = QuantizeOptions(
                 precision=kind,
                 base="fp32" if cpu else "fp16",

@@ -15,10 +15,11 @@ import msgspec
 from ._util.json_struct import from_json
 from .errors import ConfigError
 
-Precision = Literal["fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"]
-"""Precision of a graph or engine; those that end in ``-cpu`` are graphs for CPUs."""
-CPU_PRECISIONS: frozenset[Precision] = frozenset({"fp32-cpu", "int8-cpu"})
-"""Those whose graphs are written for CPUs; no engine is built from one."""
+Precision = Literal["fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu", "int8-weights", "int4"]
+"""Precision of a graph or engine; those that end in ``-cpu`` are graphs for CPUs. ``int8-weights`` and ``int4`` store
+weights in 8 and 4 bits and compute in float32."""
+CPU_PRECISIONS: frozenset[Precision] = frozenset({"fp32-cpu", "int8-cpu", "int8-weights", "int4"})
+"""Those whose graphs are for ONNX Runtime; no engine is built from one."""
 DType = Literal["float32", "int64"]
 Renoise = Literal["fresh", "same", "ode"]
 """Where the noise of the steps after the first comes from; see ``SamplerSpec.renoise``."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("-t", "--target", "names", multiple=True, type=TargetName(),
               help="GPU to build engines for; may be repeated; default: no engine.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "int8"),
-              type=one_of("precision", "fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu"),
+              type=one_of("precision", "fp32", "fp32-cpu", "fp16", "bf16", "int8", "int8-cpu", "int8-weights", "int4"),
               help="Precision to add; may be repeated.")  # fmt: skip
 @click.option("--flavor", "flavor", type=one_of("flavor", "tensorrt_rtx", "tensorrt"), default="tensorrt_rtx",
               help="Library that builds the engines.")  # fmt: skip

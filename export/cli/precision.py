@@ -99,6 +99,8 @@ def _remedy(precision: str, bundle: Path) -> str:
 
     from ..build_all import MARGIN_DB
 
+    if precision in ("int8-weights", "int4"):
+        return f"Keep more of it in float32: scm-export quantize {bundle} --to {precision} --exclude PATTERN"
     if precision not in ("fp16", "int8", "int8-cpu"):
         return "Use fp16 or fp32."
     verb = "precision" if precision == "fp16" else "quantize"

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 @click.command()
 @requires("onnx", "onnx_ir", "onnxruntime")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--to", "precisions", multiple=True, type=one_of("precision", "int8", "int8-cpu"), default=("int8",),
-              help="int8 for engines, int8-cpu for ONNX Runtime on CPUs.")  # fmt: skip
+@click.option("--to", "precisions", multiple=True, default=("int8",),
+              type=one_of("precision", "int8", "int8-cpu", "int8-weights", "int4"),
+              help="int8 for engines, int8-cpu for CPUs, int8-weights and int4 for small files.")  # fmt: skip
 @click.option("--steps", multiple=True, type=STEPS, help="Only graphs of this number of steps.")
 @click.option(
     "--base",
@@ -94,7 +95,7 @@ def quantize(
     variants = []
     with TerminalEvents(show_results=not as_json) as events:
         for precision in precisions:
-            cpu = precision == "int8-cpu"
+            cpu = precision != "int8"
             options = QuantizeOptions(
                 precision=precision, base="fp32" if cpu else base, plan=plan, method=method, percentile=percentile,
                 num_samples=num_samples, seed=seed, target_db=target_psnr, equalize=equalize,

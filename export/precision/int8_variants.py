@@ -36,12 +36,13 @@ from .variants import (
     report_all,
     unchanged_variants,
 )
+from .weight_only import BITS, quantize_weights
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-Int8 = Literal["int8", "int8-cpu"]
+Int8 = Literal["int8", "int8-cpu", "int8-weights", "int4"]
 Base = Literal["fp16", "bf16", "fp32"]
 
 
@@ -49,8 +50,9 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Options of quantization.
 
     Attributes:
-        precision: ``int8`` for engines, ``int8-cpu`` for ONNX Runtime and OpenVINO on CPUs.
-        base: Precision of the rest of the graph; fp32 for ``int8-cpu``.
+        precision: ``int8`` for engines, ``int8-cpu`` for ONNX Runtime and OpenVINO on CPUs; ``int8-weights`` and
+            ``int4`` for small files: 8-bit or 4-bit weights alone, which need no calibration.
+        base: Precision of the rest of the graph; fp32 for all but ``int8``.
         plan: Excluded layers; None is ``default_quantize_plan``.
         method: Method that chooses ranges; ``minmax`` for ``int8-cpu``.
         percentile: For ``percentile``, percent.
@@ -116,7 +118,7 @@ def add_int8(
     _check_steps(bundle, plan)
     looked_at = options.num_samples if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
     probes = [Probe(s.graph, s.spec, num_samples=looked_at, examples=examples) for s in sources]
-    if options.precision == "int8-cpu":
+    if options.precision != "int8":
         plan, made = _make_for_cpu(sources, probes, plan, options, examples, events)
     else:
         plan, made = _make_for_engines(sources, probes, plan, base_plan, options, examples, events)
@@ -129,7 +131,11 @@ def add_int8(
             files = [plan_path, *_write_calibration(draft, source, measured)]
             layers = choose_layers(source.model, plan)
             notes = [f"{layers.share()} in int8", *(f"not {name}: {why}" for name, why in _left_out(layers.left))]
-            if (conditioning := describe_conditioning(source.spec, examples)) and examples is None:
+            if options.precision in BITS:
+                probe.check_not_blank(model, f"{options.precision}, {source.num_inference_steps} steps")
+                count = sum(node.op_type == "MatMulNBits" for node in model.graph)
+                notes[0] = f"{count} of {len(layers.quantized)} layers with {BITS[options.precision]}-bit weights"
+            elif (conditioning := describe_conditioning(source.spec, examples)) and examples is None:
                 notes.append(f"calibrated on {conditioning}: give --prompts for ranges of real ones")
             variants.append(add_graph(draft, model, source, options.precision, probe, built_from=files, notes=notes))
     return report_all(variants, events)
@@ -177,13 +183,15 @@ def _make_for_cpu(
     """Return the plan, with exclusions for the target, and the graph of each source."""
 
     def quantizer(source: Fp32Graph) -> Quantizer:
+        if options.precision in BITS:
+            return lambda plan: quantize_weights(source.model, plan, options.precision)
         return lambda plan: quantize_for_cpu(
             source.model, source.spec, plan, num_samples=options.num_samples, seed=options.seed,
             examples=examples,
         )  # fmt: skip
 
     for source, probe in zip(sources, probes, strict=True):
-        events.stage(f"quantize the {source.num_inference_steps}-step graph for CPUs")
+        events.stage(f"quantize the {source.num_inference_steps}-step graph to {options.precision}")
         if options.target_db is not None:  # one plan for all: each starts from the last
             full = source.model
             plan = exclude_to_target(full, quantizer(source), plan, probe, options.target_db, events=events)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scm_sdk._util.files import scratch_folder
-from scm_sdk.errors import ConfigError
+from scm_sdk.errors import ConfigError, ParityError
 from scm_sdk.inference.conditioning import Examples, read_examples
-from scm_sdk.inference.parity.difference import Difference, difference
+from scm_sdk.inference.parity.difference import Difference, difference, find_blank
 from scm_sdk.inference.parity.reference import SELECTION
 from scm_sdk.inference.request import make_example
 from scm_sdk.inference.sources import open_source
@@ -118,6 +118,21 @@ class Probe:
             for tensor in self.spec.noise_inputs:
                 feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
         return self._compare(self._run(self._reference, inputs)).psnr_p05_db
+
+    def check_not_blank(self, model: ir.Model | Path | Session, what: str) -> None:
+        """Refuse a graph whose images are blank or all alike while those of the reference are not.
+
+        Raises:
+            ParityError: If they are, or are not finite.
+            UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
+        """
+        images = self.run(model)
+        fault = find_blank(images, self.images) or ("" if np.isfinite(images).all() else "samples hold NaN or infinity")
+        if fault:
+            raise ParityError(
+                f"{what}: {fault}. Nothing was added. Keep more layers in float32: scm-export quantize --exclude "
+                "PATTERN, or take a higher precision."
+            )
 
     def run(self, model: ir.Model | Path | Session) -> np.ndarray:
         """Return the images of a graph for the probe's seeds, ``(N, *image_shape)`` float32."""

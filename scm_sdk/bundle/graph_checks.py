@@ -1,8 +1,9 @@
 """Checks of an ONNX graph before a library reads it: its operators, its size, its inputs and the files it names.
 
-A sampler graph is a flat list of standard ONNX operators over tensors, with its weights inside or in listed files next
-to it. Graphs of bundles are untrusted: control flow and functions may not terminate, and operators of other domains may
-load files or code. All of these are refused. Every graph that ``export`` writes passes these checks.
+A sampler graph is a flat list of standard ONNX operators, and MatMulNBits of ONNX Runtime, over tensors, with its
+weights inside or in listed files next to it. Graphs of bundles are untrusted: control flow and functions may not
+terminate, and operators of other domains may load files or code. All of these are refused. Every graph that ``export``
+writes passes these checks.
 
 The onnx package is not installed where graphs only run, so this module parses the wire format of protocol buffers as
 far as the checks need it: https://protobuf.dev/programming-guides/encoding and onnx.proto of ONNX. Weights are skipped.
@@ -35,6 +36,8 @@ _NO_NUMBERS = {
 }  # fmt: skip
 _FOREIGN = SIZE_BY_VALUE | _CONTROL_FLOW | _NO_NUMBERS
 """Standard operators that are not allowed in a sampler graph."""
+_CONTRIBUTED = {("com.microsoft", "MatMulNBits")}
+"""Operators of other domains that are allowed: a product by weights of 4 or 8 bits, which only ONNX Runtime has."""
 _DTYPES = {1: "float32", 7: "int64"}
 _LONGEST_NUMBER = 10
 """Bytes of the longest varint."""
@@ -178,7 +181,7 @@ class _Reader:
                         self._read_tensor(part_end, inline=True)
                     elif part in _ATTRIBUTE_SPARSE:
                         self._refuse("a sparse constant")
-        if domain not in ("", "ai.onnx"):
+        if domain not in ("", "ai.onnx") and (domain, operator) not in _CONTRIBUTED:
             self._refuse(f"the operator {domain[:60]}::{operator[:60]}")
         if subgraph or operator in _FOREIGN:
             self._refuse(f"the operator {operator[:60]}{' with a subgraph' * subgraph}")

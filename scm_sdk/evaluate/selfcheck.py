@@ -24,7 +24,10 @@ from ..spec import SamplerSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAME = {"fp32": 1e-3, "fp32-cpu": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5}
+SAME = {
+    "fp32": 1e-3, "fp32-cpu": 1e-3, "fp16": 5e-2, "bf16": 0.5, "int8": 0.5, "int8-cpu": 0.5, "int8-weights": 5e-2,
+    "int4": 5e-2,
+}  # fmt: skip
 """Largest difference of one sample in two batches, units of sigma_data. Other batch sizes may use other kernels, whose
 last bits differ; a reduced precision may round these to another level (int8 of the shipped model: 0.07)."""
 TRAJECTORY_TIMES, TRAJECTORY_END = 16, 0.2

@@ -158,7 +158,10 @@ def validate_bundle(
                 # In a lower precision it is the same graph, which is diagnosed in its own.
                 fault, by_step = ("", ()) if way.lowered else examine(by_path[baseline.candidate], reference)
                 baseline = replace(
-                    baseline, fault=fault, psnr_by_step=by_step, required=bool(precisions) or not way.lowered
+                    baseline,
+                    fault=fault or baseline.fault,
+                    psnr_by_step=by_step,
+                    required=bool(precisions) or not way.lowered,
                 )
                 results.append(baseline)
                 events.result(baseline)

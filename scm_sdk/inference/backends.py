@@ -111,6 +111,7 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference without measureme
             # OpenVINO fuses them into signed int8 kernels, which saturate on a CPU without VNNI: 10 dB measured.
             "int8": "int8 graphs are for engines; for a CPU: scm-export quantize --to int8-cpu",
             # OpenVINO computes in float32 anyway, and 2026.4 may compute a cast float16 product wrong.
+            **dict.fromkeys(("int8-weights", "int4"), "its products are operators of ONNX Runtime alone"),
             "fp16": "fp16 is for GPUs; OpenVINO computes it in float32: take fp32, or bf16",
         },
         computes={"fp32": ("bf16",)},

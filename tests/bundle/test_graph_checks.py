@@ -100,6 +100,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "subgraphs": (lambda m: m.graph.node[0].attribute.append(helper.make_attribute("x", [body()])), "with a subgraph"),
     "nonzero": (node("NonZero"), "the operator NonZero"),
     "foreign": (node("EPContext", domain="com.microsoft"), "the operator com.microsoft::EPContext"),
+    "foreign relative": (node("MatMulNBits", domain="com.other"), "the operator com.other::MatMulNBits"),
     "functions": (doubling_functions, "holds functions"),
     "training": (lambda m: m.training_info.add(), "holds a training graph"),
     "sparse": (lambda m: m.graph.sparse_initializer.add(), "holds sparse weights"),

@@ -22,7 +22,7 @@ from ...errors import ConfigError, ParityError
 from ...spec import Precision, SamplerSpec
 from ..backends import Backend
 from ..session import OpensBackends
-from .difference import Difference, difference
+from .difference import Difference, difference, find_blank
 from .reference import ReferenceRun, Side, run_reference
 
 ROUNDING_FLOOR = 1e-5
@@ -34,6 +34,7 @@ the possible maximum."""
 
 MIN_PSNR_DB: Mapping[str, float] = {
     "fp32-cpu": 100.0, "fp16": 55.0, "bf16": 40.0, "int8": 35.0, "int8-cpu": 30.0,
+    "int8-weights": 40.0, "int4": 25.0,
 }  # fmt: skip
 """PSNR that 95 % of the samples of each precision but fp32 must reach, dB over the declared value range.
 
@@ -41,7 +42,8 @@ A candidate passes unless its samples show that fewer do: it fails if the whole 
 candidate of which 95 % or more do fails with a probability of at most 5 % for any number of samples; a worse one fails
 more surely with more samples. Few samples prove little; the record holds their number. fp32-cpu computes float32 in
 another order and has 123 dB or more. 55 dB is half a level of an 8-bit image (root mean square), 35 dB four and a half
-levels. Networks that amplify rounding lose more: half of FP16's loss can come from rounding the noise. Of 5,120 samples
+levels. Networks that amplify rounding lose more: half of FP16's loss can come from rounding the noise. 25 dB is
+14 levels: other details of the same picture; ``find_blank`` refuses a picture without any. Of 5,120 samples
 of the shipped model, after 1 and 2 steps, 95 % reach 64.9 and 59.8 dB in FP16; ``benchmarks/fidelity/fresh_seeds.py``
 evaluates ten blocks of fresh seeds."""
 
@@ -292,9 +294,11 @@ def compare(
     found = {size: one.run(request, size) for size in sizes}
     seeds_of_all = request.seeds * len(sizes)
 
+    def joined(images: Mapping[int, NDArray[np.float32]]) -> NDArray[np.float32]:
+        return np.concatenate([images[size] for size in sizes])
+
     def apart(others: Mapping[int, NDArray[np.float32]]) -> Difference:
-        a, b = (np.concatenate([images[size] for size in sizes]) for images in (found, others))
-        return difference(a, b, seeds_of_all, reference.spec)
+        return difference(joined(found), joined(others), seeds_of_all, reference.spec)
 
     return Parity(
         candidate=one.artifact,
@@ -316,6 +320,7 @@ def compare(
         precision=one.lowered,
         cpu_class=one.cpu_class,
         any_steps=one.any_steps,
+        fault="" if least is None else find_blank(joined(found), joined(wanted)),
     )
 
 

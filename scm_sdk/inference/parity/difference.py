@@ -70,6 +70,33 @@ class Difference:
         return plain | {"psnr_p05_interval_db": [_finite(end) for end in self.psnr_p05_interval_db]}
 
 
+MIN_SPREAD = 0.5
+"""Share of the reference's spread that samples must keep; rounding noise adds to it, and what is lost is contrast."""
+
+
+def find_blank(candidate: NDArray[np.float32], reference: NDArray[np.float32]) -> str:
+    """Return that samples are blank or all alike while those of the reference are not; "" if they are not.
+
+    The PSNR of a blank picture is high where the contrast of the reference is low.
+
+    Args:
+        candidate: (N, ...), finite or not.
+        reference: Samples from the same noise, in the same form.
+    """
+    a, b = (np.reshape(each, (len(each), -1)).astype(np.float64) for each in (candidate, reference))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return ""  # said by ``Difference.finite``
+    within = [np.median(each.std(axis=1)) for each in (a, b)]
+    between = [math.sqrt(each.var(axis=0).mean()) for each in (a, b)]
+    for (found, wanted), what in (
+        (within, "samples are blank: within one"),
+        (between, "samples are alike: between them"),
+    ):
+        if found < MIN_SPREAD * wanted:
+            return f"{what} values spread by {found / wanted:.0%} of the reference's, expected {MIN_SPREAD:.0%} or more"
+    return ""
+
+
 def difference(
     candidate: NDArray[np.float32], reference: NDArray[np.float32], seeds: Sequence[int], spec: SamplerSpec
 ) -> Difference:
