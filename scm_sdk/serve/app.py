@@ -212,13 +212,12 @@ class _Api:
 
     async def generate(self, request: Request) -> Response:
         """``POST /v1/images/generations``."""
+        self._check_room(request, 1)
         _check_content_type(request, "application/json")
         asked = decode_image_request(await read_body(request, self._service))
         call, kind = self._call(request, asked)
         request.state.images = len(call.seeds)
-        # Again when they are taken; here a request that is too much costs no tasks.
-        service = self._service
-        service.admission.check(len(call.seeds), request.state.key, retry_after=service.retry_after)
+        self._check_room(request, len(call.seeds))
         if asked.stream:
             events = self._events(request, call, kind)
             first = await _unless_disconnected(request, anext(events))  # an error before it is an answer of its own
@@ -238,6 +237,11 @@ class _Api:
                 size=self._service.model.size or "",
             )
         )
+
+    def _check_room(self, request: Request, images: int) -> None:
+        """Refuse images for which there is no room, before their request costs more; ``Service.run`` takes them."""
+        service = self._service
+        service.admission.check(images, request.state.key, retry_after=service.retry_after)
 
     def _call(self, request: Request, asked: ImageRequest) -> tuple[Call, PictureFormat]:
         """Check what depends on the model."""
@@ -310,6 +314,7 @@ class _Api:
 
     async def infer(self, request: Request) -> Response:
         """``POST /v2/models/{model}/infer``."""
+        self._check_room(request, 1)
         service = self._service
         known = self._known_model(request)
         if request.headers.get("content-encoding", "identity") != "identity":

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 import pytest
@@ -92,6 +93,33 @@ def test_the_bound_counts_images_not_requests(slow_bundle: Path) -> None:
         server.model.let()
         assert [future.result().status_code for future in (first, second)] == [200, 200]
         assert ask(server, n=QUEUE).status_code == 200, "an empty queue takes as many as it holds"
+
+
+def test_a_full_queue_refuses_before_the_body_and_keeps_the_connection(slow_bundle: Path) -> None:
+    body = b"GET /metrics HTTP/1.1\r\n"  # no request of its own
+    head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    probe = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with held(slow_bundle, max_queue=1, max_images=1) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, server)
+        eventually(lambda: server.metric("scm_waiting_images") == 1)
+        with server.connect() as client, client.makefile("rb") as answers:
+            for _ in range(2):
+                client.sendall(head)
+                assert status_and_body(answers)[0] == 429
+                client.sendall(body + probe)
+                assert status_and_body(answers) == (200, b'{"live":true}')
+        server.model.let()
+        assert waiting.result().status_code == 200
+
+
+def status_and_body(answers: BinaryIO) -> tuple[int, bytes]:
+    """Read one answer of a connection."""
+    status = int(answers.readline().split()[1])
+    length = 0
+    while (line := answers.readline()) != b"\r\n":
+        name, _, value = line.partition(b":")
+        length = int(value) if name.lower() == b"content-length" else length
+    return status, answers.read(length)
 
 
 @pytest.mark.parametrize(
