@@ -5,8 +5,8 @@
 Each answers a request for the picture of a seed with the PNG file of ``Generator``. FastAPI calls the generator in its
 pool of threads, one picture a call. Ray Serve has a replica for each core and collects batches with ``@serve.batch``.
 Triton runs the repository of ``scm-export triton``; the wheel that brings it has no backend for ONNX Runtime, so its
-Python backend runs the graph. In Triton 2.51 some calls from one Python model to another take 500 ms longer, which shows
-in its p95; calls of the graph's model alone do not.
+Python backend runs the graph. In Triton 2.51 some calls from one Python model to another take 500 ms longer, as its
+p95 shows; calls of the graph's model alone do not.
 """
 
 import asyncio
