@@ -159,9 +159,25 @@ struct Sampler {
   std::string output;
 };
 
+// A whole number, as a label count or an axis is.
+inline std::int64_t whole(const Json& json, double low, double high) {
+  const double value = json.number();
+  if (!(value >= low && value <= high) || value != static_cast<double>(static_cast<std::int64_t>(value)))
+    throw Error("the manifest has the number " + json.text.substr(0, 40) + " where one of " + std::to_string(low) + " to " +
+                std::to_string(high) + " is expected. Export the bundle again.");
+  return static_cast<std::int64_t>(value);
+}
+
+// A shape of at most 2^28 numbers, 1 GiB.
 inline std::vector<std::int64_t> axes(const Json& json) {
   std::vector<std::int64_t> found;
-  for (const Json& axis : json.list) found.push_back(static_cast<std::int64_t>(axis.number()));
+  double size = 1;
+  for (const Json& axis : json.list) {
+    found.push_back(whole(axis, 1, 1 << 28));
+    size *= static_cast<double>(found.back());
+  }
+  if (found.empty() || size > 1 << 28)
+    throw Error("the manifest has a shape of " + std::to_string(size) + " numbers, expected at most 2^28.");
   return found;
 }
 
@@ -187,6 +203,7 @@ inline Sampler open_sampler(const std::string& bundle, const std::string& precis
   }
   if (!checked) throw Error("the manifest does not list " + sampler.graph + ". Export the bundle again.");
   sampler.graph = bundle + "/" + sampler.graph;
+  bool found = false;
   for (const Json& spec : manifest["samplers"].list) {
     if (spec["times"].list.size() != static_cast<std::size_t>(steps)) continue;
     if (spec["noise_contract"].text != "scm-noise-v1" || !spec["conditioning"].list.empty() ||
@@ -196,11 +213,17 @@ inline Sampler open_sampler(const std::string& bundle, const std::string& precis
     sampler.image_shape = spec["output_shape"].list.empty() ? sampler.sample_shape : axes(spec["output_shape"]);
     const bool fresh = !spec.object.count("renoise") || spec["renoise"].text == "fresh";  // older bundles do not say
     sampler.num_noise_inputs = fresh ? steps : 1;
-    sampler.num_classes = static_cast<std::int64_t>(spec["num_classes"].number());
-    sampler.low = spec["value_range"].list.at(0).number();
-    sampler.high = spec["value_range"].list.at(1).number();
+    sampler.num_classes = whole(spec["num_classes"], 0, 1 << 28);
+    const std::vector<Json>& range = spec["value_range"].list;
+    if (range.size() != 2 || !(range[0].number() < range[1].number()))
+      throw Error("the manifest has no value_range of two rising numbers. Export the bundle again.");
+    sampler.low = range[0].number();
+    sampler.high = range[1].number();
     sampler.output = spec["output"].text == "pixels" ? "images" : "latents";
+    found = true;
   }
+  if (!found)
+    throw Error("the manifest has no sampler of " + std::to_string(steps) + " steps. Export the bundle again.");
   return sampler;
 }
 

@@ -1,6 +1,7 @@
 // scm_generate BUNDLE [--steps N] [--precision P] [--seed S] [--label L] [--threads N] [-o image.ppm] [--raw image.f32]
 //
 // Writes the image of a seed as a PPM file, and with --raw its float32 numbers, channels first.
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
@@ -17,14 +18,19 @@ std::size_t product(const std::vector<std::int64_t>& shape) {
   return size;
 }
 
-std::uint64_t whole(const std::string& option, const std::string& text) {
+constexpr const char* kUsage =
+    "usage: scm_generate BUNDLE [--steps N] [--precision P] [--seed S] [--label L] [--threads N] [-o image.ppm] "
+    "[--raw image.f32]";
+
+std::uint64_t whole(const std::string& option, const std::string& text, std::uint64_t most = ~std::uint64_t{0}) {
   std::size_t used = 0;
   std::uint64_t value = 0;
   try {
     if (!text.empty() && text[0] != '-') value = std::stoull(text, &used);
   } catch (const std::exception&) {
   }
-  if (text.empty() || used != text.size()) throw scm::Error(option + " is " + text + ", expected a whole number.");
+  if (text.empty() || used != text.size() || value > most)
+    throw scm::Error(option + " is " + text + ", expected a whole number of at most " + std::to_string(most) + ".");
   return value;
 }
 
@@ -51,20 +57,23 @@ int run(int count, char** words) {
       bundle = word;
       continue;
     }
-    if (i + 1 == count) throw scm::Error(word + " has no value, expected one behind it.");
+    if (word == "-h" || word == "--help") {
+      std::cout << kUsage << "\n";
+      return 0;
+    }
+    if (i + 1 == count) throw scm::Error(word + " has no value, expected " + word + " VALUE.");
     const std::string value = words[++i];
-    if (word == "--steps") steps = whole(word, value);
+    if (word == "--steps") steps = whole(word, value, 64);
     else if (word == "--seed") seed = whole(word, value);
     else if (word == "--label") label = whole(word, value);
-    else if (word == "--threads") threads = whole(word, value);
+    else if (word == "--threads") threads = whole(word, value, 1024);
     else if (word == "--precision") precision = value;
     else if (word == "--raw") raw = value;
     else if (word == "-o") ppm = value;
     else throw scm::Error("unknown option " + word + ".");
   }
   if (bundle.empty() || (ppm.empty() && raw.empty()))
-    throw scm::Error("usage: scm_generate BUNDLE [--steps N] [--precision P] [--seed S] [--label L] [--threads N] "
-                     "[-o image.ppm] [--raw image.f32]");
+    throw scm::Error(kUsage);
 
   const scm::Sampler sampler = scm::open_sampler(bundle, precision, static_cast<int>(steps));
   const auto batch_of_one = [](std::vector<std::int64_t> shape) { return shape.insert(shape.begin(), 1), shape; };
@@ -84,6 +93,8 @@ int run(int count, char** words) {
 
   scm::Session session(sampler.graph, static_cast<int>(threads));
   const std::vector<float> image = session.run(feeds, sampler.output, product(sampler.image_shape));
+  for (const float value : image)
+    if (!std::isfinite(value)) throw scm::Error("the image holds NaN or infinity, expected numbers. Nothing is written.");
   if (!raw.empty()) {
     std::ofstream file(raw, std::ios::binary);
     file.write(reinterpret_cast<const char*>(image.data()), static_cast<std::streamsize>(image.size() * sizeof(float)));

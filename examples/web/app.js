@@ -12,6 +12,7 @@ async function generate() {
     const samples = await gen.generate({ seed: seed.value });
     const image = toImageData(samples, 0);
     [canvas.width, canvas.height] = [image.width, image.height];
+    Object.assign(canvas.style, { width: "16rem", imageRendering: "pixelated" }); // the shipped model makes 16x16 pixels
     canvas.getContext("2d").putImageData(image, 0, 0);
     status.textContent = `seed ${samples.seeds[0]} by ${samples.info.backend}: ${gen.info.deviceReason}`;
   } catch (error) {

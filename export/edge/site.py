@@ -61,6 +61,8 @@ HEADERS = {
 }
 """What a server should send with every file. COOP and COEP make SharedArrayBuffer available, which threads need."""
 _MANIFEST_BYTES = 8 << 20
+_ADDRESSABLE = 4 << 30
+"""Bytes that a WebAssembly program has; the graphs of WebGPU are read through one, too."""
 
 
 class SiteFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -278,6 +280,7 @@ def write_site(
     chosen = _choose(opened, precisions, steps)
     for artifact in chosen:
         _check_showable(opened.spec(artifact.num_inference_steps))
+        _check_size(opened, artifact)
     notes: list[str] = []
     goldens = _goldens(opened, sorted({a.num_inference_steps for a in chosen}), notes)
     encoded = _encode(opened, Path(prompts)) if prompts is not None else []
@@ -402,6 +405,16 @@ def _check_showable(spec: SamplerSpec) -> None:
         raise ConfigError(
             f"the model returns {spec.output} of shape {shape}, expected pictures (C, H, W) with C = 1 or 3, which a "
             "page can show. Export a pipeline with its decoder, or run the graph in your own page."
+        )
+
+
+def _check_size(bundle: Bundle, artifact: Artifact) -> None:
+    size = sum(entry.size for entry in files_of(bundle.manifest, artifact.path))
+    if size >= _ADDRESSABLE:
+        raise ConfigError(
+            f"{artifact.path} of {bundle.path} has {size / 2**30:.1f} GiB, expected less than "
+            f"{_ADDRESSABLE >> 30} GiB, which a browser's program can hold. Leave it out with --precision or --steps, "
+            "or serve the model: scm-export serve."
         )
 
 

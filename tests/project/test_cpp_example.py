@@ -1,6 +1,7 @@
 """The C++ example is built from the library alone, and computes the recorded samples from a seed."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -110,7 +111,25 @@ def test_what_is_wrong_is_said(program: Path, unet_bundle: Path, tmp_path: Path)
     assert "--label is 4, the model has 4 labels" in run(program, unet_bundle, "--label", 4, *out, code=1)
     assert "has no fp32 graph of 3 steps" in run(program, unet_bundle, "--steps", 3, *out, code=1)
     assert "scm_manifest.json cannot be read" in run(program, tmp_path, *out, code=1)
+    assert "--steps is 4294967298, expected" in run(program, unet_bundle, "--steps", 2**32 + 2, *out, code=1)
+    assert "--seed has no value" in run(program, unet_bundle, *out, "--seed", code=1)
+    assert run(program, "--help") == ""
     bundle = Path(shutil.copytree(unet_bundle, tmp_path / "bundle"))
+    manifest = bundle / "scm_manifest.json"
+    told = json.loads(manifest.read_text())
+    for change, fact in [
+        ({"sample_shape": [100000, 100000, 100]}, "numbers, expected at most 2^28"),
+        ({"sample_shape": [-1, 8, 8]}, "the number -1 where"),
+        ({"sample_shape": []}, "expected at most 2^28"),
+        ({"num_classes": 1e300}, "the number 1e+300 where"),
+        ({"value_range": [1, 1]}, "no value_range of two rising numbers"),
+        ({"value_range": []}, "no value_range of two rising numbers"),
+        ({"times": [0.5] * 3}, "no sampler of 2 steps"),
+    ]:
+        samplers = [each | (change if len(each["times"]) == 2 else {}) for each in told["samplers"]]
+        manifest.write_text(json.dumps(told | {"samplers": samplers}))
+        assert fact in run(program, bundle, *out, code=1), change
+    manifest.write_text(json.dumps(told))
     graph = bundle / "onnx/fp32/2step/model.onnx"
     content = bytearray(graph.read_bytes())
     content[1000] ^= 1
@@ -118,7 +137,6 @@ def test_what_is_wrong_is_said(program: Path, unet_bundle: Path, tmp_path: Path)
     assert "onnx/fp32/2step/model.onnx has sha256" in run(program, bundle, *out, code=1)
     graph.write_bytes(content[:1000])
     assert "expected" in run(program, bundle, *out, code=1)
-    manifest = bundle / "scm_manifest.json"
     for damaged in (manifest.read_text()[:-400], "[" * 100_000, "{"):
         manifest.write_text(damaged)
         assert "the manifest is no JSON" in run(program, bundle, *out, code=1)

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -21,8 +22,10 @@ from helpers.node import run_node
 from scm_sdk._util.cache_dir import writable_folder
 from scm_sdk._util.files import sha256_bytes
 from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.manifest import FileEntry, Manifest, files_of
 from scm_sdk.errors import BackendUnavailable, BundleError, ConfigError, IntegrityError, ParityError, SchemaError
 from scm_sdk.export.cli import main
+from scm_sdk.export.edge import site as site_module
 from scm_sdk.export.edge.onnxruntime_web import PACKAGE, RUNTIME_FILES, SHA256, VERSION, cached_files, runtime_files
 from scm_sdk.export.edge.site import CSP, HEADERS, SITE_NAME, read_site, write_site
 from scm_sdk.export.edge.site_server import open_server
@@ -171,6 +174,20 @@ def test_what_a_page_cannot_show_is_refused(
     latents = SamplerSpec(times=default_times(1), sample_shape=(4, 8, 8), output="latents")
     with pytest.raises(ConfigError, match=r"latents of shape \(4, 8, 8\), expected pictures"):
         write_site(linear_bundle(latents), tmp_path / "site", onnxruntime_web=onnxruntime_web)
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_graph_that_no_browser_can_hold_is_refused(
+    two_precisions: Path, onnxruntime_web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are listed as 4 GiB."""
+
+    def large(manifest: Manifest, path: str) -> list[FileEntry]:
+        return [msgspec.structs.replace(entry, size=4 << 30) for entry in files_of(manifest, path)]
+
+    monkeypatch.setattr(site_module, "files_of", large)
+    with pytest.raises(ConfigError, match=r"model\.onnx .* has 4\.0 GiB, expected less than 4 GiB"):
+        write_site(two_precisions, tmp_path / "site", onnxruntime_web=onnxruntime_web)
     assert not (tmp_path / "site").exists()
 
 
