@@ -149,7 +149,8 @@ class _Quantizer:
                 stored(self._graph, f"{value.name}.{suffix}", part)
                 for suffix, part in zip(suffixes, found, strict=True)
             ]
-            self._weights[value] = (parts, matrix.shape[0], matrix.shape[1])
+            K, N = map(len, (matrix, matrix.T))
+            self._weights[value] = (parts, K, N)
         return self._weights[value]
 
 
