@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scm_sdk._util.events import SILENT, Events
+from scm_sdk._util.files import sha256_file
 from scm_sdk.bundle.layout import ENCODER_PATH
+from scm_sdk.bundle.manifest import MANIFEST_NAME
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import Renoise
 
@@ -35,6 +38,9 @@ def import_sana(
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
     encoder: bool = False,
+    vae: str | os.PathLike[str] | None = None,
+    loras: Sequence[str | os.PathLike[str]] = (),
+    lora_scale: float = 1.0,
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
@@ -54,6 +60,9 @@ def import_sana(
         max_batch: Largest batch.
         text_encoder: Whether to copy the text encoder. A bundle without it takes embeddings only.
         encoder: Whether to export the encoder of the autoencoder, which ``gen(image=...)`` needs.
+        vae: Folder of another ``AutoencoderDC``, such as DC-AE-Lite; None is that of the pipeline.
+        loras: LoRA files of the transformer, merged in order.
+        lora_scale: Factor of all of them.
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
@@ -61,37 +70,44 @@ def import_sana(
 
     Raises:
         BackendUnavailable: If diffusers is not installed.
-        ConfigError: If the folder is another pipeline, or a config has unknown settings.
+        ConfigError: If the folder is another pipeline, a config has unknown settings, or a LoRA file does not fit.
         BundleError: If a component is missing, or ``out`` cannot be written.
         ExportError: If the network cannot be exported.
     """
     from scm_sdk.model.foreign.sana import load_sana
     from scm_sdk.model.foreign.sana_config import Settings
     from scm_sdk.model.foreign.sana_folder import OBJECTIVE
+    from scm_sdk.model.foreign.sana_parts import with_parts
 
     height, width = size or (0, 0)
     settings = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
-    model = load_sana(Path(source), settings, encoder=encoder)
-    model.keep_text_encoder = text_encoder
     provenance = {
         "source": origin or Path(source).name,
         "pipeline": "SanaSprintPipeline",
         "objective": OBJECTIVE,
         "license": "see the source's card",
     }
-    return export_bundle(
-        model,
-        Path(out),
-        steps=steps,
-        times=times,
-        renoise=renoise,
-        start_time=start_time,
-        max_batch=max_batch,
-        name=name,
-        overwrite=overwrite,
-        provenance=provenance,
-        events=events,
-    )
+    if vae is not None:
+        provenance["vae"] = Path(vae).name
+    if loras:
+        provenance["lora"] = ", ".join(f"{Path(file).name} (sha256 {sha256_file(file)[:12]})" for file in loras)
+        provenance["lora_scale"] = f"{lora_scale:g}"
+    with with_parts(Path(source), **_parts(vae, loras, lora_scale)) as folder:
+        model = load_sana(folder, settings, encoder=encoder)
+        model.keep_text_encoder = text_encoder
+        return export_bundle(
+            model,
+            Path(out),
+            steps=steps,
+            times=times,
+            renoise=renoise,
+            start_time=start_time,
+            max_batch=max_batch,
+            name=name,
+            overwrite=overwrite,
+            provenance=provenance,
+            events=events,
+        )
 
 
 def current_import(
@@ -107,21 +123,34 @@ def current_import(
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
     encoder: bool = False,
+    vae: str | os.PathLike[str] | None = None,
+    loras: Sequence[str | os.PathLike[str]] = (),
+    lora_scale: float = 1.0,
 ) -> BundleReport | None:
     """Return the report of the existing bundle if ``import_sana`` would create the same; else None."""
     from scm_sdk.model.foreign.sana_config import Settings
     from scm_sdk.model.foreign.sana_folder import read_sana_folder
+    from scm_sdk.model.foreign.sana_parts import with_parts
 
-    if not is_current(
-        Path(source), Path(out), steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch
-    ):
+    if not (Path(out) / MANIFEST_NAME).is_file():
         return None
     height, width = size or (0, 0)
     wanted = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
-    there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(Path(source))
-    same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)
-    report = report_bundle(Path(out)) if same else None
-    return report if encoder == (Path(out) / ENCODER_PATH).is_file() else None
+    with with_parts(Path(source), **_parts(vae, loras, lora_scale)) as folder:
+        if not is_current(
+            folder, Path(out), steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch
+        ):
+            return None
+        there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(folder)
+        same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)
+    same = same and encoder == (Path(out) / ENCODER_PATH).is_file()
+    return report_bundle(Path(out)) if same else None
+
+
+def _parts(
+    vae: str | os.PathLike[str] | None, loras: Sequence[str | os.PathLike[str]], lora_scale: float
+) -> dict[str, Any]:
+    return {"vae": None if vae is None else Path(vae), "loras": list(map(Path, loras)), "lora_scale": lora_scale}
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
