@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import struct
@@ -403,9 +404,11 @@ def test_ray_writes_the_same(unet_bundle: Path, whole: Path, tmp_path: Path) -> 
         "11", "--shard-size", "4", "--seed", "100", "--backend", "onnxruntime", "--steps", "1", "--json",
         "--executor", "ray",
     ]  # fmt: skip
-    refused = subprocess.run([*arguments, "--workers", "3", "--cpus-per-worker", "64"], capture_output=True, text=True)
+    arguments += ["--cpus-per-worker"]
+    env = os.environ | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else Ray writes one to the home folder
+    refused = subprocess.run([*arguments, "64", "--workers", "3"], capture_output=True, text=True, env=env)
     assert refused.returncode == 2 and "expected at least 1 for Ray Data's own tasks" in refused.stderr, refused.stderr
-    done = subprocess.run([*arguments, "--workers", "2", "--cpus-per-worker", "0.25"], capture_output=True, text=True)
+    done = subprocess.run([*arguments, "0.25", "--workers", "2"], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["written"] == 3
     assert files(tmp_path) == files(whole)
