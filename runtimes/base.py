@@ -1,7 +1,7 @@
 """The base of all backends, and the checks between a caller and a library.
 
 The protocol ``Backend`` is defined in ``scm_sdk.inference.backends``, because ``Generator`` uses it as well. A new
-backend is one file with an ``open_backend`` function that uses this module, and one entry in
+backend is one file with a class that uses this module and is also named ``open_backend``, and one entry in
 ``scm_sdk.inference.backends.BACKENDS``.
 """
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from scm_sdk._util.lazy import installed_version, require
 from scm_sdk.errors import ConfigError
-from scm_sdk.spec import SamplerSpec
 
 from .fixed_batch import FixedBatchBackend, Port, cannot_load
 
@@ -18,19 +17,12 @@ METHOD = "forward"
 _TYPES = {6: "float32", 4: "int64"}  # executorch's ScalarType
 
 
-def open_backend(
-    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
-) -> ExecuTorchBackend:
-    """Load an ExecuTorch program and check it against ``spec``; see ``FixedBatchBackend``.
+class ExecuTorchBackend(FixedBatchBackend):
+    """One method of a ``.pte`` file; see ``Backend``.
 
     Raises:
         ConfigError: If ``num_threads`` is set, which its Python binding has no way to do.
     """
-    return ExecuTorchBackend(artifact_path, spec, device=device, num_threads=num_threads)
-
-
-class ExecuTorchBackend(FixedBatchBackend):
-    """One method of a ``.pte`` file; see ``Backend``."""
 
     name = "executorch"
 
@@ -73,3 +65,6 @@ class ExecuTorchBackend(FixedBatchBackend):
 
 def _port(tensor: Any) -> tuple[str, tuple[int, ...]]:
     return _TYPES.get(tensor.dtype(), str(tensor.dtype())), tuple(tensor.sizes())
+
+
+open_backend = ExecuTorchBackend

@@ -14,16 +14,8 @@ import numpy as np
 from scm_sdk._util.lazy import installed_version, require
 from scm_sdk._util.processor import limited_threads
 from scm_sdk.errors import IntegrityError
-from scm_sdk.spec import SamplerSpec
 
 from .fixed_batch import FixedBatchBackend, Port, cannot_load
-
-
-def open_backend(
-    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
-) -> LiteRTBackend:
-    """Load a LiteRT model and check it against ``spec``; see ``FixedBatchBackend``."""
-    return LiteRTBackend(artifact_path, spec, device=device, num_threads=num_threads)
 
 
 class LiteRTBackend(FixedBatchBackend):
@@ -61,3 +53,6 @@ class LiteRTBackend(FixedBatchBackend):
 
 def _ports(details: Mapping[str, Mapping[str, Any]]) -> list[Port]:
     return [(name, np.dtype(d["dtype"]).name, tuple(map(int, d["shape"]))) for name, d in details.items()]
+
+
+open_backend = LiteRTBackend

@@ -52,15 +52,8 @@ def cannot_compute(precision: str) -> str:
     return "" if precision.upper() in able else f"openvino computes {', '.join(sorted(able))} here, not {precision}"
 
 
-def open_backend(
-    artifact_path: Path,
-    spec: SamplerSpec,
-    *,
-    device: str | None = None,
-    num_threads: int | None = None,
-    precision: Precision | None = None,
-) -> OpenVINOBackend:
-    """Load a sampler graph, check it against ``spec`` and compile it for one image.
+class OpenVINOBackend:
+    """A sampler graph with its compiled versions; see ``Backend``.
 
     Args:
         artifact_path: The ``.onnx`` file; its external data is next to it.
@@ -73,11 +66,6 @@ def open_backend(
         BackendUnavailable: If openvino or the device is not here, or it has no kernel for a node.
         IntegrityError: If the file is missing, damaged, or is not the graph the manifest describes.
     """
-    return OpenVINOBackend(artifact_path, spec, device=device, num_threads=num_threads, precision=precision)
-
-
-class OpenVINOBackend:
-    """A sampler graph with its compiled versions; see ``Backend``."""
 
     name = "openvino"
     device = "cpu"
@@ -261,3 +249,6 @@ def _spec_text(model: Any) -> str:
 def _graph_bytes(path: Path) -> int:
     """Return the size of a graph including its external data, bytes."""
     return sum(each.stat().st_size for each in path.parent.iterdir() if each.name.startswith(path.name))
+
+
+open_backend = OpenVINOBackend

@@ -13,19 +13,11 @@ import numpy as np
 
 from scm_sdk._util.lazy import require
 from scm_sdk._util.processor import limited_threads
-from scm_sdk.spec import SamplerSpec
 
 from .fixed_batch import FixedBatchBackend, Port, cannot_load
 from .openvino_backend import same_signal_stack
 
 _TYPES = {"f32": "float32", "i64": "int64"}
-
-
-def open_backend(
-    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
-) -> OpenVINOIRBackend:
-    """Load an OpenVINO IR and check it against ``spec``; see ``FixedBatchBackend``."""
-    return OpenVINOIRBackend(artifact_path, spec, device=device, num_threads=num_threads)
 
 
 class OpenVINOIRBackend(FixedBatchBackend):
@@ -61,3 +53,6 @@ class OpenVINOIRBackend(FixedBatchBackend):
 def _port(port: Any) -> Port:
     kind = port.element_type.to_string()
     return port.any_name, _TYPES.get(kind, str(kind)), tuple(port.shape)
+
+
+open_backend = OpenVINOIRBackend

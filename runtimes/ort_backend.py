@@ -48,10 +48,8 @@ _PREFIX = re.compile(
 )
 
 
-def open_backend(
-    artifact_path: Path, spec: SamplerSpec, *, device: str | None = None, num_threads: int | None = None
-) -> OrtBackend:
-    """Load a sampler graph and check it against ``spec``.
+class OrtBackend:
+    """One ``InferenceSession`` over a sampler graph; see ``Backend``.
 
     Args:
         artifact_path: The ``.onnx`` file; its external data is next to it.
@@ -64,11 +62,6 @@ def open_backend(
         BackendUnavailable: If onnxruntime or the execution provider for ``device`` is not here.
         IntegrityError: If the file is missing, damaged, or is not the graph the manifest describes.
     """
-    return OrtBackend(artifact_path, spec, device=device, num_threads=num_threads)
-
-
-class OrtBackend:
-    """One ``InferenceSession`` over a sampler graph; see ``Backend``."""
 
     name = "onnxruntime"
 
@@ -233,3 +226,6 @@ def _cuda_options(index: int) -> dict[str, str]:
 
 def _describe(node: Any) -> tuple[str, str, tuple[object, ...]]:
     return node.name, _TYPES.get(node.type, str(node.type)), tuple(node.shape[1:])
+
+
+open_backend = OrtBackend

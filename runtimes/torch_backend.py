@@ -59,30 +59,6 @@ def cannot_compute(precision: str) -> str:
     return f"torch {torch.__version__} has no {precision} kernels for this CPU"
 
 
-def open_backend(
-    artifact_path: Path,
-    spec: SamplerSpec,
-    *,
-    device: str | None = None,
-    num_threads: int | None = None,
-    precision: Precision | None = None,
-) -> TorchBackend:
-    """Load a checkpoint folder and unroll it.
-
-    Args:
-        artifact_path: Folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``.
-        spec: The sampler to run.
-        device: A torch device such as ``"cuda"`` or ``"cuda:1"``; None is ``"cpu"``.
-        num_threads: CPU threads of one call; None leaves torch's own choice, within the cores of a container.
-        precision: ``"bf16"`` computes convolutions and matrix products in it, on a CPU; None computes in float32.
-
-    Raises:
-        BackendUnavailable: If torch or the device is not here.
-        BundleError: If the folder is missing or its files are damaged.
-    """
-    return TorchBackend(artifact_path, spec, device=device, num_threads=num_threads, precision=precision)
-
-
 def load_model(folder: Path, *, device: str | None = None, precision: Precision | None = None) -> ConsistencyModel:
     """Load a checkpoint in evaluation mode, or return the copy that is already in use.
 
@@ -117,7 +93,19 @@ def load_model(folder: Path, *, device: str | None = None, precision: Precision 
 
 
 class TorchBackend:
-    """``scm_sdk.model.sampler.Sampler`` over one checkpoint; see ``Backend``."""
+    """``scm_sdk.model.sampler.Sampler`` over one checkpoint; see ``Backend``.
+
+    Args:
+        artifact_path: Folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``.
+        spec: The sampler to run.
+        device: A torch device such as ``"cuda"`` or ``"cuda:1"``; None is ``"cpu"``.
+        num_threads: CPU threads of one call; None leaves torch's own choice, within the cores of a container.
+        precision: ``"bf16"`` computes convolutions and matrix products in it, on a CPU; None computes in float32.
+
+    Raises:
+        BackendUnavailable: If torch or the device is not here.
+        BundleError: If the folder is missing or its files are damaged.
+    """
 
     name = "torch"
 
@@ -242,3 +230,6 @@ def _device(torch: Any, device: str | None) -> Any:
             "Use device='cpu', or install a CUDA build of torch and its driver. See: scm-export doctor"
         )
     return target
+
+
+open_backend = TorchBackend

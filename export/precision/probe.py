@@ -82,11 +82,13 @@ class Probe:
         if num_samples < 1:
             raise ConfigError(f"num_samples is {num_samples}, expected 1 or more.")
         self.spec = spec
-        self._threads, self._examples = num_threads, examples
+        self._threads = num_threads
         self._reference = reference
         batch = min(batch_size, spec.max_batch)
         seeds = SELECTION[:num_samples]
-        self._batches = [seeds[at : at + batch] for at in range(0, num_samples, batch)]
+        self._feeds = [
+            feeds_of(spec, seeds[at : at + batch], examples) for at in range(0, num_samples, batch)
+        ]  # drawn once: a search runs hundreds of graphs on them
         self.images = self.run(reference)
 
     def gate_db(self, model: ir.Model | Path | Session) -> float:
@@ -105,7 +107,7 @@ class Probe:
         Raises:
             UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
         """
-        images = self._run(model, [feeds_of(self.spec, self._batches[0], self._examples)])
+        images = self._run(model, self._feeds[:1])
         return float(np.mean([self._compare(images[i : i + 1], i).psnr_db for i in range(len(images))]))
 
     def noise_rounding_db(self) -> float:
@@ -113,7 +115,7 @@ class Probe:
 
         It measures the amplification of rounding by the network; an FP16 graph is rarely better.
         """
-        inputs = [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches]
+        inputs = [dict(feeds) for feeds in self._feeds]
         for feeds in inputs:
             for tensor in self.spec.noise_inputs:
                 feeds[tensor.name] = feeds[tensor.name].astype(np.float16).astype(np.float32)
@@ -136,7 +138,7 @@ class Probe:
 
     def run(self, model: ir.Model | Path | Session) -> np.ndarray:
         """Return the images of a graph for the probe's seeds, ``(N, *image_shape)`` float32."""
-        return self._run(model, [feeds_of(self.spec, seeds, self._examples) for seeds in self._batches])
+        return self._run(model, self._feeds)
 
     def _run(self, model: ir.Model | Path | Session, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
         if isinstance(model, Session):

@@ -40,15 +40,8 @@ _VALIDITY = {
 }  # fmt: skip
 
 
-def open_backend(
-    artifact_path: Path,
-    spec: SamplerSpec,
-    *,
-    device: str | None = None,
-    num_threads: int | None = None,
-    trust_engines: bool = False,
-) -> TrtBackend:
-    """Load an engine with the library of its record.
+class TrtBackend:
+    """One engine; see ``Backend``. Thread-safe.
 
     Args:
         artifact_path: The ``.engine`` file; ``build.json`` is in the same folder.
@@ -63,11 +56,6 @@ def open_backend(
         BackendUnavailable: If the library, the driver or a GPU is missing.
         IncompatibleEngineError: If the engine was built for another system, version or GPU.
     """
-    return TrtBackend(artifact_path, spec, device=device, num_threads=num_threads, trust_engines=trust_engines)
-
-
-class TrtBackend:
-    """One engine; see ``Backend``. Thread-safe."""
 
     name = "tensorrt"
 
@@ -277,3 +265,6 @@ def _check_tensors(trt: Any, engine: Any, record: BuildRecord, path: Path) -> No
                 f"{path} takes batches {sizes} of {tensor.name}, expected {record.facts.batch} from its record. "
                 f"{rebuild(record)}"
             )
+
+
+open_backend = TrtBackend

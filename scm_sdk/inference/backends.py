@@ -56,7 +56,7 @@ class BackendInfo:
     """Entry of ``BACKENDS``: module and requirements of a backend.
 
     Attributes:
-        module: The module with ``open_backend(artifact_path, spec, *, device, num_threads)``.
+        module: The module whose class, ``open_backend(artifact_path, spec, *, device, num_threads)``, is the backend.
         library: Import name of its library.
         extra: The extra that installs the library.
         opens: The artifact formats it can open.
