@@ -1,4 +1,4 @@
-"""What the converters of several runtimes need."""
+"""Keep the output of converters out of that of the command."""
 
 from __future__ import annotations
 

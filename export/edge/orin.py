@@ -30,14 +30,14 @@ _PRINTED = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class OrinHandover:
-    """What was written.
+    """Report of a written folder.
 
     Attributes:
         folder: The folder to copy to the Jetson.
         precision: Precision of the graph.
-        num_inference_steps: Its steps.
+        num_inference_steps: Number of steps of the graph.
         bytes: Size of all files.
-        command: What to run in the folder there.
+        command: Command to run in the folder on the Jetson.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ def write_orin(
 
     Args:
         path: The bundle.
-        folder: Where it goes.
+        folder: Destination folder.
         steps: Number of steps.
         precision: Precision of the graph; the engine computes in it.
 

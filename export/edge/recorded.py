@@ -25,12 +25,12 @@ def write_recorded(
     Args:
         bundle: The bundle.
         spec: The sampler.
-        precision: What will compute them; decides the gate.
-        folder: Where the files go.
-        printed: What a runtime that writes outputs as text loses, data units.
+        precision: Precision that the runtime computes in; it decides the gate.
+        folder: Destination of the files.
+        printed: Rounding error of a runtime that writes outputs as text, data units.
 
     Returns:
-        How many samples there are.
+        Number of samples.
 
     Raises:
         ConfigError: If the bundle has no recorded samples of this number of steps.

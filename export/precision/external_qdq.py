@@ -38,14 +38,14 @@ def adopt_quantized(path: Path, spec: SamplerSpec) -> ir.Model:
         UnsupportedGraphError: If it is not quantized, or in a form that TensorRT refuses.
     """
     model = read_model(path)
-    _check_border(model, spec, path)
+    _check_interface(model, spec, path)
     _check_quantization(model, path)
     model.metadata_props[SPEC_KEY] = spec.to_json()
     model.metadata_props[PRECISION_KEY] = "int8"
     return model
 
 
-def _check_border(model: ir.Model, spec: SamplerSpec, path: Path) -> None:
+def _check_interface(model: ir.Model, spec: SamplerSpec, path: Path) -> None:
     kinds = {"float32": "FLOAT", "int64": "INT64"}
     found, outputs = ({v.name: _kind(v) for v in values} for values in (model.graph.inputs, model.graph.outputs))
     wanted = {t.name: (kinds[t.dtype], "batch", *t.shape) for t in spec.inputs}

@@ -93,12 +93,12 @@ class Canary:
     """Compares a share of the served images in a thread of its own.
 
     Args:
-        reference: Computes them again; closed with the canary.
+        reference: Generator that computes the images again; closed with the canary.
         bounds: The bound for each number of steps.
         share: Of the images, 0..1.
-        tolerated: Successive images out of bound that are too many. At a bound that 95 % of the images reach, five
-            successive ones out of it have a probability of 3e-7.
-        metrics: Where the findings go.
+        tolerated: Number of successive images out of bound at which the comparison fails. At a bound that 95 % of the
+            images reach, five successive ones out of it have a probability of 3e-7.
+        metrics: Receives the results.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Canary:
         self._thread.start()
 
     def offer(self, output: GeneratorOutput, index: int, arguments: Mapping[str, Any]) -> None:
-        """Take an image with the canary's share as the probability; never waits.
+        """Queue an image for comparison, with the probability ``share``; never waits.
 
         Args:
             output: Of type ``raw``.

@@ -1,4 +1,4 @@
-"""Who may ask, and for how much: API keys, the ``Host`` and ``Origin`` rules, and the bounded queue of images."""
+"""Limits of the server: API keys, the ``Host`` and ``Origin`` rules, and the bounded queue of images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from .schemas import RequestError
 
 SHORTEST_KEY = 16
-"""Characters of an API key."""
+"""Minimum length of an API key, characters."""
 LARGEST_KEY_FILE = 1 << 20
 ANYONE = "anyone"
 """The name of the caller where no key is asked for."""
@@ -190,7 +190,7 @@ class Admission:
         """Refuse images for which there is no room now.
 
         Args:
-            images: How many.
+            images: Number of images.
             key: Name of the caller's key.
             retry_after: Seconds after which a refused caller should come again.
 
@@ -217,7 +217,7 @@ class Admission:
         self.by_key[key] += images
 
     def release(self, images: int, key: str) -> None:
-        """Give room back."""
+        """Remove images that were made or given up from the queue."""
         self.by_key[key] -= images
         if not self.by_key[key]:
             del self.by_key[key]
