@@ -1,8 +1,8 @@
 """Numerically sensitive operators that are kept in float32, found by pattern.
 
-* Guarded divisions, as in linear attention: a bound such as 1e-15 is 0 in float16, and the bounded sum over all
-  positions overflows. The division, the bound, and the products and sums before them, up to the next operator with
-  weights, stay in float32.
+* Guarded divisions, as in linear attention and in normalization to length 1: a bound such as 1e-15 is 0 in float16, and
+  the bounded sum over all positions or channels overflows. The division, the bound, and the products and sums before
+  them, up to the next operator with weights, stay in float32.
 * Root mean squares: the squares overflow long before their root. The square, its mean, and the factor, one number per
   position, stay in float32.
 """
@@ -23,8 +23,9 @@ ISLANDS_KEY = "scm_islands"
 _BOUNDS = frozenset({"Clip", "Max", "Add"})
 _VANISHING = 6e-8
 """Smaller numbers are 0 in float16, whose smallest number is 2^-24."""
-_PRODUCTS_AND_SUMS = frozenset({"MatMul", "Mul", "ReduceSum", "Div", *_BOUNDS})
-_COPIES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Pad"})
+_SUMS = frozenset({"ReduceSum", "ReduceL2", "ReduceSumSquare"})
+_PRODUCTS_AND_SUMS = frozenset({"MatMul", "Mul", "Div", *_SUMS, *_BOUNDS})
+_COPIES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Pad", "Expand"})
 _AFTER_MEAN = frozenset({"Add", "Sqrt", "Reciprocal", "Pow"})
 
 
@@ -43,6 +44,8 @@ def _is_guarded(node: ir.Node) -> bool:
     """Return whether the divisor of a Div has a lower bound that is 0 in float16."""
     divisor = node.inputs[1]
     bound = None if divisor is None else divisor.producer()
+    while bound is not None and bound.op_type in _COPIES and bound.inputs[0] is not None:
+        bound = bound.inputs[0].producer()
     if bound is None or bound.op_type not in _BOUNDS:
         return False
     return any(0 < abs(number) < _VANISHING for value in bound.inputs if (number := scalar_of(value)) is not None)
@@ -56,7 +59,7 @@ def _sums_behind(division: ir.Node) -> set[ir.Node]:
             if node is None or node in found:
                 continue
             weighted = any(v is not None and v.is_initializer() and scalar_of(v) is None for v in node.inputs)
-            if node.op_type in _PRODUCTS_AND_SUMS and (node.op_type == "ReduceSum" or not weighted):
+            if node.op_type in _PRODUCTS_AND_SUMS and (node.op_type in _SUMS or not weighted):
                 found.add(node)
                 todo.append(node)
             elif node.op_type in _COPIES:

@@ -265,7 +265,12 @@ def check_output_type(spec: SamplerSpec, output_type: str) -> None:
     if output_type in ("pil", "uint8") and len(spec.image_shape) != 3:
         raise ConfigError(
             f"output_type is {output_type!r}, but this sampler returns samples of shape {spec.image_shape}, expected "
-            "pictures (C, H, W). Use output_type='raw' for its own units, or 'np' for [0, 1]."
+            "pictures (C, H, W). Use output_type='raw' for its own units, 'np' for [0, 1], or 'frames' for clips."
+        )
+    if output_type == "frames" and (len(spec.image_shape) != 4 or spec.image_shape[0] not in (1, 3)):
+        raise ConfigError(
+            f"output_type is 'frames', but this sampler returns samples of shape {spec.image_shape}, expected clips "
+            "(C, T, H, W) with C = 1 or 3. Use output_type='pil' for images, or 'np'."
         )
     if output_type in ("pil", "uint8") and spec.image_shape[0] not in (1, 3):
         raise ConfigError(

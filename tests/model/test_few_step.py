@@ -122,6 +122,8 @@ def test_the_command_makes_a_bundle_that_runs_without_torch(
         ).images
         with pytest.raises(ConfigError, match=r"makes pictures of a text, expected prompt="):
             gen(seed=0)
+        with pytest.raises(ConfigError, match=r"'frames', but .* shape \(3, 16, 24\), expected clips"):
+            gen(seed=0, output_type="frames")
     wanted = pictures_of("Flux2KleinPipeline", feeds, 2)
     assert np.abs(np.moveaxis(found, -1, 1) - wanted).max() <= 1e-4
 

@@ -53,6 +53,8 @@ class FewStepModel(ConsistencyModel):
         keep_text_encoder: Whether ``save_pretrained`` also copies an existing text encoder.
     """
 
+    islands = ("@delicate",)
+
     def __init__(self, folder: FewStepFolder, network: nn.Module, decoder: Decoder) -> None:
         described = OwnConfig(
             name=folder.row.name,

@@ -44,6 +44,15 @@ def _grid_angles(sizes: tuple[int, ...], dims: tuple[int, ...], theta: float) ->
     return torch.cat([_angles(d, grid.reshape(-1), theta) for d, grid in zip(dims, grids, strict=True)], dim=-1)
 
 
+def _normalize(norm: Any, x: Tensor) -> Tensor:
+    """Apply a norm; torch's own RMSNorm warns where autocast gives it another dtype than its weight has."""
+    if not isinstance(norm, nn.RMSNorm):
+        return norm(x)  # type: ignore[no-any-return]
+    wide = x.float()
+    eps = torch.finfo(wide.dtype).eps if norm.eps is None else norm.eps
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm.weight).to(x.dtype)
+
+
 class _Attention:
     """A diffusers attention processor for blocks with to_q, to_k, to_v, norms and an optional rotation.
 
@@ -76,7 +85,7 @@ class _Attention:
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(keys), attn.to_v(keys)
         if self.across_heads:
-            q, k = attn.norm_q(q), attn.norm_k(k)
+            q, k = _normalize(attn.norm_q, q), _normalize(attn.norm_k, k)
         q, k, v = (each.unflatten(2, (attn.heads, -1)) for each in (q, k, v))
         if not self.across_heads:
             q, k = (q if norm is None else norm(q) for q, norm in ((q, attn.norm_q), (k, attn.norm_k)))

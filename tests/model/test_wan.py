@@ -1,0 +1,117 @@
+"""Students of Wan 2.1: our frames are those of rCM's sampler, written from its formulas in float64."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from helpers.few_step_fixtures import SIZES, TOKENS, draw_prompts, make_pipeline  # noqa: E402
+from scm_sdk import Generator  # noqa: E402
+from scm_sdk.errors import ConfigError, ScmError  # noqa: E402
+from scm_sdk.export.cli import main  # noqa: E402
+from scm_sdk.model.foreign.few_step import load_few_step  # noqa: E402
+from scm_sdk.model.foreign.few_step_folder import Settings  # noqa: E402
+from scm_sdk.model.sampler import Sampler  # noqa: E402
+
+TIMES = (math.atan(80), 1.5, 1.4, 1.0)
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    """(steps, B, C, T, H, W)."""
+    return np.random.default_rng(0).standard_normal((4, 2, 16, 2, 4, 6)).astype(np.float32)
+
+
+def by_rcm(noise: np.ndarray, steps: int) -> np.ndarray:
+    """``x = u0 eps``, then ``x = (1 - u') (x - u v) + u' z`` for each step, in float64; decoded by diffusers itself."""
+    pipeline = make_pipeline("WanPipeline")
+    network, vae = pipeline.transformer.double(), pipeline.vae.double()
+    embeds = torch.from_numpy(draw_prompts(8)).double()
+    levels = [math.sin(t) / (math.sin(t) + math.cos(t)) for t in TIMES[:steps]]
+    try:
+        with torch.no_grad():
+            x = levels[0] * torch.from_numpy(noise[0]).double()
+            for i, (u, after) in enumerate(zip(levels, (*levels[1:], 0.0), strict=True)):
+                v = network(x, torch.full((2,), 1000 * u, dtype=torch.float64), embeds, return_dict=False)[0]
+                fresh = torch.from_numpy(noise[i + 1]).double() if after else torch.zeros_like(x)
+                x = (1 - after) * (x - u * v) + after * fresh
+            mean, std = (
+                torch.tensor(getattr(vae.config, name)).double().reshape(1, -1, 1, 1, 1)
+                for name in ("latents_mean", "latents_std")
+            )
+            frames: np.ndarray = vae.decode(x * std + mean, return_dict=False)[0].numpy()
+    finally:
+        network.float()
+        vae.float()
+    return frames
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_frames_are_those_of_rcms_sampler(
+    flow_folders: Callable[[str], Path], noise: np.ndarray, steps: int, record_property: Callable[[str, object], None]
+) -> None:
+    settings = Settings(max_sequence_length=TOKENS, distilled=True, **SIZES["WanPipeline"])
+    model = load_few_step(flow_folders("WanPipeline"), settings)
+    spec = model.spec(steps)
+    assert spec.renoise == "fresh" and spec.image_shape == (3, 5, 32, 48)
+    np.testing.assert_allclose(spec.times, TIMES[:steps], rtol=1e-12)
+    inputs = (*noise[:steps], draw_prompts(8))
+    with torch.no_grad():
+        found = Sampler(model, spec).eval()(*map(torch.from_numpy, inputs)).numpy()
+    wanted = by_rcm(noise, steps)
+    record_property("difference", float(np.abs(found - wanted).max()))
+    assert np.abs(found - wanted).max() <= 1e-5 and wanted.std() > 0.05
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return str(done.output)
+
+
+@pytest.fixture(scope="module")
+def bundle(flow_folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wan") / "bundle"
+    run("import", flow_folders("WanPipeline"), "-o", out, "--distilled", "--size", "32x48", "--frames", 5, "--tokens",
+        TOKENS, "--steps", 2, "--max-batch", 2)  # fmt: skip
+    return out
+
+
+@pytest.mark.slow
+def test_the_bundles_clips_are_those_of_rcm_down_to_fp16(
+    bundle: Path, noise: np.ndarray, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    wanted = np.moveaxis((by_rcm(noise, 2) / 2 + 0.5).clip(0, 1), 1, -1)
+    whole = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    run("precision", whole, "--num-samples", 1)
+    for backend, precision, allowed in (
+        ("torch", "fp32", 1e-5), ("onnxruntime", "fp32", 1e-4), ("onnxruntime", "fp16", 2e-2),
+    ):  # fmt: skip
+        with Generator.from_pretrained(whole, backend=backend, precision=precision, num_threads=1) as gen:
+            clips = gen(2, noise=noise[:2], prompt_embeds=draw_prompts(8), output_type="np").images
+            frames = gen(2, noise=noise[:2], prompt_embeds=draw_prompts(8), output_type="frames")
+        assert clips.shape == (2, 5, 32, 48, 3)
+        gap = float(np.abs(clips - wanted).max())
+        record_property(f"difference_{backend}_{precision}", gap)
+        assert gap <= allowed
+    assert [len(clip) for clip in frames.images] == [5, 5] and frames.images[0][0].size == (48, 32)
+    assert all(file.stat().st_size > 100 for file in frames.save(tmp_path / "clip.webp"))
+    validated = run("validate", whole, "--num-seeds", 2, "--batch", 2)
+    assert "fp16" in validated
+
+
+@pytest.mark.slow
+def test_a_clip_is_no_picture(bundle: Path, tmp_path: Path) -> None:
+    with Generator.from_pretrained(bundle, backend="torch", num_threads=1) as gen:
+        with pytest.raises(ScmError, match=r"samples of shape \(3, 5, 32, 48\), expected pictures.*'frames'"):
+            gen(seed=0, prompt_embeds=draw_prompts(8, 1))
+        with pytest.raises(ConfigError, match="makes pictures of a text, expected prompt="):
+            gen(seed=0, output_type="frames")
