@@ -199,6 +199,29 @@ def test_a_sana_pipeline_is_converted(runtime: str, sana_bundle: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_executorch_computes_each_gelu_as_pytorch(approximate: str, tmp_path: Path) -> None:
+    """Its lowering to XNNPACK drops the argument: 4.7e-4 off."""
+    pytest.importorskip("executorch", reason="executorch is not installed: make test-edge installs it")
+    torch = pytest.importorskip("torch")
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    from scm_sdk.export.edge.executorch import partitioner
+
+    class Gelu(torch.nn.Module):  # type: ignore[name-defined, misc]
+        def forward(self, x: object) -> object:
+            return torch.nn.functional.gelu(x, approximate=approximate)
+
+    x = torch.linspace(-4, 4, 101)[None]
+    program = torch.export.export(Gelu(), (x,), strict=False)
+    lowered = to_edge_transform_and_lower(program, partitioner=[partitioner()]).to_executorch()
+    (tmp_path / "model.pte").write_bytes(lowered.buffer)
+    (found,) = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward").execute([x])
+    np.testing.assert_allclose(found.numpy(), Gelu()(x).numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_core_ml_package_has_the_samplers_names_and_what_checks_it(
     precision: Precision, unet_bundle: Path, tmp_path: Path
