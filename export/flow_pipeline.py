@@ -38,6 +38,7 @@ def import_flow_pipeline(
     max_batch: int = MAX_BATCH,
     distilled: bool = False,
     base: str | os.PathLike[str] | None = None,
+    text_encoder: bool = True,
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
@@ -58,6 +59,8 @@ def import_flow_pipeline(
         max_batch: Largest batch.
         distilled: The weights are a few-step student; needed where the folder does not say so.
         base: The ``WanPipeline`` folder with autoencoder and configs of a ``.pt`` file; None for a folder.
+        text_encoder: Whether to copy a text encoder that prompts can be encoded with; the base's, for a ``.pt`` file. A
+            bundle without it takes embeddings only.
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
@@ -74,7 +77,7 @@ def import_flow_pipeline(
     settings = _settings(size, num_frames, max_sequence_length, distilled or base is not None)
     with _pipeline(source, out, base) as folder:
         model = load_few_step(folder, settings)
-        model.keep_text_encoder = False
+        model.keep_text_encoder = text_encoder
         provenance = {
             "source": origin or Path(source).name,
             "pipeline": model.folder.row.name,
@@ -108,6 +111,7 @@ def current_flow_import(
     max_batch: int = MAX_BATCH,
     distilled: bool = False,
     base: str | os.PathLike[str] | None = None,
+    text_encoder: bool = True,
 ) -> BundleReport | None:
     """Return the report of the existing bundle if ``import_flow_pipeline`` would create the same; else None."""
     from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
@@ -123,7 +127,9 @@ def current_flow_import(
             return None
         found = {spec.times for spec in workspace.opened.manifest.samplers}
         wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
-        same = found == wanted and read_few_step_folder(Path(out) / DENOISER).settings == given.settings
+        there = read_few_step_folder(Path(out) / DENOISER)
+        same = found == wanted and there.settings == given.settings
+        same = same and there.has_text_encoder == (text_encoder and given.has_text_encoder)
         return report_bundle(workspace) if same else None
 
 

@@ -105,7 +105,7 @@ def import_(
             if option := next((name for name, value in only.items() if value), ""):
                 raise click.UsageError(f"{option} is given, expected it left out: it is for SANA-Sprint pipelines.")
             given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}
-            given |= {"max_sequence_length": tokens or 0, "base": base}
+            given |= {"max_sequence_length": tokens or 0, "base": base, "text_encoder": text_encoder}
             current, create = current_flow_import, import_flow_pipeline
         report = None if overwrite else current(folder, out, **given)
         unchanged = report is not None

@@ -80,6 +80,8 @@ class Prompts:
         if prompt is not None:
             given = self._encode(_as_list(prompt, count), tensors[EMBEDS].shape[0])
         made = {name: _repeat(value, count) for name, value in given.items() if value is not None}
+        if prompt is not None:  # the padding of some encoders is part of the embeddings, and has no mask
+            made = {name: value for name, value in made.items() if name in tensors}
         return {**(conditioning or {}), **made}
 
     def _asked_for(
@@ -96,12 +98,12 @@ class Prompts:
                 f"a prompt is given, but this model came without its text encoder. Give {EMBEDS}, or import it again "
                 f"with the text encoder.{self._note}"
             )
-        from ..model.foreign.prompt_encoder import PromptEncoder
+        from ..model.foreign.flow_prompts import open_encoder
 
         with self._lock:  # one at a time: a text encoder is large, and so is what it needs for a batch
             if self._encoder is None:
                 self._check()
-                self._encoder = PromptEncoder(self._folder, device=self._device)
+                self._encoder = open_encoder(self._folder, device=self._device)
             embeds, mask = self._encoder.encode(list(dict.fromkeys(prompts)), tokens)
         rows = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
         chosen = [rows[text] for text in prompts]

@@ -76,6 +76,7 @@ class FewStepPipeline:
             model index. None if no such folder says which it is.
         check: Raises if the transformer's config or the model index is of another variant.
         mask: Whether the prompt has an attention mask.
+        text_encoder: Class in transformers of a text encoder that prompts can be encoded with here; "" for none.
         flow_map: Whether the transformer also takes the time that a step leads to.
         objective: Method of the released weights, for the provenance.
     """
@@ -95,6 +96,7 @@ class FewStepPipeline:
     check: Callable[[Mapping[str, Any], Mapping[str, Any], Settings], None]
     mask: bool = False
     flow_map: bool = False
+    text_encoder: str = ""
     objective: str = "few-step flow matching"
 
 
@@ -271,6 +273,7 @@ TABLE = {
             sigmas=_rcm_sigmas,
             student=None,
             check=_check_wan,
+            text_encoder="UMT5EncoderModel",
             objective="rCM or DMD",
         ),
         FewStepPipeline(
@@ -288,6 +291,7 @@ TABLE = {
             student=lambda index: "",
             check=_check_any_flow,
             flow_map=True,
+            text_encoder="UMT5EncoderModel",
             objective="flow map (AnyFlow)",
         ),
     )
@@ -295,6 +299,7 @@ TABLE = {
 """Every supported pipeline by its class."""
 _ALIASES = {"WanDMDPipeline": "WanPipeline"}
 """Other names of a pipeline; such a folder says by its name that it holds a student."""
+_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 _NO_SIGMAS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 
 
@@ -429,7 +434,7 @@ def read_few_step_folder(folder: Path, settings: Settings | None = None) -> FewS
         vae=vae,
         scheduler=scheduler,
         settings=settings,
-        has_text_encoder=_has_text_encoder(folder, index),
+        has_text_encoder=_has_text_encoder(folder, row, index),
     )
 
 
@@ -530,5 +535,13 @@ def _check_values(
         )
 
 
-def _has_text_encoder(folder: Path, index: Mapping[str, Any]) -> bool:
-    return bool((index.get("text_encoder") or [None])[0]) and (folder / "text_encoder" / CONFIG_NAME).is_file()
+def _has_text_encoder(folder: Path, row: FewStepPipeline, index: Mapping[str, Any]) -> bool:
+    """Return whether prompts can be encoded; a text encoder of another class is not used."""
+    kinds = {name: index.get(name) or [None, None] for name in ("text_encoder", "tokenizer")}
+    if kinds["text_encoder"] != ["transformers", row.text_encoder] or kinds["tokenizer"][1] not in _TOKENIZERS:
+        return False
+    for name in kinds:
+        if not (folder / name).is_dir():
+            raise BundleError(f"component {name!r} is missing in {folder}, which its {INDEX_NAME} names. {_REMEDY}")
+    weight_files(folder / "text_encoder", "model.safetensors", remedy=_REMEDY)
+    return True

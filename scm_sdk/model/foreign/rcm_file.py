@@ -20,13 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..._util.files import atomic_write_bytes, staging
-from ..._util.json_struct import to_json
+from ..._util.files import staging
 from ...bundle.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from ...errors import BundleError, ConfigError
 from ...pickles.tensors import StoredTensor
 from ...pickles.torch_file import read_torch_file
-from .component import read_json, weight_files
+from .component import weight_files
 from .few_step import SLA_WEIGHT, refuse_sla_names
 from .few_step_folder import Settings, pipeline_class, read_few_step_folder
 
@@ -137,10 +136,13 @@ def student_pipeline(file: Path, base: Path, scratch: Path) -> Iterator[Path]:
                 (made / name).mkdir(parents=True)
             copied = [base / INDEX_NAME, base / "transformer" / CONFIG_NAME, *weight_files(base / "vae")]
             copied += [path for name in ("vae", "scheduler") for path in sorted((base / name).glob("*.json"))]
+            if found.has_text_encoder:
+                parts = (path for name in ("text_encoder", "tokenizer") for path in sorted((base / name).iterdir()))
+                copied += [path for path in parts if path.suffix in (".json", ".safetensors", ".model", ".txt")]
             for path in copied:
-                shutil.copyfile(path, made / path.relative_to(base))
-            index = read_json(base / INDEX_NAME) | {"text_encoder": [None, None], "tokenizer": [None, None]}
-            atomic_write_bytes(made / INDEX_NAME, to_json(index), error=BundleError)
+                target = made / path.relative_to(base)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
             save_file(tensors, made / "transformer" / WEIGHTS_NAME, metadata={"format": "pt"})
             yield made
     except OSError as exc:
