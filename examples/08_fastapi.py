@@ -14,9 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from scm_sdk.serve.app import make_app
-from scm_sdk.serve.options import ServeOptions
-from scm_sdk.serve.service import Service
+from scm_sdk.serve import ServeOptions, Service, make_app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -38,9 +38,7 @@ def main() -> None:
     bundle = os.path.abspath(chosen.bundle)
 
     def build() -> "ASGIApp":  # runs in each replica
-        from scm_sdk.serve.app import make_app
-        from scm_sdk.serve.options import ServeOptions
-        from scm_sdk.serve.service import Service
+        from scm_sdk.serve import ServeOptions, Service, make_app
 
         return make_app(Service.open(ServeOptions(bundle=bundle, num_threads=1)))
 

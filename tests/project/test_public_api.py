@@ -16,7 +16,7 @@ from scm_sdk.errors import UnknownArgument
 from scm_sdk.evaluate.validate import ValidateOptions, validate_bundle
 from scm_sdk.export.engines.options import BuilderOptions, EngineOptions
 
-PACKAGES = ["scm_sdk", "scm_sdk.train", "scm_sdk.model"]
+PACKAGES = ["scm_sdk", "scm_sdk.train", "scm_sdk.model", "scm_sdk.serve"]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.py"))]
 IMPORT = re.compile(r"^[ >]*(?:from (scm_sdk[\w.]*) import (.+?)(?:\s*#.*)?|import (scm_sdk[\w.]*).*)$", re.MULTILINE)
 ANY_VALUE = {
