@@ -238,7 +238,7 @@ class Service:
             key: Name of the caller's key.
 
         Yields:
-            The position of the first image, and the output, ``(N, *image_shape)`` float32, data units; as they are ready.
+            The position of the first image, and the output, ``(N, *image_shape)`` float32 in data units.
 
         Raises:
             RequestError: If it is refused, not made in time, or wrong.
