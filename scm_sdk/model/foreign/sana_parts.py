@@ -145,7 +145,8 @@ def read_lora(file: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _product(file: Path, stem: str, tensors: dict[str, Tensor], weight: Tensor, factor: float) -> Tensor:
-    A, B = (torch.atleast_2d(tensors[f"{stem}.lora_{part}.weight"].double()).flatten(1) for part in "AB")
+    found = [tensors[f"{stem}.lora_{part}.weight"].double() for part in "AB"]
+    A, B = (each.flatten(1) if each.ndim > 1 else each.reshape(1, -1) for each in found)
     pointwise = weight.ndim == 4 and tuple(weight.shape[2:]) == (1, 1)
     if weight.ndim != 2 and not pointwise:
         raise ConfigError(
@@ -156,7 +157,7 @@ def _product(file: Path, stem: str, tensors: dict[str, Tensor], weight: Tensor, 
             f"{file} has matrices {tuple(B.shape)} and {tuple(A.shape)} for {stem!r}, expected "
             f"({weight.shape[0]}, rank) and (rank, {weight.shape[1]}): it belongs to another model."
         )
-    change = factor * (B @ A)
+    change: Tensor = factor * (B @ A)
     if not torch.isfinite(change).all():
         raise IntegrityError(f"{file} holds NaN or infinity for {stem!r}, expected numbers. Copy it again.")
     return change.reshape(weight.shape)
