@@ -1,5 +1,6 @@
 """Students of Wan 2.1: our frames are those of rCM's sampler, written from its formulas in float64."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import ConfigError, ScmError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.model.foreign.few_step import load_few_step  # noqa: E402
-from scm_sdk.model.foreign.few_step_folder import Settings  # noqa: E402
+from scm_sdk.model.foreign.few_step_folder import Settings, read_few_step_folder  # noqa: E402
+from scm_sdk.model.foreign.few_step_networks import Wan  # noqa: E402
 from scm_sdk.model.sampler import Sampler  # noqa: E402
 
 TIMES = (math.atan(80), 1.5, 1.4, 1.0)
@@ -115,3 +117,29 @@ def test_a_clip_is_no_picture(bundle: Path, tmp_path: Path) -> None:
             gen(seed=0, prompt_embeds=draw_prompts(8, 1))
         with pytest.raises(ConfigError, match="makes pictures of a text, expected prompt="):
             gen(seed=0, output_type="frames")
+
+
+def test_the_released_size_has_the_inputs_that_the_spec_says(
+    flow_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Wan 2.1 1.3B at its own size, 81 frames of 480x832, without memory for weights."""
+    import diffusers
+
+    folder = Path(shutil.copytree(flow_folders("WanPipeline"), tmp_path / "pipeline"))
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text()) | {
+        "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096,
+        "freq_dim": 256, "rope_max_seq_len": 1024,
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+    found = read_few_step_folder(folder, Settings(distilled=True))
+    spec = found.spec(4)
+    assert (spec.sample_shape, spec.image_shape) == ((16, 21, 60, 104), (3, 81, 480, 832))
+    assert [tensor.shape for tensor in spec.conditioning_inputs] == [(512, 4096)]
+    with torch.device("meta"):
+        transformer = diffusers.WanTransformer3DModel.from_config(found.transformer)
+    assert round(sum(p.numel() for p in transformer.parameters()) / 1e6) == 1419
+    network = Wan(transformer, found).to("meta").eval()
+    given = torch.zeros(1, 16, 21, 60, 104, device="meta"), torch.ones(1, device="meta")
+    with torch.no_grad():
+        assert network(*given, torch.zeros(1, 512, 4096, device="meta")).shape == (1, 16, 21, 60, 104)
