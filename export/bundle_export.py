@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.card import CARD_PATH, model_card
 from scm_sdk.bundle.goldens import Golden, write_goldens
 from scm_sdk.bundle.layout import CONFIG_NAME, ENCODER_PATH
-from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact
+from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact, Role
 from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
 from scm_sdk.errors import ConfigError, ScmError
@@ -110,6 +110,7 @@ def export_bundle(
     name: str = "",
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
+    add_parts: Callable[[Path], Mapping[str, Role]] = lambda folder: {},
     events: Events = SILENT,
 ) -> BundleReport:
     """Export a checkpoint to a bundle with one fp32 sampler graph per number of steps.
@@ -128,6 +129,7 @@ def export_bundle(
         name: Name of the model; default: the name of the folder.
         overwrite: Replace an existing bundle.
         provenance: Origin of the weights; default: that of the checkpoint.
+        add_parts: Writes further files into the folder of the bundle, and returns the roles that no name determines.
         events: Receives the stages.
 
     Raises:
@@ -153,6 +155,7 @@ def export_bundle(
         if model.encoder is not None:
             events.stage("export the encoder")
             write_decoder(export_encoder(model.encoder), folder / ENCODER_PATH)
+        further = add_parts(folder)
         events.stage("record reference samples")
         write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
         if specs[0].renoise == "fresh":  # SCMScheduler knows no other
@@ -179,7 +182,7 @@ def export_bundle(
             name=name,
             samplers=specs,
             artifacts=artifacts,
-            roles={path: "config" for path in parts if not path.endswith(".safetensors")},
+            roles={**dict.fromkeys((path for path in parts if not path.endswith(".safetensors")), "config"), **further},
             built_from={path: weights for path in made},
             provenance=provenance,
             versions=library_versions(),

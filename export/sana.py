@@ -14,12 +14,13 @@ from typing import Any
 
 from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import sha256_file
-from scm_sdk.bundle.layout import ENCODER_PATH
-from scm_sdk.bundle.manifest import MANIFEST_NAME
+from scm_sdk.bundle.layout import ENCODER_PATH, PROMPT_GRAPH_PATH
+from scm_sdk.bundle.manifest import MANIFEST_NAME, Role
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import Renoise
 
 from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
+from .graph.text_encoder import export_text_encoder
 
 MAX_BATCH = 8
 """Default of the largest batch, small because images have a megapixel."""
@@ -37,6 +38,7 @@ def import_sana(
     max_sequence_length: int = 300,
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
+    onnx_text_encoder: bool = False,
     encoder: bool = False,
     vae: str | os.PathLike[str] | None = None,
     loras: Sequence[str | os.PathLike[str]] = (),
@@ -59,6 +61,7 @@ def import_sana(
         max_sequence_length: Tokens of a prompt.
         max_batch: Largest batch.
         text_encoder: Whether to copy the text encoder. A bundle without it takes embeddings only.
+        onnx_text_encoder: Whether to export the text encoder as a graph, float32, which encodes prompts without torch.
         encoder: Whether to export the encoder of the autoencoder, which ``gen(image=...)`` needs.
         vae: Folder of another ``AutoencoderDC``, such as DC-AE-Lite; None is that of the pipeline.
         loras: LoRA files of the transformer, merged in order.
@@ -95,6 +98,13 @@ def import_sana(
     with with_parts(Path(source), **_parts(vae, loras, lora_scale)) as folder:
         model = load_sana(folder, settings, encoder=encoder)
         model.keep_text_encoder = text_encoder
+
+        def add_parts(bundle: Path) -> dict[str, Role]:
+            if not onnx_text_encoder:
+                return {}
+            events.stage("export the text encoder")
+            return export_text_encoder(folder, bundle, max_sequence_length=max_sequence_length)
+
         return export_bundle(
             model,
             Path(out),
@@ -106,6 +116,7 @@ def import_sana(
             name=name,
             overwrite=overwrite,
             provenance=provenance,
+            add_parts=add_parts,
             events=events,
         )
 
@@ -122,6 +133,7 @@ def current_import(
     max_sequence_length: int = 300,
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
+    onnx_text_encoder: bool = False,
     encoder: bool = False,
     vae: str | os.PathLike[str] | None = None,
     loras: Sequence[str | os.PathLike[str]] = (),
@@ -144,6 +156,7 @@ def current_import(
         there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(folder)
         same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)
     same = same and encoder == (Path(out) / ENCODER_PATH).is_file()
+    same = same and onnx_text_encoder == (Path(out) / PROMPT_GRAPH_PATH).is_file()
     return report_bundle(Path(out)) if same else None
 
 

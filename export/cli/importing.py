@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 )
 @click.option("--distilled", is_flag=True, help="The weights are a few-step student, where the folder does not say so.")
 @click.option("--encoder", is_flag=True, help="Add the encoder of a pipeline's autoencoder, for generate --image.")
+@click.option("--onnx-text-encoder", is_flag=True,
+              help="Also export a SANA-Sprint text encoder as a graph: prompts then need no torch.")  # fmt: skip
 @click.option("--vae", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Another autoencoder for a SANA-Sprint pipeline, such as DC-AE-Lite.")  # fmt: skip
 @click.option("--lora", "loras", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
@@ -60,8 +62,8 @@ if TYPE_CHECKING:
 def import_(
     source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
     renoise: Renoise | None, start_time: float | None, size: str, frames: int | None, tokens: int | None,
-    max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, encoder: bool, vae: Path | None,
-    loras: tuple[Path, ...], lora_scale: float, overwrite: bool, revision: str | None, as_json: bool,
+    max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, encoder: bool, onnx_text_encoder: bool,
+    vae: Path | None, loras: tuple[Path, ...], lora_scale: float, overwrite: bool, revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Import a few-step pipeline of diffusers, an rCM student of Wan 2.1, or a pickle of EDM or EDM2.
 
@@ -98,10 +100,11 @@ def import_(
                 raise click.UsageError(f"{option} is given for a SANA-Sprint pipeline, expected it left out.")
             given |= {"steps": steps or (1, 2, 4), "renoise": renoise or "fresh", "text_encoder": text_encoder}
             given |= {"max_sequence_length": tokens or 300, "encoder": encoder, "start_time": start_time}
-            given |= {"vae": vae, "loras": loras, "lora_scale": lora_scale}
+            given |= {"vae": vae, "loras": loras, "lora_scale": lora_scale, "onnx_text_encoder": onnx_text_encoder}
             current, create = current_import, import_sana
         else:
-            only = {"--encoder": encoder, "--start-time": start_time is not None, "--vae": vae, "--lora": loras}
+            only = {"--encoder": encoder, "--start-time": start_time is not None, "--vae": vae, "--lora": loras,
+                    "--onnx-text-encoder": onnx_text_encoder}  # fmt: skip
             if option := next((name for name, value in only.items() if value), ""):
                 raise click.UsageError(f"{option} is given, expected it left out: it is for SANA-Sprint pipelines.")
             given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}

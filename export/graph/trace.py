@@ -144,6 +144,24 @@ def trace_decoder(decoder: nn.Module, latents: Tensor) -> ExportedProgram:
         return torch.export.export(module, (latents,), dynamic_shapes=shapes, strict=False)
 
 
+def trace_tokens(encoder: nn.Module, length: int) -> ExportedProgram:
+    """Trace ``encoder(input_ids, attention_mask)`` for any batch size.
+
+    Args:
+        encoder: A float32 text encoder in evaluation mode.
+        length: Tokens of each text.
+
+    Raises:
+        ExportError: If it fails, fixes the batch size, or has control flow that depends on a tensor.
+    """
+    import torch
+
+    ids = torch.zeros((EXAMPLE_BATCH, length), dtype=torch.int64)
+    shapes = {name: {0: torch.export.Dim(BATCH_DIM)} for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), _quiet(), _translated("the text encoder cannot be traced"):
+        return torch.export.export(encoder, (ids, torch.ones_like(ids)), dynamic_shapes=shapes, strict=False)
+
+
 def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> ir.Model:
     """Translate a trace to ONNX.
 

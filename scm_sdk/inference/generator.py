@@ -83,8 +83,9 @@ class Generator:
         self._opener = opener
         self._arguments = dict(arguments)
         self._prompts = Prompts(
-            source.text_encoder, arguments["device"], check=source.check_text_encoder, note=source.cut_note
-        )
+            source.text_encoder, arguments["device"], note=source.cut_note, graph=source.prompt_graph,
+            check=source.check_text_encoder if source.prompt_graph is None else source.check_prompt_graph,
+        )  # fmt: skip
         self._starts = StartImages(source, device=arguments["device"], num_threads=arguments["num_threads"])
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]

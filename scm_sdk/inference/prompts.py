@@ -1,7 +1,7 @@
 """Text prompts and precomputed embeddings as inputs of a sampler.
 
-The text encoder is a separate PyTorch component and is loaded with the first prompt. ``prompt_embeds`` needs neither
-the encoder nor torch.
+The text encoder is a separate component of PyTorch or a graph, and is loaded with the first prompt. ``prompt_embeds``
+needs neither the encoder nor torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Prompts:
         device: Device of the encoder; None is the CPU.
         check: Called before the encoder is loaded; raises if its files changed.
         note: Appended to the error for a prompt without an encoder.
+        graph: Graph of the text encoder, which is taken instead of the folder.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Prompts:
         *,
         check: Callable[[], object] = lambda: None,
         note: str = "",
+        graph: Path | None = None,
     ) -> None:
         self._folder, self._device, self._check, self._note = folder, device, check, note
+        self._graph = graph
         self._encoder: Any = None
         self._lock = threading.Lock()
 
@@ -93,21 +96,29 @@ class Prompts:
         return conditioning
 
     def _encode(self, prompts: list[str], tokens: int) -> dict[str, np.ndarray | None]:
-        if self._folder is None:
+        if self._folder is None and self._graph is None:
             raise ConfigError(
                 f"a prompt is given, but this model came without its text encoder. Give {EMBEDS}, or import it again "
                 f"with the text encoder.{self._note}"
             )
-        from ..model.foreign.flow_prompts import open_encoder
-
         with self._lock:  # one at a time: a text encoder is large, and so is what it needs for a batch
             if self._encoder is None:
                 self._check()
-                self._encoder = open_encoder(self._folder, device=self._device)
+                self._encoder = self._open()
             embeds, mask = self._encoder.encode(list(dict.fromkeys(prompts)), tokens)
         rows = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
         chosen = [rows[text] for text in prompts]
         return {EMBEDS: embeds[chosen], MASK: mask[chosen]}
+
+    def _open(self) -> Any:
+        if self._graph is not None:
+            from .prompt_graph import PromptGraph
+
+            return PromptGraph(self._graph, device=self._device)
+        from ..model.foreign.flow_prompts import open_encoder
+
+        assert self._folder is not None, "_encode checks that there is one of the two"
+        return open_encoder(self._folder, device=self._device)
 
 
 def _as_list(prompt: str | Sequence[str], count: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from .._util.files import sha256_bytes, sha256_file
 from .._util.locks import FolderLock
 from ..bundle.bundle import Bundle
-from ..bundle.layout import CONFIG_NAME, DECODER_FOLDER, INDEX_NAME, WEIGHTS_NAME
+from ..bundle.layout import CONFIG_NAME, DECODER_FOLDER, INDEX_NAME, PROMPT_GRAPH_PATH, WEIGHTS_NAME
 from ..bundle.manifest import MANIFEST_NAME, Artifact, ParityRecord
 from ..bundle.resolve import find_and_hold
 from ..bundle.scores import SCORES_PATH
@@ -120,6 +120,24 @@ class Source:
         """
         if self.bundle is not None and self.text_encoder is not None:
             self.bundle.check_text_encoder(self.text_encoder.relative_to(self.path).as_posix(), verify=self.verify)
+
+    @property
+    def prompt_graph(self) -> Path | None:
+        """The graph of the text encoder, if the bundle has one."""
+        bundle = self.bundle
+        listed = bundle is not None and any(e.path == PROMPT_GRAPH_PATH for e in bundle.manifest.files)
+        return bundle.file(PROMPT_GRAPH_PATH) if bundle is not None and listed else None
+
+    def check_prompt_graph(self) -> None:
+        """Compare the graph of the text encoder and its tokenizer with the opened source, and check the graph.
+
+        Raises:
+            IntegrityError: If a file is missing, damaged or changed.
+            BundleError: If the graph holds something that is not allowed.
+        """
+        if self.bundle is not None:
+            self.check_unchanged(PROMPT_GRAPH_PATH)
+            self.bundle.check_graph(PROMPT_GRAPH_PATH)
 
     def check_graph(self, artifact: str) -> None:
         """Check an artifact that is a graph before a library reads it; see ``Bundle.check_graph``."""

@@ -74,7 +74,7 @@ def test_a_folder_opens_as_it_is_and_takes_prompts(sana_pipeline: Any, sana_fold
         out = gen(2, prompt=PROMPTS, seed=7)
         one = gen(prompt=PROMPTS[1], seed=8, output_type="uint8")
     assert out.images[0].size == (64, 64) and out.seeds == (7, 8)
-    instruction = gen._prompts._encoder._instruction
+    instruction = gen._prompts._encoder.instruction
     assert len(instruction) > 5, "the pipeline's own call puts its instruction before a prompt"
     with torch.no_grad():
         embeds, mask = sana_pipeline.encode_prompt(PROMPTS[1], complex_human_instruction=instruction)

@@ -31,6 +31,11 @@ class PromptEncoder:
         BackendUnavailable: If diffusers or transformers is not installed.
         ConfigError: If the folder has no text encoder.
         IntegrityError: If its files cannot be loaded.
+
+    Attributes:
+        tokenizer: Tokenizer of transformers.
+        text_encoder: Text encoder of transformers.
+        instruction: Lines before each prompt, those of the pipeline.
     """
 
     def __init__(self, folder: Path, *, device: str | None = None) -> None:
@@ -54,7 +59,8 @@ class PromptEncoder:
         )
         self._device = torch.device(device or "cpu")
         call = inspect.signature(diffusers.SanaSprintPipeline.__call__)
-        self._instruction: list[str] = call.parameters["complex_human_instruction"].default
+        self.tokenizer, self.text_encoder = tokenizer, encoder
+        self.instruction: list[str] = call.parameters["complex_human_instruction"].default
 
     def encode(
         self, prompts: Sequence[str], max_sequence_length: int, *, instruction: Sequence[str] | None = None
@@ -69,7 +75,7 @@ class PromptEncoder:
         Returns:
             Embeddings (N, L, D) float32 and mask (N, L) int64.
         """
-        lines = self._instruction if instruction is None else list(instruction)
+        lines = self.instruction if instruction is None else list(instruction)
         with torch.inference_mode():
             embeds, mask = self._pipeline.encode_prompt(
                 list(prompts),

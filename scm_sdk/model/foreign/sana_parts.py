@@ -114,7 +114,7 @@ def read_lora(file: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = read_tensors(file)
     settings = _settings(file)
     changes: dict[str, Tensor] = {}
-    ranks = {name: len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+    ranks = {name: len(_matrix(tensor)) for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
     if not ranks:
         raise ConfigError(
             f"{file} holds no NAME.lora_A.weight but {', '.join(sorted(tensors)[:3]) or 'nothing'}, expected a LoRA as "
@@ -145,8 +145,7 @@ def read_lora(file: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _product(file: Path, stem: str, tensors: dict[str, Tensor], weight: Tensor, factor: float) -> Tensor:
-    found = [tensors[f"{stem}.lora_{part}.weight"].double() for part in "AB"]
-    A, B = (each.flatten(1) if each.ndim > 1 else each.reshape(1, -1) for each in found)
+    A, B = (_matrix(tensors[f"{stem}.lora_{part}.weight"]) for part in "AB")
     pointwise = weight.ndim == 4 and tuple(weight.shape[2:]) == (1, 1)
     if weight.ndim != 2 and not pointwise:
         raise ConfigError(
@@ -161,6 +160,11 @@ def _product(file: Path, stem: str, tensors: dict[str, Tensor], weight: Tensor, 
     if not torch.isfinite(change).all():
         raise IntegrityError(f"{file} holds NaN or infinity for {stem!r}, expected numbers. Copy it again.")
     return change.reshape(weight.shape)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64 with its last axes flattened."""
+    return tensor.double().reshape(len(tensor), -1) if tensor.ndim else tensor.double().reshape(1, 1)
 
 
 def _factor(
