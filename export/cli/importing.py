@@ -65,7 +65,7 @@ def import_(
     max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, encoder: bool, onnx_text_encoder: bool,
     vae: Path | None, loras: tuple[Path, ...], lora_scale: float, overwrite: bool, revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Import a few-step pipeline of diffusers, an rCM student of Wan 2.1, or a pickle of EDM or EDM2.
+    """Import a few-step pipeline, an rCM file, or an EDM or EDM2 pickle.
 
     Pipelines: SANA-Sprint, FLUX.2-klein, Z-Image-Turbo, AnyFlow, and students of Wan 2.1 (rCM, DMD). A pipeline is
     converted to a bundle, a pickle to safetensors. SOURCE is a folder or hub id of a pipeline that diffusers saved, a
