@@ -89,8 +89,13 @@ def test_each_line_of_the_readme_is_run():
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_each_command_parses(words):
-    """Against the real command: its name, its options, their values; a shell variable counts as a number."""
+def test_each_command_parses(words, tmp_path, monkeypatch):
+    """Against the real command: its name, its options, their values; a shell variable counts as a number.
+
+    Files that options name, such as an image, exist.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scm_sdk").symlink_to(ROOT / "scm_sdk")
     command, name, above = main, "scm-export", None
     words = [re.sub(r"^\$\w+$", "0", word) for word in words]
     while isinstance(command, click.Group):
@@ -98,6 +103,9 @@ def test_each_command_parses(words):
         assert name in command.commands, f"no command {name}"
         above = click.Context(command, above, **command.context_settings)
         command = command.commands[name]
+    for option in command.params:
+        for flag in {*option.opts} & {*words} if getattr(option.type, "exists", False) else ():
+            Path(words[words.index(flag) + 1]).touch()
     with command.make_context(name, list(words), above):
         pass
 
