@@ -188,7 +188,7 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
             ) from exc
         if "Unsupported model IR version" in text or "is under development" in text:
             raise BackendUnavailable(
-                f"onnxruntime {ort.__version__} is too old for {path}: {text}. Expected 1.22 or later. Install: "
+                f"onnxruntime {ort.__version__} is too old for {path}: {text}. Expected 1.23 or later. Install: "
                 f"{install_command('onnxruntime', '--upgrade')}"
             ) from exc
         raise IntegrityError(

@@ -73,7 +73,7 @@ class _Quantizer:
             from onnxruntime.quantization import matmul_nbits_quantizer as library
         except ImportError as exc:
             raise BackendUnavailable(
-                f"this onnxruntime has no quantizer of weights ({exc}), expected 1.22 or later with onnx_ir. Install: "
+                f"this onnxruntime has no quantizer of weights ({exc}), expected 1.23 or later with onnx_ir. Install: "
                 f"{install_command('onnxruntime', '--upgrade')}"
             ) from exc
         config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
