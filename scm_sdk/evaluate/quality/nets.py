@@ -132,7 +132,8 @@ def _torchscript(path: Path, name: str, title: str, dim: int, call: Callable[[An
         )
     try:
         with warnings.catch_warnings():  # the deprecation of TorchScript does not help users with such reference files
-            warnings.simplefilter("ignore", DeprecationWarning)
+            for category in (DeprecationWarning, FutureWarning):  # until PyTorch 2.13, and since
+                warnings.simplefilter("ignore", category)
             module = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except Exception as exc:  # torch may raise any exception
         raise IntegrityError(f"{path} is no TorchScript file: {_line(exc)}. Expected that of {name}.") from exc
