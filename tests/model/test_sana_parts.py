@@ -123,6 +123,9 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Excepti
         },
         ConfigError, r"ranks \[1, 2\] and no alpha",
     ),
+    "no rows": (
+        lambda t: t | {f"transformer.{LAYERS[0]}.lora_A.weight": torch.zeros(0)}, ConfigError, r"ranks \[0, 2\]",
+    ),
     "not finite": (
         lambda t: t | {f"transformer.{LAYERS[0]}.lora_A.weight": torch.full((2, 8), float("nan"))}, IntegrityError,
         "NaN or infinity",

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from ..._util.files import atomic_write_bytes
 from ..._util.json_struct import to_json
@@ -22,13 +21,12 @@ from ..._util.lazy import require
 from ...bundle.layout import INDEX_NAME
 from ...errors import BundleError, ConfigError, IntegrityError
 from ...spec import Renoise, SamplerSpec
-from ..bounds import check_bound, check_num_parameters
-from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
 from ..conversions import FLOW
 from ..decoder import Decoder, LatentScale
 from ..networks.custom import OwnConfig
 from .component import read_json, weight_files
+from .component_module import load_component
 from .denoiser import ModuleDenoiser, TrigFlowNetwork
 from .diffusers_models import make_tractable
 from .few_step_folder import SETTINGS_NAME, FewStepFolder, Settings, read_few_step_folder
@@ -102,10 +100,12 @@ def load_few_step(folder: str | Path, settings: Settings | None = None) -> FewSt
     found = read_few_step_folder(Path(folder), settings)
     diffusers = require("diffusers", extra="diffusers", purpose=f"a {found.row.name}")
     _refuse_sla(found.path / "transformer")
-    transformer = _load_component(
+    transformer = load_component(
         getattr(diffusers, found.row.transformer), found.transformer, found.path / "transformer"
     )
-    vae: Any = _load_component(getattr(diffusers, found.row.vae), found.vae, found.path / "vae", keep=DECODER_WEIGHTS)
+    vae: Any = load_component(getattr(diffusers, found.row.vae), found.vae, found.path / "vae", keep=DECODER_WEIGHTS)
+    for module in (transformer, vae):
+        make_tractable(module)
     network = NETWORKS[found.row.name](transformer, found)
     return FewStepModel(found, network, _decoder(found, vae)).eval().requires_grad_(False)
 
@@ -146,47 +146,6 @@ def refuse_sla_names(names: list[str], where: Path) -> None:
             f"{where} holds {names[0]!r}, a weight of sparse-linear attention (SLA, as in TurboDiffusion), expected "
             "Wan's plain attention: without SLA such weights are wrong. Take a student without it, such as rCM's."
         )
-
-
-def _load_component(kind: Any, config: dict[str, Any], folder: Path, *, keep: tuple[str, ...] = ("",)) -> nn.Module:
-    """Create a module of diffusers with the weights of its folder, float32.
-
-    Args:
-        kind: Class of the module.
-        config: Its config.
-        folder: Folder of the component.
-        keep: Prefixes of the weights to load; the others stay on the meta device.
-
-    Raises:
-        ConfigError: If a setting is out of bounds.
-        IntegrityError: If the class refuses the config, or the weights do not match it.
-    """
-    for name, value in config.items():
-        if value is not None:
-            check_bound(name, tuple(value) if isinstance(value, list) else value)
-    try:
-        check_num_parameters(lambda: kind.from_config(config))
-        with torch.device("meta"):  # no memory for a wrong file, no time for random weights
-            module: nn.Module = kind.from_config(config)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
-            MemoryError) as exc:  # fmt: skip
-        raise IntegrityError(
-            f"{folder} has a config that {kind.__name__} refuses: {exc}. Copy the folder again."
-        ) from exc
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        tensors |= read_tensors(file)
-    check_fits(module, tensors, f"the weights in {folder} do not fit its config", remedy="Copy the folder again.")
-    if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in tensors):
-        module = kind.from_config(config)  # its constructor computes tables
-    kept = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-        if name.startswith(keep)
-    }
-    module.load_state_dict(kept, strict=False, assign=True)
-    make_tractable(module)
-    return module
 
 
 def copy_few_step_folder(source: FewStepFolder, target: Path, *, text_encoder: bool = True) -> None:

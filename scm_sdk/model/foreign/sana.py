@@ -27,14 +27,13 @@ from ..._util.files import atomic_write_bytes
 from ..._util.json_struct import to_json
 from ..._util.lazy import require
 from ...bundle.layout import INDEX_NAME
-from ...errors import BundleError, IntegrityError
+from ...errors import BundleError
 from ...spec import Renoise, SamplerSpec
-from ..bounds import check_bound, check_num_parameters
-from ..checkpoint import check_fits, read_tensors
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, Encoder, LatentScale
 from ..networks.custom import OwnConfig
 from .component import read_json, weight_files
+from .component_module import load_component
 from .linear_attention import guard_autoencoder, guard_transformer
 from .sana_config import Settings
 from .sana_folder import SETTINGS_NAME, SanaFolder, read_sana_folder
@@ -170,11 +169,13 @@ def load_sana(folder: str | Path, settings: Settings | None = None, *, encoder: 
     """
     found = read_sana_folder(Path(folder), settings)
     diffusers = require("diffusers", extra="diffusers", purpose=PURPOSE)
-    transformer = _load(
+    transformer = load_component(
         diffusers.SanaTransformer2DModel, msgspec.to_builtins(found.transformer), found.path / "transformer"
     )
     parts = ("decoder", "encoder") if encoder else ("decoder",)
-    vae = _load(diffusers.AutoencoderDC, _public(found.vae), found.path / "vae", keep=tuple(f"{p}." for p in parts))
+    vae = load_component(
+        diffusers.AutoencoderDC, _public(found.vae), found.path / "vae", keep=tuple(f"{p}." for p in parts)
+    )
     guard_transformer(transformer)
     guard_autoencoder(vae)
     return SanaModel(found, transformer, *map(vae.get_submodule, parts)).eval().requires_grad_(False)
@@ -214,35 +215,6 @@ def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = T
         ) from exc
     atomic_write_bytes(target / INDEX_NAME, _pretty(index), error=BundleError)
     atomic_write_bytes(target / SETTINGS_NAME, _pretty(msgspec.to_builtins(source.settings)), error=BundleError)
-
-
-def _load(kind: Any, config: dict[str, Any], folder: Path, *, keep: str | tuple[str, ...] = "") -> nn.Module:
-    """Create a module of diffusers with the weights of a component whose names start with ``keep``."""
-    for name, value in config.items():
-        if value is not None:
-            check_bound(name, tuple(value) if isinstance(value, list) else value)
-    try:
-        check_num_parameters(lambda: kind.from_config(config))
-        with torch.device("meta"):  # on the meta device: no memory for a wrong file, no time for random weights
-            module: nn.Module = kind.from_config(config)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError) as exc:
-        raise IntegrityError(
-            f"{folder} has a config that {kind.__name__} refuses: {exc}. Copy the folder again."
-        ) from exc
-    tensors = _read_tensors(folder)
-    check_fits(module, tensors, f"the weights in {folder} do not fit its config", remedy="Copy the folder again.")
-    if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in tensors):
-        module = kind.from_config(config)  # its constructor computes tables
-    floats = {name: p.float() for name, p in tensors.items() if name.startswith(keep)}
-    module.load_state_dict(floats, strict=False, assign=True)
-    return module
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        tensors |= read_tensors(file)
-    return tensors
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

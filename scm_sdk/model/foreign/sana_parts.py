@@ -164,7 +164,7 @@ def _product(file: Path, stem: str, tensors: dict[str, Tensor], weight: Tensor, 
 
 def _matrix(tensor: Tensor) -> Tensor:
     """Return a tensor in float64 with its last axes flattened."""
-    return tensor.double().reshape(len(tensor), -1) if tensor.ndim else tensor.double().reshape(1, 1)
+    return tensor.double().flatten(1) if tensor.ndim > 1 else tensor.double().reshape(-1, 1)
 
 
 def _factor(
