@@ -22,11 +22,15 @@ BRANCH = [("Gather", ["embedding", "class_labels"], "row"), ("MatMul", ["row", "
 BRANCH += [("Mul", ["wide", "t"], "timed"), ("Tanh", ["timed"], "bent"), ("MatMul", ["bent", "out"], "gain")]
 
 
-def network(nodes, num_classes=5) -> NetworkGraph:
-    """F(x, t, class_labels) of the nodes (operator, inputs, output), the last of which is F."""
+def network(nodes, num_classes=5, scales=1.0) -> NetworkGraph:
+    """F(x, t, class_labels) of the nodes (operator, inputs, output), the last of which is F.
+
+    The rows of the embedding are multiplied by the scales.
+    """
+    draw = np.random.default_rng(1)
     weights = WEIGHTS | {
-        "embedding": DRAW.standard_normal((num_classes, WIDTH)),
-        "small": DRAW.standard_normal((num_classes, 6)),
+        "embedding": draw.standard_normal((num_classes, WIDTH)) * np.reshape(scales, (-1, 1)),
+        "small": draw.standard_normal((num_classes, 6)),
         "one": np.ones(1, np.int64),
         **{f"shift_{i}": np.full(6, 0.01 * i) for i in range(50)},
     }
@@ -123,10 +127,12 @@ def test_tables_take_no_more_room_than_the_weights(monkeypatch):
     assert "small" in found.graph.initializers and "step0/labels/table" not in found.graph.initializers
 
 
-def test_labels_that_are_mixed_are_refused():
+@pytest.mark.parametrize("largest_of", range(5))
+def test_labels_that_are_mixed_are_refused(largest_of: int):
+    """Whichever label has the value that all are divided by."""
     mixed = [*BRANCH[:2], ("ReduceMax", ["wide"], "largest"), ("Div", ["wide", "largest"], "timed"), *BRANCH[3:]]
-    made = network([*mixed, ("Mul", ["x", "gain"], "F")])
-    with pytest.raises(UnsupportedGraphError, match=r"'gain' is another for label 0 alone.*must not mix the labels"):
+    made = network([*mixed, ("Mul", ["x", "gain"], "F")], scales=[1 + 9 * (label == largest_of) for label in range(5)])
+    with pytest.raises(UnsupportedGraphError, match=r"'gain' is another for the labels \d to \d.*must not mix"):
         compose_sampler(made, made.spec)
 
 
