@@ -45,6 +45,8 @@ DEADLINE = 30.0
 """Seconds after which ``scm-export serve`` drops a request."""
 SEEDS = 64
 """Seeds that are asked for in turn, whose pictures are known."""
+REFUSED = (429, 503)
+"""Answers of a server whose queue is full. Triton's is as long as ``scm-export triton`` sets it."""
 SETTLE = 0.25
 """Share of a round that is not counted."""
 Answer = tuple[float, float, int, bytes]
@@ -161,13 +163,15 @@ def plain_calls(gen: Generator, clients: int, seconds: float, seeds: Iterator[in
 
 
 def summary(answers: list[Answer], seconds: float) -> dict[str, float]:
-    """Return rate and latencies of the answers after the settling time."""
+    """Return rate and latencies of the pictures after the settling time, and how many requests were refused."""
     from_ = min(start for start, *_ in answers) + SETTLE * seconds
     until = from_ + (1 - SETTLE) * seconds
-    waits = [(end - start) * 1e3 for start, end, *_ in answers if start >= from_]
-    rate = sum(from_ <= end <= until for _, end, *_ in answers) / (until - from_)
+    made = [(start, end) for start, end, status, _ in answers if status not in REFUSED]
+    waits = [(end - start) * 1e3 for start, end in made if start >= from_]
+    rate = sum(from_ <= end <= until for _, end in made) / (until - from_)
     p50, p95, p99 = (float(x) for x in np.percentile(waits or [np.nan], [50, 95, 99]))
-    return {"per_second": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "requests": len(waits)}
+    refused = len(answers) - len(made)
+    return {"per_second": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "requests": len(waits), "refused": refused}
 
 
 @contextmanager
@@ -243,14 +247,17 @@ def main(
                 asyncio.run(closed_loop(served, 4, 0.5, seeds))
                 facts[name] = {"start_seconds": served.start_seconds, "memory_mib": memory_mib(served.pid)}
                 print(f"{name}: start {served.start_seconds:.1f} s, {facts[name]['memory_mib']:.0f} MiB")
-            print(f"{'clients':>7}  {'way':<8}{'images/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'requests':>10}")
+            print(
+                f"{'clients':>7}  {'way':<8}{'images/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'requests':>10}{'refused':>9}"
+            )
             for count in clients:
                 found: dict[str, list[dict[str, float]]] = {name: [] for name in ("calls", *up)}
                 for _ in range(rounds):
                     found["calls"].append(summary(plain_calls(gen, count, seconds, seeds), seconds))
                     for name, served in up.items():
                         answers = asyncio.run(closed_loop(served, count, seconds, seeds))
-                        wrong = [status for _, _, status, file in answers if status != 200 or not right(file)]
+                        given = [(status, file) for _, _, status, file in answers if status not in REFUSED]
+                        wrong = [status for status, file in given if status != 200 or not right(file)]
                         if wrong:
                             sys.exit(f"{name} gave {len(wrong)} wrong answers of {len(answers)} to {count} clients")
                         found[name].append(summary(answers, seconds))
@@ -259,7 +266,7 @@ def main(
                     results.append({"clients": count, "way": way, **row})
                     print(
                         f"{count:>7}  {way:<8}{row['per_second']:>9.1f}{row['p50_ms']:>9.1f}{row['p95_ms']:>9.1f}"
-                        f"{row['p99_ms']:>9.1f}{row['requests']:>10.0f}",
+                        f"{row['p99_ms']:>9.1f}{row['requests']:>10.0f}{row['refused']:>9.0f}",
                         flush=True,
                     )
         capacity = max(row["per_second"] for row in results if row["way"] == "server")

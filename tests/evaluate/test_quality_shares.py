@@ -14,22 +14,25 @@ from scm_sdk.evaluate.quality.quality import Quality
 from scm_sdk.evaluate.quality.scoring import Score
 from scm_sdk.export.cli import main
 
-DRAW = np.random.default_rng(0)
+@pytest.fixture
+def draw() -> np.random.Generator:
+    """Return draws that are the same whichever tests ran before."""
+    return np.random.default_rng(0)
 
 
-def test_precision_and_recall_of_known_sets() -> None:
-    real = DRAW.standard_normal((400, 8))
+def test_precision_and_recall_of_known_sets(draw: np.random.Generator) -> None:
+    real = draw.standard_normal((400, 8))
     assert precision_recall(real, real) == (1.0, 1.0)
     assert precision_recall(real + 100, real) == (0.0, 0.0)
-    one_mode = np.concatenate([real[:200], DRAW.standard_normal((200, 8)) + 50])
+    one_mode = np.concatenate([real[:200], draw.standard_normal((200, 8)) + 50])
     precision, recall = precision_recall(real[:200], one_mode)
     assert precision == 1.0 and recall == pytest.approx(0.5, abs=0.01), "a dropped mode costs recall only"
     precision, recall = precision_recall(one_mode, real[:200])
     assert precision == pytest.approx(0.5, abs=0.01) and recall == 1.0, "a false mode costs precision only"
 
 
-def test_precision_and_recall_against_a_direct_transcription() -> None:
-    a, b = DRAW.standard_normal((70, 4)), DRAW.standard_normal((90, 4)) * 0.8 + 0.3
+def test_precision_and_recall_against_a_direct_transcription(draw: np.random.Generator) -> None:
+    a, b = draw.standard_normal((70, 4)), draw.standard_normal((90, 4)) * 0.8 + 0.3
 
     def share(samples: np.ndarray, centers: np.ndarray, k: int = 3) -> float:
         inside = 0
@@ -44,9 +47,9 @@ def test_precision_and_recall_against_a_direct_transcription() -> None:
     assert precision_recall(a, b) == pytest.approx((share(a, b), share(b, a)))
 
 
-def test_the_delta_of_the_same_seeds_is_sharp() -> None:
+def test_the_delta_of_the_same_seeds_is_sharp(draw: np.random.Generator) -> None:
     """Two noisy sets whose own intervals overlap differ surely once their shared part cancels."""
-    real, base = DRAW.standard_normal((800, 16)), DRAW.standard_normal((800, 16)) + 0.1
+    real, base = draw.standard_normal((800, 16)), draw.standard_normal((800, 16)) + 0.1
     worse = base + 0.02
     assert kernel_distance_delta(base, base, real) == (0.0, (0.0, 0.0))
     delta, (low, high) = kernel_distance_delta(worse, base, real)
