@@ -248,7 +248,8 @@ def main(
                 facts[name] = {"start_seconds": served.start_seconds, "memory_mib": memory_mib(served.pid)}
                 print(f"{name}: start {served.start_seconds:.1f} s, {facts[name]['memory_mib']:.0f} MiB")
             print(
-                f"{'clients':>7}  {'way':<8}{'images/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'requests':>10}{'refused':>9}"
+                f"{'clients':>7}  {'way':<8}{'images/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'requests':>10}"
+                f"{'refused':>9}"
             )
             for count in clients:
                 found: dict[str, list[dict[str, float]]] = {name: [] for name in ("calls", *up)}

@@ -14,6 +14,7 @@ from scm_sdk.evaluate.quality.quality import Quality
 from scm_sdk.evaluate.quality.scoring import Score
 from scm_sdk.export.cli import main
 
+
 @pytest.fixture
 def draw() -> np.random.Generator:
     """Return draws that are the same whichever tests ran before."""
