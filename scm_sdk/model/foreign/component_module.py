@@ -14,7 +14,9 @@ from ..checkpoint import check_fits, read_tensors
 from .component import weight_files
 
 
-def load_component(kind: Any, config: dict[str, Any], folder: Path, *, keep: str | tuple[str, ...] = "") -> nn.Module:
+def load_component(
+    kind: type[Any], config: dict[str, Any], folder: Path, *, keep: str | tuple[str, ...] = ""
+) -> nn.Module:
     """Create a module of diffusers with the weights of a component, float32.
 
     Args:
