@@ -1,4 +1,4 @@
-"""The files of one component of a diffusers folder: JSON of bounded size, weights in one file or in shards.
+"""The files of a diffusers folder: JSON of bounded size, weights in one file or in shards, and a copy of a pipeline.
 
 No weight is read here, and neither torch nor diffusers is imported. The files are untrusted: sizes are limited, names
 must stay in the folder, weights must be safetensors.
@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..._util.files import read_regular, safe_join
-from ...bundle.layout import CONFIG_MAX_BYTES, WEIGHTS_NAME
+from ..._util.files import atomic_write_bytes, read_regular, safe_join
+from ..._util.json_struct import to_json
+from ...bundle.layout import CONFIG_MAX_BYTES, INDEX_NAME, WEIGHTS_NAME
 from ...errors import BundleError, ConfigError
 
 REMEDY = "Give the folder that save_pretrained wrote, whole."
+SETTINGS_NAME = "scm_import.json"
+"""Settings of an import that the pipeline takes per call, next to the pipeline's index."""
+CONFIG_SUFFIXES = (".json", ".model", ".txt")
+"""Ends of the names of configs and tokenizers."""
 
 
 def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
@@ -77,3 +84,41 @@ def weight_files(folder: Path, name: str = WEIGHTS_NAME, *, remedy: str = REMEDY
             f"{len(missing)} of {len(shards)} shards are missing in {folder}, first {missing[0]}. Copy it again, whole."
         )
     return shards
+
+
+def copy_pipeline(
+    source: Path, target: Path, *, text_encoder: bool, settings: bytes, suffixes: Sequence[str] = CONFIG_SUFFIXES
+) -> None:
+    """Copy the files of a pipeline, without unrelated files, and write the settings of its import.
+
+    Args:
+        source: A verified folder.
+        target: Target folder; created if missing.
+        text_encoder: Whether to copy the text encoder; the index of a copy without it names none.
+        settings: Content of ``SETTINGS_NAME``.
+        suffixes: Ends of the names of the files to copy in addition to weights.
+
+    Raises:
+        BundleError: If the files cannot be written.
+    """
+    index = read_json(source / INDEX_NAME)
+    wanted = [*weight_files(source / "transformer"), *weight_files(source / "vae")]
+    folders = ["transformer", "vae", "scheduler"]
+    if text_encoder:
+        wanted += weight_files(source / "text_encoder", "model.safetensors")
+        folders += ["text_encoder", "tokenizer"]
+    else:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    for name in folders:
+        wanted += [file for file in sorted((source / name).iterdir()) if file.suffix in suffixes]
+    try:
+        for file in wanted:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # not hard links: the copy must not change with the original
+    except OSError as exc:
+        raise BundleError(
+            f"{target} cannot be written: {exc.strerror or exc}. Free some space or choose another."
+        ) from exc
+    atomic_write_bytes(target / INDEX_NAME, to_json(index), error=BundleError)
+    atomic_write_bytes(target / SETTINGS_NAME, settings, error=BundleError)

@@ -7,7 +7,6 @@ run in float32; reduced precisions are made from the float32 graph.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,19 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..._util.files import atomic_write_bytes
 from ..._util.json_struct import to_json
 from ..._util.lazy import require
-from ...bundle.layout import INDEX_NAME
-from ...errors import BundleError, ConfigError, IntegrityError
+from ...errors import ConfigError, IntegrityError
 from ...spec import Renoise, SamplerSpec
 from ..consistency import ConsistencyModel, ModelConfig
 from ..conversions import FLOW
 from ..decoder import Decoder, LatentScale
 from ..networks.custom import OwnConfig
-from .component import read_json, weight_files
+from .component import CONFIG_SUFFIXES, copy_pipeline, weight_files
 from .component_module import load_component
 from .denoiser import ModuleDenoiser, TrigFlowNetwork
 from .diffusers_models import make_tractable
-from .few_step_folder import SETTINGS_NAME, FewStepFolder, Settings, read_few_step_folder
+from .few_step_folder import FewStepFolder, Settings, read_few_step_folder
 from .few_step_networks import NETWORKS, ImageDecoder, WanDecoder
 
 DECODER_WEIGHTS = ("decoder.", "post_quant_conv.", "bn.")
@@ -159,26 +156,10 @@ def copy_few_step_folder(source: FewStepFolder, target: Path, *, text_encoder: b
     Raises:
         BundleError: If the files cannot be written.
     """
-    index = read_json(source.path / INDEX_NAME)
-    wanted = [*weight_files(source.path / "transformer"), *weight_files(source.path / "vae")]
-    folders = ["transformer", "vae", "scheduler"]
-    if text_encoder and source.has_text_encoder:
-        wanted += weight_files(source.path / "text_encoder", "model.safetensors")
-        folders += ["text_encoder", "tokenizer"]
-    else:
-        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
-    for name in folders:
-        if (source.path / name).is_dir():
-            files = sorted((source.path / name).iterdir())
-            wanted += [file for file in files if file.suffix in (".json", ".model", ".txt", ".jinja")]
-    try:
-        for file in wanted:
-            copy = target / file.relative_to(source.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)  # not hard links: the copy must not change with the original
-    except OSError as exc:
-        raise BundleError(
-            f"{target} cannot be written: {exc.strerror or exc}. Free some space or choose another."
-        ) from exc
-    atomic_write_bytes(target / INDEX_NAME, to_json(index), error=BundleError)
-    atomic_write_bytes(target / SETTINGS_NAME, to_json(msgspec.to_builtins(source.settings)), error=BundleError)
+    copy_pipeline(
+        source.path,
+        target,
+        text_encoder=text_encoder and source.has_text_encoder,
+        settings=to_json(msgspec.to_builtins(source.settings)),
+        suffixes=(*CONFIG_SUFFIXES, ".jinja"),
+    )

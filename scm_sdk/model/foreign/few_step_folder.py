@@ -25,10 +25,9 @@ import msgspec
 from ...bundle.layout import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
 from ...spec import MAX_STEPS, Renoise, SamplerSpec, TensorSpec, flow_times
-from .component import read_json, weight_files
+from .component import SETTINGS_NAME, read_json, weight_files
 from .sana_folder import PIPELINE as SANA_PIPELINE
 
-SETTINGS_NAME = "scm_import.json"
 SCHEDULER_NAME = "scheduler_config.json"
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 RCM_SIGMA_MAX = 80.0

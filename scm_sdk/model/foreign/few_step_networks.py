@@ -163,9 +163,7 @@ class ZImage(nn.Module):
     def __init__(self, transformer: Any, folder: FewStepFolder) -> None:
         super().__init__()
         self.transformer = transformer
-        for module in transformer.modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(_Attention(across_heads=False))
+        _set_attention(transformer, across_heads=False)
         first, *grid = transformer.axes_dims
         theta = float(transformer.rope_theta)
         _, height, width = folder.sample_shape
@@ -244,13 +242,7 @@ class Wan(nn.Module):
     def __init__(self, transformer: Any, folder: FewStepFolder) -> None:
         super().__init__()
         self.transformer = transformer
-        for module in transformer.modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(_Attention(across_heads=True))
-        _, frames, height, width = folder.sample_shape
-        transformer.rope = _Rotation(
-            _wan_angles(transformer.config.attention_head_dim, (frames, height // 2, width // 2))
-        )
+        _make_wan_exportable(transformer, folder)
 
     def forward(self, x: Tensor, time: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Return the velocity, like ``x``, (B, C, T, H, W)."""
@@ -272,13 +264,7 @@ class AnyFlow(nn.Module):
     def __init__(self, transformer: Any, folder: FewStepFolder) -> None:
         super().__init__()
         self.transformer = transformer
-        for module in transformer.modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(_Attention(across_heads=True))
-        _, frames, height, width = folder.sample_shape
-        transformer.rope = _Rotation(
-            _wan_angles(transformer.config.attention_head_dim, (frames, height // 2, width // 2))
-        )
+        _make_wan_exportable(transformer, folder)
         transformer.condition_embedder = _OneTime(transformer.condition_embedder)
 
     def forward(self, x: Tensor, time: Tensor, r: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -289,6 +275,19 @@ class AnyFlow(nn.Module):
         )  # fmt: skip
         velocity: Tensor = v.transpose(1, 2)
         return velocity
+
+
+def _set_attention(transformer: Any, *, across_heads: bool) -> None:
+    for module in transformer.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(_Attention(across_heads=across_heads))
+
+
+def _make_wan_exportable(transformer: Any, folder: FewStepFolder) -> None:
+    """Replace the attention and the rotation of a transformer of Wan's layout by ones that export."""
+    _set_attention(transformer, across_heads=True)
+    _, frames, height, width = folder.sample_shape
+    transformer.rope = _Rotation(_wan_angles(transformer.config.attention_head_dim, (frames, height // 2, width // 2)))
 
 
 class _OneTime(nn.Module):

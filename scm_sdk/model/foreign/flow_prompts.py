@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from ..._util.lazy import require
-from ...errors import ConfigError, IntegrityError
 from .few_step_folder import read_few_step_folder
 from .pipelines import is_sana
-
-PURPOSE = "encoding a prompt"
+from .prompt_encoder import PromptEncoder, TextPipeline
 
 
 class Encoder(Protocol):
@@ -36,8 +33,6 @@ def open_encoder(folder: Path, *, device: str | None = None) -> Encoder:
         ScmError: As ``PromptEncoder`` and ``FlowPromptEncoder``.
     """
     if is_sana(folder):
-        from .prompt_encoder import PromptEncoder
-
         return PromptEncoder(folder, device=device)
     return FlowPromptEncoder(folder, device=device)
 
@@ -59,24 +54,10 @@ class FlowPromptEncoder:
 
     def __init__(self, folder: Path, *, device: str | None = None) -> None:
         found = read_few_step_folder(folder)
-        if not found.has_text_encoder:
-            raise ConfigError(f"{folder} has no text encoder, expected one to encode a prompt. Give prompt_embeds.")
-        transformers = require("transformers", extra="diffusers", purpose=PURPOSE)
-        diffusers = require("diffusers", extra="diffusers", purpose=PURPOSE)
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            tokenizer = transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer", **options)
-            encoder = getattr(transformers, found.row.text_encoder).from_pretrained(
-                folder / "text_encoder", use_safetensors=True, dtype="auto", **options
-            )
-        except (OSError, ValueError, RuntimeError) as exc:
-            text = str(exc).strip().split("\n")[0]
-            raise IntegrityError(f"the text encoder in {folder} cannot be loaded: {text}. Copy it again.") from exc
-        encoder = encoder.eval().requires_grad_(False).to(device or "cpu")
-        self._pipeline: Any = getattr(diffusers, found.row.name)(
-            tokenizer=tokenizer, text_encoder=encoder, vae=None, transformer=None, scheduler=None
-        )
-        self._device = torch.device(device or "cpu")
+        self._text = TextPipeline(
+            folder, has_text_encoder=found.has_text_encoder, pipeline=found.row.name, tokenizer="T5TokenizerFast",
+            encoder=found.row.text_encoder, device=device,
+        )  # fmt: skip
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode prompts.
@@ -89,10 +70,10 @@ class FlowPromptEncoder:
             Embeddings (N, L, D) float32 and a mask (N, L) int64 of ones: padding is part of the embeddings.
         """
         with torch.inference_mode():
-            embeds, _ = self._pipeline.encode_prompt(
+            embeds, _ = self._text.pipeline.encode_prompt(
                 list(prompts),
                 do_classifier_free_guidance=False,
-                device=self._device,
+                device=self._text.device,
                 max_sequence_length=max_sequence_length,
             )
         made: np.ndarray = embeds.float().cpu().numpy()

@@ -12,9 +12,53 @@ import torch
 
 from ..._util.lazy import require
 from ...errors import ConfigError, IntegrityError
-from .sana_folder import read_sana_folder
+from .sana_folder import PIPELINE, TEXT_ENCODERS, read_sana_folder
 
 PURPOSE = "encoding a prompt"
+
+
+class TextPipeline:
+    """A pipeline of diffusers that holds a tokenizer and a text encoder alone, in the dtype of their stored weights.
+
+    Args:
+        folder: A pipeline folder.
+        has_text_encoder: Whether the folder has a text encoder.
+        pipeline: Class of diffusers.
+        tokenizer: Class of transformers.
+        encoder: Class of transformers.
+        device: A torch device; None is the CPU.
+
+    Raises:
+        BackendUnavailable: If diffusers or transformers is not installed.
+        ConfigError: If the folder has no text encoder.
+        IntegrityError: If its files cannot be loaded.
+
+    Attributes:
+        pipeline: The pipeline.
+        device: Where the text encoder runs.
+    """
+
+    def __init__(
+        self, folder: Path, *, has_text_encoder: bool, pipeline: str, tokenizer: str, encoder: str, device: str | None
+    ) -> None:
+        if not has_text_encoder:
+            raise ConfigError(f"{folder} has no text encoder, expected one to encode a prompt. Give prompt_embeds.")
+        transformers = require("transformers", extra="diffusers", purpose=PURPOSE)
+        diffusers = require("diffusers", extra="diffusers", purpose=PURPOSE)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            loaded = getattr(transformers, tokenizer).from_pretrained(folder / "tokenizer", **options)
+            model = getattr(transformers, encoder).from_pretrained(
+                folder / "text_encoder", use_safetensors=True, dtype="auto", **options
+            )
+        except (OSError, ValueError, RuntimeError) as exc:
+            text = str(exc).strip().split("\n")[0]
+            raise IntegrityError(f"the text encoder in {folder} cannot be loaded: {text}. Copy it again.") from exc
+        self.device = torch.device(device or "cpu")
+        self.pipeline: Any = getattr(diffusers, pipeline)(
+            tokenizer=loaded, text_encoder=model.eval().requires_grad_(False).to(self.device), vae=None,
+            transformer=None, scheduler=None,
+        )  # fmt: skip
 
 
 class PromptEncoder:
@@ -40,26 +84,13 @@ class PromptEncoder:
 
     def __init__(self, folder: Path, *, device: str | None = None) -> None:
         found = read_sana_folder(folder)
-        if not found.has_text_encoder:
-            raise ConfigError(f"{folder} has no text encoder, expected one to encode a prompt. Give prompt_embeds.")
-        transformers = require("transformers", extra="diffusers", purpose=PURPOSE)
-        diffusers = require("diffusers", extra="diffusers", purpose=PURPOSE)
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            tokenizer = getattr(transformers, found.tokenizer_class).from_pretrained(folder / "tokenizer", **options)
-            encoder = transformers.Gemma2Model.from_pretrained(
-                folder / "text_encoder", use_safetensors=True, dtype="auto", **options
-            )
-        except (OSError, ValueError, RuntimeError) as exc:
-            text = str(exc).strip().split("\n")[0]
-            raise IntegrityError(f"the text encoder in {folder} cannot be loaded: {text}. Copy it again.") from exc
-        encoder = encoder.eval().requires_grad_(False).to(device or "cpu")
-        self._pipeline: Any = diffusers.SanaSprintPipeline(
-            tokenizer=tokenizer, text_encoder=encoder, vae=None, transformer=None, scheduler=None
-        )
-        self._device = torch.device(device or "cpu")
-        call = inspect.signature(diffusers.SanaSprintPipeline.__call__)
-        self.tokenizer, self.text_encoder = tokenizer, encoder
+        self._text = TextPipeline(
+            folder, has_text_encoder=found.has_text_encoder, pipeline=PIPELINE, tokenizer=found.tokenizer_class,
+            encoder=TEXT_ENCODERS[0], device=device,
+        )  # fmt: skip
+        pipeline = self._text.pipeline
+        call = inspect.signature(type(pipeline).__call__)
+        self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
         self.instruction: list[str] = call.parameters["complex_human_instruction"].default
 
     def encode(
@@ -77,9 +108,9 @@ class PromptEncoder:
         """
         lines = self.instruction if instruction is None else list(instruction)
         with torch.inference_mode():
-            embeds, mask = self._pipeline.encode_prompt(
+            embeds, mask = self._text.pipeline.encode_prompt(
                 list(prompts),
-                device=self._device,
+                device=self._text.device,
                 max_sequence_length=max_sequence_length,
                 complex_human_instruction=lines or None,
             )

@@ -15,7 +15,6 @@ Source: arXiv 2503.09641, section 3.1; the exactness of the conversion is that o
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,17 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..._util.files import atomic_write_bytes
 from ..._util.json_struct import to_json
 from ..._util.lazy import require
-from ...bundle.layout import INDEX_NAME
-from ...errors import BundleError
 from ...spec import Renoise, SamplerSpec
 from ..consistency import ConsistencyModel, ModelConfig
 from ..decoder import Decoder, Encoder, LatentScale
 from ..networks.custom import OwnConfig
-from .component import read_json, weight_files
+from .component import copy_pipeline
 from .component_module import load_component
 from .linear_attention import guard_autoencoder, guard_transformer
 from .sana_config import Settings
-from .sana_folder import SETTINGS_NAME, SanaFolder, read_sana_folder
+from .sana_folder import SanaFolder, read_sana_folder
 
 PURPOSE = "a SANA-Sprint model"
 
@@ -192,34 +188,13 @@ def copy_sana_folder(source: SanaFolder, target: Path, *, text_encoder: bool = T
     Raises:
         BundleError: If the files cannot be written.
     """
-    index = read_json(source.path / INDEX_NAME)
-    wanted = [*weight_files(source.path / "transformer"), *weight_files(source.path / "vae")]
-    text_encoder = text_encoder and source.has_text_encoder
-    if text_encoder:
-        wanted += weight_files(source.path / "text_encoder", "model.safetensors")
-    else:
-        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
-    folders = ["transformer", "vae", "scheduler", *(["text_encoder", "tokenizer"] if text_encoder else [])]
-    for name in folders:
-        wanted += [
-            file for file in sorted((source.path / name).iterdir()) if file.suffix in (".json", ".model", ".txt")
-        ]
-    try:
-        for file in wanted:
-            copy = target / file.relative_to(source.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)  # not hard links: the copy must not change with the original
-    except OSError as exc:
-        raise BundleError(
-            f"{target} cannot be written: {exc.strerror or exc}. Free some space or choose another."
-        ) from exc
-    atomic_write_bytes(target / INDEX_NAME, _pretty(index), error=BundleError)
-    atomic_write_bytes(target / SETTINGS_NAME, _pretty(msgspec.to_builtins(source.settings)), error=BundleError)
+    copy_pipeline(
+        source.path,
+        target,
+        text_encoder=text_encoder and source.has_text_encoder,
+        settings=to_json(msgspec.to_builtins(source.settings)),
+    )
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def _pretty(value: object) -> bytes:
-    return to_json(value)

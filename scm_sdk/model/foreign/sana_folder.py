@@ -20,10 +20,9 @@ import msgspec
 from ...bundle.layout import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
 from ...spec import Renoise, SamplerSpec, TensorSpec, default_times
-from .component import read_json, weight_files
+from .component import SETTINGS_NAME, read_json, weight_files
 from .sana_config import SchedulerConfig, Settings, TransformerConfig
 
-SETTINGS_NAME = "scm_import.json"
 PIPELINE = "SanaSprintPipeline"
 COMPONENTS = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC", "scheduler": "SCMScheduler"}
 CONFIGS = {"scheduler": "scheduler_config.json"}
