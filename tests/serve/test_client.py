@@ -1,17 +1,16 @@
 """The client: images, repeated attempts, errors, and an image that is computed again here."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helpers.servers import RunningServer, running, write_served_bundle
+from helpers.servers import RunningServer, answering, running, write_served_bundle
 from scm_sdk import Client
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, IntegrityError, ParityError, QueueFull
 from scm_sdk.inference.generator import Generator
@@ -48,14 +47,8 @@ def front_of(server: RunningServer, *faults: int) -> Iterator[tuple[str, list[by
             self.end_headers()
             self.wfile.write(content)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as front:
-        thread = threading.Thread(target=front.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{front.server_port}", bodies
-        finally:
-            front.shutdown()
-            thread.join()
+    with answering(Handler) as url:
+        yield url, bodies
 
 
 def test_images_are_those_of_a_generator(server: RunningServer, local: Generator) -> None:

@@ -3,16 +3,15 @@
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.servers import eventually, running
+from helpers.servers import answering, eventually, running
 from scm_sdk.errors import BackendUnavailable
 from scm_sdk.serve.options import ServeOptions
 from scm_sdk.serve.service import Service
@@ -40,14 +39,8 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", spans
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as url:
+        yield url, spans
 
 
 def attributes(span: Any) -> dict[str, Any]:
