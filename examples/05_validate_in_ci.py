@@ -35,7 +35,7 @@ def main(bundle: Path, report: Path) -> int:
         print(f"{type(exc).__name__}: {exc}", file=sys.stderr)
         return exc.exit_code
     finally:
-        report.write_text(json.dumps(results, indent=2, default=str))
+        report.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
     print(f"{bundle} passed; {report}")
     return 0
 

@@ -261,7 +261,7 @@ def newcomer(session_cache_home: Path, tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("newcomer")
     command = Path(sys.executable).with_name("scm-export")
     here = os.environ | {"XDG_CACHE_HOME": str(session_cache_home)}
-    done = subprocess.run([command, "demo"], cwd=root, capture_output=True, text=True, timeout=1500, env=here)
+    done = subprocess.run([command, "demo"], cwd=root, capture_output=True, encoding="utf-8", timeout=1500, env=here)
     assert done.returncode == 0, done.stderr[-2000:]
     return root
 

@@ -67,7 +67,7 @@ def command(row: Row, work: Path) -> tuple[list[str], dict[str, str], Path]:
     where = ROOT
     if row.odd_path:
         where = work / "a päth with späces"
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
         for name in filter(None, tracked.stdout.split("\0")):
             (where / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, where / name, follow_symlinks=False)
@@ -96,9 +96,11 @@ def main(names: list[str]) -> int:
             run, env, where = command(sum((ROWS[part] for part in name.split("+")), Row()), work)
             start = time.monotonic()
             log = Path(tempfile.gettempdir(), f"matrix-{name}.log")
-            with log.open("w") as output:
+            with log.open("w", encoding="utf-8") as output:
                 ended = subprocess.run(run, env=env, cwd=where, stdout=output, stderr=subprocess.STDOUT)
-        found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", log.read_text(errors="replace"))
+        found = re.findall(
+            r"(\d+) (passed|failed|skipped|errors?)\b", log.read_text(encoding="utf-8", errors="replace")
+        )
         counts = {kind: int(n) for n, kind in found}
         results[name] = {"exit": ended.returncode, "seconds": round(time.monotonic() - start), **counts}
         print(f"{name:18} {json.dumps(results[name])}  {log}", flush=True)

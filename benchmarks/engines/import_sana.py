@@ -167,7 +167,7 @@ def main(layout: str, steps: int, layers: int | None, work: Path, out: Path | No
         LAYOUTS[layout]["num_layers"] = layers
     if stage is not None:
         found = STAGES[stage](layout, steps, folder)
-        (folder / f"{stage}.partial.json").write_text(json.dumps(found))
+        (folder / f"{stage}.partial.json").write_text(json.dumps(found), encoding="utf-8")
         return
     folder.mkdir(parents=True, exist_ok=True)
     for each in STAGES:
@@ -181,7 +181,7 @@ def _measure(stage: str, folder: Path) -> None:
     """Run one stage in a process and write what it took and what it printed."""
     found = run_stage([*sys.argv, "--stage", stage], folder / f"{stage}.partial.json")
     found["peak_gib"] = round(found.pop("peak_bytes") / 2**30, 2)
-    (folder / f"{stage}.json").write_text(json.dumps(found))
+    (folder / f"{stage}.json").write_text(json.dumps(found), encoding="utf-8")
     say(f"{stage}: {json.dumps(found)}")
 
 
@@ -193,7 +193,7 @@ def _keep(name: str, folder: Path, out: Path) -> None:
     done = {each: folder / f"{each}.json" for each in STAGES}
     stages = {each: json.loads(path.read_bytes()) for each, path in done.items() if path.exists()}
     table[name] = {"machine": describe_machine(), "scm_sdk": __version__, **stages}
-    out.write_text(json.dumps(table, indent=1) + "\n")
+    out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def _golden(folder: Path, steps: int) -> tuple[Any, Any]:

@@ -56,7 +56,7 @@ def main(out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
     else:
-        out.write_text(text)
+        out.write_text(text, encoding="utf-8")
     sys.exit(1 if done.returncode else 0)
 
 

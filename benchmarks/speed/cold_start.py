@@ -84,7 +84,7 @@ def main(
     record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine()}
     if images:
         done = subprocess.run(
-            [python, "-c", MANY, str(bundle), str(images)], check=True, stdout=subprocess.PIPE, text=True
+            [python, "-c", MANY, str(bundle), str(images)], check=True, stdout=subprocess.PIPE, encoding="utf-8"
         )
         record["images_and_resident_mib"] = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
         print(done.stdout, end="")

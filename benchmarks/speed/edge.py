@@ -152,7 +152,9 @@ def web_rows(bundle: Bundle, stack: ExitStack, left_out: list[str]) -> list[Row]
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scm-edge-")))
     write_site(bundle.path, folder / "site", devices=["wasm"])
     command = [node, "--input-type=module", "--eval", NODE, (folder / "site").as_uri(), str(folder)]
-    process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    process = stack.enter_context(
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    )
     stack.callback(process.kill)
 
     def ask(request: dict[str, Any]) -> float:

@@ -127,8 +127,10 @@ def triton(environment: Path, bundle: Path) -> Iterator[Served]:
         backends, repository = Path(folder) / "backends", Path(folder) / "models"
         write_triton_repository(bundle, repository, precision="fp32")
         config = repository / f"{name}_core" / "config.pbtxt"
-        config.write_text(config.read_text().replace('backend: "onnxruntime"', 'backend: "python"'))
-        (repository / f"{name}_core" / "1" / "model.py").write_text(STAND_IN)
+        config.write_text(
+            config.read_text(encoding="utf-8").replace('backend: "onnxruntime"', 'backend: "python"'), encoding="utf-8"
+        )
+        (repository / f"{name}_core" / "1" / "model.py").write_text(STAND_IN, encoding="utf-8")
         shutil.copytree(server / "backends" / "python", backends / "python")
         shutil.copy(stub / "triton_python_backend_stub", backends / "python")
         variables = os.environ | {

@@ -192,9 +192,16 @@ def memory_mib(pid: int) -> float:
     while left:
         process = Path(f"/proc/{left.pop()}")
         with suppress(OSError):  # it has ended
-            total += int(re.findall(r"^Pss:\s+(\d+)", (process / "smaps_rollup").read_text(), re.MULTILINE)[0]) / 1024
+            total += (
+                int(
+                    re.findall(r"^Pss:\s+(\d+)", (process / "smaps_rollup").read_text(encoding="utf-8"), re.MULTILINE)[
+                        0
+                    ]
+                )
+                / 1024
+            )
             for task in (process / "task").iterdir():
-                left += map(int, (task / "children").read_text().split())
+                left += map(int, (task / "children").read_text(encoding="utf-8").split())
     return total
 
 

@@ -82,7 +82,7 @@ class Ablation:
         for steps in STEPS:  # a teacher's are where its students begin
             pictures = sample_student(folder, self.budget.num_images, num_inference_steps=steps, backend="torch")
             figures[str(steps)] = self._score(run, pictures.images)
-        log = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+        log = [json.loads(line) for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
         norms = [line["grad_norm"] for line in log]
         result = {
             "data": run.data,
@@ -186,7 +186,7 @@ def _features(images: np.ndarray) -> np.ndarray:
 
 def _spent(folder: Path) -> float:
     path = folder / "cpu_seconds"
-    return float(path.read_text()) if path.exists() else 0.0
+    return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
 
 
 def _spend(folder: Path, start: float, before: float) -> None:

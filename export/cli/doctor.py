@@ -108,7 +108,7 @@ def _gains(backend: str) -> dict[str, float]:
     command = [sys.executable, "-m", f"{__package__}._trial", "--gain", backend]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_TRIAL_SECONDS, check=True
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TRIAL_SECONDS, check=True
         )
         found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError):
@@ -121,7 +121,7 @@ def _try(backend: str) -> str:
     command = [sys.executable, "-m", f"{__package__}._trial", backend]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_TRIAL_SECONDS, check=False
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TRIAL_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return f"does not run: no answer within {_TRIAL_SECONDS} s"

@@ -94,7 +94,7 @@ def _run(code: str, *arguments: object) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         check=False,
     )

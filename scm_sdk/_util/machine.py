@@ -17,7 +17,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def _kernel_peak_bytes() -> int:
     """Return the peak resident memory of this process as Linux counts it; 0 on other systems."""
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return 0
     return int(found[1]) * 1024 if found else 0
@@ -48,7 +48,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         try:
-            _CLEAR.write_text("5")  # proc(5): reset the peak to what is resident now
+            _CLEAR.write_text("5", encoding="utf-8")  # proc(5): reset the peak to what is resident now
             self._reset = True
         except OSError:
             self._reset = False

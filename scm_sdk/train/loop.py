@@ -311,7 +311,7 @@ class _Log:
     @contextmanager
     def _writing(self) -> Iterator[TextIO]:
         try:
-            with open(self._path, "a") as stream:
+            with open(self._path, "a", encoding="utf-8") as stream:
                 yield stream
         except OSError as exc:
             raise TrainError(

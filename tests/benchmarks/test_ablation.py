@@ -69,7 +69,7 @@ def test_runs_are_measured_tabled_and_drawn_and_not_done_again(ablation: ModuleT
     assert student["cpu_seconds"] > 0 and student["iterations"] >= 2
     assert set(student["figures"]) == {"1", "2", "4"}
     assert all(np.isfinite(found["fd"]) and found["fd"] > 0 for found in student["figures"].values())
-    assert "| sCT | 1 |" in out.with_suffix(".md").read_text()
+    assert "| sCT | 1 |" in out.with_suffix(".md").read_text("utf-8")
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.width > 400
     result = work / "avatars-S-sCT-1" / ablation.RESULT

@@ -239,7 +239,7 @@ def test_a_byte_that_turned(packed, tmp_path):
 
 
 def test_a_damaged_bundle_is_not_packed(bundle_copy, tmp_path):
-    (bundle_copy / "README.md").write_text("x")
+    (bundle_copy / "README.md").write_text("x", encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"README\.md"):
         pack(bundle_copy, tmp_path / "toy.scmz")
     assert not (tmp_path / "toy.scmz").exists()

@@ -112,7 +112,9 @@ def test_cleaning_runs_beside_opening(archives: list[Path]) -> None:
         "    unpacked.collect_garbage(max_bytes=0)\n"
         "    unpacked.entries()\n"
     )
-    cleaners = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    cleaners = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, encoding="utf-8") for _ in range(2)
+    ]
     try:
         for cleaner in cleaners:
             assert cleaner.stdout is not None and cleaner.stdout.readline() == "ready\n"
@@ -135,6 +137,6 @@ def test_several_processes_unpack_one_file(archives: list[Path]) -> None:
 
 
 def test_a_manifest_that_cannot_be_read(archives: list[Path]) -> None:
-    (archive_cache.unpacked(archives[1]) / "scm_manifest.json").write_text("{")
+    (archive_cache.unpacked(archives[1]) / "scm_manifest.json").write_text("{", encoding="utf-8")
     assert "(unfinished)" in CliRunner().invoke(main, ["cache", "ls"]).stderr
     assert "removed 1 bundle," in gc() and names() == ["old"]

@@ -131,8 +131,8 @@ def test_a_newer_or_broken_or_huge_manifest(bundle_copy: Path) -> None:
 
 
 def test_an_edited_manifest_is_noticed(bundle_copy: Path) -> None:
-    text = (bundle_copy / MANIFEST_NAME).read_text()
-    (bundle_copy / MANIFEST_NAME).write_text(text.replace('"max_batch": 32', '"max_batch": 33'))
+    text = (bundle_copy / MANIFEST_NAME).read_text("utf-8")
+    (bundle_copy / MANIFEST_NAME).write_text(text.replace('"max_batch": 32', '"max_batch": 33'), encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"was altered or damaged: .*'samplers'"):
         Bundle.open(bundle_copy)
 
@@ -163,7 +163,7 @@ def test_a_record_that_was_altered_is_named(part: str, change: Callable[..., obj
     path = bundle_copy / MANIFEST_NAME
     plain = json.loads(path.read_bytes())
     change(plain)
-    path.write_text(json.dumps(plain))
+    path.write_text(json.dumps(plain), encoding="utf-8")
     with pytest.raises(IntegrityError, match=f"{MANIFEST_NAME} was altered or damaged: .*'{part}'"):
         Bundle.open(bundle_copy, verify="none")
 
@@ -173,7 +173,7 @@ def test_a_manifest_of_version_1_is_read_and_written_anew(bundle_copy: Path) -> 
     path = bundle_copy / MANIFEST_NAME
     plain = json.loads(path.read_bytes())
     del plain["digests"]
-    path.write_text(json.dumps(plain | {"schema_version": 1}))
+    path.write_text(json.dumps(plain | {"schema_version": 1}), encoding="utf-8")
     old = Bundle.open(bundle_copy)
     new = old.with_budgets("p50 < 1 ms").manifest
     assert (new.schema_version, new.build_id) == (2, old.manifest.build_id)

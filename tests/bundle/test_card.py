@@ -83,9 +83,9 @@ def test_names_stay_in_their_place():
 def test_a_card_tells_what_was_measured_since(bundle_copy):
     before = Bundle.open(bundle_copy).with_parity(RECORD).with_budgets("p95=25ms@b1")
     with extend_bundle(bundle_copy) as draft:
-        draft.path(SCORES_PATH).write_text(json.dumps([SCORE]))
+        draft.path(SCORES_PATH).write_text(json.dumps([SCORE]), encoding="utf-8")
     opened = Bundle.open(bundle_copy).with_card(where="hf:me/toy")
-    card = (bundle_copy / "README.md").read_text()
+    card = (bundle_copy / "README.md").read_text("utf-8")
     assert "onnxruntime: 2.0e-05 of 1.0e-04 allowed" in card
     assert "p95=25ms@b1" in card and "FD-EffLite0@96 12.5" in card
     metrics = head(card)["model-index"][0]["results"][0]["metrics"]
@@ -101,7 +101,7 @@ def test_what_failed_is_not_hidden(bundle_copy):
     Bundle.open(bundle_copy).with_parity(msgspec.structs.replace(RECORD, passed=False, reason="it had to be"))
     result = CliRunner().invoke(main, ["bundle", "card", str(bundle_copy)])
     assert result.exit_code == 0, result.output
-    card = (bundle_copy / "README.md").read_text()
+    card = (bundle_copy / "README.md").read_text("utf-8")
     assert "(FAILED) (loosened: it had to be)" in card and "not compared" in card
     assert "| denoiser | safetensors | fp32 | any | the reference |" in card
 
@@ -162,7 +162,7 @@ def test_every_objective_has_its_words():
 def test_the_card_of_the_shipped_model_says_what_it_is():
     from importlib.resources import files
 
-    config = json.loads((files("scm_sdk.assets") / "avatars" / "config.json").read_text())
+    config = json.loads((files("scm_sdk.assets") / "avatars" / "config.json").read_text("utf-8"))
     card = model_card("avatars", SPECS, config["provenance"])
     assert "continuous-time" not in card and "diffusion model's trajectories, with variational" in card
     assert "2700, 6500, 2800 and 512 iterations" in card and "not on record" not in card
@@ -182,18 +182,18 @@ def test_quality_is_said_to_be_measured_only_where_it_was(quality):
 def test_a_card_is_fresh_after_each_change(bundle_copy):
     opened = Bundle.open(bundle_copy).with_card().with_parity(RECORD)
     card = bundle_copy / "README.md"
-    assert "onnxruntime: 2.0e-05 of 1.0e-04 allowed" in card.read_text()
+    assert "onnxruntime: 2.0e-05 of 1.0e-04 allowed" in card.read_text("utf-8")
     opened.with_budgets("p95=25ms@b1")
-    assert "`p95=25ms@b1`" in card.read_text()
+    assert "`p95=25ms@b1`" in card.read_text("utf-8")
     with extend_bundle(bundle_copy) as draft:
-        draft.path(SCORES_PATH).write_text(json.dumps([SCORE]))
-    assert "FD-EffLite0@96 12.5" in card.read_text() and "| quality | measured |" in card.read_text()
+        draft.path(SCORES_PATH).write_text(json.dumps([SCORE]), encoding="utf-8")
+    assert "FD-EffLite0@96 12.5" in card.read_text("utf-8") and "| quality | measured |" in card.read_text("utf-8")
     Bundle.open(bundle_copy).verify()
 
 
 def test_a_place_that_a_card_names_is_kept(bundle_copy):
     Bundle.open(bundle_copy).with_card(where="hf:me/toy").with_parity(RECORD)
-    assert 'from_pretrained("hf:me/toy")' in (bundle_copy / "README.md").read_text()
+    assert 'from_pretrained("hf:me/toy")' in (bundle_copy / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("edit", [lambda text: b"# Mine\n", lambda text: text.replace(b"## Usage", b"## How")])
@@ -235,4 +235,4 @@ def test_a_change_that_is_cut_short_leaves_a_whole_bundle(bundle_copy, monkeypat
         with contextlib.suppress(KeyboardInterrupt):
             Bundle.open(bundle_copy).with_budgets(f"p95={number + 1}ms@b1")
         Bundle.open(bundle_copy).verify()
-    assert "p95=4ms@b1" in (bundle_copy / "README.md").read_text()
+    assert "p95=4ms@b1" in (bundle_copy / "README.md").read_text("utf-8")

@@ -55,7 +55,7 @@ def test_a_ref_that_leads_out_of_the_snapshots(hub_cache, linear, offline, targe
     snapshot = put_in_cache(hub_cache, "someone/linear", contents(linear))
     (hub_cache / "elsewhere").symlink_to(linear)
     (snapshot.parent / "link").symlink_to(linear)
-    (snapshot.parents[1] / "refs" / "main").write_text(target.format(absolute=linear))
+    (snapshot.parents[1] / "refs" / "main").write_text(target.format(absolute=linear), encoding="utf-8")
     with pytest.raises(
         BundleError, match=r"leads to .* in the hub's cache, expected a folder in .*snapshots|is not in"
     ):
@@ -98,7 +98,7 @@ def test_pickles_in_the_cache_are_no_model(hub_cache, offline):
 def test_a_link_out_of_the_cache_is_refused(hub_cache, unet_checkpoint, offline, tmp_path, name):
     snapshot = put_in_cache(hub_cache, "someone/unet", contents(unet_checkpoint))
     secret = tmp_path / "secret"
-    secret.write_text("{}")
+    secret.write_text("{}", encoding="utf-8")
     (snapshot / name).unlink()
     (snapshot / name).symlink_to(secret)
     with pytest.raises(BundleError, match="is a link that leads out of"):

@@ -116,7 +116,7 @@ def test_a_manifest_whose_paths_lead_out(hub, linear, path):
 
 
 def test_a_bundle_goes_there_and_back(hub, linear):
-    (linear / "notes.txt").write_text("not listed: it stays here")
+    (linear / "notes.txt").write_text("not listed: it stays here", encoding="utf-8")
     before = contents(linear)
     address = Bundle.open(linear).push_to_hub("me/linear", message="First")
     assert address.startswith(f"{hub.url}/me/linear/commit/")
@@ -173,7 +173,7 @@ def test_a_damaged_bundle_is_not_pushed(hub, linear):
 
 
 def test_links_are_not_followed_when_pushing(hub, tmp_path):
-    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(BundleError, match="leads out of"):
@@ -182,7 +182,7 @@ def test_links_are_not_followed_when_pushing(hub, tmp_path):
 
 
 def test_save_pretrained_copies_what_is_listed(linear, tmp_path):
-    (linear / "notes.txt").write_text("not listed")
+    (linear / "notes.txt").write_text("not listed", encoding="utf-8")
     copy = Bundle.open(linear).save_pretrained(tmp_path / "copy")
     assert contents(copy.path) == {n: d for n, d in contents(linear).items() if n != "notes.txt"}
     with pytest.raises(BundleError, match="exists and is not empty"):

@@ -16,7 +16,7 @@ WORKER = Path(__file__).resolve().parents[1] / "helpers" / "killed_writer.py"
 
 
 def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=600)
 
 
 def environment() -> dict[str, str]:
@@ -54,7 +54,7 @@ def test_a_kill_at_any_call_leaves_a_bundle_that_opens(verb: str, stride: int, c
 def test_readers_beside_a_writer_see_a_whole_bundle(way: str, swaps: int, carded: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(carded, tmp_path / "bundle"))
     if way == "in place":
-        (path / "notes.txt").write_text("mine")
+        (path / "notes.txt").write_text("mine", encoding="utf-8")
     code = (
         "import sys\nfrom scm_sdk.bundle.edit import extend_bundle\n"
         "from toy_bundles import ToyBundle, write_linear_graph\n"
@@ -114,7 +114,7 @@ def test_a_mount_and_a_layer_of_an_image_are_changed_in_place(carded: Path, tmp_
         pytest.skip("needs the command unshare")
     flags = "-m" if os.geteuid() == 0 else "-rm"
     command = ["unshare", flags, "bash", "-c", MOUNTS, "bash", tmp_path, carded, sys.executable, IN_MOUNTS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, env=environment())
     if "ready" not in done.stdout:
         pytest.skip(f"no mounts may be made here: {done.stderr.strip()}")
     assert done.stdout.endswith("done\n"), done.stderr

@@ -52,7 +52,9 @@ def test_a_bundle_holds_the_component(unet_bundle):
     assert scheduler.config.sigma_data == Bundle.open(unet_bundle).spec(1).sigma_data
     entry = next(e for e in Bundle.open(unet_bundle).manifest.files if e.path == SCHEDULER_PATH)
     assert entry.role == "config"
-    assert json.loads((unet_bundle / SCHEDULER_PATH).read_text()) == scheduler_config(Bundle.open(unet_bundle).spec(1))
+    assert json.loads((unet_bundle / SCHEDULER_PATH).read_text("utf-8")) == scheduler_config(
+        Bundle.open(unet_bundle).spec(1)
+    )
 
 
 def test_another_sigma_data_is_carried():

@@ -128,7 +128,7 @@ def test_a_key_with_a_password(bundle_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"locked\.pem cannot be used as a private key.*password"):
         sign(bundle_copy, PrivateKey(pair.private))
     assert not (bundle_copy / SIGNATURE_NAME).exists()
-    (tmp_path / "password").write_text("open sesame\n")
+    (tmp_path / "password").write_text("open sesame\n", encoding="utf-8")
     done = run("bundle", "sign", bundle_copy, "--private-key", pair.private, "--password-file", tmp_path / "password")
     assert done.exit_code == 0, done.output
     check_signature(bundle_copy, PublicKey(pair.public))
@@ -144,7 +144,7 @@ def forge(path: Path, change: Callable[[dict], object]) -> None:
     statement = json.loads(base64.b64decode(envelope["dsseEnvelope"]["payload"]))
     change(statement)
     envelope["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
-    path.write_text(json.dumps(envelope))
+    path.write_text(json.dumps(envelope), encoding="utf-8")
 
 
 def remove_from_statement(path: Path) -> None:
@@ -399,12 +399,14 @@ def by_sigstore(tmp_path: Path) -> SimpleNamespace:
     folder, config = tmp_path / "signed", tmp_path / "trust.json"
     folder.mkdir()
     for name in ("signme-1", "signme-2"):
-        (folder / name).write_text(name)
+        (folder / name).write_text(name, encoding="utf-8")
     shutil.copyfile(Path(__file__).resolve().parents[1] / "golden/sigstore.json", folder / SIGNATURE_NAME)
     store = files("sigstore._store").joinpath("https%3A%2F%2Ftuf-repo-cdn.sigstore.dev")
     names = (("trustedRoot", "trusted_root.json"), ("signingConfig", "signing_config.v0.2.json"))
     parts = {name: json.loads(store.joinpath(file).read_bytes()) for name, file in names}
-    config.write_text(json.dumps({"mediaType": "application/vnd.dev.sigstore.clienttrustconfig.v0.1+json"} | parts))
+    config.write_text(
+        json.dumps({"mediaType": "application/vnd.dev.sigstore.clienttrustconfig.v0.1+json"} | parts), encoding="utf-8"
+    )
     material = json.loads((folder / SIGNATURE_NAME).read_bytes())["verificationMaterial"]
     certificate = x509.load_der_x509_certificate(base64.b64decode(material["certificate"]["rawBytes"]))
     people = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -422,7 +424,7 @@ def test_an_identity_is_verified_offline(by_sigstore: SimpleNamespace) -> None:
     for other in (replace(who, identity="nobody@example.org"), replace(who, provider="https://example.org")):
         with pytest.raises(IntegrityError, match=r"is not signed by .*example\.org.* does not verify"):
             check_signature(folder, other)
-    (folder / "signme-1").write_text("signme-3")
+    (folder / "signme-1").write_text("signme-3", encoding="utf-8")
     with pytest.raises(IntegrityError, match="signme-1 is not the file that was signed"):
         check_signature(folder, who)
     forge(folder / SIGNATURE_NAME, lambda statement: statement["predicate"]["resources"].pop())
@@ -435,7 +437,7 @@ def test_a_key_is_no_identity(by_sigstore: SimpleNamespace, signed: Path, ours: 
         check_signature(signed, by_sigstore.who)
     with pytest.raises(IntegrityError, match=r"is not signed by the key .*ours\.pub"):
         check_signature(by_sigstore.folder, ours)
-    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     for name in ("other.json", "gone.json"):
         who = Identity(identity="a@b.c", provider="https://example.org", trust_config=tmp_path / name)
         with pytest.raises(ConfigError, match=f"{name} cannot be used as a trust configuration"):

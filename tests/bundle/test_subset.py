@@ -70,7 +70,7 @@ def test_what_stays_is_listed_and_its_records_with_it(whole: Bundle, slim: Bundl
     assert [spec.num_inference_steps for spec in manifest.samplers] == [2]
     assert list(slim.goldens()) == [2]
     np.testing.assert_array_equal(slim.goldens()[2].images, whole.goldens()[2].images)
-    card = (slim.path / "README.md").read_text()
+    card = (slim.path / "README.md").read_text("utf-8")
     assert before.build_id in card and GRAPHS[1] in card and "denoiser" not in card and GRAPHS[0] not in card
 
 

@@ -228,7 +228,7 @@ def test_a_bundle_cannot_command_a_terminal(linear_bundle: Callable[..., Path]) 
     done = CliRunner().invoke(main, ["inspect", str(path)])
     assert done.exit_code == 0, done.stderr
     texts.append(done.stdout + done.stderr)
-    texts.append((Bundle.open(path).with_card().path / "README.md").read_text())
+    texts.append((Bundle.open(path).with_card().path / "README.md").read_text("utf-8"))
     for text in texts:
         assert not set(text) & set(evil) - set("[2J31m"), text
     assert "\\x1b[2J" in texts[0]

@@ -87,7 +87,7 @@ def test_files_that_are_not_the_net(files: dict[str, Path], tmp_path: Path) -> N
         open_net("inception")
     with pytest.raises(ConfigError, match=r"is no file, expected the TorchScript .*inception-2015-12-05.pt"):
         open_net(f"inception-ts:{tmp_path / 'missing.pt'}")
-    (tmp_path / "text.pt").write_text("weights")
+    (tmp_path / "text.pt").write_text("weights", encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"is no TorchScript file: .*Expected that of inception-ts"):
         open_net(f"inception-ts:{tmp_path / 'text.pt'}")
     with pytest.raises(IntegrityError, match=r"gives \(2, 64\) for two pictures, expected \(2, 2048\)"):
@@ -125,7 +125,7 @@ def test_statistics_of_edm_and_of_our_own(files: dict[str, Path], tmp_path: Path
     np.savez(tmp_path / "none.npz", images=stats.mean)
     with pytest.raises(IntegrityError, match=r"holds \['images'\], expected mu"):
         read_stats(tmp_path / "none.npz", small, (16, 16, 3))
-    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "text.npz").write_text("no archive", encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"is no readable .npz"):
         read_stats(tmp_path / "text.npz", small, (16, 16, 3))
 
@@ -226,7 +226,7 @@ def test_the_verb_with_statistics_keeps_its_scores(unet_copy: Path, files: dict[
     again = [*common, "--ref", str(tmp_path / "ref.npz"), "-o", str(tmp_path / "scores.json"), "--keep"]
     done = CliRunner().invoke(main, again)
     assert done.exit_code == 0 and "FID" in done.stdout, done.output
-    (held,), (kept,) = json.loads(first.stdout), json.loads((unet_copy / "reports/quality.json").read_text())
-    assert json.loads((tmp_path / "scores.json").read_text()) == [kept]
+    (held,), (kept,) = json.loads(first.stdout), json.loads((unet_copy / "reports/quality.json").read_text("utf-8"))
+    assert json.loads((tmp_path / "scores.json").read_text("utf-8")) == [kept]
     assert kept["quality"]["metric"] == "FID (inception-2015-12-05, N=64)"
     assert kept["quality"]["fd"] == pytest.approx(held["quality"]["fd"], rel=1e-6) and kept["quality"]["kid"] is None

@@ -29,7 +29,7 @@ class Bad(nn.Module):
 
 def _at(marker: str) -> str:
     """Return ``file:line`` of the line of this file that holds ``marker``, as a pattern."""
-    lines = Path(__file__).read_text().splitlines()
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     return rf"{Path(__file__).name}:{next(i for i, line in enumerate(lines, 1) if marker in line)}\b"
 
 

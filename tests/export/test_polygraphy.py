@@ -31,7 +31,7 @@ def folder(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def polygraphy(folder: Path, graph: Path, *more: str) -> subprocess.CompletedProcess[str]:
     tool = Path(sys.executable).with_name("polygraphy")
     command = [str(tool), "run", str(graph), "--onnxrt", "--load-inputs", "inputs.json", *more]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=120)
 
 
 def test_polygraphy_accepts_our_reference_and_we_accept_its_outputs(unet_bundle: Path, folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_files_that_do_not_belong_together(unet_bundle: Path, folder: Path, tmp_
     other = write_handover(unet_bundle, tmp_path, steps=2, num_samples=3)
     with pytest.raises(ConfigError, match=r"expected \(3, 3, 8, 8\), the samples of inputs.json"):
         check_outputs(unet_bundle, folder / "reference.json", steps=2, inputs=other.inputs)
-    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"broken.json cannot be read"):
         check_outputs(unet_bundle, tmp_path / "broken.json", steps=2)
 
@@ -84,7 +84,7 @@ def test_the_command_builds_for_the_batches_that_it_feeds(unet_bundle: Path, tmp
     (atol,) = option(words, "--atol")
     assert 5e-6 <= float(atol) < 5e-5, "the derived threshold, in data units"
     tool = str(Path(sys.executable).with_name("polygraphy"))
-    done = subprocess.run([tool, *words[1:], "--gen-script", "-"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([tool, *words[1:], "--gen-script", "-"], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert "min=[1, 3, 8, 8], opt=[5, 3, 8, 8], max=[5, 3, 8, 8]" in done.stdout, done.stdout + done.stderr
 
 
@@ -118,7 +118,7 @@ def test_the_printed_command_runs_where_the_files_are(
     assert "--trt" not in words
     done = subprocess.run(
         [sys.executable, str(Path(sys.executable).with_name("polygraphy")), *words[1:]],
-        cwd=tmp_path / "there", capture_output=True, text=True, timeout=120,
+        cwd=tmp_path / "there", capture_output=True, encoding="utf-8", timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert check_outputs(bundle, tmp_path / "there/outputs.json", steps=1, precision=precision)

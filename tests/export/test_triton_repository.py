@@ -68,12 +68,12 @@ def test_configs_are_messages_of_triton(repository: Path) -> None:
 
 
 def test_the_manifest_has_the_digest_of_every_file(repository: Path) -> None:
-    manifest = json.loads((repository / "MANIFEST.json").read_text())
+    manifest = json.loads((repository / "MANIFEST.json").read_text("utf-8"))
     found = {p.relative_to(repository).as_posix(): sha256_file(p) for p in repository.rglob("*") if p.is_file()}
     del found["MANIFEST.json"]
     assert manifest["sha256"] == found and "linear/1/model.py" in found
     assert [record["artifact"] for record in manifest["parity"]] == ["onnx/fp32/2step/model.onnx"]
-    assert "--model-control-mode=none" in (repository / "README.md").read_text()
+    assert "--model-control-mode=none" in (repository / "README.md").read_text("utf-8")
 
 
 def test_the_python_model_draws_the_noise_labels_and_pictures_of_this_package() -> None:
@@ -121,7 +121,7 @@ def test_engines_go_in_by_compute_capability_and_those_of_tensorrt_rtx_stay_out(
     for name in config.cc_model_filenames.values():
         assert (found.path / "linear_core_trt" / "1" / name).read_bytes() == b"engines/tensorrt/model.engine"
     assert parsed(found.path / "linear" / "config.pbtxt").parameters["core"].string_value == "linear_core_trt"
-    assert "10.16.0.5" in (found.path / "README.md").read_text()
+    assert "10.16.0.5" in (found.path / "README.md").read_text("utf-8")
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -207,13 +207,15 @@ def test_a_real_server_accepts_the_configs_and_makes_the_pictures_of_this_packag
         pytest.skip("needs TRITON_ENVIRONMENT, a virtual environment with nvidia-pytriton, numpy<2 and onnxruntime")
     environment = Path(os.environ["TRITON_ENVIRONMENT"])
     with triton(environment, repository, tmp_path) as (_, log):
-        text = log.read_text()
+        text = log.read_text("utf-8")
         assert "unable to find backend library for backend 'onnxruntime'" in text, "its config was accepted"
         assert "failed to read text proto" not in text
         assert "successfully loaded 'linear'" in text
     config = repository / "linear_core" / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "onnxruntime"', 'backend: "python"'))
-    (repository / "linear_core" / "1" / "model.py").write_text(STAND_IN)
+    config.write_text(
+        config.read_text("utf-8").replace('backend: "onnxruntime"', 'backend: "python"'), encoding="utf-8"
+    )
+    (repository / "linear_core" / "1" / "model.py").write_text(STAND_IN, encoding="utf-8")
     seeds = [0, 7, 2**63, 2**64 - 1]
     with triton(environment, repository, tmp_path) as (address, _), client.InferenceServerClient(address) as asked:
         assert asked.is_server_ready()

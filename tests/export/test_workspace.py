@@ -113,19 +113,19 @@ def test_what_changed_since_is_read_again(
     monkeypatch.setattr("scm_sdk.bundle.verify._SETTLED_NS", -1)  # files that were just copied count as settled
     workspace = Workspace(unet_copy)
     with workspace.extend(workspace.open_to_extend()) as draft:
-        draft.path("reports/note.txt").write_text("as it was")
+        draft.path("reports/note.txt").write_text("as it was", encoding="utf-8")
         draft.roles["reports/note.txt"] = "report"
     counted.clear()
     first = workspace.bundle
     assert not counted and workspace.bundle == first
     with extend_bundle(unet_copy) as draft:  # another command, which opens the bundle by itself
-        draft.path("reports/note.txt").write_text("by another")
+        draft.path("reports/note.txt").write_text("by another", encoding="utf-8")
         draft.roles["reports/note.txt"] = "report"
     counted.clear()
     digests = {entry.path: entry.sha256 for entry in workspace.bundle.manifest.files}
     assert {name.split()[1] for name in counted if name[0].isdigit()} >= {"note.txt"}
     assert digests["reports/note.txt"] == files.sha256_file(unet_copy / "reports/note.txt")
-    (unet_copy / "reports/note.txt").write_text("by a mouse")
+    (unet_copy / "reports/note.txt").write_text("by a mouse", encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"note\.txt has sha256"):
         _ = workspace.bundle
 

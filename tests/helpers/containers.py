@@ -40,5 +40,10 @@ def run_python(
     if user and (shutil.which("unshare") is None or subprocess.run([*user, "true"], capture_output=True).returncode):
         pytest.skip("no user namespaces here")
     return subprocess.run(
-        [*under, *user, sys.executable, "-c", code], env=base, cwd=cwd, capture_output=True, text=True, timeout=300
+        [*under, *user, sys.executable, "-c", code],
+        env=base,
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
     )

@@ -71,7 +71,7 @@ def job(run: "TrainConfig", out: Path, scale: "Scale", **more) -> dict:
 def start(jobs: list[dict], folder: Path, size: int = 2) -> list[subprocess.Popen]:
     """Start processes as torchrun would; without its agent a test is faster by one import of torch."""
     listed = folder / "jobs.json"
-    listed.write_text(json.dumps(jobs))
+    listed.write_text(json.dumps(jobs), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -82,7 +82,7 @@ def start(jobs: list[dict], folder: Path, size: int = 2) -> list[subprocess.Pope
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         for rank in range(size)
     ]
@@ -121,4 +121,4 @@ def assert_same(found: Path, expected: Path, room: Path, tolerance: float = TOLE
 
 
 def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]

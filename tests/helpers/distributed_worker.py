@@ -41,7 +41,7 @@ def run(job: dict) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if len(jobs) > 1:  # a group of its own, kept from job to job
         dist.init_process_group("gloo")
     for job in jobs:

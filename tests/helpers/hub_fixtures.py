@@ -65,7 +65,7 @@ def put_in_cache(cache, repo_id, files, *, ref="main"):
     snapshot = root / "snapshots" / COMMIT
     (root / "blobs").mkdir(parents=True, exist_ok=True)
     (root / "refs").mkdir(exist_ok=True)
-    (root / "refs" / ref).write_text(COMMIT)
+    (root / "refs" / ref).write_text(COMMIT, encoding="utf-8")
     for number, (name, data) in enumerate(files.items()):
         blob = root / "blobs" / f"{number:040x}"
         blob.write_bytes(data)

@@ -58,4 +58,4 @@ def survey(job: dict) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(survey(json.loads(Path(sys.argv[1]).read_text()))))
+    print(json.dumps(survey(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))

@@ -109,7 +109,7 @@ def survey(folder: Path, bundle: Path, verb: str, stride: int) -> list[list[obje
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(bundle, copy)
         if way:
-            (copy / NOTES).write_text("mine")
+            (copy / NOTES).write_text("mine", encoding="utf-8")
         code = fork(work[name], die_at=event)
         if code == 0:
             return found
@@ -117,7 +117,7 @@ def survey(folder: Path, bundle: Path, verb: str, stride: int) -> list[list[obje
         before = state(out)
         code = fork(work[name])
         left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name.startswith("."))
-        assert not way or (copy / NOTES).read_text() == "mine"
+        assert not way or (copy / NOTES).read_text("utf-8") == "mine"
         found.append([before, state(out), code, left])
     raise AssertionError("the writer never ends")
 

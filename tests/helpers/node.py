@@ -28,12 +28,12 @@ def run_node(script: str, *arguments: object, folder: Path = WEB, timeout: float
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run([node, "--version"], capture_output=True, encoding="utf-8", check=True).stdout.strip()
     if int(version.removeprefix("v").split(".")[0]) < 18:
         pytest.skip(f"node is {version}; the module needs 18 or newer")
     whole = f"{_PREAMBLE}{script}"
     command = [node, "--input-type=module", "--eval", whole, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -51,6 +51,6 @@ def npm_install(listed: Path, folder: Path) -> None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(listed / name, folder / name)
     command = [npm, "ci", "--ignore-scripts", "--silent", "--no-audit", "--no-fund"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=1800, check=False)
     if done.returncode:
         pytest.skip(f"the npm registry is unreachable: {done.stderr[-200:]}")

@@ -244,7 +244,11 @@ def running(
     command += ["--deadline", "600", "--read-timeout", "600", "--drain-timeout", "600"]
     lines: list[str] = []
     with subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | dict(env)
+        [*command, *options],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        encoding="utf-8",
+        env=os.environ | dict(env),
     ) as process:
         assert process.stderr is not None
         stderr, started = process.stderr, threading.Event()

@@ -233,7 +233,7 @@ class Worker:
 
     def _processor_time(self) -> float:
         try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             return 0.0
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
@@ -292,7 +292,7 @@ def _serve(arguments: Mapping[str, Any]) -> None:
     module, _, function = arguments["entry"].partition(":")
     attempt = getattr(importlib.import_module(module), function)(arguments["setup"], scratch)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + limits.memory_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits.open_files,) * 2)
     answers.sendall(b'{"ready": true}\n')

@@ -71,8 +71,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _report(tallies: list[Tally]) -> dict[str, object]:
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", cwd=here)
+    cpu = [
+        line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+    ]
     machine = {
         "processor": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
         "cores": os.cpu_count(),
@@ -109,7 +111,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_verb(folder: Path, *arguments: str) -> None:
     """Run a verb of ``scm-export`` in a folder."""
     command = [sys.executable, "-m", "scm_sdk.export.cli", *arguments]
-    done = subprocess.run(command, cwd=folder, env=worker_environment(folder), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=worker_environment(folder), capture_output=True, encoding="utf-8")
     assert done.returncode == 0, f"{arguments}: {done.stderr}"
 
 
@@ -170,4 +172,4 @@ def _leave_half_a_run(folder: Path) -> None:
         command(["train", "-o", "half-run", *TRAIN])()
 
     child = fork(train, output=folder / "half-run.log")
-    assert child.wait() == -signal.SIGKILL, (folder / "half-run.log").read_text()
+    assert child.wait() == -signal.SIGKILL, (folder / "half-run.log").read_text("utf-8")

@@ -190,7 +190,7 @@ def archive_forgeries(folder: Path, out: Path) -> dict[str, Callable[[], object]
         "empty": lambda: out.write_bytes(b""),
         "no end": patched(lambda data: data[:-22]),
         "no members": lambda: zipfile.ZipFile(out, "w").close(),
-        "text": lambda: out.write_text("hello"),
+        "text": lambda: out.write_text("hello", encoding="utf-8"),
         "compressed": compressed,
         "bomb": bomb,
         "overlap": patched(overlapping),

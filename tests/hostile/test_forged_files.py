@@ -455,7 +455,7 @@ def prepare_runs(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], 
 
             path.write_bytes(damage(path.read_bytes(), random.Random(f"{setup['seed']}/state/{case[1]}"))[0])
         elif kind == "config.json":
-            path.write_text({"empty": "", "junk": "junk", "deep": nested(100_000)}[case[1]])
+            path.write_text({"empty": "", "junk": "junk", "deep": nested(100_000)}[case[1]], encoding="utf-8")
         else:
             _replace(run / case[1], case[2])
 

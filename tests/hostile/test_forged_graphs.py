@@ -169,7 +169,7 @@ def external_listed(model: Any, folder: Path) -> None:
         {"path": "onnx/fp32/1step/model.onnx_data", "size": 0, "sha256": "0" * 64, "role": "graph-data"}
     )
     value["files"].sort(key=lambda entry: entry["path"])
-    manifest.write_text(json.dumps(value))
+    manifest.write_text(json.dumps(value), encoding="utf-8")
 
 
 @forgery(must=True)

@@ -207,7 +207,7 @@ def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], None]
         for name in verb.opened:
             opening = fork(partial(_read_bundle, place / name), output=place / ".reports/opening")
             opening.events()
-            assert opening.wait() == 0, (place / ".reports/opening").read_text()
+            assert opening.wait() == 0, (place / ".reports/opening").read_text("utf-8")
 
     def run(die_at: int = 0) -> Child:
         return fork(command([*verb.arguments]), die_at=die_at, output=place / ".reports/victim")
@@ -218,7 +218,7 @@ def prepare(setup: dict[str, Any], scratch: Path) -> Callable[[list[Any]], None]
     events = undisturbed.events()
     seconds = time.monotonic() - started
     if undisturbed.wait():
-        raise RuntimeError((place / ".reports/victim").read_text())
+        raise RuntimeError((place / ".reports/victim").read_text("utf-8"))
     right = _content(place / verb.target, verb.same)
     names = _names(place, scratch)
     reading = {"bundle": _read_bundle, "archive": _read_bundle, "run": _read_run, "file": _read_files}[verb.readers]
@@ -349,7 +349,7 @@ def _write_on(arguments: Sequence[str]) -> None:
         child = fork(command([*arguments]), output=log)
         child.events()
         rounds += 1
-        text = log.read_text(errors="replace")
+        text = log.read_text(encoding="utf-8", errors="replace")
         if child.wait() < 0 or "Traceback" in text or "damaged" in text:
             raise RuntimeError(f"a writer ended with {child.wait()}: {text[-800:]}")
         time.sleep(0.5)
@@ -377,4 +377,4 @@ def _raise_reported(reports: Path, codes: list[int]) -> None:
 
 
 def _end(path: Path) -> str:
-    return path.read_text(errors="replace").strip()[-600:]
+    return path.read_text(encoding="utf-8", errors="replace").strip()[-600:]

@@ -94,4 +94,4 @@ def storm(gen: Any, right: list[bytes], calls: int) -> int:
 
 def resident_bytes() -> int:
     """Return the memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -95,6 +95,6 @@ def test_a_file_that_is_not_there_and_inputs_that_are_no_prompt(tmp_path: Path) 
     with pytest.raises(ConfigError, match="is no file, expected prompts, one a line"):
         read_examples(tmp_path / "absent.txt", SPEC, None)
     own = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4), conditioning=(TensorSpec(name="pitch", shape=(4,)),))
-    (tmp_path / "p.txt").write_text("a cat")
+    (tmp_path / "p.txt").write_text("a cat", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"this model takes pitch\. Give a \.safetensors file"):
         read_examples(tmp_path / "p.txt", own, None)

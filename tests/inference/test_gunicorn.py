@@ -54,14 +54,14 @@ def app(environ, start_response):
 @contextmanager
 def gunicorn(folder: Path, path: Path, backend: str) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
     """Run the app behind two preloaded workers; give the process, its address and its log."""
-    (folder / "app.py").write_text(APP.format(path=str(path), backend=backend))
+    (folder / "app.py").write_text(APP.format(path=str(path), backend=backend), encoding="utf-8")
     log = folder / "log"
     command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "2", "-b", "127.0.0.1:0", "--timeout", "300"]
     command += ["--graceful-timeout", "300", "--log-file", str(log), "app:app"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PYTHONWARNINGS": "ignore"}
-    with subprocess.Popen(command, cwd=folder, env=env, text=True) as running:
+    with subprocess.Popen(command, cwd=folder, env=env, encoding="utf-8") as running:
         try:
-            yield running, until(lambda: re.search(r"Listening at: http://(\S+)", log.read_text()), log)[1], log
+            yield running, until(lambda: re.search(r"Listening at: http://(\S+)", log.read_text("utf-8")), log)[1], log
         finally:
             running.kill()
 
@@ -71,7 +71,7 @@ def until(found: Callable[[], re.Match[str] | None], log: Path) -> re.Match[str]
         if log.exists() and (match := found()) is not None:
             return match
         time.sleep(0.05)
-    pytest.fail(log.read_text() if log.exists() else "gunicorn did not start")
+    pytest.fail(log.read_text(encoding="utf-8") if log.exists() else "gunicorn did not start")
 
 
 def get(address: str, path: str) -> tuple[int, bytes, int]:
@@ -95,11 +95,11 @@ def exchange(backend: str, path: Path, folder: Path) -> None:
             status, body, worker = get(address, own)
             assert status == 200 and np.array_equal(np.frombuffer(body, np.float32), expected.ravel())
         os.kill(worker, signal.SIGTERM)  # one worker; the master starts another
-        until(lambda: re.search(rf"\[{worker}\] \[INFO\] Worker exiting", log.read_text()), log)
+        until(lambda: re.search(rf"\[{worker}\] \[INFO\] Worker exiting", log.read_text("utf-8")), log)
         assert get(address, "/own")[0] == 200
         running.send_signal(signal.SIGTERM)
-        assert running.wait(300) == 0, log.read_text()
-        assert not re.search("SIGKILL|SIGSEGV|TIMEOUT|Traceback", log.read_text()), log.read_text()
+        assert running.wait(300) == 0, log.read_text("utf-8")
+        assert not re.search("SIGKILL|SIGSEGV|TIMEOUT|Traceback", log.read_text("utf-8")), log.read_text("utf-8")
 
 
 def test_workers_refuse_what_they_inherit_and_run_what_they_open(

@@ -236,5 +236,5 @@ def test_peak_memory_grows_with_what_is_used() -> None:
         "del block\n"
         "print(peak_rss_mib() - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60, check=True)
     assert 192 <= float(done.stdout) <= 257

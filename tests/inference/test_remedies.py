@@ -94,7 +94,7 @@ def test_a_library_that_is_installed_and_broken(fault: str, linear_bundle: Calla
     """Whatever it raises; and ``auto`` names what could run in its place, which it does not take unasked."""
     pytest.importorskip("openvino")
     (tmp_path / "fake/onnxruntime").mkdir(parents=True)
-    (tmp_path / "fake/onnxruntime/__init__.py").write_text(f"raise {fault}")
+    (tmp_path / "fake/onnxruntime/__init__.py").write_text(f"raise {fault}", encoding="utf-8")
     records = [
         ParityRecord(
             artifact=GRAPH, reference="denoiser", backend=backend, threshold=1, noise_floor=0, max_abs=0, num_samples=4,

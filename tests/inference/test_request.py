@@ -167,6 +167,6 @@ def test_wrong_paths(tmp_path: Path) -> None:
         Generator.from_pretrained(tmp_path / "file")
     with pytest.raises(BundleError, match=r"holds neither scm_manifest\.json .* nor config\.json"):
         Generator.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(BundleError, match=r"no diffusion_pytorch_model\.safetensors in .*Copy it whole"):
         Generator.from_pretrained(tmp_path)

@@ -79,7 +79,7 @@ def test_auto_follows_what_was_measured_here(unet_copy: Path) -> None:
     path = cache_path()
     assert path is not None
     data = json.loads(path.read_bytes())
-    path.write_text(json.dumps({key: [1e-3 if key.startswith("torch") else 9.0, 8] for key in data}))
+    path.write_text(json.dumps({key: [1e-3 if key.startswith("torch") else 9.0, 8] for key in data}), encoding="utf-8")
     with Generator.from_pretrained(unet_copy) as gen:
         assert [row.backend for row in gen.plan().accepted] == ["torch", "onnxruntime"]
         assert "measured here: 9.00 ms at batch 8" in str(gen.plan())
@@ -90,9 +90,9 @@ def test_auto_follows_what_was_measured_here(unet_copy: Path) -> None:
     assert recall(build_id, num_inference_steps=1, device=None, num_threads=None) == {}
     assert recall(build_id, num_inference_steps=2, device="cuda", num_threads=None) == {}
     assert recall("another build", num_inference_steps=2, device=None, num_threads=None) == {}
-    path.write_text(json.dumps(dict.fromkeys(data, 1e-3)))
+    path.write_text(json.dumps(dict.fromkeys(data, 1e-3)), encoding="utf-8")
     assert recall(build_id, num_inference_steps=2, device=None, num_threads=None) == {}, "of another version"
-    path.write_text("not json")
+    path.write_text("not json", encoding="utf-8")
     with pytest.warns(RuntimeWarning, match="is ignored"), Generator.from_pretrained(unet_copy) as gen:
         assert gen.plan().accepted[0].backend == "onnxruntime"
 

@@ -24,7 +24,9 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "07_serve.py"
 def service(unet_bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The running example and its address."""
     command = [sys.executable, str(EXAMPLE), str(unet_bundle), "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as running:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=tmp_path
+    ) as running:
         try:
             assert running.stdout is not None
             yield running, urlsplit(running.stdout.readline()).netloc

@@ -62,7 +62,7 @@ def _bad_networks() -> Iterator[tuple[str, str, object]]:
 
 def _write(folder: Path, network: dict[str, Any], **fields: object) -> Path:
     path = folder / CONFIG_NAME
-    path.write_text(json.dumps({"_class_name": "ScmModel", "network": network, **fields}))
+    path.write_text(json.dumps({"_class_name": "ScmModel", "network": network, **fields}), encoding="utf-8")
     return path
 
 
@@ -166,7 +166,8 @@ def test_named_networks_are_within_the_bounds(preset: str, tmp_path: Path) -> No
 def test_deeply_nested_json_is_refused(depth: int, tmp_path: Path) -> None:
     nested = "[" * depth + "]" * depth
     (tmp_path / CONFIG_NAME).write_text(
-        f'{{"_class_name": "ScmModel", "network": {json.dumps(NETWORKS["unet"])}, "provenance": {{"data": {nested}}}}}'
+        f'{{"_class_name": "ScmModel", "network": {json.dumps(NETWORKS["unet"])}, "provenance": {{"data": {nested}}}}}',
+        encoding="utf-8",
     )
     with _at_once(), pytest.raises(ConfigError, match=CONFIG_NAME):
         read_config(tmp_path / CONFIG_NAME)

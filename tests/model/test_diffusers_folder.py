@@ -48,7 +48,7 @@ def folder(saved, tmp_path):
 
 
 def change(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), encoding="utf-8")
 
 
 def test_pipeline_and_component_are_one_model(saved):
@@ -80,7 +80,7 @@ def test_shards_are_one_model(folder):
     for i, part in enumerate((names[::2], names[1::2])):
         save_file({name: tensors[name] for name in part}, folder / "unet" / f"part-{i}.safetensors")
         index |= dict.fromkeys(part, f"part-{i}.safetensors")
-    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 1.2]), torch.tensor([0, 2])
     torch.testing.assert_close(load_diffusers(folder)(x, t, labels), whole(x, t, labels), rtol=0, atol=0)
     (folder / "unet" / "part-1.safetensors").unlink()
@@ -104,11 +104,13 @@ def _other_weights(folder):
 
 def _lead_out(folder):
     (folder / "unet" / WEIGHTS).unlink()
-    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../../x.safetensors"}}), encoding="utf-8"
+    )
 
 
 def _garbage(folder):
-    (folder / "unet" / "config.json").write_text("[1")
+    (folder / "unet" / "config.json").write_text("[1", encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_distill_from_the_folder(saved, npz, tmp_path):
                  "--batch-size", "4", "--tangent-warmup", "1", "--sample-every", "0"]  # fmt: skip
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
     assert lines[-1]["skipped"] == 0 and lines[-1]["iteration"] == 2
     student, teacher = ConsistencyModel.from_pretrained(out), load_diffusers(saved)
     assert student.config.network.class_name == "UNet2DModel" and student.config.class_names == ("a", "b", "c")

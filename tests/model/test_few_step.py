@@ -129,7 +129,7 @@ def test_the_command_makes_a_bundle_that_runs_without_torch(
 
 
 def change(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] = {
@@ -185,7 +185,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] = 
         "WanPipeline", lambda f: change(f / "model_index.json", {"boundary_ratio": 0.9}), ConfigError,
         "has boundary_ratio 0.9, expected None",
     ),
-    "no JSON": ("WanPipeline", lambda f: (f / "vae" / "config.json").write_text("["), ConfigError, "no JSON object"),
+    "no JSON": ("WanPipeline", lambda f: (f / "vae" / "config.json").write_bytes(b"["), ConfigError, "no JSON object"),
 }  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def test_a_teacher_that_always_saw_labels_is_refused(teacher, tmp_path):
     with pytest.raises(TrainError, match="label_dropout unknown, expected a share above 0"):
         require_guidable(bare, tmp_path)
     config = TrainConfig(objective="diffusion", network=NETWORK)
-    (tmp_path / "train.json").write_text(config.to_json())
+    (tmp_path / "train.json").write_text(config.to_json(), encoding="utf-8")
     with pytest.raises(TrainError, match=r"label_dropout 0, .*--label-dropout 0\.1"):
         require_guidable(bare, tmp_path)
     unlabeled = ConsistencyModel(ModelConfig(network=tiny()))

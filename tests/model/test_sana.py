@@ -173,6 +173,8 @@ def test_a_prompt_for_a_model_that_takes_none_is_refused(ort: Generator) -> None
 @pytest.mark.slow
 def test_the_example_runs_offline(tmp_path: Path) -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "06_sana_sprint.py"
-    done = subprocess.run([sys.executable, str(example), str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(example), str(tmp_path)], capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "with the fox: True" in done.stdout and (tmp_path / "fox.png").stat().st_size > 1000

@@ -53,7 +53,7 @@ def test_the_released_sizes_have_the_inputs_that_the_spec_says(sana_folder: Path
 
 
 def change(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def drop_shard(folder: Path) -> None:
@@ -66,7 +66,7 @@ def drop_shard(folder: Path) -> None:
     half = dict(list(tensors.items())[: len(tensors) // 2])
     save_file(half, file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
     names = {name: f"diffusion_pytorch_model-0000{1 if name in half else 2}-of-00002.safetensors" for name in tensors}
-    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": names}))
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
 
 
 BROKEN = {
@@ -116,7 +116,7 @@ BROKEN = {
         lambda f: change(f / "vae" / "config.json", {"latent_channels": 8}), ConfigError,
         "has 8 latent channels, expected the transformer's 4",
     ),
-    "no JSON": (lambda f: (f / "vae" / "config.json").write_text("["), ConfigError, "config.json is no JSON object"),
+    "no JSON": (lambda f: (f / "vae" / "config.json").write_bytes(b"["), ConfigError, "config.json is no JSON object"),
 }  # fmt: skip
 
 

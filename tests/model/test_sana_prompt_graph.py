@@ -60,7 +60,7 @@ with Generator.from_pretrained({str(bundle)!r}, backend="onnxruntime") as gen:
 np.save(sys.argv[1], images)
 """
     target = bundle.parent / "images.npy"
-    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     embeds, mask = PromptEncoder(sana_folder).encode(PROMPTS, TOKENS)
     with Generator.from_pretrained(bundle, backend="torch") as gen:
@@ -87,7 +87,7 @@ def test_the_bundle_holds_no_weights_of_the_encoder(bundle: Path) -> None:
 )
 def test_damaged_parts_are_refused(bundle: Path, tmp_path: Path, name: str, content: str, message: str) -> None:
     folder = Path(shutil.copytree(bundle / "text_encoder", tmp_path / "text_encoder"))
-    (folder / name).write_text(content)
+    (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(IntegrityError, match=message):
         PromptGraph(folder / "model.onnx")
     whole = Path(shutil.copytree(bundle, tmp_path / "bundle"))
@@ -109,6 +109,6 @@ def test_settings_of_another_size_are_refused(bundle: Path, tmp_path: Path) -> N
         ({"width": 9}, IntegrityError, "has inputs and output"),
         ({"length": settings["length"] + 1}, IntegrityError, "has inputs and output"),
     ):
-        (folder / "prompt.json").write_text(json.dumps(settings | change))
+        (folder / "prompt.json").write_text(json.dumps(settings | change), encoding="utf-8")
         with pytest.raises(error, match=message):
             PromptGraph(folder / "model.onnx")

@@ -147,7 +147,7 @@ with Generator.from_pretrained({str(sana_image_bundle)!r}, backend="onnxruntime"
               prompt_embeds=np.zeros((1, {TOKENS}, 8), np.float32))
 print(out.images[0].size)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0 and done.stdout.strip() == f"({SIZE}, {SIZE})", done.stderr
 
 

@@ -127,11 +127,11 @@ def test_the_released_size_has_the_inputs_that_the_spec_says(
 
     folder = Path(shutil.copytree(flow_folders("WanPipeline"), tmp_path / "pipeline"))
     path = folder / "transformer" / "config.json"
-    config = json.loads(path.read_text()) | {
+    config = json.loads(path.read_text("utf-8")) | {
         "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096,
         "freq_dim": 256, "rope_max_seq_len": 1024,
     }  # fmt: skip
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8")
     found = read_few_step_folder(folder, Settings(distilled=True))
     spec = found.spec(4)
     assert (spec.sample_shape, spec.image_shape) == ((16, 21, 60, 104), (3, 81, 480, 832))

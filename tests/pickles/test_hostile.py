@@ -292,7 +292,7 @@ def test_the_reader_needs_no_torch():
 
 def test_a_folder_that_is_no_import_is_not_replaced(pkl, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(BundleError, match=r"holds no config\.json, so it is not replaced"):
         convert_pickle(pkl, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "thesis.txt").read_text("utf-8") == "mine"

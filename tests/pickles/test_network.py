@@ -54,8 +54,8 @@ def test_the_license_is_recorded_and_printed(pkl, tmp_path):
     assert result.exit_code == 0, result.output
     assert "CC-BY-NC-SA-4.0, non-commercial" in result.stderr
     assert json.loads(result.stdout)["license"] == "CC-BY-NC-SA-4.0"
-    assert "license: cc-by-nc-sa-4.0" in (tmp_path / "out" / "README.md").read_text()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "license: cc-by-nc-sa-4.0" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     assert (config["license"], config["license_stated_at_import"]) == ("CC-BY-NC-SA-4.0", False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", WEIGHTS_NAME}
 
@@ -64,7 +64,7 @@ def test_the_user_may_state_another_license(pkl, tmp_path):
     options = ["-o", str(tmp_path / "out"), "--license", "My: own\\ words"]
     result = CliRunner().invoke(main, ["import", str(pkl), *options])
     assert "as stated at import: My: own" in result.stderr
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert 'license: other\nlicense_name: "My: own\\\\ words"' in card
 
 

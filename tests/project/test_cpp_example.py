@@ -38,13 +38,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*configure, f"-DONNXRUNTIME_LIBRARY={onnxruntime_library()}"],
         ["cmake", "--build", folder],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=1800)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "scm_generate"
 
 
 def run(program: Path, *arguments: object, code: int = 0) -> str:
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=1800)
     assert done.returncode == code, done.stderr
     return done.stderr
 
@@ -87,7 +87,7 @@ int main() {
 
 
 def test_the_noise_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    (tmp_path / "noise.cpp").write_text(NOISE)
+    (tmp_path / "noise.cpp").write_text(NOISE, encoding="utf-8")
     compile_ = [
         "c++",
         "-std=c++17",
@@ -116,7 +116,7 @@ def test_what_is_wrong_is_said(program: Path, unet_bundle: Path, tmp_path: Path)
     assert run(program, "--help") == ""
     bundle = Path(shutil.copytree(unet_bundle, tmp_path / "bundle"))
     manifest = bundle / "scm_manifest.json"
-    told = json.loads(manifest.read_text())
+    told = json.loads(manifest.read_text("utf-8"))
     for change, fact in [
         ({"sample_shape": [100000, 100000, 100]}, "numbers, expected at most 2^28"),
         ({"sample_shape": [-1, 8, 8]}, "the number -1 where"),
@@ -127,9 +127,9 @@ def test_what_is_wrong_is_said(program: Path, unet_bundle: Path, tmp_path: Path)
         ({"times": [0.5] * 3}, "no sampler of 2 steps"),
     ]:
         samplers = [each | (change if len(each["times"]) == 2 else {}) for each in told["samplers"]]
-        manifest.write_text(json.dumps(told | {"samplers": samplers}))
+        manifest.write_text(json.dumps(told | {"samplers": samplers}), encoding="utf-8")
         assert fact in run(program, bundle, *out, code=1), change
-    manifest.write_text(json.dumps(told))
+    manifest.write_text(json.dumps(told), encoding="utf-8")
     graph = bundle / "onnx/fp32/2step/model.onnx"
     content = bytearray(graph.read_bytes())
     content[1000] ^= 1
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_said(program: Path, unet_bundle: Path, tmp_path: Path)
     assert "onnx/fp32/2step/model.onnx has sha256" in run(program, bundle, *out, code=1)
     graph.write_bytes(content[:1000])
     assert "expected" in run(program, bundle, *out, code=1)
-    for damaged in (manifest.read_text()[:-400], "[" * 100_000, "{"):
-        manifest.write_text(damaged)
+    for damaged in (manifest.read_text("utf-8")[:-400], "[" * 100_000, "{"):
+        manifest.write_text(damaged, encoding="utf-8")
         assert "the manifest is no JSON" in run(program, bundle, *out, code=1)
     assert not (tmp_path / "raw").exists()

@@ -57,7 +57,7 @@ def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
     if linter is None:
         pytest.skip("needs hadolint: the extra test brings it")
     command = [linter, "--failure-threshold", "info", "--no-color", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -75,7 +75,7 @@ def test_images_install_extras_that_exist_and_their_context_has_what_a_wheel_nee
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (extras,) = re.findall(r'"\$1\[([\w,-]+)\]"', path.read_text(encoding="utf-8"))
     assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
-    kept = re.findall(r"^!(\S+)$", path.with_name(f"{path.name}.dockerignore").read_text(), re.MULTILINE)
+    kept = re.findall(r"^!(\S+)$", path.with_name(f"{path.name}.dockerignore").read_text("utf-8"), re.MULTILINE)
     assert all((ROOT / name).exists() for name in kept)
     needed = {folder.split("/")[0] for folder in project["tool"]["setuptools"]["package-dir"].values()}
     needed |= {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
@@ -95,7 +95,7 @@ def test_the_unit_starts_the_server_with_keys_and_waits_for_its_end(tmp_path: Pa
         pytest.skip("needs systemd-analyze")
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text(encoding="utf-8").replace(command[0], "/bin/true"), encoding="utf-8")
-    done = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

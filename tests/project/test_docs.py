@@ -23,7 +23,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-d", str(out / "cache")]
     done = subprocess.run(
-        [*command, str(DOCS), str(out / "html")], capture_output=True, text=True, check=False, cwd=ROOT
+        [*command, str(DOCS), str(out / "html")], capture_output=True, encoding="utf-8", check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return out / "html"

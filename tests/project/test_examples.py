@@ -21,7 +21,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 def run(name, *arguments, cwd, code=0):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=600,
+        cwd=cwd, capture_output=True, encoding="utf-8", timeout=600,
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-2000:]
     return done
@@ -29,11 +29,11 @@ def run(name, *arguments, cwd, code=0):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_each_is_short_and_named(path):
-    text = path.read_text()
+    text = path.read_text("utf-8")
     assert len(text.splitlines()) < 130
     assert f"python examples/{path.name}" in text, "its first lines say how to run it"
-    assert path.name in (ROOT / "README.md").read_text()
-    assert any(path.name in test.read_text() for test in (ROOT / "tests").rglob("test_*.py")), "no test runs it"
+    assert path.name in (ROOT / "README.md").read_text("utf-8")
+    assert any(path.name in test.read_text("utf-8") for test in (ROOT / "tests").rglob("test_*.py")), "no test runs it"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -67,7 +67,7 @@ def test_from_training_to_a_proved_bundle(tmp_path):
     done = run("03_export_and_build.py", "tiny/student", "tiny/bundle", cwd=tmp_path)
     assert "passed: True" in done.stdout and "passed: False" not in done.stdout
     assert (tmp_path / "tiny" / "bundle.scmz").exists()
-    card = (tmp_path / "tiny" / "bundle" / "README.md").read_text()
+    card = (tmp_path / "tiny" / "bundle" / "README.md").read_text("utf-8")
     assert "| onnx/fp16/1step/model.onnx | onnx | fp16 | 1 | onnxruntime:" in card
     if "no engine:" not in done.stdout:
         assert any(path.suffix == ".engine" for path in (tmp_path / "tiny" / "bundle").rglob("*"))
@@ -82,12 +82,12 @@ def test_validate_in_ci(unet_copy, tmp_path):
     before = (unet_copy / "scm_manifest.json").read_bytes()
     run("05_validate_in_ci.py", unet_copy, "report.json", cwd=tmp_path)
     assert (unet_copy / "scm_manifest.json").read_bytes() == before, "what CI passed is what it was given"
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert all(each["passed"] for each in report["parity"].values()) and "error" not in report
     (unet_copy / "golden" / "golden.safetensors").write_bytes(b"x")
     done = run("05_validate_in_ci.py", unet_copy, "report.json", cwd=tmp_path, code=6)
     assert "IntegrityError" in done.stderr
-    assert "golden.safetensors" in json.loads((tmp_path / "report.json").read_text())["error"]
+    assert "golden.safetensors" in json.loads((tmp_path / "report.json").read_text("utf-8"))["error"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the test ends the service with a signal")
@@ -97,7 +97,7 @@ def test_serve(newcomer, tmp_path):
     bundle = newcomer / "scm-demo" / "avatars"
     service = subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "07_serve.py"), str(bundle), "0"],
-        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
     try:
         assert service.stdout is not None
@@ -137,7 +137,7 @@ def test_fastapi(newcomer, tmp_path):
     bundle = newcomer / "scm-demo" / "avatars"
     service = subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "08_fastapi.py"), str(bundle), "0"],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, stderr=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
     try:
         lines = iter(service.stderr)
@@ -171,7 +171,7 @@ def test_ray_serve(newcomer, tmp_path):
         port = free.getsockname()[1]
     command = [str(ROOT / "examples" / "09_ray_serve.py"), str(bundle), str(port), "--cpus-per-replica", "0.5"]
     service = subprocess.Popen(
-        [sys.executable, *command], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        [sys.executable, *command], cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8",
         env=os.environ | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)},
     )  # fmt: skip
     try:

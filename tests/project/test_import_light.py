@@ -17,7 +17,7 @@ HEAVY = BACKENDS | {"numpy", "PIL", "click", "rich", "msgspec", "safetensors"}
 def loaded_after(code: str) -> set[str]:
     """Top-level names of the modules that a fresh interpreter holds after ``code``."""
     script = f"{code}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 

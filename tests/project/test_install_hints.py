@@ -53,7 +53,7 @@ def old_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the metadata of an old onnxscript be found before those of the one that is installed."""
     about = tmp_path / "onnxscript-0.5.0.dist-info" / "METADATA"
     about.parent.mkdir()
-    about.write_text("Metadata-Version: 2.1\nName: onnxscript\nVersion: 0.5.0\n")
+    about.write_text("Metadata-Version: 2.1\nName: onnxscript\nVersion: 0.5.0\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
 
 

@@ -74,7 +74,7 @@ def imports(module: str) -> Iterator[tuple[int, str]]:
 
 def test_imports_point_down_the_layers() -> None:
     lint = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
-    ended = subprocess.run([sys.executable, "-c", lint], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", lint], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 

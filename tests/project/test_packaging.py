@@ -86,7 +86,7 @@ def test_the_wheel_holds_every_module_and_all_data(tmp_path: Path) -> None:
             shutil.copy(source, target)
     script = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=copy, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert f"dist/{wheel.name}[hub]" in wheel_command("hub"), "what cards and documents name"
@@ -256,7 +256,7 @@ def test_each_set_of_extras_is_installed_though_another_was(tmp_path: Path) -> N
     def would_do(target: str) -> str:
         command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={tmp_path}"]
         here = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # of a make that runs this
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=here).stdout
+        return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True, env=here).stdout
 
     assert "pip install" not in would_do("test")
     gpu = would_do("gpu")

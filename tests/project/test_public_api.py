@@ -34,7 +34,7 @@ def test_a_lazy_name_is_the_one_that_type_checkers_see(package: str) -> None:
     module = importlib.import_module(package)
     homes: dict[str, str] = module._HOMES
     seen = {}
-    for node in ast.parse(MODULES[package].read_text()).body:
+    for node in ast.parse(MODULES[package].read_text("utf-8")).body:
         if isinstance(node, ast.If):
             for line in node.body:
                 assert isinstance(line, ast.ImportFrom)
@@ -60,7 +60,9 @@ def _on_one_line(found: re.Match[str]) -> str:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_readme_docs_and_examples_import_public_names_only(path: Path) -> None:
     text = re.sub(
-        r"import \(([^)]*)\)", lambda found: "import " + " ".join(found[1].split()).rstrip(","), path.read_text()
+        r"import \(([^)]*)\)",
+        lambda found: "import " + " ".join(found[1].split()).rstrip(","),
+        path.read_text(encoding="utf-8"),
     )
     for module, names, plain in IMPORT.findall(text):
         assert (module or plain) in PACKAGES, f"{path}: {module or plain}"
@@ -70,7 +72,7 @@ def test_readme_docs_and_examples_import_public_names_only(path: Path) -> None:
 
 
 def test_the_texts_import_something() -> None:
-    assert sum(len(IMPORT.findall(path.read_text())) for path in TEXTS) > 10
+    assert sum(len(IMPORT.findall(path.read_text("utf-8"))) for path in TEXTS) > 10
 
 
 def untyped(module: str) -> Iterator[str]:

@@ -54,7 +54,9 @@ def commands(text):
 
 
 COMMANDS = [
-    pytest.param(words, id=f"{page.name}: {' '.join(words)}") for page in PAGES for words in commands(page.read_text())
+    pytest.param(words, id=f"{page.name}: {' '.join(words)}")
+    for page in PAGES
+    for words in commands(page.read_text("utf-8"))
 ]
 
 
@@ -73,7 +75,7 @@ def test_demo_leaves_pictures_and_a_bundle(newcomer):
     assert names == {"avatars", "avatars-1step.png", "avatars-2step.png"}
     with Image.open(newcomer / "scm-demo" / "avatars-2step.png") as picture:
         assert len(picture.getcolors(1 << 20) or []) > 100
-    card = (newcomer / "scm-demo" / "avatars" / "README.md").read_text()
+    card = (newcomer / "scm-demo" / "avatars" / "README.md").read_text("utf-8")
     assert "| onnx/fp16/1step/model.onnx | onnx | fp16 | 1 | onnxruntime: " in card, "written before the comparison"
 
 
@@ -133,8 +135,8 @@ def test_readme_as_printed(checkout):
         if line.startswith("scm-export "):
             verb = line.split()[1]
             done = subprocess.run(
-                ["bash", "-c", " ".join([line, *SHORT_TRAINING.get(verb, [])])], cwd=checkout, timeout=3000, text=True,
-                env=os.environ | {"PATH": path}, capture_output=True,
+                ["bash", "-c", " ".join([line, *SHORT_TRAINING.get(verb, [])])], cwd=checkout, timeout=3000,
+                encoding="utf-8", env=os.environ | {"PATH": path}, capture_output=True,
             )  # fmt: skip
             assert done.returncode in ({0, LatencyError.exit_code} if verb == "bench" else {0}), (
                 f"{line}: {done.stderr[-2000:]}"
@@ -146,7 +148,9 @@ def test_readme_as_printed(checkout):
 def test_readme_install(newcomer, tmp_path):
     """A wheel that is built and installed as printed, in an environment of its own, generates without PyTorch."""
     source, away = tmp_path / "source", tmp_path / "away"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if not (ROOT / name).is_dir():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +159,7 @@ def test_readme_install(newcomer, tmp_path):
     away.mkdir()
     (away / "scm-demo").symlink_to(newcomer / "scm-demo")
     (python,) = blocks(README, "python")
-    (away / "snippet.py").write_text(f"{python}\nimport sys\nassert 'torch' not in sys.modules")
+    (away / "snippet.py").write_text(f"{python}\nimport sys\nassert 'torch' not in sys.modules", encoding="utf-8")
     script = "\n".join(["set -e", *INSTALL, f"cd {shlex.quote(str(away))}", "python snippet.py"])
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(["bash", "-c", script], cwd=source, env=env, check=True, timeout=1500)
@@ -164,7 +168,7 @@ def test_readme_install(newcomer, tmp_path):
 
 def test_every_verb_is_shown():
     pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    shown = {words[0] for page in PAGES for words in commands(page.read_text())}
+    shown = {words[0] for page in PAGES for words in commands(page.read_text("utf-8"))}
     assert set(main.commands) <= shown | {"demo"}
     named = set(re.findall(r"`([a-z]+)`", pages))
     assert set(main.commands) <= named, "the table of commands names each"

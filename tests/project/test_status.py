@@ -62,7 +62,7 @@ def test_a_teacher_says_so_from_export_to_samples(checkpoint, tmp_path):
     assert all(f"{text}" in done.stderr for text in (*expected, "quality: not measured"))
     status = json.loads(done.stdout)["status"]
     assert status["kind"] == "diffusion model" and status["finished"] is False and len(status["warnings"]) == 3
-    assert all(text in (bundle / "README.md").read_text() for text in expected)
+    assert all(text in (bundle / "README.md").read_text("utf-8") for text in expected)
     shown = run("inspect", bundle).output.replace("\n", " ")
     assert "diffusion model, objective diffusion" in shown and "20 of 60" in shown and "quality: not measured" in shown
     assert json.loads(run("inspect", bundle, "--json").stdout)["status"] == status

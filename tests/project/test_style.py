@@ -67,7 +67,9 @@ CODE = ("scm_sdk", "export", "runtimes", "examples", "benchmarks", "tests", "doc
 def tracked() -> list[Path]:
     """The files of the checkout, or of a copy without git that holds nothing else."""
     if (ROOT / ".git").exists():
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+        ).stdout
         paths = [ROOT / name for name in listed.split("\0") if name]
     else:
         paths = [path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -138,14 +140,43 @@ def test_private_dialect_is_found(text: str, tmp_path: Path) -> None:
 
 
 def shown(text: str, folder: Path) -> str:
-    (folder / "a.py").write_text(f'"""A docstring: {text}."""\n')
+    (folder / "a.py").write_text(f'"""A docstring: {text}."""\n', encoding="utf-8")
     ((_, found),) = prose(folder / "a.py")
     return found
 
 
 def test_hooks_run_the_programs_of_make() -> None:
-    hooks = set(re.findall(r"entry: \.venv/bin/(\S+ ?\w*)", (ROOT / ".pre-commit-config.yaml").read_text()))
-    rules = re.search(r"(?ms)^lint: (.*?)^types: (.*?)\n\n", (ROOT / "Makefile").read_text())
+    hooks = set(re.findall(r"entry: \.venv/bin/(\S+ ?\w*)", (ROOT / ".pre-commit-config.yaml").read_text("utf-8")))
+    rules = re.search(r"(?ms)^lint: (.*?)^types: (.*?)\n\n", (ROOT / "Makefile").read_text("utf-8"))
     assert rules is not None
     programs = re.findall(r"(?m)^\t\$\(BIN\)/(\S+(?: check| format)?)", rules[0])
     assert {name.strip() for name in hooks} == set(programs)
+
+
+def encoding_unnamed(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of the locale."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    values = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in values or None in values:
+        return False
+    if name in ("read_text", "write_text"):
+        return len(call.args) <= (name == "write_text")
+    if name == "open" and isinstance(call.func, ast.Name):
+        mode = call.args[1] if len(call.args) > 1 else values.get("mode", ast.Constant("r"))
+        return not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
+    return any(
+        isinstance(value := values.get(word), ast.Constant) and value.value is True
+        for word in ("text", "universal_newlines")
+    )
+
+
+def test_text_files_and_pipes_name_their_encoding() -> None:
+    """An unnamed encoding is the locale's, which is ASCII on a server with ``LC_ALL=C``."""
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path in tracked()
+        if path.suffix == ".py"
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and encoding_unnamed(call)
+    ]
+    assert not found, f"calls without encoding=: {found}"

@@ -71,9 +71,9 @@ follow_imports = skip
 
 
 def test_mypy_refuses_each_wrong_line_and_no_right_one(tmp_path: Path) -> None:
-    (tmp_path / "right.py").write_text(RIGHT)
-    (tmp_path / "wrong.py").write_text(WRONG)
-    (tmp_path / "mypy.ini").write_text(CONFIG)
+    (tmp_path / "right.py").write_text(RIGHT, encoding="utf-8")
+    (tmp_path / "wrong.py").write_text(WRONG, encoding="utf-8")
+    (tmp_path / "mypy.ini").write_text(CONFIG, encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -86,7 +86,7 @@ def test_mypy_refuses_each_wrong_line_and_no_right_one(tmp_path: Path) -> None:
         "wrong.py",
     ]
     here = os.environ | {"MYPYPATH": str(Path(__file__).resolve().parents[2])}
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=here).stdout
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300, env=here).stdout
     assert "right.py" not in found, found
     refused = {int(line) for line in re.findall(r"^wrong\.py:(\d+): error", found, re.MULTILINE)}
     assert refused == set(range(5, len(WRONG.splitlines()) + 1)), found

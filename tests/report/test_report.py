@@ -49,7 +49,7 @@ def pages(validated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_holds_everything_and_loads_nothing(pages: Path) -> None:
-    html = pages.read_text()
+    html = pages.read_text(encoding="utf-8")
     assert "validated: 3 of 3 artifacts passed" in html
     for part in (
         "onnxruntime fp16, 1 step",
@@ -66,11 +66,11 @@ def test_the_page_holds_everything_and_loads_nothing(pages: Path) -> None:
         r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import|<link""", html.partition("<script>")[0]
     )
     assert all(a.startswith("#") or b.startswith("#") for a, b in loads), loads
-    json_form = json.loads(pages.with_suffix(".json").read_text())
+    json_form = json.loads(pages.with_suffix(".json").read_text("utf-8"))
     assert html.count("data:image/png;base64,") == 3 * 3  # the reference, the artifact, the difference
     assert [latency["batch"] for latency in json_form["latency"]] == [1, 4], "99 is above the largest batch"
     assert {m["name"] for m in json_form["measured_here"]} == {"torch fp32", "onnxruntime fp32", "onnxruntime fp16"}
-    table = pages.with_suffix(".md").read_text()
+    table = pages.with_suffix(".md").read_text("utf-8")
     assert "| `onnx/fp16/1step/model.onnx` | onnxruntime | pass |" in table and "| 4 | torch fp32 |" in table
 
 
@@ -82,7 +82,7 @@ def test_the_page_works_in_a_browser(pages: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1180,2400",
          f"--screenshot={picture}", "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", pages.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, encoding="utf-8", timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r'id="said">[\d.]+ dB, largest error', done.stdout), "the script ran"
@@ -117,18 +117,18 @@ def test_the_page_is_read_on_any_screen_and_by_keyboard(pages: Path, width: int)
 
 def test_a_bundle_that_was_never_validated_says_so(unet_bundle: Path, tmp_path: Path) -> None:
     write_report(collect(unet_bundle, num_images=2, rounds=0), tmp_path / "r.html")
-    html = (tmp_path / "r.html").read_text()
+    html = (tmp_path / "r.html").read_text("utf-8")
     assert "not validated" in html and "Nothing is recorded" in html and "Speed on this machine" not in html
     assert "quality: not measured" in html and "<p>Not measured." in html
 
 
 def test_a_page_says_what_the_model_is_and_what_made_the_page(pages: Path) -> None:
-    json_form = json.loads(pages.with_suffix(".json").read_text())
+    json_form = json.loads(pages.with_suffix(".json").read_text("utf-8"))
     assert json_form["status"]["quality_measured"] is False and json_form["status"]["kind"] == "unknown"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", json_form["date"])
     assert set(json_form["versions"]) == {"scm_sdk", "torch", "onnxruntime"} and "unknown" not in json_form["versions"]
     for form in (pages, pages.with_suffix(".md")):
-        text = form.read_text()
+        text = form.read_text("utf-8")
         assert "objective not on record" in text and "training: length not on record" in text
         assert "quality: not measured" in text and json_form["date"] in text and "ladder" not in text
         assert f"onnxruntime {json_form['versions']['onnxruntime']}" in text
@@ -136,12 +136,12 @@ def test_a_page_says_what_the_model_is_and_what_made_the_page(pages: Path) -> No
 
 def test_the_card_on_a_page_agrees_with_the_page(pages: Path) -> None:
     """The bundle was validated before: its card, which is shown on the page, says so."""
-    assert "| not compared |" not in pages.read_text()
+    assert "| not compared |" not in pages.read_text(encoding="utf-8")
 
 
 def test_a_page_says_what_to_do_next(pages: Path, unet_bundle: Path, tmp_path: Path) -> None:
     for form in (pages, pages.with_suffix(".md")):
-        text = form.read_text()
+        text = form.read_text("utf-8")
         assert "What to do next" in text and "scm-export evaluate" in text and "--keep-budget" in text
         assert "scm-export bundle pack" in text, "everything was validated"
     bare = collect(unet_bundle, backends=["onnxruntime"], num_images=1, rounds=0, checks=False)
@@ -151,15 +151,15 @@ def test_a_page_says_what_to_do_next(pages: Path, unet_bundle: Path, tmp_path: P
         "this is a diffusion model"
     )
     write_report(bare, tmp_path / "r.html")
-    assert "Self-checks</h2>" not in (tmp_path / "r.html").read_text()
-    assert "## Self-checks" not in (tmp_path / "r.md").read_text()
+    assert "Self-checks</h2>" not in (tmp_path / "r.html").read_text("utf-8")
+    assert "## Self-checks" not in (tmp_path / "r.md").read_text("utf-8")
 
 
 def test_a_teacher_is_warned_of_on_its_page(validated: Path, tmp_path: Path) -> None:
     report = collect(validated, backends=["onnxruntime"], num_images=2, rounds=0)
     teacher = ModelStatus.of({"objective": "diffusion", "iteration": "20", "num_iterations": "60"})
     write_report(Report(**{**vars(report), "status": teacher}), tmp_path / "r.html")
-    text = (tmp_path / "r.html").read_text()
+    text = (tmp_path / "r.html").read_text("utf-8")
     assert "<b>Warning:</b> this is a diffusion model (a teacher)" in text
     assert "training is unfinished: 20 of 60 iterations" in text
 
@@ -173,13 +173,13 @@ def test_text_of_a_bundle_cannot_become_code(validated: Path, tmp_path: Path) ->
     report = collect(validated, backends=["onnxruntime"], num_images=2, rounds=0)
     record = msgspec.structs.replace(report.manifest.parity[0], reason=evil, passed=False)
     write_report(with_manifest(report, name=evil, provenance={"data": evil}, parity=(record,)), tmp_path / "r.html")
-    html, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    html, markdown = (tmp_path / "r.html").read_text("utf-8"), (tmp_path / "r.md").read_text("utf-8")
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
     assert "<script>" not in markdown and "&lt;script>alert" in markdown
     evil = "<img src=x> ![x](http://x) [x](http://x)\x1b[2J|\n# x"
     record = msgspec.structs.replace(record, fault=evil)
     write_report(with_manifest(report, name=evil, provenance={"data": evil}, parity=(record,)), tmp_path / "r.html")
-    text = (tmp_path / "r.md").read_text()
+    text = (tmp_path / "r.md").read_text("utf-8")
     assert "<img" not in text and "![x](" not in text and " [x](" not in text and "\x1b" not in text
     assert text.startswith("# &lt;img src=x> !\\[x](http://x)") and "\n# x" not in text
     assert "1 of 1 comparisons failed" in html and "set manually" in html
@@ -243,7 +243,7 @@ def test_a_candidate_that_gives_nan_is_shown_and_not_fatal(
     monkeypatch.setattr(OrtBackend, "sample", broken)
     report = collect(validated, backends=["onnxruntime"], num_images=3, rounds=0)
     write_report(report, tmp_path / "r.html")
-    assert "NaN" in (tmp_path / "r.html").read_text()
+    assert "NaN" in (tmp_path / "r.html").read_text("utf-8")
     assert any(check.passed is False for check in report.checks["onnxruntime fp32"]), "the self-checks notice"
     json.dumps(report.to_dict(), allow_nan=False)
 
@@ -267,15 +267,15 @@ def test_kept_scores_are_shown(unet_copy: Path, tmp_path: Path) -> None:
     quality = {"metric": "FID (inception-2015-12-05, N=64)", "fd": 12.5, "num_generated": 64, "num_reference": 0}
     with extend_bundle(unet_copy) as draft:
         draft.path("reports/quality.json").write_text(
-            json.dumps([{"sampler": "sCM, 2 steps", "quality": quality, "against": against}])
+            json.dumps([{"sampler": "sCM, 2 steps", "quality": quality, "against": against}]), encoding="utf-8"
         )
     keep_budgets(unet_copy, "p95=60s@b1")
     write_report(collect(unet_copy, backends=["onnxruntime"], num_images=2, rounds=2, batches=[1]), tmp_path / "r.html")
-    html = (tmp_path / "r.html").read_text()
+    html = (tmp_path / "r.html").read_text("utf-8")
     for part in ("FID (inception-2015-12-05, N=64)", "12.50", "64 against statistics", against, "Model card",
                  "p95=60s@b1", "Peak memory", "permutation", "No comparison on record"):  # fmt: skip
         assert part in html, part
     with extend_bundle(unet_copy) as draft:
-        draft.path("reports/quality.json").write_text("{")
+        draft.path("reports/quality.json").write_text("{", encoding="utf-8")
     with pytest.raises(SchemaError, match=r"reports/quality.json of .* cannot be read"):
         collect(unet_copy, backends=["onnxruntime"], num_images=2, rounds=0)

@@ -343,5 +343,5 @@ def test_graphs_run_without_torch(backend: str, unet_bundle: Path) -> None:
         "heavy = {'torch', 'onnx', 'onnx_ir', 'onnxscript'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ FILES = [
     "runtimes/tensorrt/context.py",
     "scm_sdk/engines/tensorrt.py",
 ]
-NAMES = json.loads((ROOT / "tests/golden/tensorrt_names.json").read_text())
+NAMES = json.loads((ROOT / "tests/golden/tensorrt_names.json").read_text("utf-8"))
 MODULES = {"trt", "self.trt", "self._trt", "library"}
 OBJECTS = {
     "self.builder": "Builder",

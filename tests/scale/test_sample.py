@@ -106,7 +106,7 @@ def test_killed_command_is_resumed_by_the_same_command(
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert json.loads(done.stdout)["complete"] == 3
     there = {name: data for name, data in files(tmp_path).items() if ".partial" not in name}
     assert there == files(whole)
@@ -257,7 +257,7 @@ def seal(out: Path, plan: SamplePlan, shard: int) -> None:
     data = (out / shard_name(plan, shard)).read_bytes()
     record = json.loads((out / record_name(shard)).read_bytes())
     record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (out / record_name(shard)).write_text(json.dumps(record))
+    (out / record_name(shard)).write_text(json.dumps(record), encoding="utf-8")
 
 
 def test_parquet_without_its_library_is_refused(unet_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,9 +406,9 @@ def test_ray_writes_the_same(unet_bundle: Path, whole: Path, tmp_path: Path) -> 
     ]  # fmt: skip
     arguments += ["--cpus-per-worker"]
     env = os.environ | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else Ray writes one to the home folder
-    refused = subprocess.run([*arguments, "64", "--workers", "3"], capture_output=True, text=True, env=env)
+    refused = subprocess.run([*arguments, "64", "--workers", "3"], capture_output=True, encoding="utf-8", env=env)
     assert refused.returncode == 2 and "expected at least 1 for Ray Data's own tasks" in refused.stderr, refused.stderr
-    done = subprocess.run([*arguments, "0.25", "--workers", "2"], capture_output=True, text=True, env=env)
+    done = subprocess.run([*arguments, "0.25", "--workers", "2"], capture_output=True, encoding="utf-8", env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["written"] == 3
     assert files(tmp_path) == files(whole)

@@ -170,7 +170,7 @@ def test_probes_run_an_inference_whatever_the_host_is_called(server: RunningServ
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_the_server_loads_onnx_runtime_and_no_torch(server: RunningServer) -> None:
-    loaded = Path(f"/proc/{server.process.pid}/maps").read_text()
+    loaded = Path(f"/proc/{server.process.pid}/maps").read_text(encoding="utf-8")
     assert "onnxruntime" in loaded and "torch" not in loaded
 
 

@@ -25,7 +25,7 @@ KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 
 def keys_file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "keys"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(0o600)
     return path
 

@@ -99,5 +99,7 @@ from scm_sdk.serve import server, service, options
 with service.Service.open(options.ServeOptions(bundle=sys.argv[1])): pass
 print([name for name in sys.modules if name.startswith("opentelemetry")])
 """
-    done = subprocess.run([sys.executable, "-c", code, str(served_bundle)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(served_bundle)], capture_output=True, encoding="utf-8", check=True
+    )
     assert done.stdout == "[]\n"

@@ -28,8 +28,8 @@ RECORDED = Path(__file__).parents[1] / "golden" / "train"
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_recorded_run_of_each_objective_is_read(name: str, tmp_path: Path) -> None:
-    old = json.loads((RECORDED / f"{name}.json").read_text())
-    (tmp_path / "train.json").write_text(json.dumps(old))
+    old = json.loads((RECORDED / f"{name}.json").read_text("utf-8"))
+    (tmp_path / "train.json").write_text(json.dumps(old), encoding="utf-8")
     run = read_run(tmp_path)
     assert run is not None and run.objective == name
     plain = msgspec.to_builtins(run)

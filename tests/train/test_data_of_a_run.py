@@ -46,7 +46,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distilled(out: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((out / "train.json").read_text())["data"]
+    data: dict[str, Any] = json.loads((out / "train.json").read_text("utf-8"))["data"]
     return data
 
 
@@ -85,8 +85,8 @@ def test_a_model_that_does_not_say_its_data_needs_to_be_given_them(room: Path, t
     assert recorded_data(tmp_path / "told", model.config.provenance) == DataConfig(
         source="data.npz", label="kind", rows=(0, 10)
     )
-    older = json.loads((room / "teacher" / "train.json").read_text()) | {"a field of another version": 1}
-    (tmp_path / "told" / "train.json").write_text(json.dumps(older))
+    older = json.loads((room / "teacher" / "train.json").read_text("utf-8")) | {"a field of another version": 1}
+    (tmp_path / "told" / "train.json").write_text(json.dumps(older), encoding="utf-8")
     assert recorded_data(tmp_path / "told", {}) == DataConfig(**distilled(tmp_path / "told") | {"rows": (0, 10)})
     model.config = msgspec.structs.replace(model.config, provenance={})
     model.save_pretrained(tmp_path / "bare")

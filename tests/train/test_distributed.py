@@ -176,11 +176,11 @@ def test_the_command_under_torchrun_prints_once(room, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "scm_sdk.export.cli", "distill", "-o", str(tmp_path / "run"), "--teacher", str(room / "first")]
     command += ["--data", str(room / "data.npz"), "--label", "kind", "--iterations", "2", "--batch-size", "8", "--json"]
-    done = subprocess.run([*command, "--parallel", "fsdp"], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([*command, "--parallel", "fsdp"], capture_output=True, encoding="utf-8", timeout=1800)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["last"]["iteration"] == 2
     assert done.stderr.count("2 iterations to") == 1
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
-    wrong = subprocess.run([*command, "--accumulate", "3"], capture_output=True, text=True, timeout=1800)
+    wrong = subprocess.run([*command, "--accumulate", "3"], capture_output=True, encoding="utf-8", timeout=1800)
     assert wrong.returncode == 1
     assert wrong.stderr.count("batch_size is 8, which 2 processes of 3 parts") == 1

@@ -46,11 +46,13 @@ def test_a_killed_process_is_started_again_by_torchrun(room, tmp_path):
     run = config(room, "scd", num_iterations=6)
     train(run, tmp_path / "whole", Hooks(log_every=1))
     more = {"kill_at": 5, "killed": str(tmp_path / "killed")}
-    (tmp_path / "jobs.json").write_text(json.dumps([job(run, tmp_path / "run", Scale(parallel="fsdp"), **more)]))
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([job(run, tmp_path / "run", Scale(parallel="fsdp"), **more)]), encoding="utf-8"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", str(WORKER), str(tmp_path / "jobs.json")]
     apart = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=apart)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=1800, env=apart)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed").exists()
     assert_same(tmp_path / "run", tmp_path / "whole", room)
@@ -100,4 +102,4 @@ def test_sigterm_saves_after_one_and_the_same_iteration(room, tmp_path):
     ends = ends_of(processes)
     assert [process.returncode for process in processes] == [143, 143], ends
     (state,) = out.glob("state-*")
-    assert json.loads((state / "counters.json").read_text())["counters"]["iteration"] == len(log(out))
+    assert json.loads((state / "counters.json").read_text("utf-8"))["counters"]["iteration"] == len(log(out))

@@ -36,8 +36,10 @@ def test_a_kill_at_any_write_changes_nothing(verb: str, stride: int, npz: Path, 
         more = ("--teacher", str(tmp_path / "teacher"))
     run = tmp_path / "run"
     job = {"before": [teacher], "command": arguments(verb, run, npz, *more), "folder": str(run), "stride": stride}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    done = subprocess.run([sys.executable, WORKER, tmp_path / "job.json"], capture_output=True, text=True, timeout=600)
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, WORKER, tmp_path / "job.json"], capture_output=True, encoding="utf-8", timeout=600
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     whole: dict[str, str] = found["whole"]
@@ -52,7 +54,7 @@ def test_sigterm_saves_and_ends_as_one_that_was_terminated(npz: Path, tmp_path: 
     out = tmp_path / "run"
     length = ["--iterations", "100000", "--checkpoint-every", "100000", "--sample-every", "0"]
     command = [*CLI, "train", "-o", str(out), "--data", str(npz), "--preset", "tiny", *length, "--batch-size", "4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
     deadline = time.monotonic() + 300
     while not (out / "log.jsonl").exists():
         assert time.monotonic() < deadline and process.poll() is None

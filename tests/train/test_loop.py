@@ -75,7 +75,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(npz, tmp_path, objective
     with pytest.raises(Stop):
         train(run, tmp_path / "parts", Hooks(checkpoint_every=2, log_every=1, on_step=stop_at(5)))
     train(run, tmp_path / "parts", Hooks(checkpoint_every=2, log_every=1))
-    lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    lines = (tmp_path / "parts" / "log.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
@@ -203,7 +203,7 @@ def test_truncated_state_is_named(npz, tmp_path):
 def test_the_log_tells_what_the_hooks_are_told(npz, tmp_path):
     logs = []
     train(config(npz), tmp_path / "run", Hooks(on_log=logs.append, log_every=2))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4, 6] and lines == [asdict(log) for log in logs]
 
 
@@ -329,9 +329,9 @@ def test_checkpoint_round_trip_and_damage(npz, tmp_path):
 def test_weights_of_another_network_are_refused(npz, tmp_path):
     train(config(npz, num_iterations=1), tmp_path / "run")
     file = tmp_path / "run" / "config.json"
-    file.write_text(file.read_text().replace('"num_classes": 3', '"num_classes": 5'))
+    file.write_text(file.read_text("utf-8").replace('"num_classes": 3', '"num_classes": 5'), encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"1 tensors differ, first 'label_embedding\.weight'"):
         ConsistencyModel.from_pretrained(tmp_path / "run")
-    file.write_text(file.read_text().replace("ScmModel", "UNet2DModel"))
+    file.write_text(file.read_text("utf-8").replace("ScmModel", "UNet2DModel"), encoding="utf-8")
     with pytest.raises(ConfigError, match="expected a 'ScmModel'"):
         ConsistencyModel.from_pretrained(tmp_path / "run")

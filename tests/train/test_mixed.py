@@ -95,6 +95,6 @@ def test_a_run_in_half_precision_follows_the_one_in_single(tmp_path, precision):
         train(config, tmp_path / kind, Hooks(on_log=logged.append, log_every=1), data)
         assert logged[-1].skipped == 0
         lines[kind] = [(line.loss, line.grad_norm) for line in logged]
-        assert json.loads((tmp_path / kind / "train.json").read_text())["precision"] == kind
+        assert json.loads((tmp_path / kind / "train.json").read_text("utf-8"))["precision"] == kind
     single, half = (np.array(lines[kind]) for kind in ("fp32", precision))
     assert half == pytest.approx(single, rel=0.03) and not math.isclose(half[-1, 1], single[-1, 1], rel_tol=1e-9)

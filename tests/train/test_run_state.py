@@ -186,7 +186,7 @@ def test_a_line_of_the_log_is_the_same_after_an_interruption_in_its_midst(npz, t
 
 def lines(path):
     """The log without its seconds."""
-    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
+    return [{**json.loads(line), "seconds": 0} for line in path.read_text("utf-8").splitlines()]
 
 
 def test_a_finished_run_gets_its_model_back(npz, tmp_path):

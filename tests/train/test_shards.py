@@ -80,11 +80,11 @@ def test_batches_are_those_of_images_in_memory(request, kind, label):
 
 
 def test_rows_and_names(tars):
-    (tars / "class_names.txt").write_text("red\ngreen\nblue\n")
+    (tars / "class_names.txt").write_text("red\ngreen\nblue\n", encoding="utf-8")
     data = load_data(DataConfig(source=str(tars), label="cls", rows=(5, 8)))
     assert data.class_names == ("red", "green", "blue") and data.labels.tolist() == [2, 0, 1]
     np.testing.assert_array_equal(data.images[np.arange(3)], PIXELS[5:8])
-    (tars / "class_names.txt").write_text("red\n")
+    (tars / "class_names.txt").write_text("red\n", encoding="utf-8")
     with pytest.raises(TrainError, match="names 1 classes, the shards have numbers up to 2"):
         load_data(DataConfig(source=str(tars), label="cls"))
     assert load_data(DataConfig(source=str(tars))).labels is None

@@ -253,7 +253,7 @@ def test_a_damaged_latency_cache_counts_as_empty_and_costs_nothing(
         gen.benchmark(rounds=2, warmup=0)
         path = cache_path()
         assert path is not None
-        (key,) = json.loads(path.read_text())
+        (key,) = json.loads(path.read_text("utf-8"))
     path.unlink()
     if what == "fifo":
         os.mkfifo(path)
@@ -270,7 +270,8 @@ def test_a_damaged_latency_cache_counts_as_empty_and_costs_nothing(
                 "zero": json.dumps({key: [1.0, 0]}),
                 "text": "not json",
                 "list": "[1]",
-            }[what]
+            }[what],
+            encoding="utf-8",
         )
     with pytest.warns(RuntimeWarning, match=r"latency\.json is ignored: it .* Delete it") as caught:
         for _ in range(3):
@@ -288,9 +289,9 @@ def test_a_thousand_remembered_latencies_are_looked_through_once(
         gen.benchmark(rounds=2, warmup=0)
     path = cache_path()
     assert path is not None
-    ((key, value),) = json.loads(path.read_text()).items()
+    ((key, value),) = json.loads(path.read_text("utf-8")).items()
     others = {f"onnxruntime|{i}|{key}": value for i in range(500)} | {f"library{i}|{key}": value for i in range(499)}
-    path.write_text(json.dumps(others | {key: value}))
+    path.write_text(json.dumps(others | {key: value}), encoding="utf-8")
     real = latency_cache.distribution_version
     monkeypatch.setattr(latency_cache, "distribution_version", lambda *names: asked.append(names[0]) or real(*names))
     with Generator.from_pretrained(bundle, backend="onnxruntime") as gen:
@@ -309,5 +310,5 @@ def test_no_library_reports_its_use(backend: str, tmp_path: Path, linear_bundle:
     watch = ["strace", "-f", "-e", "trace=connect,sendto", "-o", str(log)]
     done = run_python(code, env=env, under=watch)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "AF_INET" not in log.read_text(), "no network was used"
+    assert "AF_INET" not in log.read_text("utf-8"), "no network was used"
     assert [p for p in (tmp_path / "home").rglob("*") if p.is_file()] == []

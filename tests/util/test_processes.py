@@ -111,5 +111,7 @@ def test_a_signal_after_two_openvino_models_were_closed_reaches_its_handler(unet
         "    model.close()\n"
         "signal.raise_signal(signal.SIGINT)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, unet_bundle], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, unet_bundle], capture_output=True, encoding="utf-8", timeout=120
+    )
     assert done.returncode == 0 and done.stdout == "handled\n", (done.returncode, done.stderr)

@@ -18,11 +18,11 @@ CPU = Path("/sys/fs/cgroup/cpu")
 def system(root: Path, cgroup: str, **files: str) -> Path:
     """Write a system's files; ``__`` in a name stands for a slash, ``_`` for itself."""
     (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(cgroup)
+    (root / "proc/self/cgroup").write_text(cgroup, encoding="utf-8")
     for name, text in files.items():
         path = root / "sys/fs/cgroup" / name.replace("__", "/").replace("DOT", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     return root
 
 
@@ -89,7 +89,7 @@ def test_a_real_quota() -> None:
     group = CPU / f"scm-test-{os.getpid()}"
     group.mkdir()
     try:
-        (group / "cpu.cfs_quota_us").write_text("50000")
+        (group / "cpu.cfs_quota_us").write_text("50000", encoding="utf-8")
         script = f'echo $$ > {group}/cgroup.procs; exec "$@"'
         code = "from scm_sdk._util.processor import concurrent_calls as c, usable_cores as u; print(u(), c(1))"
         done = run_python(code, under=[shutil.which("sh") or "sh", "-c", script, "sh"])

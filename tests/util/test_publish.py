@@ -233,7 +233,7 @@ def test_what_a_killed_command_left_goes_and_what_a_living_one_writes_stays(tmp_
     )
     code += "    (folder / 'big').write_bytes(b'x'); print(folder.name, flush=True); input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as other:
         assert other.stdout is not None
         left = tmp_path / other.stdout.readline().strip()
         fill(tmp_path / "b", b"1")
@@ -324,10 +324,10 @@ def test_a_journal_of_a_stranger_stays_in_its_folder(name: str, part: str, tmp_p
     (tmp_path / "outside").write_bytes(b"kept")
     (target / "link").symlink_to(tmp_path)
     journal = {"staging": ".scm-01234567.partial", "new": [], "replaced": [], "removed": []} | {part: [name]}
-    (target / JOURNAL_NAME).write_text(json.dumps(journal))
+    (target / JOURNAL_NAME).write_text(json.dumps(journal), encoding="utf-8")
     with pytest.raises(BundleError, match=r"is damaged .*(not allowed|leads out)"):
         finish_interrupted(target)
-    (target / JOURNAL_NAME).write_text(json.dumps(journal | {part: [], "staging": "../x"}))
+    (target / JOURNAL_NAME).write_text(json.dumps(journal | {part: [], "staging": "../x"}), encoding="utf-8")
     with pytest.raises(BundleError, match="is damaged"):
         finish_interrupted(target)
     (target / JOURNAL_NAME).unlink()
@@ -384,14 +384,14 @@ def test_where_nothing_can_be_written_it_is_said_before_the_work(tmp_path: Path)
     for path in tmp_path.parents:
         if not path.stat().st_mode & 0o001:
             path.chmod(path.stat().st_mode | 0o001)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, encoding="utf-8")
     assert done.returncode and "work" not in done.stdout
     assert "b cannot be written: Permission denied" in done.stderr
     # A folder of one's own in one that is not: in place.
     for path in (tmp_path / "b", *(tmp_path / "b").rglob("*")):
         os.chown(path, 65534, 65534)
     code = code.replace("print('work')", "pass")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path) == {} and (tmp_path / "b").is_dir()
 

@@ -14,7 +14,7 @@ import numpy as np
 def main() -> None:
     """Print one line for each sample."""
     folder = Path(__file__).resolve().parent
-    expected = json.loads((folder / "expected.json").read_text())
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     count, *shape = expected["shape"]
     wanted = np.fromfile(folder / "images.bin", "<f4").reshape(count, *shape)
     feeds = {

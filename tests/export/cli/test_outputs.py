@@ -28,7 +28,7 @@ def files_in(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("place", ["file.txt/x.html", "folder"])
 def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
-    (tmp_path / "file.txt").write_text("")
+    (tmp_path / "file.txt").write_text("", encoding="utf-8")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ScmError, match=r"cannot be written: .*Nothing was changed"):
         check_writable(tmp_path / place)
@@ -49,7 +49,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
 def test_an_output_that_cannot_be_written_is_found_out_before_the_work(
     unet_bundle: Path, tmp_path: Path, verb: str, options: list[str]
 ) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     done = run(verb, unet_bundle, *(option.format(tmp_path / "file") for option in options))
     assert done.exit_code == 1 and "cannot be written" in done.stderr, done.output
     assert len(done.stderr.splitlines()) == 1, "no line of progress came before"

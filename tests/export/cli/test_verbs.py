@@ -77,23 +77,23 @@ def test_dry_run_prints_the_resolved_config(street):
 def test_sct_needs_and_takes_initial_weights(street, tmp_path):
     common = ["--data", street / "data.npz", "--label", "k", "--iterations", 2, "--batch-size", 4]
     run("distill", "-o", tmp_path / "sct", "--no-teacher", "--init", street / "teacher", *common, "--sample-every", 0)
-    assert json.loads((tmp_path / "sct" / "train.json").read_text())["objective"] == "sct"
+    assert json.loads((tmp_path / "sct" / "train.json").read_text("utf-8"))["objective"] == "sct"
     target = ["--teacher", street / "teacher", "--init", street / "student"]
     run("distill", "-o", tmp_path / "more", *target, *common, "--sample-every", 0)
-    more = json.loads((tmp_path / "more" / "train.json").read_text())
+    more = json.loads((tmp_path / "more" / "train.json").read_text("utf-8"))
     assert (more["objective"], more["teacher"], more["init_from"]) == ("scd", *map(str, target[1::2]))
     run(
         "distill", "-o", tmp_path / "cd", *target[:2], *common, "--discrete-step", 0.3, "--anchor", 0.5,
         "--stable-targets", "--mid-time", 0.7, "--sample-every", 0,
     )  # fmt: skip
-    discrete = json.loads((tmp_path / "cd" / "train.json").read_text())
+    discrete = json.loads((tmp_path / "cd" / "train.json").read_text("utf-8"))
     assert [discrete[key] for key in ("objective", "discrete_step", "mid_time")] == ["cd", 0.3, 0.7]
     assert discrete["anchor"]["weight"] == 0.5
     run(
         "distill", "-o", tmp_path / "ends", *target[:2], *common, "--trajectory-steps", 3, "--huber", 0.03,
         "--vsd", 2, "--vsd-weighting", "error", "--sample-every", 0,
     )  # fmt: skip
-    ends = json.loads((tmp_path / "ends" / "train.json").read_text())
+    ends = json.loads((tmp_path / "ends" / "train.json").read_text("utf-8"))
     assert (ends["objective"], ends["trajectory"]) == ("trajectory", {"steps": 3, "huber": 0.03})
     assert (ends["vsd"]["weight"], ends["vsd"]["weighting"]) == (2, "error")
     assert "leave out --discrete-step and --vsd-only" in one_line(
@@ -109,7 +109,7 @@ def test_sct_needs_and_takes_initial_weights(street, tmp_path):
 def test_train_goes_on_from_a_checkpoint_with_stable_targets(street, tmp_path):
     common = ["--preset", "tiny", "--data", street / "data.npz", "--label", "k", "--iterations", 2, "--sample-every", 0]
     run("train", "-o", tmp_path / "more", "--init", street / "teacher", "--stable-targets", *common)
-    config = json.loads((tmp_path / "more" / "train.json").read_text())
+    config = json.loads((tmp_path / "more" / "train.json").read_text("utf-8"))
     assert config["stable_targets"] and config["init_from"] == str(street / "teacher")
 
 

@@ -32,7 +32,7 @@ def onnxruntime_web(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
         pytest.skip("npm is not installed")
     folder = tmp_path_factory.mktemp("npm")
     command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600, check=False)
     if done.returncode:
         pytest.skip(f"the npm registry is unreachable: {done.stderr[-200:]}")
     return folder / f"{PACKAGE}-{VERSION}.tgz"

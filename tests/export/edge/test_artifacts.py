@@ -239,12 +239,12 @@ def test_a_core_ml_package_has_the_samplers_names_and_what_checks_it(
         "noise_0": [1, 3, 8, 8], "noise_1": [1, 3, 8, 8], "class_labels": [1],
     }  # fmt: skip
     assert [each.name for each in description.output] == ["images"]
-    expected = json.loads((folder / "expected.json").read_text())
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
     assert (expected["max_abs"] is None) == (precision == "fp16") and expected["shape"] == [4, 3, 8, 8]
     golden = opened.goldens()[2]
     np.testing.assert_array_equal(np.fromfile(folder / "images.bin", "<f4"), golden.images.ravel())
     np.testing.assert_array_equal(np.fromfile(folder / "class_labels.bin", "<i8"), golden.class_labels)
-    compile((folder / "check.py").read_text(), "check.py", "exec")
+    compile((folder / "check.py").read_text("utf-8"), "check.py", "exec")
     assert (folder / "check.swift").is_file() and Bundle.open(bundle, verify="digest")
 
 

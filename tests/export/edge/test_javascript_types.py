@@ -26,7 +26,7 @@ def errors(folder: Path) -> str:
     """Return what the compiler says."""
     compiler = folder / "node_modules" / "typescript" / "bin" / "tsc"
     command = ["node", str(compiler), "-p", "."]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False).stdout
+    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=1800, check=False).stdout
 
 
 @pytest.mark.slow
@@ -40,7 +40,8 @@ def test_a_callers_mistakes_are_found(compile_types: Path) -> None:
         'import { Generator } from "./scm.js";\n'
         'const gen = await Generator.load("./", { device: "gpu" });\n'
         "const samples = await gen.generate({ sed: 3 });\n"
-        "console.log(samples.images.length, samples.image);\n"
+        "console.log(samples.images.length, samples.image);\n",
+        encoding="utf-8",
     )
     found = errors(compile_types)
     (compile_types / "web" / "caller.js").unlink()

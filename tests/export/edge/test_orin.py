@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, graphs: Path, tmp_path: Path) -> Path
 
 def inputs(folder: Path) -> dict[str, np.ndarray]:
     """Read the inputs as check.sh names them: names, shapes and files."""
-    text = (folder / "check.sh").read_text()
+    text = (folder / "check.sh").read_text("utf-8")
     shapes = dict(part.split(":") for part in re.search(r"--shapes=(\S+)", text)[1].split(","))  # type: ignore[index]
     files = dict(part.split(":") for part in re.search(r"--loadInputs=(\S+)", text)[1].split(","))  # type: ignore[index]
     assert shapes.keys() == files.keys()
@@ -53,9 +53,9 @@ def outputs_of(folder: Path, scale: float = 1.0) -> dict:
 
 
 def check(folder: Path, *outputs: dict) -> subprocess.CompletedProcess[str]:
-    (folder / "outputs.json").write_text(json.dumps(outputs))
+    (folder / "outputs.json").write_text(json.dumps(outputs), encoding="utf-8")
     command = [sys.executable, "-I", "-S", "check.py", "outputs.json"]  # -S: without any package
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=900)
 
 
 def test_the_recorded_samples_come_out_and_faults_are_found(folder: Path) -> None:
@@ -89,14 +89,14 @@ echo "$@" >> "$0.log"
 def test_build_checks_the_files_and_types_the_engine_strongly(folder: Path, help_text: str, typed: bool) -> None:
     """There is no trtexec here: a stand-in records its arguments. TensorRT 10 knows the option, 11 is always so."""
     tool = folder.parent / "trtexec"
-    tool.write_text(TRTEXEC.format(help=help_text))
+    tool.write_text(TRTEXEC.format(help=help_text), encoding="utf-8")
     tool.chmod(0o755)
     env = os.environ | {"TRTEXEC": str(tool)}
     done = subprocess.run(
-        ["sh", folder / "build.sh", "--verbose"], env=env, capture_output=True, text=True, timeout=900
+        ["sh", folder / "build.sh", "--verbose"], env=env, capture_output=True, encoding="utf-8", timeout=900
     )
     assert done.returncode == 0, done.stderr
-    told = tool.with_name("trtexec.log").read_text().split()
+    told = tool.with_name("trtexec.log").read_text("utf-8").split()
     assert ("--stronglyTyped" in told) == typed and "--onnx=model.onnx" in told and told[-1] == "--verbose"
     assert "--minShapes=noise_0:1x3x8x8,class_labels:1" in told
     (batch,) = {int(n) for n in re.findall(r"--maxShapes=noise_0:(\d+)x", " ".join(told))}
@@ -104,7 +104,7 @@ def test_build_checks_the_files_and_types_the_engine_strongly(folder: Path, help
     graph = bytearray((folder / "model.onnx").read_bytes())
     graph[-1] ^= 1
     (folder / "model.onnx").write_bytes(graph)
-    damaged = subprocess.run(["sh", folder / "build.sh"], env=env, capture_output=True, text=True, timeout=900)
+    damaged = subprocess.run(["sh", folder / "build.sh"], env=env, capture_output=True, encoding="utf-8", timeout=900)
     assert damaged.returncode != 0 and "model.onnx" in damaged.stdout + damaged.stderr
 
 
@@ -134,4 +134,4 @@ def test_what_cannot_be_handed_over_is_said(graphs: Path, unet_bundle: Path, tmp
     assert not (tmp_path / "out").exists()
     write_orin(unet_bundle, tmp_path / "out", steps=1, precision="fp32")
     write_orin(unet_bundle, tmp_path / "out", steps=2, precision="fp32")
-    assert "noise_1" in (tmp_path / "out" / "check.sh").read_text(), "an earlier folder of this kind is replaced"
+    assert "noise_1" in (tmp_path / "out" / "check.sh").read_text("utf-8"), "an earlier folder of this kind is replaced"

@@ -133,7 +133,7 @@ def test_mnn_reduces_over_all_axes_and_not_in_the_portable_form(op_type: str, tm
             convert,
             [sys.executable, "-c", _RUN_MNN, tmp_path / f"{i}.mnn", tmp_path / "x.npy", tmp_path / f"{i}.npy"],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=1800)
             assert done.returncode == 0, done.stdout + done.stderr
         images.append(np.load(tmp_path / f"{i}.npy"))
         shapes.append(images[-1].shape)

@@ -34,7 +34,7 @@ done({
 
 @pytest.mark.slow
 def test_prompts_and_recorded_samples(sana_bundle: Path, onnxruntime_web: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     site = tmp_path / "site"
     report = write_site(
         sana_bundle, site, devices=["wasm"], precisions=["fp32"], steps=[1, 2], prompts=tmp_path / "prompts.txt",
@@ -61,11 +61,11 @@ def test_prompts_and_recorded_samples(sana_bundle: Path, onnxruntime_web: Path, 
 
 def gen_sigma(site: Path) -> float:
     """Return the unit of the bounds."""
-    return float(json.loads((site / SITE_NAME).read_text())["samplers"][0]["sigma_data"])
+    return float(json.loads((site / SITE_NAME).read_text("utf-8"))["samplers"][0]["sigma_data"])
 
 
 def test_prompts_for_a_model_without_are_refused(unet_bundle: Path, onnxruntime_web: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "prompts.txt").write_text("a cat", encoding="utf-8")
     for name, fact in [("prompts.txt", "takes no prompt"), ("x.safetensors", "expected a text file")]:
         with pytest.raises(ConfigError, match=fact):
             write_site(unet_bundle, tmp_path / "site", prompts=tmp_path / name, onnxruntime_web=onnxruntime_web)
@@ -77,7 +77,7 @@ def test_operators_without_a_webgpu_kernel_are_told(
     software_gpu: Browser, sana_bundle: Path, onnxruntime_web: Path, tmp_path: Path, served: Callable[[Path], str]
 ) -> None:
     """The pipeline has such operators; the page generates from a prompt, proves, and names where it ran."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     site = tmp_path / "site"
     write_site(
         sana_bundle, site, precisions=["fp32"], steps=[1], prompts=tmp_path / "prompts.txt",

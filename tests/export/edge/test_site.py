@@ -194,7 +194,7 @@ def test_a_graph_that_no_browser_can_hold_is_refused(
 def test_only_a_site_is_replaced(two_precisions: Path, onnxruntime_web: Path, tmp_path: Path) -> None:
     taken = tmp_path / "site"
     taken.mkdir()
-    (taken / "diary.txt").write_text("mine")
+    (taken / "diary.txt").write_text("mine", encoding="utf-8")
     for overwrite, fact in [(False, "is not empty"), (True, f"holds no {SITE_NAME}")]:
         with pytest.raises(BundleError, match=fact):
             write_site(
@@ -241,7 +241,7 @@ class TestRuntime:
         with pytest.raises(BackendUnavailable, match=r"npm, which fetches it, is not installed.*--onnxruntime-web"):
             runtime_files(["wasm"])
         npm = tmp_path / "npm"
-        npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
+        npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n", encoding="utf-8")
         npm.chmod(0o755)
         with pytest.raises(BackendUnavailable, match=r"ENOTFOUND.*--onnxruntime-web"):
             runtime_files(["wasm"])
@@ -293,8 +293,8 @@ class TestServer:
             assert "Content-Encoding" not in headers
 
     def test_only_listed_files_under_a_local_name(self, site_copy: Path, served: Callable[[Path], str]) -> None:
-        (site_copy / "secret.txt").write_text("mine")
-        (site_copy.parent / "above.txt").write_text("mine")
+        (site_copy / "secret.txt").write_text("mine", encoding="utf-8")
+        (site_copy.parent / "above.txt").write_text("mine", encoding="utf-8")
         url = served(site_copy)
         for path in ("/secret.txt", "/../above.txt", "/%2e%2e/above.txt", "/scm", "/scm/", "//etc/passwd", "/page.js/"):
             assert self.get(url, path)[0] == 404, path
@@ -307,7 +307,7 @@ class TestServer:
             open_server(site, server.server_address[1])
         with pytest.raises(BundleError, match="is no site"):
             open_server(tmp_path)
-        (tmp_path / SITE_NAME).write_text('{"files": [{"path": "../x"}]}')
+        (tmp_path / SITE_NAME).write_text('{"files": [{"path": "../x"}]}', encoding="utf-8")
         with pytest.raises(SchemaError, match="cannot be read"):
             open_server(tmp_path)
 
@@ -335,7 +335,7 @@ def test_the_command_writes_and_serves(two_precisions: Path, onnxruntime_web: Pa
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == BundleError.exit_code and "--overwrite" in again.output
     command = [sys.executable, "-m", "scm_sdk.export.cli", *arguments, "--overwrite", "--serve", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stderr is not None
         try:
             lines = iter(process.stderr.readline, "")

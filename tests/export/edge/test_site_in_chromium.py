@@ -206,9 +206,9 @@ def test_a_page_that_cannot_start_says_why(browser: Browser, site_copy: Path, se
     page = browser.new_page()
     page.open((site_copy / "index.html").as_uri())
     page.wait("document.getElementById('facts').innerText.includes('only from a server, not from a file')")
-    url, manifest = served(site_copy), json.loads((site_copy / SITE_NAME).read_text())
+    url, manifest = served(site_copy), json.loads((site_copy / SITE_NAME).read_text("utf-8"))
     for name in ("samplers", "graphs", "files", "runtime"):
-        (site_copy / SITE_NAME).write_text(json.dumps(manifest | {name: None}))
+        (site_copy / SITE_NAME).write_text(json.dumps(manifest | {name: None}), encoding="utf-8")
         page = opened(browser, url)
         assert "The site cannot be opened" in page.text("#model") and f"damaged: {name} is no" in page.text("#alert")
 
@@ -225,10 +225,10 @@ def test_texts_of_a_bundle_are_shown_as_text(
     bundle = linear_bundle(spec, provenance={"license": HOSTILE, "training_warnings": [HOSTILE]})
     write_site(bundle, tmp_path / "site", devices=["wasm"], onnxruntime_web=onnxruntime_web)
     manifest = tmp_path / "site" / SITE_NAME
-    told = json.loads(manifest.read_text())
+    told = json.loads(manifest.read_text("utf-8"))
     assert told["license"] == HOSTILE
     told |= {"name": HOSTILE, "notes": [HOSTILE]}  # which bundles refuse, and a changed site does not
-    manifest.write_text(json.dumps(told))
+    manifest.write_text(json.dumps(told), encoding="utf-8")
     page = opened(browser, served(tmp_path / "site"), tmp_path)
     finish(page, "#generate")
     finish(page, "#prove")

@@ -85,10 +85,10 @@ def test_a_golden_that_is_not_the_models_fails_the_proof(site_copy: Path) -> Non
     images = np.frombuffer(path.read_bytes(), "<f4").copy()
     images[5] += 0.01
     path.write_bytes(images.tobytes())
-    manifest = json.loads((site_copy / SITE_NAME).read_text())
+    manifest = json.loads((site_copy / SITE_NAME).read_text("utf-8"))
     entry = next(each for each in manifest["files"] if each["path"] == "goldens/1step.f32")
     entry["sha256"] = hashlib.sha256(images.tobytes()).hexdigest()
-    (site_copy / SITE_NAME).write_text(json.dumps(manifest))
+    (site_copy / SITE_NAME).write_text(json.dumps(manifest), encoding="utf-8")
     proofs = run_node(PROVE, site_copy.as_uri())["proofs"]
     assert {(p["precision"], p["steps"]): p["passed"] for p in proofs} == {
         ("fp32", 1): False, ("fp32", 2): True, ("fp16", 1): True, ("fp16", 2): True,
@@ -200,7 +200,7 @@ def test_damaged_sites_are_refused_before_use(site_copy: Path) -> None:
     whole, request = model.read_bytes(), ({}, {"steps": 1})
     binary = site_copy / "runtime/ort-wasm-simd-threaded.wasm.gz"
     manifest = site_copy / SITE_NAME
-    text = manifest.read_text()
+    text = manifest.read_text("utf-8")
 
     def refused(path: Path, damaged: bytes) -> str:
         before = path.read_bytes()

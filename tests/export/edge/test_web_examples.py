@@ -27,7 +27,7 @@ def test_node(site: Path, two_precisions: Path, tmp_path: Path) -> None:
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [node, EXAMPLES / "node.mjs", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=1800, check=False)
 
     done = run(site, out, 7, "dog")
     assert done.returncode == 0, done.stderr

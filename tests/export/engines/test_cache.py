@@ -94,7 +94,7 @@ def test_garbage_is_what_was_not_used_for_long(graphs: Path) -> None:
     assert [e.key for e in cache.collect_garbage(max_age_days=5)] == [old.key]
     assert cache.collect_garbage(max_bytes=10**9) == []
     (left,) = cache.entries()
-    (left.folder / "build.json").write_text("{")
+    (left.folder / "build.json").write_text("{", encoding="utf-8")
     assert [e.problem() for e in cache.collect_garbage()] == ["build.json cannot be read"]
 
 
@@ -106,7 +106,7 @@ def test_the_second_builder_waits_and_finds_it_made(graphs: Path) -> None:
         "print(cached_engine(Path(sys.argv[1]), EngineOptions(compute_capabilities=('8.0',), batch=(1, 2, 5)))[1])\n"
     )
     command = [sys.executable, "-c", code, str(graph(graphs, "fp16"))]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") for _ in range(2)]
     assert sorted(p.communicate(timeout=120)[0].strip() for p in both) == ["False", "True"]
 
 
@@ -137,12 +137,12 @@ def test_a_lock_that_is_a_link_is_refused(graphs: Path, tmp_path: Path) -> None:
     entry, _ = cache.cached_engine(graph(graphs, "fp16"), options())
     lock = entry.folder.with_suffix(".lock")
     lock.unlink()
-    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "mine").write_text("kept", encoding="utf-8")
     lock.symlink_to(tmp_path / "mine")
     with pytest.raises(ExportError, match=r"\.lock is a link, expected a plain file"):
         cache.cached_engine(graph(graphs, "fp16"), options())
     del entry
-    assert cache.collect_garbage(max_bytes=0) == [] and (tmp_path / "mine").read_text() == "kept"
+    assert cache.collect_garbage(max_bytes=0) == [] and (tmp_path / "mine").read_text("utf-8") == "kept"
 
 
 def test_a_mismatch_is_let_pass_only_as_long_as_it_is_asked_for(graphs: Path, tmp_path: Path, monkeypatch) -> None:

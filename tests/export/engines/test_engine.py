@@ -111,7 +111,7 @@ def test_the_peak_is_one_builds_own(graphs: Path, tmp_path: Path) -> None:
     before = ballast.nbytes
     del ballast
     record = build_engine(graph(graphs, "fp16"), tmp_path / "engine", options())
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     now = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
     assert 1e8 < record.peak_memory_bytes < now + before * 0.9
 

@@ -308,7 +308,7 @@ def test_the_verb(unet_copy: Path, tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     (variant,) = json.loads(run.stdout)
     assert any("middle" in note and "asked for" in note for note in variant["notes"])
-    plan = json.loads((unet_copy / "precision/int8.json").read_text())
+    plan = json.loads((unet_copy / "precision/int8.json").read_text("utf-8"))
     assert plan["exclusions"][-1] == {"pattern": "step*/middle*", "reason": "asked for"}
     bad = CliRunner().invoke(main, ["quantize", str(unet_copy), "--from", str(unet_copy / GRAPH)])
     assert bad.exit_code == 2 and "--steps N" in bad.stderr

@@ -107,7 +107,7 @@ def test_the_verb_adds_and_tells(unet_copy: Path, tmp_path: Path) -> None:
         json.loads(mine.stdout)[0]["nodes"]["float"] > 0 and b"mine" in (unet_copy / "precision/fp16.json").read_bytes()
     )
 
-    edited.write_text("{")
+    edited.write_text("{", encoding="utf-8")
     bad = CliRunner().invoke(main, ["precision", str(unet_copy), "--plan", str(edited)])
     assert bad.exit_code == 2 and "precision plan cannot be read" in bad.stderr
 

@@ -90,7 +90,7 @@ def _fused(x, t):
 
 
 def _at(marker: str) -> str:
-    lines = Path(__file__).read_text().splitlines()
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     return rf"{Path(__file__).name}:{next(i for i, line in enumerate(lines, 1) if marker in line)}\b"
 
 
