@@ -118,7 +118,9 @@ def _fetch() -> dict[str, bytes]:
     with scratch_folder() as folder:
         command = [npm, "pack", asked, "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
         try:
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=_NPM_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=_NPM_SECONDS, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as exc:
             raise BackendUnavailable(f"npm pack {asked} failed: {exc}. {offline}") from exc
         archive = folder / f"{_CACHED}.tgz"
