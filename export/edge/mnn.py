@@ -96,7 +96,6 @@ def _run(code: str, *arguments: object) -> None:
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        errors="replace",
         check=False,
     )
     if done.returncode:
