@@ -13,14 +13,13 @@ A stage that is done is not done again.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from stages import Stages, add_engine, add_fp16, run_stage, say
+from stages import Stages, add_engine, add_fp16, describe_graph, difference, recorded, run_graph, walk
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "0.6B": {
@@ -79,30 +78,12 @@ def import_(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     report = import_sana(
         folder / "pipeline", folder / "bundle", steps=(steps,), max_batch=1, overwrite=True, events=Stages()
     )
-    (graph,) = report.graphs
-    return {
-        "seconds_by_part": dict(graph.seconds),
-        "num_parameters": graph.num_parameters,
-        "num_nodes": graph.num_nodes,
-        "graph_bytes": graph.bytes + graph.data_bytes,
-    }
+    return describe_graph(report)
 
 
 def run(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     """Draw the recorded picture with ONNX Runtime and hold it to PyTorch's."""
-    import onnxruntime
-
-    from scm_sdk.export.precision.probe import feeds_of
-
-    golden, spec = _golden(folder, steps)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.enable_cpu_mem_arena = False  # it keeps what it took for the largest layer
-    path = folder / "bundle" / "onnx" / "fp32" / f"{steps}step" / "model.onnx"
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    start = time.perf_counter()
-    (images,) = session.run([spec.output_name], feeds_of(spec, golden.seeds.tolist()))
-    return {"seconds_of_call": round(time.perf_counter() - start, 1), **_difference(images, golden.images)}
+    return run_graph(folder / "bundle", steps)
 
 
 def diffusers(layout: str, steps: int, folder: Path) -> dict[str, Any]:
@@ -113,7 +94,7 @@ def diffusers(layout: str, steps: int, folder: Path) -> dict[str, Any]:
 
     from scm_sdk.inference.request import make_example
 
-    golden, spec = _golden(folder, steps)
+    golden, spec = recorded(folder / "bundle", steps)
     noise, given = make_example(spec, golden.seeds.tolist()).inputs(0, len(golden.seeds))
     waiting = iter([*noise[1:], noise[0] * 0])
     scheduling_scm.randn_tensor = lambda *_, **__: torch.tensor(next(waiting))
@@ -129,7 +110,7 @@ def diffusers(layout: str, steps: int, folder: Path) -> dict[str, Any]:
     ).images  # fmt: skip  # pyright: ignore[reportAttributeAccessIssue]
     with torch.inference_mode():
         decoded = pipeline.vae.decode(images / pipeline.vae.config.scaling_factor).sample.numpy()
-    return {"seconds_of_call": round(time.perf_counter() - start, 1), **_difference(decoded, golden.images)}
+    return {"seconds_of_call": round(time.perf_counter() - start, 1), **difference(decoded, golden.images)}
 
 
 def fp16(layout: str, steps: int, folder: Path) -> dict[str, Any]:
@@ -169,6 +150,7 @@ def main(layout: str, steps: int, layers: int | None, work: Path, out: Path | No
         found = STAGES[stage](layout, steps, folder)
         (folder / f"{stage}.partial.json").write_text(json.dumps(found), encoding="utf-8")
         return
+<<<<<<< HEAD
     folder.mkdir(parents=True, exist_ok=True)
     for each in STAGES:
         if not (folder / f"{each}.json").exists():
@@ -211,6 +193,9 @@ def _difference(images: Any, recorded: Any) -> dict[str, float]:
         "largest": float(np.abs(recorded).max()),
         "standard_deviation": float(recorded.std()),
     }
+=======
+    walk(name, STAGES, folder, out)
+>>>>>>> 40f7e23 (A fused float32 residual does not make a half-precision convolution float32 in the census; a benchmark of Wan 2.1 1.3B shares its stages with SANA's)
 
 
 if __name__ == "__main__":

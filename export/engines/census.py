@@ -105,11 +105,12 @@ class Kernel:
 
     @property
     def type(self) -> str:
-        """Int8 or FP8 if both data and weights have it; else the first other type.
+        """Int8 or FP8 if both data and weights have it, else the type of weights that data has; else the first other.
 
-        A kernel with int8 data and half weights converts the data and multiplies in half precision.
+        A kernel with int8 data and half weights converts the data and multiplies in half precision. One that also adds
+        a float32 residual has an input of that type, which may come first.
         """
-        for low in _EIGHT_BITS:
+        for low in (*_EIGHT_BITS, *self.constant_types):
             if low in self.input_types and low in self.constant_types:
                 return low
         types = self.input_types + self.constant_types

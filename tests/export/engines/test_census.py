@@ -51,6 +51,21 @@ def test_a_census_sees_a_convolution_in_the_wrong_type(graphs: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("weights", ["Half", "Float"])
+def test_the_type_of_a_layer_is_that_of_its_weights_not_of_a_residual(weights: str) -> None:
+    """As TensorRT-RTX 1.7.1 builds a convolution of Wan's decoder with the addition after it, which is in float32."""
+    residual = "Half" if weights == "Float" else "Float"
+    (kernel,) = parse_kernels(
+        [
+            f"Name: __myl_CorrCastAdd_myl0_112, LayerType: runtime_fusion, Inputs: [ "
+            f"{{ Name: h, Datatype: {residual} }}, {{ Name: x, Datatype: {weights} }}], "
+            f"Constants: [ {{ Datatype: {weights} }}], Outputs: [ {{ Datatype: Float }}], TacticName: , "
+            "Metadata: [ONNX Layer: conv2/Conv][ONNX Layer: Add]"
+        ]
+    )
+    assert kernel.computes_layer and kernel.type == weights
+
+
 @pytest.mark.parametrize(("heads", "batch_one", "fused"), [(1, False, 1), (1, True, 0), (2, True, 1)])
 def test_one_head_of_one_sample_is_planned_as_plain_products(heads: int, batch_one: bool, fused: int) -> None:
     """As TensorRT-RTX 1.7.1 builds DDPM++ of CIFAR-10, whose attention has one head, for batches of one."""
