@@ -150,52 +150,7 @@ def main(layout: str, steps: int, layers: int | None, work: Path, out: Path | No
         found = STAGES[stage](layout, steps, folder)
         (folder / f"{stage}.partial.json").write_text(json.dumps(found), encoding="utf-8")
         return
-<<<<<<< HEAD
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in STAGES:
-        if not (folder / f"{each}.json").exists():
-            _measure(each, folder)
-            if out is not None:
-                _keep(name, folder, out)
-
-
-def _measure(stage: str, folder: Path) -> None:
-    """Run one stage in a process and write what it took and what it printed."""
-    found = run_stage([*sys.argv, "--stage", stage], folder / f"{stage}.partial.json")
-    found["peak_gib"] = round(found.pop("peak_bytes") / 2**30, 2)
-    (folder / f"{stage}.json").write_text(json.dumps(found), encoding="utf-8")
-    say(f"{stage}: {json.dumps(found)}")
-
-
-def _keep(name: str, folder: Path, out: Path) -> None:
-    from scm_sdk import __version__
-    from scm_sdk._util.machine import describe_machine
-
-    table = json.loads(out.read_bytes()) if out.exists() else {}
-    done = {each: folder / f"{each}.json" for each in STAGES}
-    stages = {each: json.loads(path.read_bytes()) for each, path in done.items() if path.exists()}
-    table[name] = {"machine": describe_machine(), "scm_sdk": __version__, **stages}
-    out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-
-
-def _golden(folder: Path, steps: int) -> tuple[Any, Any]:
-    from scm_sdk.bundle.bundle import Bundle
-
-    bundle = Bundle.open(folder / "bundle", verify="none")
-    return bundle.goldens()[steps], bundle.spec(steps)
-
-
-def _difference(images: Any, recorded: Any) -> dict[str, float]:
-    import numpy as np
-
-    return {
-        "max_abs_difference": float(np.abs(images - recorded).max()),
-        "largest": float(np.abs(recorded).max()),
-        "standard_deviation": float(recorded.std()),
-    }
-=======
     walk(name, STAGES, folder, out)
->>>>>>> 40f7e23 (A fused float32 residual does not make a half-precision convolution float32 in the census; a benchmark of Wan 2.1 1.3B shares its stages with SANA's)
 
 
 if __name__ == "__main__":
