@@ -246,7 +246,7 @@ class _Lowering:
 
         inputs, outputs, able = types_of(node.op_type, node.domain, self.opset, len(node.inputs), len(node.outputs))
         moved = node.op_type in MOVES and node.inputs[0] is not None and node.inputs[0].dtype == self.full
-        stays = node in self.kept or moved or self.low.name not in able
+        stays = node in self.kept or moved or self.low.name not in able or self._has_lost_factor(node)
         wanted = self.full if stays else self.low
         for i, value in enumerate(list(node.inputs)):
             if value is None or value.dtype not in (self.full, self.low):
@@ -280,15 +280,31 @@ class _Lowering:
             self.copies[key] = copy
         return self.copies[key]
 
-    def _round(self, array: np.ndarray, name: str) -> np.ndarray:
+    def _has_lost_factor(self, node: ir.Node) -> bool:
+        """Return whether a product has a factor, one number, that the reduced precision does not hold.
+
+        The product itself often fits: a coefficient of a step is 2e-8, not 0, where rounded times give no exact zero.
+        """
+        if node.op_type != "Mul":
+            return False
+        constants = [value.const_value for value in node.inputs if value is not None and value.is_initializer()]
+        return any(c is not None and c.size == 1 and self._rounded(c.numpy())[1] for c in constants)
+
+    def _rounded(self, array: np.ndarray) -> tuple[np.ndarray, str]:
+        """Return an array in the reduced precision, and what it becomes there: "" if it keeps its value, rounded."""
         import numpy as np
 
         with np.errstate(over="ignore"):
             rounded: np.ndarray = array.astype(self.low.numpy())
-        lost = np.isinf(rounded.astype(np.float32)) & np.isfinite(array)
-        gone = array.size == 1 and bool(np.any((array != 0) & (rounded == 0)))
-        if lost.any() or gone:
-            becomes = "infinite" if lost.any() else "0"
+        if (np.isinf(rounded.astype(np.float32)) & np.isfinite(array)).any():
+            return rounded, "infinite"
+        return rounded, "0" if array.size == 1 and bool(np.any((array != 0) & (rounded == 0))) else ""
+
+    def _round(self, array: np.ndarray, name: str) -> np.ndarray:
+        import numpy as np
+
+        rounded, becomes = self._rounded(array)
+        if becomes:
             remedy = ", or use bf16" if self.name == "fp16" else ""
             raise ExportError(
                 f"{name!r} holds {float(np.abs(array).max()):.3g}, which {self.name} cannot (it becomes {becomes}). "

@@ -188,3 +188,21 @@ def test_the_smallest_set_is_found_whatever_the_order(needed: set[int], order: l
 def test_a_probe_refuses_inputs_that_no_seed_gives(fp32: ir.Model, spec: SamplerSpec) -> None:
     with pytest.raises(ConfigError, match="num_samples is 0"):
         Probe(fp32, spec, num_samples=0)
+
+
+@pytest.mark.parametrize("factor", [2.2e-8, 1e6])
+def test_a_factor_that_fp16_cannot_hold_keeps_its_product_in_float32(factor: float) -> None:
+    """As the coefficient cos(t) - sin(t) of a flow's step at pi/4, which float32 rounds to 2.2e-8 in place of 0."""
+    noise, out = (ir.Value(name=name, shape=ir.Shape(["batch", 4]), type=ir.TensorType(ir.DataType.FLOAT))
+                  for name in ("noise_0", "images"))  # fmt: skip
+    scale, bias = (ir.val(name, const_value=ir.tensor(np.array([value], np.float32), name=name))
+                   for name, value in (("scale", factor), ("bias", 0.25)))  # fmt: skip
+    product = ir.node("Mul", [noise, scale], name="step0/Mul")
+    total = ir.node("Add", [product.outputs[0], bias], outputs=[out], name="step0/Add")
+    product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([noise], [out], nodes=[product, total], initializers=[scale, bias], opset_imports={"": 20})
+    low = apply_precision(ir.Model(graph, ir_version=10), PrecisionPlan(precision="fp16"))
+    assert dtypes(low) == {"step0/Mul": "FLOAT", "step0/Add": "FLOAT16"}
+    session = onnxruntime.InferenceSession(ir.to_proto(low).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.float32([[1e-3, -2e-3, 4e-3, 0]])
+    np.testing.assert_allclose(session.run(None, {"noise_0": x})[0], x * factor + 0.25, rtol=1e-3)
