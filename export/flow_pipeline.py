@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scm_sdk._util.events import SILENT, Events
-from scm_sdk.bundle.manifest import MANIFEST_NAME
+from scm_sdk.bundle.layout import PROMPT_GRAPH_PATH
+from scm_sdk.bundle.manifest import MANIFEST_NAME, Role
 from scm_sdk.errors import BundleError
 from scm_sdk.spec import Renoise
 
 from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
+from .graph.text_encoder import check_has_text_encoder, export_text_encoder
 from .sana import MAX_BATCH
 from .workspace import Workspace
 
@@ -39,6 +41,7 @@ def import_flow_pipeline(
     distilled: bool = False,
     base: str | os.PathLike[str] | None = None,
     text_encoder: bool = True,
+    onnx_text_encoder: bool = False,
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
@@ -61,6 +64,7 @@ def import_flow_pipeline(
         base: The ``WanPipeline`` folder with autoencoder and configs of a ``.pt`` file; None for a folder.
         text_encoder: Whether to copy a text encoder that prompts can be encoded with; the base's, for a ``.pt`` file. A
             bundle without it takes embeddings only.
+        onnx_text_encoder: Whether to export the text encoder as a graph, float32, which encodes prompts without torch.
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
@@ -78,6 +82,18 @@ def import_flow_pipeline(
     with _pipeline(source, out, base) as folder:
         model = load_few_step(folder, settings)
         model.keep_text_encoder = text_encoder
+        if onnx_text_encoder:
+            check_has_text_encoder(model.folder)
+
+        def add_parts(bundle: Path) -> dict[str, Role]:
+            if not onnx_text_encoder:
+                return {}
+            from scm_sdk.model.foreign.flow_prompts import FlowPromptEncoder
+
+            events.stage("export the text encoder")
+            tokens = model.folder.settings.max_sequence_length
+            return export_text_encoder(FlowPromptEncoder(model.folder), bundle, max_sequence_length=tokens)
+
         provenance = {
             "source": origin or Path(source).name,
             "pipeline": model.folder.row.name,
@@ -94,6 +110,7 @@ def import_flow_pipeline(
             name=name,
             overwrite=overwrite,
             provenance=provenance,
+            add_parts=add_parts,
             events=events,
         )
 
@@ -112,6 +129,7 @@ def current_flow_import(
     distilled: bool = False,
     base: str | os.PathLike[str] | None = None,
     text_encoder: bool = True,
+    onnx_text_encoder: bool = False,
 ) -> BundleReport | None:
     """Return the report of the existing bundle if ``import_flow_pipeline`` would create the same; else None."""
     from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
@@ -130,6 +148,7 @@ def current_flow_import(
         there = read_few_step_folder(Path(out) / DENOISER)
         same = found == wanted and there.settings == given.settings
         same = same and there.has_text_encoder == (text_encoder and given.has_text_encoder)
+        same = same and onnx_text_encoder == (Path(out) / PROMPT_GRAPH_PATH).is_file()
         return report_bundle(workspace) if same else None
 
 

@@ -20,7 +20,7 @@ from scm_sdk.errors import ConfigError
 from scm_sdk.spec import Renoise
 
 from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
-from .graph.text_encoder import export_text_encoder
+from .graph.text_encoder import check_has_text_encoder, export_text_encoder
 
 MAX_BATCH = 8
 """Default of the largest batch, small because images have a megapixel."""
@@ -97,13 +97,17 @@ def import_sana(
         provenance["lora_scale"] = f"{lora_scale:g}"
     with with_parts(Path(source), **_parts(vae, loras, lora_scale)) as folder:
         model = load_sana(folder, settings, encoder=encoder)
+        if onnx_text_encoder:
+            check_has_text_encoder(model.folder)
         model.keep_text_encoder = text_encoder
 
         def add_parts(bundle: Path) -> dict[str, Role]:
             if not onnx_text_encoder:
                 return {}
+            from scm_sdk.model.foreign.prompt_encoder import PromptEncoder
+
             events.stage("export the text encoder")
-            return export_text_encoder(folder, bundle, max_sequence_length=max_sequence_length)
+            return export_text_encoder(PromptEncoder(folder), bundle, max_sequence_length=max_sequence_length)
 
         return export_bundle(
             model,

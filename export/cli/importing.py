@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @click.option("--distilled", is_flag=True, help="The weights are a few-step student, where the folder does not say so.")
 @click.option("--encoder", is_flag=True, help="Add the encoder of a pipeline's autoencoder, for generate --image.")
 @click.option("--onnx-text-encoder", is_flag=True,
-              help="Also export a SANA-Sprint text encoder as a graph: prompts then need no torch.")  # fmt: skip
+              help="Also export a pipeline's text encoder as a graph: prompts then need no torch.")  # fmt: skip
 @click.option("--vae", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Another autoencoder for a SANA-Sprint pipeline, such as DC-AE-Lite.")  # fmt: skip
 @click.option("--lora", "loras", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
@@ -92,23 +92,23 @@ def import_(
         folder = source if student else local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
         given: dict[str, Any] = {"times": times, "size": parse_size(size), "max_batch": max_batch}
+        given |= {"text_encoder": text_encoder, "onnx_text_encoder": onnx_text_encoder}
         current: Callable[..., BundleReport | None]
         create: Callable[..., BundleReport]
         if not student and is_sana(folder):
             if distilled or frames is not None:
                 option = "--distilled" if distilled else "--frames"
                 raise click.UsageError(f"{option} is given for a SANA-Sprint pipeline, expected it left out.")
-            given |= {"steps": steps or (1, 2, 4), "renoise": renoise or "fresh", "text_encoder": text_encoder}
+            given |= {"steps": steps or (1, 2, 4), "renoise": renoise or "fresh"}
             given |= {"max_sequence_length": tokens or 300, "encoder": encoder, "start_time": start_time}
-            given |= {"vae": vae, "loras": loras, "lora_scale": lora_scale, "onnx_text_encoder": onnx_text_encoder}
+            given |= {"vae": vae, "loras": loras, "lora_scale": lora_scale}
             current, create = current_import, import_sana
         else:
-            only = {"--encoder": encoder, "--start-time": start_time is not None, "--vae": vae, "--lora": loras,
-                    "--onnx-text-encoder": onnx_text_encoder}  # fmt: skip
+            only = {"--encoder": encoder, "--start-time": start_time is not None, "--vae": vae, "--lora": loras}
             if option := next((name for name, value in only.items() if value), ""):
                 raise click.UsageError(f"{option} is given, expected it left out: it is for SANA-Sprint pipelines.")
             given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}
-            given |= {"max_sequence_length": tokens or 0, "base": base, "text_encoder": text_encoder}
+            given |= {"max_sequence_length": tokens or 0, "base": base}
             current, create = current_flow_import, import_flow_pipeline
         report = None if overwrite else current(folder, out, **given)
         unchanged = report is not None

@@ -46,7 +46,7 @@ def bundle_examples(path: str | os.PathLike[str], prompts: Path) -> Examples:
         ScmError: As ``Bundle.open`` and ``read_examples`` do.
     """
     source = open_source(path, verify="none")
-    return read_examples(prompts, source.spec(source.default_steps, unrolled=False), source.text_encoder)
+    return read_examples(prompts, source.spec(source.default_steps, unrolled=False), source.prompts())
 
 
 NUM_SAMPLES = 32

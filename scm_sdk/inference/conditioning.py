@@ -45,14 +45,14 @@ class Examples:
         return {name: tensor[at] for name, tensor in self.tensors.items()}
 
 
-def read_examples(path: Path, spec: SamplerSpec, text_encoder: Path | None) -> Examples:
+def read_examples(path: Path, spec: SamplerSpec, prompts: Prompts) -> Examples:
     """Read conditioning inputs from a file.
 
     Args:
         path: A UTF-8 text file with one prompt per line; or a ``.safetensors`` file with the further inputs of the
             sampler by name, ``(N, *shape)``; masks are optional.
         spec: The sampler.
-        text_encoder: Folder of the pipeline with the text encoder, None if the model has none.
+        prompts: What encodes prompts of a text file.
 
     Raises:
         ConfigError: If the model takes no such inputs, the file is empty, too large or of another kind, or there is no
@@ -74,7 +74,7 @@ def read_examples(path: Path, spec: SamplerSpec, text_encoder: Path | None) -> E
                 f"{path} holds prompts, but this model takes {', '.join(names)}. Give a .safetensors file with those."
             )
         texts = read_prompts(path)
-        made = Prompts(text_encoder).conditioning(spec, len(texts), prompt=texts)
+        made = prompts.conditioning(spec, len(texts), prompt=texts)
         tensors = {name: array for name, array in (made or {}).items() if name in (EMBEDS, MASK)}
         source = f"{len(texts)} prompts of {path.name}"
     return Examples(tensors=tensors, source=source, sha256=sha256_file(path))

@@ -29,7 +29,7 @@ from ..errors import BundleError, ConfigError, IntegrityError, UnknownArgument
 from .backends import Backend
 from .batching import Job, run_in_order
 from .output import GeneratorOutput, make_output
-from .prompts import EMBEDS, MASK, Prompts
+from .prompts import EMBEDS, MASK
 from .request import (
     Labels,
     OutputType,
@@ -82,10 +82,7 @@ class Generator:
         self.source = source
         self._opener = opener
         self._arguments = dict(arguments)
-        self._prompts = Prompts(
-            source.text_encoder, arguments["device"], note=source.cut_note, graph=source.prompt_graph,
-            check=source.check_text_encoder if source.prompt_graph is None else source.check_prompt_graph,
-        )  # fmt: skip
+        self._prompts = source.prompts(device=arguments["device"])
         self._starts = StartImages(source, device=arguments["device"], num_threads=arguments["num_threads"])
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]

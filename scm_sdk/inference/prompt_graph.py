@@ -1,14 +1,18 @@
 """A text encoder as a graph: prompts are encoded by ONNX Runtime and the library ``tokenizers``, without PyTorch.
 
-Prompts are preprocessed as in ``SanaSprintPipeline``'s own call: lower case, after its instruction to the language
-model, padded on the right to one length; the first and the last states are kept.
+Prompts are preprocessed as in the pipeline's own call and padded on the right to one length. SANA-Sprint: lower case,
+after its instruction to the language model; the first and the last states are kept. FLUX.2-klein and Z-Image: between
+the texts of a chat template. Wan and AnyFlow: without HTML entities and repeated white space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -24,12 +28,28 @@ MAX_TOKENIZER_BYTES = 64 << 20
 """Maximum size of a tokenizer, bytes; Gemma's has 34 MB."""
 
 
+def _web(text: str) -> str:
+    """Clean a text of the web as diffusers does, which repairs its characters by ftfy where that is installed."""
+    if importlib.util.find_spec("ftfy") is not None:
+        text = importlib.import_module("ftfy").fix_text(text)
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+CLEANING: Mapping[str, Callable[[str], str]] = {
+    "lower": lambda text: text.lower().strip(), "web": _web, "none": lambda text: text,
+}  # fmt: skip
+"""Preprocessing of a prompt's text by name."""
+
+
 class PromptSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Preprocessing of a prompt; ``prompt.json`` next to the graph.
 
     Attributes:
         instruction: Text before each prompt.
-        length: Tokens of instruction and prompt.
+        after: Text after each prompt.
+        clean: Preprocessing of the prompt, a key of ``CLEANING``.
+        mask: Whether the sampler leaves padding out by a mask; else padding is part of the embeddings.
+        length: Tokens of the whole text.
         max_sequence_length: Tokens that are kept.
         width: Width of an embedding.
         pad_id: Number of the padding token.
@@ -42,6 +62,9 @@ class PromptSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     width: int
     pad_id: int
     pad_token: str
+    after: str = ""
+    clean: Literal["lower", "web", "none"] = "lower"
+    mask: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_sequence_length <= self.length <= 1 << 16 or not 1 <= self.width <= 1 << 16:
@@ -105,11 +128,12 @@ class PromptGraph:
                 f"prompts of {max_sequence_length} tokens are asked for, expected {s.max_sequence_length}, for which "
                 "the text encoder was exported. Import the pipeline again with --tokens."
             )
-        encoded = self._tokenizer.encode_batch([s.instruction + text.lower().strip() for text in prompts])
+        clean = CLEANING[s.clean]
+        encoded = self._tokenizer.encode_batch([s.instruction + clean(text) + s.after for text in prompts])
         ids, mask = (
             np.array([getattr(each, name) for each in encoded], np.int64) for name in ("ids", "attention_mask")
         )
         feeds = ({"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]} for i in range(len(ids)))
         embeds = np.concatenate([self._graph.run(feed) for feed in feeds])
         kept = [0, *range(s.length - s.max_sequence_length + 1, s.length)]
-        return embeds, mask[:, kept]
+        return embeds, mask[:, kept] if s.mask else np.ones_like(mask[:, kept])

@@ -22,6 +22,7 @@ from ..bundle.status import ModelStatus
 from ..bundle.verify import Stamp, stamp
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..spec import SamplerSpec
+from .prompts import Prompts
 
 CHECKPOINT_STEPS = (1, 2)
 """What a checkpoint folder offers by itself; asked for by number it runs any steps."""
@@ -138,6 +139,12 @@ class Source:
         if self.bundle is not None:
             self.check_unchanged(PROMPT_GRAPH_PATH)
             self.bundle.check_graph(PROMPT_GRAPH_PATH)
+
+    def prompts(self, *, device: str | None = None) -> Prompts:
+        """Return what encodes prompts: the graph of the text encoder, or the text encoder in PyTorch."""
+        graph = self.prompt_graph
+        check = self.check_text_encoder if graph is None else self.check_prompt_graph
+        return Prompts(self.text_encoder, device, note=self.cut_note, graph=graph, check=check)
 
     def check_graph(self, artifact: str) -> None:
         """Check an artifact that is a graph before a library reads it; see ``Bundle.check_graph``."""

@@ -410,7 +410,7 @@ def _check_inputs(gen: Generator) -> None:
             f"the model at {gen.source.path} needs the inputs {', '.join(sorted(unknown))}, expected class labels, a "
             "guidance scale or a prompt, which requests can name. Serve it with Generator in a program of your own."
         )
-    if names and gen.source.text_encoder is None:
+    if names and gen.source.text_encoder is None and gen.source.prompt_graph is None:
         raise ConfigError(
             f"the model at {gen.source.path} makes pictures of a text and came without its text encoder, expected "
             "both. Import it again with the text encoder."

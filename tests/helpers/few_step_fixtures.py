@@ -87,6 +87,47 @@ def make_pipeline(name: str) -> Any:
     return made
 
 
+CHAT = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+"""A chat template of the form that Qwen3's has."""
+
+
+@cache
+def make_text(name: str) -> dict[str, Any]:
+    """The tokenizer and the random text encoder of a pipeline's class, which fit ``make_pipeline``'s."""
+    import tokenizers
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    if name in ("WanPipeline", "AnyFlowPipeline"):
+        words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -1.0), ("▁", -2.0)]
+        words += [(letter, -3.0) for letter in "abcdefghijklmnopqrst&"]
+        umt5 = transformers.UMT5Config(vocab_size=len(words), d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+        return {
+            "tokenizer": transformers.T5TokenizerFast(vocab=words, extra_ids=0),
+            "text_encoder": transformers.UMT5EncoderModel(umt5).eval(),
+        }
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: i for i, word in enumerate([*letters, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "ca"])}
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=vocabulary, merges=[("c", "a")], additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT
+    qwen3 = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=4, num_hidden_layers=28 if name == "Flux2KleinPipeline" else 3, max_position_embeddings=256,
+    )  # fmt: skip
+    kind = transformers.Qwen3ForCausalLM if name == "Flux2KleinPipeline" else transformers.Qwen3Model
+    return {"tokenizer": tokenizer, "text_encoder": kind(qwen3).eval()}
+
+
 def draw_prompts(width: int, count: int = 2) -> np.ndarray:
     """Embeddings of prompts, (count, TOKENS, width), float32."""
     return np.random.default_rng(1).standard_normal((count, TOKENS, width)).astype(np.float32)

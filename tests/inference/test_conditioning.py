@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from scm_sdk.errors import ConfigError, ScmError, ShapeError
 from scm_sdk.export.precision.calibration import describe_conditioning
 from scm_sdk.inference.conditioning import Examples, read_examples
+from scm_sdk.inference.prompts import Prompts
 from scm_sdk.inference.request import make_example
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
@@ -28,7 +29,7 @@ MASK = np.array([[1, 1], [1, 0], [1, 1]], np.int64)
 def test_rows_are_taken_in_turn_by_seed(tmp_path: Path) -> None:
     path = tmp_path / "rows.safetensors"
     save_file({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK}, path)
-    examples = read_examples(path, SPEC, None)
+    examples = read_examples(path, SPEC, Prompts(None))
     request = make_example(SPEC, [4, 2, (1 << 40) + 3], examples=examples)
     rows = [4 % 3, 2, ((1 << 40) + 3) % 3]
     np.testing.assert_array_equal(request.conditioning["prompt_embeds"], EMBEDS[rows])
@@ -38,7 +39,7 @@ def test_rows_are_taken_in_turn_by_seed(tmp_path: Path) -> None:
 
 def test_a_mask_may_be_left_out_and_noise_is_the_same(tmp_path: Path) -> None:
     save_file({"prompt_embeds": EMBEDS}, tmp_path / "rows.safetensors")
-    told = make_example(SPEC, [5], examples=read_examples(tmp_path / "rows.safetensors", SPEC, None))
+    told = make_example(SPEC, [5], examples=read_examples(tmp_path / "rows.safetensors", SPEC, Prompts(None)))
     drawn = make_example(SPEC, [5])
     assert told.conditioning["prompt_attention_mask"].all()
     np.testing.assert_array_equal(told.inputs(0, 1)[0][0], drawn.inputs(0, 1)[0][0])
@@ -70,7 +71,7 @@ def test_other_tensors_are_refused(
 ) -> None:
     save_file(tensors, tmp_path / "rows.safetensors")
     with pytest.raises(error, match=message):
-        read_examples(tmp_path / "rows.safetensors", SPEC, None)
+        read_examples(tmp_path / "rows.safetensors", SPEC, Prompts(None))
 
 
 @pytest.mark.parametrize(
@@ -88,13 +89,13 @@ def test_other_tensors_are_refused(
 def test_other_files_are_refused(tmp_path: Path, name: str, data: bytes, spec: SamplerSpec, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=message):
-        read_examples(tmp_path / name, spec, None)
+        read_examples(tmp_path / name, spec, Prompts(None))
 
 
 def test_a_file_that_is_not_there_and_inputs_that_are_no_prompt(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no file, expected prompts, one a line"):
-        read_examples(tmp_path / "absent.txt", SPEC, None)
+        read_examples(tmp_path / "absent.txt", SPEC, Prompts(None))
     own = SamplerSpec(times=(1.5,), sample_shape=(3, 4, 4), conditioning=(TensorSpec(name="pitch", shape=(4,)),))
     (tmp_path / "p.txt").write_text("a cat", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"this model takes pitch\. Give a \.safetensors file"):
-        read_examples(tmp_path / "p.txt", own, None)
+        read_examples(tmp_path / "p.txt", own, Prompts(None))

@@ -1,6 +1,8 @@
-"""Prompts of Wan's students: UMT5 apart, embeddings as the pipeline's own, and a bundle that takes a text."""
+"""Prompts of few-step flow pipelines: embeddings as the pipeline's own, by PyTorch and by a graph, and bundles."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,38 +15,40 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from helpers.few_step_fixtures import SIZES, TOKENS, make_pipeline  # noqa: E402
+from helpers.few_step_fixtures import CHAT, SIZES, TOKENS, make_pipeline, make_text  # noqa: E402
 from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
+from scm_sdk.export.graph.text_encoder import export_text_encoder  # noqa: E402
+from scm_sdk.export.precision.probe import bundle_examples  # noqa: E402
+from scm_sdk.inference.prompt_graph import PromptGraph  # noqa: E402
 from scm_sdk.model.foreign.few_step import load_few_step  # noqa: E402
-from scm_sdk.model.foreign.few_step_folder import Settings, read_few_step_folder  # noqa: E402
-from scm_sdk.model.foreign.flow_prompts import open_encoder  # noqa: E402
+from scm_sdk.model.foreign.few_step_folder import FewStepFolder, Settings, read_few_step_folder  # noqa: E402
+from scm_sdk.model.foreign.flow_prompts import FlowPromptEncoder, open_encoder  # noqa: E402
 
 PROMPTS = ["a cat", "a  dog on\nthe moon &amp; a cat"]
 SETTINGS = Settings(max_sequence_length=TOKENS, distilled=True, **SIZES["WanPipeline"])
 
 
-@pytest.fixture(scope="module")
-def text() -> dict[str, Any]:
-    """A tiny UMT5 and its tokenizer."""
-    torch.manual_seed(0)
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -1.0), ("▁", -2.0), *((c, -3.0) for c in "abcdefghijklmnopqrst&")]
-    config = transformers.UMT5Config(vocab_size=len(words), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return {
-        "tokenizer": transformers.T5TokenizerFast(vocab=words, extra_ids=0),
-        "text_encoder": transformers.UMT5EncoderModel(config).eval(),
-    }
-
-
-@pytest.fixture(scope="module")
-def folder(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student of Wan with its text encoder; read only."""
-    pipeline = make_pipeline("WanPipeline")
-    path = tmp_path_factory.mktemp("wan-text") / "pipeline"
-    kept = {name: getattr(pipeline, name) for name in ("transformer", "vae", "scheduler")}
-    type(pipeline)(**kept, **text).save_pretrained(path)
+def with_text(name: str, path: Path) -> Path:
+    """Save a pipeline with its text encoder."""
+    pipeline = make_pipeline(name)
+    kept = {part: getattr(pipeline, part) for part in ("transformer", "vae", "scheduler")}
+    said = {"is_distilled": True} if name == "Flux2KleinPipeline" else {}
+    type(pipeline)(**kept, **make_text(name), **said).save_pretrained(path)
     return path
+
+
+def read_with_text(name: str, folder: Path, tokens: int) -> FewStepFolder:
+    """Save a pipeline with its text encoder and read its folder."""
+    settings = Settings(max_sequence_length=tokens, distilled=True, **SIZES[name])
+    return read_few_step_folder(with_text(name, folder / "pipeline"), settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of Wan with its text encoder; read only."""
+    return with_text("WanPipeline", tmp_path_factory.mktemp("wan-text") / "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +58,76 @@ def imported(folder: Path) -> Path:
     return folder.parent / "imported"
 
 
-def test_embeddings_are_those_of_the_pipeline(text: dict[str, Any], imported: Path) -> None:
+def by_diffusers(name: str, prompts: list[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and mask of the pipeline's own ``encode_prompt``; those without padding are filled up with 0."""
     import diffusers
 
-    own = diffusers.WanPipeline(vae=None, transformer=None, scheduler=None, **text)
+    own = getattr(diffusers, name)(vae=None, transformer=None, scheduler=None, **make_text(name))
     with torch.no_grad():
-        wanted, _ = own.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
-    embeds, mask = open_encoder(imported).encode(PROMPTS, TOKENS)
-    np.testing.assert_allclose(embeds, wanted.numpy(), atol=1e-6)
-    assert embeds.shape == (2, TOKENS, 8) and mask.all() and np.abs(embeds[0] - embeds[1]).max() > 1e-3
+        if name == "Flux2KleinPipeline":
+            embeds, _ = own.encode_prompt(prompts, max_sequence_length=tokens)
+        else:
+            embeds, _ = own.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=tokens)
+    lengths = np.array([len(each) for each in embeds])
+    rows = [np.pad(each.numpy(), ((0, tokens - len(each)), (0, 0))) for each in embeds]
+    return np.stack(rows), (np.arange(tokens) < lengths[:, None]).astype(np.int64)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_embeddings_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
+    tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 " + "long " * 80]
+    wanted, kept = by_diffusers(name, prompts, tokens)
+    found = read_with_text(name, tmp_path, tokens)
+    embeds, mask = FlowPromptEncoder(found).encode(prompts, tokens)
+    np.testing.assert_allclose(embeds, wanted, atol=1e-6)
+    np.testing.assert_array_equal(mask, kept)
+    assert np.abs(embeds[0] - embeds[1]).max() > 1e-2
+    assert mask.all() == (name != "ZImagePipeline")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param("Flux2KleinPipeline", marks=pytest.mark.slow), "ZImagePipeline", "WanPipeline",
+    pytest.param("AnyFlowPipeline", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_graphs_embeddings_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("tokenizers")
+    tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 " + "long " * 80]
+    wanted, kept = by_diffusers(name, prompts, tokens)
+    found = read_with_text(name, tmp_path, tokens)
+    export_text_encoder(FlowPromptEncoder(found), tmp_path, max_sequence_length=tokens)
+    embeds, mask = PromptGraph(tmp_path / "text_encoder" / "model.onnx").encode(prompts, tokens)
+    np.testing.assert_allclose(embeds, wanted, atol=1e-5)
+    np.testing.assert_array_equal(mask, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chat_template": None}, "has no chat template, expected one: ZImagePipeline encodes a prompt inside it"),
+        ({"chat_template": CHAT.replace("message.content", "message.content | upper")}, "changes a prompt, expected"),
+        ({"padding_side": "left"}, "pads on the left, expected the right. Leave out --onnx-text-encoder"),
+    ],
+)
+def test_a_tokenizer_that_a_graph_cannot_follow_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    found = read_with_text("ZImagePipeline", tmp_path, TOKENS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(found.path / "tokenizer")
+    for key, value in change.items():
+        setattr(tokenizer, key, value)
+    shutil.rmtree(found.path / "tokenizer")
+    tokenizer.save_pretrained(found.path / "tokenizer")
+    with pytest.raises(ConfigError, match=message):
+        export_text_encoder(FlowPromptEncoder(found), tmp_path / "bundle", max_sequence_length=TOKENS)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_encoder_of_few_layers_is_refused(tmp_path: Path) -> None:
+    encoder = FlowPromptEncoder(read_with_text("Flux2KleinPipeline", tmp_path, TOKENS))
+    encoder.text_encoder.model.layers = encoder.text_encoder.model.layers[:20]
+    with pytest.raises(ConfigError, match="the text encoder has 20 layers, expected 27"):
+        export_text_encoder(encoder, tmp_path / "bundle", max_sequence_length=TOKENS)
 
 
 def test_a_folder_takes_prompts(imported: Path) -> None:
@@ -114,3 +179,44 @@ def test_the_commands_make_a_clip_of_a_prompt(
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["1.webp", "2.webp"]
     refused = CliRunner().invoke(main, ["generate", str(out), "-o", str(tmp_path / "cat.png"), "--prompt", "a cat"])
     assert refused.exit_code == 2 and "this model makes clips, expected .gif" in refused.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ZImagePipeline", "WanPipeline"])
+def test_a_prompt_needs_neither_torch_nor_transformers(name: str, tmp_path: Path) -> None:
+    source, out = with_text(name, tmp_path / "pipeline"), tmp_path / "bundle"
+    size = SIZES[name]
+    arguments: list[object] = ["import", source, "-o", out, "--size", f"{size['height']}x{size['width']}", "--steps", 1]
+    arguments += ["--tokens", 40, "--max-batch", 2, "--no-text-encoder", "--onnx-text-encoder"]
+    arguments += ["--distilled", *(("--frames", size["num_frames"]) if name == "WanPipeline" else ())]
+    for word in ("build", "unchanged"):
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert done.exit_code == 0 and word in done.output
+    code = f"""
+import sys
+for name in ("torch", "transformers", "diffusers", "jinja2"):
+    sys.modules[name] = None
+import numpy as np
+from scm_sdk import Generator
+with Generator.from_pretrained({str(out)!r}, backend="onnxruntime", num_threads=1) as gen:
+    np.save(sys.argv[1], gen(2, prompt={PROMPTS!r}, seed=1, output_type="raw").images)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "made.npy")], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    embeds, mask = by_diffusers(name, PROMPTS, 40)
+    masks = {"prompt_attention_mask": mask} if name == "ZImagePipeline" else {}
+    with Generator.from_pretrained(out, backend="torch", num_threads=1) as gen:
+        wanted = gen(2, prompt_embeds=embeds, **masks, seed=1, output_type="raw").images
+    np.testing.assert_allclose(np.load(tmp_path / "made.npy"), wanted, rtol=0, atol=1e-4)
+    (tmp_path / "prompts.txt").write_text("\n".join(["a cat", "a dog"]), encoding="utf-8")
+    encoded = bundle_examples(out, tmp_path / "prompts.txt").rows([0])["prompt_embeds"]
+    np.testing.assert_allclose(encoded[0], embeds[0], rtol=0, atol=1e-4)
+
+
+def test_a_pipeline_without_the_encoder_is_refused_before_its_export(
+    flow_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    arguments = ["import", flow_folders("Flux2KleinPipeline"), "-o", tmp_path / "out", "--onnx-text-encoder"]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 2 and "has no text encoder that is known here, expected one for" in done.output
+    assert not list(tmp_path.iterdir())

@@ -56,6 +56,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """How a pipeline encodes its prompts.
+
+    Attributes:
+        classes: Classes in transformers of the encoder.
+        tokenizers: Classes in transformers of its tokenizer.
+        layers: Hidden states that are joined to an embedding, 0 is the input of the first layer; () is the output.
+        thinking: ``enable_thinking`` of the chat template around a prompt; None for no template, but a cleaned prompt.
+        zero_padding: Whether the embeddings of padding are 0.
+    """
+
+    classes: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+    thinking: bool | None = None
+    zero_padding: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class FewStepPipeline:
     """One row of the table: what a pipeline class means for a sampler.
 
@@ -74,8 +93,8 @@ class FewStepPipeline:
         student: Why the folder is known to hold a few-step student: "" if it says so, else what it lacks; of the
             model index. None if no such folder says which it is.
         check: Raises if the transformer's config or the model index is of another variant.
+        text: Its text encoder.
         mask: Whether the prompt has an attention mask.
-        text_encoder: Class in transformers of a text encoder that prompts can be encoded with here; "" for none.
         flow_map: Whether the transformer also takes the time that a step leads to.
         objective: Method of the released weights, for the provenance.
     """
@@ -93,9 +112,9 @@ class FewStepPipeline:
     sigmas: Callable[[Mapping[str, Any], int, tuple[int, ...]], Sequence[float]]
     student: Callable[[Mapping[str, Any]], str] | None
     check: Callable[[Mapping[str, Any], Mapping[str, Any], Settings], None]
+    text: TextEncoder
     mask: bool = False
     flow_map: bool = False
-    text_encoder: str = ""
     objective: str = "few-step flow matching"
 
 
@@ -224,6 +243,9 @@ def _refuse_other(subject: str, found: Mapping[str, Any], expected: Mapping[str,
 Z_IMAGE_MULTIPLE = 32
 """Z-Image fills prompts and images up to a multiple of this many tokens."""
 
+_UMT5 = TextEncoder(classes=("UMT5EncoderModel",), tokenizers=("T5Tokenizer", "T5TokenizerFast"))
+_QWEN3, _QWEN3_TOKENIZERS = ("Qwen3ForCausalLM", "Qwen3Model"), ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+
 TABLE = {
     row.name: row
     for row in (
@@ -241,6 +263,13 @@ TABLE = {
             sigmas=_flux2_sigmas,
             student=_flux2_student,
             check=_check_flux2,
+            text=TextEncoder(
+                classes=_QWEN3,
+                tokenizers=_QWEN3_TOKENIZERS,
+                layers=(9, 18, 27),
+                thinking=False,
+                zero_padding=False,
+            ),
         ),
         FewStepPipeline(
             name="ZImagePipeline",
@@ -256,6 +285,7 @@ TABLE = {
             sigmas=_z_image_sigmas,
             student=None,
             check=_check_z_image,
+            text=TextEncoder(classes=_QWEN3, tokenizers=_QWEN3_TOKENIZERS, layers=(-2,), thinking=True),
             mask=True,
         ),
         FewStepPipeline(
@@ -272,7 +302,7 @@ TABLE = {
             sigmas=_rcm_sigmas,
             student=None,
             check=_check_wan,
-            text_encoder="UMT5EncoderModel",
+            text=_UMT5,
             objective="rCM or DMD",
         ),
         FewStepPipeline(
@@ -289,8 +319,8 @@ TABLE = {
             sigmas=_flow_map_sigmas,
             student=lambda index: "",
             check=_check_any_flow,
+            text=_UMT5,
             flow_map=True,
-            text_encoder="UMT5EncoderModel",
             objective="flow map (AnyFlow)",
         ),
     )
@@ -298,7 +328,6 @@ TABLE = {
 """Every supported pipeline by its class."""
 _ALIASES = {"WanDMDPipeline": "WanPipeline"}
 """Other names of a pipeline; such a folder says by its name that it holds a student."""
-_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 _NO_SIGMAS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 
 
@@ -313,7 +342,7 @@ class FewStepFolder:
         vae: Config of the autoencoder.
         scheduler: Config of the scheduler.
         settings: Settings of the import; zeros are replaced by the pipeline's defaults.
-        has_text_encoder: Whether the folder holds a text encoder.
+        text_classes: Classes of text encoder and tokenizer; empty if the folder holds none.
     """
 
     path: Path
@@ -322,7 +351,12 @@ class FewStepFolder:
     vae: dict[str, Any]
     scheduler: dict[str, Any]
     settings: Settings
-    has_text_encoder: bool
+    text_classes: tuple[str, ...]
+
+    @property
+    def has_text_encoder(self) -> bool:
+        """Whether prompts can be encoded."""
+        return bool(self.text_classes)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -433,7 +467,7 @@ def read_few_step_folder(folder: Path, settings: Settings | None = None) -> FewS
         vae=vae,
         scheduler=scheduler,
         settings=settings,
-        has_text_encoder=_has_text_encoder(folder, row, index),
+        text_classes=_text_classes(folder, row, index),
     )
 
 
@@ -534,13 +568,14 @@ def _check_values(
         )
 
 
-def _has_text_encoder(folder: Path, row: FewStepPipeline, index: Mapping[str, Any]) -> bool:
-    """Return whether prompts can be encoded; a text encoder of another class is not used."""
-    kinds = {name: index.get(name) or [None, None] for name in ("text_encoder", "tokenizer")}
-    if kinds["text_encoder"] != ["transformers", row.text_encoder] or kinds["tokenizer"][1] not in _TOKENIZERS:
-        return False
-    for name in kinds:
+def _text_classes(folder: Path, row: FewStepPipeline, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the classes of text encoder and tokenizer; () if there is none, or one that is not used."""
+    names = ("text_encoder", "tokenizer")
+    (source, encoder), (_, tokenizer) = (index.get(name) or [None, None] for name in names)
+    if source != "transformers" or encoder not in row.text.classes or tokenizer not in row.text.tokenizers:
+        return ()
+    for name in names:
         if not (folder / name).is_dir():
             raise BundleError(f"component {name!r} is missing in {folder}, which its {INDEX_NAME} names. {_REMEDY}")
     weight_files(folder / "text_encoder", "model.safetensors", remedy=_REMEDY)
-    return True
+    return (encoder, tokenizer)

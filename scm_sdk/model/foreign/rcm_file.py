@@ -25,7 +25,7 @@ from ...bundle.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from ...errors import BundleError, ConfigError
 from ...pickles.tensors import StoredTensor
 from ...pickles.torch_file import read_torch_file
-from .component import weight_files
+from .component import CONFIG_SUFFIXES, weight_files
 from .few_step import SLA_WEIGHT, refuse_sla_names
 from .few_step_folder import Settings, pipeline_class, read_few_step_folder
 
@@ -138,7 +138,7 @@ def student_pipeline(file: Path, base: Path, scratch: Path) -> Iterator[Path]:
             copied += [path for name in ("vae", "scheduler") for path in sorted((base / name).glob("*.json"))]
             if found.has_text_encoder:
                 parts = (path for name in ("text_encoder", "tokenizer") for path in sorted((base / name).iterdir()))
-                copied += [path for path in parts if path.suffix in (".json", ".safetensors", ".model", ".txt")]
+                copied += [path for path in parts if path.suffix in (*CONFIG_SUFFIXES, ".safetensors")]
             for path in copied:
                 target = made / path.relative_to(base)
                 target.parent.mkdir(exist_ok=True)
