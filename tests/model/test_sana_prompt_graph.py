@@ -76,6 +76,14 @@ def test_the_bundle_holds_no_weights_of_the_encoder(bundle: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_server_needs_no_other_text_encoder(bundle: Path) -> None:
+    pytest.importorskip("starlette")
+    from scm_sdk.serve.service import _check_inputs
+
+    with Generator.from_pretrained(bundle, backend="onnxruntime", num_threads=1) as gen:
+        _check_inputs(gen)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -1,8 +1,7 @@
 """Text encoders in a form that exports: any batch size, masks made from the tokens' own, no unused layers.
 
 Each takes ``input_ids`` and ``attention_mask``, (B, T) int64, padded on the right, and returns embeddings, (B, L, D).
-The
-masks of transformers index by the batch, whose shape ONNX does not infer, so that they are made here.
+The masks of transformers index by the batch, whose shape ONNX does not infer, so that they are made here.
 """
 
 from __future__ import annotations
