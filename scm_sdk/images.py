@@ -113,22 +113,38 @@ def clips_to_pil(clips: NDArray[np.floating[Any]], value_range: tuple[float, flo
 def save_clip(clip_uint8: NDArray[np.uint8], path: str | os.PathLike[str], *, fps: float = 16.0) -> None:
     """Write one clip in the format that the file's suffix names, whole or not at all.
 
-    GIF has 256 colors and hundredths of a second; WebP and MP4 (H.264) are lossy. GIF and WebP repeat without end.
-
     Args:
         clip_uint8: Frames, (T, H, W, C) with C 1 or 3, uint8.
         path: The file; its suffix is one of ``CLIP_FORMATS``.
         fps: Frames per second.
 
     Raises:
-        ConfigError: If the suffix is another, or ``fps`` is not in (0, 240].
-        ShapeError: If the shape or the dtype differs from that, or an MP4 file's height or width is odd.
-        BackendUnavailable: If PyAV, which writes MP4 files, is not installed, or has no H.264 encoder.
-        ScmError: If the file cannot be written.
+        ConfigError: If the suffix is another.
+        ScmError: As ``encode_clip``, and if the file cannot be written.
     """
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in CLIP_FORMATS:
         raise ConfigError(f"{os.fspath(path)} ends in {suffix!r}, expected one of {', '.join(CLIP_FORMATS)}.")
+    atomic_write_bytes(path, encode_clip(clip_uint8, suffix, fps=fps))
+
+
+def encode_clip(clip_uint8: NDArray[np.uint8], suffix: str, *, fps: float = 16.0) -> bytes:
+    """Return one clip as the bytes of a file.
+
+    GIF has 256 colors and hundredths of a second; WebP and MP4 (H.264) are lossy. GIF and WebP repeat without end.
+
+    Args:
+        clip_uint8: Frames, (T, H, W, C) with C 1 or 3, uint8.
+        suffix: The file's format, one of ``CLIP_FORMATS``.
+        fps: Frames per second.
+
+    Raises:
+        ConfigError: If the suffix is another, or ``fps`` is not in (0, 240].
+        ShapeError: If the shape or the dtype differs from that, or an MP4 file's height or width is odd.
+        BackendUnavailable: If PyAV, which writes MP4 files, is not installed, or has no H.264 encoder.
+    """
+    if suffix not in CLIP_FORMATS:
+        raise ConfigError(f"suffix is {suffix!r}, expected one of {', '.join(CLIP_FORMATS)}.")
     if not 0 < fps <= MAX_FPS:
         raise ConfigError(f"fps is {fps}, expected a number above 0 and at most {MAX_FPS}.")
     fits = clip_uint8.ndim == 4 and clip_uint8.dtype == np.uint8 and clip_uint8.shape[3] in (1, 3)
@@ -137,7 +153,7 @@ def save_clip(clip_uint8: NDArray[np.uint8], path: str | os.PathLike[str], *, fp
             f"clip is {clip_uint8.shape} {clip_uint8.dtype}, expected (T, H, W, C) uint8 with C = 1 or 3. "
             "scm_sdk.images.clips_to_uint8 makes such arrays."
         )
-    atomic_write_bytes(path, _mp4(clip_uint8, fps) if suffix == ".mp4" else _animation(clip_uint8, suffix, fps))
+    return _mp4(clip_uint8, fps) if suffix == ".mp4" else _animation(clip_uint8, suffix, fps)
 
 
 def _animation(clip: NDArray[np.uint8], suffix: str, fps: float) -> bytes:

@@ -36,7 +36,8 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
               help="Images of one API key that may wait; --max-queue when absent.")  # fmt: skip
 @click.option("--deadline", type=click.FloatRange(0, min_open=True), default=30.0,
               help="Seconds from a request to its answer; what waits longer is dropped.")  # fmt: skip
-@click.option("--max-body", type=click.IntRange(1), default=1 << 20, help="Bytes of a request's body.")
+@click.option("--max-body", type=click.IntRange(1),
+              help="Bytes of a request's body; 1 MiB, and room for an image to start from, when absent.")  # fmt: skip
 @click.option("--read-timeout", type=click.FloatRange(0, min_open=True), default=10.0,
               help="Seconds for a request's headers, for its body, and for a client to read.")  # fmt: skip
 @click.option("--max-connections", type=click.IntRange(1), default=2048, help="Open connections.")
@@ -58,7 +59,7 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
 def serve(
     bundle: Path, host: str, port: int, api_key_file: Path | None, allowed_hosts: tuple[str, ...], workers: int,
     backend: str, precision: str, device: str | None, num_threads: int | None, steps: tuple[int, ...], max_queue: int,
-    max_images: int, max_images_per_key: int | None, deadline: float, max_body: int, read_timeout: float,
+    max_images: int, max_images_per_key: int | None, deadline: float, max_body: int | None, read_timeout: float,
     max_connections: int, drain_timeout: float, shadow: float, shadow_backend: str, shadow_samples: int,
     shadow_warn: bool, log_format: str, traces: bool, trust_engines: bool, as_json: bool,
 ) -> None:  # fmt: skip

@@ -12,6 +12,7 @@ Source: arXiv 2108.01073 (SDEdit), section 3, in TrigFlow's times.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Sequence
@@ -47,15 +48,31 @@ class StartImages:
     def __init__(self, source: Source, *, device: str | None, num_threads: int | None) -> None:
         self._source, self._device, self._num_threads = source, device, num_threads
         self._encoder: Graph | None = None
+        self._last: tuple[bytes, np.ndarray] | None = None
         self._lock = threading.Lock()
 
-    def steps(self, image: object, start_time: object, asked: int | None) -> int | None:
+    def times(self) -> dict[int, float]:
+        """Return the start time, radians, of each sampler that can start from an image, by its number of steps."""
+        has_encoder = self._has_encoder()
+        return {
+            spec.num_inference_steps: spec.times[0]
+            for spec in (self._source.spec(steps, unrolled=False) for steps in self._source.steps)
+            if _weight(spec) >= MIN_WEIGHT
+            and len(spec.image_shape) == 3
+            and (not spec.output_shape or has_encoder)
+            and (spec.renoise != "same" or spec.num_inference_steps == 1)
+        }
+
+    def steps(
+        self, image: object, start_time: object, asked: int | None, *, offered: Sequence[int] | None = None
+    ) -> int | None:
         """Return the number of steps of the sampler that starts at a time; ``asked`` without an image.
 
         Args:
             image: The image of the call, or None.
             start_time: First time of the sampler, radians.
             asked: The number of steps of the call, or None.
+            offered: The numbers of steps to choose from; None is all of the model.
 
         Raises:
             ConfigError: If only one of the two is given, or no sampler starts at this time.
@@ -64,7 +81,7 @@ class StartImages:
             if start_time is not None:
                 raise ConfigError(f"start_time is {start_time!r} without an image, expected both or neither.")
             return asked
-        specs = [self._source.spec(steps, unrolled=False) for steps in self._source.steps]
+        specs = [self._source.spec(steps, unrolled=False) for steps in offered or self._source.steps]
         able = sorted((s for s in specs if _weight(s) >= MIN_WEIGHT), key=lambda s: s.num_inference_steps)
         known = ", ".join(f"{s.times[0]:.6g} ({s.num_inference_steps} steps)" for s in able)
         if not able:
@@ -114,15 +131,25 @@ class StartImages:
         return np.broadcast_to(offset, (count, *spec.sample_shape))
 
     def _encode(self, spec: SamplerSpec, pixels: np.ndarray) -> np.ndarray:
+        digest = hashlib.sha256(pixels.tobytes()).digest()
         with self._lock:
             if self._encoder is None:
                 self._encoder = self._open(spec)
-            encoder = self._encoder
-        return encoder.run({"images": pixels})
+            encoder, last = self._encoder, self._last
+        if last is not None and last[0] == digest:  # a request that was split into one for each image
+            return last[1]
+        latents = encoder.run({"images": pixels})
+        with self._lock:
+            self._last = digest, latents
+        return latents
+
+    def _has_encoder(self) -> bool:
+        bundle = self._source.bundle
+        return bundle is not None and any(entry.path == ENCODER_PATH for entry in bundle.manifest.files)
 
     def _open(self, spec: SamplerSpec) -> Graph:
         bundle = self._source.bundle
-        if bundle is None or not any(entry.path == ENCODER_PATH for entry in bundle.manifest.files):
+        if bundle is None or not self._has_encoder():
             raise ConfigError(
                 f"an image is given, but {self._source.path} has no encoder graph, expected {ENCODER_PATH}. Import the "
                 "pipeline with --encoder."

@@ -9,8 +9,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, nullcontext
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -33,13 +34,14 @@ from . import inference_protocol as v2
 from .limits import ApiKeys, check_caller, check_host, check_origin
 from .metrics import CONTENT_TYPE
 from .schemas import (
+    MEDIA_TYPES,
     ErrorObject,
+    FileFormat,
     Image,
     ImageEvent,
     ImageRequest,
     ImagesResponse,
     ModelList,
-    PictureFormat,
     RequestError,
     decode_image_request,
     openapi_document,
@@ -55,7 +57,6 @@ PROBES = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"
 """What answers whatever ``Host`` says: load balancers choose it."""
 QUIET = PROBES | {"/metrics"}
 """What is asked every few seconds, and logged only where it fails."""
-PICTURE_TYPES: dict[str, PictureFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 LOG = logging.getLogger("scm_sdk.serve")
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -214,19 +215,23 @@ class _Api:
         """``POST /v1/images/generations``."""
         self._check_room(request, 1)
         _check_content_type(request, "application/json")
-        asked = decode_image_request(await read_body(request, self._service))
-        call, kind = self._call(request, asked)
-        request.state.images = len(call.seeds)
-        self._check_room(request, len(call.seeds))
+        async with _body(request, self._service) as body:
+            asked = decode_image_request(body)
+            call, kind = self._call(request, asked)
+            request.state.images = len(call.seeds)
+            self._check_room(request, len(call.seeds))
+            if asked.image is not None:
+                call = replace(call, image=await self._service.decode_image(asked.image))
+        fps = 16.0 if asked.fps is None else asked.fps
         if asked.stream:
-            events = self._events(request, call, kind)
+            events = self._events(request, call, kind, fps)
             first = await _unless_disconnected(request, anext(events))  # an error before it is an answer of its own
             return StreamingResponse(_chain(first, events), media_type="text/event-stream", headers=_NO_STORE)
-        images = await _unless_disconnected(request, self._images(call, kind, request.state.key))
+        images = await _unless_disconnected(request, self._images(call, kind, fps, request.state.key))
         if request.state.as_file:
             (seed, _, content), model = images[0], self._service.model
             headers = _NO_STORE | {"X-Seed": str(seed), "X-Build-Id": model.build_id}
-            return Response(content, media_type=f"image/{kind}", headers=headers)
+            return Response(content, media_type=MEDIA_TYPES[kind], headers=headers)
         return _json(
             ImagesResponse(
                 created=int(time.time()),
@@ -243,19 +248,22 @@ class _Api:
         service = self._service
         service.admission.check(images, request.state.key, retry_after=service.retry_after)
 
-    def _call(self, request: Request, asked: ImageRequest) -> tuple[Call, PictureFormat]:
-        """Check what depends on the model."""
+    def _call(self, request: Request, asked: ImageRequest) -> tuple[Call, FileFormat]:
+        """Check what depends on the model; the image is not yet decoded."""
         service, model = self._service, self._service.model
-        if model.size is None:
+        if not model.formats:
             raise RequestError(
-                "invalid_value", f"{model.id} makes no pictures, expected a call of /v2/models/{model.id}/infer."
+                "invalid_value",
+                f"{model.id} makes no pictures and no clips, expected a call of /v2/models/{model.id}/infer.",
             )
+        if asked.fps is not None and model.frames is None:
+            raise RequestError("invalid_value", f"fps is given, but {model.id} makes pictures, no clips.", param="fps")
         if asked.model not in (None, model.id):
             raise RequestError("model_not_found", f"model is {asked.model!r}, expected {model.id!r}.", param="model")
         if asked.size not in (None, "auto", model.size):
             raise RequestError("invalid_value", f"size is {asked.size}, expected {model.size} or auto.", param="size")
         count = service.check_count(1 if asked.n is None else asked.n)
-        kind = _negotiate(request, asked, count)
+        kind = _negotiate(request, asked, count, model.formats)
         others: dict[str, Any] = {}
         labels = asked.label
         if asked.guidance_scale is not None:
@@ -272,30 +280,31 @@ class _Api:
             labels = asked.prompt
         call = Call(
             seeds=_seeds(asked.seed, count),
-            steps=service.check_steps(asked.num_inference_steps),
+            steps=service.check_start(asked.image is not None, asked.start_time, asked.num_inference_steps),
             labels=labels,
             others=others,
+            start_time=asked.start_time,
             split=bool(asked.stream) or not model.takes_prompt,  # a prompt is encoded once
             deadline=service.due(asked.timeout),
         )
         return call, kind
 
     async def _each(
-        self, call: Call, kind: PictureFormat, key: str
+        self, call: Call, kind: FileFormat, fps: float, key: str
     ) -> AsyncGenerator[tuple[int, tuple[int, int | None, bytes]], None]:
         """Yield position, and seed, label and file, of each image as it is ready."""
         async with aclosing(self._service.run(call, key)) as outputs:
             async for start, output in outputs:
-                for i, content in enumerate(await self._service.pictures(output, kind)):
+                for i, content in enumerate(await self._service.files(output, kind, fps)):
                     yield start + i, (output.seeds[i], _label(output, i), content)
 
-    async def _images(self, call: Call, kind: PictureFormat, key: str) -> list[tuple[int, int | None, bytes]]:
-        async with aclosing(self._each(call, kind, key)) as images:
+    async def _images(self, call: Call, kind: FileFormat, fps: float, key: str) -> list[tuple[int, int | None, bytes]]:
+        async with aclosing(self._each(call, kind, fps, key)) as images:
             return [image async for _, image in in_order(images)]
 
-    async def _events(self, request: Request, call: Call, kind: PictureFormat) -> AsyncGenerator[bytes, None]:
+    async def _events(self, request: Request, call: Call, kind: FileFormat, fps: float) -> AsyncGenerator[bytes, None]:
         sent = False
-        async with aclosing(self._each(call, kind, request.state.key)) as images:
+        async with aclosing(self._each(call, kind, fps, request.state.key)) as images:
             try:
                 async for index, (seed, label, content) in images:
                     event = ImageEvent(
@@ -319,12 +328,15 @@ class _Api:
         known = self._known_model(request)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise RequestError("unsupported_media_type", "the body is compressed, expected it as it is.")
-        body = await read_body(request, service)
-        asked, inputs = v2.decode(body, request.headers.get(v2.HEADER_LENGTH), known)
+        async with _body(request, service) as body:
+            asked, inputs = v2.decode(body, request.headers.get(v2.HEADER_LENGTH), known)
         outputs = v2.asked_outputs(asked, known)
         count = service.check_count(len(next(iter(inputs.values()))), "the number of images")
         request.state.images = count
         steps, timeout = asked.parameters.get("num_inference_steps"), asked.parameters.get("timeout")
+        start_time = asked.parameters.get("start_time")
+        if type(start_time) not in (int, float, type(None)):
+            raise RequestError("invalid_value", "start_time is no number, expected radians.", param="parameters")
         if type(steps) not in (int, type(None)) or not (timeout is None or (type(timeout) is int and timeout > 0)):
             raise RequestError(
                 "invalid_value", "num_inference_steps or timeout is no whole number, expected steps and microseconds.",
@@ -336,13 +348,15 @@ class _Api:
             )
         call = Call(
             seeds=tuple(inputs["seed"].tolist()) if "seed" in inputs else _seeds(None, count),
-            steps=service.check_steps(steps),
+            steps=service.check_start("image" in inputs, start_time, steps),
             labels=inputs["class_labels"].tolist() if "class_labels" in inputs else None,
             others={
                 name: inputs[name] if name == "prompt" else inputs[name].tolist()
                 for name in ("guidance_scale", "prompt")
                 if name in inputs
             },
+            image=inputs.get("image"),
+            start_time=start_time,
             split=not service.model.takes_prompt,
             deadline=service.due(None if timeout is None else timeout / 1e6),
         )
@@ -368,7 +382,8 @@ class _Api:
                 "model_not_found",
                 f"the path names {asked['model'][:100]!r}, expected {model.id!r}, version {v2.VERSION}.",
             )
-        return v2.describe(model.id, f"scm_{model.backend}", self._service.spec)
+        takes_image = bool(model.start_times)
+        return v2.describe(model.id, f"scm_{model.backend}", self._service.spec, takes_image=takes_image)
 
     async def models(self, _request: Request) -> Response:
         """``GET /v1/models``."""
@@ -421,32 +436,47 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
-async def read_body(request: Request, service: Service) -> bytes:
-    """Return a request's body.
+@asynccontextmanager
+async def _body(request: Request, service: Service) -> AsyncIterator[bytes]:
+    """Read a request's body; what is held of all bodies is counted until the context ends.
 
     Raises:
-        RequestError: ``payload_too_large`` or ``request_timeout``.
+        RequestError: ``payload_too_large``, ``request_timeout``, or ``queue_full`` where the bodies of other requests
+            are as large as those of all that may wait.
     """
-    limit, seconds = service.options.max_body, service.options.read_timeout
+    limit, seconds = service.max_body, service.options.read_timeout
+    held = 0
     declared = request.headers.get("content-length", "")
     too_large = RequestError("payload_too_large", f"the body is larger than {limit} bytes, expected at most that many.")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise too_large
 
     async def read() -> bytes:
+        nonlocal held
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
                 raise too_large
+            held += len(chunk)
+            service.body_bytes += len(chunk)
+            if service.body_bytes > limit * service.options.max_queue:
+                raise RequestError(
+                    "queue_full", f"other requests hold {service.body_bytes - held} bytes, expected room for this one.",
+                    retry_after=service.retry_after,
+                )  # fmt: skip
         return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), seconds)
-    except asyncio.TimeoutError:
-        raise RequestError(
-            "request_timeout", f"the body was not there after {seconds:g} s, expected all of it."
-        ) from None
+        try:
+            body = await asyncio.wait_for(read(), seconds)
+        except asyncio.TimeoutError:
+            raise RequestError(
+                "request_timeout", f"the body was not there after {seconds:g} s, expected all of it."
+            ) from None
+        yield body
+    finally:
+        service.body_bytes -= held
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
@@ -479,29 +509,40 @@ async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenera
             yield each
 
 
-def _negotiate(request: Request, asked: ImageRequest, count: int) -> PictureFormat:
-    """Return the format of the pictures; note whether the answer is one file in place of JSON."""
+def _negotiate(request: Request, asked: ImageRequest, count: int, formats: Collection[FileFormat]) -> FileFormat:
+    """Return the format of the files; note whether the answer is one file in place of JSON.
+
+    Args:
+        request: The request.
+        asked: Its body.
+        count: Number of images.
+        formats: Formats of the model's files, the usual one first.
+    """
+    types = {MEDIA_TYPES[kind]: kind for kind in formats}
+    if asked.output_format not in (None, *formats):
+        why = "; mp4 needs the extra video on the server, and an even height and width" if "gif" in formats else ""
+        raise RequestError(
+            "invalid_value", f"output_format is {asked.output_format}, expected one of {', '.join(formats)}{why}.",
+            param="output_format",
+        )  # fmt: skip
     accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "*/*").split(",")]
-    wanted = next((PICTURE_TYPES[kind] for kind in accepted if kind in PICTURE_TYPES), None)
+    wanted = next((types[each] for each in accepted if each in types), None)
     usual = {"*/*", "application/*", "application/json", "text/event-stream", ""}
     request.state.as_file = wanted is not None and not usual & set(accepted) and not asked.stream
-    if not request.state.as_file:
+    if wanted is None or not request.state.as_file:
         if not usual & set(accepted):
             raise RequestError(
                 "not_acceptable", f"Accept is {', '.join(accepted)[:100]!r}, expected application/json or one of "
-                f"{', '.join(PICTURE_TYPES)}."
+                f"{', '.join(types)}."
             )  # fmt: skip
-        return asked.output_format or "png"
+        return next(iter(formats)) if asked.output_format is None else asked.output_format
     if count != 1:
-        raise RequestError(
-            "invalid_value", f"n is {count}, expected 1 where Accept asks for a picture file.", param="n"
-        )
-    assert wanted is not None
+        raise RequestError("invalid_value", f"n is {count}, expected 1 where Accept asks for a file.", param="n")
     if asked.output_format not in (None, wanted):
         raise RequestError(
             "not_acceptable", f"Accept asks for {wanted}, output_format for {asked.output_format}, expected one format."
         )
-    return wanted  # pyright: ignore[reportReturnType]
+    return wanted
 
 
 def _seeds(given: int | str | None, count: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from .._util.lazy import require
 from ..errors import (
@@ -32,9 +33,10 @@ from ..errors import (
     QueueFull,
     ScmError,
 )
+from ..images import encode_picture
 from ..inference.request import check_count, fresh_seed
 from ..noise import check_seed
-from .schemas import ErrorObject, ImageRequest, ImagesResponse, Model, ModelList
+from .schemas import ErrorObject, FileFormat, ImageRequest, ImagesResponse, Model, ModelList
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +57,8 @@ class ClientOutput:
     """Images from a server.
 
     Attributes:
-        images: PIL images, in the order of their seeds.
+        images: PIL images, in the order of their seeds; none for a model of clips.
+        clips: The frames of each clip, PIL images, for a model of clips.
         seeds: The seed of each image.
         class_labels: The label of each image; None for an unconditional model.
         model: Name of the model.
@@ -65,6 +68,7 @@ class ClientOutput:
     """
 
     images: list[Image.Image]
+    clips: list[list[Image.Image]]
     seeds: tuple[int, ...]
     class_labels: tuple[int, ...] | None
     model: str
@@ -122,6 +126,8 @@ class Client:
         seed: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        image: Image.Image | NDArray[np.uint8] | None = None,
+        start_time: float | None = None,
         verify: bool = False,
     ) -> ClientOutput:
         """Ask for images.
@@ -133,10 +139,13 @@ class Client:
             seed: Of the first image; the others follow it. None draws a new one.
             num_inference_steps: Network calls; None is the server's default.
             guidance_scale: For models that take one.
+            image: Image to start from, of the model's size: a PIL image, or an array (H, W, C), uint8; for all.
+            start_time: Time, radians, at which noise is added to the image; ``model().start_times`` lists them.
             verify: Compute one of the images, drawn at random, again with ``bundle`` on this machine, and compare.
 
         Raises:
-            ConfigError: If the server refused the request as wrong, or ``verify`` has no bundle.
+            ConfigError: If the server refused the request as wrong, or ``verify`` has no bundle or is asked for clips,
+                whose files are lossy.
             QueueFull: If the server was full at each attempt.
             BackendUnavailable: If no server answered.
             BackendFailure: If the server failed at each attempt.
@@ -146,7 +155,12 @@ class Client:
         check_count("num_images", num_images)
         if verify and self._bundle is None:
             raise ConfigError("verify is True without a bundle, expected Client(url, bundle=PATH) of the same model.")
+        if verify and self.model().frames is not None:
+            raise ConfigError(
+                "verify is True for clips, expected pictures: files of clips are lossy. Ask for samples by /v2."
+            )
         first = fresh_seed(num_images) if seed is None else check_seed(seed)
+        pixels = None if image is None else _pixels_of(image)
         asked = ImageRequest(
             prompt=prompt,
             label=class_labels,
@@ -154,6 +168,8 @@ class Client:
             seed=str(first),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            image=None if pixels is None else base64.b64encode(encode_picture(pixels, ".png")).decode(),
+            start_time=start_time,
         )
         body = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not None}
         found, attempts = self._send("POST", "/v1/images/generations", ImagesResponse, body)
@@ -162,8 +178,11 @@ class Client:
                 f"the server answered with {len(found.data)} images of other seeds, expected {num_images} from {first}."
             )
         labels = [image.label for image in found.data if image.label is not None]
+        frames = [_frames_of(image.b64_json, found.output_format) for image in found.data]
+        is_clip = found.output_format != "png"
         output = ClientOutput(
-            images=[_open_png(image.b64_json) for image in found.data],
+            images=[] if is_clip else [picture for (picture,) in frames],
+            clips=frames if is_clip else [],
             seeds=tuple(image.seed for image in found.data),
             class_labels=tuple(labels) if labels else None,
             model=found.model,
@@ -173,7 +192,9 @@ class Client:
         if not verify:
             return output
         index = secrets.randbelow(num_images)
-        self._verify(output, index, prompt, num_inference_steps, guidance_scale)
+        wanted = self._compute(output, index, num_inference_steps, prompt=prompt, guidance_scale=guidance_scale,
+                               image=pixels, start_time=start_time)  # fmt: skip
+        self._verify(output.images[index], output.seeds[index], wanted)
         return replace(output, verified=output.seeds[index])
 
     def model(self) -> Model:
@@ -223,27 +244,27 @@ class Client:
                 time.sleep(random.uniform(0, min(wait, LONGEST_WAIT)))
         raise error
 
-    def _verify(
-        self, output: ClientOutput, index: int, prompt: str | None, steps: int | None, guidance_scale: float | None
-    ) -> None:
-        """Compute one image again and compare; see ``generate``."""
-        from ..inference.parity.compare import MIN_PSNR_DB
-
-        served = self.model()
-        local = self._open_local()
+    def _compute(self, output: ClientOutput, index: int, steps: int | None, **arguments: Any) -> NDArray[np.uint8]:
+        """Compute one image of an output again, (H, W, C); see ``generate``."""
+        served, local = self.model(), self._open_local()
         if not local.source.build_id == output.build_id == served.build_id:
             raise IntegrityError(
                 f"the server runs build {output.build_id[:12]}.., expected {local.source.build_id[:12]}.. of "
                 f"{local.source.path}. Give the bundle that it serves."
             )
+        if steps is None and arguments["image"] is None:
+            steps = served.default_steps
         label = None if output.class_labels is None else output.class_labels[index]
-        seed = output.seeds[index]
-        wanted = local(
-            1, label, num_inference_steps=steps or served.default_steps, seed=[seed], output_type="uint8",
-            guidance_scale=guidance_scale, prompt=prompt,
-        ).images[0]  # fmt: skip
-        found = np.asarray(output.images[index]).reshape(wanted.shape) if _fits(output.images[index], wanted) else None
-        row = local.opened().row
+        made = local(1, label, num_inference_steps=steps, seed=[output.seeds[index]], output_type="uint8", **arguments)
+        image: NDArray[np.uint8] = made.images[0]
+        return image
+
+    def _verify(self, picture: Image.Image, seed: int, wanted: NDArray[np.uint8]) -> None:
+        """Compare an image of the server with what was computed here."""
+        from ..inference.parity.compare import MIN_PSNR_DB
+
+        served, row = self.model(), self._open_local().opened().row
+        found = np.asarray(picture).reshape(wanted.shape) if _fits(picture, wanted) else None
         least = min(ONE_LEVEL_DB, *(MIN_PSNR_DB.get(p, ONE_LEVEL_DB) for p in (served.precision, row.precision)))
         psnr = -np.inf if found is None else _psnr_db(found, wanted)
         if psnr < least:
@@ -285,15 +306,34 @@ def _error_of(status: int, content: bytes, attempts: int) -> ScmError:
     return ConfigError(found) if 400 <= status < 500 and status not in REPEATED else BackendFailure(found)
 
 
-def _open_png(text: str) -> Image.Image:
-    from PIL import Image
+def _frames_of(text: str, kind: FileFormat) -> list[Image.Image]:
+    """Return the picture of a PNG file, or the frames of a WebP file."""
+    from PIL import Image, ImageSequence
 
+    if kind not in ("png", "webp"):
+        raise BackendFailure(f"the server answered with {kind} files, expected png for pictures or webp for clips.")
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
-            picture.load()
-            return picture.copy()
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=[kind]) as file:
+            if kind == "png":
+                file.load()
+                return [file.copy()]
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
     except Exception as exc:  # Pillow raises many
-        raise BackendFailure(f"the server answered what is no PNG file ({exc}), expected one.") from exc
+        raise BackendFailure(f"the server answered what is no {kind} file ({exc}), expected one.") from exc
+
+
+def _pixels_of(image: object) -> NDArray[np.uint8]:
+    """Return the pixels of an image to start from, (H, W, C)."""
+    if not isinstance(image, np.ndarray):
+        if not (hasattr(image, "mode") and hasattr(image, "size")):
+            raise ConfigError(f"image is {type(image).__name__}, expected a PIL image or an array (H, W, C).")
+        if image.mode not in ("L", "RGB"):
+            raise ConfigError(f"image has mode {image.mode}, expected L or RGB: image.convert('RGB').")
+        image = np.asarray(image)
+        image = image if image.ndim == 3 else image[:, :, None]
+    if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3):
+        raise ConfigError(f"image is {image.shape} {image.dtype}, expected (H, W, C) uint8 with C = 1 or 3.")
+    return image
 
 
 def _fits(picture: Image.Image, wanted: np.ndarray) -> bool:

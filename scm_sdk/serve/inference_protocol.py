@@ -1,8 +1,9 @@
 """Open Inference Protocol, version 2: metadata, and tensors as JSON or, by its binary extension, as bytes.
 
-A request names images by ``seed`` and the model's other inputs, each (N,); the answer holds ``images`` (N, H, W, C)
-uint8, ``samples`` (N, *image_shape) float32 in data units, ``seed`` and ``class_labels``. N images are one batch of
-requests like any other. Numbers of a binary tensor are little-endian.
+A request names images by ``seed`` and the model's other inputs, each (N,), and holds what they start from in ``image``
+(N, H, W, C) uint8; the answer holds ``images`` (N, H, W, C), or clips (N, T, H, W, C), uint8, ``samples``
+(N, *image_shape) float32 in data units, ``seed`` and ``class_labels``. N images are one batch of requests like any
+other. Numbers of a binary tensor are little-endian.
 
 Source: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol and the extension
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
@@ -10,6 +11,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +73,8 @@ class InferRequest(msgspec.Struct, kw_only=True):
     Attributes:
         inputs: Tensors.
         id: Returned as it is.
-        parameters: ``num_inference_steps``, ``timeout`` (microseconds), ``binary_data_output``.
+        parameters: ``num_inference_steps``, ``start_time`` (radians), ``timeout`` (microseconds),
+            ``binary_data_output``.
         outputs: The outputs that are asked for; () is the usual ones.
     """
 
@@ -100,7 +103,7 @@ class Metadata(msgspec.Struct, kw_only=True):
     outputs: list[Tensor]
 
 
-def describe(name: str, platform: str, spec: SamplerSpec) -> Metadata:
+def describe(name: str, platform: str, spec: SamplerSpec, *, takes_image: bool = False) -> Metadata:
     """Return a model's metadata."""
     inputs = [_described("seed", "UINT64")]
     if spec.num_classes:
@@ -109,7 +112,9 @@ def describe(name: str, platform: str, spec: SamplerSpec) -> Metadata:
         inputs.append(_described("guidance_scale", "FP32"))
     if takes_prompt(spec):
         inputs.append(_described("prompt", "BYTES"))
-    outputs = [_described("images", "UINT8", picture_shape(spec))] if is_picture(spec) else []
+    if takes_image:
+        inputs.append(_described("image", "UINT8", shown_shape(spec)))
+    outputs = [_described("images", "UINT8", shown_shape(spec))] if is_picture(spec) or is_clip(spec) else []
     outputs += [_described("samples", "FP32", spec.image_shape), _described("seed", "UINT64")]
     outputs += [_described("class_labels", "INT64")] if spec.num_classes else []
     return Metadata(name=name, versions=[VERSION], platform=platform, inputs=inputs, outputs=outputs)
@@ -120,10 +125,15 @@ def is_picture(spec: SamplerSpec) -> bool:
     return spec.output == "pixels" and len(spec.image_shape) == 3 and spec.image_shape[0] in (1, 3)
 
 
-def picture_shape(spec: SamplerSpec) -> tuple[int, int, int]:
-    """Return height, width and channels of a sampler's pictures."""
-    channels, height, width = spec.image_shape
-    return height, width, channels
+def is_clip(spec: SamplerSpec) -> bool:
+    """Return whether a sampler's outputs can be shown as clips of 8-bit pictures."""
+    return spec.output == "pixels" and len(spec.image_shape) == 4 and spec.image_shape[0] in (1, 3)
+
+
+def shown_shape(spec: SamplerSpec) -> tuple[int, ...]:
+    """Return height, width and channels of a sampler's pictures, after the number of frames where they are clips."""
+    channels, *rest = spec.image_shape
+    return (*rest, channels)
 
 
 def takes_prompt(spec: SamplerSpec) -> bool:
@@ -144,7 +154,7 @@ def decode(body: bytes, header_length: str | None, known: Metadata) -> tuple[Inf
         known: The model's metadata.
 
     Returns:
-        The request, and its inputs by name: arrays (N,), and a list of N texts for ``prompt``.
+        The request, and its inputs by name: arrays (N, ...), and a list of N texts for ``prompt``.
 
     Raises:
         RequestError: ``invalid_json`` or ``invalid_value``.
@@ -164,14 +174,19 @@ def decode(body: bytes, header_length: str | None, known: Metadata) -> tuple[Inf
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise RequestError("invalid_json", f"the body is no JSON ({exc}), expected an inference request.") from None
     rest, found = memoryview(body)[length:], dict[str, Any]()
-    types = {tensor.name: tensor.datatype for tensor in known.inputs}
+    inputs = {tensor.name: tensor for tensor in known.inputs}
     for tensor in request.inputs:
-        if tensor.name not in types or tensor.name in found:
-            raise _wrong(tensor.name, f"input {tensor.name[:100]!r} is", f"each of {', '.join(types)} at most once")
-        if tensor.datatype != types[tensor.name] or len(tensor.shape) != 1 or tensor.shape[0] < 1:
+        if tensor.name not in inputs or tensor.name in found:
+            raise _wrong(tensor.name, f"input {tensor.name[:100]!r} is", f"each of {', '.join(inputs)} at most once")
+        wanted = inputs[tensor.name]
+        if (
+            tensor.datatype != wanted.datatype
+            or tensor.shape[1:] != wanted.shape[1:]
+            or min(tensor.shape[:1], default=0) < 1
+        ):
             raise _wrong(
                 tensor.name, f"input {tensor.name} is {tensor.datatype[:20]} {tensor.shape[:8]}",
-                f"{types[tensor.name]} [N], N >= 1",
+                f"{wanted.datatype} [{', '.join(['N', *map(str, wanted.shape[1:])])}], N >= 1",
             )  # fmt: skip
         size = tensor.parameters.get("binary_data_size")
         if size is None:
@@ -193,30 +208,39 @@ def decode(body: bytes, header_length: str | None, known: Metadata) -> tuple[Inf
 
 
 def _from_json(tensor: Tensor) -> Any:
-    if tensor.data is None or len(tensor.data) != tensor.shape[0]:
-        raise _wrong(tensor.name, f"data of {tensor.name} holds {len(tensor.data or ())} values", f"{tensor.shape[0]}")
+    data = _flat(tensor.data or [], len(tensor.shape))
+    if len(data) != math.prod(tensor.shape):
+        raise _wrong(tensor.name, f"data of {tensor.name} holds {len(data)} values", f"{math.prod(tensor.shape)}")
     if tensor.datatype == "BYTES":
-        if not all(isinstance(text, str) and len(text) <= MAX_PROMPT for text in tensor.data):
+        if not all(isinstance(text, str) and len(text) <= MAX_PROMPT for text in data):
             raise _wrong(
                 tensor.name, f"data of {tensor.name} holds other values", f"texts of at most {MAX_PROMPT} characters"
             )
-        return tensor.data
+        return data
     dtype = DTYPES[tensor.datatype]
     kinds = (int, float) if dtype.kind == "f" else (int,)
-    if not all(type(value) in kinds for value in tensor.data):
+    if not all(type(value) in kinds for value in data):
         raise _wrong(tensor.name, f"data of {tensor.name} holds other values", f"numbers of {tensor.datatype}")
     limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-    if not all(limits.min <= value <= limits.max for value in tensor.data):  # NumPy 1 would wrap them around
+    if not all(limits.min <= value <= limits.max for value in data):  # NumPy 1 would wrap them around
         raise _wrong(tensor.name, f"data of {tensor.name} holds a larger number", f"numbers of {tensor.datatype}")
-    return np.array(tensor.data, dtype)
+    return np.array(data, dtype).reshape(tensor.shape)
+
+
+def _flat(data: list[Any], rank: int) -> list[Any]:
+    """Return the values of a list that is nested to a depth of at most ``rank``."""
+    for _ in range(rank - 1):
+        if data and all(isinstance(each, list) for each in data):
+            data = [value for each in data for value in each]
+    return data
 
 
 def _from_bytes(tensor: Tensor, data: memoryview) -> Any:
-    count = tensor.shape[0]
+    count = math.prod(tensor.shape)
     if tensor.datatype != "BYTES":
         if len(data) != count * DTYPES[tensor.datatype].itemsize:
             raise _wrong(tensor.name, f"{tensor.name} has {len(data)} bytes", f"{count} numbers of {tensor.datatype}")
-        return np.frombuffer(data, DTYPES[tensor.datatype])
+        return np.frombuffer(data, DTYPES[tensor.datatype]).reshape(tensor.shape)
     texts: list[str] = []
     while len(data) >= 4:
         size = int.from_bytes(data[:4], "little")

@@ -34,7 +34,8 @@ class ServeOptions:
         max_images: Images of one request.
         max_images_per_key: Images of one API key that are accepted and not yet made; None is ``max_queue``.
         deadline: Seconds from a request to its answer. What waits longer is dropped and answered with 503.
-        max_body: Bytes of a request's body.
+        max_body: Bytes of a request's body; None is 1 MiB, and for a model that starts from images as much more as one
+            takes.
         read_timeout: Seconds for a request's headers, for its body, and for a client to read what was sent.
         max_connections: Open connections; further ones are answered with 503.
         drain_timeout: Seconds after SIGTERM in which accepted requests are finished.
@@ -63,7 +64,7 @@ class ServeOptions:
     max_images: int = 10
     max_images_per_key: int | None = None
     deadline: float = 30.0
-    max_body: int = 1 << 20
+    max_body: int | None = None
     read_timeout: float = 10.0
     max_connections: int = 2048
     drain_timeout: float = 30.0
@@ -83,8 +84,8 @@ class ServeOptions:
                 f"host is {self.host!r}, which other machines can reach, and there are no API keys; expected 127.0.0.1 "
                 "or api_key_file (--api-key-file FILE, one key per line). Make a key: openssl rand -hex 32"
             )
-        counts = ("workers", "max_queue", "max_images", "max_body", "max_connections", "shadow_samples")
-        for name in counts:
+        counts = ("workers", "max_queue", "max_images", "max_connections", "shadow_samples")
+        for name in (*counts, *(() if self.max_body is None else ("max_body",))):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more.")
         for name in ("deadline", "read_timeout", "drain_timeout"):

@@ -1,7 +1,7 @@
 """Types of the HTTP API, its error codes, and the OpenAPI document that describes them.
 
-``POST /v1/images/generations`` has the shape of OpenAI's API, with ``seed``, ``label``, ``num_inference_steps``,
-``guidance_scale`` and ``timeout`` as extensions.
+``POST /v1/images/generations`` has the shape of OpenAI's API, with ``seed``, ``label``, ``image``, ``start_time``,
+``num_inference_steps``, ``guidance_scale``, ``fps`` and ``timeout`` as extensions.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ import msgspec
 from .._util.arguments import check_names
 from .._version import __version__
 from ..errors import ScmError, UnknownArgument
+from ..images import MAX_FPS
 
 MAX_PROMPT = 4000
 """Characters of a prompt or a label's name."""
 Text = Annotated[str, msgspec.Meta(max_length=MAX_PROMPT)]
-PictureFormat = Literal["png", "jpeg", "webp"]
+FileFormat = Literal["png", "jpeg", "webp", "gif", "mp4"]
+MEDIA_TYPES: Mapping[FileFormat, str] = {
+    "png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif", "mp4": "video/mp4",
+}  # fmt: skip
+"""Formats of pictures and clips, with their media types."""
 
 INVALID, AUTH, LIMIT, SERVER = "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
 CODES: Mapping[str, tuple[int, str, str]] = {
@@ -97,11 +102,15 @@ class ImageRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         model: Name of the served model.
         n: Number of images.
         seed: Of the first image, 0..2^64-1, also in decimal as a text; the others follow it. A new one when absent.
-        num_inference_steps: Number of network calls.
+        image: Image to start from, of the model's size: a PNG, JPEG or WebP file in base64, or a ``data:`` URL of it.
+        start_time: Time, radians, at which noise is added to the image: one of ``start_times`` of the model.
+        num_inference_steps: Number of network calls; with an image, that of a sampler which starts there.
         guidance_scale: For models that take one.
+        fps: Frames per second of a clip, 16 when absent.
         size: Width and height, which the model decides: ``32x32`` or ``auto``.
         response_format: Only base64 in JSON; no addresses are served.
-        output_format: Format of the pictures.
+        output_format: Format of the files, one of ``formats`` of the model: png, jpeg or webp of a picture; webp, gif
+            or mp4 of a clip.
         stream: Send each picture as a server-sent event as soon as it is made.
         timeout: Seconds in which to answer, at most the server's own deadline.
         user: Ignored.
@@ -112,11 +121,14 @@ class ImageRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: Text | None = None
     n: int | None = None
     seed: int | Annotated[str, msgspec.Meta(pattern="^[0-9]{1,20}$")] | None = None
+    image: str | None = None
+    start_time: float | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    fps: Annotated[float, msgspec.Meta(gt=0, le=MAX_FPS)] | None = None
     size: Annotated[str, msgspec.Meta(pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$")] | None = None
     response_format: Literal["b64_json"] | None = None
-    output_format: PictureFormat | None = None
+    output_format: FileFormat | None = None
     stream: bool | None = None
     timeout: Annotated[float, msgspec.Meta(gt=0)] | None = None
     user: Text | None = None
@@ -152,7 +164,7 @@ class ImagesResponse(msgspec.Struct, kw_only=True):
     data: list[Image]
     model: str
     build_id: str
-    output_format: PictureFormat
+    output_format: FileFormat
     size: str
 
 
@@ -176,7 +188,7 @@ class ImageEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     seed: int
     label: int | None = None
     created_at: int
-    output_format: PictureFormat
+    output_format: FileFormat
     size: str
 
 
@@ -199,6 +211,10 @@ class Model(msgspec.Struct, kw_only=True):
         takes_prompt: Whether it makes pictures of a text.
         guidance_range: Lowest and highest guidance scale; null for a model that takes none.
         max_images: Images of one request.
+        start_times: The samplers that start from an image: start time, radians, by number of steps; none where the
+            model takes no image.
+        frames: Number of frames of a clip; null for pictures.
+        formats: Formats of files, the usual one first; none for what is no picture and no clip.
     """
 
     id: str
@@ -213,6 +229,9 @@ class Model(msgspec.Struct, kw_only=True):
     takes_prompt: bool
     guidance_range: tuple[float, float] | None
     max_images: int
+    start_times: dict[int, float]
+    frames: int | None
+    formats: list[FileFormat]
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "scm-sdk"
@@ -284,7 +303,7 @@ def openapi_document(paths: Mapping[str, tuple[str, str, str]]) -> dict[str, Any
     images["responses"]["200"]["content"] = {
         "application/json": {"schema": _ref("ImagesResponse")},
         "text/event-stream": {"schema": _ref("ImageEvent")},
-        **{f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "jpeg", "webp")},
+        **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
     }
     by_status: dict[int, list[str]] = {}
     for code, (status, _, meaning) in CODES.items():

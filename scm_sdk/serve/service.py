@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import logging
 import math
 import re
@@ -18,24 +20,33 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendFailure, ConfigError, QueueFull, ShapeError
-from ..images import encode_picture, to_uint8
+from .._util.lazy import is_installed
+from ..errors import BackendFailure, BackendUnavailable, ConfigError, QueueFull, ShapeError
+from ..images import clips_to_uint8, encode_clip, encode_picture, to_uint8
 from ..inference.generator import Generator
 from ..inference.output import GeneratorOutput
 from ..inference.prompts import EMBEDS, MASK
+from ..inference.start import StartImages
 from ..spec import SamplerSpec
+from ..train.data.pictures import decode_picture
 from .canary import Bound, Canary, open_reference
-from .inference_protocol import is_picture, takes_prompt
+from .inference_protocol import is_clip, is_picture, takes_prompt
 from .limits import Admission
 from .metrics import Metrics
 from .options import ServeOptions
-from .schemas import Model, PictureFormat, RequestError
+from .schemas import FileFormat, Model, RequestError
 from .traces import OtelTraces, Traces
 
 T = TypeVar("T")
 READY_SECONDS = 5.0
 """For how long an inference of the readiness check counts."""
 READY_TIMEOUT = 30.0
+SMALL_BODY = 1 << 20
+"""Bytes of a request's body without an image."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+"""Pillow's names of the formats of an image to start from."""
+MOST_SCANS = 100
+"""Of a progressive JPEG file, which has about 10. Each costs a pass over the picture; an empty one takes 12 bytes."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -47,7 +58,9 @@ class Call:
         seeds: One for each image.
         steps: Number of network calls.
         labels: Names or numbers of classes: one for each image, or one for all; None draws them from the seeds.
-        others: Further arguments of ``Generator.__call__`` that hold for every image: guidance scale, prompt.
+        others: Further arguments of ``Generator.__call__``: guidance scale, prompt; a list is one for each image.
+        image: What to start from, (1 or N, H, W, C) uint8, one for each image, or one for all; None is noise.
+        start_time: When its sampler starts, radians.
         split: Make each image as a request of its own: it is ready on its own, and dropped on its own.
         deadline: When the answer is due, seconds of ``time.monotonic``.
     """
@@ -56,6 +69,8 @@ class Call:
     steps: int
     labels: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
+    image: NDArray[np.uint8] | None = None
+    start_time: float | None = None
     split: bool
     deadline: float
 
@@ -71,11 +86,19 @@ class Call:
                     "class_labels": self._slice(self.labels, start, size),
                     "num_inference_steps": self.steps,
                     "output_type": "raw",
-                    **{name: self._slice(value, start, size) for name, value in self.others.items()},
+                    **self.arguments(start, size),
                 },
             )
             for start in range(0, len(self.seeds), size)
         ]
+
+    def arguments(self, start: int, size: int) -> dict[str, Any]:
+        """Return the arguments of some of its images other than number, seeds, labels and steps."""
+        found = {name: self._slice(value, start, size) for name, value in self.others.items()}
+        if self.image is not None:
+            found["image"] = self.image if len(self.image) == 1 else self.image[start : start + size]
+            found["start_time"] = self.start_time
+        return found
 
     @staticmethod
     def _slice(value: Any, start: int, size: int) -> Any:
@@ -92,6 +115,8 @@ class Service:
         model: What is served, for the API.
         spec: The sampler of the default number of steps.
         traces: Where spans of requests go.
+        max_body: Bytes of a request's body.
+        body_bytes: Of all bodies that are held now.
     """
 
     def __init__(
@@ -109,6 +134,9 @@ class Service:
         self.options, self.metrics, self.spec = options, metrics, spec
         self.admission = Admission.of(options.max_queue, options.max_images_per_key)
         steps = options.steps or gen.source.steps
+        self._starts = StartImages(gen.source, device=None, num_threads=None)
+        starts = {count: time for count, time in self._starts.times().items() if count in steps}
+        size = spec.image_shape[-2:] if is_picture(spec) or is_clip(spec) else None
         self.model = Model(
             id=name,
             build_id=gen.source.build_id,
@@ -116,13 +144,19 @@ class Service:
             precision=opened.row.precision,
             steps=sorted(steps),
             default_steps=spec.num_inference_steps,
-            size=f"{spec.image_shape[2]}x{spec.image_shape[1]}" if is_picture(spec) else None,
+            size=None if size is None else f"{size[1]}x{size[0]}",
             num_classes=spec.num_classes,
             class_names=list(spec.class_names),
             takes_prompt=takes_prompt(spec),
             guidance_range=spec.guidance_range,
             max_images=options.max_images,
+            start_times=starts,
+            frames=spec.image_shape[1] if is_clip(spec) else None,
+            formats=_formats(spec),
         )
+        room = 4 * (math.prod(spec.image_shape) // 3 + 1) if starts else 0  # of an image in base64
+        self.max_body = SMALL_BODY + room if options.max_body is None else options.max_body
+        self.body_bytes = 0
         self.traces = Traces() if traces is None else traces
         self._path = gen.source.path
         self._gen, self._canary = gen, canary
@@ -155,8 +189,10 @@ class Service:
         canary: Canary | None = None
         try:
             _check_inputs(gen)
+            starts = StartImages(gen.source, device=None, num_threads=None).times()
             for steps in options.steps or gen.source.steps:
-                gen(1, seed=0, num_inference_steps=steps, output_type="raw", **_probe(gen.opened(steps).spec))
+                probe = _probe(gen.opened(steps).spec, starts.get(steps))
+                gen(1, seed=0, num_inference_steps=steps, output_type="raw", **probe)
             metrics = Metrics()
             if options.shadow:
                 bounds = {steps: Bound.of(gen, steps) for steps in options.steps or gen.source.steps}
@@ -211,6 +247,39 @@ class Service:
                 param="num_inference_steps",
             )
         return steps
+
+    def check_start(self, has_image: bool, start_time: float | None, steps: int | None) -> int:
+        """Return the number of steps of a request, which with an image is that of a sampler that starts there.
+
+        Raises:
+            RequestError: If the model takes no image, there is one without the other, or no such sampler is offered.
+        """
+        if has_image and not self.model.start_times:
+            raise RequestError(
+                "invalid_value",
+                f"image is given, but no sampler of {self.model.id} that is offered starts from an image. Add one to "
+                "the bundle: scm-export onnx or import with --start-time, of a latent model with --encoder.",
+                param="image",
+            )
+        if not has_image and start_time is None:
+            return self.check_steps(steps)
+        with self._translated("start_time"):
+            found = self._starts.steps(has_image or None, start_time, steps, offered=tuple(self.model.start_times))
+        assert found is not None, "an image has a sampler"
+        return found
+
+    async def decode_image(self, text: str) -> NDArray[np.uint8]:
+        """Return the image of a request, (1, H, W, C), of the model's size.
+
+        Args:
+            text: A PNG, JPEG or WebP file in base64, or a ``data:`` URL of it.
+
+        Raises:
+            RequestError: If it is none, or has another size; that is found before its pixels are decoded.
+        """
+        channels, height, width = self.spec.image_shape
+        work = partial(_decode_image, text, (height, width, channels))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def check_count(self, count: int, param: str = "n") -> int:
         """Return the number of images of a request.
@@ -320,25 +389,27 @@ class Service:
             class_labels=tuple(labels) if labels else None,
         )
 
-    async def pictures(self, output: GeneratorOutput, kind: PictureFormat) -> list[bytes]:
-        """Return an output's pictures as files.
+    async def files(self, output: GeneratorOutput, kind: FileFormat, fps: float) -> list[bytes]:
+        """Return an output's pictures or clips as files.
 
         Raises:
             BackendFailure: If one holds NaN or infinity.
+            RequestError: If this machine cannot write the format.
         """
-        work = partial(_files, self.arrays, output, kind)
+        work = partial(_files, self.arrays, output, kind, fps)
         with self.traces.part("encode", {"scm.images": len(output.seeds)}):
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def arrays(self, output: GeneratorOutput) -> NDArray[np.uint8]:
-        """Return an output's pictures, (N, H, W, C) uint8.
+        """Return an output's pictures, (N, H, W, C), or clips, (N, T, H, W, C), uint8.
 
         Raises:
             BackendFailure: If one holds NaN or infinity.
         """
         if not np.isfinite(output.images).all():
             raise BackendFailure(f"{output.info.backend} returned NaN or infinity for one of the seeds {output.seeds}.")
-        return to_uint8(output.images, self.spec.value_range)
+        convert = clips_to_uint8 if is_clip(self.spec) else to_uint8
+        return convert(output.images, self.spec.value_range)
 
     async def check_ready(self) -> str | None:
         """Return why the model is not ready, or None, by an inference at most every few seconds."""
@@ -372,11 +443,10 @@ class Service:
         self._seconds_per_image += 0.1 * (sample / sum(batches) - self._seconds_per_image)
         if self._canary is not None:
             for i in range(count):
-                others = {n: v[start + i] if isinstance(v, list) else v for n, v in call.others.items()}
-                self._canary.offer(output, i, others)
+                self._canary.offer(output, i, call.arguments(start + i, 1))
 
-    def _translated(self) -> _Translated:
-        return _Translated(self)
+    def _translated(self, param: str | None = None) -> _Translated:
+        return _Translated(self, param)
 
 
 async def in_order(parts: AsyncGenerator[tuple[int, T], None]) -> AsyncGenerator[tuple[int, T], None]:
@@ -388,8 +458,8 @@ async def in_order(parts: AsyncGenerator[tuple[int, T], None]) -> AsyncGenerator
 class _Translated:
     """Turns what the caller did wrong into a ``RequestError`` without paths of this machine."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, param: str | None) -> None:
+        self._service, self._param = service, param
 
     def __enter__(self) -> None:
         return None
@@ -399,7 +469,7 @@ class _Translated:
             raise RequestError("queue_full", str(exc), retry_after=self._service.retry_after) from exc
         if isinstance(exc, ConfigError | ShapeError):
             text = str(exc).replace(str(self._service._path), "the model")
-            raise RequestError("invalid_value", text) from exc
+            raise RequestError("invalid_value", text, param=self._param) from exc
 
 
 def _check_inputs(gen: Generator) -> None:
@@ -417,17 +487,64 @@ def _check_inputs(gen: Generator) -> None:
         )
 
 
-def _probe(spec: SamplerSpec) -> dict[str, Any]:
+def _probe(spec: SamplerSpec, start_time: float | None = None) -> dict[str, Any]:
     """Return the arguments, other than the seed, of an inference that no request asked for."""
     probe: dict[str, Any] = {}
+    if start_time is not None:
+        channels, height, width = spec.image_shape
+        probe = {"image": np.zeros((height, width, channels), np.uint8), "start_time": start_time}
     if spec.guidance_range is not None and spec.default_guidance is None:
         probe["guidance_scale"] = spec.guidance_range[0]
     made = {t.name: np.zeros((1, *t.shape), t.dtype) for t in spec.conditioning if t.kind == "values"}
     return probe | ({"conditioning": made} if made else {})
 
 
-def _files(arrays: Any, output: GeneratorOutput, kind: PictureFormat) -> list[bytes]:
-    return [encode_picture(picture, f".{kind}") for picture in arrays(output)]
+def _formats(spec: SamplerSpec) -> list[FileFormat]:
+    """Return the formats of a model's files, the usual one first."""
+    if is_picture(spec):
+        return ["png", "jpeg", "webp"]
+    if not is_clip(spec):
+        return []
+    has_even_sides = not any(side % 2 for side in spec.image_shape[-2:])
+    return ["webp", "gif", "mp4"] if has_even_sides and is_installed("av") else ["webp", "gif"]
+
+
+def _files(arrays: Any, output: GeneratorOutput, kind: FileFormat, fps: float) -> list[bytes]:
+    found = arrays(output)
+    if found.ndim == 4:
+        return [encode_picture(picture, f".{kind}") for picture in found]
+    try:
+        return [encode_clip(clip, f".{kind}", fps=fps) for clip in found]
+    except BackendUnavailable as exc:  # a build of PyAV without H.264
+        raise RequestError("invalid_value", str(exc), param="output_format") from exc
+
+
+def _decode_image(text: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """See ``Service.decode_image``; ``shape`` is (H, W, C)."""
+    head, comma, rest = text.partition(",") if text.startswith("data:") else ("", "", text)
+    if comma and not head.endswith(";base64"):
+        raise _wrong_image("a data: URL that is not in base64")
+    try:
+        content = base64.b64decode(rest, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise _wrong_image(f"no base64 ({exc})") from None
+    if (scans := content.count(b"\xff\xda")) > MOST_SCANS and content.startswith(b"\xff\xd8"):
+        raise _wrong_image(f"a JPEG file of {scans} scans, of which {MOST_SCANS} are allowed")
+    height, width, channels = shape
+    try:
+        pixels = decode_picture(content, shape=(height, width, 3), formats=IMAGE_FORMATS)
+        if channels == 1 and (pixels != pixels[..., :1]).any():
+            raise ValueError("it has colors")
+        return np.ascontiguousarray(pixels[None, ..., :channels])
+    except ValueError as exc:
+        kind = "gray" if channels == 1 else "RGB"
+        raise _wrong_image(f"a file that cannot be taken: {exc}; the model takes {height}x{width} {kind}") from None
+
+
+def _wrong_image(found: str) -> RequestError:
+    return RequestError(
+        "invalid_value", f"image is {found}, expected a PNG, JPEG or WebP file in base64.", param="image"
+    )
 
 
 def _default(steps: tuple[int, ...]) -> int | None:

@@ -31,7 +31,13 @@ SHAPE = (3, 8, 8)
 
 
 def write_served_bundle(
-    path: Path, *, steps: tuple[int, ...] = (1, 2), matmuls: int = 0, half_gain: float | None = None, **changes: Any
+    path: Path,
+    *,
+    steps: tuple[int, ...] = (1, 2),
+    matmuls: int = 0,
+    half_gain: float | None = None,
+    start_time: float | None = None,
+    **changes: Any,
 ) -> Path:
     """Write a bundle of linear graphs, labels cat, dog and robot, largest batch 4.
 
@@ -40,10 +46,12 @@ def write_served_bundle(
         steps: One graph for each.
         matmuls: Each batch first multiplies so many 512x512 matrices, some milliseconds each.
         half_gain: Gain of a further graph that the manifest calls fp16 and records as compared; right is 0.5.
+        start_time: First time of the sampler of one step, radians, which then starts from images.
         changes: Fields of the specs.
     """
     fields = {"sample_shape": SHAPE, "num_classes": 3, "class_names": NAMES, "max_batch": 4} | changes
-    specs = [SamplerSpec(times=default_times(count), **fields) for count in steps]
+    times = {count: default_times(count) for count in steps} | ({1: (start_time,)} if start_time else {})
+    specs = [SamplerSpec(times=times[count], **fields) for count in steps]
     gains = {"fp32": 0.5} | ({} if half_gain is None else {"fp16": half_gain})
     artifacts, parity = [], []
     with publish_bundle(path) as folder:

@@ -1,5 +1,6 @@
 """The text encoder of SANA-Sprint as a graph: the embeddings of transformers, by ONNX Runtime and tokenizers alone."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -15,23 +16,25 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("tokenizers")
 
 from helpers.sana_fixtures import PROMPTS, SIZE, TOKENS
+from helpers.servers import running
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError, IntegrityError
 from scm_sdk.export.sana import import_sana
+from scm_sdk.images import encode_picture
 from scm_sdk.inference.generator import Generator
 from scm_sdk.inference.prompt_graph import PromptGraph
 from scm_sdk.model.foreign.prompt_encoder import PromptEncoder
 
-GRAPH = "text_encoder/model.onnx"
+GRAPH, START = "text_encoder/model.onnx", 1.1
 
 
 @pytest.fixture(scope="module")
 def bundle(sana_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle with the graph of the text encoder in place of its weights; read only."""
+    """Return a bundle with the graphs of both encoders, that of the text in place of its weights; read only."""
     out = tmp_path_factory.mktemp("prompts") / "bundle"
     import_sana(
-        sana_folder, out, steps=(1,), size=(SIZE, SIZE), max_sequence_length=TOKENS, max_batch=2, text_encoder=False,
-        onnx_text_encoder=True,
+        sana_folder, out, times=(START,), size=(SIZE, SIZE), max_sequence_length=TOKENS, max_batch=2,
+        text_encoder=False, onnx_text_encoder=True, encoder=True,
     )  # fmt: skip
     return out
 
@@ -66,6 +69,30 @@ np.save(sys.argv[1], images)
     with Generator.from_pretrained(bundle, backend="torch") as gen:
         wanted = gen(2, prompt_embeds=embeds, prompt_attention_mask=mask, seed=1, output_type="raw").images
     np.testing.assert_allclose(np.load(target), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_server_takes_prompts_and_images_without_torch(bundle: Path) -> None:
+    pytest.importorskip("starlette")
+    picture = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    image = {"image": base64.b64encode(encode_picture(picture, ".png")).decode(), "start_time": START}
+    url = "/v1/images/generations"
+    with (
+        running(bundle, "--backend", "onnxruntime") as server,
+        Generator.from_pretrained(bundle, backend="onnxruntime", num_threads=1) as gen,
+    ):
+        model = server.http.get("/v1/models").json()["data"][0]
+        assert (model["takes_prompt"], model["start_times"], model["default_steps"]) == (True, {"1": START}, 1)
+        for asked, told in (({}, {}), (image, {"image": picture, "start_time": START})):
+            body = {"prompt": PROMPTS[0], "seed": 5, "n": 2} | asked
+            found = server.http.post(url, json=body).json()["data"]
+            wanted = gen(2, prompt=PROMPTS[0], seed=5, output_type="uint8", **told).images
+            for one, other in zip(found, wanted, strict=True):
+                assert base64.b64decode(one["b64_json"]) == encode_picture(other, ".png")
+            events = server.http.post(url, json=body | {"stream": True}).text
+            assert all(one["b64_json"] in events for one in found)
+        loaded = Path(f"/proc/{server.process.pid}/maps").read_text(encoding="utf-8")
+        assert "onnxruntime" in loaded and "torch" not in loaded
 
 
 def test_the_bundle_holds_no_weights_of_the_encoder(bundle: Path) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import httpx
 import pytest
@@ -128,8 +129,11 @@ def status_and_body(answers: BinaryIO) -> tuple[int, bytes]:
 def test_what_misses_its_deadline_is_dropped(
     slow_bundle: Path, monkeypatch: pytest.MonkeyPatch, made: int, stream: bool
 ) -> None:
-    """The model makes one batch or none and then waits until the answer is there, so no machine is too fast."""
-    batches, answered = itertools.count(), threading.Event()
+    """The model makes one batch or none and then waits until the answer is there, so no machine is too fast.
+
+    Where it makes one, the clock stands still until the first picture is there, so no machine is too slow.
+    """
+    batches, answered, now = itertools.count(), threading.Event(), [0.0]
     gen = Generator.from_pretrained(slow_bundle, num_threads=None)  # one batch at a time
     sample = gen.opened().backend.sample
 
@@ -138,9 +142,19 @@ def test_what_misses_its_deadline_is_dropped(
         return sample(*inputs)
 
     monkeypatch.setattr(gen.opened().backend, "sample", held)
-    body = {"n": 8, "stream": stream, "timeout": 3.0 if made else 0.05}
+    body = {"n": 8, "stream": stream, "timeout": 20.0 if made else 0.05}
+    if made:
+        monkeypatch.setattr("scm_sdk.serve.service.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def call(service: Service) -> httpx.Response:
+        make_files = service.files
+
+        async def files(*output: Any) -> list[bytes]:
+            found = await make_files(*output)
+            now[0] = 60.0
+            return found
+
+        monkeypatch.setattr(service, "files", files)
         transport = httpx.ASGITransport(make_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             try:

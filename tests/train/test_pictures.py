@@ -148,7 +148,7 @@ def test_every_picture_that_cannot_be_read_is_named(tmp_path: Path, keep: Keep, 
 def test_a_grey_picture_first_makes_no_other_grey(tmp_path: Path) -> None:
     files = {"a.png": encoded(RED.convert("L")), "b.png": GOOD}
     assert pixels(in_folder(tmp_path, files))[1, 0, 0].tolist() == [255, 0, 0]
-    with pytest.raises(TrainError, match="it has colors, expected a gray picture like the first"):
+    with pytest.raises(TrainError, match="it has colors, expected a gray picture"):
         pixels(in_tar(tmp_path, files))
     assert pixels(in_tar(tmp_path, dict(reversed(files.items())))).shape == (2, 8, 16, 3)
 

@@ -1,4 +1,4 @@
-"""Decode image files for training, from folders and shards.
+"""Decode image files: for training, from folders and shards, and to start samplers from.
 
 Images become 8-bit gray or RGB. 16-bit images keep their range and lose their lower bits. The EXIF orientation is
 applied. Transparent pixels become white. Animations, of which only a part would be read, and 32-bit and floating-point
@@ -39,13 +39,16 @@ def look_at(content: bytes, *, max_pixels: int) -> tuple[int, int, int]:
         return _shape(image)
 
 
-def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
+def decode_picture(
+    file: Path | bytes, *, shape: tuple[int, int, int] | None = None, formats: tuple[str, ...] | None = None
+) -> NDArray[np.uint8]:
     """Decode an image file.
 
     Args:
         file: Path or content of the file.
         shape: Required (H, W, C), checked before decoding. With 3 channels a gray image is converted to RGB; with 1 a
             color image is refused. None accepts any size, in RGB.
+        formats: Pillow's names of the accepted formats; None is all that Pillow reads.
 
     Returns:
         Pixels, (H, W, C), uint8.
@@ -53,14 +56,14 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
     Raises:
         ValueError: If it cannot be read, or has another shape; with the reason.
     """
-    with _opened(file) as image:
+    with _opened(file, formats) as image:
         if shape is not None and sorted(image.size) != sorted(shape[:2]):
-            raise ValueError(f"it is {image.height}x{image.width}, expected {shape[0]}x{shape[1]} like the first")
+            raise ValueError(f"it is {image.height}x{image.width}, expected {shape[0]}x{shape[1]}")
         height, width, channels = _shape(image)
         if shape is not None and (height, width) != shape[:2]:
-            raise ValueError(f"it is rotated, as {height}x{width}, expected {shape[0]}x{shape[1]} like the first")
+            raise ValueError(f"it is rotated, as {height}x{width}, expected {shape[0]}x{shape[1]}")
         if shape is not None and channels > shape[2]:
-            raise ValueError("it has colors, expected a gray picture like the first")
+            raise ValueError("it has colors, expected a gray picture")
         gray = shape is not None and shape[2] == 1
         from PIL import ImageOps
 
@@ -69,12 +72,15 @@ def decode_picture(file: Path | bytes, *, shape: tuple[int, int, int] | None = N
 
 
 @contextmanager
-def _opened(file: Path | bytes) -> Iterator[Image]:
+def _opened(file: Path | bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image]:
     """Open an image; any exception of Pillow becomes a ``ValueError``."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream, Image.open(stream) as image:
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream,
+            Image.open(stream, formats=formats) as image,
+        ):
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"it holds {frames} pictures, an animation or pages; expected one")
             if image.mode == "F":
@@ -82,6 +88,8 @@ def _opened(file: Path | bytes) -> Iterator[Image]:
             yield image
     except ValueError:
         raise
+    except UnidentifiedImageError as exc:  # its message names an object in memory
+        raise ValueError(f"it is no {' or '.join(formats) if formats else 'picture'} file that can be read") from exc
     except (
         Exception
     ) as exc:  # SyntaxError, struct.error, zlib.error, DecompressionBombError and others, depending on the format

@@ -85,7 +85,8 @@ class ShardImages:
             pixels = decode(content, self.stored, self.sample_shape)
         except (OSError, ValueError) as exc:
             raise TrainError(
-                f"the image at byte {offset} of {path} cannot be read: {exc}. Copy or make the shard again."
+                f"the image at byte {offset} of {path} cannot be read as one like the first: {exc}. Copy or make the "
+                "shard again."
             ) from exc
         return pixels
 
@@ -102,7 +103,7 @@ def decode(content: bytes, stored: str | np.dtype[Any], shape: tuple[int, int, i
         stream = io.BytesIO(content)
         found, dtype = read_npy_header(stream)
         if as_sample_shape(found) != shape:
-            raise ValueError(f"it is {found}, expected {shape} like the first")
+            raise ValueError(f"it is {found}, expected {shape}")
         content = content[stream.tell() :]
     else:
         dtype = stored
