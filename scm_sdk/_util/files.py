@@ -15,16 +15,19 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, TypeVar
 
 from ..errors import BundleError, IntegrityError, ScmError
 from .locks import FolderLock, try_lock
+from .processor import usable_cores
 
 _CHUNK_BYTES = 1 << 20
+_PARALLEL_BYTES = 64 << 20
+"""Smallest number of bytes for which starting threads pays."""
 _PATH_LENGTH = 1024
 """Longest path inside a folder, characters. Linux accepts 4096 bytes including the path of the folder."""
 _NAME_BYTES = 255
@@ -233,6 +236,28 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
             return sha256_stream(stream)
     except OSError as exc:
         raise unreadable(path, exc) from exc
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def map_files(function: Callable[[_Item], _Result], items: Sequence[_Item], *, num_bytes: int) -> list[_Result]:
+    """Return ``function(item)`` for each item, which reads files; for many bytes with a thread on each usable core.
+
+    Raises:
+        Exception: The first one by the order of the items. Items that were not begun by then are left out.
+    """
+    threads = min(len(items), usable_cores())
+    if num_bytes < _PARALLEL_BYTES or threads < 2:
+        return [function(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and only large files need it
+
+    pool = ThreadPoolExecutor(threads, "scm-files")
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def sha256_stream(stream: IO[bytes]) -> str:

@@ -13,18 +13,28 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 
-from .._util.files import atomic_write_bytes, remove_leftovers, safe_join, scratch_folder, sha256_bytes, sha256_file
+from .._util.files import (
+    atomic_write_bytes,
+    map_files,
+    remove_leftovers,
+    safe_join,
+    scratch_folder,
+    sha256_bytes,
+    sha256_file,
+)
 from .._util.publish import Staged, staged_folder, undisturbed
 from ..errors import BundleError, ConfigError, IntegrityError, SchemaError
 from ..spec import Precision, SamplerSpec
 from .archive import SUFFIX
 from .archive import pack as pack_folder
 from .card import CARD_PATH, bundle_card, generated_for
+from .digest_cache import recall_digest, remember_digest
 from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
@@ -60,7 +70,7 @@ from .verify import (
 
 logger = logging.getLogger(__name__)
 
-Verify = Literal["none", "digest"]
+Verify = Literal["none", "digest", "remembered"]
 
 
 @dataclass(frozen=True)
@@ -84,14 +94,16 @@ class Bundle:
 
         Args:
             path: The folder.
-            verify: ``digest`` compares every file with its sha256; ``none`` compares only the sizes of the existing
-                files, for callers that check the files they open (``check_unchanged``) and for verified folders.
+            verify: ``digest`` compares every file with its sha256, and ``remembered`` too, but takes that of a file
+                that this user hashed before and that did not change since (``digest_cache``); ``none`` compares only
+                the sizes of the existing files, for callers that check the files they open (``check_unchanged``) and
+                for verified folders.
 
         Raises:
             BundleError: If the folder is not a bundle, or a path leaves it.
             SchemaError: If the manifest is malformed or from a newer version.
             IntegrityError: If a file is missing, altered or truncated.
-            ConfigError: If ``verify`` is neither of the two.
+            ConfigError: If ``verify`` is none of these.
         """
         if verify not in get_args(Verify):
             raise ConfigError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}.")
@@ -119,7 +131,8 @@ class Bundle:
         """Open the bundle again as it is on disk now; files that did not change since they were hashed are not read.
 
         Args:
-            verify: ``digest`` hashes all other files now, ``none`` when ``check_unchanged`` needs them; see ``open``.
+            verify: ``digest`` and ``remembered`` check all other files now, ``none`` when ``check_unchanged`` needs
+                them; see ``open``.
 
         Raises:
             BundleError: As ``open`` does.
@@ -155,14 +168,14 @@ class Bundle:
         known = before.unchanged_files(self.manifest.files) if before is not None else set()
         for entry in self.manifest.files:
             self._seen[entry.path] = stamp(self.path / entry.path)
-            if verify == "digest" or os.path.lexists(self.path / entry.path):
+            if verify != "none" or os.path.lexists(self.path / entry.path):
                 check_present(self.path, entry)
         if before is not None:
             known = {path for path in known if before._hashed[path] == self._seen[path]}
             self._hashed.update({path: self._seen[path] for path in known})
-        if verify == "digest":
+        if verify != "none":
             logger.debug("open %s: %d files, %d known", self.path, len(self.manifest.files), len(known))
-            self._verify(known)
+            self._verify(known, remembered=verify == "remembered")
 
     @property
     def status(self) -> ModelStatus:
@@ -179,10 +192,10 @@ class Bundle:
         """
         self._verify(set())
 
-    def _verify(self, known: Collection[str]) -> None:
-        for entry in self.manifest.files:
-            if entry.path not in known:
-                self._check_content(entry)
+    def _verify(self, known: Collection[str], *, remembered: bool = False) -> None:
+        entries = [entry for entry in self.manifest.files if entry.path not in known]
+        check = partial(self._check_content, remembered=remembered)
+        map_files(check, entries, num_bytes=sum(entry.size for entry in entries))
         for path in self._graphs:
             if not {path, *(entry.path for entry in files_of(self.manifest, path))} <= set(known):
                 self.check_graph(path)
@@ -207,7 +220,8 @@ class Bundle:
 
         Args:
             artifact: Path of the artifact, or of another listed file.
-            verify: ``digest`` compares sha256; ``none`` compares sizes and the current manifest on disk.
+            verify: ``digest`` compares sha256; ``remembered`` too, as in ``open``; ``none`` compares sizes and the
+                current manifest on disk.
 
         Returns:
             The stamp of each file. If ``stamps`` returns others later, a file was changed in between.
@@ -216,6 +230,42 @@ class Bundle:
             IntegrityError: If a file is missing or damaged, or the bundle was replaced or edited since it was opened.
         """
         return tuple(self._check_unchanged(entry, verify) for entry in self._files(artifact))
+
+    @contextmanager
+    def check_while_loading(self, artifact: str, *, verify: Verify = "digest") -> Iterator[None]:
+        """Compare the files of an artifact, as ``check_unchanged``, for a block that loads them.
+
+        The weights next to an ONNX graph are numbers, which no library interprets: they are hashed while the block
+        runs, on another core. All other files are hashed before. What the block loads is usable only after its end.
+
+        Args:
+            artifact: Path of the artifact, or of another listed file.
+            verify: As in ``check_unchanged``.
+
+        Raises:
+            IntegrityError: As ``check_unchanged``, before or at the end of the block.
+        """
+        numbers = []
+        for entry in self._files(artifact):
+            if verify != "none" and artifact.endswith(".onnx") and entry.path != artifact:
+                with self._explained(entry) as found:  # its size, which the check of the graph relies on
+                    check_present(self.path, entry)
+                if self._hashed.get(entry.path) != found:
+                    numbers.append(entry)
+            else:
+                self._check_unchanged(entry, verify)
+        if not numbers:
+            yield
+            return
+        from concurrent.futures import ThreadPoolExecutor  # slow to import, and only large graphs need it
+
+        with ThreadPoolExecutor(1, "scm-hash") as thread:
+            hashing = [thread.submit(self._check_unchanged, entry, verify) for entry in numbers]
+            try:
+                yield
+            finally:  # first, because damaged weights explain what the block raised
+                for each in hashing:
+                    each.result()
 
     def check_file(self, relpath: str, *, verify: Verify = "digest") -> None:
         """Compare one file, if it is listed, with the opened manifest, as ``check_unchanged``.
@@ -457,26 +507,41 @@ class Bundle:
         )  # fmt: skip
 
     def _check_unchanged(self, entry: FileEntry, verify: Verify) -> Stamp:
-        found = stamp(self.path / entry.path)
-        try:
-            if verify == "none":
-                same = entry in read_manifest(self.path).files and bool(check_present(self.path, entry))
-            else:
-                same = self._hashed.get(entry.path) == found or self._check_content(entry)
-        except BundleError as exc:
-            if self._seen.get(entry.path) == found or isinstance(exc.__cause__, PermissionError):
-                raise  # damaged or missing before the bundle was opened
-            raise self._changed(entry) from exc
+        with self._explained(entry) as found:
+            if verify != "none":
+                if self._hashed.get(entry.path) != found:
+                    self._check_content(entry, remembered=verify == "remembered")
+                return found
+            check_present(self.path, entry)
+            same = entry in read_manifest(self.path).files
         if not same:
             raise self._changed(entry)
         return found
 
-    def _check_content(self, entry: FileEntry) -> bool:
-        found = stamp(self.path / entry.path)  # before it is read
-        check_content(self.path, entry)
+    @contextmanager
+    def _explained(self, entry: FileEntry) -> Iterator[Stamp]:
+        """Give the stamp of a file; an error of the block states whether the file changed since the bundle was opened.
+
+        Raises:
+            IntegrityError: If the block raised, and the file changed.
+        """
+        found = stamp(self.path / entry.path)
+        try:
+            yield found
+        except BundleError as exc:
+            if self._seen.get(entry.path) == found or isinstance(exc.__cause__, PermissionError):
+                raise  # damaged or missing before the bundle was opened
+            raise self._changed(entry) from exc
+
+    def _check_content(self, entry: FileEntry, *, remembered: bool = False) -> None:
+        path = self.path / entry.path
+        found = stamp(path)  # before it is read
+        known = remembered and recall_digest(path, found) == entry.sha256
+        check_content(self.path, entry, sha256=entry.sha256 if known else "")
         if is_settled(found):
             self._hashed[entry.path] = found
-        return True
+            if remembered and not known:
+                remember_digest(path, found, entry.sha256)
 
     def _files(self, artifact: str) -> list[FileEntry]:
         """Return the files loaded with an artifact, in order; a text encoder is loaded with the first prompt."""

@@ -169,15 +169,20 @@ def check_present(folder: Path, entry: FileEntry) -> Path:
     return path
 
 
-def check_content(folder: Path, entry: FileEntry) -> None:
+def check_content(folder: Path, entry: FileEntry, *, sha256: str = "") -> None:
     """Compare a file with its recorded sha256; of a tensor file, also check the header.
+
+    Args:
+        folder: The folder of the bundle.
+        entry: The recorded file.
+        sha256: Digest of the file if it is known; "" reads the file.
 
     Raises:
         BundleError: If a link leaves the folder.
         IntegrityError: If the file is missing, altered, truncated or not a tensor file.
     """
     path = check_present(folder, entry)
-    found = sha256_file(path)
+    found = sha256 or sha256_file(path)
     if found != entry.sha256:
         raise IntegrityError(
             f"{path} has sha256 {found[:12]}.., expected {entry.sha256[:12]}..: it was altered or damaged. {REPAIR}"

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .latency import Latency
     from .parity.compare import Parity
 
-Verify = Literal["none", "digest", "smoke", "full"]
+Verify = Literal["none", "digest", "remembered", "smoke", "full"]
 
 
 class OpenOptions(TypedDict, total=False):
@@ -130,8 +130,10 @@ class Generator:
                 ``"warn"`` runs another one with a warning; ``"allow"`` without a warning. Both record it in
                 ``out.info.fallback``.
             verify: ``"digest"`` checks the sha256 of each file before it is opened, ``"none"`` its size; ``"smoke"``
-                also runs the recorded sample of the default number of steps, ``"full"`` of each. Files that are not
-                opened may be missing, so a product can leave out the PyTorch checkpoint.
+                also runs the recorded sample of the default number of steps, ``"full"`` of each. ``"remembered"`` is
+                ``"digest"``, but takes the sha256 of a bundle's file from the user's cache if it was hashed before and
+                device, inode, size and times of the file are the same. Files that are not opened may be missing, so a
+                product can leave out the PyTorch checkpoint.
             num_threads: CPU threads of one call; None is the default of the library.
             max_batch: Largest batch, from 1 to that of the sampler; None is that of the sampler.
             num_inference_steps: Default number of network calls; None is 2 if available.
@@ -153,7 +155,7 @@ class Generator:
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}.")
         find = partial(
-            open_source, path, verify="none" if verify == "none" else "digest", revision=revision,
+            open_source, path, verify="digest" if verify == "smoke" or verify == "full" else verify, revision=revision,
             local_files_only=local_files_only, require_signature=require_signature,
         )  # fmt: skip
         source = find()

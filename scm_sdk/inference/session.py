@@ -383,15 +383,21 @@ class Opener:
         return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
 
     def _load(self, row: PlanRow, spec: SamplerSpec) -> Backend:
-        """Open an artifact after checking its files against the opened source."""
+        """Open an artifact and check its files against the opened source."""
         for _ in range(_LOADS):
-            stamps = self._source.check_unchanged(row.artifact)
-            self._source.check_graph(row.artifact)
-            backend = open_backend(
-                row.backend, self._source.locate(row.artifact), spec, device=self._device,
-                num_threads=self._num_threads, trust_engines=self._trust_engines,
-                precision=row.precision if row.lowered else None,
-            )  # fmt: skip
+            stamps, backend = self._source.stamps(row.artifact), None
+            try:
+                with self._source.check_while_loading(row.artifact):
+                    self._source.check_graph(row.artifact)
+                    backend = open_backend(
+                        row.backend, self._source.locate(row.artifact), spec, device=self._device,
+                        num_threads=self._num_threads, trust_engines=self._trust_engines,
+                        precision=row.precision if row.lowered else None,
+                    )  # fmt: skip
+            except BundleError:
+                if backend is not None:  # weights that were hashed while they were loaded
+                    backend.close()
+                raise
             if self._source.stamps(row.artifact) == stamps:
                 return backend
             backend.close()  # the file was written in the meantime, so the loaded content is unknown

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from .._util.files import sha256_bytes, sha256_file
+from .._util.files import map_files, sha256_bytes, sha256_file
 from .._util.locks import FolderLock
-from ..bundle.bundle import Bundle
+from ..bundle.bundle import Bundle, Verify
 from ..bundle.layout import CONFIG_NAME, DECODER_FOLDER, INDEX_NAME, PROMPT_GRAPH_PATH, WEIGHTS_NAME
 from ..bundle.manifest import MANIFEST_NAME, Artifact, ParityRecord
 from ..bundle.resolve import find_and_hold
 from ..bundle.scores import SCORES_PATH
 from ..bundle.signing import Signer, check_signature
 from ..bundle.status import ModelStatus
-from ..bundle.verify import Stamp, stamp
+from ..bundle.verify import Stamp, is_settled, stamp
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..spec import SamplerSpec
 from .prompts import Prompts
@@ -42,7 +43,7 @@ class Source:
         provenance: Origin of the weights.
         status: State of the model.
         text_encoder: Folder with the text encoder, if there is one.
-        verify: Whether opened files are hashed.
+        verify: How opened files are checked; see ``Bundle.check_unchanged``.
     """
 
     path: Path
@@ -55,8 +56,10 @@ class Source:
     status: ModelStatus
     _spec: Callable[[int], SamplerSpec]
     text_encoder: Path | None = None
-    verify: Literal["none", "digest"] = "digest"
+    verify: Verify = "digest"
     _weights: tuple[Path, ...] = ()
+    _hashed: tuple[Stamp, ...] = ()
+    """Stamps of the weights of a checkpoint when they were hashed; () if a later change may not change them."""
     _lease: FolderLock | None = None
     """Lock that keeps an unpacked bundle in the cache."""
 
@@ -106,12 +109,26 @@ class Source:
         if self.bundle is not None:
             return self.bundle.check_unchanged(artifact, verify=self.verify)
         stamps = self.stamps(artifact)
-        if self.build_id and _digest(self._weights) != self.build_id:
+        if self.build_id and stamps != self._hashed and _digest(self._weights) != self.build_id:
             raise IntegrityError(
                 f"the checkpoint at {self.path} was changed since it was opened; open it again. Its weights are not "
                 f"those of sha256 {self.build_id[:12]}.., which were expected."
             )
         return stamps
+
+    @contextmanager
+    def check_while_loading(self, artifact: str) -> Iterator[None]:
+        """Compare the files of an artifact, for a block that loads them; see ``Bundle.check_while_loading``.
+
+        Raises:
+            IntegrityError: As ``check_unchanged``, before or at the end of the block.
+        """
+        if self.bundle is not None:
+            with self.bundle.check_while_loading(artifact, verify=self.verify):
+                yield
+        else:
+            self.check_unchanged(artifact)
+            yield
 
     def check_text_encoder(self) -> None:
         """Compare the text encoder with the opened source; see ``Bundle.check_text_encoder``.
@@ -184,7 +201,7 @@ class Source:
 def open_source(
     path: str | os.PathLike[str] | Bundle,
     *,
-    verify: Literal["none", "digest"] = "digest",
+    verify: Verify = "digest",
     revision: str | None = None,
     local_files_only: bool = False,
     require_signature: Signer | None = None,
@@ -197,7 +214,8 @@ def open_source(
     Args:
         path: The folder, a ``.scmz`` file, ``hf:owner/name`` on the hub, or an open bundle, of which only what changed
             is read again.
-        verify: ``digest`` compares the sha256 of opened files; ``none`` their size.
+        verify: ``digest`` compares the sha256 of opened files, ``none`` their size; ``remembered`` as ``digest``, but
+            takes the sha256 of a bundle's file that this user hashed before and that did not change since.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Read only the cache of the hub.
         require_signature: The required signer; None for no check.
@@ -227,7 +245,7 @@ def open_source(
     )
 
 
-def _from_bundle(bundle: Bundle, verify: Literal["none", "digest"], lease: FolderLock | None) -> Source:
+def _from_bundle(bundle: Bundle, verify: Verify, lease: FolderLock | None) -> Source:
     manifest = bundle.manifest
     if os.path.lexists(bundle.path / SCORES_PATH):
         bundle.check_file(SCORES_PATH, verify=verify)  # which the status is read from
@@ -257,11 +275,18 @@ def _text_encoder(bundle: Bundle) -> Path | None:
 
 def _digest(weights: Sequence[Path]) -> str:
     """Return the sha256 of one file; for several files, the sha256 of their digests."""
-    digests = [sha256_file(path) for path in weights]
+    digests = map_files(sha256_file, weights, num_bytes=sum(stamp(path)[2] for path in weights))
     return digests[0] if len(digests) == 1 else sha256_bytes("".join(digests).encode())
 
 
-def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
+def _hash_weights(weights: Sequence[Path], verify: Verify) -> tuple[str, tuple[Stamp, ...]]:
+    """Return ``build_id`` and ``_hashed`` of a checkpoint."""
+    stamps = tuple(stamp(path) for path in weights)  # before they are read
+    digest = "" if verify == "none" else _digest(weights)
+    return digest, stamps if digest and all(map(is_settled, stamps)) else ()
+
+
+def _from_checkpoint(folder: Path, verify: Verify) -> Source:
     weights: tuple[Path, ...] = (folder / WEIGHTS_NAME,)
     if not weights[0].is_file():
         raise BundleError(f"no {WEIGHTS_NAME} in {folder}, expected the weights next to {CONFIG_NAME}. Copy it whole.")
@@ -269,6 +294,7 @@ def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
         weights += (decoder,)
     models: list[Any] = []
     provenance = _checkpoint_provenance(folder)
+    build_id, hashed = _hash_weights(weights, verify)
 
     def spec(num_inference_steps: int) -> SamplerSpec:
         # The shapes are known only after loading with torch; cached, so that it is loaded once.
@@ -279,7 +305,7 @@ def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
 
     return Source(
         path=folder,
-        build_id=_digest(weights) if verify == "digest" else "",
+        build_id=build_id,
         artifacts=(Artifact(path=".", format="safetensors"),),
         parity=(),
         steps=CHECKPOINT_STEPS,
@@ -289,6 +315,7 @@ def _from_checkpoint(folder: Path, verify: Literal["none", "digest"]) -> Source:
         _spec=spec,
         verify=verify,
         _weights=weights,
+        _hashed=hashed,
     )
 
 
@@ -299,7 +326,7 @@ def _checkpoint_provenance(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _from_pipeline(folder: Path, verify: Literal["none", "digest"]) -> Source:
+def _from_pipeline(folder: Path, verify: Verify) -> Source:
     """Open a pipeline's folder as diffusers saved it, through PyTorch."""
     from ..model.foreign.component import weight_files
     from ..model.foreign.few_step_folder import FewStepFolder
@@ -311,9 +338,10 @@ def _from_pipeline(folder: Path, verify: Literal["none", "digest"]) -> Source:
         (found.row.steps, found.row.objective) if isinstance(found, FewStepFolder) else (STEPS, OBJECTIVE)
     )
     weights = tuple(file for name in ("transformer", "vae") for file in weight_files(folder / name))
+    build_id, hashed = _hash_weights(weights, verify)
     return Source(
         path=folder,
-        build_id=_digest(weights) if verify == "digest" else "",
+        build_id=build_id,
         artifacts=(Artifact(path=".", format="safetensors"),),
         parity=(),
         steps=steps,
@@ -324,4 +352,5 @@ def _from_pipeline(folder: Path, verify: Literal["none", "digest"]) -> Source:
         text_encoder=folder if found.has_text_encoder else None,
         verify=verify,
         _weights=weights,
+        _hashed=hashed,
     )
