@@ -16,7 +16,7 @@ from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.card import CARD_PATH, model_card
 from scm_sdk.bundle.goldens import Golden, write_goldens
-from scm_sdk.bundle.layout import CONFIG_NAME, ENCODER_PATH
+from scm_sdk.bundle.layout import CONFIG_NAME, DECODER_PATH, ENCODER_PATH
 from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact, Role
 from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
@@ -107,6 +107,7 @@ def export_bundle(
     renoise: Renoise | None = None,
     start_time: float | None = None,
     max_batch: int = 32,
+    split: bool = False,
     name: str = "",
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
@@ -126,6 +127,7 @@ def export_bundle(
         renoise: Noise of the steps after the first, see ``SamplerSpec.renoise``; None is the model's rule.
         start_time: First time, radians, of a further sampler with one step, for ``gen(image=..., start_time=...)``.
         max_batch: Largest batch.
+        split: Make the decoder a graph of its own, which ``Generator.from_pretrained(offload=True)`` loads in turn.
         name: Name of the model; default: the name of the folder.
         overwrite: Replace an existing bundle.
         provenance: Origin of the weights; default: that of the checkpoint.
@@ -133,7 +135,7 @@ def export_bundle(
         events: Receives the stages.
 
     Raises:
-        ConfigError: If a custom network or decoder is not registered.
+        ConfigError: If a custom network or decoder is not registered, or there is no decoder to split off.
         BundleError: If ``out`` may not be replaced or cannot be written.
         ExportError: If the network cannot be exported.
     """
@@ -151,7 +153,10 @@ def export_bundle(
         model.save_pretrained(folder / DENOISER)
         if not given:
             bake_weights_(model.network)  # only this function references the model, so its memory can be reused
-        graphs = export_samplers(model, specs, folder / "onnx" / "fp32", events=events)
+        graphs = export_samplers(
+            model, [spec.before_decoder if split else spec for spec in specs], folder / "onnx" / "fp32",
+            decoder_path=folder / DECODER_PATH if split else None, events=events,
+        )  # fmt: skip
         if model.encoder is not None:
             events.stage("export the encoder")
             write_decoder(export_encoder(model.encoder), folder / ENCODER_PATH)
@@ -175,7 +180,7 @@ def export_bundle(
             path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
         ]
         weights = [path for path in parts if path.endswith((".safetensors", CONFIG_NAME))]
-        built = [*relative, ENCODER_PATH]
+        built = [*relative, ENCODER_PATH, DECODER_PATH]
         made = [*built, *(f"{path}_data" for path in built), "golden/golden.safetensors"]
         manifest = write_bundle(
             folder,
@@ -197,7 +202,7 @@ def export_bundle(
 
 def is_current(
     checkpoint: str | Path, out: str | Path | Workspace, *, steps: Sequence[int] = (), times: Sequence[float] = (),
-    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int | None = None,
+    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int | None = None, split: bool = False,
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
 
@@ -211,6 +216,7 @@ def is_current(
         renoise: Noise of the steps after the first; None is any.
         start_time: First time of a further sampler with one step, radians.
         max_batch: Largest batch; None is any.
+        split: Whether the decoder is a graph of its own.
     """
     workspace = Workspace.of(out)
     if not (workspace.path / MANIFEST_NAME).is_file():
@@ -236,7 +242,7 @@ def is_current(
     same_rest = all(
         max_batch in (None, spec.max_batch) and renoise in (None, spec.renoise) for spec in manifest.samplers
     )
-    return same_weights and same_times and same_rest
+    return same_weights and same_times and same_rest and split == manifest.is_split
 
 
 def _with_steps(checkpoint: Path, spec: SamplerSpec, num_inference_steps: int) -> SamplerSpec:
@@ -250,7 +256,8 @@ def _with_steps(checkpoint: Path, spec: SamplerSpec, num_inference_steps: int) -
 
 def current_export(
     checkpoint: str | Path, out: str | Path, *, steps: Sequence[int] = (1, 2), times: Sequence[float] = (),
-    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int = 32, name: str = "",
+    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int = 32, split: bool = False,
+    name: str = "",
 ) -> BundleReport | None:  # fmt: skip
     """Return the report of the existing bundle if ``export_bundle`` would create the same; else None.
 
@@ -262,8 +269,9 @@ def current_export(
     if renoise is None:
         renoise = read_pipeline(Path(checkpoint)).spec().renoise if is_pipeline(Path(checkpoint)) else "fresh"
     if not is_current(
-        checkpoint, workspace, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch
-    ):
+        checkpoint, workspace, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
+        split=split,
+    ):  # fmt: skip
         return None
     return report_bundle(workspace) if workspace.opened.manifest.name == (name or Path(out).name) else None
 

@@ -42,6 +42,7 @@ def import_flow_pipeline(
     base: str | os.PathLike[str] | None = None,
     text_encoder: bool = True,
     onnx_text_encoder: bool = False,
+    split: bool = False,
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
@@ -65,6 +66,7 @@ def import_flow_pipeline(
         text_encoder: Whether to copy a text encoder that prompts can be encoded with; the base's, for a ``.pt`` file. A
             bundle without it takes embeddings only.
         onnx_text_encoder: Whether to export the text encoder as a graph, float32, which encodes prompts without torch.
+        split: Make the decoder a graph of its own, for ``Generator.from_pretrained(offload=True)``.
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
@@ -107,6 +109,7 @@ def import_flow_pipeline(
             times=times,
             renoise=renoise,
             max_batch=max_batch,
+            split=split,
             name=name,
             overwrite=overwrite,
             provenance=provenance,
@@ -130,6 +133,7 @@ def current_flow_import(
     base: str | os.PathLike[str] | None = None,
     text_encoder: bool = True,
     onnx_text_encoder: bool = False,
+    split: bool = False,
 ) -> BundleReport | None:
     """Return the report of the existing bundle if ``import_flow_pipeline`` would create the same; else None."""
     from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
@@ -141,7 +145,7 @@ def current_flow_import(
     with _pipeline(source, out, base) as folder:
         given = read_few_step_folder(folder, settings)
         rule = renoise or given.row.renoise
-        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch):
+        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch, split=split):
             return None
         found = {spec.times for spec in workspace.opened.manifest.samplers}
         wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}

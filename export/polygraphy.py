@@ -75,6 +75,7 @@ def write_handover(
     """
     json, comparator = _polygraphy()
     bundle = Bundle.open(path)
+    bundle.check_not_split("a handover to Polygraphy")
     spec, graph = bundle.spec(steps), _graph(bundle, steps, precision)
     size = min(batch, spec.max_batch)
     feeds = [feeds_of(spec, range(at, min(at + size, num_samples))) for at in range(0, num_samples, size)]

@@ -40,6 +40,7 @@ def import_sana(
     text_encoder: bool = True,
     onnx_text_encoder: bool = False,
     encoder: bool = False,
+    split: bool = False,
     vae: str | os.PathLike[str] | None = None,
     loras: Sequence[str | os.PathLike[str]] = (),
     lora_scale: float = 1.0,
@@ -63,6 +64,7 @@ def import_sana(
         text_encoder: Whether to copy the text encoder. A bundle without it takes embeddings only.
         onnx_text_encoder: Whether to export the text encoder as a graph, float32, which encodes prompts without torch.
         encoder: Whether to export the encoder of the autoencoder, which ``gen(image=...)`` needs.
+        split: Make the decoder a graph of its own, for ``Generator.from_pretrained(offload=True)``.
         vae: Folder of another ``AutoencoderDC``, such as DC-AE-Lite; None is that of the pipeline.
         loras: LoRA files of the transformer, merged in order.
         lora_scale: Factor of all of them.
@@ -117,6 +119,7 @@ def import_sana(
             renoise=renoise,
             start_time=start_time,
             max_batch=max_batch,
+            split=split,
             name=name,
             overwrite=overwrite,
             provenance=provenance,
@@ -139,6 +142,7 @@ def current_import(
     text_encoder: bool = True,
     onnx_text_encoder: bool = False,
     encoder: bool = False,
+    split: bool = False,
     vae: str | os.PathLike[str] | None = None,
     loras: Sequence[str | os.PathLike[str]] = (),
     lora_scale: float = 1.0,
@@ -154,8 +158,9 @@ def current_import(
     wanted = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
     with with_parts(Path(source), **_parts(vae, loras, lora_scale)) as folder:
         if not is_current(
-            folder, Path(out), steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch
-        ):
+            folder, Path(out), steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
+            split=split,
+        ):  # fmt: skip
             return None
         there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(folder)
         same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)

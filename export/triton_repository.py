@@ -79,6 +79,7 @@ def write_triton_repository(
         ScmError: If the folder exists or cannot be written.
     """
     bundle = Bundle.open(path)
+    bundle.check_not_split("a Triton repository")
     known = [spec.num_inference_steps for spec in bundle.manifest.samplers]
     count = (2 if 2 in known else known[0]) if steps is None else steps
     spec = bundle.spec(count)

@@ -76,7 +76,7 @@ class Workspace:
         """Return a graph of the bundle, parsed once. Clone it before you change it.
 
         Args:
-            path: Of an artifact, inside the bundle.
+            path: Of an artifact or another graph, inside the bundle.
 
         Raises:
             ExportError: As ``read_model``.

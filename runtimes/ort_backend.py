@@ -129,21 +129,29 @@ class OrtGraph:
         expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (*inputs, output)]
         if found != expected:
             raise IntegrityError(f"{path} has inputs and output {found}, expected {expected}. Export the bundle again.")
-        self._path, self._output, self._session = path, output, session
+        self._path, self._output = path, output
+        self._session: Any = session
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the output for inputs of the declared shapes and dtypes, axis 0 is the batch.
 
         Raises:
-            BackendFailure: If onnxruntime raised.
+            BackendFailure: If onnxruntime raised, or the graph is closed.
         """
+        session = self._session
+        if session is None:
+            raise BackendFailure(f"{self._path} was closed, expected an open graph. Open it again.")
         try:
-            (output,) = self._session.run([self._output.name], dict(feeds))
+            (output,) = session.run([self._output.name], dict(feeds))
         except Exception as exc:  # onnxruntime's errors have no common base class
             raise BackendFailure(
                 f"onnxruntime failed on {self._path}: {_said(exc)}. Expected an output; report it if memory suffices."
             ) from exc
         return np.asarray(output)
+
+    def close(self) -> None:
+        """Release the session, which owns the memory."""
+        self._session = None
 
 
 def _open_session(path: Path, device: str | None, num_threads: int | None) -> tuple[Any, int | None]:

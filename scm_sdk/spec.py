@@ -231,6 +231,11 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Name of the one graph output, ``images`` or ``latents``."""
         return "images" if self.output == "pixels" else "latents"
 
+    @property
+    def before_decoder(self) -> SamplerSpec:
+        """This sampler without its decoder: the spec of a graph whose decoder is a graph of its own."""
+        return msgspec.structs.replace(self, output="latents", output_shape=())
+
     def with_steps(self, num_inference_steps: int) -> SamplerSpec:
         """Return this spec with the default times of another number of steps."""
         times = default_times(

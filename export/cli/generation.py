@@ -49,13 +49,15 @@ if TYPE_CHECKING:
 )
 @click.option("--scale", type=click.IntRange(1, 64), default=4, help="Screen pixels per image pixel in the grid.")
 @click.option("--fps", type=click.FloatRange(0, 240, min_open=True), default=16, help="Frames per second of a clip.")
+@click.option("--offload", is_flag=True,
+              help="Hold one part in memory at a time: text encoder, sampler, decoder of a split bundle.")  # fmt: skip
 @click.option("--plan", is_flag=True, help="Print what can run here, with reasons, and stop.")
 @json_option
 def generate(
     bundle: Path, out: Path, num_images: int, class_labels: str, steps: int | None, seed: int | None, backend: str,
     precision: str, device: str | None, threads: int | None, batch_size: int | None, prompts: tuple[str, ...],
     image: Path | None, start_time: float | None, guidance_scale: float | None, scale: int, fps: float,
-    plan: bool, as_json: bool,
+    offload: bool, plan: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate images from a bundle or a checkpoint.
 
@@ -87,7 +89,13 @@ def generate(
         steps = StartImages(source, device=device, num_threads=threads).steps(pixels, start_time, steps)
         source.release()
     with Generator.from_pretrained(
-        bundle, backend=backend, precision=precision, device=device, num_threads=threads, num_inference_steps=steps
+        bundle,
+        backend=backend,
+        precision=precision,
+        device=device,
+        num_threads=threads,
+        num_inference_steps=steps,
+        offload=offload,
     ) as gen:
         if plan:
             rows = gen.plan()

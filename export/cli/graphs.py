@@ -10,7 +10,7 @@ import click
 from .common import TerminalEvents, json_option, print_json, say, say_warnings
 from .libraries import EXPORT, requires
 from .located import model_argument
-from .names import STEPS, OutputPath, sampler_options
+from .names import STEPS, OutputPath, sampler_options, split_option
 
 if TYPE_CHECKING:
     from scm_sdk.spec import Renoise
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 @click.option("--steps", multiple=True, type=STEPS, default=(1, 2), help="Number of network calls; may be repeated.")
 @sampler_options
 @click.option("--max-batch", type=click.IntRange(1), default=32, help="Largest batch, images.")
+@split_option
 @click.option("--name", default="", help="Name of the model; default: the name of the folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle in OUT.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the samplers as a JSON list and stop.")
 @json_option
 def onnx(
     checkpoint: Path, out: Path, steps: tuple[int, ...], times: tuple[float, ...], renoise: Renoise | None,
-    start_time: float | None, max_batch: int, name: str, overwrite: bool, dry_run: bool, as_json: bool,
+    start_time: float | None, max_batch: int, split: bool, name: str, overwrite: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export a checkpoint to a bundle of ONNX graphs.
 
@@ -54,14 +55,14 @@ def onnx(
     if not overwrite:
         report = current_export(
             checkpoint, out, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
-            name=name,
+            split=split, name=name,
         )  # fmt: skip
     unchanged = report is not None
     if report is None:
         with TerminalEvents() as events:
             report = export_bundle(
                 checkpoint, out, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
-                name=name, overwrite=overwrite, events=events,
+                split=split, name=name, overwrite=overwrite, events=events,
             )  # fmt: skip
     say_warnings(report.status)
     if as_json:

@@ -11,7 +11,7 @@ import click
 from .common import TerminalEvents, json_option, print_json, say
 from .libraries import EXPORT, require_all
 from .located import local_folder, revision_option
-from .names import STEPS, OutputPath, sampler_options
+from .names import STEPS, OutputPath, sampler_options, split_option
 
 if TYPE_CHECKING:
     from scm_sdk.spec import Renoise
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--distilled", is_flag=True, help="The weights are a few-step student, where the folder does not say so.")
 @click.option("--encoder", is_flag=True, help="Add the encoder of a pipeline's autoencoder, for generate --image.")
+@split_option
 @click.option("--onnx-text-encoder", is_flag=True,
               help="Also export a pipeline's text encoder as a graph: prompts then need no torch.")  # fmt: skip
 @click.option("--vae", type=click.Path(path_type=Path), metavar="FOLDER",
@@ -62,8 +63,9 @@ if TYPE_CHECKING:
 def import_(
     source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
     renoise: Renoise | None, start_time: float | None, size: str, frames: int | None, tokens: int | None,
-    max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, encoder: bool, onnx_text_encoder: bool,
-    vae: Path | None, loras: tuple[Path, ...], lora_scale: float, overwrite: bool, revision: str | None, as_json: bool,
+    max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, encoder: bool, split: bool,
+    onnx_text_encoder: bool, vae: Path | None, loras: tuple[Path, ...], lora_scale: float, overwrite: bool,
+    revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Import a few-step pipeline, an rCM file, or an EDM or EDM2 pickle.
 
@@ -91,7 +93,7 @@ def import_(
 
         folder = source if student else local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
-        given: dict[str, Any] = {"times": times, "size": parse_size(size), "max_batch": max_batch}
+        given: dict[str, Any] = {"times": times, "size": parse_size(size), "max_batch": max_batch, "split": split}
         given |= {"text_encoder": text_encoder, "onnx_text_encoder": onnx_text_encoder}
         current: Callable[..., BundleReport | None]
         create: Callable[..., BundleReport]

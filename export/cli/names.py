@@ -209,5 +209,9 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+split_option = click.option(
+    "--split", is_flag=True, help="Make the decoder of latents a graph of its own, for generate --offload."
+)
+"""Option of the verbs that make a bundle."""
 STEPS = click.IntRange(1, 64)
 """Number of network calls of a sampler."""

@@ -21,6 +21,7 @@ from scm_sdk.inference.conditioning import Examples
 from scm_sdk.inference.parity.difference import difference
 from scm_sdk.spec import SamplerSpec
 
+from ..graph.decoder import IMAGES, LATENTS
 from ..precision.half import PRECISION_KEY
 from ..precision.int8 import step_of
 from ..precision.probe import feeds_of
@@ -150,6 +151,7 @@ def diagnose(
     spec: SamplerSpec,
     *,
     exact: ir.Model | None = None,
+    decoder: ir.Model | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3),
     examples: Examples | None = None,
 ) -> Diagnosis:
@@ -160,6 +162,7 @@ def diagnose(
         model: The checkpoint.
         spec: The expected sampler.
         exact: The float32 graph of the same sampler, for stored tensors that are not in the checkpoint.
+        decoder: The graph of the decoder, for a graph that ends in latents.
         seeds: Two or more seeds of samples and labels.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
@@ -167,7 +170,7 @@ def diagnose(
         ExportError: If the graph lacks the names.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
-    doctor = _Doctor(graph, model, spec, seeds, exact, examples)
+    doctor = _Doctor(graph, model, spec, seeds, exact, decoder, examples)
     return Diagnosis(
         findings=tuple(doctor.findings()),
         stored=doctor.stored,
@@ -184,6 +187,7 @@ class _Doctor:
         spec: SamplerSpec,
         seeds: Sequence[int],
         exact: ir.Model | None,
+        decoder: ir.Model | None,
         examples: Examples | None,
     ) -> None:
         self.model, self.spec, self.seeds = model, spec, seeds
@@ -191,8 +195,8 @@ class _Doctor:
         self.tolerance = TOLERANCE[graph.metadata_props.get(PRECISION_KEY, "fp32")]
         last = spec.num_inference_steps - 1
         names = [f"step{k}/{part}" for k in range(last + 1) for part in ("x_t", "network_input", "F", "x0")]
-        self.decodes = model.decoder is not None and spec.output == "pixels"
-        if not self.decodes:
+        decodes = model.decoder is not None and spec.output == "pixels"
+        if not decodes:
             names.pop()  # the last estimate is the output
         if spec.renoise == "ode":
             names += [f"step{k}/noise" for k in range(last)]
@@ -200,6 +204,9 @@ class _Doctor:
         self.values = read_values(graph, names, self.feeds)
         self.stored = compare_stored(graph, originals_of(model, exact))
         self.values.setdefault(f"step{last}/x0", self.values[spec.output_name])
+        self.decoded = self.values[spec.output_name] if decodes else None
+        if decoder is not None:
+            self.decoded = read_values(decoder, [IMAGES], {LATENTS: self.values[f"step{last}/x0"]})[IMAGES]
 
     def findings(self) -> Iterator[Finding]:
         for step in range(self.spec.num_inference_steps):
@@ -216,15 +223,15 @@ class _Doctor:
         """Recompute the decoder output with PyTorch."""
         import torch
 
-        if not self.decodes or self.model.decoder is None:
+        if self.decoded is None or self.model.decoder is None:
             return
         last = self.spec.num_inference_steps - 1
         with torch.inference_mode():
             wanted = self.model.decoder(torch.from_numpy(self.values[f"step{last}/x0"])).numpy()
-        found = relative_difference(self.values[self.spec.output_name], wanted)
+        found = relative_difference(self.decoded, wanted)
         if not found <= self.tolerance:
             text = f"is {found:.1e} off what the decoder makes of step{last}/x0, {self.tolerance:.0e} allowed"
-            yield Finding(fault="output", step=last, value=self.spec.output_name, text=text)
+            yield Finding(fault="output", step=last, value=IMAGES, text=text)
 
     def _algebra(self, step: int, at: dict[str, np.ndarray]) -> Iterator[Finding]:
         """Solve for the factors of one step and read time, sigma_data and scale from them."""
@@ -336,14 +343,12 @@ class _Doctor:
 
     def psnr_by_step(self) -> tuple[float, ...]:
         """Compare the estimate after each step with PyTorch's sampler of these steps."""
-        import msgspec
         import torch
 
         from scm_sdk.model.sampler import Sampler
 
         found = []
-        ends = {"output": "latents", "output_shape": ()} if self.decodes else {}
-        ending = msgspec.structs.replace(self.spec, **ends)
+        ending = self.spec if self.decoded is None else self.spec.before_decoder
         inputs = [torch.from_numpy(self.feeds[tensor.name]) for tensor in self.spec.inputs]
         with torch.inference_mode():
             estimates = [each.numpy() for each in Sampler(self.model, self.spec).eval().estimates(*inputs)]

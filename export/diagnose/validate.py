@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from scm_sdk._util.arguments import checked_names
 from scm_sdk._util.events import SILENT, Events
+from scm_sdk.bundle.layout import DECODER_PATH
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ExportError, UnsupportedGraphError
 from scm_sdk.evaluate.validate import ValidateOptions, validate_bundle
@@ -93,7 +94,8 @@ def examine_graph(
     return diagnose(
         workspace.graph(artifact.path),
         model,
-        bundle.spec(steps),
+        bundle.graph_spec(steps),
         exact=None if exact is None else workspace.graph(exact.path),
+        decoder=workspace.graph(DECODER_PATH) if bundle.manifest.is_split else None,
         examples=examples,
     )

@@ -89,6 +89,7 @@ def add_edge(
         for library in info.libraries:
             require(library, extra=info.extra, purpose=f"exporting to {info.title}")
     bundle = open_to_extend(path)
+    bundle.check_not_split(f"an export to {info.title}")
     sources = [
         _source(bundle, info, precision, count)
         for precision in precisions or ("fp32",)

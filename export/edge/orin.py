@@ -64,6 +64,7 @@ def write_orin(
         BundleError: If the bundle is damaged, or the folder cannot be written.
     """
     bundle = Bundle.open(path)
+    bundle.check_not_split("a handover to a Jetson")
     spec = bundle.spec(steps)
     graph = _graph(bundle, steps, precision)
     with atomic_folder(folder, overwrite=True, marker=EXPECTED) as out:

@@ -277,6 +277,7 @@ def write_site(
         BundleError: If the bundle is damaged, or ``out`` may not be replaced or cannot be written.
     """
     opened = Bundle.open(bundle)
+    opened.check_not_split("a site")
     chosen = _choose(opened, precisions, steps)
     for artifact in chosen:
         _check_showable(opened.spec(artifact.num_inference_steps))

@@ -27,7 +27,7 @@ from scm_sdk.spec import SamplerSpec
 from ..precision.fp16_unsafe import ISLANDS_KEY
 from .cleanup import clean
 from .compose import compose_sampler
-from .decoder import export_decoder
+from .decoder import export_decoder, write_decoder
 from .io import EXTERNAL_DATA_ABOVE, GraphReport, write_model
 from .partial_eval import TARGET_INPUT, TIME_INPUT
 from .trace import EXAMPLE_BATCH, ROOT, require_exportable, trace_network, translate
@@ -159,6 +159,7 @@ def export_samplers(
     specs: Sequence[SamplerSpec],
     folder: Path,
     *,
+    decoder_path: Path | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
     events: Events = SILENT,
 ) -> tuple[GraphReport, ...]:
@@ -168,6 +169,7 @@ def export_samplers(
         model: In evaluation mode, float32.
         specs: One spec per number of steps.
         folder: ``onnx/fp32`` in a bundle; created if missing.
+        decoder_path: File of the decoder as a graph of its own, with specs that end before it; None leaves it out.
         external_data_above: See ``write_model``.
         events: Receives the stages.
 
@@ -175,14 +177,19 @@ def export_samplers(
         One report for each spec, in the same order.
 
     Raises:
-        ConfigError: If two specs have the same number of steps.
+        ConfigError: If two specs have the same number of steps, or the model has no decoder to write.
         ScmError: As ``export_network``, ``compose_sampler`` and ``write_model`` do.
     """
     targets = {folder / f"{spec.num_inference_steps}step" / "model.onnx": spec for spec in specs}
     if len(targets) != len(specs):
         steps = [spec.num_inference_steps for spec in specs]
         raise ConfigError(f"specs have {steps} steps, expected different numbers: each has its own folder.")
-    return _export(model, targets, external_data_above, events)
+    if decoder_path is not None and model.decoder is None:
+        raise ConfigError(
+            "the decoder is asked for as a graph of its own, but this model has none, expected a latent model with its "
+            "decoder. Leave --split out."
+        )
+    return _export(model, targets, external_data_above, events, decoder_path)
 
 
 def _export(
@@ -190,8 +197,12 @@ def _export(
     targets: Mapping[Path, SamplerSpec],
     external_data_above: int,
     events: Events,
+    decoder_path: Path | None = None,
 ) -> tuple[GraphReport, ...]:
     network = export_network(model, events=events)
+    if decoder_path is not None and network.decoder is not None:
+        events.stage("write the decoder")
+        write_decoder(network.decoder, decoder_path, external_data_above=external_data_above)
     reports = []
     for path, spec in targets.items():
         seconds = dict(network.seconds)

@@ -117,7 +117,7 @@ def add_int8(
     plan = options.plan or default_quantize_plan(sources[-1].model)
     _check_steps(bundle, plan)
     looked_at = options.num_samples if options.target_db is not None else min(NUM_SAMPLES, options.num_samples)
-    probes = [Probe(s.graph, s.spec, num_samples=looked_at, examples=examples) for s in sources]
+    probes = [source.required_probe(looked_at, examples) for source in sources]
     if options.precision != "int8":
         plan, made = _make_for_cpu(sources, probes, plan, options, examples, events)
     else:
@@ -163,7 +163,7 @@ def add_foreign_int8(
     if unchanged := unchanged_variants(bundle, [source], "int8"):
         return report_all(unchanged, events)[0]
     model = adopt_quantized(graph, source.spec)
-    probe = Probe(source.graph, source.spec)
+    probe = source.required_probe()
     with workspace.extend(bundle) as draft:
         variant = add_graph(draft, model, source, "int8", probe, built_from=[], notes=[f"adopted from {graph.name}"])
     return report_all([variant], events)[0]

@@ -57,7 +57,8 @@ class Probe:
 
     Args:
         reference: The float32 graph.
-        spec: The sampler.
+        spec: The sampler, whose output is compared.
+        decoder: Graph of the decoder, for graphs that end in latents; None if they return the output of the sampler.
         num_samples: Number of compared seeds, from ``SELECTION.start``; labels are drawn from them. More seeds reduce
             overfitting of a plan.
         batch_size: Batch size; it limits memory.
@@ -74,6 +75,7 @@ class Probe:
         reference: ir.Model | Path,
         spec: SamplerSpec,
         *,
+        decoder: Path | None = None,
         num_samples: int = NUM_SAMPLES,
         batch_size: int = 8,
         num_threads: int | None = None,
@@ -83,7 +85,7 @@ class Probe:
             raise ConfigError(f"num_samples is {num_samples}, expected 1 or more.")
         self.spec = spec
         self._threads = num_threads
-        self._reference = reference
+        self._reference, self._decoder = reference, decoder
         batch = min(batch_size, spec.max_batch)
         seeds = SELECTION[:num_samples]
         self._feeds = [
@@ -141,10 +143,15 @@ class Probe:
         return self._run(model, self._feeds)
 
     def _run(self, model: ir.Model | Path | Session, inputs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-        if isinstance(model, Session):
-            return np.concatenate([model.run([self.spec.output_name], feeds)[0] for feeds in inputs])
         with scratch_folder() as folder:
-            return self._run(open_session(model, folder, num_threads=self._threads, cpu_bf16=True), inputs)
+            session = model
+            if not isinstance(session, Session):
+                session = open_session(session, folder, num_threads=self._threads, cpu_bf16=True)
+            outputs = [session.run(None, feeds)[0] for feeds in inputs]
+            if self._decoder is not None:
+                decoder = open_session(self._decoder, folder, num_threads=self._threads)
+                outputs = [decoder.run(None, {"latents": latents})[0] for latents in outputs]
+        return np.concatenate(outputs)
 
     def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
         """Compare images with those of the reference from ``first``; non-finite images have 0 dB."""

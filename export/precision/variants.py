@@ -16,6 +16,7 @@ from scm_sdk._util.files import atomic_write_bytes, sha256_bytes
 from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import Draft, recipe_of
+from scm_sdk.bundle.layout import DECODER_PATH
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ConfigError, UnsupportedGraphError
 from scm_sdk.inference.conditioning import Examples
@@ -187,7 +188,7 @@ class Fp32Graph:
     Attributes:
         artifact: Entry in the manifest.
         workspace: Workspace of the bundle.
-        spec: The sampler.
+        spec: The spec of the graph: that of the sampler, or, in a split bundle, before its decoder.
         recipe: Inputs of a variant: the options, the digest of the graph, the version.
     """
 
@@ -213,7 +214,19 @@ class Fp32Graph:
 
     def probe(self, num_samples: int, examples: Examples | None) -> Probe | None:
         """Return the probe of its variants; None without a comparison."""
-        return Probe(self.graph, self.spec, num_samples=num_samples, examples=examples) if num_samples else None
+        return self.required_probe(num_samples, examples) if num_samples else None
+
+    def required_probe(self, num_samples: int = NUM_SAMPLES, examples: Examples | None = None) -> Probe:
+        """Return the probe of its variants.
+
+        Raises:
+            ConfigError: If ``num_samples`` is less than 1.
+        """
+        bundle = self.workspace.opened
+        return Probe(
+            self.graph, bundle.spec(self.num_inference_steps), num_samples=num_samples, examples=examples,
+            decoder=bundle.file(DECODER_PATH) if bundle.manifest.is_split else None,
+        )  # fmt: skip
 
 
 def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[str, Any]) -> list[Fp32Graph]:
@@ -234,7 +247,7 @@ def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[st
         Fp32Graph(
             artifact=a,
             workspace=workspace,
-            spec=bundle.spec(a.num_inference_steps),
+            spec=bundle.graph_spec(a.num_inference_steps),
             recipe={**options, "source": sha256_of(bundle, a.path), "scm_sdk": __version__},
         )
         for a in found

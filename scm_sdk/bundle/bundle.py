@@ -38,6 +38,7 @@ from .digest_cache import recall_digest, remember_digest
 from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
+from .layout import DECODER_PATH
 from .manifest import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
@@ -211,7 +212,7 @@ class Bundle:
         # Weights must be in files that are hashed with the artifact, in its folder.
         hashed = {entry.path.rpartition("/"): entry.size for entry in files_of(self.manifest, path)}
         beside = {name: size for (folder, _, name), size in hashed.items() if folder == path.rpartition("/")[0]}
-        check_graph_file(self.file(path), beside, self.spec(steps) if steps else None)
+        check_graph_file(self.file(path), beside, self.graph_spec(steps) if steps else None)
 
     def check_unchanged(self, artifact: str, *, verify: Verify = "digest") -> tuple[Stamp, ...]:
         """Compare the files of an artifact on disk with the opened manifest.
@@ -352,6 +353,30 @@ class Bundle:
             f"{', '.join(str(s.num_inference_steps) for s in samplers)}, which {self.path} was exported with."
             f"{self.manifest.cut_note}"
         )
+
+    def graph_spec(self, num_inference_steps: int) -> SamplerSpec:
+        """Return the spec of the graphs and engines with this number of steps; those of a split bundle end in latents.
+
+        Raises:
+            ConfigError: As ``spec``.
+        """
+        spec = self.spec(num_inference_steps)
+        return spec.before_decoder if self.manifest.is_split else spec
+
+    def check_not_split(self, purpose: str) -> None:
+        """Refuse a bundle whose decoder is a graph of its own.
+
+        Args:
+            purpose: What needs graphs that return images, the subject of the message.
+
+        Raises:
+            ConfigError: If it is one.
+        """
+        if self.manifest.is_split:
+            raise ConfigError(
+                f"{purpose} needs graphs that return images, but those of {self.path} end in latents, and the decoder "
+                f"is {DECODER_PATH}. Import or export the model without --split for this."
+            )
 
     def goldens(self) -> dict[int, Golden]:
         """Return the recorded samples by number of steps; empty if the bundle has none.

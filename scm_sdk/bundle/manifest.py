@@ -14,6 +14,7 @@ import msgspec
 from .._util.json_struct import to_json
 from ..errors import ConfigError, SchemaError, printable
 from ..spec import Precision, SamplerSpec
+from .layout import DECODER_PATH
 
 MANIFEST_NAME = "scm_manifest.json"
 SIGNATURE_NAME = "scm_signature.json"
@@ -223,6 +224,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     versions: dict[str, str] = {}
     cut_from: str = ""
     digests: dict[str, str] = {}
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the decoder is a graph of its own; then graphs and engines end in latents."""
+        return any(entry.path == DECODER_PATH for entry in self.files)
 
     @property
     def cut_note(self) -> str:

@@ -195,6 +195,10 @@ class Graph(Protocol):
         """Return the output for inputs by name; axis 0 is the batch."""
         ...
 
+    def close(self) -> None:
+        """Release the memory."""
+        ...
+
 
 def open_graph(
     path: Path,

@@ -12,6 +12,7 @@ batches.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,7 @@ class OpenOptions(TypedDict, total=False):
     max_batch: int | None
     num_inference_steps: int | None
     trust_engines: bool
+    offload: bool
     require_signature: Signer | None
 
 
@@ -82,8 +84,9 @@ class Generator:
         self.source = source
         self._opener = opener
         self._arguments = dict(arguments)
-        self._prompts = source.prompts(device=arguments["device"])
-        self._starts = StartImages(source, device=arguments["device"], num_threads=arguments["num_threads"])
+        turn = opener.turn
+        self._prompts = source.prompts(device=arguments["device"], turn=turn)
+        self._starts = StartImages(source, device=arguments["device"], num_threads=arguments["num_threads"], turn=turn)
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 
@@ -111,6 +114,7 @@ class Generator:
         max_batch: int | None = None,
         num_inference_steps: int | None = None,
         trust_engines: bool = False,
+        offload: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
         require_signature: Signer | None = None,
@@ -139,6 +143,9 @@ class Generator:
             num_inference_steps: Default number of network calls; None is 2 if available.
             trust_engines: A TensorRT engine is executable code. Engines built on this machine run; others only with
                 True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
+            offload: Load the parts of the model in turn, for short memory: each call opens the text encoder, closes it,
+                then so the sampler and the decoder, which are also loaded once here, as a check. The decoder is a part
+                of its own in a split bundle (``scm-export import --split``). Graphs and engines only.
             revision: Branch, tag or commit of a hub id; only a commit is immutable.
             local_files_only: Read a hub id from the cache only, as ``HF_HUB_OFFLINE=1`` does for all.
             require_signature: Open only a model that is exactly as this signer signed it:
@@ -170,12 +177,18 @@ class Generator:
             "max_batch": max_batch,
             "num_inference_steps": check_count("num_inference_steps", steps),
             "trust_engines": trust_engines,
+            "offload": offload,
             "require_signature": require_signature,
         }
         opener_of = partial(
             Opener, backend=backend, precision=precision, device=device, fallback=fallback, num_threads=num_threads,
-            trust_engines=trust_engines,
+            trust_engines=trust_engines, turn=threading.Lock() if offload else None,
         )  # fmt: skip
+        if offload and source.bundle is not None and source.num_parts == 1:
+            raise ConfigError(
+                f"offload is True, but {source.path} has one part, the sampler, expected several to load in turn. "
+                "Import or export the model with --split, which makes the decoder a part of its own."
+            )
         opener = opener_of(source)
         try:
             opened = opener.get(steps)
@@ -431,6 +444,11 @@ class Generator:
         """
         from .latency import measure
 
+        if self._arguments["offload"]:
+            raise ConfigError(
+                "this generator was opened with offload=True and loads its parts in each call, expected one that stays "
+                "open to be measured: gen.reopen(offload=False).benchmark()."
+            )
         steps = self._steps(num_inference_steps)
         candidates = self._opener.open_accepted(steps)
         try:
@@ -453,6 +471,8 @@ class Generator:
     def close(self) -> None:
         """Release all memory; may be called twice. A later call raises ``BackendFailure``."""
         self._opener.close()
+        self._prompts.close()
+        self._starts.close()
         self.source.release()
 
     def __repr__(self) -> str:

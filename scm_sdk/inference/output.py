@@ -35,7 +35,8 @@ class GenerationInfo:
         model: State of the model: its kind, the length of its training, whether its quality was measured.
         num_inference_steps: Network calls for each image.
         batches: Size of each batch.
-        timings: Milliseconds: ``load_ms`` (when it was opened), ``noise_ms``, ``sample_ms``, ``total_ms``.
+        timings: Milliseconds: ``load_ms`` (when it was opened), ``noise_ms``, ``sample_ms``, ``total_ms``; and
+            ``decode_ms`` where the decoder is a graph of its own.
         rejected: Rejected rows of the plan with their reasons.
         fallback: The requested backend that could not run, if another one ran.
     """

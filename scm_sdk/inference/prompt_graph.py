@@ -137,3 +137,7 @@ class PromptGraph:
         embeds = np.concatenate([self._graph.run(feed) for feed in feeds])
         kept = [0, *range(s.length - s.max_sequence_length + 1, s.length)]
         return embeds, mask[:, kept] if s.mask else np.ones_like(mask[:, kept])
+
+    def close(self) -> None:
+        """Release the memory of the graph."""
+        self._graph.close()

@@ -9,15 +9,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import ConfigError
 from ..spec import SamplerSpec
+from .parts import Part
 
 EMBEDS, MASK = "prompt_embeds", "prompt_attention_mask"
 """Names of the inputs of a prompt."""
+
+
+class Encoder(Protocol):
+    """A text encoder."""
+
+    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return embeddings (N, L, D) float32 and mask (N, L) int64."""
+        ...
+
+    def close(self) -> None:
+        """Release the memory."""
+        ...
 
 
 class Prompts:
@@ -29,6 +42,7 @@ class Prompts:
         check: Called before the encoder is loaded; raises if its files changed.
         note: Appended to the error for a prompt without an encoder.
         graph: Graph of the text encoder, which is taken instead of the folder.
+        turn: See ``Part``.
     """
 
     def __init__(
@@ -39,10 +53,11 @@ class Prompts:
         check: Callable[[], object] = lambda: None,
         note: str = "",
         graph: Path | None = None,
+        turn: threading.Lock | None = None,
     ) -> None:
         self._folder, self._device, self._check, self._note = folder, device, check, note
         self._graph = graph
-        self._encoder: Any = None
+        self._encoder: Part[Encoder] = Part(self._open, turn)
         self._lock = threading.Lock()
 
     def conditioning(
@@ -101,16 +116,18 @@ class Prompts:
                 f"a prompt is given, but this model came without its text encoder. Give {EMBEDS}, or import it again "
                 f"with the text encoder.{self._note}"
             )
-        with self._lock:  # one at a time: a text encoder is large, and so is what it needs for a batch
-            if self._encoder is None:
-                self._check()
-                self._encoder = self._open()
-            embeds, mask = self._encoder.encode(list(dict.fromkeys(prompts)), tokens)
+        with self._lock, self._encoder.use() as encoder:  # one at a time, since its values for a batch are large
+            embeds, mask = encoder.encode(list(dict.fromkeys(prompts)), tokens)
         rows = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
         chosen = [rows[text] for text in prompts]
         return {EMBEDS: embeds[chosen], MASK: mask[chosen]}
 
-    def _open(self) -> Any:
+    def close(self) -> None:
+        """Release the memory of the text encoder."""
+        self._encoder.close()
+
+    def _open(self) -> Encoder:
+        self._check()
         if self._graph is not None:
             from .prompt_graph import PromptGraph
 

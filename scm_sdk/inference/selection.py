@@ -164,6 +164,7 @@ def make_plan(
     device: str | None = None,
     host: EngineHost | None = None,
     sha256: Callable[[str], str] = lambda path: "",
+    offload: bool = False,
 ) -> Plan:
     """Decide for every artifact and every backend of its format.
 
@@ -179,6 +180,7 @@ def make_plan(
         device: The device that was asked for; engines run on GPUs alone.
         host: This machine, for engines; None looks at it where there are engines.
         sha256: Digest of an artifact's file, which says whether an engine is trusted.
+        offload: Whether parts are loaded in turn, for which a checkpoint is too large a part.
 
     Returns:
         The plan, with the best accepted row chosen.
@@ -197,7 +199,7 @@ def make_plan(
     rows = [
         _judge(
             name, artifact, computed, num_inference_steps, backend, precision, parity, measured or {},
-            engine_incompatibility, device,
+            engine_incompatibility, device, offload,
         )
         for name, info in BACKENDS.items()
         for artifact in artifacts
@@ -253,6 +255,7 @@ def _judge(
     measured: Mapping[WayKey, Measured],
     engine_incompatibility: Callable[[Artifact], str | None],
     device: str | None,
+    offload: bool,
 ) -> PlanRow:
     """One row: the first thing that speaks against it, or what speaks for it."""
     info = BACKENDS[name]
@@ -281,6 +284,8 @@ def _judge(
         if artifact.num_inference_steps not in (0, steps):
             yield f"is a {artifact.num_inference_steps}-step graph, {steps} asked for"
         yield info.unfit.get(artifact.precision)
+        if offload and artifact.format == "safetensors":
+            yield "offload was asked for, but a checkpoint is loaded whole; use the graphs: backend='onnxruntime'"
         if not is_installed(info.library):
             yield f"{info.library} is not installed: {install_command(info.extra)}"
         if info.runs_engines:

@@ -11,8 +11,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -25,9 +26,10 @@ from ..bundle.manifest import ParityRecord
 from ..engines.compatibility import EngineHost
 from ..errors import BackendError, BackendFailure, BundleError, ConfigError, IntegrityError
 from ..spec import Precision, SamplerSpec
-from .backends import BACKENDS, Backend, backend_info, open_backend
+from .backends import BACKENDS, Backend, Graph, backend_info, open_backend
 from .latency_cache import recall, remember
 from .output import GenerationInfo, GeneratorOutput
+from .parts import Part, PartsBackend, Sample
 from .request import OutputType, Request, make_example
 from .selection import Measured, Plan, PlanRow, WayKey, make_plan, nothing_accepted
 from .sources import Source
@@ -71,23 +73,38 @@ class Opened:
         """
         count = len(request)
         parts = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-        raw: np.ndarray | None = None
-        noise_s = sample_s = 0.0
-        began = perf_counter()
-        for (start, stop), (noise, conditioning) in zip(parts, _inputs(request, parts), strict=True):
-            drawn = perf_counter()
-            images = self.backend.sample(noise, conditioning)
-            if len(parts) == 1:
-                raw = images
-            else:
-                raw = np.empty((count, *images.shape[1:]), np.float32) if raw is None else raw
-                raw[start:stop] = images
-            noise_s += drawn - began
-            began = perf_counter()
-            sample_s += began - drawn
-            events.step("images", stop, count)
-        assert raw is not None, "a request holds at least one image"
-        timings = {"load_ms": self.load_ms, "noise_ms": noise_s * 1e3, "sample_ms": sample_s * 1e3}
+        timings = {"load_ms": self.load_ms, "noise_ms": 0.0, "sample_ms": 0.0}
+        whole = self.backend if isinstance(self.backend, PartsBackend) else None
+        decodes = whole is not None and whole.decodes
+
+        def sampled(sample: Sample) -> Iterator[np.ndarray]:
+            inputs = _inputs(request, parts)
+            for _, stop in parts:
+                began = perf_counter()
+                noise, conditioning = next(inputs)
+                drawn = perf_counter()
+                out = sample(noise, conditioning)
+                timings["noise_ms"] += (drawn - began) * 1e3
+                timings["sample_ms"] += (perf_counter() - drawn) * 1e3
+                events.step("latents" if decodes else "images", stop, count)
+                yield out
+
+        def decoded(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray) -> Iterator[np.ndarray]:
+            for start, stop in parts:
+                began = perf_counter()
+                out = decode(latents[start:stop])
+                timings["decode_ms"] = timings.get("decode_ms", 0.0) + (perf_counter() - began) * 1e3
+                events.step("images", stop, count)
+                yield out
+
+        if whole is None:
+            raw = _join(sampled(self.backend.sample), parts)
+        else:  # each part runs all batches, since it may have to be loaded for them
+            with whole.sampling() as sample:
+                raw = _join(sampled(sample), parts)
+            if decodes:
+                with whole.decoding() as decode:
+                    raw = _join(decoded(decode, raw), parts)
         return raw, tuple(stop - start for start, stop in parts), timings
 
     def info(self, source: Source, *, batches: tuple[int, ...], timings: dict[str, float]) -> GenerationInfo:
@@ -146,6 +163,18 @@ def _inputs(
         yield ahead.result()
 
 
+def _join(batches: Iterator[np.ndarray], parts: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the batches as one array; a single one is not copied."""
+    if len(parts) == 1:
+        return next(batches)
+    joined = None
+    for (start, stop), batch in zip(parts, batches, strict=True):
+        joined = np.empty((parts[-1][1], *batch.shape[1:]), np.float32) if joined is None else joined
+        joined[start:stop] = batch
+    assert joined is not None, "a request holds at least one image"
+    return joined
+
+
 Fallback = Literal["error", "warn", "allow"]
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference from a recorded sample, units of sigma_data, if no parity record allows more. It covers fp32
@@ -167,6 +196,7 @@ class Opener:
         fallback: Fallback policy if the choice cannot be loaded.
         num_threads: Passed to the backend.
         trust_engines: Run engines that were not built here.
+        turn: See ``Part``; None keeps the parts of the model open.
 
     Raises:
         ConfigError: If the backend or the precision is unknown.
@@ -182,6 +212,7 @@ class Opener:
         fallback: Fallback,
         num_threads: int | None,
         trust_engines: bool = False,
+        turn: threading.Lock | None = None,
     ) -> None:
         if backend != "auto":
             backend_info(backend)
@@ -191,7 +222,8 @@ class Opener:
             )
         self._source, self._backend, self._precision = source, backend, precision
         self._device, self._fallback, self._num_threads = device, fallback, num_threads
-        self._trust_engines = trust_engines
+        self._trust_engines, self.turn = trust_engines, turn
+        self._decoder: Part[Graph] | None = None  # one for all numbers of steps
         self._opened: dict[int, Opened] = {}
         self._retired: list[Opened] = []
         self._measured: dict[int, Mapping[WayKey, Measured]] = {}
@@ -305,6 +337,8 @@ class Opener:
                 opened.backend.close()
             self._opened.clear()
             self._retired.clear()
+            if self._decoder is not None:
+                self._decoder.close()
 
     def _records(self, row: PlanRow, steps: int) -> list[ParityRecord]:
         return row.records(self._source.parity, num_inference_steps=steps, device=self._device)
@@ -332,6 +366,7 @@ class Opener:
             device=self._device,
             host=self._host(),
             sha256=self._source.sha256,
+            offload=self.turn is not None,
         )
 
     def _host(self) -> EngineHost | None:
@@ -383,6 +418,18 @@ class Opener:
         return Opened(backend=backend, row=row, plan=plan, spec=spec, load_ms=load_ms, fallback=fallback)
 
     def _load(self, row: PlanRow, spec: SamplerSpec) -> Backend:
+        """Open an artifact, and the decoder of one that ends in latents."""
+        splits = self._source.ends_in_latents(row.artifact)
+        if not splits and self.turn is None:
+            return self._load_artifact(row, spec)
+        own = spec.before_decoder if splits else spec
+        sampler = Part(partial(self._load_artifact, row, own), self.turn)
+        if splits and self._decoder is None:
+            open_decoder = partial(self._source.open_decoder, spec, device=self._device, num_threads=self._num_threads)
+            self._decoder = Part(open_decoder, self.turn)
+        return PartsBackend(spec, sampler, self._decoder if splits else None)
+
+    def _load_artifact(self, row: PlanRow, spec: SamplerSpec) -> Backend:
         """Open an artifact and check its files against the opened source."""
         for _ in range(_LOADS):
             stamps, backend = self._source.stamps(row.artifact), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ from typing import Any
 from .._util.files import map_files, sha256_bytes, sha256_file
 from .._util.locks import FolderLock
 from ..bundle.bundle import Bundle, Verify
-from ..bundle.layout import CONFIG_NAME, DECODER_FOLDER, INDEX_NAME, PROMPT_GRAPH_PATH, WEIGHTS_NAME
+from ..bundle.layout import (
+    CONFIG_NAME,
+    DECODER_FOLDER,
+    DECODER_PATH,
+    ENCODER_PATH,
+    INDEX_NAME,
+    PROMPT_GRAPH_PATH,
+    WEIGHTS_NAME,
+)
 from ..bundle.manifest import MANIFEST_NAME, Artifact, ParityRecord
 from ..bundle.resolve import find_and_hold
 from ..bundle.scores import SCORES_PATH
@@ -22,7 +31,8 @@ from ..bundle.signing import Signer, check_signature
 from ..bundle.status import ModelStatus
 from ..bundle.verify import Stamp, is_settled, stamp
 from ..errors import BundleError, ConfigError, IntegrityError
-from ..spec import SamplerSpec
+from ..spec import SamplerSpec, TensorSpec
+from .backends import Graph, open_graph
 from .prompts import Prompts
 
 CHECKPOINT_STEPS = (1, 2)
@@ -146,6 +156,49 @@ class Source:
         listed = bundle is not None and any(e.path == PROMPT_GRAPH_PATH for e in bundle.manifest.files)
         return bundle.file(PROMPT_GRAPH_PATH) if bundle is not None and listed else None
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the decoder is a graph of its own."""
+        return self.bundle is not None and self.bundle.manifest.is_split
+
+    def ends_in_latents(self, artifact: str) -> bool:
+        """Return whether an artifact needs the graph of the decoder: each graph and engine of a split bundle."""
+        return self.is_split and any(a.path == artifact and a.format != "safetensors" for a in self.artifacts)
+
+    def open_decoder(self, spec: SamplerSpec, *, device: str | None, num_threads: int | None) -> Graph:
+        """Open the graph of the decoder, and check its files against the opened source.
+
+        Args:
+            spec: A sampler of the source.
+            device: As in ``open_graph``.
+            num_threads: As in ``open_graph``.
+
+        Raises:
+            BackendUnavailable: If onnxruntime or the device is not here.
+            IntegrityError: If a file is missing, damaged or changed.
+            BundleError: If the graph holds something that is not allowed.
+        """
+        assert self.bundle is not None, "only a bundle is split"
+        latents = TensorSpec(name="latents", shape=spec.sample_shape)
+        images = TensorSpec(name="images", shape=spec.image_shape)
+        path, graph = self.bundle.file(DECODER_PATH), None
+        try:
+            with self.check_while_loading(DECODER_PATH):
+                self.bundle.check_graph(DECODER_PATH)
+                graph = open_graph(path, [latents], images, device=device, num_threads=num_threads)
+        except BundleError:
+            if graph is not None:  # weights that were hashed while they were loaded
+                graph.close()
+            raise
+        return graph
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that ``offload`` loads in turn: the sampler, and text encoder, encoder and decoder where they are."""
+        listed = set() if self.bundle is None else {entry.path for entry in self.bundle.manifest.files}
+        has_text_encoder = self.text_encoder is not None or self.prompt_graph is not None
+        return 1 + has_text_encoder + sum(path in listed for path in (ENCODER_PATH, DECODER_PATH))
+
     def check_prompt_graph(self) -> None:
         """Compare the graph of the text encoder and its tokenizer with the opened source, and check the graph.
 
@@ -157,11 +210,16 @@ class Source:
             self.check_unchanged(PROMPT_GRAPH_PATH)
             self.bundle.check_graph(PROMPT_GRAPH_PATH)
 
-    def prompts(self, *, device: str | None = None) -> Prompts:
-        """Return what encodes prompts: the graph of the text encoder, or the text encoder in PyTorch."""
+    def prompts(self, *, device: str | None = None, turn: threading.Lock | None = None) -> Prompts:
+        """Return what encodes prompts: the graph of the text encoder, or the text encoder in PyTorch.
+
+        Args:
+            device: Device of the text encoder; None is the CPU.
+            turn: See ``Part``.
+        """
         graph = self.prompt_graph
         check = self.check_text_encoder if graph is None else self.check_prompt_graph
-        return Prompts(self.text_encoder, device, note=self.cut_note, graph=graph, check=check)
+        return Prompts(self.text_encoder, device, note=self.cut_note, graph=graph, check=check, turn=turn)
 
     def check_graph(self, artifact: str) -> None:
         """Check an artifact that is a graph before a library reads it; see ``Bundle.check_graph``."""

@@ -16,6 +16,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..bundle.layout import ENCODER_PATH
 from ..errors import ConfigError, ShapeError
 from ..spec import SamplerSpec, TensorSpec
 from .backends import Graph, open_graph
+from .parts import Part
 from .sources import Source
 
 if TYPE_CHECKING:
@@ -43,11 +45,15 @@ class StartImages:
         source: The model on disk.
         device: Device of the encoder; None is the CPU.
         num_threads: CPU threads of the encoder; None is the default of the library.
+        turn: See ``Part``.
     """
 
-    def __init__(self, source: Source, *, device: str | None, num_threads: int | None) -> None:
+    def __init__(
+        self, source: Source, *, device: str | None, num_threads: int | None, turn: threading.Lock | None = None
+    ) -> None:
         self._source, self._device, self._num_threads = source, device, num_threads
-        self._encoder: Graph | None = None
+        self._turn = turn
+        self._encoder: Part[Graph] | None = None
         self._last: tuple[bytes, np.ndarray] | None = None
         self._lock = threading.Lock()
 
@@ -125,20 +131,27 @@ class StartImages:
             )
         pixels = _to_data(spec, count, image)
         # A pixel model has no decoder, hence no shape of its own for the output.
-        x_0 = pixels if not spec.output_shape else np.concatenate([self._encode(spec, each[None]) for each in pixels])
+        x_0 = pixels if not spec.output_shape else self._encode(spec, pixels)
         t = spec.times[0]
         offset = np.float32(math.cos(t) / (math.sin(t) * spec.sigma_data)) * x_0
         return np.broadcast_to(offset, (count, *spec.sample_shape))
+
+    def close(self) -> None:
+        """Release the memory of the encoder."""
+        with self._lock:
+            if self._encoder is not None:
+                self._encoder.close()
 
     def _encode(self, spec: SamplerSpec, pixels: np.ndarray) -> np.ndarray:
         digest = hashlib.sha256(pixels.tobytes()).digest()
         with self._lock:
             if self._encoder is None:
-                self._encoder = self._open(spec)
-            encoder, last = self._encoder, self._last
+                self._encoder = Part(partial(self._open, spec), self._turn)
+            part, last = self._encoder, self._last
         if last is not None and last[0] == digest:  # a request that was split into one for each image
             return last[1]
-        latents = encoder.run({"images": pixels})
+        with part.use() as encoder:
+            latents = np.concatenate([encoder.run({"images": each[None]}) for each in pixels])
         with self._lock:
             self._last = digest, latents
         return latents

@@ -98,6 +98,11 @@ class FlowPromptEncoder:
             made[i, : len(row)], mask[i, : len(row)] = row, 1
         return made, mask
 
+    def close(self) -> None:
+        """Release the weights."""
+        self.text_encoder = None
+        self._text.close()
+
     def around(self) -> tuple[str, str]:
         """Return the text that the chat template puts before and after a prompt; nothing without a template.
 

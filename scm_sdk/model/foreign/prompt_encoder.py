@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,11 @@ class TextPipeline:
             transformer=None, scheduler=None,
         )  # fmt: skip
 
+    def close(self) -> None:
+        """Release the weights, also those that the pipeline's own references to itself would keep."""
+        self.pipeline = None
+        gc.collect()
+
 
 class PromptEncoder:
     """Tokenizer and text encoder, in the dtype of their stored weights, on one device.
@@ -90,7 +96,8 @@ class PromptEncoder:
         )  # fmt: skip
         pipeline = self._text.pipeline
         call = inspect.signature(type(pipeline).__call__)
-        self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        self.tokenizer: Any = pipeline.tokenizer
+        self.text_encoder: Any = pipeline.text_encoder
         self.instruction: list[str] = call.parameters["complex_human_instruction"].default
 
     def encode(
@@ -115,3 +122,8 @@ class PromptEncoder:
                 complex_human_instruction=lines or None,
             )
         return embeds.float().cpu().numpy(), mask.to(torch.int64).cpu().numpy()
+
+    def close(self) -> None:
+        """Release the weights."""
+        self.text_encoder = None
+        self._text.close()
