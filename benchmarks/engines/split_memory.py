@@ -26,7 +26,7 @@ from import_sana import DC_AE, LAYOUTS, SHARED
 from stages import Stages, run_stage, say
 
 PROMPT, SEED, TOKENS = "a red fox in the snow", 1, 300
-ENCODER = {
+ENCODER: dict[str, Any] = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
 }  # fmt: skip
 

@@ -82,7 +82,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def open_alone(path: str, *arguments: Any, **options: Any) -> Any:
         with lock:
-            assert not any(each() is not None for each in alive), f"{path} opened beside another part"
+            assert not any(each() is not None for each in alive), f"{path} opened while another part is open"
             session = real(path, *arguments, **options)
             opened.append("/".join(Path(path).parts[-3:]))
             alive.append(weakref.ref(session))
