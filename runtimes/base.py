@@ -29,6 +29,7 @@ __all__ = [
     "check_images",
     "check_inputs",
     "check_num_threads",
+    "check_tensors",
     "cuda_index",
     "first_line",
     "name_inputs",
@@ -129,6 +130,29 @@ def check_graph(
         raise IntegrityError(
             f"{path} carries the spec {spec_text}, expected the manifest's {spec.to_json()}. "
             "The two are of different exports: export the bundle again."
+        )
+
+
+def check_tensors(
+    found: Sequence[tuple[str, str, tuple[object, ...]]], inputs: Sequence[TensorSpec], output: TensorSpec, path: Path
+) -> None:
+    """Compare inputs and output of a graph that is no sampler with what they should be.
+
+    Args:
+        found: As in ``check_graph``.
+        inputs: The expected inputs in order.
+        output: The expected output.
+        path: The graph, for messages.
+
+    Raises:
+        IntegrityError: If they differ.
+    """
+    expected = [_describe(t.name, t.dtype, t.shape) for t in (*inputs, output)]
+    described = [_describe(*each) for each in found]
+    if described != expected:
+        raise IntegrityError(
+            f"{path} has inputs and output {', '.join(described)}, expected {', '.join(expected)}. Export the bundle "
+            "again."
         )
 
 

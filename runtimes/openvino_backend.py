@@ -30,9 +30,18 @@ import numpy as np
 from scm_sdk._util.lazy import require
 from scm_sdk._util.processor import concurrent_calls, limited_threads
 from scm_sdk.errors import BackendFailure, BackendUnavailable, IntegrityError
-from scm_sdk.spec import Precision, SamplerSpec
+from scm_sdk.spec import Precision, SamplerSpec, TensorSpec
 
-from .base import SPEC_KEY, check_artifact, check_graph, check_images, check_inputs, check_num_threads, cuda_index
+from .base import (
+    SPEC_KEY,
+    check_artifact,
+    check_graph,
+    check_images,
+    check_inputs,
+    check_num_threads,
+    check_tensors,
+    cuda_index,
+)
 
 FIXED_SIZES = (32, 16, 8, 4, 1)
 """Batch sizes for which a small graph is compiled."""
@@ -79,24 +88,8 @@ class OpenVINOBackend:
         num_threads: int | None = None,
         precision: Precision | None = None,
     ) -> None:
-        openvino = require("openvino", extra="openvino", purpose="backend 'openvino'")
-        check_num_threads(num_threads)
-        check_artifact(artifact_path)
-        if cuda_index(device, backend="openvino") is not None:
-            raise BackendUnavailable(
-                f"device is {device!r}, but backend 'openvino' runs on the CPU. Use device='cpu', or another backend."
-            )
-        # Not pinned to cores, because two models in one process would be pinned to the same cores.
-        self._settings: dict[str, str | int] = {
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,
-        }
-        if num_threads is not None:
-            streams = concurrent_calls(num_threads)
-            self._settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}
-        elif (limit := limited_threads()) is not None:
-            self._settings |= {"INFERENCE_NUM_THREADS": limit}
+        openvino = _library(artifact_path, device, num_threads)
+        self._settings = _settings(num_threads, precision)
         self._openvino: Any = openvino
         self._core: Any = openvino.Core()
         self._model: Any = _load(self._core, artifact_path)
@@ -109,10 +102,7 @@ class OpenVINOBackend:
         try:
             self._for_size(1 if self._fixed else 0)
         except RuntimeError as exc:
-            raise BackendUnavailable(
-                f"openvino {openvino.__version__} cannot compile {artifact_path}: {_said(exc)}. Expected a "
-                "precision that this CPU computes; fp32 runs everywhere."
-            ) from exc
+            raise _cannot_compile(openvino, artifact_path, exc) from exc
 
     def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
         """See ``Backend.sample``."""
@@ -159,6 +149,63 @@ class OpenVINOBackend:
                     compiled = self._core.compile_model(model, "CPU", self._settings)
                 self._compiled[size] = _Compiled(compiled)
             return self._compiled[size]
+
+
+class OpenVINOGraph:
+    """A graph that is no sampler, compiled in float32 for any batch size; see ``backends.open_graph``.
+
+    Args:
+        path: The ``.onnx`` file.
+        inputs: Its inputs in order.
+        output: Its output.
+        device: ``"cpu"`` or None.
+        num_threads: As in ``open_backend``.
+
+    Raises:
+        BackendUnavailable: If openvino or the device is not here, or it has no kernel for a node.
+        IntegrityError: If the file is missing, damaged, or has other inputs or another output.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        output: TensorSpec,
+        *,
+        device: str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        openvino = _library(path, device, num_threads)
+        core = openvino.Core()
+        model = _load(core, path)
+        check_tensors([_describe(port) for port in (*model.inputs, *model.outputs)], inputs, output, path)
+        try:
+            with same_signal_stack():
+                compiled = core.compile_model(model, "CPU", _settings(num_threads, None))
+        except RuntimeError as exc:
+            raise _cannot_compile(openvino, path, exc) from exc
+        self._path = path
+        self._compiled: _Compiled | None = _Compiled(compiled)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the output for inputs of the declared shapes and dtypes, axis 0 is the batch.
+
+        Raises:
+            BackendFailure: If openvino raised, or the graph is closed.
+        """
+        compiled = self._compiled
+        if compiled is None:
+            raise BackendFailure(f"{self._path} was closed, expected an open graph. Open it again.")
+        try:
+            return compiled.run({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+        except RuntimeError as exc:
+            raise BackendFailure(
+                f"openvino failed on {self._path}: {_said(exc)}. Expected an output; report it if memory suffices."
+            ) from exc
+
+    def close(self) -> None:
+        """Release the compiled graph, which owns the memory."""
+        self._compiled = None
 
 
 class _Compiled:
@@ -215,6 +262,40 @@ def _sizes(batch: int, max_batch: int) -> list[int]:
     return sizes
 
 
+def _library(path: Path, device: str | None, num_threads: int | None) -> Any:
+    """Return openvino after checking the arguments of an opening."""
+    openvino = require("openvino", extra="openvino", purpose="backend 'openvino'")
+    check_num_threads(num_threads)
+    check_artifact(path)
+    if cuda_index(device, backend="openvino") is not None:
+        raise BackendUnavailable(
+            f"device is {device!r}, but backend 'openvino' runs on the CPU. Use device='cpu', or another backend."
+        )
+    return openvino
+
+
+def _settings(num_threads: int | None, precision: Precision | None) -> dict[str, str | int]:
+    # Not pinned to cores, because two models in one process would be pinned to the same cores.
+    settings: dict[str, str | int] = {
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+    }
+    if num_threads is not None:
+        streams = concurrent_calls(num_threads)
+        settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}
+    elif (limit := limited_threads()) is not None:
+        settings |= {"INFERENCE_NUM_THREADS": limit}
+    return settings
+
+
+def _cannot_compile(openvino: Any, path: Path, exc: Exception) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"openvino {openvino.__version__} cannot compile {path}: {_said(exc)}. Expected a "
+        "precision that this CPU computes; fp32 runs everywhere."
+    )
+
+
 def _load(core: Any, path: Path) -> Any:
     try:
         return core.read_model(path)
@@ -252,3 +333,4 @@ def _graph_bytes(path: Path) -> int:
 
 
 open_backend = OpenVINOBackend
+open_graph = OpenVINOGraph

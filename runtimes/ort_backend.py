@@ -35,6 +35,7 @@ from .base import (
     check_images,
     check_inputs,
     check_num_threads,
+    check_tensors,
     cuda_index,
     first_line,
 )
@@ -126,9 +127,7 @@ class OrtGraph:
     ) -> None:
         session, _ = _open_session(path, device, num_threads)
         found = [_describe(node) for node in (*session.get_inputs(), *session.get_outputs())]
-        expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (*inputs, output)]
-        if found != expected:
-            raise IntegrityError(f"{path} has inputs and output {found}, expected {expected}. Export the bundle again.")
+        check_tensors(found, inputs, output, path)
         self._path, self._output = path, output
         self._session: Any = session
 
@@ -237,3 +236,4 @@ def _describe(node: Any) -> tuple[str, str, tuple[object, ...]]:
 
 
 open_backend = OrtBackend
+open_graph = OrtGraph

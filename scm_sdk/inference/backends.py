@@ -64,6 +64,7 @@ class BackendInfo:
             has ``cannot_compute(precision)``, which returns the reason why it cannot here, or "".
         unfit: The precisions among them that it must not run, each with the reason.
         one_at_a_time: Whether calls from several threads wait for one another.
+        runs_graphs: Whether its module also has ``open_graph``, for graphs that are no samplers.
     """
 
     module: str
@@ -73,6 +74,7 @@ class BackendInfo:
     computes: Mapping[str, tuple[Precision, ...]] = field(default_factory=dict)
     unfit: Mapping[str, str] = field(default_factory=dict)
     one_at_a_time: bool = False
+    runs_graphs: bool = False
 
     def takes(self, artifact: Artifact) -> bool:
         """Whether it can and may open an artifact."""
@@ -100,7 +102,11 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference without measureme
         module=_TENSORRT, library="tensorrt_rtx", extra="tensorrt-rtx", opens=("tensorrt_rtx",)
     ),
     "onnxruntime": BackendInfo(
-        module="scm_sdk.runtimes.ort_backend", library="onnxruntime", extra="onnxruntime", opens=("onnx",)
+        module="scm_sdk.runtimes.ort_backend",
+        library="onnxruntime",
+        extra="onnxruntime",
+        opens=("onnx",),
+        runs_graphs=True,
     ),
     "openvino": BackendInfo(
         module="scm_sdk.runtimes.openvino_backend",
@@ -115,6 +121,7 @@ BACKENDS: dict[str, BackendInfo] = {  # in order of preference without measureme
             "fp16": "fp16 is for GPUs; OpenVINO computes it in float32: take fp32, or bf16",
         },
         computes={"fp32": ("bf16",)},
+        runs_graphs=True,
     ),
     "torch": BackendInfo(
         module="scm_sdk.runtimes.torch_backend",
@@ -205,16 +212,26 @@ def open_graph(
     inputs: Sequence[TensorSpec],
     output: TensorSpec,
     *,
+    backend: str = "onnxruntime",
     device: str | None = None,
     num_threads: int | None = None,
 ) -> Graph:
-    """Open a graph that is no sampler, such as an encoder, with ONNX Runtime.
+    """Open a graph that is no sampler, such as an encoder.
+
+    Args:
+        path: The ``.onnx`` file.
+        inputs: Its inputs in order.
+        output: Its output.
+        backend: A name in ``BACKENDS``; ONNX Runtime runs the graph for those whose library has no ``open_graph``.
+        device: As in ``open_backend``.
+        num_threads: As in ``open_backend``.
 
     Raises:
-        BackendUnavailable: If onnxruntime or the device is not here.
+        BackendUnavailable: If the library or the device is not here.
         IntegrityError: If the file is missing, damaged, or has other inputs or another output.
     """
-    graph: Graph = import_module(BACKENDS["onnxruntime"].module).OrtGraph(
+    info = backend_info(backend)
+    graph: Graph = import_module((info if info.runs_graphs else BACKENDS["onnxruntime"]).module).open_graph(
         path, inputs, output, device=device, num_threads=num_threads
     )
     survive_fork(graph)

@@ -223,7 +223,7 @@ class Opener:
         self._source, self._backend, self._precision = source, backend, precision
         self._device, self._fallback, self._num_threads = device, fallback, num_threads
         self._trust_engines, self.turn = trust_engines, turn
-        self._decoder: Part[Graph] | None = None  # one for all numbers of steps
+        self._decoders: dict[str, Part[Graph]] = {}  # by backend, each for all numbers of steps
         self._opened: dict[int, Opened] = {}
         self._retired: list[Opened] = []
         self._measured: dict[int, Mapping[WayKey, Measured]] = {}
@@ -337,8 +337,8 @@ class Opener:
                 opened.backend.close()
             self._opened.clear()
             self._retired.clear()
-            if self._decoder is not None:
-                self._decoder.close()
+            for decoder in self._decoders.values():
+                decoder.close()
 
     def _records(self, row: PlanRow, steps: int) -> list[ParityRecord]:
         return row.records(self._source.parity, num_inference_steps=steps, device=self._device)
@@ -424,10 +424,13 @@ class Opener:
             return self._load_artifact(row, spec)
         own = spec.before_decoder if splits else spec
         sampler = Part(partial(self._load_artifact, row, own), self.turn)
-        if splits and self._decoder is None:
-            open_decoder = partial(self._source.open_decoder, spec, device=self._device, num_threads=self._num_threads)
-            self._decoder = Part(open_decoder, self.turn)
-        return PartsBackend(spec, sampler, self._decoder if splits else None)
+        if splits and row.backend not in self._decoders:
+            open_decoder = partial(
+                self._source.open_decoder, spec, backend=row.backend, device=self._device,
+                num_threads=self._num_threads,
+            )  # fmt: skip
+            self._decoders[row.backend] = Part(open_decoder, self.turn)
+        return PartsBackend(spec, sampler, self._decoders[row.backend] if splits else None)
 
     def _load_artifact(self, row: PlanRow, spec: SamplerSpec) -> Backend:
         """Open an artifact and check its files against the opened source."""

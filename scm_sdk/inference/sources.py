@@ -165,16 +165,17 @@ class Source:
         """Return whether an artifact needs the graph of the decoder: each graph and engine of a split bundle."""
         return self.is_split and any(a.path == artifact and a.format != "safetensors" for a in self.artifacts)
 
-    def open_decoder(self, spec: SamplerSpec, *, device: str | None, num_threads: int | None) -> Graph:
+    def open_decoder(self, spec: SamplerSpec, *, backend: str, device: str | None, num_threads: int | None) -> Graph:
         """Open the graph of the decoder, and check its files against the opened source.
 
         Args:
             spec: A sampler of the source.
+            backend: As in ``open_graph``.
             device: As in ``open_graph``.
             num_threads: As in ``open_graph``.
 
         Raises:
-            BackendUnavailable: If onnxruntime or the device is not here.
+            BackendUnavailable: If the library or the device is not here.
             IntegrityError: If a file is missing, damaged or changed.
             BundleError: If the graph holds something that is not allowed.
         """
@@ -185,7 +186,7 @@ class Source:
         try:
             with self.check_while_loading(DECODER_PATH):
                 self.bundle.check_graph(DECODER_PATH)
-                graph = open_graph(path, [latents], images, device=device, num_threads=num_threads)
+                graph = open_graph(path, [latents], images, backend=backend, device=device, num_threads=num_threads)
         except BundleError:
             if graph is not None:  # weights that were hashed while they were loaded
                 graph.close()

@@ -101,12 +101,19 @@ def test_split_images_equal_those_of_one_graph(whole: Path, split: Path, steps: 
     np.testing.assert_allclose(images(split, steps=steps, backend="torch"), wanted, rtol=0, atol=1e-4)
 
 
-def test_openvino_runs_the_sampler_of_a_split_bundle(whole: Path, split: Path) -> None:
+def test_openvino_runs_both_parts_of_a_split_bundle(
+    whole: Path, split: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("openvino")
     wanted = images(whole)
+    monkeypatch.setattr(ort, "InferenceSession", None)
     for offload in (False, True):
         found = images(split, backend="openvino", offload=offload)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    shutil.copyfile(whole / "onnx/fp32/1step/model.onnx", copy / DECODER)
+    rewritten(copy)
+    with pytest.raises(IntegrityError, match=r"has inputs and output .*expected latents: float32"):
+        images(copy, backend="openvino")
 
 
 def test_one_part_is_in_memory_at_a_time(split: Path, sessions: list[str]) -> None:
@@ -228,7 +235,7 @@ def test_a_damaged_or_missing_decoder_is_refused(copy: Path) -> None:
 def test_the_decoder_of_another_model_is_refused(copy: Path, whole: Path) -> None:
     shutil.copyfile(whole / "onnx/fp32/1step/model.onnx", copy / DECODER)
     rewritten(copy)
-    with pytest.raises(IntegrityError, match=r"has inputs and output .* expected .*latents"):
+    with pytest.raises(IntegrityError, match=r"has inputs and output .*expected latents: float32"):
         images(copy)
 
 
