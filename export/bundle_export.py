@@ -20,7 +20,8 @@ from scm_sdk.bundle.layout import CONFIG_NAME, DECODER_PATH, ENCODER_PATH
 from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact, Role
 from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
-from scm_sdk.errors import ConfigError, ScmError
+from scm_sdk.bundle.verify import read_manifest
+from scm_sdk.errors import BundleError, ConfigError, ScmError
 from scm_sdk.inference.request import make_example
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import Renoise, SamplerSpec
@@ -202,7 +203,8 @@ def export_bundle(
 
 def is_current(
     checkpoint: str | Path, out: str | Path | Workspace, *, steps: Sequence[int] = (), times: Sequence[float] = (),
-    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int | None = None, split: bool = False,
+    renoise: Renoise | None = None, start_time: float | None = None, max_batch: int | None = None,
+    split: bool | None = None,
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
 
@@ -216,7 +218,7 @@ def is_current(
         renoise: Noise of the steps after the first; None is any.
         start_time: First time of a further sampler with one step, radians.
         max_batch: Largest batch; None is any.
-        split: Whether the decoder is a graph of its own.
+        split: Whether the decoder is a graph of its own; None is any.
     """
     workspace = Workspace.of(out)
     if not (workspace.path / MANIFEST_NAME).is_file():
@@ -242,7 +244,16 @@ def is_current(
     same_rest = all(
         max_batch in (None, spec.max_batch) and renoise in (None, spec.renoise) for spec in manifest.samplers
     )
-    return same_weights and same_times and same_rest and split == manifest.is_split
+    return same_weights and same_times and same_rest and split in (None, manifest.is_split)
+
+
+def is_split(out: str | Path | Workspace) -> bool:
+    """Return whether there is a bundle whose decoder is a graph of its own, which a new export is to keep."""
+    workspace = Workspace.of(out)
+    try:
+        return (workspace.path / MANIFEST_NAME).is_file() and read_manifest(workspace.path).is_split
+    except BundleError:  # damaged: nothing of it is kept
+        return False
 
 
 def _with_steps(checkpoint: Path, spec: SamplerSpec, num_inference_steps: int) -> SamplerSpec:

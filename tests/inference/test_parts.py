@@ -16,9 +16,10 @@ ir = pytest.importorskip("onnx_ir")
 from click.testing import CliRunner  # noqa: E402
 
 from helpers.latent_models import latent_model  # noqa: E402
-from scm_sdk.bundle.bundle import write_bundle  # noqa: E402
+from scm_sdk.bundle.bundle import Bundle, write_bundle  # noqa: E402
 from scm_sdk.bundle.verify import read_manifest  # noqa: E402
 from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError  # noqa: E402
+from scm_sdk.export.build_all import build_all  # noqa: E402
 from scm_sdk.export.bundle_export import current_export, export_bundle  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.export.diagnose.validate import validate  # noqa: E402
@@ -182,6 +183,15 @@ def test_an_export_is_repeated_if_it_is_to_be_split(checkpoint: Path, whole: Pat
     for bundle, is_split in ((whole, False), (split, True)):
         found = [current_export(checkpoint, bundle, split=each, **options) for each in (False, True)]
         assert [report is not None for report in found] == [not is_split, is_split]
+
+
+def test_all_keeps_a_bundle_split(copy: Path, checkpoint: Path) -> None:
+    made = build_all(checkpoint, copy, precisions=())
+    assert made.manifest.is_split and made.manifest == Bundle.open(copy).manifest
+    again = build_all(checkpoint, copy, precisions=(), steps=(1,))
+    assert again.manifest.is_split and [spec.num_inference_steps for spec in again.manifest.samplers] == [1]
+    with Generator.from_pretrained(copy, verify="full", offload=True, **ORT) as gen:
+        assert len(gen(1, seed=0).images) == 1
 
 
 def rewritten(bundle: Path) -> None:
