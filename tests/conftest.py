@@ -187,6 +187,21 @@ def unet_bundle(unet_checkpoint: Path, exports: Callable[[], AbstractContextMana
 
 
 @pytest.fixture(scope="session")
+def start_bundle(unet_checkpoint: Path, exports: Callable[[], AbstractContextManager[None]]) -> Path:
+    """Return a bundle of ``unet_checkpoint`` that samples in 2 steps from noise, in 1 from an image; read only."""
+    from click.testing import CliRunner
+
+    from scm_sdk.export.cli import main
+
+    path = unet_checkpoint.parent / "start-bundle"
+    arguments = ["onnx", unet_checkpoint, "-o", path, "--steps", 2, "--start-time", 0.9, "--max-batch", 2]
+    with exports():
+        made = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert made.exit_code == 0, made.output
+    return path
+
+
+@pytest.fixture(scope="session")
 def avatars_bundle(
     tmp_path_factory: pytest.TempPathFactory, exports: Callable[[], AbstractContextManager[None]]
 ) -> Path:

@@ -22,6 +22,7 @@ from scm_sdk._util.publish import atomic_folder
 from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.goldens import Golden
+from scm_sdk.bundle.layout import ENCODER_PATH
 from scm_sdk.bundle.manifest import Artifact, FileEntry, files_of
 from scm_sdk.errors import BundleError, ConfigError, ParityError, SchemaError
 from scm_sdk.inference.conditioning import read_prompts
@@ -31,6 +32,7 @@ from scm_sdk.inference.parity.difference import percentile_interval
 from scm_sdk.inference.parity.reference import noise_floor
 from scm_sdk.inference.prompts import EMBEDS
 from scm_sdk.inference.request import make_example
+from scm_sdk.inference.start import can_start, has_encoder
 from scm_sdk.spec import Precision, SamplerSpec
 
 from ..bundle_export import NUM_GOLDENS
@@ -140,6 +142,20 @@ class SiteGoldens(msgspec.Struct, frozen=True, kw_only=True):
     made_by: str
 
 
+class SiteEncoder(msgspec.Struct, frozen=True, kw_only=True):
+    """The graph that turns the pixels of an image to latents, for models of latents that start from images.
+
+    Attributes:
+        path: Its file.
+        files: Its file and those of its weights.
+        devices: Devices that can run it.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    devices: tuple[Device, ...]
+
+
 class SitePrompt(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt that a visitor can choose: browsers have no text encoder.
 
@@ -191,6 +207,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         graphs: What can be run.
         goldens: Recorded samples.
         prompts: Prompts that were encoded when the site was made.
+        start_steps: Numbers of steps of the samplers that can start from an image, at their own first time.
+        encoder: What they need for it, of a model of latents.
         runtime: What runs it.
         files: Every file but this one.
     """
@@ -206,6 +224,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     graphs: tuple[SiteGraph, ...]
     goldens: tuple[SiteGoldens, ...]
     prompts: tuple[SitePrompt, ...]
+    start_steps: tuple[int, ...]
+    encoder: SiteEncoder | None
     runtime: Runtime
     files: tuple[SiteFile, ...]
 
@@ -301,6 +321,7 @@ def write_site(
             writer.write(f"runtime/{name}", data, gzipped=name.endswith(".wasm"))
         graphs = tuple(_copy_graph(opened, writer, artifact, devices, goldens, notes) for artifact in chosen)
         counts = sorted({graph.num_inference_steps for graph in graphs})
+        starts = _start_steps(opened, counts, notes)
         manifest = opened.manifest
         site = Site(
             name=manifest.name,
@@ -315,6 +336,8 @@ def write_site(
                 _write_golden(writer, opened.spec(count), *goldens[count]) for count in counts if count in goldens
             ),
             prompts=tuple(_write_prompt(writer, i, text, inputs) for i, (text, inputs) in enumerate(encoded)),
+            start_steps=starts,
+            encoder=_copy_encoder(opened, writer, devices, notes) if starts and has_encoder(opened) else None,
             runtime=Runtime(
                 name=PACKAGE,
                 version=VERSION,
@@ -470,7 +493,7 @@ def _copy_graph(
     notes: list[str],
 ) -> SiteGraph:
     """Copy the files of a graph, checked against the bundle's manifest."""
-    devices = _able_devices(bundle, artifact, devices, notes)
+    devices = _able_devices(bundle, artifact.path, devices, notes)
     copied = [f"model/{_copy(bundle, writer, entry)}" for entry in files_of(bundle.manifest, artifact.path)]
     golden = goldens.get(artifact.num_inference_steps)
     return SiteGraph(
@@ -483,18 +506,41 @@ def _copy_graph(
     )
 
 
-def _able_devices(bundle: Bundle, artifact: Artifact, devices: Sequence[Device], notes: list[str]) -> Sequence[Device]:
+def _start_steps(bundle: Bundle, counts: Sequence[int], notes: list[str]) -> tuple[int, ...]:
+    """Return the numbers of steps of the samplers that can start from an image in a browser."""
+    with_encoder = [count for count in counts if can_start(bundle.spec(count), has_encoder=True)]
+    if not with_encoder or not bundle.spec(counts[0]).output_shape:
+        return tuple(with_encoder)
+    if not has_encoder(bundle):
+        notes.append("the page takes no image to start from: the bundle has no encoder. Import it again with --encoder")
+        return ()
+    size = sum(entry.size for entry in files_of(bundle.manifest, ENCODER_PATH))
+    if size >= _ADDRESSABLE:
+        notes.append(
+            f"the page takes no image to start from: {ENCODER_PATH} has {size / 2**30:.1f} GiB, expected less than "
+            f"{_ADDRESSABLE >> 30} GiB, which a browser's program can hold"
+        )
+        return ()
+    return tuple(with_encoder)
+
+
+def _copy_encoder(bundle: Bundle, writer: _Writer, devices: Sequence[Device], notes: list[str]) -> SiteEncoder:
+    """Copy the files of the encoder, checked against the bundle's manifest."""
+    able = _able_devices(bundle, ENCODER_PATH, devices, notes)
+    copied = [f"model/{_copy(bundle, writer, entry)}" for entry in files_of(bundle.manifest, ENCODER_PATH)]
+    return SiteEncoder(path=f"model/{ENCODER_PATH}", files=tuple(copied), devices=tuple(able))
+
+
+def _able_devices(bundle: Bundle, graph: str, devices: Sequence[Device], notes: list[str]) -> Sequence[Device]:
     """Return the devices that compute a graph right, as far as is known; all known faults are of WebGPU."""
-    model = read_model(bundle.file(artifact.path))
+    model = read_model(bundle.file(graph))
     if "wasm" not in devices:
         require_portable(model, "onnxruntime-web")
     found = find_faults(model, runtime="onnxruntime-web") if "webgpu" in devices else []
     if not found:
         return devices
     rule = found[0].rule
-    notes.append(
-        f"{artifact.path} runs on wasm alone: {rule.runtime} {rule.version} {rule.fault}. Expected {rule.remedy}"
-    )
+    notes.append(f"{graph} runs on wasm alone: {rule.runtime} {rule.version} {rule.fault}. Expected {rule.remedy}")
     return [device for device in devices if device != "webgpu"]
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..bundle.bundle import Bundle
 from ..bundle.layout import ENCODER_PATH
 from ..errors import ConfigError, ShapeError
 from ..spec import SamplerSpec, TensorSpec
@@ -59,14 +60,11 @@ class StartImages:
 
     def times(self) -> dict[int, float]:
         """Return the start time, radians, of each sampler that can start from an image, by its number of steps."""
-        has_encoder = self._has_encoder()
+        specs = [self._source.spec(steps, unrolled=False) for steps in self._source.steps]
         return {
             spec.num_inference_steps: spec.times[0]
-            for spec in (self._source.spec(steps, unrolled=False) for steps in self._source.steps)
-            if _weight(spec) >= MIN_WEIGHT
-            and len(spec.image_shape) == 3
-            and (not spec.output_shape or has_encoder)
-            and (spec.renoise != "same" or spec.num_inference_steps == 1)
+            for spec in specs
+            if can_start(spec, has_encoder=has_encoder(self._source.bundle))
         }
 
     def steps(
@@ -156,13 +154,9 @@ class StartImages:
             self._last = digest, latents
         return latents
 
-    def _has_encoder(self) -> bool:
-        bundle = self._source.bundle
-        return bundle is not None and any(entry.path == ENCODER_PATH for entry in bundle.manifest.files)
-
     def _open(self, spec: SamplerSpec) -> Graph:
         bundle = self._source.bundle
-        if bundle is None or not self._has_encoder():
+        if bundle is None or not has_encoder(bundle):
             raise ConfigError(
                 f"an image is given, but {self._source.path} has no encoder graph, expected {ENCODER_PATH}. Import the "
                 "pipeline with --encoder."
@@ -174,6 +168,21 @@ class StartImages:
         return open_graph(
             bundle.file(ENCODER_PATH), [images], latents, device=self._device, num_threads=self._num_threads
         )
+
+
+def can_start(spec: SamplerSpec, *, has_encoder: bool) -> bool:
+    """Return whether a sampler can start from an image, in a bundle with or without the graph of an encoder."""
+    return (
+        _weight(spec) >= MIN_WEIGHT
+        and len(spec.image_shape) == 3
+        and (not spec.output_shape or has_encoder)
+        and (spec.renoise != "same" or spec.num_inference_steps == 1)
+    )
+
+
+def has_encoder(bundle: Bundle | None) -> bool:
+    """Return whether a bundle has the graph of an encoder."""
+    return bundle is not None and any(entry.path == ENCODER_PATH for entry in bundle.manifest.files)
 
 
 def _to_data(spec: SamplerSpec, count: int, image: Any) -> np.ndarray:

@@ -226,17 +226,8 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module")
-def pixel_bundle(unet_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle of a pixel model, which needs no encoder, with a sampler from 0.9 radians; read only."""
-    bundle = tmp_path_factory.mktemp("pixels") / "bundle"
-    made = run("onnx", unet_checkpoint, "-o", bundle, "--steps", 2, "--start-time", 0.9, "--max-batch", 2)
-    assert made.exit_code == 0, made.output
-    return bundle
-
-
-def test_the_command_takes_an_image(pixel_bundle: Path, tmp_path: Path) -> None:
-    bundle = pixel_bundle
+def test_the_command_takes_an_image(start_bundle: Path, tmp_path: Path) -> None:
+    bundle = start_bundle
     Image.fromarray(pictures()[0, :8, :8]).save(tmp_path / "in.png")
     start = ["generate", bundle, "--num-images", 1, "--seed", 1, "--backend", "onnxruntime", "--class-labels", "cat"]
     image = ["--image", tmp_path / "in.png", "--start-time", 0.9]
@@ -255,7 +246,7 @@ def test_the_command_takes_an_image(pixel_bundle: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_pixel_model_starts_where_the_formula_says(unet_checkpoint: Path, pixel_bundle: Path) -> None:
+def test_a_pixel_model_starts_where_the_formula_says(unet_checkpoint: Path, start_bundle: Path) -> None:
     image, t = pictures()[:1, :8, :8], 0.9
     noise = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
     model = ConsistencyModel.from_pretrained(unet_checkpoint).double()
@@ -264,6 +255,6 @@ def test_a_pixel_model_starts_where_the_formula_says(unet_checkpoint: Path, pixe
     with torch.no_grad():
         wanted = model(torch.from_numpy(x_t), torch.tensor([t], dtype=torch.float64), torch.tensor([2])).numpy()
     for backend in ("torch", "onnxruntime"):
-        with Generator.from_pretrained(pixel_bundle, backend=backend, num_threads=1) as gen:
+        with Generator.from_pretrained(start_bundle, backend=backend, num_threads=1) as gen:
             found = gen(1, 2, noise=[noise], image=image, start_time=t, output_type="raw").images
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)

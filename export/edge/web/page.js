@@ -25,7 +25,9 @@ let loaded; // `graphs`: those that were fetched
 let running;
 /** @type {Samples | undefined} */
 let shown;
-let shownLink = "";
+let shownLink = ""; // "" where an image was started from, which a link cannot hold
+/** @type {ImageData | undefined} */
+let picked; // the image to start from
 let phase = "";
 
 $("facts").textContent = ""; // the hint for a page without this script
@@ -71,6 +73,21 @@ async function start() {
     Object.assign($("guidance"), { min: spec.guidance_range[0], max: spec.guidance_range[1] });
     $("guidance").value = spec.default_guidance ?? spec.guidance_range[0];
     $("guidance-field").hidden = false;
+  }
+  if (site.start_steps.length) {
+    fill($("start"), site.start_steps.map((count) => {
+      const time = /** @type {import("./scm/types.js").SamplerSpec} */ (samplerOf(count)).times[0];
+      const weight = `${Math.round(100 * Math.cos(time))} %`;
+      return option(String(count), `${Number(time.toFixed(4))} rad (${weight}), ${plural(count, "step")}`);
+    }));
+    $("image-help").textContent = `Its middle is scaled to ${shape[2]}×${shape[1]} pixels. It stays on this device.`;
+    $("image-field").hidden = false;
+    $("image").addEventListener("change", () => void pick());
+    $("no-image").addEventListener("click", () => {
+      $("image").value = "";
+      void pick();
+      $("image").focus();
+    });
   }
   addChoice("count", COUNTS.map((n) => [String(n), String(n)]), "4");
   addChoice("steps", steps.map((n) => [String(n), String(n)]), String(steps.includes(2) ? 2 : steps[0]));
@@ -146,6 +163,53 @@ async function run(action) {
   }
 }
 
+/** Read the chosen image; its controls replace the number of steps. */
+async function pick() {
+  const [file] = $("image").files;
+  picked = undefined;
+  $("alert").hidden = true;
+  if (file) {
+    try {
+      picked = await pixelsOf(file);
+    } catch (error) {
+      $("image").value = "";
+      showError(error);
+    }
+  }
+  $("no-image").hidden = $("start-field").hidden = !picked;
+  $("steps").hidden = Boolean(picked);
+  showCost();
+}
+
+/**
+ * Return the middle of a picture file in the size of the model, on white; gray for a gray model.
+ * @param {File} file
+ * @returns {Promise<ImageData>}
+ */
+async function pixelsOf(file) {
+  const spec = site.samplers[0];
+  const [channels, height, width] = spec.output_shape.length ? spec.output_shape : spec.sample_shape;
+  const bitmap = await createImageBitmap(file).catch(() => {
+    throw new ScmError("bad-argument", `${file.name} is no picture that this browser reads, expected PNG, JPEG or WebP.`);
+  });
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d", { willReadFrequently: true }));
+  const scale = Math.max(width / bitmap.width, height / bitmap.height);
+  const [across, down] = [bitmap.width * scale, bitmap.height * scale];
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, (width - across) / 2, (height - down) / 2, across, down);
+  bitmap.close();
+  const image = context.getImageData(0, 0, width, height);
+  if (channels === 3) return image;
+  for (let i = 0; i < image.data.length; i += 4) {
+    const gray = (299 * image.data[i] + 587 * image.data[i + 1] + 114 * image.data[i + 2]) / 1000; // ITU-R BT.601
+    image.data.fill(Math.round(gray), i, i + 3);
+  }
+  return image;
+}
+
 /**
  * Return the generator for the device that is chosen; another one is closed.
  * @param {AbortSignal} signal
@@ -181,17 +245,19 @@ async function generate(signal) {
     classLabels: label === "" ? undefined : Number(label),
     prompt: site.prompts.length ? site.prompts[Number($("prompt").value)].text : undefined,
     guidanceScale: site.samplers[0].guidance_range ? $("guidance").valueAsNumber : undefined,
-    steps: Number(value("steps")),
+    steps: chosenSteps(),
     precision: /** @type {"auto"} */ (value("precision")),
+    ...(picked ? { image: picked, startTime: samplerOf(chosenSteps())?.times[0] } : {}),
   };
   const gen = await generator(signal);
   const samples = await gen.generate({ ...request, signal, onProgress });
   markFetched(samples);
+  if (request.image && site.encoder) loaded?.graphs.add(site.encoder.path);
   show(samples);
-  shownLink = link;
+  shownLink = request.image ? "" : link;
   const { info } = samples;
   status(`${plural(samples.seeds.length, "image")} by ${NAMES[info.device]} in ${info.precision}, ${duration(info.medianMs)} each.`);
-  history.replaceState(null, "", link);
+  if (shownLink) history.replaceState(null, "", link);
   $("results").scrollIntoView({ block: "nearest" }); // it is below the form on a phone
 }
 
@@ -226,6 +292,16 @@ function refusedRow(graph) {
   reason.colSpan = 4;
   row.append(name, cell("not run", ""), reason);
   return row;
+}
+
+/** @returns {number} Of the sampler that the form asks for. */
+function chosenSteps() {
+  return Number(picked ? $("start").value : value("steps"));
+}
+
+/** @param {number} steps */
+function samplerOf(steps) {
+  return site.samplers.find((each) => each.times.length === steps);
 }
 
 /** @param {Samples} samples */
@@ -347,6 +423,10 @@ async function download(index) {
 }
 
 async function copyLink() {
+  if (!shownLink) {
+    status("A link cannot hold the image that these started from.");
+    return;
+  }
   const url = new URL(shownLink, location.href).href;
   try {
     await navigator.clipboard.writeText(url);
@@ -426,12 +506,12 @@ function showCost() {
   const device = info?.device ?? (value("device") === "auto" ? "wasm" : value("device"));
   const files = site.runtime.devices[/** @type {"wasm"} */ (device)];
   const runtime = info || !files ? 0 : sum(Object.values(files));
-  const missing = (/** @type {(import("./scm/types.js").Graph | undefined)[]} */ graphs) =>
+  const missing = (/** @type {({ path: string, files: string[] } | null | undefined)[]} */ graphs) =>
     graphs.reduce((total, graph) => total + (!graph || (info && loaded?.graphs.has(graph.path)) ? 0 : sum(graph.files)), 0);
   const automatic = info?.device === "webgpu" && info.hasShaderF16 ? "fp16" : "fp32";
   const precision = value("precision") === "auto" ? automatic : value("precision");
   const cost = (/** @type {number} */ total) => (total ? `, loads ${megabytes(total)}` : "");
-  $("generate").textContent = `Generate${cost(runtime + missing([graphOf(Number(value("steps")), precision)]))}`;
+  $("generate").textContent = `Generate${cost(runtime + missing([graphOf(chosenSteps(), precision), ...(picked ? [site.encoder] : [])]))}`;
   const proved = site.graphs.filter((graph) => !info?.graphs.find((each) => each.sha256 === shaOf(graph))?.refusal);
   $("prove").textContent = `Prove it${cost(runtime + missing(proved))}`;
 }

@@ -85,6 +85,13 @@ export interface GraphInfo {
   refusal: string;
 }
 
+/** 8-bit RGBA pixels, row by row, opaque; an `ImageData` is one. */
+export interface StartImage {
+  width: number;
+  height: number;
+  data: Uint8ClampedArray | Uint8Array;
+}
+
 /** What was loaded, and what runs. */
 export interface Info {
   model: string;
@@ -110,6 +117,8 @@ export interface Info {
   conditioning: readonly { name: string; shape: readonly number[]; dtype: "float32" | "int64" }[];
   /** Prompts that were encoded when the site was made. */
   prompts: readonly string[];
+  /** The samplers that start from an image: number of steps, and start time, radians. */
+  starts: readonly { steps: number; time: number }[];
   maxBatch: number;
   /** Bytes of the runtime that were fetched. */
   runtimeBytes: number;
@@ -129,6 +138,10 @@ export interface GenerateRequest {
   /** `auto` (default): fp16 on a GPU that computes in it, else fp32. */
   precision?: "auto" | Precision;
   guidanceScale?: number;
+  /** Image to start from, of the model's size; a gray one for a gray model. All images start from it. */
+  image?: StartImage;
+  /** Time, radians, at which noise is added to the image: one of `Info.starts`. A smaller one keeps more of the image. */
+  startTime?: number;
   /** One of `Info.prompts`, for all images: it fills the inputs that a text encoder would. */
   prompt?: string;
   /** (N, ...shape) of each of `Info.conditioning` that the prompt does not fill, flat. Masks are all ones when absent. */

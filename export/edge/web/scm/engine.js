@@ -7,11 +7,13 @@ import { difference, passes } from "./compare.js";
 import { ScmError, fromRuntime, messageOf } from "./errors.js";
 import { IS_NODE, fetchFile, fetchSite, sha256Of } from "./files.js";
 import { checkSeed, standardNormal } from "./noise.js";
+import { startSteps, toData, toOffset } from "./start.js";
 
 /** @typedef {import("../scm.js").Device} Device */
 /** @typedef {import("../scm.js").Precision} Precision */
 /** @typedef {import("../scm.js").GenerateRequest} GenerateRequest */
 /** @typedef {import("./types.js").Graph} Graph */
+/** @typedef {import("./types.js").Encoder} Encoder */
 /** @typedef {import("./types.js").SamplerSpec} SamplerSpec */
 /** @typedef {{ signal?: AbortSignal, onProgress?: (event: import("../scm.js").Progress) => void }} Hooks */
 /** @typedef {{ session: import("./types.js").OrtSession, usesCpu: boolean }} Opened */
@@ -110,6 +112,7 @@ export class Engine {
       classNames: spec.class_names,
       guidanceRange: spec.guidance_range,
       prompts: site.prompts.map((prompt) => prompt.text),
+      starts: site.start_steps.map((steps) => ({ steps, time: specOf(site, steps).times[0] })),
       conditioning: spec.conditioning.map(({ name, shape, dtype }) => ({ name, shape, dtype })),
       maxBatch: spec.max_batch,
       runtimeBytes: this.downloaded,
@@ -142,12 +145,14 @@ export class Engine {
    */
   async generate(request, hooks) {
     const start = performance.now();
-    const { graph, reason } = this.#choose(request);
+    const { graph, reason } = this.#choose({ ...request, steps: startSteps(request, this.info.starts) });
     const spec = specOf(this.site, graph.num_inference_steps);
     const seeds = seedsOf(request);
+    const pixels = request.image && toData(request.image, imageShape(spec), spec.value_range);
     const conditioning = await this.#promptInputs(spec, request, seeds.length, hooks);
     const inputs = await conditioningOf(spec, { ...request, conditioning }, seeds);
     const batch = batchOf(request.batchSize, spec);
+    const offset = pixels && (await this.#offset(spec, pixels, hooks));
     const { session, usesCpu } = await this.#session(graph, hooks);
     const opened = performance.now();
     const size = imageShape(spec).reduce((a, b) => a * b, 1);
@@ -161,9 +166,9 @@ export class Engine {
       hooks.onProgress?.({ phase: "generate", name: graph.path, loaded: at, total: seeds.length });
       const count = Math.min(batch, seeds.length - at);
       const before = performance.now();
-      const feeds = this.#feeds(spec, seeds.slice(at, at + count), inputs, at);
+      const feeds = this.#feeds(spec, seeds.slice(at, at + count), inputs, at, offset);
       const drawn = performance.now();
-      const found = await this.#run(session, graph, spec, feeds, count * size);
+      const found = await this.#run(session, graph.path, spec.output === "pixels" ? "images" : "latents", feeds, count * size);
       images.set(found, at * size);
       noiseMs += drawn - before;
       runs.push((performance.now() - drawn) / count);
@@ -362,7 +367,24 @@ export class Engine {
   }
 
   /**
-   * @param {Graph} graph
+   * Return what an image adds to the first noise of a sample.
+   * @param {SamplerSpec} spec
+   * @param {Float32Array<ArrayBuffer>} pixels Data units.
+   * @param {Hooks} hooks
+   * @returns {Promise<Float32Array>}
+   */
+  async #offset(spec, pixels, hooks) {
+    if (!spec.output_shape.length) return toOffset(pixels, spec);
+    const { encoder } = this.site;
+    if (!encoder) throw new ScmError("manifest", "the site has no encoder. Make it again.");
+    const { session } = await this.#session(encoder, hooks);
+    const feeds = { images: new this.ort.Tensor("float32", pixels, [1, ...imageShape(spec)]) };
+    const size = spec.sample_shape.reduce((a, b) => a * b, 1);
+    return toOffset(await this.#run(session, encoder.path, "latents", feeds, size), spec);
+  }
+
+  /**
+   * @param {Graph | Encoder} graph
    * @param {Hooks} hooks
    * @returns {Promise<Opened>}
    */
@@ -376,11 +398,12 @@ export class Engine {
   }
 
   /**
-   * @param {Graph} graph
+   * @param {Graph | Encoder} graph
    * @param {Hooks} hooks
    * @returns {Promise<Opened>}
    */
   async #openSession(graph, hooks) {
+    const device = graph.devices.includes(this.choice.device) ? this.choice.device : graph.devices[0];
     const files = await new Loader(this.base, this.site, "model", graph.files, hooks).fetchAll();
     hooks.onProgress?.({ phase: "open", name: graph.path, loaded: 0, total: 1 });
     const folder = graph.path.slice(0, graph.path.lastIndexOf("/") + 1);
@@ -388,17 +411,17 @@ export class Engine {
       .filter((path) => path !== graph.path)
       .map((path) => ({ path: path.slice(folder.length), data: files.get(path) }));
     const options = {
-      executionProviders: [this.choice.device],
+      executionProviders: [device],
       graphOptimizationLevel: "all",
       ...(externalData.length ? { externalData } : {}),
     };
     const model = bytesOf(files, graph.path);
     try {
-      const opened = await this.#create(model, options);
+      const opened = await this.#create(model, options, device);
       hooks.onProgress?.({ phase: "open", name: graph.path, loaded: 1, total: 1 });
       return opened;
     } catch (error) {
-      throw fromRuntime(error, `opening ${graph.path} on ${this.choice.device}`);
+      throw fromRuntime(error, `opening ${graph.path} on ${device}`);
     }
   }
 
@@ -406,11 +429,12 @@ export class Engine {
    * Create a session. For WebGPU at first with no operator on the CPU; where that fails, with some there.
    * @param {Uint8Array} model
    * @param {Record<string, unknown>} options
+   * @param {Device} device
    * @returns {Promise<Opened>}
    */
-  async #create(model, options) {
+  async #create(model, options, device) {
     const { InferenceSession } = this.ort;
-    if (this.choice.device === "webgpu") {
+    if (device === "webgpu") {
       const strict = { ...options, logSeverityLevel: 4, extra: { session: { disable_cpu_ep_fallback: "1" } } };
       try {
         return { session: await InferenceSession.create(model, strict), usesCpu: false };
@@ -426,9 +450,10 @@ export class Engine {
    * @param {bigint[]} seeds
    * @param {Map<string, Input>} inputs
    * @param {number} at Index of the first of them in the request.
+   * @param {Float32Array} [offset] Added to the first noise of each.
    * @returns {Record<string, import("./types.js").OrtTensor>}
    */
-  #feeds(spec, seeds, inputs, at) {
+  #feeds(spec, seeds, inputs, at, offset) {
     const { Tensor } = this.ort;
     /** @type {Record<string, import("./types.js").OrtTensor>} */
     const feeds = {};
@@ -437,6 +462,7 @@ export class Engine {
     for (let step = 0; step < inputsOfNoise; step += 1) {
       const noise = allocate(seeds.length * size);
       seeds.forEach((seed, i) => noise.set(standardNormal(seed, step, size), i * size));
+      if (offset && step === 0) for (let i = 0; i < noise.length; i += 1) noise[i] += offset[i % size];
       feeds[`noise_${step}`] = new Tensor("float32", noise, [seeds.length, ...spec.sample_shape]);
     }
     for (const [name, { data, shape, size: each }] of inputs) {
@@ -448,16 +474,16 @@ export class Engine {
 
   /**
    * @param {import("./types.js").OrtSession} session
-   * @param {Graph} graph
-   * @param {SamplerSpec} spec
+   * @param {string} path Of its graph.
+   * @param {string} name Of the output.
    * @param {Record<string, import("./types.js").OrtTensor>} feeds
    * @param {number} size Numbers that must come back.
    * @returns {Promise<Float32Array>}
    */
-  async #run(session, graph, spec, feeds, size) {
+  async #run(session, path, name, feeds, size) {
     try {
       const outputs = await session.run(feeds);
-      const output = outputs[spec.output === "pixels" ? "images" : "latents"];
+      const output = outputs[name];
       if (!(output?.data instanceof Float32Array) || output.data.length !== size) {
         throw new Error(`it returned ${output?.data.length ?? "no"} numbers, expected ${size}`);
       }
@@ -465,7 +491,7 @@ export class Engine {
       for (const tensor of [...Object.values(feeds), ...Object.values(outputs)]) tensor.dispose();
       return data;
     } catch (error) {
-      throw fromRuntime(error, `running ${graph.path} on ${this.choice.device}`);
+      throw fromRuntime(error, `running ${path}`);
     }
   }
 }

@@ -43,7 +43,7 @@ export async function fetchSite(base, sha256, signal) {
       `${url} needs the noise contract ${site.noise_contract}, this scm.js has scm-noise-v1. Take a newer scm.js.`,
     );
   }
-  const problem = problemOf(site, SHAPE, "");
+  const problem = problemOf(site, SHAPE, "") || (site.encoder ? problemOf(site.encoder, ENCODER, "encoder") : "");
   if (problem) throw new ScmError("manifest", `${url} is damaged: ${problem}. ${REPAIR}`);
   return site;
 }
@@ -60,12 +60,13 @@ const GRAPH = {
   path: "string", files: ["string", MANY], num_inference_steps: "number", precision: "string",
   devices: ["string", MANY], bound: { gate: "string", threshold: "number", rank: "number", source: "string" },
 };
+const ENCODER = { path: "string", files: ["string", MANY], devices: ["string", MANY] };
 /** Types of what is read of a manifest. The elements of a list have the type of the first one here. */
 const SHAPE = {
   name: "string", build_id: "string", made_by: "string", license: "string", notes: ["string"],
   samplers: [SAMPLER, MANY], graphs: [GRAPH, MANY], files: [ENTRY, MANY],
   goldens: [{ num_inference_steps: "number", path: "string", seeds: ["string", MANY], made_by: "string", conditioning: {} }],
-  prompts: [{ text: "string", conditioning: {} }],
+  prompts: [{ text: "string", conditioning: {} }], start_steps: ["number"],
   runtime: { name: "string", version: "string", devices: {} },
 };
 

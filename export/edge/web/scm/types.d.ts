@@ -77,6 +77,13 @@ export interface Prompt {
   conditioning: Record<string, string>;
 }
 
+/** The graph that turns the pixels of an image to latents. */
+export interface Encoder {
+  path: string;
+  files: string[];
+  devices: Device[];
+}
+
 export interface Site {
   schema_version: number;
   name: string;
@@ -89,6 +96,10 @@ export interface Site {
   graphs: Graph[];
   goldens: GoldenSamples[];
   prompts: Prompt[];
+  /** Numbers of steps of the samplers that can start from an image, at their own first time. */
+  start_steps: number[];
+  /** What they need for it, of a model of latents. */
+  encoder: Encoder | null;
   runtime: {
     name: string;
     version: string;
