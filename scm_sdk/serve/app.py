@@ -542,7 +542,7 @@ def _negotiate(request: Request, asked: ImageRequest, count: int, formats: Colle
         raise RequestError(
             "not_acceptable", f"Accept asks for {wanted}, output_format for {asked.output_format}, expected one format."
         )
-    return wanted
+    return wanted  # pyright: ignore[reportReturnType]
 
 
 def _seeds(given: int | str | None, count: int) -> tuple[int, ...]:

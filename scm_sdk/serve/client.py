@@ -322,7 +322,7 @@ def _frames_of(text: str, kind: FileFormat) -> list[Image.Image]:
         raise BackendFailure(f"the server answered what is no {kind} file ({exc}), expected one.") from exc
 
 
-def _pixels_of(image: object) -> NDArray[np.uint8]:
+def _pixels_of(image: Any) -> NDArray[np.uint8]:
     """Return the pixels of an image to start from, (H, W, C)."""
     if not isinstance(image, np.ndarray):
         if not (hasattr(image, "mode") and hasattr(image, "size")):
