@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
@@ -13,10 +15,12 @@ from scm_sdk.model.networks.custom import own_config
 from scm_sdk.model.networks.presets import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler's own
+compiled = functools.partial(torch.compile, backend="eager")
+"""The default backend reads its own files in the encoding of the locale, and fails where that is ASCII."""
 WRAPPERS = {
-    "compile": torch.compile,
+    "compile": compiled,
     "parallel": nn.DataParallel,
-    "both": lambda network: nn.DataParallel(torch.compile(network)),
+    "both": lambda network: nn.DataParallel(compiled(network)),
 }
 
 
@@ -51,4 +55,4 @@ def test_files_with_the_names_of_wrappers_are_read(prefix, model, tmp_path):
 
 
 def test_an_own_network_is_named_by_its_class():
-    assert own_config(torch.compile(nn.Linear(2, 2)), sample_shape=(2,)).name == "Linear"
+    assert own_config(compiled(nn.Linear(2, 2)), sample_shape=(2,)).name == "Linear"

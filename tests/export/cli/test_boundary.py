@@ -308,9 +308,10 @@ def test_the_help_lists_each_verb_once_with_a_whole_sentence() -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp1252"])
 def test_any_encoding_of_stdout(unet_bundle: Path, tmp_path: Path, encoding: str) -> None:
-    for arguments in (["inspect", unet_bundle], ["targets"], ["generate", "-h"], ["inspect", tmp_path / "größe…→"]):
+    other = os.fsencode(tmp_path) + "/größe…→".encode()  # as a shell gives it, whatever the locale
+    for arguments in (["inspect", unet_bundle], ["targets"], ["generate", "-h"], ["inspect", other]):
         done = subprocess.run(
-            [sys.executable, "-m", "scm_sdk.export.cli", *map(str, arguments)],
+            [sys.executable, "-m", "scm_sdk.export.cli", *arguments],
             capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding},
         )  # fmt: skip
         assert done.returncode in (0, 6) and b"Traceback" not in done.stderr, done.stderr.decode("latin-1")
