@@ -83,6 +83,10 @@ def main(bundle: Path, backend: str, steps: int, rounds: int, note: str, out: Pa
     def session() -> None:
         open_backend(backend, graph, spec).close()
 
+    def in_turn() -> None:
+        Bundle.open(bundle, verify="none").check_unchanged(artifact.path)
+        session()
+
     def open_by(verify: Any) -> None:
         Generator.from_pretrained(
             bundle, backend=backend, precision="fp32", num_inference_steps=steps, verify=verify
@@ -92,7 +96,7 @@ def main(bundle: Path, backend: str, steps: int, rounds: int, note: str, out: Pa
         "read": lambda: read(files),
         "hash": lambda: [sha256_file(path) for path in files],
         "session": session,
-        "in turn": lambda: [Bundle.open(bundle, verify="none").check_unchanged(artifact.path), session()],
+        "in turn": in_turn,
         "open": lambda: open_by("digest"),
         "remembered": lambda: open_by("remembered"),
     }

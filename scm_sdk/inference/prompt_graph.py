@@ -8,8 +8,6 @@ the texts of a chat template. Wan and AnyFlow: without HTML entities and repeate
 from __future__ import annotations
 
 import html
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +27,8 @@ MAX_TOKENIZER_BYTES = 64 << 20
 
 
 def _web(text: str) -> str:
-    """Clean a text of the web as diffusers does, which repairs its characters by ftfy where that is installed."""
-    if importlib.util.find_spec("ftfy") is not None:
-        text = importlib.import_module("ftfy").fix_text(text)
+    """Clean a text of the web as diffusers does; ftfy repairs its characters, as for the prompts of the training."""
+    text = require("ftfy", extra="prompts", purpose="cleaning a prompt").fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split())
 
 

@@ -75,7 +75,7 @@ def by_diffusers(name: str, prompts: list[str], tokens: int) -> tuple[np.ndarray
 
 @pytest.mark.parametrize("name", SIZES)
 def test_embeddings_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
-    tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 " + "long " * 80]
+    tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 \u201cschÃ¶n\u201d " + "long " * 80]
     wanted, kept = by_diffusers(name, prompts, tokens)
     found = read_with_text(name, tmp_path, tokens)
     embeds, mask = FlowPromptEncoder(found).encode(prompts, tokens)
@@ -92,7 +92,7 @@ def test_embeddings_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None
 def test_the_graphs_embeddings_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("tokenizers")
-    tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 " + "long " * 80]
+    tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 \u201cschÃ¶n\u201d " + "long " * 80]
     wanted, kept = by_diffusers(name, prompts, tokens)
     found = read_with_text(name, tmp_path, tokens)
     export_text_encoder(FlowPromptEncoder(found), tmp_path, max_sequence_length=tokens)

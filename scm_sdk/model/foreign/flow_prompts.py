@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..._util.lazy import require
 from ...errors import ConfigError
 from .few_step_folder import FewStepFolder, read_few_step_folder
 from .pipelines import is_sana
@@ -62,6 +63,8 @@ class FlowPromptEncoder:
             found.path, has_text_encoder=found.has_text_encoder, pipeline=found.row.name, tokenizer=tokenizer,
             encoder=encoder, device=device,
         )  # fmt: skip
+        if found.row.text.thinking is None:  # without it diffusers would encode some prompts otherwise
+            require("ftfy", extra="diffusers", purpose="cleaning a prompt")
         self._folder = folder = found.path
         self.text, self.mask = found.row.text, found.row.mask
         self.tokenizer: Any = self._text.pipeline.tokenizer
