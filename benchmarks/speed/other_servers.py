@@ -117,33 +117,51 @@ def python_server(kind: str, bundle: Path) -> Iterator[Served]:
         yield served
 
 
+def run_graph_in_python(repository: Path, name: str) -> None:
+    """Let Triton's Python backend run the graph of a repository's model."""
+    core = repository / f"{name}_core"
+    config = (core / "config.pbtxt").read_text(encoding="utf-8")
+    (core / "config.pbtxt").write_text(config.replace('backend: "onnxruntime"', 'backend: "python"'), encoding="utf-8")
+    (core / "1" / "model.py").write_text(STAND_IN, encoding="utf-8")
+
+
+def triton_command(environment: Path, repository: Path, backends: Path, port: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the variables that serve a repository by the tritonserver of a Python environment.
+
+    Args:
+        environment: It holds nvidia-pytriton, numpy<2 and onnxruntime.
+        repository: The models.
+        backends: Folder for the server's Python backend.
+        port: Of HTTP, on this machine.
+    """
+    (site,) = environment.glob("lib/python*/site-packages")
+    server = site / "pytriton" / "tritonserver"
+    stub = server / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
+    shutil.copytree(server / "backends" / "python", backends / "python", dirs_exist_ok=True)
+    shutil.copy(stub / "triton_python_backend_stub", backends / "python")
+    variables = os.environ | {
+        # The stub's Python finds its packages by the first python3 of PATH.
+        "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{Path(sys.base_prefix) / 'lib'}",
+    }
+    variables.pop("PYTHONPATH", None)
+    command = [
+        str(server / "bin" / "tritonserver"), f"--model-repository={repository}", "--allow-grpc", "false",
+        f"--backend-directory={backends}", "--http-address", "127.0.0.1", "--http-port", str(port),
+        "--allow-metrics", "false", "--model-control-mode=none", "--disable-auto-complete-config",
+    ]  # fmt: skip
+    return command, variables
+
+
 @contextmanager
 def triton(environment: Path, bundle: Path) -> Iterator[Served]:
     """Run the tritonserver of a Python environment that holds nvidia-pytriton, numpy<2 and onnxruntime."""
-    (site,) = environment.glob("lib/python*/site-packages")
-    server, port, name = site / "pytriton" / "tritonserver", free_port(), Bundle.open(bundle).manifest.name
-    stub = server / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
+    port, name = free_port(), Bundle.open(bundle).manifest.name
     with tempfile.TemporaryDirectory() as folder:
-        backends, repository = Path(folder) / "backends", Path(folder) / "models"
+        repository = Path(folder) / "models"
         write_triton_repository(bundle, repository, precision="fp32")
-        config = repository / f"{name}_core" / "config.pbtxt"
-        config.write_text(
-            config.read_text(encoding="utf-8").replace('backend: "onnxruntime"', 'backend: "python"'), encoding="utf-8"
-        )
-        (repository / f"{name}_core" / "1" / "model.py").write_text(STAND_IN, encoding="utf-8")
-        shutil.copytree(server / "backends" / "python", backends / "python")
-        shutil.copy(stub / "triton_python_backend_stub", backends / "python")
-        variables = os.environ | {
-            # The stub's Python finds its packages by the first python3 of PATH.
-            "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
-            "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{Path(sys.base_prefix) / 'lib'}",
-        }
-        variables.pop("PYTHONPATH", None)
-        command = [
-            str(server / "bin" / "tritonserver"), f"--model-repository={repository}", "--allow-grpc", "false",
-            f"--backend-directory={backends}", "--http-address", "127.0.0.1", "--http-port", str(port),
-            "--allow-metrics", "false", "--model-control-mode=none", "--disable-auto-complete-config",
-        ]  # fmt: skip
+        run_graph_in_python(repository, name)
+        command, variables = triton_command(environment, repository, Path(folder) / "backends", port)
 
         def request(seed: int) -> bytes:
             body = (

@@ -426,9 +426,10 @@ def _choose(bundle: Bundle, precisions: Sequence[Precision] | None, steps: Seque
 def _check_showable(spec: SamplerSpec) -> None:
     shape = spec.image_shape
     if spec.output != "pixels" or len(shape) != 3 or shape[0] not in (1, 3):
+        remedy = "Export a pipeline with its decoder" if spec.output != "pixels" else "Serve it: scm-export serve"
         raise ConfigError(
             f"the model returns {spec.output} of shape {shape}, expected pictures (C, H, W) with C = 1 or 3, which a "
-            "page can show. Export a pipeline with its decoder, or run the graph in your own page."
+            f"page can show. {remedy}, or run the graph in your own page."
         )
 
 

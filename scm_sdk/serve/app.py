@@ -329,7 +329,7 @@ class _Api:
         if request.headers.get("content-encoding", "identity") != "identity":
             raise RequestError("unsupported_media_type", "the body is compressed, expected it as it is.")
         async with _body(request, service) as body:
-            asked, inputs = v2.decode(body, request.headers.get(v2.HEADER_LENGTH), known)
+            asked, inputs = await service.apart(v2.decode, body, request.headers.get(v2.HEADER_LENGTH), known)
         outputs = v2.asked_outputs(asked, known)
         count = service.check_count(len(next(iter(inputs.values()))), "the number of images")
         request.state.images = count

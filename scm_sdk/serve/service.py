@@ -10,12 +10,12 @@ import math
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from .options import ServeOptions
 from .schemas import FileFormat, Model, RequestError
 from .traces import OtelTraces, Traces
 
+P = ParamSpec("P")
 T = TypeVar("T")
 READY_SECONDS = 5.0
 """For how long an inference of the readiness check counts."""
@@ -278,8 +279,11 @@ class Service:
             RequestError: If it is none, or has another size; that is found before its pixels are decoded.
         """
         channels, height, width = self.spec.image_shape
-        work = partial(_decode_image, text, (height, width, channels))
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self.apart(_decode_image, text, (height, width, channels))
+
+    async def apart(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function on a thread for short work, so that the answers to others go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args, **kwargs))
 
     def check_count(self, count: int, param: str = "n") -> int:
         """Return the number of images of a request.
@@ -396,9 +400,8 @@ class Service:
             BackendFailure: If one holds NaN or infinity.
             RequestError: If this machine cannot write the format.
         """
-        work = partial(_files, self.arrays, output, kind, fps)
         with self.traces.part("encode", {"scm.images": len(output.seeds)}):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await self.apart(_files, self.arrays, output, kind, fps)
 
     def arrays(self, output: GeneratorOutput) -> NDArray[np.uint8]:
         """Return an output's pictures, (N, H, W, C), or clips, (N, T, H, W, C), uint8.

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -137,62 +138,31 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     assert len(parsed(tmp_path / "models" / "linear_core" / "config.pbtxt").input) == 2
 
 
-STAND_IN = '''
-import json, os
-import onnxruntime
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    """The graph by onnxruntime: the server of the test has no ONNX Runtime backend."""
-
-    def initialize(self, args):
-        config = json.loads(args["model_config"])
-        self.scalars = {each["name"] for each in config["input"] if "reshape" in each}
-        self.output = config["output"][0]["name"]
-        path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
-        self.session = onnxruntime.InferenceSession(path)
-
-    def execute(self, requests):
-        answers = []
-        for request in requests:
-            feeds = {each.name(): each.as_numpy() for each in request.inputs()}
-            for name in self.scalars & set(feeds):
-                feeds[name] = feeds[name].reshape(-1)
-            output = pb_utils.Tensor(self.output, self.session.run([self.output], feeds)[0])
-            answers.append(pb_utils.InferenceResponse([output]))
-        return answers
-'''
-
-
 def listens(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+def other_servers() -> ModuleType:
+    """The benchmark that runs Triton beside other servers."""
+    file = Path(__file__).resolve().parents[2] / "benchmarks/speed/other_servers.py"
+    spec = importlib.util.spec_from_file_location("other_servers", file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["other_servers"] = importlib.util.module_from_spec(spec)  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextmanager
 def triton(environment: Path, repository: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """Run the tritonserver of a Python environment that holds nvidia-pytriton, numpy<2 and onnxruntime."""
-    (site,) = environment.glob("lib/python*/site-packages")
-    server, backends, log = site / "pytriton" / "tritonserver", tmp_path / "backends", tmp_path / "triton.log"
-    stub = server / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
-    shutil.copytree(server / "backends" / "python", backends / "python", dirs_exist_ok=True)
-    shutil.copy(stub / "triton_python_backend_stub", backends / "python")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    variables = os.environ | {
-        # The stub's Python finds its packages by the first python3 of PATH.
-        "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
-        "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{Path(sys.base_prefix) / 'lib'}",
-    }
-    variables.pop("PYTHONPATH", None)
-    command = [
-        str(server / "bin" / "tritonserver"), f"--model-repository={repository}", f"--backend-directory={backends}",
-        "--http-address", "127.0.0.1", "--http-port", str(port), "--allow-grpc", "false", "--allow-metrics", "false",
-        "--model-control-mode=none", "--disable-auto-complete-config", "--exit-on-error=false",
-    ]  # fmt: skip
+    servers, log = other_servers(), tmp_path / "triton.log"
+    port = servers.free_port()
+    command, variables = servers.triton_command(environment, repository, tmp_path / "backends", port)
+    command.append("--exit-on-error=false")
     with log.open("wb") as file, subprocess.Popen(command, env=variables, stdout=file, stderr=file) as process:
         try:
-            eventually(lambda: listens(port) or process.poll() is not None, timeout=60)
+            eventually(lambda: listens(port) or process.poll() is not None)
             yield f"127.0.0.1:{port}", log
         finally:
             process.terminate()
@@ -211,11 +181,7 @@ def test_a_real_server_accepts_the_configs_and_makes_the_pictures_of_this_packag
         assert "unable to find backend library for backend 'onnxruntime'" in text, "its config was accepted"
         assert "failed to read text proto" not in text
         assert "successfully loaded 'linear'" in text
-    config = repository / "linear_core" / "config.pbtxt"
-    config.write_text(
-        config.read_text("utf-8").replace('backend: "onnxruntime"', 'backend: "python"'), encoding="utf-8"
-    )
-    (repository / "linear_core" / "1" / "model.py").write_text(STAND_IN, encoding="utf-8")
+    other_servers().run_graph_in_python(repository, "linear")
     seeds = [0, 7, 2**63, 2**64 - 1]
     with triton(environment, repository, tmp_path) as (address, _), client.InferenceServerClient(address) as asked:
         assert asked.is_server_ready()
