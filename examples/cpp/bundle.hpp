@@ -195,6 +195,9 @@ inline Sampler open_sampler(const std::string& bundle, const std::string& precis
   int checked = 0;
   for (const Json& file : manifest["files"].list) {
     const std::string path = file["path"].text;
+    if (path == "decoder/model.onnx")
+      throw Error("this example runs one graph, and the decoder of " + bundle +
+                  " is another one. Export the bundle without --split.");
     if (path != sampler.graph && path != sampler.graph + "_data") continue;
     const std::string found = sha256(read_file(bundle + "/" + path));
     if (found != file["sha256"].text)
