@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
 from result_files import check_class
@@ -87,7 +87,7 @@ def main(bundle: Path, backend: str, steps: int, rounds: int, note: str, out: Pa
         Bundle.open(bundle, verify="none").check_unchanged(artifact.path)
         session()
 
-    def open_by(verify: Any) -> None:
+    def open_by(verify: Literal["digest", "remembered"]) -> None:
         Generator.from_pretrained(
             bundle, backend=backend, precision="fp32", num_inference_steps=steps, verify=verify
         ).close()

@@ -13,6 +13,7 @@ from .names import BackendAndPrecision
 
 if TYPE_CHECKING:
     from scm_sdk.inference.latency import Latency
+    from scm_sdk.inference.sources import Source
 
 
 @click.command()
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     "backends",
     multiple=True,
     type=BackendAndPrecision(),
-    help="Backend to time; may be repeated; default: every one that can run here, with its CPU precisions.",
+    help="Backend to time; may be repeated; default: every one that can run here, with its CPU precisions and BF16.",
 )
 @timed_batches_option
 @click.option("--steps", type=click.IntRange(1), help="Number of network calls; default: 2 if the bundle has it.")
@@ -48,7 +49,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Time backends against each other; exit 4 above a budget.
 
-    Each round runs every backend once.
+    Each round runs every backend once. The times are kept for this machine: where all that passed validation were
+    timed, as by default, backend="auto" takes the fastest at the first batch size from then on.
 
     \b
     scm-export bench avatars --backend onnxruntime:fp32 --backend onnxruntime:int8
@@ -67,12 +69,18 @@ def bench(
     from scm_sdk.evaluate.stored_budgets import keep_budgets
     from scm_sdk.inference.generator import Generator
     from scm_sdk.inference.latency import measure
+    from scm_sdk.inference.latency_cache import remember
+    from scm_sdk.inference.selection import Measured
+    from scm_sdk.inference.session import plan_for
+    from scm_sdk.inference.sources import open_source
 
     if keep_budget:
         require_own(bundle)
         check_writable(bundle / MANIFEST_NAME, error=BundleError)
     budgets, results = _by_batch(budget, batches), []
-    backends = backends or _usual(bundle, steps)
+    source = open_source(bundle, verify="none")
+    steps = steps or source.default_steps
+    backends = backends or _usual(source, steps, threads)
     labels = _labels(bundle, others)
     with ExitStack() as stack:
         opened = {
@@ -92,6 +100,10 @@ def bench(
         for batch in batches:
             with TerminalEvents("", title=f"batch {batch}", total=rounds) as events:
                 results.append(measure(opened, batch=batch, rounds=rounds, budget=budgets.get(batch), events=events))
+        rows = {name: opened[name].opened().row.key for name in backends}
+    medians = {key: Measured(results[0][name].median_ms, results[0].batch) for name, key in rows.items()}
+    if source.build_id:
+        remember(medians, source.build_id, num_inference_steps=steps, device=None, num_threads=threads)
     if as_json:
         print_json([latency.to_dict() for latency in results])
     else:
@@ -118,6 +130,8 @@ def bench(
         for latency in results:
             for line in _verdicts(latency, budgets.get(latency.batch)):
                 click.echo(line)
+        if (chosen := plan_for(source, steps, num_threads=threads).chosen) is not None:
+            say(f'backend="auto" takes {chosen.backend} {chosen.precision}: {chosen.reason}')
         if not all(latency.stable for latency in results):
             say("Latencies did not become stable during warm-up: ratios are more reliable than milliseconds.")
     for latency in results:
@@ -144,24 +158,33 @@ def _verdicts(latency: Latency, budget: str | None) -> list[str]:
     return lines
 
 
-def _usual(bundle: Path, steps: int | None) -> tuple[str, ...]:
-    """Return every backend that can run here, PyTorch first, and its CPU precisions."""
+def _usual(source: Source, steps: int, num_threads: int | None) -> tuple[str, ...]:
+    """Return every backend that can run here, PyTorch first, with its precisions for CPUs and those ``auto`` may take.
+
+    BF16 is one of them where this CPU computes it, also before it was compared.
+    """
+    from functools import partial
+
     from scm_sdk._util.lazy import is_installed
     from scm_sdk.inference.backends import BACKENDS
-    from scm_sdk.inference.session import auto_plan
-    from scm_sdk.inference.sources import open_source
+    from scm_sdk.inference.session import plan_for
     from scm_sdk.spec import CPU_PRECISIONS
 
-    source = open_source(bundle, verify="none")
-    count = steps or source.default_steps
-    accepted = {row.backend for row in auto_plan(source, count).accepted}  # engines: those that fit this GPU
-    artifacts = [a for a in source.artifacts if a.num_inference_steps in (0, count)]
-    names = []
+    plan = partial(plan_for, source, steps, num_threads=num_threads)
+    accepted = plan().accepted
+    artifacts = [a for a in source.artifacts if a.num_inference_steps in (0, steps)]
+    names: list[str] = []
     for name in sorted(BACKENDS, key=lambda name: name != "torch"):
         info = BACKENDS[name]
         taken = {a.precision for a in artifacts if info.takes(a)}
-        if taken and is_installed(info.library) and (not info.runs_engines or name in accepted):
-            names += [name, *(f"{name}:{precision}" for precision in sorted(CPU_PRECISIONS & taken))]
+        passed = [row.precision for row in accepted if row.backend == name]
+        if not taken or not is_installed(info.library) or (info.runs_engines and not passed):  # those that fit this GPU
+            continue
+        alone = plan(backend=name).chosen
+        wanted = {*(CPU_PRECISIONS & taken), *passed}
+        if info.needs_cpu_class("bf16", None) and plan(backend=name, precision="bf16").accepted:
+            wanted.add("bf16")
+        names += [name, *(f"{name}:{each}" for each in sorted(wanted - {alone.precision if alone else ""}))]
     return tuple(names)
 
 

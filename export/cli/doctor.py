@@ -92,12 +92,12 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 def _plans(bundle: Path) -> dict[int, Plan]:
     """Return every artifact compared with every backend, for each number of steps that the model was made for."""
     from scm_sdk.inference.selection import Plan
-    from scm_sdk.inference.session import auto_plan
+    from scm_sdk.inference.session import plan_for
     from scm_sdk.inference.sources import open_source
 
     source = open_source(bundle)
     # This opens nothing: a plan is wanted most where nothing can run.
-    plans = {steps: auto_plan(source, steps) for steps in source.steps}
+    plans = {steps: plan_for(source, steps) for steps in source.steps}
     return {
         steps: Plan([row for row in plan if row.num_inference_steps in (0, steps)]) for steps, plan in plans.items()
     }

@@ -1,7 +1,7 @@
 """Digests of files that this user hashed before, for ``verify="remembered"``.
 
 One small JSON file in the user's cache, which no other user may be able to write to. A digest counts for one path and
-one stamp: device, inode, size and times. Whoever can write to the file system below the file, or set back the clock,
+one stamp: device, inode, size and times. A user who can write to the disk below the file system, or set back the clock,
 can change a file and keep its stamp; therefore only callers that ask for it read this cache. It may be deleted at any
 time.
 """

@@ -470,6 +470,8 @@ def _allowed(record: ParityRecord) -> float:
     return record.threshold if record.gate == "max_abs" else GOLDEN_FACTOR * record.max_abs
 
 
-def auto_plan(source: Source, steps: int) -> Plan:
-    """Return the plan of ``auto`` for a model, without opening it."""
-    return Opener(source, "auto", "auto", device=None, fallback="error", num_threads=None).plan(steps)
+def plan_for(
+    source: Source, steps: int, *, backend: str = "auto", precision: str = "auto", num_threads: int | None = None
+) -> Plan:
+    """Return the plan for a model, without opening it; the arguments are those of ``Opener``."""
+    return Opener(source, backend, precision, device=None, fallback="error", num_threads=num_threads).plan(steps)

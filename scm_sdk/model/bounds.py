@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
 
@@ -93,10 +95,37 @@ def check_num_parameters(make: Callable[[], nn.Module]) -> None:
     Raises:
         ConfigError: If the network has more parameters.
     """
-    with torch.device("meta"):
+    with on_meta():
         found = sum(parameter.numel() for parameter in make().parameters())
     if found > MAX_PARAMETERS:
         raise ConfigError(
             f"the network has {found} parameters, expected at most {MAX_PARAMETERS}. Make it narrower or take fewer "
             "blocks."
         )
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Skips random initial values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor that an initialization would fill or make; call all other functions."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_RANDOM = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_"}
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Create modules on the meta device: they have shapes, but neither memory nor values.
+
+    Random values of meta tensors would be computed by PyTorch's decompositions, which import its compiler: 1 to 3
+    seconds of each process that loads a checkpoint.
+    """
+    with torch.device("meta"), _Uninitialized():
+        yield

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from .._util.files import atomic_file, atomic_write_bytes, open_regular, read_re
 from .._util.json_struct import to_json
 from ..bundle.layout import CONFIG_MAX_BYTES, CONFIG_NAME, DECODER_FOLDER, IMPORTED_CLASS, WEIGHTS_NAME
 from ..errors import BundleError, ConfigError, IntegrityError
+from .bounds import on_meta
 from .consistency import ConsistencyModel, ModelConfig
 from .decoder import DECODERS, Decoder, DecoderConfig
 from .foreign.sana_folder import is_pipeline
@@ -126,7 +126,7 @@ def load_checkpoint(
     tensors = read_tensors(folder / WEIGHTS_NAME)
     built_in = network is None and isinstance(config.network, BUILT_IN)
     # Built-in networks are created on the meta device and take the loaded tensors, so that memory holds them once.
-    with torch.device("meta") if built_in else nullcontext():
+    with on_meta() if built_in else nullcontext():
         model = ConsistencyModel(config, network)
     model.decoder = _load_decoder(folder / DECODER_FOLDER, decoder)
     subject = f"{folder / WEIGHTS_NAME} does not fit its {CONFIG_NAME}"

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -69,3 +70,23 @@ def test_each_public_name_is_there_and_at_home(name: str) -> None:
 def test_other_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="module 'scm_sdk' has no attribute 'Generater'"):
         scm_sdk.Generater  # noqa: B018
+
+
+def test_checkpoints_open_without_the_compiler_of_torch() -> None:
+    """Importing it takes seconds of each process; random values and arithmetic on the meta device do."""
+    code = """
+        import sys, torch
+        before = set(sys.modules)
+        from scm_sdk.model.bounds import on_meta
+        from scm_sdk.model.consistency import make_network
+        from scm_sdk.model.networks.presets import PRESETS
+        for make in PRESETS.values():
+            with on_meta():
+                make_network(make())
+        print(sorted(name for name in set(sys.modules) - before if name in ("torch._dynamo", "sympy")))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

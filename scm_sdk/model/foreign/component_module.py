@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import IntegrityError
-from ..bounds import check_bound, check_num_parameters
+from ..bounds import check_bound, check_num_parameters, on_meta
 from ..checkpoint import check_fits, read_tensors
 from .component import weight_files
 
@@ -34,7 +33,7 @@ def load_component(
             check_bound(name, tuple(value) if isinstance(value, list) else value)
     try:
         check_num_parameters(lambda: kind.from_config(config))
-        with torch.device("meta"):  # no memory for a wrong file, no time for random weights
+        with on_meta():  # no memory for a wrong file, no time for random weights
             module: nn.Module = kind.from_config(config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
             MemoryError) as exc:  # fmt: skip

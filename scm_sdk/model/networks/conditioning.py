@@ -58,8 +58,9 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, channels: int, max_period: float = 10_000.0, fourier_scale: float = 0.0) -> None:
         super().__init__()
         self.channels, self.max_period, self.fourier_scale = channels, max_period, fourier_scale
-        self.register_buffer("frequencies", torch.empty(0), persistent=False)
-        self.make_frequencies()
+        self.register_buffer("frequencies", torch.empty(channels // 2), persistent=False)
+        if not self.frequencies.is_meta:  # arange on the meta device imports torch's compiler, which takes seconds
+            self.make_frequencies()
 
     def make_frequencies(self) -> None:
         """Compute the frequencies, which checkpoints do not store."""

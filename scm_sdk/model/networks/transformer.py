@@ -79,7 +79,7 @@ class _Block(nn.Module):
         channels, hidden = config.channels, config.mlp_ratio * config.channels
         self.num_heads = channels // config.head_channels
         self.double_norm = config.double_norm
-        self.table = nn.Parameter(torch.randn(6, channels) * 0.02)
+        self.table = nn.Parameter(torch.empty(6, channels).normal_(std=0.02))
         self.q, self.k, self.v = (nn.Linear(channels, channels) for _ in range(3))
         self.proj = zero_(nn.Linear(channels, channels))
         self.mlp0 = nn.Linear(channels, hidden)
@@ -133,7 +133,7 @@ class Transformer(Conditioned):
         patch_channels = config.in_channels * config.patch_size**2
         self.modulation = nn.Linear(channels, 6 * channels)
         self.patch_in = nn.Linear(patch_channels, channels)
-        self.position = nn.Parameter(torch.randn(places, channels) * 0.02)
+        self.position = nn.Parameter(torch.empty(places, channels).normal_(std=0.02))
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.modulation_out = nn.Linear(channels, 2 * channels)
         self.patch_out = zero_(nn.Linear(channels, patch_channels))

@@ -176,12 +176,43 @@ def test_bench_table_json_and_budget(street):
     table = run(*one, "--threads", 1).stdout
     assert "onnxruntime" in table and "speed-up" in table and "p95 ms" in table and "budget" not in table
     rows = json.loads(run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--json").stdout)
-    assert [timing["name"] for timing in rows[0]["timings"]] == ["torch", "onnxruntime", "openvino"]
+    names = [timing["name"] for timing in rows[0]["timings"]]
+    assert [name for name in names if not name.endswith(":bf16")] == ["torch", "onnxruntime", "openvino"]
     over = run(*one, "--budget", "median=1us@b1", code=4)
     assert "budget missed: onnxruntime, batch 1: median" in over.stdout and "at most 0.001 ms" in over.stdout
     met = run(*one, "--budget", "onnxruntime:p95=9s@b1").stdout
     assert "budget met: onnxruntime, batch 1: p95" in met and "missed" not in met
     assert "not measured" in one_line(run(*one, "--budget", "p95=1s@b8", code=2))
+
+
+@pytest.mark.parametrize("here", ["avx2", "avx512_vnni", "avx512_bf16", "amx_bf16"])
+def test_bench_times_bf16_where_the_class_of_cpu_computes_it(street, here, monkeypatch):
+    from scm_sdk.export.cli.benchmark import _usual
+    from scm_sdk.inference import selection
+    from scm_sdk.inference.backends import BackendInfo
+    from scm_sdk.inference.sources import open_source
+
+    source, refused = open_source(street / "bundle"), {"torch"}
+    monkeypatch.setattr(selection, "cpu_class", lambda: here)
+    monkeypatch.setattr(
+        BackendInfo, "cannot_compute", lambda info, precision: "not here" if info.library in refused else ""
+    )
+    assert ("openvino:bf16" in _usual(source, 2, None)) == (here in BF16_CLASSES)
+    assert "torch:bf16" not in _usual(source, 2, None), "the library is asked, too"
+    refused.clear()
+    assert ("torch:bf16" in _usual(source, 2, None)) == (here in BF16_CLASSES)
+    assert "onnxruntime:bf16" not in _usual(source, 2, None), "it has no such kernels"
+
+
+def test_auto_goes_by_what_bench_measured(street):
+    from scm_sdk import Generator
+
+    said = " ".join(run("bench", street / "bundle", "--batch", 2, "--rounds", 10, "--steps", 2).stderr.split())
+    with Generator.from_pretrained(street / "bundle", num_inference_steps=2) as gen:
+        rows = gen.plan().accepted
+        assert all(row.measured is not None and row.measured.batch == 2 for row in rows)
+        assert rows[0].measured == min(row.measured for row in rows)
+        assert f'backend="auto" takes {rows[0].backend} {rows[0].precision}: {rows[0].reason}' in said
 
 
 def test_inspect_and_verify(street):
