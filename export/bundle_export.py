@@ -24,7 +24,7 @@ from scm_sdk.bundle.verify import read_manifest
 from scm_sdk.errors import BundleError, ConfigError, ScmError
 from scm_sdk.inference.request import make_example
 from scm_sdk.model.foreign.sana_folder import is_pipeline
-from scm_sdk.spec import Renoise, SamplerSpec
+from scm_sdk.spec import T_LIMIT, Renoise, SamplerSpec
 
 from .graph.decoder import export_encoder, write_decoder
 from .graph.io import GraphReport, read_report
@@ -84,6 +84,11 @@ def plan_samplers(
     """
     if not times and (len(set(steps)) != len(steps) or not steps):
         raise ConfigError(f"steps are {list(steps)}, expected different numbers, for example 1 and 2.")
+    if start_time is not None and not 0 < start_time <= T_LIMIT:
+        raise ConfigError(
+            f"start_time is {start_time}, expected radians above 0 and at most pi/2, for example 1.1: a smaller time "
+            "keeps more of the image."
+        )
     if start_time is not None and 1 in ((len(times),) if times else steps):
         raise ConfigError(
             f"start_time {start_time} makes a sampler of one step, of which there is another, expected one sampler for "

@@ -1,9 +1,10 @@
-"""Compare images with those of diffusers; the tests' figures as one table.
+"""Compare samplers and schedulers with those of diffusers; the tests' figures as one table.
 
     python benchmarks/fidelity/parity.py --out benchmarks/results/parity-diffusers.md
 
 Runs the tests that hold this package to diffusers' pipelines, samplers and scheduler on tiny random models, the same
 noise on both sides, and writes each measurement and its limit. Nothing is downloaded. Exits 1 if one fails.
+``pipelines.py`` compares whole pipelines, in every precision.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import click
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
-    "test_sana": ("test_the_pictures_are_those_of_diffusers", "`SanaSprintPipeline`, steps, backend"),
-    "test_foreign_denoisers": ("librarys or heun or dit", "a teacher's sampler"),
-    "test_scheduler": ("test_step_for_step", "`SCMScheduler` step for step, steps"),
+    "model/test_sana": ("test_the_pictures_are_those_of_diffusers", "`SanaSprintPipeline`, steps, backend"),
+    "model/test_foreign_denoisers": ("librarys or heun or dit", "a teacher's sampler"),
+    "bundle/test_scheduler": ("test_step_for_step", "`SCMScheduler` step for step, steps"),
 }
 """By test file: which tests, and what they compare."""
 NAMES = {
@@ -68,7 +69,7 @@ def _rows(root: ET.Element) -> list[str]:
             continue
         name, _, given = case.get("name", "").rstrip("]").partition("[")
         file = case.get("classname", "").rpartition(".")[2]
-        what = NAMES.get(name, CASES[file][1])
+        what = NAMES.get(name) or next(what for path, (_, what) in CASES.items() if path.endswith(f"/{file}"))
         parts = [part for part in given.replace("1e-05", "").replace("0.0001", "").split("-") if part]
         rows.append(
             f"| {what} | {', '.join(parts)} | {float(found['difference']):.1e} | {float(found['allowed']):.0e} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ KL = {
 }  # fmt: skip
 WAN = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
-    "text_dim": 8, "freq_dim": 32, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 32,
+    "text_dim": 8, "freq_dim": 32, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 64,
 }  # fmt: skip
 SIZES = {
     "Flux2KleinPipeline": {"height": 16, "width": 24},
@@ -28,6 +29,8 @@ SIZES = {
 """Image sizes, pixels, and frames of the tests."""
 STEPS = {"Flux2KleinPipeline": 4, "ZImagePipeline": 4, "WanPipeline": 2, "AnyFlowPipeline": 3}
 """Numbers of steps of the tests."""
+RCM_TIMES = (math.atan(80), 1.5, 1.4, 1.0)
+"""Times of rCM's sampler, radians."""
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +136,18 @@ def draw_prompts(width: int, count: int = 2) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((count, TOKENS, width)).astype(np.float32)
 
 
+def feeds_of(spec: Any) -> dict[str, np.ndarray]:
+    """Noise, embeddings of two prompts, and a mask that keeps all of the first and 7 tokens of the second."""
+    noise = np.random.default_rng(0).standard_normal((len(spec.noise_inputs), 2, *spec.sample_shape))
+    feeds = {tensor.name: one for tensor, one in zip(spec.noise_inputs, noise.astype(np.float32), strict=True)}
+    feeds["prompt_embeds"] = draw_prompts(spec.conditioning[0].shape[1])
+    if len(spec.conditioning) > 1:
+        mask = np.ones((2, TOKENS), np.int64)
+        mask[1, 7:] = 0
+        feeds["prompt_attention_mask"] = mask
+    return feeds
+
+
 def pictures_of(name: str, feeds: dict[str, np.ndarray], steps: int) -> np.ndarray:
     """What an image pipeline makes of a sampler's inputs, (B, 3, H, W) in [0, 1]."""
     import torch
@@ -144,3 +159,65 @@ def pictures_of(name: str, feeds: dict[str, np.ndarray], steps: int) -> np.ndarr
         given = {"prompt_embeds": kept, "latents": noise, "guidance_scale": 0.0}
     images = pipeline(num_inference_steps=steps, output_type="np", **SIZES[name], **given).images
     return np.moveaxis(images, -1, 1)
+
+
+def frames_by_rcm(noise: np.ndarray, steps: int) -> np.ndarray:
+    """``x = u0 eps``, then ``x = (1 - u') (x - u v) + u' z`` for each step, in float64; decoded by diffusers itself."""
+    import torch
+
+    pipeline = make_pipeline("WanPipeline")
+    network, vae = pipeline.transformer.double(), pipeline.vae.double()
+    embeds = torch.from_numpy(draw_prompts(8)).double()
+    levels = [math.sin(t) / (math.sin(t) + math.cos(t)) for t in RCM_TIMES[:steps]]
+    try:
+        with torch.no_grad():
+            x = levels[0] * torch.from_numpy(noise[0]).double()
+            for i, (u, after) in enumerate(zip(levels, (*levels[1:], 0.0), strict=True)):
+                v = network(x, torch.full((2,), 1000 * u, dtype=torch.float64), embeds, return_dict=False)[0]
+                fresh = torch.from_numpy(noise[i + 1]).double() if after else torch.zeros_like(x)
+                x = (1 - after) * (x - u * v) + after * fresh
+            mean, std = (
+                torch.tensor(getattr(vae.config, name)).double().reshape(1, -1, 1, 1, 1)
+                for name in ("latents_mean", "latents_std")
+            )
+            frames: np.ndarray = vae.decode(x * std + mean, return_dict=False)[0].numpy()
+    finally:
+        network.float()
+        vae.float()
+    return frames
+
+
+def frames_of_any_flow(feeds: dict[str, np.ndarray], steps: int) -> np.ndarray:
+    """What AnyFlowPipeline makes of a sampler's inputs, (B, T, H, W, 3) in [0, 1]."""
+    import torch
+
+    noise, embeds = (torch.from_numpy(feeds[key]) for key in ("noise_0", "prompt_embeds"))
+    frames: np.ndarray = make_pipeline("AnyFlowPipeline")(
+        prompt_embeds=embeds, latents=noise, num_inference_steps=steps, output_type="np", **SIZES["AnyFlowPipeline"]
+    ).frames
+    return frames
+
+
+def save_with_text(name: str, path: Path) -> Path:
+    """Save a pipeline with its text encoder; return the folder."""
+    pipeline = make_pipeline(name)
+    kept = {part: getattr(pipeline, part) for part in ("transformer", "vae", "scheduler")}
+    said = {"is_distilled": True} if name == "Flux2KleinPipeline" else {}
+    type(pipeline)(**kept, **make_text(name), **said).save_pretrained(path)
+    return path
+
+
+def encode_by_diffusers(name: str, prompts: list[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and mask of the pipeline's own ``encode_prompt``; those without padding are filled up with 0."""
+    import diffusers
+    import torch
+
+    own = getattr(diffusers, name)(vae=None, transformer=None, scheduler=None, **make_text(name))
+    with torch.no_grad():
+        if name == "Flux2KleinPipeline":
+            embeds, _ = own.encode_prompt(prompts, max_sequence_length=tokens)
+        else:
+            embeds, _ = own.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=tokens)
+    lengths = np.array([len(each) for each in embeds])
+    rows = [np.pad(each.numpy(), ((0, tokens - len(each)), (0, 0))) for each in embeds]
+    return np.stack(rows), (np.arange(tokens) < lengths[:, None]).astype(np.int64)

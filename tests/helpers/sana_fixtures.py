@@ -1,8 +1,10 @@
 """A whole SANA-Sprint pipeline with random weights, all of it tiny, made offline: what the tests of it share."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,9 +29,18 @@ AUTOENCODER: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def sana_pipeline() -> Any:
     """The pipeline."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    transformers = pytest.importorskip("transformers")
+    for library in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(library)
+    return make_sana()
+
+
+@cache
+def make_sana() -> Any:
+    """The pipeline, in evaluation mode."""
+    import diffusers
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     vocabulary = {name: i for i, name in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrst"])}
     encoder = transformers.Gemma2Config(
@@ -97,7 +108,84 @@ def sana_bundle_copy(sana_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def sana_inputs(sana_pipeline: Any) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Embeddings and mask of two prompts by diffusers, and noise for four steps."""
-    with pytest.importorskip("torch").no_grad():
-        embeds, mask = sana_pipeline.encode_prompt(PROMPTS, max_sequence_length=TOKENS, complex_human_instruction=None)
+    return make_sana_inputs()
+
+
+def make_sana_inputs() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Embeddings and mask of two prompts by diffusers, and noise for four steps."""
+    import torch
+
+    with torch.no_grad():
+        embeds, mask = make_sana().encode_prompt(PROMPTS, max_sequence_length=TOKENS, complex_human_instruction=None)
     noise = np.random.default_rng(0).standard_normal((4, 2, 4, SIZE // 2, SIZE // 2)).astype(np.float32)
     return embeds.numpy(), mask.numpy(), list(noise)
+
+
+def encode_by_diffusers(prompts: list[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and mask as SanaSprintPipeline's own call makes them, after its instruction."""
+    import inspect
+
+    import torch
+
+    pipe = make_sana()
+    instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+    with torch.no_grad():
+        embeds, mask = pipe.encode_prompt(prompts, max_sequence_length=tokens, complex_human_instruction=instruction)
+    return embeds.numpy(), mask.numpy()
+
+
+def pictures_of_sana(steps: int, guidance: float) -> np.ndarray:
+    """What SanaSprintPipeline makes of the inputs: it draws a fresh noise after each step, the last is multiplied by 0.
+
+    Returns:
+        (2, H, W, 3) in [0, 1].
+    """
+    import torch
+
+    embeds, mask, noise = make_sana_inputs()
+    waiting = iter([*noise[1:steps], np.zeros_like(noise[0])])
+    ours = patch("diffusers.schedulers.scheduling_scm.randn_tensor", lambda *_, **__: torch.from_numpy(next(waiting)))
+    with torch.no_grad(), ours:
+        images: np.ndarray = make_sana()(
+            prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=SIZE,
+            width=SIZE, num_inference_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None,
+            latents=torch.from_numpy(noise[0]), guidance_scale=guidance, use_resolution_binning=False, output_type="np",
+        ).images  # fmt: skip
+    return images
+
+
+def source_pictures() -> np.ndarray:
+    """Two pictures to start from, (2, H, W, 3), uint8."""
+    return np.random.default_rng(5).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def pictures_from_pictures(images: np.ndarray, times: list[float]) -> np.ndarray:
+    """What SanaSprintImg2ImgPipeline makes at one or two times, with our noise in place of its own.
+
+    Returns:
+        (2, H, W, 3) in [0, 1].
+    """
+    import diffusers
+    import torch
+    from PIL import Image
+
+    embeds, mask, noise = make_sana_inputs()
+    pipe = diffusers.SanaSprintImg2ImgPipeline(**make_sana().components)
+    pipe.set_progress_bar_config(disable=True)
+    waiting = iter([*noise[: len(times)], np.zeros_like(noise[0])])
+
+    def ours(module: str) -> Any:
+        return patch(f"diffusers.{module}.randn_tensor", lambda *_, **__: torch.from_numpy(next(waiting)))
+
+    with (
+        torch.no_grad(),
+        ours("pipelines.sana.pipeline_sana_sprint_img2img"),
+        ours("schedulers.scheduling_scm"),
+    ):
+        made: np.ndarray = pipe(
+            image=[Image.fromarray(image) for image in images], strength=1.0, num_inference_steps=len(times),
+            max_timesteps=times[0], intermediate_timesteps=times[1] if len(times) > 1 else None,
+            prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=SIZE,
+            width=SIZE, guidance_scale=4.0, use_resolution_binning=False, output_type="np",
+        ).images  # fmt: skip
+    return made

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from helpers.few_step_fixtures import SIZES, STEPS, TOKENS, draw_prompts, pictures_of  # noqa: E402
+from helpers.few_step_fixtures import SIZES, STEPS, TOKENS, feeds_of, make_pipeline, pictures_of  # noqa: E402
 from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
@@ -30,18 +31,6 @@ PIPELINES = ["Flux2KleinPipeline", "ZImagePipeline"]
 
 def settings(name: str) -> Settings:
     return Settings(max_sequence_length=TOKENS, distilled=True, **SIZES[name])
-
-
-def feeds_of(spec: Any) -> dict[str, np.ndarray]:
-    """Noise, embeddings of two prompts, and a mask that keeps all of the first and 7 tokens of the second."""
-    noise = np.random.default_rng(0).standard_normal((len(spec.noise_inputs), 2, *spec.sample_shape))
-    feeds = {tensor.name: one for tensor, one in zip(spec.noise_inputs, noise.astype(np.float32), strict=True)}
-    feeds["prompt_embeds"] = draw_prompts(spec.conditioning[0].shape[1])
-    if len(spec.conditioning) > 1:
-        mask = np.ones((2, TOKENS), np.int64)
-        mask[1, 7:] = 0
-        feeds["prompt_attention_mask"] = mask
-    return feeds
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -185,6 +174,10 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] = 
         "WanPipeline", lambda f: change(f / "model_index.json", {"boundary_ratio": 0.9}), ConfigError,
         "has boundary_ratio 0.9, expected None",
     ),
+    "component without a class": (
+        "AnyFlowPipeline", lambda f: (f / "vae" / "config.json").write_text("{}", encoding="utf-8"), ConfigError,
+        "vae holds a None, expected 'AutoencoderKLWan'",
+    ),
     "no JSON": ("WanPipeline", lambda f: (f / "vae" / "config.json").write_bytes(b"["), ConfigError, "no JSON object"),
 }  # fmt: skip
 
@@ -209,6 +202,11 @@ def test_a_wrong_folder_is_refused_before_anything_is_loaded(
         ("WanPipeline", {"num_frames": -3}, "expected numbers of 0 or more"),
         ("Flux2KleinPipeline", {"num_frames": 5}, "num_frames is 5, but Flux2KleinPipeline makes images"),
         ("Flux2KleinPipeline", {"width": 18}, "images are 16x18 pixels, expected multiples of 4"),
+        ("WanPipeline", {"num_frames": 281}, r"num_frames is 71 tokens long, expected at most 64: the transformer has"),
+        ("AnyFlowPipeline", {"width": 2064}, r"width is 129 tokens long, expected at most 64: the transformer has"),
+        ("ZImagePipeline", {"height": 256}, r"height is 64 tokens long, expected at most 32: the transformer has"),
+        ("Flux2KleinPipeline", {"height": 1 << 20}, r"images are 1048576x24 pixels, expected at most 16384 along"),
+        ("Flux2KleinPipeline", {"max_sequence_length": 1 << 20}, r"is 1048576, expected at most 65536 tokens"),
         ("ZImagePipeline", {"max_sequence_length": 120}, "max_sequence_length is 120, expected at most 94"),
         (
             "ZImagePipeline",
@@ -260,3 +258,57 @@ def test_a_refused_import_leaves_no_files(flow_folders: Callable[[str], Path], t
             flow_folders("WanPipeline"), tmp_path / "out", steps=(50,), size=(32, 48), num_frames=5, distilled=True
         )
     assert not list(tmp_path.iterdir())
+
+
+FOREIGN = {"Flux2KleinPipeline": "ZImagePipeline", "ZImagePipeline": "WanPipeline", "WanPipeline": "AnyFlowPipeline",
+           "AnyFlowPipeline": "Flux2KleinPipeline"}  # fmt: skip
+"""By pipeline: another, whose folder is given in its place."""
+BAD_CALLS: dict[str, tuple[Callable[[Path, str], object], list[object], int, str]] = {
+    "another pipeline's folder": (
+        lambda f, name: change(f / "model_index.json", {"_class_name": FOREIGN[name], "is_distilled": True}), [], 2,
+        "component 'transformer' of .* expected diffusers' .* Give the folder",
+    ),
+    "missing shard": (
+        lambda f, name: sorted((f / "transformer").glob("*-of-*.safetensors"))[-1].unlink(), [], 6,
+        r"1 of \d+ shards are missing in .*, first diffusion_pytorch_model-.* Copy it again",
+    ),
+    "wrong scheduler": (
+        lambda f, name: change(f / "scheduler" / "scheduler_config.json", {"_class_name": "SCMScheduler"}), [], 2,
+        "the scheduler of .* is a 'SCMScheduler', expected .*EulerDiscreteScheduler: these weights predict",
+    ),
+    "start time": (
+        lambda f, name: None, ["--start-time", 1.1], 2, "--start-time is given, expected it left out: it is for SANA",
+    ),
+    "size": (lambda f, name: None, ["--size", "17x16"], 2, "images are 17x16 pixels, expected multiples of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+@pytest.mark.parametrize("name", SIZES)
+def test_the_command_refuses_bad_input_in_one_line(name: str, case: str, tmp_path: Path) -> None:
+    damage, options, code, message = BAD_CALLS[case]
+    folder = tmp_path / "pipeline"
+    make_pipeline(name).save_pretrained(folder, max_shard_size="20KB")
+    damage(folder, name)
+    out = tmp_path / "out"
+    arguments = ["import", folder, "-o", out, "--tokens", TOKENS, "--distilled", *options]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["WanPipeline", "ZImagePipeline"])
+def test_the_command_refuses_a_full_model(flow_folders: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["import", str(flow_folders(name)), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2 and "full model of about 50 steps" in done.stderr and "--distilled" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["WanPipeline", "AnyFlowPipeline"])
+def test_the_command_refuses_an_odd_number_of_frames(
+    flow_folders: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    arguments = ["import", flow_folders(name), "-o", tmp_path / "out", "--distilled", "--frames", 6, "--size", "32x48"]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 2 and "num_frames is 6, expected 4 n + 1, such as 5 or 9" in done.stderr

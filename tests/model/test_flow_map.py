@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
-from helpers.few_step_fixtures import SIZES, STEPS, TOKENS, draw_prompts, make_pipeline  # noqa: E402
+from helpers.few_step_fixtures import SIZES, STEPS, TOKENS, draw_prompts, frames_of_any_flow, make_pipeline  # noqa: E402
 from scm_sdk.errors import ExportError  # noqa: E402
 from scm_sdk.export.graph.network import export_samplers  # noqa: E402
 from scm_sdk.model.consistency import ConsistencyModel  # noqa: E402
@@ -131,9 +131,7 @@ def test_each_step_of_any_flow_is_that_of_diffusers(
             )[0].transpose(1, 2)
             torch.testing.assert_close(estimates[i], x - levels[i] * v, atol=1e-5, rtol=0)
             x = scheduler.step(v, t, x, return_dict=False)[0].float()
-        wanted = pipeline(
-            prompt_embeds=embeds, latents=noise, num_inference_steps=steps, output_type="np", **SIZES["AnyFlowPipeline"]
-        ).frames  # fmt: skip
+        wanted = frames_of_any_flow({"noise_0": noise.numpy(), "prompt_embeds": embeds.numpy()}, steps)
     found = np.moveaxis((frames.numpy() / 2 + 0.5).clip(0, 1), 1, -1)
     record_property("difference", float(np.abs(found - wanted).max()))
     assert np.abs(found - wanted).max() <= 1e-5 and wanted.std() > 0.05
@@ -149,11 +147,9 @@ def test_the_graph_of_any_flow_gives_the_frames_of_diffusers(
     noise = np.random.default_rng(0).standard_normal((2, *spec.sample_shape)).astype(np.float32)
     (graph,) = export_samplers(model, [spec], tmp_path)
     session = ort.InferenceSession(str(graph.path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"noise_0": noise, "prompt_embeds": draw_prompts(8)})
-    wanted = make_pipeline("AnyFlowPipeline")(
-        prompt_embeds=torch.from_numpy(draw_prompts(8)), latents=torch.from_numpy(noise), num_inference_steps=2,
-        output_type="np", **SIZES["AnyFlowPipeline"],
-    ).frames  # fmt: skip
+    feeds = {"noise_0": noise, "prompt_embeds": draw_prompts(8)}
+    (found,) = session.run(None, feeds)
+    wanted = frames_of_any_flow(feeds, 2)
     gap = np.abs(np.moveaxis((found / 2 + 0.5).clip(0, 1), 1, -1) - wanted).max()
     record_property("difference", float(gap))
     assert gap <= 1e-4

@@ -15,7 +15,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from helpers.few_step_fixtures import CHAT, SIZES, TOKENS, make_pipeline, make_text  # noqa: E402
+from helpers.few_step_fixtures import (  # noqa: E402
+    CHAT,
+    SIZES,
+    TOKENS,
+    encode_by_diffusers,
+    save_with_text,
+)
 from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
@@ -30,25 +36,16 @@ PROMPTS = ["a cat", "a  dog on\nthe moon &amp; a cat"]
 SETTINGS = Settings(max_sequence_length=TOKENS, distilled=True, **SIZES["WanPipeline"])
 
 
-def with_text(name: str, path: Path) -> Path:
-    """Save a pipeline with its text encoder."""
-    pipeline = make_pipeline(name)
-    kept = {part: getattr(pipeline, part) for part in ("transformer", "vae", "scheduler")}
-    said = {"is_distilled": True} if name == "Flux2KleinPipeline" else {}
-    type(pipeline)(**kept, **make_text(name), **said).save_pretrained(path)
-    return path
-
-
 def read_with_text(name: str, folder: Path, tokens: int) -> FewStepFolder:
     """Save a pipeline with its text encoder and read its folder."""
     settings = Settings(max_sequence_length=tokens, distilled=True, **SIZES[name])
-    return read_few_step_folder(with_text(name, folder / "pipeline"), settings)
+    return read_few_step_folder(save_with_text(name, folder / "pipeline"), settings)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student of Wan with its text encoder; read only."""
-    return with_text("WanPipeline", tmp_path_factory.mktemp("wan-text") / "pipeline")
+    return save_with_text("WanPipeline", tmp_path_factory.mktemp("wan-text") / "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +55,10 @@ def imported(folder: Path) -> Path:
     return folder.parent / "imported"
 
 
-def by_diffusers(name: str, prompts: list[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings and mask of the pipeline's own ``encode_prompt``; those without padding are filled up with 0."""
-    import diffusers
-
-    own = getattr(diffusers, name)(vae=None, transformer=None, scheduler=None, **make_text(name))
-    with torch.no_grad():
-        if name == "Flux2KleinPipeline":
-            embeds, _ = own.encode_prompt(prompts, max_sequence_length=tokens)
-        else:
-            embeds, _ = own.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=tokens)
-    lengths = np.array([len(each) for each in embeds])
-    rows = [np.pad(each.numpy(), ((0, tokens - len(each)), (0, 0))) for each in embeds]
-    return np.stack(rows), (np.arange(tokens) < lengths[:, None]).astype(np.int64)
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_embeddings_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
     tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 \u201cschÃ¶n\u201d " + "long " * 80]
-    wanted, kept = by_diffusers(name, prompts, tokens)
+    wanted, kept = encode_by_diffusers(name, prompts, tokens)
     found = read_with_text(name, tmp_path, tokens)
     embeds, mask = FlowPromptEncoder(found).encode(prompts, tokens)
     np.testing.assert_allclose(embeds, wanted, atol=1e-6)
@@ -93,7 +75,7 @@ def test_the_graphs_embeddings_are_those_of_the_pipeline(name: str, tmp_path: Pa
     pytest.importorskip("onnxruntime")
     pytest.importorskip("tokenizers")
     tokens, prompts = 40, [*PROMPTS, "", "caf\u00e9 \u201cschÃ¶n\u201d " + "long " * 80]
-    wanted, kept = by_diffusers(name, prompts, tokens)
+    wanted, kept = encode_by_diffusers(name, prompts, tokens)
     found = read_with_text(name, tmp_path, tokens)
     export_text_encoder(FlowPromptEncoder(found), tmp_path, max_sequence_length=tokens)
     embeds, mask = PromptGraph(tmp_path / "text_encoder" / "model.onnx").encode(prompts, tokens)
@@ -184,7 +166,7 @@ def test_the_commands_make_a_clip_of_a_prompt(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ZImagePipeline", "WanPipeline"])
 def test_a_prompt_needs_neither_torch_nor_transformers(name: str, tmp_path: Path) -> None:
-    source, out = with_text(name, tmp_path / "pipeline"), tmp_path / "bundle"
+    source, out = save_with_text(name, tmp_path / "pipeline"), tmp_path / "bundle"
     size = SIZES[name]
     arguments: list[object] = ["import", source, "-o", out, "--size", f"{size['height']}x{size['width']}", "--steps", 1]
     arguments += ["--tokens", 40, "--max-batch", 2, "--no-text-encoder", "--onnx-text-encoder"]
@@ -203,7 +185,7 @@ with Generator.from_pretrained({str(out)!r}, backend="onnxruntime", num_threads=
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "made.npy")], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    embeds, mask = by_diffusers(name, PROMPTS, 40)
+    embeds, mask = encode_by_diffusers(name, PROMPTS, 40)
     masks = {"prompt_attention_mask": mask} if name == "ZImagePipeline" else {}
     with Generator.from_pretrained(out, backend="torch", num_threads=1) as gen:
         wanted = gen(2, prompt_embeds=embeds, **masks, seed=1, output_type="raw").images

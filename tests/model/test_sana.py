@@ -12,31 +12,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from helpers.sana_fixtures import PROMPTS, SIZE, TOKENS  # noqa: E402
+from helpers.sana_fixtures import PROMPTS, SIZE, TOKENS, pictures_of_sana  # noqa: E402
 from scm_sdk.bundle.bundle import Bundle  # noqa: E402
 from scm_sdk.errors import ConfigError, ScmError  # noqa: E402
 from scm_sdk.inference.generator import Generator  # noqa: E402
 from scm_sdk.model.conversions import SANA  # noqa: E402
 from scm_sdk.model.foreign.sana import SanaNetwork, load_sana  # noqa: E402
 from scm_sdk.model.foreign.sana_config import Settings  # noqa: E402
-
-
-def drawn_by_diffusers(
-    sana_pipeline: Any, sana_inputs: Any, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch
-) -> Any:
-    """What SanaSprintPipeline makes of the noise: it draws a fresh one after each step, the last is multiplied by 0."""
-    embeds, mask, noise = sana_inputs
-    waiting = iter([*noise[1:steps], np.zeros_like(noise[0])])
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_scm.randn_tensor", lambda *_, **__: torch.from_numpy(next(waiting))
-    )
-    with torch.no_grad():
-        images = sana_pipeline(
-            prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=SIZE,
-            width=SIZE, num_inference_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None,
-            latents=torch.from_numpy(noise[0]), guidance_scale=guidance, use_resolution_binning=False, output_type="np",
-        ).images  # fmt: skip
-    return images
 
 
 @pytest.mark.parametrize(("backend", "allowed"), [("torch", 1e-5), ("onnxruntime", 1e-4)])
@@ -52,7 +34,7 @@ def test_the_pictures_are_those_of_diffusers(
     record_property: Callable[[str, object], None],
 ) -> None:
     embeds, mask, noise = sana_inputs
-    wanted = drawn_by_diffusers(sana_pipeline, sana_inputs, steps, 4.0, monkeypatch)
+    wanted = pictures_of_sana(steps, 4.0)
     with Generator.from_pretrained(sana_bundle, backend=backend, num_threads=1) as gen:
         found = gen(
             2, num_inference_steps=steps, noise=noise[:steps], prompt_embeds=embeds, prompt_attention_mask=mask,

@@ -16,7 +16,8 @@ pytest.importorskip("onnxruntime")
 from click.testing import CliRunner  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from helpers.sana_fixtures import SIZE, TOKENS  # noqa: E402
+from helpers.sana_fixtures import SIZE, TOKENS, pictures_from_pictures  # noqa: E402
+from helpers.sana_fixtures import source_pictures as pictures  # noqa: E402
 from scm_sdk.bundle.bundle import Bundle, write_bundle  # noqa: E402
 from scm_sdk.errors import ConfigError, IntegrityError, ScmError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
@@ -29,30 +30,6 @@ OPTIONS: dict[str, Any] = {
     "steps": (2,), "start_time": START, "size": (SIZE, SIZE), "max_sequence_length": TOKENS, "max_batch": 3,
     "text_encoder": False,
 }  # fmt: skip
-
-
-def pictures() -> np.ndarray:
-    """Two pictures, (2, H, W, 3), uint8."""
-    return np.random.default_rng(5).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
-
-
-def drawn_by_diffusers(
-    pipeline: Any, inputs: Any, images: np.ndarray, times: list[float], monkeypatch: pytest.MonkeyPatch
-) -> np.ndarray:
-    """What SanaSprintImg2ImgPipeline makes at one or two times, with our noise in place of its own."""
-    embeds, mask, noise = inputs
-    pipe = diffusers.SanaSprintImg2ImgPipeline(**pipeline.components)
-    pipe.set_progress_bar_config(disable=True)
-    waiting = iter([*noise[: len(times)], np.zeros_like(noise[0])])
-    for module in ("pipelines.sana.pipeline_sana_sprint_img2img", "schedulers.scheduling_scm"):
-        monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: torch.from_numpy(next(waiting)))
-    with torch.no_grad():
-        return pipe(
-            image=[Image.fromarray(image) for image in images], strength=1.0, num_inference_steps=len(times),
-            max_timesteps=times[0], intermediate_timesteps=times[1] if len(times) > 1 else None,
-            prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=SIZE,
-            width=SIZE, guidance_scale=4.0, use_resolution_binning=False, output_type="np",
-        ).images  # fmt: skip
 
 
 def told(inputs: Any, **more: Any) -> dict[str, Any]:
@@ -68,7 +45,7 @@ def test_the_pictures_are_those_of_diffusers(
     sana_pipeline: Any, sana_image_bundle: Path, sana_inputs: Any, backend: str, allowed: float,
     monkeypatch: pytest.MonkeyPatch, record_property: Any,
 ) -> None:  # fmt: skip
-    wanted = drawn_by_diffusers(sana_pipeline, sana_inputs, pictures(), [START], monkeypatch)
+    wanted = pictures_from_pictures(pictures(), [START])
     with Generator.from_pretrained(sana_image_bundle, backend=backend, num_threads=1) as gen:
         found = gen(2, image=pictures(), **told(sana_inputs)).images
         floats = gen(2, image=pictures().astype(np.float32) / 255, **told(sana_inputs)).images
@@ -90,7 +67,7 @@ def test_several_steps_start_from_an_image(
 ) -> None:
     bundle = tmp_path / "two"
     import_sana(sana_folder, bundle, encoder=True, **(OPTIONS | {"times": (START, 0.6), "start_time": None}))
-    wanted = drawn_by_diffusers(sana_pipeline, sana_inputs, pictures(), [START, 0.6], monkeypatch)
+    wanted = pictures_from_pictures(pictures(), [START, 0.6])
     with Generator.from_pretrained(bundle, backend="onnxruntime", num_threads=1) as gen:
         found = gen(2, image=pictures(), **told(sana_inputs, noise=sana_inputs[2][:2])).images
     assert np.abs(found - wanted).max() <= 1e-4
@@ -202,6 +179,9 @@ def test_a_bundle_without_what_an_image_needs_says_so(
         gen(2, image=pictures(), **told(sana_inputs))
     with pytest.raises(ConfigError, match=r"start_time 1.1 makes a sampler of one step.*--steps 2"):
         import_sana(sana_folder, tmp_path / "both", **(OPTIONS | {"steps": (1, 2)}))
+    for outside in (3.0, 0.0, -1.0):
+        with pytest.raises(ConfigError, match=rf"start_time is {outside}, expected radians above 0 and at most pi/2"):
+            import_sana(sana_folder, tmp_path / "out", **(OPTIONS | {"start_time": outside}))
     assert not (tmp_path / "both").exists()
     assert current_import(sana_folder, bare, **OPTIONS) is not None
     assert current_import(sana_folder, bare, encoder=True, **OPTIONS) is None

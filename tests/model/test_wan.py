@@ -1,7 +1,6 @@
 """Students of Wan 2.1: our frames are those of rCM's sampler, written from its formulas in float64."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from helpers.few_step_fixtures import SIZES, TOKENS, draw_prompts, make_pipeline  # noqa: E402
+from helpers.few_step_fixtures import RCM_TIMES, SIZES, TOKENS, draw_prompts, frames_by_rcm  # noqa: E402
 from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import ConfigError, ScmError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
@@ -22,37 +21,11 @@ from scm_sdk.model.foreign.few_step_folder import Settings, read_few_step_folder
 from scm_sdk.model.foreign.few_step_networks import Wan  # noqa: E402
 from scm_sdk.model.sampler import Sampler  # noqa: E402
 
-TIMES = (math.atan(80), 1.5, 1.4, 1.0)
-
 
 @pytest.fixture(scope="module")
 def noise() -> np.ndarray:
     """(steps, B, C, T, H, W)."""
     return np.random.default_rng(0).standard_normal((4, 2, 16, 2, 4, 6)).astype(np.float32)
-
-
-def by_rcm(noise: np.ndarray, steps: int) -> np.ndarray:
-    """``x = u0 eps``, then ``x = (1 - u') (x - u v) + u' z`` for each step, in float64; decoded by diffusers itself."""
-    pipeline = make_pipeline("WanPipeline")
-    network, vae = pipeline.transformer.double(), pipeline.vae.double()
-    embeds = torch.from_numpy(draw_prompts(8)).double()
-    levels = [math.sin(t) / (math.sin(t) + math.cos(t)) for t in TIMES[:steps]]
-    try:
-        with torch.no_grad():
-            x = levels[0] * torch.from_numpy(noise[0]).double()
-            for i, (u, after) in enumerate(zip(levels, (*levels[1:], 0.0), strict=True)):
-                v = network(x, torch.full((2,), 1000 * u, dtype=torch.float64), embeds, return_dict=False)[0]
-                fresh = torch.from_numpy(noise[i + 1]).double() if after else torch.zeros_like(x)
-                x = (1 - after) * (x - u * v) + after * fresh
-            mean, std = (
-                torch.tensor(getattr(vae.config, name)).double().reshape(1, -1, 1, 1, 1)
-                for name in ("latents_mean", "latents_std")
-            )
-            frames: np.ndarray = vae.decode(x * std + mean, return_dict=False)[0].numpy()
-    finally:
-        network.float()
-        vae.float()
-    return frames
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -63,11 +36,11 @@ def test_the_frames_are_those_of_rcms_sampler(
     model = load_few_step(flow_folders("WanPipeline"), settings)
     spec = model.spec(steps)
     assert spec.renoise == "fresh" and spec.image_shape == (3, 5, 32, 48)
-    np.testing.assert_allclose(spec.times, TIMES[:steps], rtol=1e-12)
+    np.testing.assert_allclose(spec.times, RCM_TIMES[:steps], rtol=1e-12)
     inputs = (*noise[:steps], draw_prompts(8))
     with torch.no_grad():
         found = Sampler(model, spec).eval()(*map(torch.from_numpy, inputs)).numpy()
-    wanted = by_rcm(noise, steps)
+    wanted = frames_by_rcm(noise, steps)
     record_property("difference", float(np.abs(found - wanted).max()))
     assert np.abs(found - wanted).max() <= 1e-5 and wanted.std() > 0.05
 
@@ -91,7 +64,7 @@ def test_the_bundles_clips_are_those_of_rcm_down_to_fp16(
     bundle: Path, noise: np.ndarray, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     pytest.importorskip("onnxruntime")
-    wanted = np.moveaxis((by_rcm(noise, 2) / 2 + 0.5).clip(0, 1), 1, -1)
+    wanted = np.moveaxis((frames_by_rcm(noise, 2) / 2 + 0.5).clip(0, 1), 1, -1)
     whole = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     run("precision", whole, "--num-samples", 1)
     for backend, precision, allowed in (

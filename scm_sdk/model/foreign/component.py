@@ -21,8 +21,22 @@ from ...errors import BundleError, ConfigError
 REMEDY = "Give the folder that save_pretrained wrote, whole."
 SETTINGS_NAME = "scm_import.json"
 """Settings of an import that the pipeline takes per call, next to the pipeline's index."""
+MAX_SIDE, MAX_TOKENS = 1 << 14, 1 << 16
+"""Largest height and width, pixels, and length of a prompt that an import takes."""
 CONFIG_SUFFIXES = (".json", ".model", ".txt")
 """Ends of the names of configs and tokenizers."""
+
+
+def check_limits(*, height: int, width: int, tokens: int) -> None:
+    """Refuse settings of an import that no memory is enough for.
+
+    Raises:
+        ConfigError: If one is above its limit.
+    """
+    if max(height, width) > MAX_SIDE:
+        raise ConfigError(f"images are {height}x{width} pixels, expected at most {MAX_SIDE} along a side.")
+    if tokens > MAX_TOKENS:
+        raise ConfigError(f"max_sequence_length is {tokens}, expected at most {MAX_TOKENS} tokens.")
 
 
 def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:

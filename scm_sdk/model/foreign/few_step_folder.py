@@ -25,7 +25,7 @@ import msgspec
 from ...bundle.layout import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
 from ...spec import MAX_STEPS, Renoise, SamplerSpec, TensorSpec, flow_times
-from .component import SETTINGS_NAME, read_json, weight_files
+from .component import SETTINGS_NAME, check_limits, read_json, weight_files
 from .sana_folder import PIPELINE as SANA_PIPELINE
 
 SCHEDULER_NAME = "scheduler_config.json"
@@ -92,7 +92,8 @@ class FewStepPipeline:
         sigmas: Noise levels of N steps, of the scheduler's config and the sample shape.
         student: Why the folder is known to hold a few-step student: "" if it says so, else what it lacks; of the
             model index. None if no such folder says which it is.
-        check: Raises if the transformer's config or the model index is of another variant.
+        check: Raises if transformer's or autoencoder's config or the model index is of another variant, or has no
+            positions for the size.
         text: Its text encoder.
         mask: Whether the prompt has an attention mask.
         flow_map: Whether the transformer also takes the time that a step leads to.
@@ -111,7 +112,7 @@ class FewStepPipeline:
     sample_shape: Callable[[Mapping[str, Any], Mapping[str, Any], Settings], tuple[int, ...]]
     sigmas: Callable[[Mapping[str, Any], int, tuple[int, ...]], Sequence[float]]
     student: Callable[[Mapping[str, Any]], str] | None
-    check: Callable[[Mapping[str, Any], Mapping[str, Any], Settings], None]
+    check: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], Settings], None]
     text: TextEncoder
     mask: bool = False
     flow_map: bool = False
@@ -204,13 +205,17 @@ def _flux2_student(index: Mapping[str, Any]) -> str:
     return "" if index.get("is_distilled") else "its model_index.json has is_distilled false"
 
 
-def _check_flux2(transformer: Mapping[str, Any], index: Mapping[str, Any], size: Settings) -> None:
+def _check_flux2(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any], size: Settings
+) -> None:
     _refuse_other("transformer", transformer, {"patch_size": 1})
     if (out := transformer.get("out_channels")) not in (None, transformer["in_channels"]):
         raise ConfigError(f"the transformer has out_channels {out}, expected in_channels {transformer['in_channels']}.")
 
 
-def _check_z_image(transformer: Mapping[str, Any], index: Mapping[str, Any], size: Settings) -> None:
+def _check_z_image(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any], size: Settings
+) -> None:
     _refuse_other("transformer", transformer, {"siglip_feat_dim": None, "all_patch_size": [2], "all_f_patch_size": [1]})
     longest = int(transformer.get("axes_lens", [1024])[0])
     if size.max_sequence_length + Z_IMAGE_MULTIPLE + 2 > longest:
@@ -218,9 +223,16 @@ def _check_z_image(transformer: Mapping[str, Any], index: Mapping[str, Any], siz
             f"max_sequence_length is {size.max_sequence_length}, expected at most {longest - Z_IMAGE_MULTIPLE - 2}: "
             f"the transformer has positions for {longest}."
         )
+    factor = 2 * _image_factor(vae)
+    _check_positions({
+        "height": (size.height // factor, transformer.get("axes_lens", [1024, 512, 512])[1]),
+        "width": (size.width // factor, transformer.get("axes_lens", [1024, 512, 512])[2]),
+    })  # fmt: skip
 
 
-def _check_wan(transformer: Mapping[str, Any], index: Mapping[str, Any], size: Settings) -> None:
+def _check_wan(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any], size: Settings
+) -> None:
     _refuse_other(
         "transformer", transformer,
         {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None, "patch_size": [1, 2, 2]},
@@ -228,10 +240,30 @@ def _check_wan(transformer: Mapping[str, Any], index: Mapping[str, Any], size: S
     _refuse_other(INDEX_NAME, index, {"boundary_ratio": None, "expand_timesteps": False})
     if (second := index.get("transformer_2")) and second[0] is not None:
         raise ConfigError("the pipeline has a transformer_2, as Wan 2.2 has, expected one transformer, as in Wan 2.1.")
+    _check_wan_positions(transformer, vae, size)
 
 
-def _check_any_flow(transformer: Mapping[str, Any], index: Mapping[str, Any], size: Settings) -> None:
+def _check_any_flow(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any], size: Settings
+) -> None:
     _refuse_other("transformer", transformer, {"image_dim": None, "patch_size": [1, 2, 2]})
+    _check_wan_positions(transformer, vae, size)
+
+
+def _check_wan_positions(transformer: Mapping[str, Any], vae: Mapping[str, Any], size: Settings) -> None:
+    _, frames, height, width = _wan_shape(transformer, vae, size)
+    most = transformer.get("rope_max_seq_len", 1024)
+    _check_positions({"num_frames": (frames, most), "height": (height // 2, most), "width": (width // 2, most)})
+
+
+def _check_positions(axes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a size for which a transformer has no positions: of each axis the tokens, and the most there are."""
+    for name, (tokens, most) in axes.items():
+        if tokens > most:
+            raise ConfigError(
+                f"{name} is {tokens} tokens long, expected at most {most}: the transformer has positions for {most}. "
+                "Take a smaller size."
+            )
 
 
 def _refuse_other(subject: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -491,8 +523,8 @@ def _component(folder: Path, component: str, wanted: str) -> dict[str, Any]:
     if not path.is_file():
         raise BundleError(f"component {component!r} is missing in {folder}: no {path.relative_to(folder)}. {_REMEDY}")
     config = read_json(path, remedy=_REMEDY)
-    if config.get("_class_name", wanted) != wanted:
-        raise ConfigError(f"{folder / component} holds a {config['_class_name']!r}, expected {wanted!r}. {_REMEDY}")
+    if (found := config.get("_class_name")) != wanted:
+        raise ConfigError(f"{folder / component} holds a {found!r}, expected {wanted!r}. {_REMEDY}")
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
@@ -551,7 +583,8 @@ def _check_values(
                 )
     if min(msgspec.to_builtins(settings).values()) < 0:
         raise ConfigError(f"settings are {settings}, expected numbers of 0 or more.")
-    row.check(transformer, index, settings)
+    check_limits(height=settings.height, width=settings.width, tokens=settings.max_sequence_length)
+    row.check(transformer, vae, index, settings)
     cell = row.cell(transformer, vae)
     if settings.height % cell or settings.width % cell:
         raise ConfigError(

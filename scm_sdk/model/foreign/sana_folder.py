@@ -20,7 +20,7 @@ import msgspec
 from ...bundle.layout import CONFIG_NAME, INDEX_NAME
 from ...errors import BundleError, ConfigError
 from ...spec import Renoise, SamplerSpec, TensorSpec, default_times
-from .component import SETTINGS_NAME, read_json, weight_files
+from .component import SETTINGS_NAME, check_limits, read_json, weight_files
 from .sana_config import SchedulerConfig, Settings, TransformerConfig
 
 PIPELINE = "SanaSprintPipeline"
@@ -154,6 +154,7 @@ def read_sana_folder(folder: Path, settings: Settings | None = None) -> SanaFold
         settings = _from_builtins(_read_json(own), Settings, own) if own.is_file() else Settings()
     if settings.max_sequence_length < 1:
         raise ConfigError(f"max_sequence_length is {settings.max_sequence_length}, expected 1 or more tokens.")
+    check_limits(height=settings.height, width=settings.width, tokens=settings.max_sequence_length)
     tokenizer = _check_text(folder, index)
     return SanaFolder(
         path=folder,
@@ -168,8 +169,8 @@ def read_sana_folder(folder: Path, settings: Settings | None = None) -> SanaFold
 
 def _check_component(folder: Path, component: str, wanted: str) -> None:
     config = _component_config(folder, component)
-    if config.get("_class_name", wanted) != wanted:
-        raise ConfigError(f"{folder / component} holds a {config['_class_name']!r}, expected {wanted!r}. {_REMEDY}")
+    if (found := config.get("_class_name")) != wanted:
+        raise ConfigError(f"{folder / component} holds a {found!r}, expected {wanted!r}. {_REMEDY}")
     if component != "scheduler":
         weight_files(folder / component, remedy=_REMEDY)
 

@@ -136,5 +136,10 @@ class UMT5(_TextNetwork):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the last states, (B, T, D)."""
         seen = _added(attention_mask[:, None, None, :] > 0)
-        states: Tensor = self.network(input_ids=input_ids, attention_mask=seen).last_hidden_state
-        return states * attention_mask[:, :, None]
+        stack: Any = self.network.encoder
+        states: Tensor = stack.embed_tokens(input_ids)
+        for block in stack.block:
+            attention, feed_forward = block.layer  # transformers 5.0 has other masks around them than 5.24
+            states = feed_forward(attention(states, attention_mask=seen)[0])
+        normed: Tensor = stack.final_layer_norm(states)
+        return normed * attention_mask[:, :, None]
