@@ -146,12 +146,12 @@ def pictures_of_sana(steps: int, guidance: float) -> np.ndarray:
     waiting = iter([*noise[1:steps], np.zeros_like(noise[0])])
     ours = patch("diffusers.schedulers.scheduling_scm.randn_tensor", lambda *_, **__: torch.from_numpy(next(waiting)))
     with torch.no_grad(), ours:
-        images: np.ndarray = make_sana()(
+        images = make_sana()(
             prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=SIZE,
             width=SIZE, num_inference_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None,
             latents=torch.from_numpy(noise[0]), guidance_scale=guidance, use_resolution_binning=False, output_type="np",
         ).images  # fmt: skip
-    return images
+    return np.asarray(images)
 
 
 def source_pictures() -> np.ndarray:
@@ -182,10 +182,10 @@ def pictures_from_pictures(images: np.ndarray, times: list[float]) -> np.ndarray
         ours("pipelines.sana.pipeline_sana_sprint_img2img"),
         ours("schedulers.scheduling_scm"),
     ):
-        made: np.ndarray = pipe(
+        made = pipe(
             image=[Image.fromarray(image) for image in images], strength=1.0, num_inference_steps=len(times),
             max_timesteps=times[0], intermediate_timesteps=times[1] if len(times) > 1 else None,
             prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=SIZE,
             width=SIZE, guidance_scale=4.0, use_resolution_binning=False, output_type="np",
         ).images  # fmt: skip
-    return made
+    return np.asarray(made)
