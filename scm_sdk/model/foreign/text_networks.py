@@ -22,10 +22,11 @@ class _TextNetwork(nn.Module):
         length: Number of tokens, T.
     """
 
+    network: Any
     positions: Tensor
     past: Tensor
 
-    def __init__(self, model: Any, length: int) -> None:
+    def __init__(self, model: nn.Module, length: int) -> None:
         super().__init__()
         self.network = model.float().eval()
         self.network.set_attn_implementation("eager")
@@ -54,7 +55,7 @@ class Gemma2(_TextNetwork):
 
     kept: Tensor
 
-    def __init__(self, model: Any, length: int, kept: list[int]) -> None:
+    def __init__(self, model: nn.Module, length: int, kept: list[int]) -> None:
         super().__init__(model, length)
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
 
@@ -85,7 +86,7 @@ class Qwen3(_TextNetwork):
         ConfigError: If the model has fewer layers.
     """
 
-    def __init__(self, model: Any, length: int, layers: tuple[int, ...], *, zero_padding: bool) -> None:
+    def __init__(self, model: nn.Module, length: int, layers: tuple[int, ...], *, zero_padding: bool) -> None:
         super().__init__(getattr(model, "model", model), length)
         count = len(self.network.layers)
         if not all(-count - 1 <= layer <= count for layer in layers):
@@ -100,7 +101,7 @@ class Qwen3(_TextNetwork):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the joined states, (B, T, layers * D)."""
-        network: Any = self.network
+        network = self.network
         config = network.config
         masks = {
             "full_attention": self.causal(attention_mask),
@@ -125,9 +126,9 @@ class UMT5(_TextNetwork):
 
     buckets: Tensor
 
-    def __init__(self, model: Any, length: int) -> None:
+    def __init__(self, model: nn.Module, length: int) -> None:
         super().__init__(model, length)
-        attentions = [block.layer[0].SelfAttention for block in model.encoder.block]
+        attentions = [block.layer[0].SelfAttention for block in self.network.encoder.block]
         # Distances are constants of the length: one table of buckets for all layers.
         self.register_buffer("buckets", attentions[0]._relative_position_bucket(-self.past[0, 0]), persistent=False)
         for attention in attentions:
