@@ -49,6 +49,7 @@ class BundleReport:
         graphs: One report per graph, with paths inside the bundle.
         bytes: Total size of all files.
         status: State of the model: its kind, the length of its training, whether its quality was measured.
+        unchanged: Whether the bundle was there already and was left as it is.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class BundleReport:
     graphs: tuple[GraphReport, ...]
     bytes: int
     status: ModelStatus
+    unchanged: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

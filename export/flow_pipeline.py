@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scm_sdk._util.events import SILENT, Events
 from scm_sdk.bundle.layout import PROMPT_GRAPH_PATH
-from scm_sdk.bundle.manifest import MANIFEST_NAME, Role
+from scm_sdk.bundle.manifest import Role
 from scm_sdk.errors import BundleError
 from scm_sdk.spec import Renoise
 
@@ -46,6 +47,7 @@ def import_flow_pipeline(
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
+    reuse: bool = False,
     events: Events = SILENT,
 ) -> BundleReport:
     """Import a few-step flow pipeline that diffusers saved.
@@ -70,6 +72,7 @@ def import_flow_pipeline(
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
+        reuse: Leave an existing bundle as it is if it came from the same weights with the same options.
         events: Receives the stages.
 
     Raises:
@@ -79,9 +82,26 @@ def import_flow_pipeline(
         ExportError: If the network cannot be exported.
     """
     from scm_sdk.model.foreign.few_step import load_few_step
+    from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
 
     settings = _settings(size, num_frames, max_sequence_length, distilled or base is not None)
+    workspace = Workspace(out)
+
+    def is_same() -> bool:
+        given = read_few_step_folder(folder, settings)
+        rule = renoise or given.row.renoise
+        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch, split=split):
+            return False
+        found = {spec.times for spec in workspace.opened.manifest.samplers}
+        wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
+        there = read_few_step_folder(Path(out) / DENOISER)
+        same = found == wanted and there.settings == given.settings
+        same = same and there.has_text_encoder == (text_encoder and given.has_text_encoder)
+        return same and onnx_text_encoder == (Path(out) / PROMPT_GRAPH_PATH).is_file()
+
     with _pipeline(source, out, base) as folder:
+        if reuse and is_same():
+            return replace(report_bundle(workspace), unchanged=True)
         model = load_few_step(folder, settings)
         model.keep_text_encoder = text_encoder
         if onnx_text_encoder:
@@ -116,44 +136,6 @@ def import_flow_pipeline(
             add_parts=add_parts,
             events=events,
         )
-
-
-def current_flow_import(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    steps: Sequence[int] = (),
-    times: Sequence[float] = (),
-    renoise: Renoise | None = None,
-    size: tuple[int, int] | None = None,
-    num_frames: int = 0,
-    max_sequence_length: int = 0,
-    max_batch: int = MAX_BATCH,
-    distilled: bool = False,
-    base: str | os.PathLike[str] | None = None,
-    text_encoder: bool = True,
-    onnx_text_encoder: bool = False,
-    split: bool = False,
-) -> BundleReport | None:
-    """Return the report of the existing bundle if ``import_flow_pipeline`` would create the same; else None."""
-    from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
-
-    settings = _settings(size, num_frames, max_sequence_length, distilled or base is not None)
-    workspace = Workspace(out)
-    if not (workspace.path / MANIFEST_NAME).is_file():
-        return None
-    with _pipeline(source, out, base) as folder:
-        given = read_few_step_folder(folder, settings)
-        rule = renoise or given.row.renoise
-        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch, split=split):
-            return None
-        found = {spec.times for spec in workspace.opened.manifest.samplers}
-        wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
-        there = read_few_step_folder(Path(out) / DENOISER)
-        same = found == wanted and there.settings == given.settings
-        same = same and there.has_text_encoder == (text_encoder and given.has_text_encoder)
-        same = same and onnx_text_encoder == (Path(out) / PROMPT_GRAPH_PATH).is_file()
-        return report_bundle(workspace) if same else None
 
 
 @contextmanager

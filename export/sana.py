@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from scm_sdk._util.events import SILENT, Events
 from scm_sdk._util.files import sha256_file
 from scm_sdk.bundle.layout import ENCODER_PATH, PROMPT_GRAPH_PATH
-from scm_sdk.bundle.manifest import MANIFEST_NAME, Role
+from scm_sdk.bundle.manifest import Role
 from scm_sdk.errors import ConfigError
 from scm_sdk.spec import Renoise
 
 from .bundle_export import DENOISER, BundleReport, export_bundle, is_current, report_bundle
 from .graph.text_encoder import check_has_text_encoder, export_text_encoder
+from .workspace import Workspace
 
 MAX_BATCH = 8
 """Default of the largest batch, small because images have a megapixel."""
@@ -47,6 +48,7 @@ def import_sana(
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
+    reuse: bool = False,
     events: Events = SILENT,
 ) -> BundleReport:
     """Import a ``SanaSprintPipeline`` that diffusers saved.
@@ -71,6 +73,7 @@ def import_sana(
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
+        reuse: Leave an existing bundle as it is if it came from the same weights with the same options.
         events: Receives the stages.
 
     Raises:
@@ -81,7 +84,7 @@ def import_sana(
     """
     from scm_sdk.model.foreign.sana import load_sana
     from scm_sdk.model.foreign.sana_config import Settings
-    from scm_sdk.model.foreign.sana_folder import OBJECTIVE
+    from scm_sdk.model.foreign.sana_folder import OBJECTIVE, read_sana_folder
     from scm_sdk.model.foreign.sana_parts import with_parts
 
     height, width = size or (0, 0)
@@ -97,7 +100,24 @@ def import_sana(
     if loras:
         provenance["lora"] = ", ".join(f"{Path(file).name} (sha256 {sha256_file(file)[:12]})" for file in loras)
         provenance["lora_scale"] = f"{lora_scale:g}"
-    with with_parts(Path(source), **_parts(vae, loras, lora_scale)) as folder:
+    workspace = Workspace(out)
+
+    def is_same() -> bool:
+        if not is_current(
+            folder, workspace, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
+            split=split,
+        ):  # fmt: skip
+            return False
+        there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(folder)
+        same = there.settings == settings and there.has_text_encoder == (text_encoder and given.has_text_encoder)
+        same = same and encoder == (Path(out) / ENCODER_PATH).is_file()
+        return same and onnx_text_encoder == (Path(out) / PROMPT_GRAPH_PATH).is_file()
+
+    with with_parts(
+        Path(source), vae=None if vae is None else Path(vae), loras=list(map(Path, loras)), lora_scale=lora_scale
+    ) as folder:
+        if reuse and is_same():
+            return replace(report_bundle(workspace), unchanged=True)
         model = load_sana(folder, settings, encoder=encoder)
         if onnx_text_encoder:
             check_has_text_encoder(model.folder)
@@ -126,53 +146,6 @@ def import_sana(
             add_parts=add_parts,
             events=events,
         )
-
-
-def current_import(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    steps: Sequence[int] = (1, 2, 4),
-    times: Sequence[float] = (),
-    renoise: Renoise = "fresh",
-    start_time: float | None = None,
-    size: tuple[int, int] | None = None,
-    max_sequence_length: int = 300,
-    max_batch: int = MAX_BATCH,
-    text_encoder: bool = True,
-    onnx_text_encoder: bool = False,
-    encoder: bool = False,
-    split: bool = False,
-    vae: str | os.PathLike[str] | None = None,
-    loras: Sequence[str | os.PathLike[str]] = (),
-    lora_scale: float = 1.0,
-) -> BundleReport | None:
-    """Return the report of the existing bundle if ``import_sana`` would create the same; else None."""
-    from scm_sdk.model.foreign.sana_config import Settings
-    from scm_sdk.model.foreign.sana_folder import read_sana_folder
-    from scm_sdk.model.foreign.sana_parts import with_parts
-
-    if not (Path(out) / MANIFEST_NAME).is_file():
-        return None
-    height, width = size or (0, 0)
-    wanted = Settings(height=height, width=width, max_sequence_length=max_sequence_length)
-    with with_parts(Path(source), **_parts(vae, loras, lora_scale)) as folder:
-        if not is_current(
-            folder, Path(out), steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
-            split=split,
-        ):  # fmt: skip
-            return None
-        there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(folder)
-        same = there.settings == wanted and there.has_text_encoder == (text_encoder and given.has_text_encoder)
-    same = same and encoder == (Path(out) / ENCODER_PATH).is_file()
-    same = same and onnx_text_encoder == (Path(out) / PROMPT_GRAPH_PATH).is_file()
-    return report_bundle(Path(out)) if same else None
-
-
-def _parts(
-    vae: str | os.PathLike[str] | None, loras: Sequence[str | os.PathLike[str]], lora_scale: float
-) -> dict[str, Any]:
-    return {"vae": None if vae is None else Path(vae), "loras": list(map(Path, loras)), "lora_scale": lora_scale}
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

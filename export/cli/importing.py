@@ -88,14 +88,13 @@ def import_(
         require_all(*EXPORT)
         from scm_sdk.model.foreign.pipelines import is_sana
 
-        from ..flow_pipeline import current_flow_import, import_flow_pipeline
-        from ..sana import current_import, import_sana, parse_size
+        from ..flow_pipeline import import_flow_pipeline
+        from ..sana import import_sana, parse_size
 
         folder = source if student else local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
         given: dict[str, Any] = {"times": times, "size": parse_size(size), "max_batch": max_batch, "split": split}
         given |= {"text_encoder": text_encoder, "onnx_text_encoder": onnx_text_encoder}
-        current: Callable[..., BundleReport | None]
         create: Callable[..., BundleReport]
         if not student and is_sana(folder):
             if distilled or frames is not None:
@@ -104,22 +103,21 @@ def import_(
             given |= {"steps": steps or (1, 2, 4), "renoise": renoise or "fresh"}
             given |= {"max_sequence_length": tokens or 300, "encoder": encoder, "start_time": start_time}
             given |= {"vae": vae, "loras": loras, "lora_scale": lora_scale}
-            current, create = current_import, import_sana
+            create = import_sana
         else:
             only = {"--encoder": encoder, "--start-time": start_time is not None, "--vae": vae, "--lora": loras}
             if option := next((name for name, value in only.items() if value), ""):
                 raise click.UsageError(f"{option} is given, expected it left out: it is for SANA-Sprint pipelines.")
             given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}
             given |= {"max_sequence_length": tokens or 0, "base": base}
-            current, create = current_flow_import, import_flow_pipeline
-        report = None if overwrite else current(folder, out, **given)
-        unchanged = report is not None
-        if report is None:
-            with TerminalEvents() as events:
-                report = create(folder, out, origin=origin, overwrite=overwrite, events=events, **given)
+            create = import_flow_pipeline
+        with TerminalEvents() as events:
+            report = create(
+                folder, out, origin=origin, overwrite=overwrite, reuse=not overwrite, events=events, **given
+            )
         if as_json:
-            print_json({**report.to_dict(), "unchanged": unchanged})
-        state = "unchanged, " if unchanged else ""
+            print_json({**report.to_dict(), "unchanged": report.unchanged})
+        state = "unchanged, " if report.unchanged else ""
         say(f"{out}: {state}build {report.build_id[:12]}, {report.bytes / 1e6:.1f} MB. Next: scm-export validate {out}")
         return
     if revision is not None:

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 from helpers.few_step_fixtures import SIZES, TOKENS, make_pipeline  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
+from scm_sdk.model.foreign import rcm_file  # noqa: E402
 from scm_sdk.model.foreign.few_step import load_few_step  # noqa: E402
 from scm_sdk.model.foreign.few_step_folder import Settings  # noqa: E402
 from scm_sdk.model.foreign.rcm_file import student_pipeline  # noqa: E402
@@ -73,12 +74,18 @@ def test_the_students_weights_come_back_under_diffusers_names(
 
 
 @pytest.mark.slow
-def test_the_command_imports_it(student: Path, flow_folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_command_imports_it(
+    student: Path, flow_folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline that it is made to is written once, whatever is in OUT."""
+    made: list[Path] = []
+    monkeypatch.setattr(rcm_file, "student_pipeline", lambda *paths: made.append(paths[0]) or student_pipeline(*paths))
     arguments = ["import", student, "--base", flow_folders("WanPipeline"), "-o", tmp_path / "out", "--size", "32x48"]
-    arguments += ["--frames", 5, "--tokens", TOKENS, "--steps", 1, "--max-batch", 1]
-    for expected in ("MB. Next", "unchanged"):
-        done = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
-        assert done.exit_code == 0 and expected in done.output, done.output
+    arguments += ["--frames", 5, "--tokens", TOKENS, "--steps", 1, "--max-batch"]
+    for count, (batch, code, expected) in enumerate([(1, 0, "MB. Next"), (1, 0, "unchanged"), (2, 6, "not empty")], 1):
+        done = CliRunner().invoke(main, [*map(str, arguments), str(batch)])
+        assert done.exit_code == code and expected in done.output, done.output
+        assert len(made) == count
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "student.pt"]
 
 

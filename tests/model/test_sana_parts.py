@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from helpers.sana_fixtures import AUTOENCODER, SIZE, TOKENS  # noqa: E402
 from scm_sdk.bundle.bundle import Bundle  # noqa: E402
-from scm_sdk.errors import ConfigError, IntegrityError, ScmError  # noqa: E402
+from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
-from scm_sdk.export.sana import current_import  # noqa: E402
+from scm_sdk.export.sana import import_sana  # noqa: E402
 from scm_sdk.inference.generator import Generator  # noqa: E402
 from scm_sdk.model.foreign.sana_parts import with_parts  # noqa: E402
 
@@ -205,6 +205,7 @@ def test_the_command_exchanges_parts(
     same: dict[str, Any] = {
         "steps": [1], "size": (SIZE, SIZE), "max_sequence_length": TOKENS, "max_batch": 2, "text_encoder": False,
     }  # fmt: skip
-    assert current_import(sana_folder, tmp_path / "out", **same, **parts) is not None
-    assert current_import(sana_folder, tmp_path / "out", **same, **(parts | {"lora_scale": 0.2})) is None
-    assert current_import(sana_folder, tmp_path / "out", **same) is None
+    assert import_sana(sana_folder, tmp_path / "out", reuse=True, **same, **parts).unchanged
+    for other in (parts | {"lora_scale": 0.2}, {}):
+        with pytest.raises(BundleError, match="exists and is not empty"):
+            import_sana(sana_folder, tmp_path / "out", reuse=True, **same, **other)

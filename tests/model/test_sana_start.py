@@ -19,9 +19,9 @@ from PIL import Image  # noqa: E402
 from helpers.sana_fixtures import SIZE, TOKENS, pictures_from_pictures  # noqa: E402
 from helpers.sana_fixtures import source_pictures as pictures  # noqa: E402
 from scm_sdk.bundle.bundle import Bundle, write_bundle  # noqa: E402
-from scm_sdk.errors import ConfigError, IntegrityError, ScmError  # noqa: E402
+from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
-from scm_sdk.export.sana import current_import, import_sana  # noqa: E402
+from scm_sdk.export.sana import import_sana  # noqa: E402
 from scm_sdk.inference.generator import Generator  # noqa: E402
 from scm_sdk.model.consistency import ConsistencyModel  # noqa: E402
 
@@ -183,10 +183,11 @@ def test_a_bundle_without_what_an_image_needs_says_so(
         with pytest.raises(ConfigError, match=rf"start_time is {outside}, expected radians above 0 and at most pi/2"):
             import_sana(sana_folder, tmp_path / "out", **(OPTIONS | {"start_time": outside}))
     assert not (tmp_path / "both").exists()
-    assert current_import(sana_folder, bare, **OPTIONS) is not None
-    assert current_import(sana_folder, bare, encoder=True, **OPTIONS) is None
-    assert current_import(sana_folder, bare, **(OPTIONS | {"start_time": 1.2})) is None
-    assert current_import(sana_folder, sana_image_bundle, encoder=True, **OPTIONS) is not None
+    assert import_sana(sana_folder, bare, reuse=True, **OPTIONS).unchanged
+    assert import_sana(sana_folder, sana_image_bundle, encoder=True, reuse=True, **OPTIONS).unchanged
+    for other in ({"encoder": True}, {"start_time": 1.2}):
+        with pytest.raises(BundleError, match="exists and is not empty"):
+            import_sana(sana_folder, bare, reuse=True, **(OPTIONS | other))
 
 
 def test_a_damaged_encoder_is_refused(sana_image_bundle: Path, sana_inputs: Any, tmp_path: Path) -> None:
