@@ -64,6 +64,13 @@ def to_uint8(samples: NDArray[np.float32], value_range: Sequence[float]) -> NDAr
     return np.ascontiguousarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
+def to_offset(images: NDArray[np.uint8], value_range: Sequence[float], factor: float) -> NDArray[np.float32]:
+    """Return what images (N, H, W, C) add to the first noise, (N, C, H, W)."""
+    low, high = value_range
+    data = images.astype(np.float32) / np.float32(255) * np.float32(high - low) + np.float32(low)
+    return np.float32(factor) * data.transpose(0, 3, 1, 2)
+
+
 def to_png(picture: NDArray[np.uint8]) -> bytes:
     """Return a picture (H, W, C) with C 1 or 3 as a PNG file."""
     height, width, channels = picture.shape
@@ -125,6 +132,9 @@ class TritonPythonModel:
             name: np.stack([standard_normal(seed, step, sampler["sample_shape"]) for seed in seeds])
             for step, name in enumerate(sampler["noise_inputs"])
         }
+        if "image" in given:  # the config has it where the sampler starts from images
+            offset = to_offset(given.pop("image"), sampler["value_range"], sampler["offset_factor"])
+            inputs[sampler["noise_inputs"][0]] += offset
         if sampler["num_classes"]:
             drawn = [[draw_label(seed, sampler["num_classes"])] for seed in seeds]
             labels = given.pop("class_labels", np.array(drawn, np.int64))

@@ -27,6 +27,7 @@ from scm_sdk._util.publish import atomic_folder
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.manifest import Artifact
 from scm_sdk.errors import ConfigError, ScmError
+from scm_sdk.inference.start import can_start, offset_factor
 from scm_sdk.spec import SamplerSpec, TensorSpec
 
 from . import triton_model
@@ -179,6 +180,10 @@ def _front_config(name: str, core: str, spec: SamplerSpec, queue: Mapping[str, i
         one = {"name": tensor.name, "data_type": _Word(_TYPES[tensor.dtype]), "dims": list(tensor.shape) or [1]}
         inputs.append(one | ({"optional": True} if not tensor.shape else {}))
     channels, height, width = spec.image_shape if picture else (0, 0, 0)
+    starts = picture and can_start(spec, has_encoder=False)
+    if starts:
+        dims = [height, width, channels]
+        inputs.append({"name": "image", "data_type": _Word("TYPE_UINT8"), "dims": dims, "optional": True})
     pictures = [
         {"name": "images", "data_type": _Word("TYPE_UINT8"), "dims": [height, width, channels]},
         {"name": "png", "data_type": _Word("TYPE_STRING"), "dims": [1]},
@@ -192,6 +197,7 @@ def _front_config(name: str, core: str, spec: SamplerSpec, queue: Mapping[str, i
         "default_guidance": spec.default_guidance,
         "output": spec.output_name,
         "value_range": spec.value_range if picture else None,
+        "offset_factor": float(offset_factor(spec)) if starts else None,
     }
     parameters = {"core": core, "sampler": json.dumps(sampler)}
     policy = {"timeout_action": _Word("REJECT"), "allow_timeout_override": True, **queue}
@@ -272,8 +278,9 @@ docker run --rm --gpus all --read-only --tmpfs /tmp --shm-size 256m -p 127.0.0.1
 ```
 
 `{model}` takes `seed` (UINT64 [N, 1]) and, if the model has them, `class_labels` (INT64 [N, 1]) and `guidance_scale`
-(FP32 [N, 1]); it returns `images` (UINT8 [N, H, W, C]) and, if it is asked for, `png`. Without labels each seed draws
-its own. It calls `{core}`, which takes noise.
+(FP32 [N, 1]), and `image` (UINT8 [N, H, W, C]) where a sampler of pixels starts from images. It returns `images`
+(UINT8 [N, H, W, C]) and, if it is asked for, `png`. Without labels each seed draws its own. It calls `{core}`, which
+takes noise.
 {engines}
 - Triton has no keys and no TLS: publish its port on this machine alone, or behind a proxy. The Python backend runs the
   code of this folder: mount it read-only.

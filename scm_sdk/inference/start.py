@@ -130,8 +130,7 @@ class StartImages:
         pixels = _to_data(spec, count, image)
         # A pixel model has no decoder, hence no shape of its own for the output.
         x_0 = pixels if not spec.output_shape else self._encode(spec, pixels)
-        t = spec.times[0]
-        offset = np.float32(math.cos(t) / (math.sin(t) * spec.sigma_data)) * x_0
+        offset = offset_factor(spec) * x_0
         return np.broadcast_to(offset, (count, *spec.sample_shape))
 
     def close(self) -> None:
@@ -168,6 +167,12 @@ class StartImages:
         return open_graph(
             bundle.file(ENCODER_PATH), [images], latents, device=self._device, num_threads=self._num_threads
         )
+
+
+def offset_factor(spec: SamplerSpec) -> np.float32:
+    """Return the factor of x_0 in what is added to the first noise."""
+    t = spec.times[0]
+    return np.float32(math.cos(t) / (math.sin(t) * spec.sigma_data))
 
 
 def can_start(spec: SamplerSpec, *, has_encoder: bool) -> bool:

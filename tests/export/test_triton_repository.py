@@ -23,10 +23,12 @@ from scm_sdk._util.files import sha256_file
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.manifest import Artifact, EngineFacts
 from scm_sdk.errors import ConfigError, ScmError
-from scm_sdk.export.triton_model import draw_label, standard_normal, to_png, to_uint8
+from scm_sdk.export.triton_model import draw_label, standard_normal, to_offset, to_png, to_uint8
 from scm_sdk.export.triton_repository import write_triton_repository
 from scm_sdk.inference import request
 from scm_sdk.inference.generator import Generator
+from scm_sdk.inference.sources import open_source
+from scm_sdk.inference.start import StartImages, offset_factor
 from scm_sdk.noise import standard_normal as noise_of_the_package
 
 
@@ -90,6 +92,20 @@ def test_the_python_model_draws_the_noise_labels_and_pictures_of_this_package() 
     for picture in (pictures[0], pictures[0, :, :, :1]):
         found = np.asarray(Image.open(io.BytesIO(to_png(picture))))
         np.testing.assert_array_equal(found.reshape(picture.shape), picture)
+
+
+def test_an_image_to_start_from_changes_the_noise_as_in_this_package(tmp_path: Path) -> None:
+    bundle = write_served_bundle(tmp_path / "linear", start_time=0.9, value_range=(-1.7, 2.3))
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    source = open_source(bundle)
+    spec = source.spec(1, unrolled=False)
+    wanted = StartImages(source, device=None, num_threads=None).offset(spec, 2, images)
+    np.testing.assert_array_equal(to_offset(images, spec.value_range, float(offset_factor(spec))), wanted)
+    for steps, names in ((1, ["seed", "class_labels", "image"]), (2, ["seed", "class_labels"])):
+        write_triton_repository(bundle, tmp_path / "models", steps=steps, overwrite=steps == 2)
+        inputs = parsed(tmp_path / "models/linear/config.pbtxt").input
+        assert [each.name for each in inputs] == names
+        assert steps == 2 or (list(inputs[2].dims), inputs[2].optional) == ([8, 8, 3], True)
 
 
 def test_engines_go_in_by_compute_capability_and_those_of_tensorrt_rtx_stay_out(tmp_path: Path) -> None:
@@ -182,6 +198,11 @@ def test_a_real_server_accepts_the_configs_and_makes_the_pictures_of_this_packag
         assert "failed to read text proto" not in text
         assert "successfully loaded 'linear'" in text
     other_servers().run_graph_in_python(repository, "linear")
+    starts = write_served_bundle(tmp_path / "starts", start_time=0.9)
+    other = write_triton_repository(starts, tmp_path / "other", steps=1, name="starts").path
+    other_servers().run_graph_in_python(other, "starts")
+    for name in ("starts", "starts_core"):
+        shutil.copytree(other / name, repository / name)
     seeds = [0, 7, 2**63, 2**64 - 1]
     with triton(environment, repository, tmp_path) as (address, _), client.InferenceServerClient(address) as asked:
         assert asked.is_server_ready()
@@ -198,6 +219,16 @@ def test_a_real_server_accepts_the_configs_and_makes_the_pictures_of_this_packag
                 np.testing.assert_array_equal(found.as_numpy("images"), wanted)
                 for file, picture in zip(found.as_numpy("png")[:, 0], wanted, strict=True):
                     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), picture)
+        images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+        image = client.InferInput("image", [4, 8, 8, 3], "UINT8")
+        image.set_data_from_numpy(images)
+        label.set_data_from_numpy(np.zeros((4, 1), np.int64))
+        found = asked.infer("starts", [seed, label, image], outputs=outputs[:1])
+        with Generator.from_pretrained(starts, num_threads=1) as gen:
+            wanted = gen(4, "cat", seed=seeds, image=images, start_time=0.9, output_type="uint8").images
+        np.testing.assert_array_equal(found.as_numpy("images"), wanted)
+        with pytest.raises(client.InferenceServerException, match="image"):
+            asked.infer("linear", [seed, label, image])
         label.set_data_from_numpy(np.full((4, 1), 3))
         with pytest.raises(client.InferenceServerException, match="class_labels"):
             asked.infer("linear", [seed, label])
