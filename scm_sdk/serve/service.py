@@ -164,6 +164,7 @@ class Service:
         self._batcher = gen.batcher(max_queue_size=max(options.max_queue, spec.max_batch))
         # Draw noise, make files: short work in NumPy and zlib, which leave the interpreter to others.
         self._threads = ThreadPoolExecutor(4, "scm-serve")
+        self._dropping: set[asyncio.Future[None]] = set()
         self._seconds_per_image = 0.05
         self._ready: tuple[float, str | None] = (-math.inf, None)
         self._checking = asyncio.Lock()
@@ -344,20 +345,33 @@ class Service:
         generating.enter_context(
             self.traces.part("generate", {"scm.images": len(call.seeds), "scm.num_inference_steps": call.steps})
         )
+        late = RequestError(
+            "deadline_exceeded", "the images were not made in time. Try again later.", retry_after=self.retry_after
+        )
+
+        async def drop() -> None:
+            """Drop what is still submitted; an encoder of prompts or images may take seconds for it."""
+            await asyncio.wait([submitted])
+            submitted.exception()  # was raised before, or no request waits for it
+            for _, future in futures:
+                future.cancel()
+            if held:  # never submitted
+                release(held)
+
         submitted = loop.run_in_executor(self._threads, submit)
         try:
             with self._translated():
-                await asyncio.shield(submitted)
+                try:
+                    await asyncio.wait_for(asyncio.shield(submitted), max(0.0, call.deadline - time.monotonic()))
+                except asyncio.TimeoutError:
+                    raise late from None
             pending.update((asyncio.wrap_future(future), start) for start, future in futures)
             while pending:
                 ready, _ = await asyncio.wait(
                     pending, timeout=max(0.0, call.deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
                 )
                 if not ready:
-                    raise RequestError(
-                        "deadline_exceeded", "the images were not made in time. Try again later.",
-                        retry_after=self.retry_after,
-                    )  # fmt: skip
+                    raise late
                 for each in ready:
                     start = pending.pop(each)
                     with self._translated():
@@ -366,17 +380,13 @@ class Service:
                     yield start, output
         finally:
             generating.close()
-            if not submitted.done():  # the caller has gone: what is still submitted is dropped, too
-                await asyncio.wait([submitted])
-            submitted.exception()  # was raised above, or no request waits for it
-
             for waited in pending:
                 waited.cancel()
-            for _, future in futures:
-                future.cancel()
-
-            if held:  # never submitted
-                release(held)
+            dropping = asyncio.ensure_future(drop())
+            self._dropping.add(dropping)
+            dropping.add_done_callback(self._dropping.discard)
+            if submitted.done():
+                await dropping
 
     async def run_whole(self, call: Call, key: str) -> GeneratorOutput:
         """Make the images of a request; return them as one output.
@@ -541,7 +551,12 @@ def _decode_image(text: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         return np.ascontiguousarray(pixels[None, ..., :channels])
     except ValueError as exc:
         kind = "gray" if channels == 1 else "RGB"
-        raise _wrong_image(f"a file that cannot be taken: {exc}; the model takes {height}x{width} {kind}") from None
+        raise RequestError(
+            "invalid_value",
+            f"image cannot be taken: {exc}. The model takes a PNG, JPEG or WebP file of {height}x{width} pixels "
+            f"(height x width), {kind}, in base64.",
+            param="image",
+        ) from None
 
 
 def _wrong_image(found: str) -> RequestError:

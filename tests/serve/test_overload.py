@@ -138,11 +138,11 @@ def test_what_misses_its_deadline_is_dropped(
     sample = gen.opened().backend.sample
 
     def held(*inputs: object) -> object:
-        assert next(batches) < made or answered.wait(120)
+        assert next(batches) < made or answered.wait(600)
         return sample(*inputs)
 
     monkeypatch.setattr(gen.opened().backend, "sample", held)
-    body = {"n": 8, "stream": stream, "timeout": 20.0 if made else 0.05}
+    body = {"n": 8, "stream": stream, "timeout": 600.0 if made else 0.05}
     if made:
         monkeypatch.setattr("scm_sdk.serve.service.time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -151,7 +151,7 @@ def test_what_misses_its_deadline_is_dropped(
 
         async def files(*output: Any) -> list[bytes]:
             found = await make_files(*output)
-            now[0] = 60.0
+            now[0] = 6000.0
             return found
 
         monkeypatch.setattr(service, "files", files)
@@ -162,7 +162,7 @@ def test_what_misses_its_deadline_is_dropped(
             finally:
                 answered.set()
 
-    with Service(gen, ServeOptions(bundle=slow_bundle), None, Metrics()) as service:
+    with Service(gen, ServeOptions(bundle=slow_bundle, deadline=600), None, Metrics()) as service:
         answer = asyncio.run(call(service))
     dropped = re.search(r"^scm_canceled_images_total (\S+)$", service.metrics.render().decode(), re.MULTILINE)
     if made and stream:  # it had begun
@@ -172,6 +172,36 @@ def test_what_misses_its_deadline_is_dropped(
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline_exceeded")
         assert "retry-after" in answer.headers
     assert dropped and float(dropped[1]) >= 8 - 2 * made - 2, "all but what was made and what was in a batch"
+
+
+def test_an_answer_is_due_also_while_its_request_is_encoded(slow_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long before a request is queued, such as a text encoder; its images are dropped after it."""
+    go_on, encoded = threading.Event(), threading.Event()
+
+    async def call(service: Service) -> httpx.Response:
+        submit = service._batcher.submit
+
+        def slowly(*args: Any, **kwargs: Any) -> Any:
+            assert go_on.wait(600)
+            encoded.set()
+            return submit(*args, **kwargs)
+
+        monkeypatch.setattr(service._batcher, "submit", slowly)
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=600) as client:
+            answer = await client.post(IMAGES, json={"n": 2, "timeout": 0.05})
+            assert not encoded.is_set() and service.admission.images == 2
+            go_on.set()
+            for _ in range(12_000):
+                if not service.admission.images:
+                    break
+                await asyncio.sleep(0.05)
+            assert not service.admission.images
+            return answer
+
+    with Service.open(ServeOptions(bundle=slow_bundle, deadline=600)) as service:
+        answer = asyncio.run(call(service))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline_exceeded")
 
 
 @pytest.mark.parametrize("stream", [False, True])
