@@ -16,7 +16,14 @@ from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle, publish_bundle, write_bundle
 from scm_sdk.bundle.card import CARD_PATH, model_card
 from scm_sdk.bundle.goldens import Golden, write_goldens
-from scm_sdk.bundle.layout import CONFIG_NAME, DECODER_PATH, ENCODER_PATH
+from scm_sdk.bundle.layout import (
+    CONFIG_NAME,
+    DECODER_PATH,
+    ENCODER_PATH,
+    FIRST_FRAME_PATH,
+    FRAMES_PATH,
+    NEXT_FRAMES_PATH,
+)
 from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact, Role
 from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
@@ -26,7 +33,7 @@ from scm_sdk.inference.request import make_example
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import T_LIMIT, Renoise, SamplerSpec
 
-from .graph.decoder import export_encoder, write_decoder
+from .graph.decoder import export_encoder, export_frame_decoder, write_decoder
 from .graph.io import GraphReport, read_report
 from .graph.network import export_samplers
 from .workspace import Workspace
@@ -119,6 +126,7 @@ def export_bundle(
     name: str = "",
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
+    goldens: bool = True,
     add_parts: Callable[[Path], Mapping[str, Role]] = lambda folder: {},
     events: Events = SILENT,
 ) -> BundleReport:
@@ -139,6 +147,8 @@ def export_bundle(
         name: Name of the model; default: the name of the folder.
         overwrite: Replace an existing bundle.
         provenance: Origin of the weights; default: that of the checkpoint.
+        goldens: Whether to record samples of PyTorch, which other machines compare theirs with (``verify="smoke"``). A
+            long clip takes hours of a CPU.
         add_parts: Writes further files into the folder of the bundle, and returns the roles that no name determines.
         events: Receives the stages.
 
@@ -161,16 +171,22 @@ def export_bundle(
         model.save_pretrained(folder / DENOISER)
         if not given:
             bake_weights_(model.network)  # only this function references the model, so its memory can be reused
+        frames = model.frame_decoder
         graphs = export_samplers(
-            model, [spec.before_decoder if split else spec for spec in specs], folder / "onnx" / "fp32",
-            decoder_path=folder / DECODER_PATH if split else None, events=events,
+            model, [spec.before_decoder if split or frames is not None else spec for spec in specs],
+            folder / "onnx" / "fp32", decoder_path=folder / DECODER_PATH if split and frames is None else None,
+            events=events,
         )  # fmt: skip
         if model.encoder is not None:
             events.stage("export the encoder")
             write_decoder(export_encoder(model.encoder), folder / ENCODER_PATH)
-        further = add_parts(folder)
-        events.stage("record reference samples")
-        write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
+        further = dict(add_parts(folder))
+        if frames is not None:
+            events.stage("export the frame decoder")
+            further |= export_frame_decoder(frames, folder)
+        if goldens:
+            events.stage("record reference samples")
+            write_goldens(folder, {spec.num_inference_steps: draw_golden(model, spec) for spec in specs})
         if specs[0].renoise == "fresh":  # SCMScheduler knows no other
             atomic_write_bytes(folder / SCHEDULER_PATH, scheduler_json(specs[0]))
         relative = [graph.path.relative_to(folder).as_posix() for graph in graphs]
@@ -188,8 +204,8 @@ def export_bundle(
             path.relative_to(folder).as_posix() for path in sorted((folder / DENOISER).rglob("*")) if path.is_file()
         ]
         weights = [path for path in parts if path.endswith((".safetensors", CONFIG_NAME))]
-        built = [*relative, ENCODER_PATH, DECODER_PATH]
-        made = [*built, *(f"{path}_data" for path in built), "golden/golden.safetensors"]
+        built = [*relative, ENCODER_PATH, DECODER_PATH, FIRST_FRAME_PATH, NEXT_FRAMES_PATH]
+        made = [*built, *(f"{path}_data" for path in built), FRAMES_PATH, "golden/golden.safetensors"]
         manifest = write_bundle(
             folder,
             name=name,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scm_sdk._util.events import SILENT, Events
+from scm_sdk.bundle.goldens import GOLDEN_PATH
 from scm_sdk.bundle.layout import PROMPT_GRAPH_PATH
 from scm_sdk.bundle.manifest import Role
 from scm_sdk.errors import BundleError
@@ -44,6 +45,8 @@ def import_flow_pipeline(
     text_encoder: bool = True,
     onnx_text_encoder: bool = False,
     split: bool = False,
+    frame_decoder: bool = False,
+    goldens: bool = True,
     name: str = "",
     origin: str = "",
     overwrite: bool = False,
@@ -69,6 +72,9 @@ def import_flow_pipeline(
             bundle without it takes embeddings only.
         onnx_text_encoder: Whether to export the text encoder as a graph, float32, which encodes prompts without torch.
         split: Make the decoder a graph of its own, for ``Generator.from_pretrained(offload=True)``.
+        frame_decoder: Decode clips frame by frame, with two graphs whose size does not grow with the clip; the others
+            end in latents.
+        goldens: Whether to record samples of PyTorch; see ``export_bundle``.
         name: Name of the model; default: the name of the folder.
         origin: Origin of the folder, stored in the bundle; default: its name.
         overwrite: Replace an existing bundle.
@@ -84,19 +90,21 @@ def import_flow_pipeline(
     from scm_sdk.model.foreign.few_step import load_few_step
     from scm_sdk.model.foreign.few_step_folder import read_few_step_folder
 
-    settings = _settings(size, num_frames, max_sequence_length, distilled or base is not None)
+    settings = _settings(size, num_frames, max_sequence_length, distilled or base is not None, frame_decoder)
     workspace = Workspace(out)
 
     def is_same() -> bool:
         given = read_few_step_folder(folder, settings)
         rule = renoise or given.row.renoise
-        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch, split=split):
+        parts = split or frame_decoder
+        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch, split=parts):
             return False
         found = {spec.times for spec in workspace.opened.manifest.samplers}
         wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
         there = read_few_step_folder(Path(out) / DENOISER)
         same = found == wanted and there.settings == given.settings
         same = same and there.has_text_encoder == (text_encoder and given.has_text_encoder)
+        same = same and goldens == (Path(out) / GOLDEN_PATH).is_file()
         return same and onnx_text_encoder == (Path(out) / PROMPT_GRAPH_PATH).is_file()
 
     with _pipeline(source, out, base) as folder:
@@ -133,6 +141,7 @@ def import_flow_pipeline(
             name=name,
             overwrite=overwrite,
             provenance=provenance,
+            goldens=goldens,
             add_parts=add_parts,
             events=events,
         )
@@ -157,8 +166,13 @@ def _pipeline(
         yield folder
 
 
-def _settings(size: tuple[int, int] | None, num_frames: int, tokens: int, distilled: bool) -> Settings:
+def _settings(
+    size: tuple[int, int] | None, num_frames: int, tokens: int, distilled: bool, frame_decoder: bool
+) -> Settings:
     from scm_sdk.model.foreign.few_step_folder import Settings
 
     height, width = size or (0, 0)
-    return Settings(height=height, width=width, num_frames=num_frames, max_sequence_length=tokens, distilled=distilled)
+    return Settings(
+        height=height, width=width, num_frames=num_frames, max_sequence_length=tokens, distilled=distilled,
+        frame_decoder=frame_decoder,
+    )  # fmt: skip

@@ -134,24 +134,27 @@ def check_graph(
 
 
 def check_tensors(
-    found: Sequence[tuple[str, str, tuple[object, ...]]], inputs: Sequence[TensorSpec], output: TensorSpec, path: Path
+    found: Sequence[tuple[str, str, tuple[object, ...]]],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    path: Path,
 ) -> None:
-    """Compare inputs and output of a graph that is no sampler with what they should be.
+    """Compare inputs and outputs of a graph that is no sampler with what they should be.
 
     Args:
         found: As in ``check_graph``.
         inputs: The expected inputs in order.
-        output: The expected output.
+        outputs: The expected outputs in order.
         path: The graph, for messages.
 
     Raises:
         IntegrityError: If they differ.
     """
-    expected = [_describe(t.name, t.dtype, t.shape) for t in (*inputs, output)]
+    expected = [_describe(t.name, t.dtype, t.shape) for t in (*inputs, *outputs)]
     described = [_describe(*each) for each in found]
     if described != expected:
         raise IntegrityError(
-            f"{path} has inputs and output {', '.join(described)}, expected {', '.join(expected)}. Export the bundle "
+            f"{path} has inputs and outputs {', '.join(described)}, expected {', '.join(expected)}. Export the bundle "
             "again."
         )
 

@@ -109,7 +109,7 @@ class OpenVINOBackend:
         feeds = check_inputs(self.spec, noise, conditioning)
         batch = len(noise[0])
         try:
-            images = self._run(feeds, batch) if self._fixed else self._for_size(0).run(feeds)
+            images = self._run(feeds, batch) if self._fixed else self._for_size(0).run(feeds)[0]
         except RuntimeError as exc:
             raise BackendFailure(
                 f"openvino failed on a batch of {batch} on cpu: {_said(exc)}. "
@@ -132,7 +132,7 @@ class OpenVINOBackend:
             if stop - start < size:
                 rows = np.minimum(np.arange(size), stop - start - 1)
                 part = {name: array[rows] for name, array in part.items()}
-            parts.append(self._for_size(size).run(part)[: stop - start])
+            parts.append(self._for_size(size).run(part)[0][: stop - start])
             start = stop
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -157,20 +157,20 @@ class OpenVINOGraph:
     Args:
         path: The ``.onnx`` file.
         inputs: Its inputs in order.
-        output: Its output.
+        outputs: Its outputs in order.
         device: ``"cpu"`` or None.
         num_threads: As in ``open_backend``.
 
     Raises:
         BackendUnavailable: If openvino or the device is not here, or it has no kernel for a node.
-        IntegrityError: If the file is missing, damaged, or has other inputs or another output.
+        IntegrityError: If the file is missing, damaged, or has other inputs or outputs.
     """
 
     def __init__(
         self,
         path: Path,
         inputs: Sequence[TensorSpec],
-        output: TensorSpec,
+        outputs: Sequence[TensorSpec],
         *,
         device: str | None = None,
         num_threads: int | None = None,
@@ -178,7 +178,7 @@ class OpenVINOGraph:
         openvino = _library(path, device, num_threads)
         core = openvino.Core()
         model = _load(core, path)
-        check_tensors([_describe(port) for port in (*model.inputs, *model.outputs)], inputs, output, path)
+        check_tensors([_describe(port) for port in (*model.inputs, *model.outputs)], inputs, outputs, path)
         try:
             with same_signal_stack():
                 compiled = core.compile_model(model, "CPU", _settings(num_threads, None))
@@ -187,8 +187,8 @@ class OpenVINOGraph:
         self._path = path
         self._compiled: _Compiled | None = _Compiled(compiled)
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the output for inputs of the declared shapes and dtypes, axis 0 is the batch.
+    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs for inputs of the declared shapes and dtypes, axis 0 is the batch.
 
         Raises:
             BackendFailure: If openvino raised, or the graph is closed.
@@ -215,15 +215,16 @@ class _Compiled:
         self._compiled = compiled
         self._idle: list[Any] = []
 
-    def run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         try:
             request = self._idle.pop()  # atomic: no lock
         except IndexError:
             request = self._compiled.create_infer_request()
         outputs = request.infer(feeds, share_inputs=True)
-        images: np.ndarray = outputs[0]  # a copy, because the next call overwrites the memory of the request
+        # Copies, because the next call overwrites the memory of the request.
+        copies: list[np.ndarray] = [outputs[i] for i in range(len(outputs))]
         self._idle.append(request)
-        return images
+        return copies
 
 
 class _SignalStack(ctypes.Structure):

@@ -7,7 +7,7 @@ manifest.
 An ``int8`` graph is made for engines: here its Q/DQ nodes are computed in floating point, because the fused int8
 kernels saturate on a CPU without VNNI. ``int8-cpu`` is the fast form for CPUs.
 
-``OrtGraph`` runs graphs next to a sampler's: the encoder of an autoencoder.
+``OrtGraph`` runs graphs next to a sampler's: encoders and decoders.
 
 Threads: ``InferenceSession.run`` is thread-safe, so ``sample`` takes no lock. The worker threads of the session do not
 spin while they wait, which would waste cores of a shared machine.
@@ -102,37 +102,37 @@ class OrtBackend:
 
 
 class OrtGraph:
-    """One ``InferenceSession`` over a graph that is no sampler, with declared inputs and one output.
+    """One ``InferenceSession`` over a graph that is no sampler, with declared inputs and outputs.
 
     Args:
         path: The ``.onnx`` file.
         inputs: Its inputs in order.
-        output: Its output.
+        outputs: Its outputs in order.
         device: As in ``open_backend``.
         num_threads: As in ``open_backend``.
 
     Raises:
         BackendUnavailable: If onnxruntime or the execution provider for ``device`` is not here.
-        IntegrityError: If the file is missing, damaged, or has other inputs or another output.
+        IntegrityError: If the file is missing, damaged, or has other inputs or outputs.
     """
 
     def __init__(
         self,
         path: Path,
         inputs: Sequence[TensorSpec],
-        output: TensorSpec,
+        outputs: Sequence[TensorSpec],
         *,
         device: str | None = None,
         num_threads: int | None = None,
     ) -> None:
         session, _ = _open_session(path, device, num_threads)
         found = [_describe(node) for node in (*session.get_inputs(), *session.get_outputs())]
-        check_tensors(found, inputs, output, path)
-        self._path, self._output = path, output
+        check_tensors(found, inputs, outputs, path)
+        self._path, self._outputs = path, [tensor.name for tensor in outputs]
         self._session: Any = session
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the output for inputs of the declared shapes and dtypes, axis 0 is the batch.
+    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs for inputs of the declared shapes and dtypes, axis 0 is the batch.
 
         Raises:
             BackendFailure: If onnxruntime raised, or the graph is closed.
@@ -141,12 +141,12 @@ class OrtGraph:
         if session is None:
             raise BackendFailure(f"{self._path} was closed, expected an open graph. Open it again.")
         try:
-            (output,) = session.run([self._output.name], dict(feeds))
+            found: list[np.ndarray] = session.run(self._outputs, dict(feeds))
         except Exception as exc:  # onnxruntime's errors have no common base class
             raise BackendFailure(
                 f"onnxruntime failed on {self._path}: {_said(exc)}. Expected an output; report it if memory suffices."
             ) from exc
-        return np.asarray(output)
+        return found
 
     def close(self) -> None:
         """Release the session, which owns the memory."""

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     help="WanPipeline of diffusers whose autoencoder and configs go with an rCM .pt file.",
 )
 @click.option("--distilled", is_flag=True, help="The weights are a few-step student, where the folder does not say so.")
+@click.option("--frame-decoder", is_flag=True,
+              help="Decode clips frame by frame, by two graphs whose size does not grow with --frames.")  # fmt: skip
+@click.option("--golden/--no-golden", "goldens", default=True,
+              help="Record PyTorch samples of a flow pipeline; a long clip takes hours of a CPU.")  # fmt: skip
 @click.option("--encoder", is_flag=True, help="Add the encoder of a pipeline's autoencoder, for generate --image.")
 @split_option
 @click.option("--onnx-text-encoder", is_flag=True,
@@ -63,7 +67,8 @@ if TYPE_CHECKING:
 def import_(
     source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
     renoise: Renoise | None, start_time: float | None, size: str, frames: int | None, tokens: int | None,
-    max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, encoder: bool, split: bool,
+    max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, frame_decoder: bool, goldens: bool,
+    encoder: bool, split: bool,
     onnx_text_encoder: bool, vae: Path | None, loras: tuple[Path, ...], lora_scale: float, overwrite: bool,
     revision: str | None, as_json: bool,
 ) -> None:  # fmt: skip
@@ -97,8 +102,11 @@ def import_(
         given |= {"text_encoder": text_encoder, "onnx_text_encoder": onnx_text_encoder}
         create: Callable[..., BundleReport]
         if not student and is_sana(folder):
-            if distilled or frames is not None:
-                option = "--distilled" if distilled else "--frames"
+            only: dict[str, object] = {
+                "--distilled": distilled, "--frames": frames is not None, "--frame-decoder": frame_decoder,
+                "--no-golden": not goldens,
+            }  # fmt: skip
+            if option := next((name for name, value in only.items() if value), ""):
                 raise click.UsageError(f"{option} is given for a SANA-Sprint pipeline, expected it left out.")
             given |= {"steps": steps or (1, 2, 4), "renoise": renoise or "fresh"}
             given |= {"max_sequence_length": tokens or 300, "encoder": encoder, "start_time": start_time}
@@ -109,6 +117,7 @@ def import_(
             if option := next((name for name, value in only.items() if value), ""):
                 raise click.UsageError(f"{option} is given, expected it left out: it is for SANA-Sprint pipelines.")
             given |= {"steps": steps, "renoise": renoise, "num_frames": frames or 0, "distilled": distilled}
+            given |= {"frame_decoder": frame_decoder, "goldens": goldens}
             given |= {"max_sequence_length": tokens or 0, "base": base}
             create = import_flow_pipeline
         with TerminalEvents() as events:

@@ -31,7 +31,7 @@ def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
     import msgspec
 
     from scm_sdk.bundle.bundle import Bundle
-    from scm_sdk.bundle.layout import DECODER_PATH
+    from scm_sdk.bundle.layout import DECODER_PATH, FRAME_DECODER_FOLDER
     from scm_sdk.bundle.subset import artifact_name
 
     opened = Bundle.open(bundle, verify="none")
@@ -56,7 +56,8 @@ def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
         console.print(f"{plural(spec.num_inference_steps, 'step')} at t = {times}: {spec.sample_shape}, "
                       f"{classes}, batch 1..{spec.max_batch}")  # fmt: skip
     if manifest.is_split:
-        console.print(f"split: graphs and engines end in latents, {DECODER_PATH} decodes them")
+        decoder = FRAME_DECODER_FOLDER if manifest.has_frame_decoder else DECODER_PATH
+        console.print(f"split: graphs and engines end in latents, {decoder} decodes them")
     if manifest.samplers[0].class_names:
         console.print(printable("labels: " + ", ".join(manifest.samplers[0].class_names)))
     artifacts = make_table("artifact", "format", "precision", "steps")

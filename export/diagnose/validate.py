@@ -96,6 +96,6 @@ def examine_graph(
         model,
         bundle.graph_spec(steps),
         exact=None if exact is None else workspace.graph(exact.path),
-        decoder=workspace.graph(DECODER_PATH) if bundle.manifest.is_split else None,
+        decoder=workspace.graph(DECODER_PATH) if bundle.manifest.has_decoder_graph else None,
         examples=examples,
     )

@@ -1,7 +1,7 @@
 """Export the decoder of a latent model: the last stage of a sampler graph, or a separate graph; and its encoder.
 
 Names: nodes ``decoder/<module path>/<operator>``, weights ``decoder.<name in the state dict>``; those of the encoder
-start with ``encoder``.
+start with ``encoder``. A frame decoder is two graphs of its own, whose size does not grow with the clip.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scm_sdk import __version__
+from scm_sdk._util.files import atomic_write_bytes
+from scm_sdk._util.json_struct import to_json
+from scm_sdk.bundle.layout import FIRST_FRAME_PATH, FRAMES_PATH, NEXT_FRAMES_PATH
+from scm_sdk.bundle.manifest import Role
+from scm_sdk.errors import BundleError
+from scm_sdk.inference.frames import FrameSettings, frame_inputs, frame_outputs
 
 from .cleanup import clean
 from .io import EXTERNAL_DATA_ABOVE, GraphReport, write_model
 from .partial_eval import BATCH_DIM, needed
-from .trace import EXAMPLE_BATCH, trace_decoder, translate
+from .trace import EXAMPLE_BATCH, trace_decoder, trace_frame, translate
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
-    from scm_sdk.model.decoder import Decoder, Encoder
+    from scm_sdk.model.decoder import Decoder, Encoder, FrameDecoder
 
 ROOT = "decoder"
 LATENTS, IMAGES = "latents", "images"
@@ -69,6 +75,37 @@ def _export(module: nn.Module, shape: tuple[int, ...], names: tuple[str, str], p
     model = clean(translate(trace_decoder(module, example), names[:1], names[1]), root=ROOT)
     _prefix(model, prefix)
     return model
+
+
+def export_frame_decoder(frames: FrameDecoder, folder: Path) -> dict[str, Role]:
+    """Write the two graphs of a frame decoder, float32, opset 20, any batch size, into the folder of a bundle.
+
+    Args:
+        frames: A float32 decoder in evaluation mode.
+        folder: Folder of the bundle.
+
+    Returns:
+        Role of each written file whose name does not determine it.
+
+    Raises:
+        ExportError: If it cannot be exported; the message names the operator and the line where known.
+        ScmError: As ``write_model`` does.
+    """
+    import torch
+
+    settings = FrameSettings(
+        sample_shape=frames.sample_shape, output_shape=frames.output_shape, cache_shapes=frames.cache_shapes
+    )
+    for path, first in ((FIRST_FRAME_PATH, True), (NEXT_FRAMES_PATH, False)):
+        inputs = frame_inputs(settings, first=first)
+        names = [tensor.name for tensor in inputs], [tensor.name for tensor in frame_outputs(settings, first=first)]
+        # Not filled: caches of real clips have gigabytes, and nothing reads the numbers.
+        latents, *caches = (torch.empty((EXAMPLE_BATCH, *tensor.shape)) for tensor in inputs)
+        model = clean(translate(trace_frame(frames.module, latents, tuple(caches)), names[0], *names[1]), root=ROOT)
+        model.ir_version = IR_VERSION
+        write_model(model, folder / path)
+    atomic_write_bytes(folder / FRAMES_PATH, to_json(settings), error=BundleError)
+    return {FRAMES_PATH: "config"}
 
 
 def write_decoder(decoder: ir.Model, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> GraphReport:

@@ -75,7 +75,7 @@ class NetworkGraph:
         return self.model.graph.num_nodes()
 
 
-def export_network(model: ConsistencyModel, *, events: Events = SILENT) -> NetworkGraph:
+def export_network(model: ConsistencyModel, *, with_decoder: bool = True, events: Events = SILENT) -> NetworkGraph:
     """Export the network of a model, float32, opset 20, any batch size.
 
     Takes seconds for a small U-Net, a minute or more for a large one.
@@ -83,6 +83,7 @@ def export_network(model: ConsistencyModel, *, events: Events = SILENT) -> Netwo
     Args:
         model: A float32 model in evaluation mode. Weights that are normalized on use are stored in normalized form;
             calling ``bake_weights_`` of ``model.networks.magnitude`` first avoids a copy.
+        with_decoder: Whether to export a decoder, too; samplers that end in latents need none.
         events: Receives the stages.
 
     Raises:
@@ -120,7 +121,7 @@ def export_network(model: ConsistencyModel, *, events: Events = SILENT) -> Netwo
     with _stage("clean", "simplify the graph", seconds, events):
         clean(graph, root=ROOT)
     decoder = None
-    if model.decoder is not None:
+    if model.decoder is not None and with_decoder:
         with _stage("decoder", "export the decoder", seconds, events):
             decoder = export_decoder(model.decoder, spec.sample_shape)
     return NetworkGraph(
@@ -199,7 +200,8 @@ def _export(
     events: Events,
     decoder_path: Path | None = None,
 ) -> tuple[GraphReport, ...]:
-    network = export_network(model, events=events)
+    with_decoder = decoder_path is not None or any(spec.output == "pixels" for spec in targets.values())
+    network = export_network(model, with_decoder=with_decoder, events=events)
     if decoder_path is not None and network.decoder is not None:
         events.stage("write the decoder")
         write_decoder(network.decoder, decoder_path, external_data_above=external_data_above)

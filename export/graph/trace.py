@@ -144,6 +144,34 @@ def trace_decoder(decoder: nn.Module, latents: Tensor) -> ExportedProgram:
         return torch.export.export(module, (latents,), dynamic_shapes=shapes, strict=False)
 
 
+def trace_frame(decoder: nn.Module, latents: Tensor, caches: tuple[Tensor, ...]) -> ExportedProgram:
+    """Trace ``decoder(latents, caches)``, a tuple of tensors, for any batch size.
+
+    Args:
+        decoder: A float32 decoder in evaluation mode; see ``scm_sdk.model.decoder.FrameDecoder``.
+        latents: Example of one frame with B = ``EXAMPLE_BATCH``; its numbers are not read.
+        caches: Examples of the caches.
+
+    Raises:
+        ExportError: If it fails, fixes the batch size, or has control flow that depends on a tensor.
+    """
+    import torch
+
+    class Decoding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, latents: Tensor, caches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            out: tuple[Tensor, ...] = self.decoder(latents, caches)
+            return out
+
+    batch = {0: torch.export.Dim(BATCH_DIM)}
+    shapes = {"latents": batch, "caches": (batch,) * len(caches)}
+    with torch.no_grad(), _quiet(), _translated(f"{type(decoder).__name__} cannot be traced"):
+        return torch.export.export(Decoding().eval(), (latents, caches), dynamic_shapes=shapes, strict=False)
+
+
 def trace_tokens(encoder: nn.Module, length: int) -> ExportedProgram:
     """Trace ``encoder(input_ids, attention_mask)`` for any batch size.
 
@@ -162,13 +190,13 @@ def trace_tokens(encoder: nn.Module, length: int) -> ExportedProgram:
         return torch.export.export(encoder, (ids, torch.ones_like(ids)), dynamic_shapes=shapes, strict=False)
 
 
-def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> ir.Model:
+def translate(program: ExportedProgram, inputs: Sequence[str], *outputs: str) -> ir.Model:
     """Translate a trace to ONNX.
 
     Args:
         program: Result of ``trace_network`` or ``trace_decoder``.
         inputs: Names of its inputs in order.
-        output: Name of its output.
+        *outputs: Names of its outputs in order.
 
     Returns:
         A model of opset 20. It shares memory with the weights of the network and holds the exporter's metadata.
@@ -190,7 +218,7 @@ def translate(program: ExportedProgram, inputs: Sequence[str], output: str) -> i
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=[output],
+            output_names=list(outputs),
             external_data=False,
             verbose=False,
         )

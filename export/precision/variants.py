@@ -222,10 +222,12 @@ class Fp32Graph:
         Raises:
             ConfigError: If ``num_samples`` is less than 1.
         """
-        bundle = self.workspace.opened
+        bundle, steps = self.workspace.opened, self.num_inference_steps
+        # Clips are compared before a frame decoder, which takes as long as the sampler.
+        spec = bundle.graph_spec(steps) if bundle.manifest.has_frame_decoder else bundle.spec(steps)
         return Probe(
-            self.graph, bundle.spec(self.num_inference_steps), num_samples=num_samples, examples=examples,
-            decoder=bundle.file(DECODER_PATH) if bundle.manifest.is_split else None,
+            self.graph, spec, num_samples=num_samples, examples=examples,
+            decoder=bundle.file(DECODER_PATH) if bundle.manifest.has_decoder_graph else None,
         )  # fmt: skip
 
 

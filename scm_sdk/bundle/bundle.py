@@ -38,7 +38,6 @@ from .digest_cache import recall_digest, remember_digest
 from .goldens import GOLDEN_PATH, Golden, read_goldens, write_goldens
 from .graph_checks import check_graph_file
 from .hub import HUB_PREFIX, push
-from .layout import DECODER_PATH
 from .manifest import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
@@ -375,7 +374,7 @@ class Bundle:
         if self.manifest.is_split:
             raise ConfigError(
                 f"{purpose} needs graphs that return images, but those of {self.path} end in latents, and the decoder "
-                f"is {DECODER_PATH}. Import or export the model without --split for this."
+                "is a graph of its own. Import or export the model without --split and --frame-decoder for this."
             )
 
     def goldens(self) -> dict[int, Golden]:

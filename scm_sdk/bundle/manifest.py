@@ -14,7 +14,7 @@ import msgspec
 from .._util.json_struct import to_json
 from ..errors import ConfigError, SchemaError, printable
 from ..spec import Precision, SamplerSpec
-from .layout import DECODER_PATH
+from .layout import DECODER_PATH, FRAMES_PATH
 
 MANIFEST_NAME = "scm_manifest.json"
 SIGNATURE_NAME = "scm_signature.json"
@@ -227,8 +227,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def is_split(self) -> bool:
-        """Whether the decoder is a graph of its own; then graphs and engines end in latents."""
+        """Whether the decoder is a graph of its own, or two; then graphs and engines end in latents."""
+        return self.has_decoder_graph or self.has_frame_decoder
+
+    @property
+    def has_decoder_graph(self) -> bool:
+        """Whether the decoder is one graph, ``DECODER_PATH``."""
         return any(entry.path == DECODER_PATH for entry in self.files)
+
+    @property
+    def has_frame_decoder(self) -> bool:
+        """Whether clips are decoded frame by frame, by the graphs next to ``FRAMES_PATH``."""
+        return any(entry.path == FRAMES_PATH for entry in self.files)
 
     @property
     def cut_note(self) -> str:

@@ -196,10 +196,10 @@ def open_backend(
 
 
 class Graph(Protocol):
-    """An open graph that is no sampler, with declared inputs and one output; thread-safe."""
+    """An open graph that is no sampler, with declared inputs and outputs; thread-safe."""
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the output for inputs by name; axis 0 is the batch."""
+    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs for inputs by name; axis 0 is the batch."""
         ...
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ class Graph(Protocol):
 def open_graph(
     path: Path,
     inputs: Sequence[TensorSpec],
-    output: TensorSpec,
+    outputs: Sequence[TensorSpec],
     *,
     backend: str = "onnxruntime",
     device: str | None = None,
@@ -221,18 +221,18 @@ def open_graph(
     Args:
         path: The ``.onnx`` file.
         inputs: Its inputs in order.
-        output: Its output.
+        outputs: Its outputs in order.
         backend: A name in ``BACKENDS``; ONNX Runtime runs the graph for those whose library has no ``open_graph``.
         device: As in ``open_backend``.
         num_threads: As in ``open_backend``.
 
     Raises:
         BackendUnavailable: If the library or the device is not here.
-        IntegrityError: If the file is missing, damaged, or has other inputs or another output.
+        IntegrityError: If the file is missing, damaged, or has other inputs or outputs.
     """
     info = backend_info(backend)
     graph: Graph = import_module((info if info.runs_graphs else BACKENDS["onnxruntime"]).module).open_graph(
-        path, inputs, output, device=device, num_threads=num_threads
+        path, inputs, outputs, device=device, num_threads=num_threads
     )
     survive_fork(graph)
     return graph

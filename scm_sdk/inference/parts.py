@@ -135,7 +135,7 @@ class PartsBackend:
         with self._decoder.use() as decoder:
 
             def decode(latents: np.ndarray) -> np.ndarray:
-                images = decoder.run({"latents": latents})
+                (images,) = decoder.run({"latents": latents})
                 if images.shape != (wanted := (len(latents), *self.spec.image_shape)):
                     raise BackendFailure(
                         f"the decoder returned {images.shape}, expected {wanted}. Export the bundle again."

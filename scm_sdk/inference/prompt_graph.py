@@ -103,7 +103,7 @@ class PromptGraph:
         self._tokenizer.enable_padding(length=s.length, pad_id=s.pad_id, pad_token=s.pad_token, direction="right")
         inputs = [TensorSpec(name=name, shape=(s.length,), dtype="int64") for name in ("input_ids", "attention_mask")]
         output = TensorSpec(name="prompt_embeds", shape=(s.max_sequence_length, s.width))
-        self._graph = open_graph(graph, inputs, output, device=device)
+        self._graph = open_graph(graph, inputs, [output], device=device)
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode prompts, one at a time.
@@ -131,7 +131,7 @@ class PromptGraph:
             np.array([getattr(each, name) for each in encoded], np.int64) for name in ("ids", "attention_mask")
         )
         feeds = ({"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]} for i in range(len(ids)))
-        embeds = np.concatenate([self._graph.run(feed) for feed in feeds])
+        embeds = np.concatenate([self._graph.run(feed)[0] for feed in feeds])
         kept = [0, *range(s.length - s.max_sequence_length + 1, s.length)]
         return embeds, mask[:, kept] if s.mask else np.ones_like(mask[:, kept])
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..bundle.layout import (
     DECODER_FOLDER,
     DECODER_PATH,
     ENCODER_PATH,
+    FRAMES_PATH,
     INDEX_NAME,
     PROMPT_GRAPH_PATH,
     WEIGHTS_NAME,
@@ -33,6 +35,7 @@ from ..bundle.verify import Stamp, is_settled, stamp
 from ..errors import BundleError, ConfigError, IntegrityError
 from ..spec import SamplerSpec, TensorSpec
 from .backends import Graph, open_graph
+from .frames import ClipDecoder, FrameSettings
 from .prompts import Prompts
 
 CHECKPOINT_STEPS = (1, 2)
@@ -158,7 +161,7 @@ class Source:
 
     @property
     def is_split(self) -> bool:
-        """Whether the decoder is a graph of its own."""
+        """Whether the decoder is a graph of its own, or two."""
         return self.bundle is not None and self.bundle.manifest.is_split
 
     def ends_in_latents(self, artifact: str) -> bool:
@@ -166,7 +169,7 @@ class Source:
         return self.is_split and any(a.path == artifact and a.format != "safetensors" for a in self.artifacts)
 
     def open_decoder(self, spec: SamplerSpec, *, backend: str, device: str | None, num_threads: int | None) -> Graph:
-        """Open the graph of the decoder, and check its files against the opened source.
+        """Open the graph of the decoder, or the two of a frame decoder, and check the files against the opened source.
 
         Args:
             spec: A sampler of the source.
@@ -180,13 +183,33 @@ class Source:
             BundleError: If the graph holds something that is not allowed.
         """
         assert self.bundle is not None, "only a bundle is split"
-        latents = TensorSpec(name="latents", shape=spec.sample_shape)
-        images = TensorSpec(name="images", shape=spec.image_shape)
-        path, graph = self.bundle.file(DECODER_PATH), None
+        open_part = partial(self._open_graph, backend=backend, device=device, num_threads=num_threads)
+        if not self.bundle.manifest.has_frame_decoder:
+            latents = TensorSpec(name="latents", shape=spec.sample_shape)
+            images = TensorSpec(name="images", shape=spec.image_shape)
+            return open_part(DECODER_PATH, [latents], [images])
+        self.bundle.check_file(FRAMES_PATH, verify=self.verify)
+        settings = FrameSettings.read(self.bundle.file(FRAMES_PATH))
+        settings.check(spec)
+        return ClipDecoder(settings, open_part)
+
+    def _open_graph(
+        self, path: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *,
+        backend: str, device: str | None, num_threads: int | None,
+    ) -> Graph:  # fmt: skip
+        """Open a listed graph that is no sampler, and check its files against the opened source.
+
+        Raises:
+            IntegrityError: If it is not listed. Otherwise as ``open_decoder``.
+        """
+        assert self.bundle is not None, "only a bundle lists graphs"
+        if not any(entry.path == path for entry in self.bundle.manifest.files):
+            raise IntegrityError(f"{self.path} has no {path}, expected it next to the other graphs. Copy it whole.")
+        file, graph = self.bundle.file(path), None
         try:
-            with self.check_while_loading(DECODER_PATH):
-                self.bundle.check_graph(DECODER_PATH)
-                graph = open_graph(path, [latents], images, backend=backend, device=device, num_threads=num_threads)
+            with self.check_while_loading(path):
+                self.bundle.check_graph(path)
+                graph = open_graph(file, inputs, outputs, backend=backend, device=device, num_threads=num_threads)
         except BundleError:
             if graph is not None:  # weights that were hashed while they were loaded
                 graph.close()
@@ -198,7 +221,7 @@ class Source:
         """Parts that ``offload`` loads in turn: the sampler, and text encoder, encoder and decoder where they are."""
         listed = set() if self.bundle is None else {entry.path for entry in self.bundle.manifest.files}
         has_text_encoder = self.text_encoder is not None or self.prompt_graph is not None
-        return 1 + has_text_encoder + sum(path in listed for path in (ENCODER_PATH, DECODER_PATH))
+        return 1 + has_text_encoder + sum(path in listed for path in (ENCODER_PATH, DECODER_PATH, FRAMES_PATH))
 
     def check_prompt_graph(self) -> None:
         """Compare the graph of the text encoder and its tokenizer with the opened source, and check the graph.

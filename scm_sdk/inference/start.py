@@ -148,7 +148,7 @@ class StartImages:
         if last is not None and last[0] == digest:  # a request that was split into one for each image
             return last[1]
         with part.use() as encoder:
-            latents = np.concatenate([encoder.run({"images": each[None]}) for each in pixels])
+            latents = np.concatenate([encoder.run({"images": each[None]})[0] for each in pixels])
         with self._lock:
             self._last = digest, latents
         return latents
@@ -165,7 +165,7 @@ class StartImages:
         images = TensorSpec(name="images", shape=spec.image_shape)
         latents = TensorSpec(name="latents", shape=spec.sample_shape)
         return open_graph(
-            bundle.file(ENCODER_PATH), [images], latents, device=self._device, num_threads=self._num_threads
+            bundle.file(ENCODER_PATH), [images], [latents], device=self._device, num_threads=self._num_threads
         )
 
 

@@ -14,7 +14,7 @@ from .._util.arguments import check_names
 from ..errors import ConfigError, ShapeError
 from ..spec import DEFAULT_MID_TIME, Renoise, SamplerSpec, TensorSpec, default_times
 from .bounds import check_bounds, check_num_parameters
-from .decoder import Decoder, Encoder
+from .decoder import Decoder, Encoder, FrameDecoder
 from .foreign.diffusers_models import DiffusersConfig, make_diffusers_network
 from .networks.custom import OwnConfig, make_own_network, own_config
 from .networks.ddpmpp import DDPMpp, DDPMppConfig
@@ -163,6 +163,8 @@ class ConsistencyModel(nn.Module):
 
     Attributes:
         encoder: Encoder of a latent model, None by default. ``export_bundle`` adds its graph, for ``gen(image=...)``.
+        frame_decoder: Decoder of clips frame by frame, None by default. ``export_bundle`` then writes its two graphs,
+            and samplers that end in latents.
 
     Raises:
         ConfigError: If neither a config nor a network with its ``sample_shape`` is given.
@@ -189,6 +191,7 @@ class ConsistencyModel(nn.Module):
         self.network: nn.Module = make_network(self.config.network) if network is None else network
         self.decoder: Decoder | None = decoder
         self.encoder: Encoder | None = None
+        self.frame_decoder: FrameDecoder | None = None
 
     @property
     def sigma_data(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -172,6 +173,25 @@ class Decoder(nn.Module):
         """Convert latents of an autoencoder to training data; the inverse of ``to_latents``."""
         axes = (1, len(self.latents.scale), *([1] * (latents.ndim - 2)))
         return (latents - self.shift.to(latents.dtype).reshape(axes)) / self.scale.to(latents.dtype).reshape(axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameDecoder:
+    """The decoder of clips, one latent frame after the other, for graphs whose size does not grow with the clip.
+
+    Attributes:
+        module: Maps one frame of the sampler's output, (B, C, 1, H, W), and a tuple of caches to a tuple: the frame's
+            pixels (B, 3, T, H, W) and each cache of the next frame. The first frame has no caches, and other pixels:
+            T = 1.
+        sample_shape: Shape of the sampler's output, (C, frames, H, W).
+        output_shape: Shape of one clip, (3, T, H, W).
+        cache_shapes: Shape of each cache, without the batch axis.
+    """
+
+    module: nn.Module
+    sample_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    cache_shapes: tuple[tuple[int, ...], ...]
 
 
 class Encoder(nn.Module):

@@ -113,7 +113,7 @@ def test_openvino_runs_both_parts_of_a_split_bundle(
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
     shutil.copyfile(whole / "onnx/fp32/1step/model.onnx", copy / DECODER)
     rewritten(copy)
-    with pytest.raises(IntegrityError, match=r"has inputs and output .*expected latents: float32"):
+    with pytest.raises(IntegrityError, match=r"has inputs and outputs .*expected latents: float32"):
         images(copy, backend="openvino")
 
 
@@ -245,7 +245,7 @@ def test_a_damaged_or_missing_decoder_is_refused(copy: Path) -> None:
 def test_the_decoder_of_another_model_is_refused(copy: Path, whole: Path) -> None:
     shutil.copyfile(whole / "onnx/fp32/1step/model.onnx", copy / DECODER)
     rewritten(copy)
-    with pytest.raises(IntegrityError, match=r"has inputs and output .*expected latents: float32"):
+    with pytest.raises(IntegrityError, match=r"has inputs and outputs .*expected latents: float32"):
         images(copy)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...errors import IntegrityError
 from ..bounds import check_bound, check_num_parameters, on_meta
@@ -45,11 +49,27 @@ def load_component(
         tensors |= read_tensors(file)
     check_fits(module, tensors, f"the weights in {folder} do not fit its config", remedy="Copy the folder again.")
     if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in tensors):
-        module = kind.from_config(config)  # its constructor computes tables
-    kept = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-        if name.startswith(keep)
-    }
+        with _without_parameters():  # its constructor computes tables
+            module = kind.from_config(config)
+    kept: dict[str, Tensor] = {}
+    while tensors:  # one after the other, because large models exist once in memory
+        name, tensor = tensors.popitem()
+        if name.startswith(keep):
+            kept[name] = tensor.float() if tensor.is_floating_point() else tensor
     module.load_state_dict(kept, strict=False, assign=True)
     return module
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Create modules, in this thread, with real buffers and with parameters on the meta device."""
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:  # torch declares None alone
+        return nn.Parameter(parameter.to("meta")) if threading.get_ident() == thread else None
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -20,14 +20,14 @@ from ...errors import ConfigError, IntegrityError
 from ...spec import Renoise, SamplerSpec
 from ..consistency import ConsistencyModel, ModelConfig
 from ..conversions import FLOW
-from ..decoder import Decoder, LatentScale
+from ..decoder import Decoder, FrameDecoder, LatentScale
 from ..networks.custom import OwnConfig
 from .component import CONFIG_SUFFIXES, copy_pipeline, weight_files
 from .component_module import load_component
 from .denoiser import ModuleDenoiser, TrigFlowNetwork
 from .diffusers_models import make_tractable
 from .few_step_folder import FewStepFolder, Settings, read_few_step_folder
-from .few_step_networks import NETWORKS, ImageDecoder, WanDecoder
+from .few_step_networks import NETWORKS, ImageDecoder, WanDecoder, WanFrame
 
 DECODER_WEIGHTS = ("decoder.", "post_quant_conv.", "bn.")
 """Prefixes of an autoencoder's weights that decoding needs."""
@@ -61,6 +61,8 @@ class FewStepModel(ConsistencyModel):
         super().__init__(ModelConfig(network=described, sigma_data=1.0), made, decoder)
         self.folder = folder
         self.keep_text_encoder = True
+        if folder.settings.frame_decoder:
+            self.frame_decoder = _frame_decoder(folder, decoder)
 
     def spec(
         self,
@@ -120,6 +122,20 @@ def _decoder(folder: FewStepFolder, vae: Any) -> Decoder:
         )
     scale = LatentScale(scale=(1 / float(config["scaling_factor"]),), shift=(float(config.get("shift_factor") or 0),))
     return Decoder(ImageDecoder(vae), scale, folder.output_shape)
+
+
+def _frame_decoder(folder: FewStepFolder, decoder: Decoder) -> FrameDecoder:
+    shape = folder.sample_shape
+    if not isinstance(decoder.module, WanDecoder) or shape[1] < 2:
+        found = f"a clip of {folder.settings.num_frames} frame" if len(shape) == 4 else "images"
+        raise ConfigError(
+            f"a frame decoder is asked for, but this {folder.row.name} makes {found}, expected a clip of more frames. "
+            "Leave --frame-decoder out."
+        )
+    frame = WanFrame(decoder, shape)
+    return FrameDecoder(
+        module=frame, sample_shape=shape, output_shape=decoder.output_shape, cache_shapes=frame.cache_shapes
+    )
 
 
 def _refuse_sla(folder: Path) -> None:

@@ -46,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         num_frames: Frames of a video, 4 n + 1; 0 is the pipeline's default, and 0 for an image.
         max_sequence_length: Tokens of a prompt; 0 is the pipeline's default.
         distilled: Whether the user says that the weights are a few-step student, where the folder does not say so.
+        frame_decoder: Whether exports decode clips frame by frame.
     """
 
     height: int = 0
@@ -53,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_frames: int = 0
     max_sequence_length: int = 0
     distilled: bool = False
+    frame_decoder: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

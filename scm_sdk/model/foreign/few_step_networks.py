@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..decoder import Decoder
 from .few_step_folder import Z_IMAGE_MULTIPLE, FewStepFolder
 
 _MASKED = -1e4
@@ -344,13 +345,77 @@ class WanDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return pixels, (B, 3, 1 + 4 (T - 1), H, W), clipped to [-1, 1]."""
+        caches = self.no_caches()
+        return torch.cat([self.decode(frame, caches) for frame in torch.split(latents, 1, dim=2)], dim=2)
+
+    def no_caches(self) -> list[Any]:
+        """Return the caches before the first frame."""
+        return [None] * self.num_caches
+
+    def decode(self, latents: Tensor, caches: list[Any]) -> Tensor:
+        """Return the pixels of one latent frame, (B, 3, 1 or 4, H, W), clipped to [-1, 1], and update the caches."""
         z = self.post_quant_conv(latents)
-        caches: list[Tensor | None] = [None] * self.num_caches
-        frames = [
-            self.decoder(z[:, :, i : i + 1], feat_cache=caches, feat_idx=[0], first_chunk=i == 0)
-            for i in range(z.shape[2])
-        ]
-        return torch.cat(frames, dim=2).clamp(-1.0, 1.0)
+        frames: Tensor = self.decoder(z, feat_cache=caches, feat_idx=[0], first_chunk=caches[0] is None)
+        return frames.clamp(-1.0, 1.0)
+
+
+class WanFrame(nn.Module):
+    """One call of ``WanDecoder.decode`` with tensors alone, as ``decoder.FrameDecoder`` describes it.
+
+    diffusers keeps one frame or a word in a cache after the first frame, and two frames later. Frames of zeros before
+    the first mean the same, because the convolutions pad with them, so every cache has two.
+
+    Args:
+        decoder: The decoder, with a ``WanDecoder``.
+        sample_shape: Shape of the latents of a clip, (C, T, H, W).
+
+    Attributes:
+        cache_shapes: Shape of each cache, without the batch axis.
+    """
+
+    def __init__(self, decoder: Decoder, sample_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        channels, _, height, width = sample_shape
+        self.cache_shapes = _cache_shapes(self._wan, (channels, 2, height, width))
+
+    @property
+    def _wan(self) -> WanDecoder:
+        assert isinstance(self.decoder.module, WanDecoder)
+        return self.decoder.module
+
+    def forward(self, latents: Tensor, caches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the frame's pixels, and the caches for the next."""
+        kept = [*caches, *self._wan.no_caches()[len(caches) :]]
+        pixels = self._wan.decode(self.decoder.to_latents(latents), kept)
+        pairs = zip(kept, self.cache_shapes, strict=False)  # 1x1 convolutions have none
+        return pixels, *(_two_frames(cache, latents.new_zeros(latents.shape[0], *shape)) for cache, shape in pairs)
+
+
+def _two_frames(cache: Any, zeros: Tensor) -> Tensor:
+    """Fill a cache of diffusers up to two frames; zeros are one without frames."""
+    if not isinstance(cache, Tensor):  # "Rep", of a time convolution that the first frame skips
+        return zeros
+    return torch.cat([zeros[:, :, cache.shape[2] :], cache], dim=2) if cache.shape[2] < zeros.shape[2] else cache
+
+
+def _cache_shapes(decoder: WanDecoder, latents: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes after the second latent frame, found without computing or memory."""
+
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+            caches = self.decoder.no_caches()
+            for frame in torch.split(latents, 1, dim=2):
+                self.decoder.decode(frame, caches)
+            return tuple(cache for cache in caches if cache is not None)
+
+    tensors = {name: tensor.to("meta") for name, tensor in Caches().state_dict().items()}
+    found = torch.func.functional_call(Caches(), tensors, (torch.empty((1, *latents), device="meta"),))
+    return tuple(tuple(cache.shape[1:]) for cache in found)
 
 
 NETWORKS: dict[str, Callable[[Any, FewStepFolder], nn.Module]] = {
