@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from helpers.chromium import Browser, Page
 from helpers.node import npm_install, run_node
 from helpers.servers import running
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.export.edge.site import read_site, write_site
+from scm_sdk.export.edge.site import SITE_NAME, read_site, write_site
 from scm_sdk.images import to_uint8
 from scm_sdk.inference.generator import Generator
 from scm_sdk.inference.sources import open_source
@@ -45,6 +47,11 @@ for (const { image, ...request } of args[1]) {
   }
 }
 done({ starts: gen.info.starts, found });
+"""
+
+LOAD = """
+const { Generator } = await import(`${args[0]}/scm.js`);
+done(await Generator.load(`${args[0]}/`).then(() => "", (error) => `${error.code}: ${error.message}`));
 """
 
 
@@ -124,6 +131,22 @@ def test_a_site_that_starts_from_noise_takes_no_image(site: Path) -> None:
     told = run_node(CALL, site.as_uri(), [{"image": rgba(pixels(1)), "startTime": START}])
     assert told["starts"] == [] and "unsupported" in told["found"][0]["error"]
     assert "--start-time" in told["found"][0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"start_steps": [7]}, "start_steps holds 7"),
+        ({"start_steps": None}, "start_steps is no list"),
+        ({"encoder": {"path": 1, "files": ["x"], "devices": ["wasm"]}}, "encoder.path is no string"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(start_site: Path, tmp_path: Path, change: dict[str, Any], found: str) -> None:
+    site = Path(shutil.copytree(start_site, tmp_path / "site"))
+    manifest = json.loads((site / SITE_NAME).read_text(encoding="utf-8"))
+    (site / SITE_NAME).write_text(json.dumps(manifest | change), encoding="utf-8")
+    told = run_node(LOAD, site.as_uri())
+    assert told.startswith("manifest: ") and found in told
 
 
 @pytest.mark.slow

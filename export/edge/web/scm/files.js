@@ -45,6 +45,8 @@ export async function fetchSite(base, sha256, signal) {
   }
   const problem = problemOf(site, SHAPE, "") || (site.encoder ? problemOf(site.encoder, ENCODER, "encoder") : "");
   if (problem) throw new ScmError("manifest", `${url} is damaged: ${problem}. ${REPAIR}`);
+  const lost = site.start_steps.find((steps) => !site.samplers.some(({ times }) => times.length === steps));
+  if (lost !== undefined) throw new ScmError("manifest", `${url} is damaged: start_steps holds ${lost}. ${REPAIR}`);
   return site;
 }
 

@@ -63,8 +63,8 @@ export function toData(image, [channels, height, width], [low, high]) {
   );
   const found = new Float32Array(channels * size);
   for (let i = 0; i < size; i += 1) {
-    const [red, green, blue, alpha] = data.subarray(4 * i, 4 * i + 4);
-    if (alpha !== 255) {
+    const [red, green, blue] = [data[4 * i], data[4 * i + 1], data[4 * i + 2]];
+    if (data[4 * i + 3] !== 255) {
       throw new ScmError("bad-argument", "image has transparent pixels, expected opaque ones. Draw it on a background.");
     }
     if (channels === 1 && (red !== green || red !== blue)) {
