@@ -15,8 +15,9 @@ pytest.importorskip("onnxruntime")
 from helpers.few_step_fixtures import SIZES, STEPS, TOKENS, draw_prompts
 from helpers.sana_fixtures import SIZE
 from helpers.sana_fixtures import TOKENS as SANA_TOKENS
-from scm_sdk.export.flow_pipeline import current_flow_import, import_flow_pipeline
-from scm_sdk.export.sana import current_import, import_sana
+from scm_sdk.errors import BundleError
+from scm_sdk.export.flow_pipeline import import_flow_pipeline
+from scm_sdk.export.sana import import_sana
 from scm_sdk.inference.generator import Generator
 from scm_sdk.model.foreign.prompt_encoder import PromptEncoder
 
@@ -32,8 +33,9 @@ def test_sana_from_a_picture_in_four_parts(
         "encoder": True, "split": True,
     }  # fmt: skip
     import_sana(sana_folder, tmp_path / "split", **options)
-    assert current_import(sana_folder, tmp_path / "split", **options) is not None
-    assert current_import(sana_folder, tmp_path / "split", **(options | {"split": False})) is None
+    assert import_sana(sana_folder, tmp_path / "split", reuse=True, **options).unchanged
+    with pytest.raises(BundleError, match="exists"):
+        import_sana(sana_folder, tmp_path / "split", reuse=True, **(options | {"split": False}))
     picture = np.random.default_rng(5).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     embeds, mask, _ = sana_inputs
     call: dict[str, Any] = {"image": picture, "start_time": 1.1, "seed": 3, "output_type": "raw"}
@@ -67,8 +69,7 @@ def test_flow_pipelines_in_two_parts(flow_folders: Callable[[str], Path], tmp_pa
     for split in (False, True):
         out = tmp_path / f"split-{split}"
         import_flow_pipeline(flow_folders(name), out, split=split, **options)
-        found = [current_flow_import(flow_folders(name), out, split=each, **options) for each in (False, True)]
-        assert [report is not None for report in found] == [not split, split]
+        assert import_flow_pipeline(flow_folders(name), out, split=split, reuse=True, **options).unchanged
         with Generator.from_pretrained(out, offload=split, **ORT) as gen:
             embeds = draw_prompts(gen.opened().spec.conditioning[0].shape[1])[:1]
             images.append(gen(3, prompt_embeds=embeds, seed=3, output_type="raw").images)
