@@ -283,7 +283,7 @@ class Service:
         return await self.apart(_decode_image, text, (height, width, channels))
 
     async def apart(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function on a thread for short work, so that the answers to others go on."""
+        """Call a function on a thread for short work, so that the answers to others continue."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args, **kwargs))
 
     def check_count(self, count: int, param: str = "n") -> int:

@@ -160,7 +160,7 @@ def listens(port: int) -> bool:
 
 
 def other_servers() -> ModuleType:
-    """The benchmark that runs Triton beside other servers."""
+    """The benchmark that runs Triton and other servers."""
     file = Path(__file__).resolve().parents[2] / "benchmarks/speed/other_servers.py"
     spec = importlib.util.spec_from_file_location("other_servers", file)
     assert spec is not None and spec.loader is not None
