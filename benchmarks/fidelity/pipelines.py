@@ -301,7 +301,7 @@ def draw(results: list[Result], out: Path) -> None:
 
 
 def draw_clip(results: list[Result], out: Path) -> None:
-    """Write one clip: a row for each video pipeline; the library's, ONNX Runtime's, INT8's and INT4's next to each other."""
+    """Write one clip, a row for each video pipeline: the library's, ONNX Runtime's, INT8's and INT4's."""
     names = [name for name in ("ONNX Runtime", "INT8", "INT4 weights") if all(name in r.found for r in results)]
     rows = [np.concatenate([r.wanted[0], *(r.found[name][0] for name in names)], axis=2) for r in results]
     clip = np.round(np.concatenate(rows, axis=1) * 255).astype(np.uint8)
