@@ -26,6 +26,7 @@ from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError  # noqa: E402
 from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.export.graph.text_encoder import export_text_encoder  # noqa: E402
+from scm_sdk.export.precision.calibration import Calibration  # noqa: E402
 from scm_sdk.export.precision.probe import bundle_examples  # noqa: E402
 from scm_sdk.inference.prompt_graph import PromptGraph  # noqa: E402
 from scm_sdk.model.foreign.few_step import load_few_step  # noqa: E402
@@ -193,6 +194,15 @@ with Generator.from_pretrained({str(out)!r}, backend="onnxruntime", num_threads=
     (tmp_path / "prompts.txt").write_text("\n".join(["a cat", "a dog"]), encoding="utf-8")
     encoded = bundle_examples(out, tmp_path / "prompts.txt").rows([0])["prompt_embeds"]
     np.testing.assert_allclose(encoded[0], embeds[0], rtol=0, atol=1e-4)
+    arguments = ["quantize", out, "--to", "int8", "--to", "int4", "--num-samples", 2]
+    done = CliRunner().invoke(main, [str(argument) for argument in [*arguments, "--prompts", tmp_path / "prompts.txt"]])
+    assert done.exit_code == 0, done.output
+    record = Calibration.from_json((out / "calibration" / "int8-1step.json").read_bytes())
+    assert record.conditioning.startswith("2 prompts of prompts.txt, sha256 ")
+    for precision in ("int8", "int4"):
+        with Generator.from_pretrained(out, backend="onnxruntime", precision=precision, num_threads=1) as gen:
+            low = gen(2, prompt=PROMPTS, seed=1, output_type="raw").images
+        assert 0 < np.sqrt(np.square(low - wanted).mean()) < 0.25 * wanted.std()
 
 
 def test_a_pipeline_without_the_encoder_is_refused_before_its_export(
