@@ -108,7 +108,7 @@ def test_a_tokenizer_that_a_graph_cannot_follow_is_refused(
 def test_a_tokenizer_that_pads_on_the_left_is_refused(tmp_path: Path) -> None:
     encoder = FlowPromptEncoder(read_with_text("ZImagePipeline", tmp_path, TOKENS))
     encoder.tokenizer.padding_side = "left"
-    with pytest.raises(ConfigError, match="pads on the left, expected the right. Leave out --onnx-text-encoder"):
+    with pytest.raises(ConfigError, match=r"pads on the left, expected the right\. Leave out --onnx-text-encoder"):
         export_text_encoder(encoder, tmp_path / "bundle", max_sequence_length=TOKENS)
 
 
