@@ -506,8 +506,8 @@ class Generator:
         check_output_type(opened.spec, output_type)
         words = {name: arguments.pop(name, None) for name in ("conditioning", "prompt", EMBEDS, MASK)}
         count = check_num_images(arguments.get("num_images", 1), opened.spec)
+        offset = self._starts.offset(opened.spec, count, image)  # a wrong image fails before the text encoder is loaded
         made = self._prompts.conditioning(opened.spec, count, **words)
-        offset = self._starts.offset(opened.spec, count, image)
         return opened, make_request(opened.spec, conditioning=made, offset=offset, **arguments)
 
     def _job(self, arguments: Mapping[str, Any]) -> Job:

@@ -116,7 +116,7 @@ def test_wrong_arguments(ort: Generator, arguments: dict[str, Any], error: type[
             "precision 'fp16' is not in .*, expected fp32",
         ),
         ({"fallback": "maybe"}, "fallback is 'maybe', expected one of error, warn, allow"),
-        ({"verify": "twice"}, "verify is 'twice', expected one of none, digest, smoke, full"),
+        ({"verify": "twice"}, "verify is 'twice', expected one of none, digest, remembered, smoke, full"),
         ({"max_batch": 6}, r"max_batch is 6, expected 1\.\.5"),
         ({"num_threads": 0}, "num_threads is 0, expected 1 or more"),
         ({"num_inference_steps": 3}, "num_inference_steps is 3, expected one of 1, 2, .*backend='torch'"),
