@@ -22,7 +22,7 @@ from scm_sdk.model.foreign.pipelines import usual_steps
 from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import CPU_PRECISIONS, Precision
 
-from .bundle_export import export_bundle, is_current, is_split
+from .bundle_export import export_bundle, is_current, kept_options
 from .engines.add import AddOptions, add_engines, check_targets
 from .precision.half import LowPrecision, default_plan
 from .precision.int8_variants import Int8, QuantizeOptions, add_int8
@@ -59,7 +59,8 @@ def build_all(
         checkpoint: Folder with ``config.json`` and safetensors, a pipeline of diffusers, or a bundle, ``out`` itself or
             another, whose checkpoint is taken.
         out: The bundle, or a workspace of it. One that was exported from other weights or for other samplers is
-            exported again; a split one stays split.
+            exported again; a split one stays split, and one of several image sizes keeps them. INT8 graphs and
+            engines are of the first size.
         precisions: What to add to fp32; ``fp32`` may be named, for engines of it.
         targets: GPUs, also by name, to build engines for; () builds none.
         flavor: Which library builds them.
@@ -100,9 +101,10 @@ def build_all(
     else:
         events.stage(f"export {os.fspath(checkpoint)}")
         largest = max_batch or (PIPELINE_BATCH if is_pipeline(folder) else 32)
+        split, further_sizes = kept_options(workspace)
         export_bundle(
-            folder, workspace, steps=steps or usual_steps(folder), max_batch=largest, split=is_split(workspace),
-            overwrite=True, events=events,
+            folder, workspace, steps=steps or usual_steps(folder), max_batch=largest, split=split,
+            further_sizes=further_sizes, overwrite=True, events=events,
         )  # fmt: skip
     examples = None if prompts is None else bundle_examples(workspace.path, prompts)
     if "fp32-cpu" in precisions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from scm_sdk.bundle.layout import (
     FRAMES_PATH,
     NEXT_FRAMES_PATH,
 )
-from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact, Role
+from scm_sdk.bundle.manifest import MANIFEST_NAME, Artifact, ImageSize, Role, Size, describe_size, image_size
 from scm_sdk.bundle.scheduler import SCHEDULER_PATH, scheduler_json
 from scm_sdk.bundle.status import ModelStatus
 from scm_sdk.bundle.verify import read_manifest
@@ -34,7 +35,7 @@ from scm_sdk.model.foreign.sana_folder import is_pipeline
 from scm_sdk.spec import T_LIMIT, Renoise, SamplerSpec
 
 from .graph.decoder import export_encoder, export_frame_decoder, write_decoder
-from .graph.io import GraphReport, read_report
+from .graph.io import GRAPH_NAME, GraphReport, read_report, sized_name
 from .graph.network import export_samplers
 from .workspace import Workspace
 
@@ -127,6 +128,7 @@ def export_bundle(
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     goldens: bool = True,
+    further_sizes: Sequence[ImageSize] = (),
     add_parts: Callable[[Path], Mapping[str, Role]] = lambda folder: {},
     events: Events = SILENT,
 ) -> BundleReport:
@@ -149,11 +151,14 @@ def export_bundle(
         provenance: Origin of the weights; default: that of the checkpoint.
         goldens: Whether to record samples of PyTorch, which other machines compare theirs with (``verify="smoke"``). A
             long clip takes hours of a CPU.
+        further_sizes: More image sizes, height and width, pixels, each with a graph per sampler that shares the weights
+            of the first size. They have no recorded samples.
         add_parts: Writes further files into the folder of the bundle, and returns the roles that no name determines.
         events: Receives the stages.
 
     Raises:
-        ConfigError: If a custom network or decoder is not registered, or there is no decoder to split off.
+        ConfigError: If a custom network or decoder is not registered, there is no decoder to split off, or the model
+            cannot have several sizes.
         BundleError: If ``out`` may not be replaced or cannot be written.
         ExportError: If the network cannot be exported.
     """
@@ -164,6 +169,8 @@ def export_bundle(
     model = checkpoint if isinstance(checkpoint, ConsistencyModel) else ConsistencyModel.from_pretrained(checkpoint)
     model.check_reopens()
     specs = plan_samplers(model, steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch)
+    _check_sizes(model, (image_size(specs), *further_sizes), split=split)
+    others = [model.at_size(*size) for size in further_sizes]
     workspace, provenance = Workspace.of(out), provenance or dict(model.config.provenance)
     out = workspace.path
     name = name or out.name
@@ -172,11 +179,22 @@ def export_bundle(
         if not given:
             bake_weights_(model.network)  # only this function references the model, so its memory can be reused
         frames = model.frame_decoder
-        graphs = export_samplers(
+        # Further sizes refer to a file of weights.
+        write_graphs = partial(export_samplers, external_data_above=0) if others else export_samplers
+        graphs = write_graphs(
             model, [spec.before_decoder if split or frames is not None else spec for spec in specs],
             folder / "onnx" / "fp32", decoder_path=folder / DECODER_PATH if split and frames is None else None,
             events=events,
         )  # fmt: skip
+        sizes = []
+        for other in others:
+            events.stage(f"export the graphs of {describe_size(image_size([other.spec()]))} pixels")
+            planned = plan_samplers(  # the times of a flow model depend on the size
+                other, steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch
+            )
+            size, made_here = _export_size(other, planned, folder, events)
+            sizes.append(size)
+            graphs += made_here
         if model.encoder is not None:
             events.stage("export the encoder")
             write_decoder(export_encoder(model.encoder), folder / ENCODER_PATH)
@@ -194,10 +212,13 @@ def export_bundle(
             Artifact(path=DENOISER, format="safetensors"),
             *(
                 Artifact(path=path, format="onnx", num_inference_steps=spec.num_inference_steps)
-                for path, spec in zip(relative, specs, strict=True)
+                for path, spec in zip(relative, specs, strict=False)  # further sizes follow
             ),
         ]
-        card = model_card(name, specs, provenance, artifacts=artifacts)
+        card = model_card(
+            name, specs, provenance, artifacts=[*artifacts, *(a for size in sizes for a in size.artifacts)],
+            sizes=(image_size(specs), *further_sizes),
+        )  # fmt: skip
         atomic_write_bytes(folder / CARD_PATH, card.encode())
         events.stage("hash the files and write the manifest")
         parts = [
@@ -215,6 +236,7 @@ def export_bundle(
             built_from={path: weights for path in made},
             provenance=provenance,
             versions=library_versions(),
+            sizes=sizes,
             digests={
                 **{path: graph.sha256 for path, graph in zip(relative, graphs, strict=True)},
                 **{f"{path}_data": graph.data_sha256 for path, graph in zip(relative, graphs, strict=True)},
@@ -224,10 +246,48 @@ def export_bundle(
     return report_bundle(workspace, graphs=[g.moved(out / path) for g, path in zip(graphs, relative, strict=True)])
 
 
+def _check_sizes(model: ConsistencyModel, sizes: Sequence[ImageSize], *, split: bool) -> None:
+    """Refuse several image sizes with the same one twice, or with parts that are made for one size.
+
+    Raises:
+        ConfigError: If they are refused.
+    """
+    if len(sizes) == 1:
+        return
+    known = ", ".join(map(describe_size, sizes))
+    if len(set(sizes)) != len(sizes):
+        raise ConfigError(f"the image sizes are {known}, height x width, expected each once.")
+    parts = {
+        "--split": split,
+        "--encoder": model.encoder is not None,
+        "--frame-decoder": model.frame_decoder is not None,
+    }
+    if found := [name for name, there in parts.items() if there]:
+        raise ConfigError(
+            f"{' and '.join(found)} is given with the image sizes {known}, expected one size: that part is a graph for "
+            "one size alone. Leave it out, or make a bundle for each size."
+        )
+
+
+def _export_size(
+    model: ConsistencyModel, specs: tuple[SamplerSpec, ...], folder: Path, events: Events
+) -> tuple[Size, tuple[GraphReport, ...]]:
+    """Write the graphs of a further image size next to those of the first, into the folder of a new bundle."""
+    name = sized_name(image_size(specs))
+    graphs = export_samplers(model, specs, folder / "onnx" / "fp32", name=name, beside=GRAPH_NAME, events=events)
+    more = sum(graph.bytes + graph.data_bytes for graph in graphs)
+    events.note(f"{name}: {more / 1e6:.1f} MB more; all other weights are stored once, for the first size")
+    artifacts = tuple(
+        Artifact(path=graph.path.relative_to(folder).as_posix(), format="onnx", num_inference_steps=steps)
+        for graph, steps in zip(graphs, (spec.num_inference_steps for spec in specs), strict=True)
+    )
+    return Size(samplers=specs, artifacts=artifacts), graphs
+
+
 def is_current(
     checkpoint: str | Path, out: str | Path | Workspace, *, steps: Sequence[int] = (), times: Sequence[float] = (),
     renoise: Renoise | None = None, start_time: float | None = None, max_batch: int | None = None,
-    split: bool | None = None,
+    split: bool | None = None, further_sizes: Sequence[ImageSize] | None = None,
 ) -> bool:  # fmt: skip
     """Return whether the bundle in ``out`` was exported from these weights for these samplers.
 
@@ -242,6 +302,7 @@ def is_current(
         start_time: First time of a further sampler with one step, radians.
         max_batch: Largest batch; None is any.
         split: Whether the decoder is a graph of its own; None is any.
+        further_sizes: Image sizes after the first, in order; None is any.
     """
     workspace = Workspace.of(out)
     if not (workspace.path / MANIFEST_NAME).is_file():
@@ -267,16 +328,20 @@ def is_current(
     same_rest = all(
         max_batch in (None, spec.max_batch) and renoise in (None, spec.renoise) for spec in manifest.samplers
     )
+    same_rest = same_rest and (further_sizes is None or tuple(further_sizes) == manifest.image_sizes[1:])
     return same_weights and same_times and same_rest and split in (None, manifest.is_split)
 
 
-def is_split(out: str | Path | Workspace) -> bool:
-    """Return whether there is a bundle whose decoder is a graph of its own, which a new export is to keep."""
+def kept_options(out: str | Path | Workspace) -> tuple[bool, tuple[ImageSize, ...]]:
+    """Return what a new export is to keep of the bundle that is there, if any: ``split`` and ``further_sizes``."""
     workspace = Workspace.of(out)
+    if not (workspace.path / MANIFEST_NAME).is_file():
+        return False, ()
     try:
-        return (workspace.path / MANIFEST_NAME).is_file() and read_manifest(workspace.path).is_split
+        manifest = read_manifest(workspace.path)
     except BundleError:  # damaged: nothing of it is kept
-        return False
+        return False, ()
+    return manifest.is_split, manifest.image_sizes[1:]
 
 
 def _with_steps(checkpoint: Path, spec: SamplerSpec, num_inference_steps: int) -> SamplerSpec:
@@ -304,7 +369,7 @@ def current_export(
         renoise = read_pipeline(Path(checkpoint)).spec().renoise if is_pipeline(Path(checkpoint)) else "fresh"
     if not is_current(
         checkpoint, workspace, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
-        split=split,
+        split=split, further_sizes=(),
     ):  # fmt: skip
         return None
     return report_bundle(workspace) if workspace.opened.manifest.name == (name or Path(out).name) else None
@@ -319,7 +384,8 @@ def report_bundle(path: str | Path | Workspace, graphs: Sequence[GraphReport] | 
     """
     bundle = path.opened if isinstance(path, Workspace) else Bundle.open(path, verify="none")
     if graphs is None:
-        exported = sorted(bundle.artifacts(format="onnx", precision="fp32"), key=lambda a: a.num_inference_steps)
+        everything = (a for a in bundle.manifest.all_artifacts if (a.format, a.precision) == ("onnx", "fp32"))
+        exported = sorted(everything, key=lambda a: a.num_inference_steps)
         graphs = [read_report(bundle.path / artifact.path) for artifact in exported]
     return BundleReport(
         path=bundle.path,

@@ -37,6 +37,7 @@ def import_flow_pipeline(
     times: Sequence[float] = (),
     renoise: Renoise | None = None,
     size: tuple[int, int] | None = None,
+    further_sizes: Sequence[tuple[int, int]] = (),
     num_frames: int = 0,
     max_sequence_length: int = 0,
     max_batch: int = MAX_BATCH,
@@ -63,6 +64,7 @@ def import_flow_pipeline(
         times: Times of one sampler, radians, instead of ``steps``.
         renoise: Noise of the steps after the first; None is the pipeline's rule. See ``SamplerSpec.renoise``.
         size: Height and width, pixels; None is the pipeline's default.
+        further_sizes: More sizes, which share the weights; see ``export_bundle``.
         num_frames: Frames of a video, 4 n + 1; 0 is the pipeline's default.
         max_sequence_length: Tokens of a prompt; 0 is the pipeline's default.
         max_batch: Largest batch.
@@ -97,7 +99,9 @@ def import_flow_pipeline(
         given = read_few_step_folder(folder, settings)
         rule = renoise or given.row.renoise
         parts = split or frame_decoder
-        if not is_current(folder, workspace, times=times, renoise=rule, max_batch=max_batch, split=parts):
+        if not is_current(
+            folder, workspace, times=times, renoise=rule, max_batch=max_batch, split=parts, further_sizes=further_sizes
+        ):
             return False
         found = {spec.times for spec in workspace.opened.manifest.samplers}
         wanted = {tuple(times)} if times else {given.spec(n).times for n in steps or given.row.steps}
@@ -142,6 +146,7 @@ def import_flow_pipeline(
             overwrite=overwrite,
             provenance=provenance,
             goldens=goldens,
+            further_sizes=further_sizes,
             add_parts=add_parts,
             events=events,
         )

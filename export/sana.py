@@ -36,6 +36,7 @@ def import_sana(
     renoise: Renoise = "fresh",
     start_time: float | None = None,
     size: tuple[int, int] | None = None,
+    further_sizes: Sequence[tuple[int, int]] = (),
     max_sequence_length: int = 300,
     max_batch: int = MAX_BATCH,
     text_encoder: bool = True,
@@ -61,6 +62,7 @@ def import_sana(
         renoise: Noise of the steps after the first; see ``SamplerSpec.renoise``.
         start_time: First time, radians, of a further sampler with one step, for ``gen(image=..., start_time=...)``.
         size: Height and width of the images, pixels; None is the model's own size.
+        further_sizes: More sizes, which share the weights; see ``export_bundle``.
         max_sequence_length: Tokens of a prompt.
         max_batch: Largest batch.
         text_encoder: Whether to copy the text encoder. A bundle without it takes embeddings only.
@@ -105,7 +107,7 @@ def import_sana(
     def is_same() -> bool:
         if not is_current(
             folder, workspace, steps=steps, times=times, renoise=renoise, start_time=start_time, max_batch=max_batch,
-            split=split,
+            split=split, further_sizes=further_sizes,
         ):  # fmt: skip
             return False
         there, given = read_sana_folder(Path(out) / DENOISER), read_sana_folder(folder)
@@ -143,19 +145,18 @@ def import_sana(
             name=name,
             overwrite=overwrite,
             provenance=provenance,
+            further_sizes=further_sizes,
             add_parts=add_parts,
             events=events,
         )
 
 
-def parse_size(text: str) -> tuple[int, int] | None:
-    """Parse ``1024`` or ``768x1344``, height first; "" is None.
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse ``1024`` or ``768x1344``, height first.
 
     Raises:
         ConfigError: If it is neither.
     """
-    if not text:
-        return None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise ConfigError(f"size is {text!r}, expected pixels such as 1024, or HEIGHTxWIDTH such as 768x1344.")

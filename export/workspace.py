@@ -17,7 +17,7 @@ from scm_sdk._util.files import sha256_bytes
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import Draft, extend_bundle, open_to_extend
 
-from .graph.io import data_path_of, read_model
+from .graph.io import GRAPH_NAME, data_path_of, read_model
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,7 +99,12 @@ class Workspace:
 
 
 def sha256_of(bundle: Bundle, path: str) -> str:
-    """Return the digest of a graph of a bundle together with its weights, as the manifest has them."""
+    """Return the digest of a graph of a bundle together with its weights, as the manifest has them.
+
+    The weights of a graph at a further image size are those of the first size; what differs is in the graph, or in its
+    own file, whose places and sizes are in the graph.
+    """
     entries = {entry.path: entry.sha256 for entry in bundle.manifest.files}
-    data = data_path_of(Path(path)).as_posix()
+    first = Path(path).with_name(GRAPH_NAME) if bundle.holding(path) is not bundle else Path(path)
+    data = data_path_of(first).as_posix()
     return entries[path] if data not in entries else sha256_bytes(f"{entries[path]}{entries[data]}".encode())

@@ -25,6 +25,7 @@ import numpy as np
 from scm_sdk._util.lazy import require
 from scm_sdk._util.processor import limited_threads
 from scm_sdk.bundle.layout import DECODER_FOLDER, INDEX_NAME
+from scm_sdk.bundle.manifest import image_size
 from scm_sdk.bundle.verify import stamp
 from scm_sdk.errors import BackendFailure, BackendUnavailable, ConfigError, ScmError
 from scm_sdk.spec import Precision, SamplerSpec
@@ -131,6 +132,8 @@ class TorchBackend:
             )
         self._precision = precision
         model = load_model(artifact_path, device=device, precision=precision)
+        if spec.sample_shape != model.config.sample_shape and (artifact_path / INDEX_NAME).is_file():
+            model = model.at_size(*image_size([spec]))  # of a bundle with several, which share the weights
         self._sampler: Any = Sampler(model, spec).eval().to(self.device)
 
     def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:

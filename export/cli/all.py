@@ -9,7 +9,7 @@ import click
 
 from .common import TerminalEvents, json_option, plural, print_json, prompts_option, say, say_warnings
 from .libraries import EXPORT, requires
-from .located import model_argument
+from .located import model_argument, say_first_size
 from .names import STEPS, OutputPath, TargetName, one_of
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def build(
             events=built, workspace_bytes=workspace * 2**20 if workspace else None,
         )  # fmt: skip
     say_warnings(made.status)
+    say_first_size(out, "INT8 graphs and engines are of")
     checked = TerminalEvents("")
     if validate:
         examples = None if prompts is None else bundle_examples(out, prompts)
@@ -93,7 +94,7 @@ def build(
         })  # fmt: skip
     for parity in checked.results:
         parity.raise_if_failed()
-    graphs = [a for a in made.manifest.artifacts if a.format == "onnx"]
+    graphs = [a for a in made.manifest.all_artifacts if a.format == "onnx"]
     proof = (
         f"{plural(sum(map(bool, checked.results)), 'comparison')} passed, {len(checked.skipped)} skipped"
         if validate

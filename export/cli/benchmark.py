@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option(
     "--backend",
     "backends",

@@ -12,7 +12,7 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS
 
 
 @click.command()
-@model_argument("model")
+@model_argument("model", one_size=True)
 @click.option("--backend", type=BACKEND_OR_AUTO, default="auto", help="Library that runs the model.")
 @click.option("--precision", type=PRECISION_OR_AUTO, default="auto", help="Precision of the artifact that runs.")
 @click.option("--steps", type=STEPS, help="Number of network calls; default: 2 if the bundle has it.")

@@ -24,7 +24,7 @@ _TRIAL_SECONDS = 120
 
 
 @click.command()
-@model_argument("bundle", required=False)
+@model_argument("bundle", required=False, one_size=True)
 @json_option
 def doctor(bundle: Path | None, as_json: bool) -> None:
     """Show this machine, its libraries and the backends that run here.

@@ -22,7 +22,7 @@ def _runtimes() -> tuple[str, ...]:
 
 
 @click.command()
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option("-r", "--runtime", required=True, type=Name("runtime", _runtimes), help="Runtime to convert for.")
 @click.option("--precision", "precisions", multiple=True, type=PRECISION,
               help="Precision of the artifacts; may be repeated; fp32 when absent.")  # fmt: skip

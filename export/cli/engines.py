@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import TerminalEvents, json_option, make_table, plural, print_json, print_table, say
+from .located import say_first_size
 from .names import PRECISION, STEPS, TargetName, one_of
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def engine(
 
     from ..engines.add import add_engines
 
+    say_first_size(bundle)
     targets = resolve_targets(names) if names else ()
     gpu = None if names else current_gpu()
     for target in targets if gpu is None else (resolve_target(gpu.compute_capability),):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_argument("model")
+@model_argument("model", one_size=True)
 @click.option(
     "--steps", multiple=True, type=click.IntRange(1), default=(1, 2), help="Number of network calls; may be repeated."
 )

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size, images; default: the largest of the bundle.")
 @click.option("--prompt", "prompts", multiple=True,
               help="Prompt of a text-to-image model: one for all images, or one for each, repeated.")  # fmt: skip
+@click.option("--size", default="", metavar="HxW",
+              help="Image size, pixels: one of a bundle of several sizes; default: its first.")  # fmt: skip
 @click.option("--image", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Image to start from, of the model's size; transparent pixels become white.")  # fmt: skip
 @click.option("--start-time", type=float, help="Start time of a sampler of the bundle, with --image, radians.")
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 def generate(
     bundle: Path, out: Path, num_images: int, class_labels: str, steps: int | None, seed: int | None, backend: str,
     precision: str, device: str | None, threads: int | None, batch_size: int | None, prompts: tuple[str, ...],
-    image: Path | None, start_time: float | None, guidance_scale: float | None, scale: int, fps: float,
+    size: str, image: Path | None, start_time: float | None, guidance_scale: float | None, scale: int, fps: float,
     offload: bool, plan: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate images from a bundle or a checkpoint.
@@ -67,6 +69,7 @@ def generate(
     \b
     scm-export generate avatars -o red.png --class-labels red --seed 7
     scm-export generate sana -o fox.jpg --num-images 1 --prompt "a red fox" --scale 1
+    scm-export generate sana -o wide.jpg --num-images 1 --prompt "a red fox" --size 768x1344 --scale 1
     scm-export generate sana -o fox2.jpg --num-images 1 --prompt "a blue fox" --image fox.jpg --start-time 1.1 --scale 1
     """
     import numpy as np
@@ -77,6 +80,10 @@ def generate(
     from scm_sdk.inference.sources import open_source
     from scm_sdk.inference.start import StartImages
 
+    from ..sana import parse_size
+
+    asked = parse_size(size) if size else None
+    height, width = asked or (None, None)
     in_one_file = _is_file(out)
     if not plan:
         check_writable(out if in_one_file else out / "0.png")
@@ -85,7 +92,7 @@ def generate(
         raise click.BadParameter(_count_problem(len(prompts), "prompt", num_images), param_hint="--prompt")
     pixels = None if image is None else _read_image(image)
     if pixels is not None or start_time is not None:  # its sampler alone is to be loaded
-        source = open_source(bundle)
+        source = open_source(bundle) if asked is None else open_source(bundle).at_size(asked)
         steps = StartImages(source, device=device, num_threads=threads).steps(pixels, start_time, steps)
         source.release()
     with Generator.from_pretrained(
@@ -95,6 +102,8 @@ def generate(
         device=device,
         num_threads=threads,
         num_inference_steps=steps,
+        height=height,
+        width=width,
         offload=offload,
     ) as gen:
         if plan:

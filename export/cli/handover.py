@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option("--target", type=one_of("target", "polygraphy", "orin"), default="polygraphy",
               help="Who checks: Polygraphy on any machine, or trtexec on a Jetson Orin.")  # fmt: skip
 @click.option("-o", "--out", default=Path("handover"), type=OutputPath(), help="Folder for the files.")

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     help="Number of network calls of a pipeline's graph; may be repeated. Default: the pipeline's usual ones.",
 )
 @sampler_options
-@click.option("--size", default="", metavar="HxW", help="Image size of a pipeline, pixels; default: its own size.")
+@click.option("--size", "sizes", multiple=True, metavar="HxW",
+              help="Image size of a pipeline, pixels; default: its own. Repeated: all in one bundle, the first one is "
+              "the default.")  # fmt: skip
 @click.option("--frames", type=click.IntRange(1), help="Frames of a pipeline's videos; default: its own number.")
 @click.option("--tokens", type=click.IntRange(1), help="Length of a pipeline's prompts, tokens; default: its own.")
 @click.option("--max-batch", type=click.IntRange(1), default=8, help="Largest batch of a pipeline's graphs, images.")
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
 @json_option
 def import_(
     source: Path, out: Path, entry: str, license: str, steps: tuple[int, ...], times: tuple[float, ...],
-    renoise: Renoise | None, start_time: float | None, size: str, frames: int | None, tokens: int | None,
+    renoise: Renoise | None, start_time: float | None, sizes: tuple[str, ...], frames: int | None, tokens: int | None,
     max_batch: int, text_encoder: bool, base: Path | None, distilled: bool, frame_decoder: bool, goldens: bool,
     encoder: bool, split: bool,
     onnx_text_encoder: bool, vae: Path | None, loras: tuple[Path, ...], lora_scale: float, overwrite: bool,
@@ -81,6 +83,7 @@ def import_(
 
     \b
     scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --steps 2
+    scm-export import Sana_Sprint_0.6B_1024px_diffusers -o sana --size 1024 --size 768x1344
     scm-export import hf:OWNER/NAME --revision COMMIT -o sana --steps 2
     scm-export import rCM_Wan2.1_T2V_1.3B_480p.pt --base Wan2.1-T2V-1.3B-Diffusers -o clips --frames 17
     scm-export import edm2-img64-s-1073741-0.075.pkl -o edm2-img64-s
@@ -98,7 +101,10 @@ def import_(
 
         folder = source if student else local_folder(source, revision)
         origin = source.name if folder == source else f"{source}@{folder.name}"  # the commit that was fetched
-        given: dict[str, Any] = {"times": times, "size": parse_size(size), "max_batch": max_batch, "split": split}
+        wanted = [parse_size(size) for size in sizes]
+        given: dict[str, Any] = {"times": times, "size": wanted[0] if wanted else None, "further_sizes": wanted[1:]}
+        given |= {"max_batch": max_batch}
+        given |= {"split": split}
         given |= {"text_encoder": text_encoder, "onnx_text_encoder": onnx_text_encoder}
         create: Callable[..., BundleReport]
         if not student and is_sana(folder):

@@ -32,15 +32,17 @@ def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
 
     from scm_sdk.bundle.bundle import Bundle
     from scm_sdk.bundle.layout import DECODER_PATH, FRAME_DECODER_FOLDER
-    from scm_sdk.bundle.subset import artifact_name
+    from scm_sdk.bundle.manifest import describe_size
+    from scm_sdk.bundle.subset import artifact_names
 
     opened = Bundle.open(bundle, verify="none")
     if portable:
         _portable(opened, as_json)
         return
     manifest, status = opened.manifest, opened.status
+    sizes = [describe_size(size) for size in manifest.image_sizes if len(manifest.samplers[0].image_shape) > 2]
     if as_json:
-        print_json({**msgspec.to_builtins(manifest), "status": status.to_dict()})
+        print_json({**msgspec.to_builtins(manifest), "image_sizes": sizes, "status": status.to_dict()})
         return
     console = make_console()
     console.print(f"{printable(manifest.name)}  build {manifest.build_id[:12]}  schema {manifest.schema_version}")
@@ -55,15 +57,20 @@ def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
         classes = "1 class" if spec.num_classes == 1 else f"{spec.num_classes} classes"
         console.print(f"{plural(spec.num_inference_steps, 'step')} at t = {times}: {spec.sample_shape}, "
                       f"{classes}, batch 1..{spec.max_batch}")  # fmt: skip
+    for name, size in zip(sizes[1:], manifest.sizes, strict=True):
+        steps = ", ".join(str(spec.num_inference_steps) for spec in size.samplers)
+        console.print(f"further size {name}, height x width: {steps} steps, samples {size.samplers[0].sample_shape}; "
+                      f"the first is {sizes[0]}", soft_wrap=True)  # fmt: skip
     if manifest.is_split:
         decoder = FRAME_DECODER_FOLDER if manifest.has_frame_decoder else DECODER_PATH
         console.print(f"split: graphs and engines end in latents, {decoder} decodes them")
     if manifest.samplers[0].class_names:
         console.print(printable("labels: " + ", ".join(manifest.samplers[0].class_names)))
+    names = artifact_names(manifest)
     artifacts = make_table("artifact", "format", "precision", "steps")
-    for artifact in manifest.artifacts:
+    for artifact in manifest.all_artifacts:
         steps = str(artifact.num_inference_steps or "any")
-        artifacts.add_row(printable(artifact_name(artifact)), artifact.format, artifact.precision, steps)
+        artifacts.add_row(printable(names[artifact.path]), artifact.format, artifact.precision, steps)
     print_table(artifacts)
     files = make_table("file", "role", "bytes", "sha256")
     for entry in manifest.files:
@@ -82,7 +89,7 @@ def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
 
 
 def _portable(bundle: Bundle, as_json: bool) -> None:
-    from scm_sdk.bundle.subset import artifact_name
+    from scm_sdk.bundle.subset import artifact_names
     from scm_sdk.errors import UnsupportedGraphError
 
     from ..edge.portability import RULES, describe_nodes, find_faults
@@ -90,8 +97,9 @@ def _portable(bundle: Bundle, as_json: bool) -> None:
     from .libraries import require_all
 
     require_all("onnx_ir")
-    graphs = bundle.artifacts(format="onnx")
-    found = {artifact_name(graph): find_faults(read_model(bundle.file(graph.path))) for graph in graphs}
+    names = artifact_names(bundle.manifest)
+    graphs = [artifact for artifact in bundle.manifest.all_artifacts if artifact.format == "onnx"]
+    found = {names[graph.path]: find_faults(read_model(bundle.file(graph.path))) for graph in graphs}
     if as_json:
         print_json([
             {"artifact": name, "rule": f.rule.name, "runtime": f.rule.runtime, "version": f.rule.version,

@@ -15,7 +15,7 @@ from .names import arguments_as_options
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def model_argument(name: str, *, required: bool = True) -> Callable[[Command], Command]:
+def model_argument(name: str, *, required: bool = True, one_size: bool = False) -> Callable[[Command], Command]:
     """Add a model argument, as ``from_pretrained`` takes it, and ``--revision`` for hub ids.
 
     The command receives the local folder under this name; ``scm_sdk.bundle.resolve.locate`` documents the errors.
@@ -23,6 +23,7 @@ def model_argument(name: str, *, required: bool = True) -> Callable[[Command], C
     Args:
         name: Name of the argument.
         required: Whether the argument is required; the command receives None if it is absent.
+        one_size: Whether the command acts on the first image size of a bundle of several, which is then stated.
     """
 
     def add(command: Command) -> Command:
@@ -32,6 +33,8 @@ def model_argument(name: str, *, required: bool = True) -> Callable[[Command], C
             with arguments_as_options():
                 if given is not None:
                     options[name] = local_folder(given, revision)
+                    if one_size:
+                        say_first_size(options[name])
                 elif revision is not None:
                     raise click.UsageError(f"--revision is given without {name.upper()}, expected a hub id for it.")
                 return command(*args, **options)
@@ -40,6 +43,28 @@ def model_argument(name: str, *, required: bool = True) -> Callable[[Command], C
         return argument(revision_option(located))  # type: ignore[return-value]
 
     return add
+
+
+def say_first_size(folder: Path, what: str = "") -> None:
+    """State that a verb acts on the first image size of a bundle, if it has several.
+
+    Args:
+        folder: The bundle.
+        what: What is of the first size, with its verb; "" is what the command does.
+    """
+    from scm_sdk.bundle.manifest import MANIFEST_NAME, describe_size
+    from scm_sdk.bundle.verify import read_manifest
+    from scm_sdk.errors import BundleError
+
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    try:
+        first, *others = map(describe_size, read_manifest(folder).image_sizes)
+    except BundleError:  # which the verb reports
+        return
+    if others:
+        what = what or f"{click.get_current_context().info_name} takes"
+        say(f"  {folder} has the image sizes {', '.join([first, *others])}: {what} the first, {first}")
 
 
 def revision_option(command: Command) -> Command:

@@ -9,6 +9,7 @@ import click
 
 from .common import TerminalEvents, json_option, prompts_option
 from .libraries import requires
+from .located import say_first_size
 from .names import STEPS, one_of
 from .precision import report
 
@@ -79,6 +80,7 @@ def quantize(
     from ..precision.variants import first_graph
     from ..workspace import Workspace
 
+    say_first_size(bundle)
     if foreign is not None:
         if len(steps) != 1:
             raise click.UsageError("--from takes one graph, expected its number of steps: --steps N.")

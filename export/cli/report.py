@@ -12,7 +12,7 @@ from .names import BACKEND, OutputPath
 
 
 @click.command()
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option("-o", "--out", default=Path("report.html"), type=OutputPath(), help="The HTML file.")
 @click.option(
     "--backend",

@@ -12,7 +12,7 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO, STEPS, OutputPath, one_of
 
 
 @click.command()
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option("-o", "--out", required=True, metavar="FOLDER|URL",
               help="Folder, or URL of fsspec such as s3://bucket/samples, for the shards.")  # fmt: skip
 @click.option("--num-images", required=True, type=click.IntRange(1), help="Number of images of all shards.")

@@ -13,7 +13,7 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
 
 
 @click.command()
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; other than loopback needs --api-key-file.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="TCP port; 0 takes a free one.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",

@@ -12,7 +12,7 @@ from .names import PRECISION, STEPS, OutputPath
 
 
 @click.command()
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option("-o", "--out", default=Path("triton"), type=OutputPath(), help="Folder of the repository.")
 @click.option("--steps", type=STEPS, help="Number of network calls; 2 where the bundle has it.")
 @click.option("--precision", type=PRECISION, default="fp32", help="Precision of the graph and of the engines.")

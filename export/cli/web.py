@@ -16,7 +16,7 @@ from .names import STEPS, OutputPath, one_of
 
 @click.command()
 @requires("onnx_ir")
-@model_argument("bundle")
+@model_argument("bundle", one_size=True)
 @click.option("-o", "--out", default=Path("site"), type=OutputPath(), help="Folder for the site.")
 @click.option("--precision", "precisions", multiple=True, type=one_of("precision", "fp32", "fp16"),
               help="Precision of the graphs; may be repeated; fp32 and fp16 where the bundle has them.")  # fmt: skip

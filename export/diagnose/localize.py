@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_sdk.bundle.bundle import Bundle
+from scm_sdk.bundle.manifest import image_size
 from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.validate import open_candidate
 from scm_sdk.images import make_grid, save_png, to_uint8
@@ -58,7 +59,7 @@ def localize(path: str | os.PathLike[str] | Workspace, parity: Parity, folder: P
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
     workspace = Workspace.of(path)
-    bundle = workspace.bundle
+    bundle = workspace.bundle.holding(parity.candidate)
     artifact = next((a for a in bundle.artifacts(format="onnx") if a.path == parity.candidate), None)
     if artifact is None:
         raise ConfigError(
@@ -73,6 +74,8 @@ def localize(path: str | os.PathLike[str] | Workspace, parity: Parity, folder: P
     full = [a for a in bundle.artifacts(format="onnx", precision="fp32") if a.num_inference_steps == steps]
     (checkpoint, *_) = bundle.artifacts(format="safetensors")
     model = ConsistencyModel.from_pretrained(bundle.file(checkpoint.path)).eval()
+    if model.config.sample_shape != spec.sample_shape:
+        model = model.at_size(*image_size([spec])).eval()
     found = None
     if full and full[0].path != artifact.path:
         found = bisect(graph, workspace.graph(full[0].path), spec, seed=parity.worst_seed)

@@ -88,7 +88,7 @@ def examine_graph(
         ExportError: If it lacks the names of scm-export, for example a graph of another tool.
         UnsupportedGraphError: If ONNX Runtime cannot run it on a CPU.
     """
-    bundle, steps = workspace.opened, artifact.num_inference_steps
+    bundle, steps = workspace.opened.holding(artifact.path), artifact.num_inference_steps
     graphs = bundle.artifacts(format="onnx", precision="fp32")
     exact = next((a for a in graphs if a.num_inference_steps == steps and a.path != artifact.path), None)
     return diagnose(

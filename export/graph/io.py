@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scm_sdk._util.files import fsync_file, fsync_folder, real_path, sha256_file, staging
 from scm_sdk._util.lazy import require
 from scm_sdk.bundle.graph_checks import check_graph_file
+from scm_sdk.bundle.manifest import ImageSize, describe_size
 from scm_sdk.errors import BundleError, ConfigError, ExportError, UnsupportedGraphError
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ EXTERNAL_DATA_ABOVE = 100 * 2**20
 """Default of ``external_data_above``, bytes. Protobuf is limited to 2 GiB, but a graph with its weights
 inside is copied several times while it is parsed; external weights are memory-mapped.
 100 MiB is also the largest file of common Git hosts."""
+GRAPH_NAME = "model.onnx"
+"""Name of a sampler graph in its folder in a bundle, at the first image size."""
 _LARGEST_GRAPH = 2**31 - 2**26
 """Protobuf's limit of 2 GiB, minus space for the nodes."""
 _INLINE_BYTES = 1024
@@ -63,6 +67,11 @@ class GraphReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; paths as text."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def sized_name(size: ImageSize) -> str:
+    """Return the name of a sampler graph at a further image size: ``model-768x1344.onnx``."""
+    return f"model-{describe_size(size)}.onnx"
 
 
 def data_path_of(path: Path) -> Path:
@@ -147,6 +156,88 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int = EXTER
     return report
 
 
+def write_beside(model: ir.Model, path: Path, first: Path) -> GraphReport:
+    """Write a graph into the folder of another one; stored tensors that are equal to the byte are not stored again.
+
+    Large tensors that the other graph does not have go into the graph, or into ``<path>_data`` if they are many bytes.
+
+    Args:
+        model: The model; it is not changed.
+        path: The file, in the folder of ``first``, where an earlier one is replaced. Not atomic: for a folder that is
+            published as a whole.
+        first: A graph that ``write_model`` wrote. If its weights are in the graph, those of the model are, too.
+
+    Raises:
+        UnsupportedGraphError: As ``write_model``.
+        ExportError: If the files cannot be written. No files remain.
+    """
+    import onnx_ir as ir
+
+    shared = _stored_beside(first)
+    values = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    before = [value.const_value for value in values]
+    own = []
+    try:
+        for value, tensor in zip(values, before, strict=True):
+            assert tensor is not None, "chosen so"
+            same = shared.get(_content(tensor)) if tensor.nbytes > _INLINE_BYTES else None
+            if same is not None:
+                value.const_value = ir.ExternalTensor(
+                    same.location, same.offset, same.length, same.dtype, shape=ir.Shape(tensor.shape.numpy()),
+                    name=value.name or "", base_dir=first.parent,
+                )  # fmt: skip
+            elif tensor.nbytes > _INLINE_BYTES and tensor.dtype != ir.DataType.INT64:
+                own.append((value, tensor))
+            else:
+                value.const_value = _in_memory(tensor)
+        if sum(tensor.nbytes for _, tensor in own) > EXTERNAL_DATA_ABOVE:
+            made: Sequence[ir.TensorProtocol] = ir.external_data.convert_tensors_to_external(
+                [tensor for _, tensor in own], path.parent, data_path_of(path).name
+            )
+        else:
+            made = [_in_memory(tensor) for _, tensor in own]
+        for (value, _), each in zip(own, made, strict=True):
+            value.const_value = each
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        fsync_file(path)
+        _check(path, data_path_of(first))
+        return _report(model, path)
+    except BaseException as exc:
+        path.unlink(missing_ok=True)
+        data_path_of(path).unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise ExportError(
+                f"{path} cannot be written: {exc.strerror or exc}. Expected a folder that may be written to, with room "
+                "for it. Free some space."
+            ) from exc
+        raise
+    finally:
+        for value, tensor in zip(values, before, strict=True):
+            value.const_value = tensor
+
+
+def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Return a tensor that does not refer to the file of another graph."""
+    import onnx_ir as ir
+
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name)
+
+
+def _stored_beside(graph: Path) -> dict[tuple[str, bytes], ir.ExternalTensor]:
+    """Return the tensors of a graph that are in the file next to it, by their content."""
+    import onnx_ir as ir
+
+    tensors = (value.const_value for value in read_model(graph).graph.initializers.values())
+    return {_content(tensor): tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+
+
+def _content(tensor: ir.TensorProtocol) -> tuple[str, bytes]:
+    """Return dtype and digest of the bytes; the same bytes may have any shape."""
+    return tensor.dtype.name, hashlib.sha256(tensor.tobytes()).digest()
+
+
 def read_report(path: Path) -> GraphReport:
     """Return the report of a graph that ``write_model`` wrote, without ``seconds``.
 
@@ -185,13 +276,16 @@ def _save(model: ir.Model, path: Path, *, external: bool) -> None:
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
-def _check(path: Path) -> None:
-    """Run onnx.checker with shape inference and the checks of opening on a file and its weights."""
+def _check(path: Path, *shared: Path) -> None:
+    """Run onnx.checker with shape inference and the checks of opening on a file and its weights.
+
+    ``shared`` are further files that the weights are in.
+    """
     import onnx
 
-    data = data_path_of(path)
+    files = (data_path_of(path), *shared)
     try:
-        check_graph_file(path, {data.name: data.stat().st_size} if data.is_file() else {})
+        check_graph_file(path, {data.name: data.stat().st_size for data in files if data.is_file()})
     except BundleError as exc:
         raise UnsupportedGraphError(str(exc)) from exc
 

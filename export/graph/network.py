@@ -28,7 +28,7 @@ from ..precision.fp16_unsafe import ISLANDS_KEY
 from .cleanup import clean
 from .compose import compose_sampler
 from .decoder import export_decoder, write_decoder
-from .io import EXTERNAL_DATA_ABOVE, GraphReport, write_model
+from .io import EXTERNAL_DATA_ABOVE, GRAPH_NAME, GraphReport, write_beside, write_model
 from .partial_eval import TARGET_INPUT, TIME_INPUT
 from .trace import EXAMPLE_BATCH, ROOT, require_exportable, trace_network, translate
 
@@ -162,9 +162,11 @@ def export_samplers(
     *,
     decoder_path: Path | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
+    name: str = GRAPH_NAME,
+    beside: str = "",
     events: Events = SILENT,
 ) -> tuple[GraphReport, ...]:
-    """Write samplers of one model as ``folder/<n>step/model.onnx`` with a single export of the network.
+    """Write samplers of one model as ``folder/<n>step/<name>`` with a single export of the network.
 
     Args:
         model: In evaluation mode, float32.
@@ -172,6 +174,9 @@ def export_samplers(
         folder: ``onnx/fp32`` in a bundle; created if missing.
         decoder_path: File of the decoder as a graph of its own, with specs that end before it; None leaves it out.
         external_data_above: See ``write_model``.
+        name: Name of each graph.
+        beside: Name of the graphs of the same model at another size, which are in these folders, to share their
+            weights: see ``write_beside``. "" is none.
         events: Receives the stages.
 
     Returns:
@@ -181,7 +186,7 @@ def export_samplers(
         ConfigError: If two specs have the same number of steps, or the model has no decoder to write.
         ScmError: As ``export_network``, ``compose_sampler`` and ``write_model`` do.
     """
-    targets = {folder / f"{spec.num_inference_steps}step" / "model.onnx": spec for spec in specs}
+    targets = {folder / f"{spec.num_inference_steps}step" / name: spec for spec in specs}
     if len(targets) != len(specs):
         steps = [spec.num_inference_steps for spec in specs]
         raise ConfigError(f"specs have {steps} steps, expected different numbers: each has its own folder.")
@@ -190,7 +195,7 @@ def export_samplers(
             "the decoder is asked for as a graph of its own, but this model has none, expected a latent model with its "
             "decoder. Leave --split out."
         )
-    return _export(model, targets, external_data_above, events, decoder_path)
+    return _export(model, targets, external_data_above, events, decoder_path, beside)
 
 
 def _export(
@@ -199,6 +204,7 @@ def _export(
     external_data_above: int,
     events: Events,
     decoder_path: Path | None = None,
+    beside: str = "",
 ) -> tuple[GraphReport, ...]:
     with_decoder = decoder_path is not None or any(spec.output == "pixels" for spec in targets.values())
     network = export_network(model, with_decoder=with_decoder, events=events)
@@ -211,7 +217,10 @@ def _export(
         with _stage("compose", f"build the {spec.num_inference_steps}-step graph", seconds, events):
             sampler = compose_sampler(network, spec)
         with _stage("write", f"write the {spec.num_inference_steps}-step graph", seconds, events):
-            report = write_model(sampler, path, external_data_above=external_data_above)
+            if beside:
+                report = write_beside(sampler, path, path.with_name(beside))
+            else:
+                report = write_model(sampler, path, external_data_above=external_data_above)
         reports.append(replace(report, seconds=seconds))
     return tuple(reports)
 

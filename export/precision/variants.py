@@ -17,12 +17,19 @@ from scm_sdk._version import __version__
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.edit import Draft, recipe_of
 from scm_sdk.bundle.layout import DECODER_PATH
-from scm_sdk.bundle.manifest import Artifact
+from scm_sdk.bundle.manifest import Artifact, ImageSize, describe_size
 from scm_sdk.errors import ConfigError, UnsupportedGraphError
 from scm_sdk.inference.conditioning import Examples
 from scm_sdk.spec import Precision, SamplerSpec
 
-from ..graph.io import GraphReport, data_path_of, write_model
+from ..graph.io import (
+    GRAPH_NAME,
+    GraphReport,
+    data_path_of,
+    sized_name,
+    write_beside,
+    write_model,
+)
 from ..workspace import Workspace, sha256_of
 from .cpu import cpu_form
 from .fp16_unsafe import ISLANDS_KEY
@@ -106,7 +113,7 @@ def add_precision(
     options = {"plan": sha256_bytes(plan.to_json()), "target_db": target_db}
     if examples is not None and target_db is not None:  # the search depends on them
         options["examples"] = examples.sha256
-    sources = fp32_sources(workspace, steps, options)
+    sources = fp32_sources(workspace, steps, options, every_size=True)
     if unchanged := unchanged_variants(bundle, sources, plan.precision):
         return report_all(unchanged, events)
     if target_db is not None and not num_samples:
@@ -125,7 +132,7 @@ def add_precision(
         draft.roles[plan_path] = "plan"
         variants = []
         for source, model, probe in zip(sources, models, probes, strict=True):
-            events.stage(f"write the {source.num_inference_steps}-step graph in {plan.precision}")
+            events.stage(f"write the {source.title} in {plan.precision}")
             low = apply_precision(model, plan)
             variants.append(add_graph(draft, low, source, plan.precision, probe, built_from=[plan_path]))
     return report_all(variants, events)
@@ -155,14 +162,14 @@ def add_cpu_form(
     """
     workspace = Workspace.of(path)
     bundle = workspace.open_to_extend()
-    sources = fp32_sources(workspace, steps, {})
+    sources = fp32_sources(workspace, steps, {}, every_size=True)
     if unchanged := unchanged_variants(bundle, sources, "fp32-cpu"):
         return report_all(unchanged, events)
     made = [(source, *cpu_form(source.model)) for source in sources]
     with workspace.extend(bundle) as draft:
         variants = []
         for source, model, notes in made:
-            events.stage(f"write the {source.num_inference_steps}-step graph in fp32-cpu")
+            events.stage(f"write the {source.title} in fp32-cpu")
             probe = source.probe(num_samples, examples)
             variants.append(add_graph(draft, model, source, "fp32-cpu", probe, built_from=[], notes=notes))
     return report_all(variants, events)
@@ -190,12 +197,24 @@ class Fp32Graph:
         workspace: Workspace of the bundle.
         spec: The spec of the graph: that of the sampler, or, in a split bundle, before its decoder.
         recipe: Inputs of a variant: the options, the digest of the graph, the version.
+        size: Image size of the graph if that is a further one of the bundle; None is the first.
     """
 
     artifact: Artifact
     workspace: Workspace
     spec: SamplerSpec
     recipe: dict[str, Any]
+    size: ImageSize | None = None
+
+    @property
+    def title(self) -> str:
+        """The graph in words."""
+        at = "" if self.size is None else f" of {describe_size(self.size)} pixels"
+        return f"{self.num_inference_steps}-step graph{at}"
+
+    def variant_path(self, precision: str) -> str:
+        """Return the path of a variant in the bundle."""
+        return variant_path(precision, self.num_inference_steps, self.size)
 
     @property
     def num_inference_steps(self) -> int:
@@ -222,7 +241,7 @@ class Fp32Graph:
         Raises:
             ConfigError: If ``num_samples`` is less than 1.
         """
-        bundle, steps = self.workspace.opened, self.num_inference_steps
+        bundle, steps = self.workspace.opened.holding(self.artifact.path), self.num_inference_steps
         # Clips are compared before a frame decoder, which takes as long as the sampler.
         spec = bundle.graph_spec(steps) if bundle.manifest.has_frame_decoder else bundle.spec(steps)
         return Probe(
@@ -231,8 +250,10 @@ class Fp32Graph:
         )  # fmt: skip
 
 
-def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[str, Any]) -> list[Fp32Graph]:
-    """Return the float32 graphs of a bundle, fewest steps first.
+def fp32_sources(
+    workspace: Workspace, steps: Sequence[int], options: Mapping[str, Any], *, every_size: bool = False
+) -> list[Fp32Graph]:
+    """Return the float32 graphs of a bundle, fewest steps first; with ``every_size`` then those of its further sizes.
 
     Raises:
         ConfigError: If there are no graphs, or none for one of ``steps``.
@@ -245,14 +266,20 @@ def fp32_sources(workspace: Workspace, steps: Sequence[int], options: Mapping[st
             f"{bundle.path} has fp32 graphs for {there or 'no'} steps, expected {list(steps) or 'at least one'}."
             f"{bundle.manifest.cut_note or ' Export them first: scm-export onnx'}"
         )
+    first, *others = bundle.manifest.image_sizes
+    graphs: list[tuple[ImageSize | None, Artifact]] = [(None, artifact) for artifact in found]
+    for size in others if every_size else ():
+        at_size = bundle.at_size(*size).artifacts(format="onnx", precision="fp32")
+        graphs += [(size, artifact) for artifact in sorted(at_size, key=lambda a: a.num_inference_steps)]
     return [
         Fp32Graph(
             artifact=a,
             workspace=workspace,
-            spec=bundle.graph_spec(a.num_inference_steps),
+            spec=bundle.at_size(*(size or first)).graph_spec(a.num_inference_steps),
             recipe={**options, "source": sha256_of(bundle, a.path), "scm_sdk": __version__},
+            size=size,
         )
-        for a in found
+        for size, a in graphs
         if not steps or a.num_inference_steps in steps
     ]
 
@@ -264,10 +291,13 @@ def first_graph(path: str | os.PathLike[str] | Workspace, steps: Sequence[int] =
 
 def unchanged_variants(bundle: Bundle, sources: Sequence[Fp32Graph], precision: Precision) -> list[Variant]:
     """Return the variants of all sources if each exists and is current; else nothing."""
-    paths = {source.num_inference_steps: variant_path(precision, source.num_inference_steps) for source in sources}
-    if any(recipe_of(bundle, paths[source.num_inference_steps]) != source.recipe for source in sources):
+    paths = [source.variant_path(precision) for source in sources]
+    if any(recipe_of(bundle, path) != source.recipe for source, path in zip(sources, paths, strict=True)):
         return []
-    return [Variant(path=p, precision=precision, num_inference_steps=n, unchanged=True) for n, p in paths.items()]
+    return [
+        Variant(path=path, precision=precision, num_inference_steps=source.num_inference_steps, unchanged=True)
+        for source, path in zip(sources, paths, strict=True)
+    ]
 
 
 def add_graph(
@@ -282,6 +312,8 @@ def add_graph(
 ) -> Variant:
     """Write a graph into a bundle's draft as a variant of a source, and compare its images.
 
+    That of a further image size shares the weights of the first one's, which must have been added before.
+
     Args:
         draft: The draft.
         model: The graph.
@@ -291,15 +323,21 @@ def add_graph(
         built_from: Further source files in the bundle.
         notes: Further notes for the user.
     """
-    steps, path = source.num_inference_steps, variant_path(precision, source.num_inference_steps)
+    steps, path = source.num_inference_steps, source.variant_path(precision)
     data = data_path_of(Path(path)).as_posix()
     draft.path(data)  # external weights of an older graph
-    report = write_model(model, draft.path(path))
+    if source.size is not None:
+        report = write_beside(model, draft.path(path), draft.folder / variant_path(precision, steps))
+    elif draft.bundle.manifest.sizes:  # whose graphs refer to a file of weights
+        report = write_model(model, draft.path(path), external_data_above=0)
+    else:
+        report = write_model(model, draft.path(path))
     draft.digests |= {path: report.sha256, data: report.data_sha256}
     draft.add(
         Artifact(path=path, format="onnx", precision=precision, num_inference_steps=steps, recipe=source.recipe),
         [source.artifact.path, *built_from],
         files=[data] if report.data_path else [],
+        size=source.size,
     )
     try:
         psnr_db = probe.gate_db(report.path) if probe is not None else None
@@ -316,6 +354,7 @@ def add_graph(
     )
 
 
-def variant_path(precision: str, num_inference_steps: int) -> str:
-    """Return the path of a graph in a bundle."""
-    return f"onnx/{precision}/{num_inference_steps}step/model.onnx"
+def variant_path(precision: str, num_inference_steps: int, size: ImageSize | None = None) -> str:
+    """Return the path of a graph in a bundle; ``size`` None is the first image size."""
+    name = GRAPH_NAME if size is None else sized_name(size)
+    return f"onnx/{precision}/{num_inference_steps}step/{name}"

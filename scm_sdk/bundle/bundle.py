@@ -47,7 +47,9 @@ from .manifest import (
     Manifest,
     ParityRecord,
     Role,
+    Size,
     files_of,
+    image_size,
     role_of,
 )
 from .scores import SCORES_PATH, read_scores
@@ -87,6 +89,8 @@ class Bundle:
     _seen: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Stamps of the files when the bundle was opened."""
     _hashed: dict[str, Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _is_further: bool = field(default=False, init=False, repr=False, compare=False)
+    """Whether it is a view of a further image size, as ``at_size`` returns."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: Verify = "digest") -> Bundle:
@@ -137,7 +141,8 @@ class Bundle:
         Raises:
             BundleError: As ``open`` does.
         """
-        return self._read_settled(self.path, verify, before=self)
+        again = self._read_settled(self.path, verify, before=self)
+        return again.at_size(*image_size(self.manifest.samplers)) if self._is_further else again
 
     def unchanged_files(self, entries: Iterable[FileEntry]) -> set[str]:
         """Return the paths of those listed files that were hashed, with this result, and did not change since."""
@@ -207,11 +212,12 @@ class Bundle:
             BundleError: If the graph holds an operator that is not allowed, or names an unlisted file.
             IntegrityError: If it is not a graph, or not a graph of its artifact's sampler.
         """
-        steps = next((a.num_inference_steps for a in self.manifest.artifacts if a.path == path), 0)
+        bundle = self.holding(path)
+        steps = next((a.num_inference_steps for a in bundle.manifest.artifacts if a.path == path), 0)
         # Weights must be in files that are hashed with the artifact, in its folder.
         hashed = {entry.path.rpartition("/"): entry.size for entry in files_of(self.manifest, path)}
         beside = {name: size for (folder, _, name), size in hashed.items() if folder == path.rpartition("/")[0]}
-        check_graph_file(self.file(path), beside, self.graph_spec(steps) if steps else None)
+        check_graph_file(self.file(path), beside, bundle.graph_spec(steps) if steps else None)
 
     def check_unchanged(self, artifact: str, *, verify: Verify = "digest") -> tuple[Stamp, ...]:
         """Compare the files of an artifact on disk with the opened manifest.
@@ -332,6 +338,27 @@ class Bundle:
             and (num_inference_steps is None or a.num_inference_steps in (0, num_inference_steps))
         )
 
+    def at_size(self, height: int, width: int) -> Bundle:
+        """Return the bundle with the samplers and artifacts of one of its image sizes, for reading.
+
+        Raises:
+            ConfigError: If the bundle does not have this size.
+        """
+        manifest = self.manifest.at_size(height, width)
+        if manifest is self.manifest:
+            return self
+        view = Bundle(self.path, manifest)
+        object.__setattr__(view, "_seen", self._seen)  # shared: the files are the same, and are hashed once
+        object.__setattr__(view, "_hashed", self._hashed)
+        object.__setattr__(view, "_is_further", True)
+        return view
+
+    def holding(self, artifact: str) -> Bundle:
+        """Return the bundle at the image size that an artifact is of; itself for any other path."""
+        sizes = self.manifest.sizes
+        found = next((size for size in sizes if any(a.path == artifact for a in size.artifacts)), None)
+        return self if found is None else self.at_size(*found.image)
+
     def spec(self, num_inference_steps: int) -> SamplerSpec:
         """Return the sampler with this number of steps.
 
@@ -378,12 +405,12 @@ class Bundle:
             )
 
     def goldens(self) -> dict[int, Golden]:
-        """Return the recorded samples by number of steps; empty if the bundle has none.
+        """Return the recorded samples by number of steps; empty if the bundle has none, as at further image sizes.
 
         Raises:
             IntegrityError: If the file does not match the samplers.
         """
-        if not any(entry.path == GOLDEN_PATH for entry in self.manifest.files):
+        if self._is_further or not any(entry.path == GOLDEN_PATH for entry in self.manifest.files):
             return {}
         return read_goldens(self.file(GOLDEN_PATH), self.manifest.samplers)
 
@@ -580,7 +607,7 @@ class Bundle:
 
     @property
     def _graphs(self) -> list[str]:
-        named = {artifact.path for artifact in self.manifest.artifacts if artifact.format == "onnx"}
+        named = {artifact.path for artifact in self.manifest.all_artifacts if artifact.format == "onnx"}
         return sorted(named | {entry.path for entry in self.manifest.files if entry.path.endswith(".onnx")})
 
     @property
@@ -646,6 +673,7 @@ def write_bundle(
     versions: Mapping[str, str] | None = None,
     cut_from: str = "",
     digests: Mapping[str, str] | None = None,
+    sizes: Sequence[Size] = (),
 ) -> Manifest:
     """Write the manifest of a folder that already holds all other files.
 
@@ -662,6 +690,7 @@ def write_bundle(
         versions: Versions of the libraries that built the bundle.
         cut_from: Build id of the full bundle, if this one is a subset.
         digests: sha256 of files that were hashed when they were written; the others are hashed now.
+        sizes: Further image sizes.
 
     Returns:
         The written manifest.
@@ -682,6 +711,7 @@ def write_bundle(
         provenance=dict(provenance or {}),
         versions=dict(versions or {}),
         cut_from=cut_from,
+        sizes=tuple(sizes),
     )
     return write_manifest(folder, manifest)
 

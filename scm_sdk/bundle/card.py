@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 from .._util.lazy import wheel_command
 from ..errors import printable
 from ..spec import SamplerSpec
-from .manifest import Artifact, Format, Manifest, ParityRecord
+from .manifest import Artifact, Format, ImageSize, Manifest, ParityRecord, describe_size
 from .status import Kind, ModelStatus
 
 CARD_PATH = "README.md"
@@ -56,8 +56,9 @@ def bundle_card(manifest: Manifest, *, quality: Sequence[Mapping[str, Any]] = ()
         where: Path or hub id in the usage lines.
     """
     return model_card(
-        manifest.name, manifest.samplers, manifest.provenance, artifacts=manifest.artifacts, parity=manifest.parity,
+        manifest.name, manifest.samplers, manifest.provenance, artifacts=manifest.all_artifacts, parity=manifest.parity,
         budgets=manifest.budgets, quality=quality, where=where, cut_from=manifest.cut_from,
+        sizes=manifest.image_sizes,
     )  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def model_card(
     quality: Sequence[Mapping[str, Any]] = (),
     where: str = "",
     cut_from: str = "",
+    sizes: Sequence[ImageSize] = (),
 ) -> str:
     """Return a card as Markdown with a YAML head.
 
@@ -85,6 +87,7 @@ def model_card(
         quality: Scores, as ``scores.read_scores`` returns them.
         where: Path or hub id in the usage lines.
         cut_from: Build id of the full bundle, if this one is a subset.
+        sizes: Image sizes of a bundle, the first one first.
     """
     license = str(provenance.get("license") or "")
     license = "" if license.lower() == "other" else license  # the default name that training writes
@@ -97,7 +100,7 @@ def model_card(
         "\n".join(f"> **Warning:** {markdown_text(text)}" for text in status.training_warnings),
         f"> Some artifacts of build {markdown_text(cut_from)}; comparisons below were made there." if cut_from else "",
         _usage(specs[0], where or "path/to/this/folder", artifacts),
-        _table({"": ""} | _facts(specs, status)),
+        _table({"": ""} | _facts(specs, status) | _several(sizes)),
         _runs(artifacts, parity),
         _quality(scores),
         "\n".join(["## Latency budgets", "", *(f"- `{markdown_text(text)}`" for text in budgets)]) if budgets else "",
@@ -192,6 +195,14 @@ def _facts(specs: Sequence[SamplerSpec], status: ModelStatus) -> dict[str, str]:
         "training": f"objective {status.objective or 'not on record'}, {status.training}",
         "quality": status.quality,
     }
+
+
+def _several(sizes: Sequence[ImageSize]) -> dict[str, str]:
+    """Return the fact that a bundle has several image sizes."""
+    if len(sizes) < 2:
+        return {}
+    first, *others = map(describe_size, sizes)
+    return {"image sizes": f"{first} (the default), {', '.join(others)}: height x width, gen(..., height=, width=)"}
 
 
 def _runs(artifacts: Sequence[Artifact], parity: Sequence[ParityRecord]) -> str:

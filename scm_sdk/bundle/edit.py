@@ -19,7 +19,7 @@ import msgspec
 from .._util.files import safe_join
 from ..errors import BundleError
 from .bundle import Bundle, list_files, staged_bundle, write_changes
-from .manifest import SIGNATURE_NAME, Artifact, FileEntry, Manifest, Role
+from .manifest import SIGNATURE_NAME, Artifact, FileEntry, ImageSize, Manifest, Role
 from .verify import check_present, read_manifest, require_own
 
 
@@ -45,7 +45,8 @@ class Draft:
     versions: dict[str, str] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
     digests: dict[str, str] = field(default_factory=dict)
-    _added: dict[str, Artifact] = field(default_factory=dict)
+    _added: dict[ImageSize | None, dict[str, Artifact]] = field(default_factory=dict)
+    """New artifacts by path, by their image size; None is the first."""
     _removed: set[str] = field(default_factory=set)
     _dropped: set[str] = field(default_factory=set)
     _written: Manifest | None = None
@@ -58,15 +59,19 @@ class Draft:
         self._dropped.add(relative)
         return target
 
-    def add(self, artifact: Artifact, built_from: Sequence[str], *, files: Sequence[str] = ()) -> None:
+    def add(
+        self, artifact: Artifact, built_from: Sequence[str], *, files: Sequence[str] = (), size: ImageSize | None = None
+    ) -> None:
         """Add an artifact, or replace the one with the same path.
 
         Args:
             artifact: The artifact.
             built_from: Relative paths of its sources.
             files: Further files built with it from the same sources.
+            size: Its image size, one of the bundle's; None is the first.
         """
-        self._added[artifact.path] = artifact
+        first = size in (None, self.bundle.manifest.image_sizes[0])
+        self._added.setdefault(None if first else size, {})[artifact.path] = artifact
         for path in (artifact.path, *files):
             self.built_from[path] = tuple(built_from)
 
@@ -100,12 +105,16 @@ class Draft:
             check_present(self.bundle.path, entry)
         there = kept | new
         files = (_without(there[path], there.keys()) for path in sorted(there))
-        artifacts = {a.path: a for a in current.artifacts if a.path not in self._removed} | self._added
+        sizes = tuple(
+            msgspec.structs.replace(size, artifacts=self._with_added(size.artifacts, size.image))
+            for size in current.sizes
+        )
+        extended = msgspec.structs.replace(current, artifacts=self._with_added(current.artifacts, None), sizes=sizes)
         before = {entry.path: entry.sha256 for entry in current.files}
+        artifacts = {artifact.path for artifact in extended.all_artifacts}
         same = {path for path in artifacts if path not in new or new[path].sha256 == before.get(path)}
         manifest = msgspec.structs.replace(
-            current,
-            artifacts=tuple(artifacts.values()),
+            extended,
             files=tuple(files),
             parity=tuple(record for record in current.parity if record.artifact in same),
             versions=current.versions | self.versions,
@@ -123,6 +132,10 @@ class Draft:
         """Open the bundle after the change was published; files that were hashed for it are not read again."""
         assert self._written is not None, "merge_into was called to publish it"
         return Bundle.written(self.bundle.path, self._written, hashed=self._hashed)
+
+    def _with_added(self, artifacts: Sequence[Artifact], size: ImageSize | None) -> tuple[Artifact, ...]:
+        kept = {a.path: a for a in artifacts if a.path not in self._removed}
+        return tuple((kept | self._added.get(size, {})).values())
 
     def _drops(self, path: str) -> bool:
         return any(path == dropped or path.startswith(f"{dropped}/") for dropped in self._dropped)
@@ -185,7 +198,7 @@ def open_to_extend(path: str | os.PathLike[str] | Bundle) -> Bundle:
 
 def recipe_of(bundle: Bundle, path: str) -> Mapping[str, Any]:
     """Return the recipe of an artifact; empty if the bundle has no artifact with this path."""
-    return next((a.recipe for a in bundle.manifest.artifacts if a.path == path), {})
+    return next((a.recipe for a in bundle.manifest.all_artifacts if a.path == path), {})
 
 
 def _without(entry: FileEntry, there: Any) -> FileEntry:

@@ -6,6 +6,7 @@ Data only, without file access; ``scm_sdk.bundle.bundle`` reads, writes and enfo
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
@@ -194,6 +195,38 @@ def describe_way(backend: str, precision: str = "", cpu_class: str = "") -> str:
     return backend + (f" in {precision}" if precision else "") + (f" ({printable(cpu_class)})" if cpu_class else "")
 
 
+class Size(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A further image size of a bundle.
+
+    Attributes:
+        samplers: As ``Manifest.samplers``, for images of this size.
+        artifacts: Its graphs; the checkpoint of the bundle runs any of its sizes.
+    """
+
+    samplers: tuple[SamplerSpec, ...]
+    artifacts: tuple[Artifact, ...]
+
+    @property
+    def image(self) -> ImageSize:
+        """Height and width, pixels."""
+        return image_size(self.samplers)
+
+
+ImageSize = tuple[int, int]
+"""Height and width, pixels."""
+
+
+def image_size(samplers: Sequence[SamplerSpec]) -> ImageSize:
+    """Return height and width of the images of samplers, pixels; 1 for an axis that they lack."""
+    height, width = (1, 1, *samplers[0].image_shape[1:])[-2:]
+    return height, width
+
+
+def describe_size(size: ImageSize) -> str:
+    """Return a size in words: ``768x1344``, height first."""
+    return f"{size[0]}x{size[1]}"
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Content of a bundle.
 
@@ -202,7 +235,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         build_id: sha256 over everything that determines the artifacts: graph bytes, options, library versions.
         name: Human name of the model.
         samplers: One spec for each number of steps the bundle has graphs for.
-        artifacts: Checkpoint, graphs and engines.
+        artifacts: Checkpoint, graphs and engines. With several image sizes, these and ``samplers`` are of the first.
         files: Every file except the manifest itself.
         parity: Recorded comparisons.
         budgets: Latency budgets that ``scm-export validate`` enforces, in the format of ``inference.latency``.
@@ -210,6 +243,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         versions: Versions of the libraries that built the bundle.
         cut_from: Build id of the full bundle, if this one is a subset; see ``subset``.
         digests: The sha256 of each part above, by name; see ``verify.seal``.
+        sizes: Further image sizes.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -224,6 +258,45 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     versions: dict[str, str] = {}
     cut_from: str = ""
     digests: dict[str, str] = {}
+    sizes: tuple[Size, ...] = ()
+
+    @property
+    def image_sizes(self) -> tuple[ImageSize, ...]:
+        """Every image size, the first one first."""
+        return image_size(self.samplers), *(size.image for size in self.sizes)
+
+    @property
+    def all_artifacts(self) -> tuple[Artifact, ...]:
+        """The artifacts of every image size."""
+        return *self.artifacts, *(artifact for size in self.sizes for artifact in size.artifacts)
+
+    def at_size(self, height: int, width: int) -> Manifest:
+        """Return the manifest with the samplers and artifacts of one image size.
+
+        Of a further size it has no comparisons of the checkpoint, which are those of the first, and no budgets.
+
+        Raises:
+            ConfigError: If the bundle does not have this size.
+        """
+        if (height, width) == image_size(self.samplers):
+            return self
+        found = next((size for size in self.sizes if size.image == (height, width)), None)
+        if found is None:
+            known = ", ".join(map(describe_size, self.image_sizes))
+            raise ConfigError(
+                f"the image size is {describe_size((height, width))}, expected one of {known}, height x width, which "
+                f"{self.name} was exported for. Choose one of them, or import the pipeline with --size for this one."
+            )
+        paths = {artifact.path for artifact in found.artifacts}
+        checkpoints = (a for a in self.artifacts if a.format == "safetensors")
+        return msgspec.structs.replace(
+            self,
+            samplers=found.samplers,
+            artifacts=(*checkpoints, *found.artifacts),
+            parity=tuple(record for record in self.parity if record.artifact in paths),
+            budgets=(),
+            sizes=(),
+        )
 
     @property
     def is_split(self) -> bool:
@@ -251,8 +324,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
 
     def to_json(self) -> bytes:
-        """Return indented JSON that ``from_json`` reads back to an equal manifest."""
-        return to_json(self)
+        """Return indented JSON that ``from_json`` reads back to an equal manifest.
+
+        Without further image sizes it is that of older versions, which do not know the field.
+        """
+        return to_json({name: part for name, part in msgspec.to_builtins(self).items() if part or name != "sizes"})
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:

@@ -23,7 +23,17 @@ from .._util.files import check_relative, safe_join, sha256_file, unreadable
 from .._util.publish import finish_interrupted, has_journal
 from ..errors import BundleError, IntegrityError, SchemaError
 from .goldens import check_safetensors
-from .manifest import FOLDER_FORMATS, MANIFEST_NAME, SCHEMA_VERSION, SIGNATURE_NAME, SUFFIXES, FileEntry, Manifest, Role
+from .manifest import (
+    FOLDER_FORMATS,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    SIGNATURE_NAME,
+    SUFFIXES,
+    FileEntry,
+    Manifest,
+    Role,
+    describe_size,
+)
 
 MANIFEST_MAX_BYTES = 8 << 20
 REPAIR = "Copy the bundle again, or export it again."
@@ -127,7 +137,7 @@ def check_manifest(manifest: Manifest) -> None:
         )
     if both := known & {path.casefold() for path in folders}:
         raise SchemaError(f"{MANIFEST_NAME} lists {_some(both)} as a file and as a folder, expected one. {REPAIR}")
-    for artifact in manifest.artifacts:
+    for artifact in manifest.all_artifacts:
         where = folders if artifact.format in FOLDER_FORMATS else files
         if artifact.path not in where:
             raise SchemaError(
@@ -146,6 +156,37 @@ def check_manifest(manifest: Manifest) -> None:
         )
     if orphans := {a.num_inference_steps for a in manifest.artifacts} - {0, *steps}:
         raise SchemaError(f"artifacts of {sorted(orphans)} steps have no sampler; samplers have {steps}. {REPAIR}")
+    _check_sizes(manifest)
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Refuse further image sizes that are inconsistent.
+
+    Raises:
+        SchemaError: If they are.
+    """
+    paths = [artifact.path for artifact in manifest.all_artifacts]
+    for size in manifest.sizes:
+        steps = [spec.num_inference_steps for spec in size.samplers]
+        made = {artifact.num_inference_steps for artifact in size.artifacts}
+        if not steps or len(set(steps)) != len(steps) or not made or not made <= set(steps):
+            raise SchemaError(
+                f"an image size of {MANIFEST_NAME} has samplers of {steps} steps and artifacts of {sorted(made)}, "
+                f"expected artifacts, and one sampler for each number of their steps. {REPAIR}"
+            )
+    if not manifest.sizes:
+        return
+    sizes = [describe_size(size) for size in manifest.image_sizes]
+    if len(set(sizes)) != len(sizes) or len(set(paths)) != len(paths):
+        raise SchemaError(
+            f"{MANIFEST_NAME} has the image sizes {', '.join(sizes[:5])} with {len(paths)} artifacts, expected each "
+            f"size and each artifact once. {REPAIR}"
+        )
+    if manifest.is_split:
+        raise SchemaError(
+            f"{MANIFEST_NAME} has the image sizes {', '.join(sizes[:5])} and a decoder of its own, expected one size "
+            f"with it. {REPAIR}"
+        )
 
 
 def check_present(folder: Path, entry: FileEntry) -> Path:
@@ -222,6 +263,7 @@ def make_build_id(manifest: Manifest) -> str:
         "artifacts": [_chosen(artifact) for artifact in manifest.artifacts],
         "versions": manifest.versions,
         **({"cut_from": manifest.cut_from} if manifest.cut_from else {}),
+        **({"sizes": _chosen(manifest.sizes)} if manifest.sizes else {}),
     }
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
@@ -236,7 +278,8 @@ def seal(manifest: Manifest) -> Manifest:
 
 
 def _make_digests(manifest: Manifest) -> dict[str, str]:
-    parts = {name: getattr(manifest, name) for name in _defaults(Manifest) if name != "digests"}
+    left_out = ("digests",) if manifest.sizes else ("digests", "sizes")  # older versions do not know sizes
+    parts = {name: getattr(manifest, name) for name in _defaults(Manifest) if name not in left_out}
     encoded = {name: msgspec.json.encode(_chosen(part), order="deterministic") for name, part in parts.items()}
     return {name: hashlib.sha256(data).hexdigest() for name, data in encoded.items()}
 

@@ -89,7 +89,7 @@ def validate_bundle(
         record: Whether to write the results into the manifest.
 
     Returns:
-        One comparison for each number of steps, backend and precision.
+        One comparison for each image size, number of steps, backend and precision.
 
     Raises:
         ConfigError: If the bundle has nothing to compare, a seed is out of range, or a looser gate comes without a
@@ -97,11 +97,19 @@ def validate_bundle(
         BackendError: If a named backend cannot run here, or no backend can.
     """
     bundle = path.refreshed() if isinstance(path, Bundle) else Bundle.open(path)
-    ways = [
-        way
-        for way in _ways(bundle.manifest.artifacts)
-        if (not precisions or way.precision in precisions) and (not steps or way.num_inference_steps in steps)
+    by_size = [
+        (
+            sized,
+            [
+                way
+                for way in _ways(sized.manifest.artifacts)
+                if (not precisions or way.precision in precisions) and (not steps or way.num_inference_steps in steps)
+                if sized is bundle or way.artifact.format != "safetensors"  # whose record is of the first size
+            ],
+        )
+        for sized in (bundle.at_size(*size) for size in bundle.manifest.image_sizes)
     ]
+    ways = [way for _, some in by_size for way in some]
     if not ways and (precisions or steps):
         there = [a for a in bundle.manifest.artifacts if a.format != "safetensors"]
         asked = [*precisions, *(f"{count} steps" for count in steps)]
@@ -114,57 +122,65 @@ def validate_bundle(
         missing = "checkpoint to compare with" if ways else "graph to validate"
         note = bundle.manifest.cut_note or " Make it from a checkpoint: scm-export onnx"
         raise ConfigError(f"{bundle.path} holds no {missing}.{note}")
-    by_path = {artifact.path: artifact for artifact in bundle.manifest.artifacts}
+    by_path = {artifact.path: artifact for artifact in bundle.manifest.all_artifacts}
     results: list[Parity] = []
     skipped: list[str] = []
-    counts = sorted({way.num_inference_steps for way in ways})
-    with Generator.from_pretrained(bundle, backend="torch", num_inference_steps=counts[0], verify="none") as reference:
-        for count in counts:
-            chosen = sorted(
-                (
-                    way
-                    for way in ways
-                    if way.num_inference_steps == count
-                    if (way.backend in backends if backends else BACKENDS[way.backend].takes(way.artifact))
-                ),
-                key=_precision_order,
-            )
-            baseline: Parity | None = None
-            most = reference.opened(count).spec.max_batch
-            sizes = SPLITS if batches is None else batches
-            seeds = _seeds(first_seed, max([num_seeds, *(most if size is None else size for size in sizes)]))
-            run = run_reference(reference, seeds=seeds, batches=batches, num_inference_steps=count, examples=examples)
-            for way in chosen:
-                try:
-                    candidate = open_candidate(bundle, way.backend, way.precision, count)
-                except (BackendUnavailable, IncompatibleEngineError) as exc:
-                    if way.lowered and not precisions:
-                        continue  # not stored and not requested
-                    if backends:
-                        raise
-                    skipped.append(str(exc))
-                    events.skip(skipped[-1])
-                    continue
-                with candidate:
-                    exact = way.precision == "fp32"
-                    baseline = compare(
-                        candidate,
-                        run,
-                        threshold=threshold if exact else None,
-                        min_psnr_db=None if exact else min_psnr_db,
-                        reason=reason,
-                        baseline=baseline,
-                    )
-                # In a lower precision it is the same graph, which is diagnosed in its own.
-                fault, by_step = ("", ()) if way.lowered else examine(by_path[baseline.candidate], reference)
-                baseline = replace(
-                    baseline,
-                    fault=fault or baseline.fault,
-                    psnr_by_step=by_step,
-                    required=bool(precisions) or not way.lowered,
+
+    def judge(sized: Bundle, some: Sequence[_Way], reference: Generator, count: int) -> None:
+        chosen = sorted(
+            (
+                way
+                for way in some
+                if way.num_inference_steps == count
+                if (way.backend in backends if backends else BACKENDS[way.backend].takes(way.artifact))
+            ),
+            key=_precision_order,
+        )
+        baseline: Parity | None = None
+        most = reference.opened(count).spec.max_batch
+        sizes = SPLITS if batches is None else batches
+        seeds = _seeds(first_seed, max([num_seeds, *(most if size is None else size for size in sizes)]))
+        run = run_reference(reference, seeds=seeds, batches=batches, num_inference_steps=count, examples=examples)
+        for way in chosen:
+            try:
+                candidate = open_candidate(sized, way.backend, way.precision, count)
+            except (BackendUnavailable, IncompatibleEngineError) as exc:
+                if way.lowered and not precisions:
+                    continue  # not stored and not requested
+                if backends:
+                    raise
+                skipped.append(str(exc))
+                events.skip(skipped[-1])
+                continue
+            with candidate:
+                exact = way.precision == "fp32"
+                baseline = compare(
+                    candidate,
+                    run,
+                    threshold=threshold if exact else None,
+                    min_psnr_db=None if exact else min_psnr_db,
+                    reason=reason,
+                    baseline=baseline,
                 )
-                results.append(baseline)
-                events.result(baseline)
+            # In a lower precision it is the same graph, which is diagnosed in its own.
+            fault, by_step = ("", ()) if way.lowered else examine(by_path[baseline.candidate], reference)
+            baseline = replace(
+                baseline,
+                fault=fault or baseline.fault,
+                psnr_by_step=by_step,
+                required=bool(precisions) or not way.lowered,
+            )
+            results.append(baseline)
+            events.result(baseline)
+
+    for sized, some in by_size:
+        counts = sorted({way.num_inference_steps for way in some})
+        if counts:
+            with Generator.from_pretrained(
+                sized, backend="torch", num_inference_steps=counts[0], verify="none"
+            ) as reference:
+                for count in counts:
+                    judge(sized, some, reference, count)
     if not results:
         raise BackendUnavailable(f"nothing of {bundle.path} can run here, expected one backend: {'; '.join(skipped)}")
     if record:

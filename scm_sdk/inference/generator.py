@@ -25,6 +25,7 @@ from .._util.arguments import check_names, checked_names
 from .._util.events import SILENT, Events
 from .._util.publish import undisturbed
 from ..bundle.bundle import Bundle
+from ..bundle.manifest import ImageSize
 from ..bundle.signing import Signer
 from ..errors import BundleError, ConfigError, IntegrityError, UnknownArgument
 from .backends import Backend
@@ -37,6 +38,7 @@ from .request import (
     Request,
     Seeds,
     check_count,
+    check_image_size,
     check_num_images,
     check_output_type,
     make_request,
@@ -68,6 +70,8 @@ class OpenOptions(TypedDict, total=False):
     num_threads: int | None
     max_batch: int | None
     num_inference_steps: int | None
+    height: int | None
+    width: int | None
     trust_engines: bool
     offload: bool
     require_signature: Signer | None
@@ -84,9 +88,10 @@ class Generator:
         self.source = source
         self._opener = opener
         self._arguments = dict(arguments)
-        turn = opener.turn
-        self._prompts = source.prompts(device=arguments["device"], turn=turn)
-        self._starts = StartImages(source, device=arguments["device"], num_threads=arguments["num_threads"], turn=turn)
+        self._prompts = source.prompts(device=arguments["device"], turn=opener.turn)
+        self._starts = self._start_images(opener)
+        self._others: dict[ImageSize, tuple[Opener, StartImages]] = {}
+        """What opens each image size that was asked for."""
         self._max_batch: int | None = arguments["max_batch"]
         self._default_steps: int = arguments["num_inference_steps"]
 
@@ -113,6 +118,8 @@ class Generator:
         num_threads: int | None = None,
         max_batch: int | None = None,
         num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         trust_engines: bool = False,
         offload: bool = False,
         revision: str | None = None,
@@ -141,6 +148,8 @@ class Generator:
             num_threads: CPU threads of one call; None is the default of the library.
             max_batch: Largest batch, from 1 to that of the sampler; None is that of the sampler.
             num_inference_steps: Default number of network calls; None is 2 if available.
+            height: With ``width``, pixels: default image size of a bundle of several sizes; None is its first.
+            width: See ``height``.
             trust_engines: A TensorRT engine is executable code. Engines built on this machine run; others only with
                 True, or with ``SCM_TRUST_ENGINES=1`` in the environment.
             offload: Load the parts of the model in turn, for short memory: each call opens the text encoder, closes it,
@@ -161,10 +170,15 @@ class Generator:
         for name, value, known in (("verify", verify, Verify), ("fallback", fallback, Fallback)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}.")
-        find = partial(
+        size = check_image_size(height, width)
+        open_whole = partial(
             open_source, path, verify="digest" if verify == "smoke" or verify == "full" else verify, revision=revision,
             local_files_only=local_files_only, require_signature=require_signature,
         )  # fmt: skip
+
+        def find() -> Source:
+            return open_whole() if size is None else open_whole().at_size(size)
+
         source = find()
         steps = source.default_steps if num_inference_steps is None else num_inference_steps
         arguments = {
@@ -176,6 +190,8 @@ class Generator:
             "num_threads": num_threads,
             "max_batch": max_batch,
             "num_inference_steps": check_count("num_inference_steps", steps),
+            "height": height,
+            "width": width,
             "trust_engines": trust_engines,
             "offload": offload,
             "require_signature": require_signature,
@@ -223,6 +239,8 @@ class Generator:
         prompt_attention_mask: np.ndarray | None = None,
         image: Image | Sequence[Image] | np.ndarray | None = None,
         start_time: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         events: Events = SILENT,
     ) -> GeneratorOutput:
         """Generate images.
@@ -250,6 +268,9 @@ class Generator:
                 (num_images, H, W, C), uint8 or float32 in [0, 1]. A latent model needs its encoder in the bundle.
             start_time: Time, radians, at which noise is added to the image: the first time of a sampler of the bundle,
                 which is then taken. A smaller time keeps more of the image.
+            height: With ``width``, pixels: one of the bundle's image sizes; None is that of the generator. A seed's
+                noise has the shape of the sample, so that images of two sizes have nothing in common.
+            width: See ``height``.
             events: Receives a step after each batch, with the images done; ``ProgressBar`` shows it.
 
         Raises:
@@ -272,6 +293,8 @@ class Generator:
             prompt_attention_mask=prompt_attention_mask,
             image=image,
             start_time=start_time,
+            height=height,
+            width=width,
         )
         raw, batches, timings = opened.run(request, self._batch_size(opened, batch_size), events)
         info = opened.info(self.source, batches=batches, timings=timings)
@@ -470,15 +493,17 @@ class Generator:
 
     def close(self) -> None:
         """Release all memory; may be called twice. A later call raises ``BackendFailure``."""
-        self._opener.close()
         self._prompts.close()
-        self._starts.close()
+        for opener, starts in (*self._others.values(), (self._opener, self._starts)):
+            opener.close()
+            starts.close()
         self.source.release()
 
     def __repr__(self) -> str:
         opened = [
             f"{o.row.backend} {o.row.precision} of {o.spec.num_inference_steps} steps on {o.device}"
-            for o in self._opener.opened
+            for opener in dict.fromkeys((self._opener, *(other for other, _ in self._others.values())))
+            for o in opener.opened
         ]
         return f"<Generator of {self.source.path}: {', '.join(opened) or 'not open here'}>"
 
@@ -499,14 +524,31 @@ class Generator:
         most = self._max_batch or opened.spec.max_batch
         return most if asked is None else check_count("batch_size", asked, most=most)
 
+    def _start_images(self, opener: Opener) -> StartImages:
+        device, threads = self._arguments["device"], self._arguments["num_threads"]
+        return StartImages(opener.source, device=device, num_threads=threads, turn=opener.turn)
+
+    def _at_size(self, height: object, width: object) -> tuple[Opener, StartImages]:
+        """Return what opens the backends and encodes the images of one image size of the model."""
+        size = check_image_size(height, width)
+        if size is None:
+            return self._opener, self._starts
+        found = self._others.get(size)
+        if found is None:
+            opener = self._opener.at_size(size)
+            made = opener, self._starts if opener is self._opener else self._start_images(opener)
+            found = self._others.setdefault(size, made)
+        return found
+
     def _prepare(self, output_type: str, steps: int | None, **arguments: Any) -> tuple[Opened, Request]:
         image = arguments.pop("image", None)
-        steps = self._starts.steps(image, arguments.pop("start_time", None), steps)
-        opened = self._opener.get(self._steps(steps))
+        opener, starts = self._at_size(arguments.pop("height", None), arguments.pop("width", None))
+        steps = starts.steps(image, arguments.pop("start_time", None), steps)
+        opened = opener.get(self._steps(steps))
         check_output_type(opened.spec, output_type)
         words = {name: arguments.pop(name, None) for name in ("conditioning", "prompt", EMBEDS, MASK)}
         count = check_num_images(arguments.get("num_images", 1), opened.spec)
-        offset = self._starts.offset(opened.spec, count, image)  # a wrong image fails before the text encoder is loaded
+        offset = starts.offset(opened.spec, count, image)  # a wrong image fails before the text encoder is loaded
         made = self._prompts.conditioning(opened.spec, count, **words)
         return opened, make_request(opened.spec, conditioning=made, offset=offset, **arguments)
 

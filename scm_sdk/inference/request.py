@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._util.arguments import check_names
+from ..bundle.manifest import ImageSize
 from ..errors import ConfigError, ShapeError, UnknownArgument
 from ..noise import check_seed, draw_noise, standard_normal
 from ..spec import SamplerSpec
@@ -56,6 +57,8 @@ class RequestOptions(TypedDict, total=False):
     prompt_attention_mask: np.ndarray | None
     image: Image | Sequence[Image] | np.ndarray | None
     start_time: float | None
+    height: int | None
+    width: int | None
 
 
 _ARGUMENTS = ("num_images", *RequestOptions.__annotations__)
@@ -234,6 +237,15 @@ def check_count(name: str, value: object, *, most: int | None = None) -> int:
     if count < 1 or (most is not None and count > most):
         raise ConfigError(f"{name} is {count}, expected {wanted}.")
     return count
+
+
+def check_image_size(height: object, width: object) -> ImageSize | None:
+    """Return an image size, or None where neither is given, or raise ``ConfigError``."""
+    if height is None and width is None:
+        return None
+    if height is None or width is None:
+        raise ConfigError(f"height is {height} and width is {width}, expected both, pixels, or neither.")
+    return check_count("height", height), check_count("width", width)
 
 
 def check_num_images(value: object, spec: SamplerSpec) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 from .._util.events import SILENT, Events
 from .._util.forked import check_process
 from ..bundle.goldens import GOLDEN_PATH
-from ..bundle.manifest import ParityRecord
+from ..bundle.manifest import ImageSize, ParityRecord
 from ..engines.compatibility import EngineHost
 from ..errors import BackendError, BackendFailure, BundleError, ConfigError, IntegrityError
 from ..spec import Precision, SamplerSpec
@@ -189,7 +189,7 @@ class Opener:
     """Keeps one open backend per number of steps; thread-safe.
 
     Args:
-        source: The model on disk.
+        source: The model on disk, at one image size.
         backend: ``"auto"`` or a name.
         precision: ``"auto"`` or a precision.
         device: Passed to the backend.
@@ -220,8 +220,9 @@ class Opener:
             raise ConfigError(
                 f"precision is {precision!r}, expected 'auto' or one of {', '.join(get_args(Precision))}."
             )
-        self._source, self._backend, self._precision = source, backend, precision
-        self._device, self._fallback, self._num_threads = device, fallback, num_threads
+        self.source, self._backend, self._precision = source, backend, precision
+        self._device, self._num_threads = device, num_threads
+        self._fallback: Fallback = fallback
         self._trust_engines, self.turn = trust_engines, turn
         self._decoders: dict[str, Part[Graph]] = {}  # by backend, each for all numbers of steps
         self._opened: dict[int, Opened] = {}
@@ -230,6 +231,22 @@ class Opener:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
+
+    def at_size(self, size: ImageSize) -> Opener:
+        """Return an opener for another image size of the model; itself for its own.
+
+        Raises:
+            ConfigError: If the model does not have this size.
+        """
+        source = self.source.at_size(size)
+        if source is self.source:
+            return self
+        made = Opener(
+            source, self._backend, self._precision, device=self._device, fallback=self._fallback,
+            num_threads=self._num_threads, trust_engines=self._trust_engines, turn=self.turn,
+        )  # fmt: skip
+        made._pid, made._closed = self._pid, self._closed
+        return made
 
     def plan(self, steps: int) -> Plan:
         """Return the plan of the open backend, or the plan for opening it."""
@@ -279,7 +296,7 @@ class Opener:
         """
         remember(
             medians,
-            self._source.build_id,
+            self.source.timed_as,
             num_inference_steps=steps,
             device=self._device,
             num_threads=self._num_threads,
@@ -305,13 +322,13 @@ class Opener:
             BackendFailure: If a sample is not reproduced.
         """
         goldens = {}
-        if self._source.bundle is not None:
-            self._source.check_unchanged(GOLDEN_PATH)
-            goldens = self._source.bundle.goldens()
+        if self.source.bundle is not None:
+            self.source.check_unchanged(GOLDEN_PATH)
+            goldens = self.source.bundle.goldens()
         for steps in all_steps:
             if steps not in goldens:
                 raise BundleError(
-                    f"{self._source.path} records no sample of {steps} steps, expected one for "
+                    f"{self.source.path} records no sample of {steps} steps, expected one for "
                     "verify='smoke' or 'full'. Use verify='digest', or export the bundle again."
                 )
             golden, opened = goldens[steps], self.get(steps)
@@ -341,11 +358,11 @@ class Opener:
                 decoder.close()
 
     def _records(self, row: PlanRow, steps: int) -> list[ParityRecord]:
-        return row.records(self._source.parity, num_inference_steps=steps, device=self._device)
+        return row.records(self.source.parity, num_inference_steps=steps, device=self._device)
 
     def _plan(self, steps: int, backend: str, precision: str) -> Plan:
         measured = recall(
-            self._source.build_id,
+            self.source.timed_as,
             num_inference_steps=steps,
             device=self._device,
             num_threads=self._num_threads,
@@ -354,24 +371,24 @@ class Opener:
         # Steps the source was not made for run only where the user named a backend that unrolls them:
         # "auto" would otherwise change the backend because of a number.
         unrolled = backend != "auto" and "safetensors" in BACKENDS[backend].opens
-        if steps not in self._source.steps and not unrolled:
-            self._source.spec(steps, unrolled=False)  # raises with the steps there are
+        if steps not in self.source.steps and not unrolled:
+            self.source.spec(steps, unrolled=False)  # raises with the steps there are
         return make_plan(
-            self._source.artifacts,
+            self.source.artifacts,
             num_inference_steps=steps,
             backend=backend,
             precision=precision,
-            parity=self._source.parity,
+            parity=self.source.parity,
             measured=measured,
             device=self._device,
             host=self._host(),
-            sha256=self._source.sha256,
+            sha256=self.source.sha256,
             offload=self.turn is not None,
         )
 
     def _host(self) -> EngineHost | None:
         """Inspect the GPU and the libraries of this machine only if there are engines."""
-        if not any(artifact.engine is not None for artifact in self._source.artifacts):
+        if not any(artifact.engine is not None for artifact in self.source.artifacts):
             return None
         return EngineHost.here(device=self._device, trust_engines=self._trust_engines)
 
@@ -382,7 +399,7 @@ class Opener:
         for backend, precision in dict.fromkeys([wanted, ("auto", self._precision), ("auto", "auto")]):
             plan = self._plan(steps, backend, precision)
             if not plan.accepted:
-                problems.append(nothing_accepted(self._source, plan, steps, backend, precision))
+                problems.append(nothing_accepted(self.source, plan, steps, backend, precision))
             for row in plan.accepted:
                 try:
                     return self._open(plan.choose(row), row, steps, problems)
@@ -404,7 +421,7 @@ class Opener:
         self, plan: Plan, row: PlanRow, steps: int, problems: Sequence[BackendError | ConfigError] = ()
     ) -> Opened:
         start = perf_counter()
-        spec = self._source.spec(steps, unrolled=row.num_inference_steps == 0)
+        spec = self.source.spec(steps, unrolled=row.num_inference_steps == 0)
         backend = self._load(row, spec)
         load_ms = (perf_counter() - start) * 1e3
         logger.debug("opened %s on %s in %.0f ms: %s", row.artifact, row.backend, load_ms, row.reason)
@@ -419,14 +436,14 @@ class Opener:
 
     def _load(self, row: PlanRow, spec: SamplerSpec) -> Backend:
         """Open an artifact, and the decoder of one that ends in latents."""
-        splits = self._source.ends_in_latents(row.artifact)
+        splits = self.source.ends_in_latents(row.artifact)
         if not splits and self.turn is None:
             return self._load_artifact(row, spec)
         own = spec.before_decoder if splits else spec
         sampler = Part(partial(self._load_artifact, row, own), self.turn)
         if splits and row.backend not in self._decoders:
             open_decoder = partial(
-                self._source.open_decoder, spec, backend=row.backend, device=self._device,
+                self.source.open_decoder, spec, backend=row.backend, device=self._device,
                 num_threads=self._num_threads,
             )  # fmt: skip
             self._decoders[row.backend] = Part(open_decoder, self.turn)
@@ -435,12 +452,12 @@ class Opener:
     def _load_artifact(self, row: PlanRow, spec: SamplerSpec) -> Backend:
         """Open an artifact and check its files against the opened source."""
         for _ in range(_LOADS):
-            stamps, backend = self._source.stamps(row.artifact), None
+            stamps, backend = self.source.stamps(row.artifact), None
             try:
-                with self._source.check_while_loading(row.artifact):
-                    self._source.check_graph(row.artifact)
+                with self.source.check_while_loading(row.artifact):
+                    self.source.check_graph(row.artifact)
                     backend = open_backend(
-                        row.backend, self._source.locate(row.artifact), spec, device=self._device,
+                        row.backend, self.source.locate(row.artifact), spec, device=self._device,
                         num_threads=self._num_threads, trust_engines=self._trust_engines,
                         precision=row.precision if row.lowered else None,
                     )  # fmt: skip
@@ -448,11 +465,11 @@ class Opener:
                 if backend is not None:  # weights that were hashed while they were loaded
                     backend.close()
                 raise
-            if self._source.stamps(row.artifact) == stamps:
+            if self.source.stamps(row.artifact) == stamps:
                 return backend
             backend.close()  # the file was written in the meantime, so the loaded content is unknown
         raise IntegrityError(
-            f"{row.artifact} of {self._source.path} was written while it was loaded, {_LOADS} times, expected a model "
+            f"{row.artifact} of {self.source.path} was written while it was loaded, {_LOADS} times, expected a model "
             "that stays as it is. Open it again when it is complete."
         )
 

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..bundle.layout import (
     PROMPT_GRAPH_PATH,
     WEIGHTS_NAME,
 )
-from ..bundle.manifest import MANIFEST_NAME, Artifact, ParityRecord
+from ..bundle.manifest import MANIFEST_NAME, Artifact, ImageSize, ParityRecord, describe_size, image_size
 from ..bundle.resolve import find_and_hold
 from ..bundle.scores import SCORES_PATH
 from ..bundle.signing import Signer, check_signature
@@ -75,6 +75,8 @@ class Source:
     """Stamps of the weights of a checkpoint when they were hashed; () if a later change may not change them."""
     _lease: FolderLock | None = None
     """Lock that keeps an unpacked bundle in the cache."""
+    _whole: Source | None = None
+    """The source with all image sizes, of one that is at a further size."""
 
     @property
     def cut_note(self) -> str:
@@ -85,6 +87,46 @@ class Source:
         """Allow an unpacked bundle to be removed from the cache."""
         if self._lease is not None:
             self._lease.release()
+
+    def at_size(self, size: ImageSize) -> Source:
+        """Return the source at one of its image sizes.
+
+        Args:
+            size: Height and width, pixels.
+
+        Raises:
+            ConfigError: If it does not have this size.
+        """
+        if self.bundle is None:
+            found = image_size([self.spec(self.default_steps, unrolled=False)])
+            if size != found:
+                raise ConfigError(
+                    f"the image size is {describe_size(size)}, expected {describe_size(found)}, height x width: "
+                    f"{self.path} is no bundle, which may have several. Import it with --size for each."
+                )
+            return self
+        whole = self._whole or self
+        assert whole.bundle is not None, "a source at one size is of a bundle"
+        bundle = whole.bundle.at_size(*size)
+        if bundle is whole.bundle:
+            return whole
+        manifest = bundle.manifest
+        return replace(
+            whole,
+            artifacts=manifest.artifacts,
+            parity=manifest.parity,
+            steps=tuple(spec.num_inference_steps for spec in manifest.samplers),
+            bundle=bundle,
+            _spec=bundle.spec,
+            _whole=whole,
+        )
+
+    @property
+    def timed_as(self) -> str:
+        """Build id for latencies, which the sizes of a bundle do not share."""
+        if self._whole is None:
+            return self.build_id
+        return f"{self.build_id}@{describe_size(image_size([self.spec(self.default_steps, unrolled=False)]))}"
 
     @property
     def default_steps(self) -> int:

@@ -198,6 +198,17 @@ class ConsistencyModel(nn.Module):
         """Standard deviation of the data, data units."""
         return self.config.sigma_data
 
+    def at_size(self, height: int, width: int) -> ConsistencyModel:
+        """Return the model for images of another size, with the same weights; of pipelines of diffusers.
+
+        Raises:
+            ConfigError: If the model has one size, or its parts cannot have this one.
+        """
+        raise ConfigError(
+            f"images of {height}x{width} pixels are asked for, expected {self.config.sample_shape}, the one shape of "
+            "this model: only imported pipelines have other sizes."
+        )
+
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None, **conditioning: Tensor) -> Tensor:
         """Return the data end of each sample's trajectory, (B, ...), data units.
 

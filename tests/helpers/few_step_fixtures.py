@@ -148,8 +148,8 @@ def feeds_of(spec: Any) -> dict[str, np.ndarray]:
     return feeds
 
 
-def pictures_of(name: str, feeds: dict[str, np.ndarray], steps: int) -> np.ndarray:
-    """What an image pipeline makes of a sampler's inputs, (B, 3, H, W) in [0, 1]."""
+def pictures_of(name: str, feeds: dict[str, np.ndarray], steps: int, size: dict[str, int] | None = None) -> np.ndarray:
+    """What an image pipeline makes of a sampler's inputs, (B, 3, H, W) in [0, 1]; ``size`` is that of ``SIZES``."""
     import torch
 
     pipeline, noise, embeds = make_pipeline(name), *(torch.from_numpy(feeds[k]) for k in ("noise_0", "prompt_embeds"))
@@ -157,7 +157,7 @@ def pictures_of(name: str, feeds: dict[str, np.ndarray], steps: int) -> np.ndarr
     if name == "ZImagePipeline":
         kept = [e[m > 0] for e, m in zip(embeds, torch.from_numpy(feeds["prompt_attention_mask"]), strict=True)]
         given = {"prompt_embeds": kept, "latents": noise, "guidance_scale": 0.0}
-    images = pipeline(num_inference_steps=steps, output_type="np", **SIZES[name], **given).images
+    images = pipeline(num_inference_steps=steps, output_type="np", **(size or SIZES[name]), **given).images
     return np.moveaxis(images, -1, 1)
 
 

@@ -134,21 +134,26 @@ def encode_by_diffusers(prompts: list[str], tokens: int) -> tuple[np.ndarray, np
     return embeds.numpy(), mask.numpy()
 
 
-def pictures_of_sana(steps: int, guidance: float) -> np.ndarray:
+def pictures_of_sana(
+    steps: int, guidance: float, size: tuple[int, int] = (SIZE, SIZE), noise: list[np.ndarray] | None = None
+) -> np.ndarray:
     """What SanaSprintPipeline makes of the inputs: it draws a fresh noise after each step, the last is multiplied by 0.
+
+    ``noise`` is that of ``size``, height and width; None is that of the inputs.
 
     Returns:
         (2, H, W, 3) in [0, 1].
     """
     import torch
 
-    embeds, mask, noise = make_sana_inputs()
+    embeds, mask, drawn = make_sana_inputs()
+    noise = drawn if noise is None else noise
     waiting = iter([*noise[1:steps], np.zeros_like(noise[0])])
     ours = patch("diffusers.schedulers.scheduling_scm.randn_tensor", lambda *_, **__: torch.from_numpy(next(waiting)))
     with torch.no_grad(), ours:
         images = make_sana()(
-            prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=SIZE,
-            width=SIZE, num_inference_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None,
+            prompt_embeds=torch.from_numpy(embeds), prompt_attention_mask=torch.from_numpy(mask), height=size[0],
+            width=size[1], num_inference_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None,
             latents=torch.from_numpy(noise[0]), guidance_scale=guidance, use_resolution_binning=False, output_type="np",
         ).images  # fmt: skip
     return np.asarray(images)

@@ -171,7 +171,7 @@ def test_a_failed_import_leaves_nothing(sana_copy: Path, tmp_path: Path) -> None
     ("text", "message"), [("12x", "size is '12x'"), ("big", "HEIGHTxWIDTH"), ("1x2x3", "768x1344")]
 )
 def test_sizes_are_read_or_refused(text: str, message: str) -> None:
-    assert parse_size("") is None and parse_size("64") == (64, 64) and parse_size("32x64") == (32, 64)
+    assert parse_size("64") == (64, 64) and parse_size("32x64") == (32, 64)
     with pytest.raises(ConfigError, match=message):
         parse_size(text)
 

@@ -7,6 +7,7 @@ run in float32; reduced precisions are made from the float32 graph.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ class FewStepModel(ConsistencyModel):
     ) -> SamplerSpec:
         """Describe the sampler that ends with the decoder, by default with the pipeline's times and re-noise rule."""
         return self.folder.spec(num_inference_steps, times=times, renoise=renoise, max_batch=max_batch)
+
+    def at_size(self, height: int, width: int) -> FewStepModel:
+        """Return the model for another size, pixels, with the same weights.
+
+        Raises:
+            ConfigError: If the size is no multiple of a cell, or too large.
+        """
+        assert isinstance(self.network, TrigFlowNetwork) and self.decoder is not None, "made so"
+        settings = msgspec.structs.replace(self.folder.settings, height=height, width=width)
+        found = read_few_step_folder(self.folder.path, settings)
+        transformer: Any = self.network.get_submodule("denoiser.module.transformer")
+        kept = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
+        network = NETWORKS[found.row.name](deepcopy(transformer, kept), found)  # which sets constants of the size
+        decoder = Decoder(self.decoder.module, self.decoder.latents, found.output_shape)
+        return FewStepModel(found, network, decoder).eval().requires_grad_(False)
 
     def check_reopens(self) -> None:
         """Do nothing: every part is created from the configs of the pipeline."""

@@ -266,7 +266,8 @@ class AnyFlow(nn.Module):
         super().__init__()
         self.transformer = transformer
         _make_wan_exportable(transformer, folder)
-        transformer.condition_embedder = _OneTime(transformer.condition_embedder)
+        if not isinstance(transformer.condition_embedder, _OneTime):  # a transformer at another size
+            transformer.condition_embedder = _OneTime(transformer.condition_embedder)
 
     def forward(self, x: Tensor, time: Tensor, r: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Return the mean velocity from ``time`` to ``r``, like ``x``, (B, C, T, H, W)."""

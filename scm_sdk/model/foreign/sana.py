@@ -141,6 +141,17 @@ class SanaModel(ConsistencyModel):
         """Describe the sampler that ends with the decoder, by default with diffusers' times."""
         return self.folder.spec(num_inference_steps, times=times, renoise=renoise or "fresh", max_batch=max_batch)
 
+    def at_size(self, height: int, width: int) -> SanaModel:
+        """Return the model for images of another size, pixels, with the same modules and without an encoder.
+
+        Raises:
+            ConfigError: If the size is no multiple of a cell, or too large.
+        """
+        assert isinstance(self.network, SanaNetwork) and self.decoder is not None, "made so"
+        settings = msgspec.structs.replace(self.folder.settings, height=height, width=width)
+        found = read_sana_folder(self.folder.path, settings)
+        return SanaModel(found, self.network.transformer, self.decoder.module).eval()
+
     def check_reopens(self) -> None:
         """Do nothing: every part is created from the configs of the pipeline."""
 

@@ -87,7 +87,7 @@ def arguments_of(verb: str, root: Path, out: Path) -> list[str] | None:
         "bench": [bundle, "--batch", "1", "--rounds", "10", "--backend", "onnxruntime"],
         "report": [bundle, "-o", str(out / "report.html"), "--rounds", "0", "--num-images", "2"],
         "handover": [bundle, "-o", str(out / "handover"), "--num-samples", "2"],
-        "generate": [bundle, "-o", str(out / "x.png"), "--num-images", "1"],
+        "generate": [bundle, "-o", str(out / "x.png"), "--num-images", "1", "--size", "8"],
         "sample": [bundle, "-o", str(out / "samples"), "--num-images", "2", "--steps", "1"],
         "merge": [str(out / "samples"), "-o", str(out / "samples.npz")],
         "serve": None,  # until it is ended: tests/serve
