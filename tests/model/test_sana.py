@@ -17,6 +17,7 @@ from scm_sdk.bundle.bundle import Bundle  # noqa: E402
 from scm_sdk.errors import ConfigError, ScmError  # noqa: E402
 from scm_sdk.inference.generator import Generator  # noqa: E402
 from scm_sdk.model.conversions import SANA  # noqa: E402
+from scm_sdk.model.foreign.prompt_encoder import PromptEncoder  # noqa: E402
 from scm_sdk.model.foreign.sana import SanaNetwork, load_sana  # noqa: E402
 from scm_sdk.model.foreign.sana_config import Settings  # noqa: E402
 
@@ -55,8 +56,10 @@ def test_a_folder_opens_as_it_is_and_takes_prompts(sana_pipeline: Any, sana_fold
         assert gen.source.steps == (1, 2, 3, 4) and gen.opened().spec.image_shape == (3, 64, 64)
         out = gen(2, prompt=PROMPTS, seed=7)
         one = gen(prompt=PROMPTS[1], seed=8, output_type="uint8")
+        with gen._prompts._encoder.use() as encoder:
+            assert isinstance(encoder, PromptEncoder)
+            instruction = encoder.instruction
     assert out.images[0].size == (64, 64) and out.seeds == (7, 8)
-    instruction = gen._prompts._encoder.instruction
     assert len(instruction) > 5, "the pipeline's own call puts its instruction before a prompt"
     with torch.no_grad():
         embeds, mask = sana_pipeline.encode_prompt(PROMPTS[1], complex_human_instruction=instruction)
