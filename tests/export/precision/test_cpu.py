@@ -101,7 +101,8 @@ def test_the_command(unet_copy: Path, any_size: None) -> None:
     bench = ["bench", str(unet_copy), "--steps", "1", "--batch", "1", "--rounds", "10", "--json"]
     (latency,) = json.loads(CliRunner().invoke(main, bench).stdout)
     names = ["torch", *(f"{name}{kind}" for name in ("onnxruntime", "openvino") for kind in ("", ":fp32-cpu"))]
-    assert [timing["name"] for timing in latency["timings"]] == names
+    found = [timing["name"] for timing in latency["timings"]]
+    assert [name for name in found if not name.endswith(":bf16")] == names, "bf16 is timed where the CPU computes it"
     wrong = CliRunner().invoke(main, ["precision", str(unet_copy), "--to", "fp32-cpu", "--target-psnr", "80"])
     assert wrong.exit_code == 2 and "--target-psnr are for fp16 and bf16" in wrong.output
 
