@@ -159,7 +159,7 @@ def _verdicts(latency: Latency, budget: str | None) -> list[str]:
 
 
 def _usual(source: Source, steps: int, num_threads: int | None) -> tuple[str, ...]:
-    """Return every backend that can run here, PyTorch first, with its precisions for CPUs and those ``auto`` may take.
+    """Return every backend that can run here, PyTorch first, in fp32, its precisions for CPUs and what auto may take.
 
     BF16 is one of them where this CPU computes it, also before it was compared.
     """
@@ -181,7 +181,7 @@ def _usual(source: Source, steps: int, num_threads: int | None) -> tuple[str, ..
         if not taken or not is_installed(info.library) or (info.runs_engines and not passed):  # those that fit this GPU
             continue
         alone = plan(backend=name).chosen
-        wanted = {*(CPU_PRECISIONS & taken), *passed}
+        wanted = {*((CPU_PRECISIONS | {"fp32"}) & taken), *passed}
         if info.needs_cpu_class("bf16", None) and plan(backend=name, precision="bf16").accepted:
             wanted.add("bf16")
         names += [name, *(f"{name}:{each}" for each in sorted(wanted - {alone.precision if alone else ""}))]
