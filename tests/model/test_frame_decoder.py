@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from helpers.commands import run  # noqa: E402
 from helpers.few_step_fixtures import SIZES, TOKENS, draw_prompts, make_pipeline  # noqa: E402
 from scm_sdk import Generator  # noqa: E402
 from scm_sdk._util.files import sha256_file  # noqa: E402
@@ -22,7 +22,6 @@ from scm_sdk.bundle.bundle import Bundle, write_bundle  # noqa: E402
 from scm_sdk.bundle.layout import FIRST_FRAME_PATH, FRAMES_PATH, NEXT_FRAMES_PATH  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError  # noqa: E402
 from scm_sdk.export.build_all import build_all  # noqa: E402
-from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.export.flow_pipeline import import_flow_pipeline  # noqa: E402
 from scm_sdk.export.graph.decoder import export_frame_decoder  # noqa: E402
 from scm_sdk.inference.backends import open_graph  # noqa: E402
@@ -125,12 +124,6 @@ def test_one_frame_and_images_have_no_frame_decoder(flow_folders: Callable[[str]
         load_few_step(flow_folders("WanPipeline"), settings(num_frames=1, frame_decoder=True))
     with pytest.raises(ConfigError, match=r"Flux2KleinPipeline makes images.*--frame-decoder"):
         load_few_step(flow_folders("Flux2KleinPipeline"), settings("Flux2KleinPipeline", frame_decoder=True))
-
-
-def run(*arguments: object) -> str:
-    done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return str(done.output)
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from helpers.commands import run  # noqa: E402
 from helpers.few_step_fixtures import RCM_TIMES, SIZES, TOKENS, draw_prompts, frames_by_rcm  # noqa: E402
 from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import ConfigError, ScmError  # noqa: E402
-from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.model.foreign.few_step import load_few_step  # noqa: E402
 from scm_sdk.model.foreign.few_step_folder import Settings, read_few_step_folder  # noqa: E402
 from scm_sdk.model.foreign.few_step_networks import Wan  # noqa: E402
@@ -43,12 +42,6 @@ def test_the_frames_are_those_of_rcms_sampler(
     wanted = frames_by_rcm(noise, steps)
     record_property("difference", float(np.abs(found - wanted).max()))
     assert np.abs(found - wanted).max() <= 1e-5 and wanted.std() > 0.05
-
-
-def run(*arguments: object) -> str:
-    done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return str(done.output)
 
 
 @pytest.fixture(scope="module")

@@ -58,13 +58,13 @@ class FlowPromptEncoder:
     """
 
     def __init__(self, found: FewStepFolder, *, device: str | None = None) -> None:
+        if found.row.text.thinking is None:  # without it diffusers would encode some prompts otherwise
+            require("ftfy", extra="diffusers", purpose="cleaning a prompt")
         encoder, tokenizer = found.text_classes or ("", "")
         self._text = TextPipeline(
             found.path, has_text_encoder=found.has_text_encoder, pipeline=found.row.name, tokenizer=tokenizer,
             encoder=encoder, device=device,
         )  # fmt: skip
-        if found.row.text.thinking is None:  # without it diffusers would encode some prompts otherwise
-            require("ftfy", extra="diffusers", purpose="cleaning a prompt")
         self._folder = folder = found.path
         self.text, self.mask = found.row.text, found.row.mask
         self.tokenizer: Any = self._text.pipeline.tokenizer
