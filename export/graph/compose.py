@@ -228,25 +228,33 @@ class _Unroller:
         name, border = f"step{step}/labels", self.labeled.border
         found = self.labeled.rows(self.source, self._times(step))
         alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # already contiguous
+        # Single rows of one shape lie together for a whole batch: OpenVINO then splits them without a copy.
+        stacked = alike and all(rows.shape[1] == 1 for rows in found) and found[0].ndim > 2
+        axis, batch_axis = (0, 1) if stacked else (1, 0)
         laid = found if alike else [rows.reshape(len(rows), -1) for rows in found]
-        rows_of_all = np.concatenate(laid, axis=1)
+        laid = [np.swapaxes(rows, 0, batch_axis) for rows in laid]
+        rows_of_all = np.concatenate(laid, axis=axis)
         table = self._constant(f"{name}/table", rows_of_all)
-        row = ir.val(f"{name}/row", table.dtype, ir.Shape([BATCH_DIM, *rows_of_all.shape[1:]]))
+
+        def value_of(name: str, rows: np.ndarray) -> ir.Value:
+            shape = [BATCH_DIM if i == batch_axis else length for i, length in enumerate(rows.shape)]
+            return ir.val(name, table.dtype, ir.Shape(shape))
+
+        row = value_of(f"{name}/row", rows_of_all)
         copies = {value: _like(value, f"step{step}/{value.name}") for value in border}
         parts = list(copies.values())
-        if not alike:
-            parts = [
-                ir.val(f"{name}/part{i}", table.dtype, ir.Shape([BATCH_DIM, *p.shape[1:]])) for i, p in enumerate(laid)
-            ]
-        split = [row, self._constant("labels/sizes", np.array([part.shape[1] for part in laid], dtype=np.int64))]
+        if stacked or not alike:
+            parts = [value_of(f"{name}/part{i}", rows) for i, rows in enumerate(laid)]
+        split = [row, self._constant("labels/sizes", np.array([rows.shape[axis] for rows in laid], dtype=np.int64))]
         gather = [table, self.inputs[LABEL_INPUT]]
         self.nodes += [
-            ir.Node("", "Gather", gather, [ir.AttrInt64("axis", 0)], outputs=[row], name=f"{name}/Gather"),
-            ir.Node("", "Split", split, [ir.AttrInt64("axis", 1)], outputs=parts, name=f"{name}/Split"),
+            ir.Node("", "Gather", gather, [ir.AttrInt64("axis", batch_axis)], outputs=[row], name=f"{name}/Gather"),
+            ir.Node("", "Split", split, [ir.AttrInt64("axis", axis)], outputs=parts, name=f"{name}/Split"),
         ]
         for (value, out), part, rows in zip(copies.items(), parts, found, strict=True):
             if part is not out:
-                shape = self._constant(f"labels/{value.name}.shape", np.array([-1, *rows.shape[1:]], dtype=np.int64))
+                lengths = "_".join(map(str, rows.shape[1:]))
+                shape = self._constant(f"labels/shape.{lengths}", np.array([-1, *rows.shape[1:]], dtype=np.int64))
                 self.nodes.append(
                     ir.Node("", "Reshape", [part, shape], outputs=[out], name=f"{name}/{value.name}/Reshape")
                 )

@@ -221,7 +221,7 @@ def _make_for_engines(
         calibration = _calibrate(equal, source, plan, options, examples, events)
         quantizer = partial(_equalize_and_quantize, base, factors, calibration)
         if options.target_db is not None:  # one plan for all: each starts from the last
-            with open_candidates(base, quantizer, plan) as candidate:
+            with open_candidates(base, quantizer, plan, num_threads=probe.num_threads) as candidate:
                 plan = exclude_to_target(base, candidate, plan, probe, options.target_db, events=events)
         measured.append((quantizer, calibration))
     return plan, [(quantizer(plan), calibration) for quantizer, calibration in measured]

@@ -33,7 +33,9 @@ Candidate = Callable[[QuantizePlan], "ir.Model | Session"]
 
 
 @contextmanager
-def open_candidates(model: ir.Model, quantized: Quantizer, plan: QuantizePlan) -> Iterator[Candidate]:
+def open_candidates(
+    model: ir.Model, quantized: Quantizer, plan: QuantizePlan, *, num_threads: int | None = None
+) -> Iterator[Candidate]:
     """Open one session for every plan that quantizes no more layers than a given one.
 
     In its graph each layer reads int8 or what it read before, as an input says: the images are bit by bit those of the
@@ -44,6 +46,7 @@ def open_candidates(model: ir.Model, quantized: Quantizer, plan: QuantizePlan) -
         model: The graph to quantize.
         quantized: Quantizes it by a plan.
         plan: The plan that quantizes the most layers.
+        num_threads: Threads of a run, ``Probe.num_threads``.
 
     Raises:
         UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
@@ -54,7 +57,7 @@ def open_candidates(model: ir.Model, quantized: Quantizer, plan: QuantizePlan) -
     names = choose_layers(model, plan).quantized
     switched = _with_switches(quantized(plan), model, names)
     with scratch_folder() as folder:
-        session = open_session(switched, folder)
+        session = open_session(switched, folder, num_threads=num_threads)
 
         def candidate(plan: QuantizePlan) -> Session:
             chosen = set(choose_layers(model, plan).quantized)
@@ -118,11 +121,14 @@ def sensitivity(
     """
     names = choose_layers(model, plan).quantized
     counter = counter or Counter(SILENT, len(names))
+
+    def alone(name: str) -> ir.Model | Session:
+        return candidate(plan.excluding(*(Exclusion(pattern=n, reason="one at a time") for n in names if n != name)))
+
     found = {}
-    for name in names:
-        others = [Exclusion(pattern=other, reason="one at a time") for other in names if other != name]
-        found[name] = probe.rank_db(candidate(plan.excluding(*others)))
-        counter.step(f"{name} alone in int8: {found[name]:.1f} dB")
+    for name, alone_db in zip(names, probe.map(probe.rank_db, map(alone, names)), strict=True):
+        found[name] = alone_db
+        counter.step(f"{name} alone in int8: {alone_db:.1f} dB")
     return Sensitivity(
         base_db=probe.gate_db(model), layers_db={n: found[n] for n in sorted(found, key=found.__getitem__)}
     )

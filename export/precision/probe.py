@@ -2,19 +2,25 @@
 
 Runs on the CPU with the seeds of ``inference.parity.reference.SELECTION``. The gate judges on other seeds, through the
 backends of users (``scm-export validate``), and ``backend="auto"`` takes only artifacts that passed there.
+
+Batches of a small graph run concurrently, each on one thread: its matrix products are too small to gain from a second
+thread, and the images then do not depend on the number of cores.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from scm_sdk._util.files import scratch_folder
+from scm_sdk._util.processor import usable_cores
 from scm_sdk.errors import ConfigError, ParityError
 from scm_sdk.inference.conditioning import Examples, read_examples
 from scm_sdk.inference.parity.difference import Difference, difference, find_blank
@@ -27,6 +33,9 @@ from .session import Session, open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def feeds_of(spec: SamplerSpec, seeds: Sequence[int], examples: Examples | None = None) -> dict[str, np.ndarray]:
@@ -50,6 +59,12 @@ def bundle_examples(path: str | os.PathLike[str], prompts: Path) -> Examples:
 
 
 NUM_SAMPLES = 32
+RANKED_SAMPLES = 8
+"""Number of images that rank graphs."""
+SMALL_GRAPH = 64 * 2**20
+"""Largest graph, including weights, whose batches run concurrently, bytes."""
+SMALL_SAMPLE = 2**14
+"""Largest sample, number of elements, of a small graph; it bounds the memory of large concurrent batches."""
 
 
 class Probe:
@@ -61,9 +76,11 @@ class Probe:
         decoder: Graph of the decoder, for graphs that end in latents; None if they return the output of the sampler.
         num_samples: Number of compared seeds, from ``SELECTION.start``; labels are drawn from them. More seeds reduce
             overfitting of a plan.
-        batch_size: Batch size; it limits memory.
-        num_threads: Threads of ONNX Runtime; None is its default.
+        batch_size: Batch size, which limits memory; None is 32 for a small graph and 8 for others.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
+
+    Attributes:
+        num_threads: Threads of each run; None is the default of the library.
 
     Raises:
         BackendUnavailable: If onnxruntime or onnx_ir is not installed.
@@ -77,21 +94,34 @@ class Probe:
         *,
         decoder: Path | None = None,
         num_samples: int = NUM_SAMPLES,
-        batch_size: int = 8,
-        num_threads: int | None = None,
+        batch_size: int | None = None,
         examples: Examples | None = None,
     ) -> None:
         if num_samples < 1:
             raise ConfigError(f"num_samples is {num_samples}, expected 1 or more.")
         self.spec = spec
-        self._threads = num_threads
         self._reference, self._decoder = reference, decoder
-        batch = min(batch_size, spec.max_batch)
+        is_small = math.prod(spec.image_shape) <= SMALL_SAMPLE and _num_bytes(reference) <= SMALL_GRAPH
+        self.num_threads = 1 if is_small else None
+        self._concurrent = usable_cores() if is_small else 1
+        batch = min(batch_size or (32 if is_small else RANKED_SAMPLES), spec.max_batch)
         seeds = SELECTION[:num_samples]
         self._feeds = [
             feeds_of(spec, seeds[at : at + batch], examples) for at in range(0, num_samples, batch)
         ]  # drawn once: a search runs hundreds of graphs on them
         self.images = self.run(reference)
+
+    def map(self, function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+        """Yield the results of a function that runs a graph, in order; concurrently for a small graph."""
+        if self._concurrent == 1 or len(items := list(items)) == 1:
+            yield from map(function, items)
+            return
+        with ThreadPoolExecutor(self._concurrent, "scm-probe") as threads:
+            try:
+                yield from threads.map(function, items)
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
 
     def gate_db(self, model: ir.Model | Path | Session) -> float:
         """Return the PSNR that 95 % of a graph's images reach, dB; 0 for NaN, infinite if equal.
@@ -102,14 +132,14 @@ class Probe:
         return self._compare(self.run(model)).psnr_p05_db
 
     def rank_db(self, model: ir.Model | Path | Session) -> float:
-        """Return the mean PSNR of single images of the first batch, dB, for ranking many graphs.
+        """Return the mean PSNR of the first ``RANKED_SAMPLES`` single images, dB, for ranking many graphs.
 
         An image that turns into another one has little influence, while it would dominate the PSNR over all images.
 
         Raises:
             UnsupportedGraphError: If ONNX Runtime cannot run the graph on a CPU.
         """
-        images = self._run(model, self._feeds[:1])
+        images = self._run(model, [{name: array[:RANKED_SAMPLES] for name, array in self._feeds[0].items()}])
         return float(np.mean([self._compare(images[i : i + 1], i).psnr_db for i in range(len(images))]))
 
     def noise_rounding_db(self) -> float:
@@ -146,11 +176,11 @@ class Probe:
         with scratch_folder() as folder:
             session = model
             if not isinstance(session, Session):
-                session = open_session(session, folder, num_threads=self._threads, cpu_bf16=True)
-            outputs = [session.run(None, feeds)[0] for feeds in inputs]
+                session = open_session(session, folder, num_threads=self.num_threads, cpu_bf16=True)
+            outputs = list(self.map(lambda feeds: session.run(None, feeds)[0], inputs))
             if self._decoder is not None:
-                decoder = open_session(self._decoder, folder, num_threads=self._threads)
-                outputs = [decoder.run(None, {"latents": latents})[0] for latents in outputs]
+                decoder = open_session(self._decoder, folder, num_threads=self.num_threads)
+                outputs = list(self.map(lambda latents: decoder.run(None, {"latents": latents})[0], outputs))
         return np.concatenate(outputs)
 
     def _compare(self, images: np.ndarray, first: int = 0) -> Difference:
@@ -158,3 +188,11 @@ class Probe:
         seeds = SELECTION[first : first + len(images)]
         found = difference(images, self.images[first : first + len(images)], seeds, self.spec)
         return found if found.finite else replace(found, psnr_db=0.0, psnr_p05_db=0.0)
+
+
+def _num_bytes(graph: ir.Model | Path) -> int:
+    """Return the size of a graph including its weights, bytes."""
+    if isinstance(graph, Path):
+        return sum(each.stat().st_size for each in graph.parent.iterdir() if each.name.startswith(graph.name))
+    weights = (value.const_value for value in graph.graph.initializers.values())
+    return sum(weight.nbytes for weight in weights if weight is not None)

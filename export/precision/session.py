@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from scm_sdk._util.lazy import is_installed, require
-from scm_sdk._util.processor import BF16_CLASSES, cpu_class
+from scm_sdk._util.processor import BF16_CLASSES, concurrent_calls, cpu_class
 from scm_sdk.errors import UnsupportedGraphError
 from scm_sdk.inference.backends import BACKENDS
 
@@ -33,17 +33,19 @@ class _OpenVINOGraph:
         import openvino
 
         settings: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32"}
-        settings |= {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
-        self._request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+        if num_threads is not None:
+            streams = concurrent_calls(num_threads)
+            settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * num_threads}
+        self._compiled = openvino.Core().compile_model(path, "CPU", settings)
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Return copies of the outputs of these names; None is all."""
-        found = self._request.infer(dict(feeds))
+        found = self._compiled.create_infer_request().infer(dict(feeds))  # a request runs one call at a time
         return [np.array(found[name]) for name in (range(len(found)) if names is None else names)]
 
 
 class Session:
-    """A session of a library that raises errors of scm-sdk.
+    """A session of a library that raises errors of scm-sdk; it may run in many threads at once.
 
     Args:
         session: The library's session.

@@ -41,11 +41,24 @@ def distribution_version(*names: str) -> str | None:
 
 def installed_version(module: str) -> str:
     """Return the version of the distribution that provides a module, or "unknown"."""
+    return _provider(module)[1]
+
+
+def _provider(module: str) -> tuple[str, str]:
+    """Return name and version of the distribution that provides a module; the version is "unknown" without one.
+
+    A distribution with the name of the module comes first: to find another one, the files of all are read.
+    """
     from importlib.metadata import packages_distributions
 
+    own = module.replace(".", "-")
+    if version := distribution_version(own):
+        return own, version
     brought = packages_distributions()
-    top = brought.get(module.partition(".")[0], ())
-    return distribution_version(*brought.get(module, ()), module.replace(".", "-"), *top) or "unknown"
+    for name in (*brought.get(module, ()), *brought.get(module.partition(".")[0], ())):
+        if version := distribution_version(name):
+            return name, version
+    return own, "unknown"
 
 
 def outdated(*modules: str) -> dict[str, str]:
@@ -54,7 +67,7 @@ def outdated(*modules: str) -> dict[str, str]:
     Returns:
         Found and expected version by module: ``{"onnxscript": "0.5.0, expected >=0.7.2"}``.
     """
-    from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+    from importlib.metadata import PackageNotFoundError, requires
 
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -63,11 +76,11 @@ def outdated(*modules: str) -> dict[str, str]:
         asked = [Requirement(line) for line in requires(_DISTRIBUTION) or ()]
     except PackageNotFoundError:  # run from a checkout without installation
         return {}
-    distributions, broken = packages_distributions(), dict[str, str]()
+    broken = dict[str, str]()
     for module in modules:
-        name, found = canonicalize_name(distributions.get(module, [module])[0]), installed_version(module)
+        name, found = _provider(module)
         for each in asked:
-            known = canonicalize_name(each.name) == name and found != "unknown"
+            known = canonicalize_name(each.name) == canonicalize_name(name) and found != "unknown"
             if known and not each.specifier.contains(found, prereleases=True):
                 broken[module] = f"{found}, expected {each.specifier}"
     return broken

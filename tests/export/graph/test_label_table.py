@@ -83,13 +83,18 @@ def test_a_table_takes_the_branchs_place_and_gives_what_it_gave(monkeypatch):
     assert not np.allclose(run(found, labels)[0], run(found, labels)[1]), "labels matter"
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_values_of_one_shape_lie_side_by_side_and_others_are_shaped_again(monkeypatch, alike):
-    nodes = [*BRANCH, ("Unsqueeze", ["gain", "one"], "gain_3"), ("Unsqueeze", ["x", "one"], "x_3")]
-    nodes += [("Mul", ["x_3", "gain_3"], "y_3"), ("Tanh", ["gain_3"], "bent_3"), ("Add", ["y_3", "bent_3"], "z_3")]
-    nodes += [("Squeeze", ["z_3", "one"], "z"), ("Mul", ["x" if alike else "gain", "z"], "F")]
+@pytest.mark.parametrize(("layout", "axis", "reshaped"), [("rows", 0, True), ("alike", 1, False), ("mixed", 1, True)])
+def test_rows_lie_together_and_values_of_other_shapes_are_shaped_again(monkeypatch, layout, axis, reshaped):
+    if layout == "alike":
+        nodes = [*BRANCH, ("Tanh", ["gain"], "bent_2"), ("Mul", ["x", "gain"], "y"), ("Add", ["y", "bent_2"], "F")]
+    else:
+        nodes = [*BRANCH, ("Unsqueeze", ["gain", "one"], "gain_3"), ("Unsqueeze", ["x", "one"], "x_3")]
+        nodes += [("Mul", ["x_3", "gain_3"], "y_3"), ("Tanh", ["gain_3"], "bent_3"), ("Add", ["y_3", "bent_3"], "z_3")]
+        nodes += [("Squeeze", ["z_3", "one"], "z"), ("Mul", ["x" if layout == "rows" else "gain", "z"], "F")]
     found, kept = both(network(nodes), monkeypatch)
-    assert any("/labels/" in (n.name or "") and n.op_type == "Reshape" for n in found.graph) == (not alike)
+    (split, *_) = [node for node in found.graph if node.op_type == "Split"]
+    assert split.attributes.get_int("axis") == axis
+    assert any("/labels/" in (n.name or "") and n.op_type == "Reshape" for n in found.graph) == reshaped
     labels = np.array([3, 0, 4, 4, 1, 2])
     np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=0, atol=1e-5)
 

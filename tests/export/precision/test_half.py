@@ -30,7 +30,7 @@ from scm_sdk.spec import SamplerSpec
 
 @pytest.fixture(scope="module")
 def probe(fp32: ir.Model, spec: SamplerSpec) -> Probe:
-    return Probe(fp32, spec, num_samples=8, batch_size=3, num_threads=1)
+    return Probe(fp32, spec, num_samples=8, batch_size=3)
 
 
 def dtypes(model: ir.Model) -> dict[str, str]:

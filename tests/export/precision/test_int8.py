@@ -51,7 +51,7 @@ def fp16(fp32: ir.Model) -> ir.Model:
 
 @pytest.fixture(scope="module")
 def probe(unet_bundle: Path, spec: SamplerSpec) -> Probe:
-    return Probe(unet_bundle / GRAPH, spec, num_samples=8, num_threads=1)
+    return Probe(unet_bundle / GRAPH, spec, num_samples=8)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_sensitivity_ranks_layers_and_exclusions_reach_a_target(fp16, calibratio
 def test_one_session_gives_the_images_of_every_plan(fp16, calibration, probe: Probe) -> None:
     plan, quantized = default_quantize_plan(fp16), partial(quantize, fp16, calibration)
     names = choose_layers(fp16, plan).quantized
-    with open_candidates(fp16, quantized, plan) as candidate:
+    with open_candidates(fp16, quantized, plan, num_threads=probe.num_threads) as candidate:
         for chosen in ([], names[:1], names[1::2], names):
             fewer = plan.excluding(*(Exclusion(pattern=n, reason="") for n in names if n not in chosen))
             np.testing.assert_array_equal(probe.run(candidate(fewer)), probe.run(quantized(fewer)))

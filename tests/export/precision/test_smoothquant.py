@@ -40,7 +40,7 @@ def test_the_network_stays_the_same_and_int8_loses_less(fp32: ir.Model, spec: Sa
     plan = default_quantize_plan(fp32)
     layers = tuple(n for n in choose_layers(fp32, plan).quantized if n.endswith("Conv"))
     uneven = spread(fp32, layers)
-    probe = Probe(fp32, spec, num_samples=8, num_threads=1)
+    probe = Probe(fp32, spec, num_samples=8)
     assert probe.gate_db(uneven) > 100
 
     def in_int8(model: ir.Model) -> float:
