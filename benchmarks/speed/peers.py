@@ -18,14 +18,16 @@ others are listed with their PSNR against them, since a default may be bfloat16:
 * ``generator_bf16``   this package, the fastest with ``precision="bf16"``
 * ``eager_bf16``, ``compile_bf16``   PyTorch under autocast
 
-One call of each per round, first another one each round; ratios come from the same rounds. With ``--threads 1`` they
-are of processor time, which other programs on the machine hardly stretch; otherwise of wall time. The share of the peak
-is the model's multiplications and additions over the time, against what a float32 matrix product reaches here. A file
-holds results of one class of CPU: one of another class is not overwritten.
+One measured call of each per round, in random order, short ones after unmeasured ones, as ``scm_sdk.measure`` does;
+ratios come from the same rounds. With ``--threads 1`` they are of processor time, which other programs on the machine
+hardly stretch; otherwise of wall time. The share of the peak is the model's multiplications and additions over the
+time, against what a float32 matrix product reaches here. A file holds results of one class of CPU: one of another class
+is not overwritten.
 """
 
 import json
 import math
+import random
 import shlex
 import statistics
 import sys
@@ -47,6 +49,7 @@ from scm_sdk._util.machine import describe_machine
 from scm_sdk._util.processor import usable_cores
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import BackendUnavailable
+from scm_sdk.inference.latency import SHORT_MS, UNMEASURED
 from scm_sdk.noise import draw_noise
 from scm_sdk.spec import SamplerSpec
 
@@ -109,11 +112,12 @@ def compare(
             psnr[name] = 10 * math.log10(span**2 / max(float(np.square(difference, dtype=np.float64).mean()), 1e-20))
         elif not off <= TOLERANCE:
             raise click.ClickException(f"{name} differs by {off:.1e}, expected at most {TOLERANCE:.0e}")
-        peer(inputs)
     times: dict[str, list[float]] = {name: [] for name in peers}
-    order = list(peers)
-    for i in range(rounds):
-        for name in order[i % len(order) :] + order[: i % len(order)]:
+    draw = random.Random(0)
+    for _ in range(rounds):
+        for name in draw.sample(list(peers), len(peers)):
+            for _ in range(UNMEASURED if not times[name] or times[name][-1] < SHORT_MS else 0):
+                peers[name](inputs)
             began = clock()
             peers[name](inputs)
             times[name].append((clock() - began) * 1e3)

@@ -1,8 +1,12 @@
 """Measure the latency of one batch, interleaved between candidates.
 
-Candidates run interleaved, one call each per round in rotating order, so that disturbances of the machine affect all of
-them equally; ratios are computed within rounds. First calls are reported separately, warm-up lasts until the times are
-stable, and every raw sample is kept.
+Candidates run interleaved, one measured call each per round in random order, so that disturbances of the machine affect
+all of them equally; ratios are computed within rounds. First calls are reported separately, warm-up lasts until the
+times are stable, and every raw sample is kept.
+
+Short calls are measured as an application makes them, one after another: a call that follows another candidate finds
+weights and code of that one in the processor's caches, so that a call of 0.5 ms takes 1 ms, the next one 0.65, and the
+fourth what all later ones take. So a turn begins with unmeasured calls.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from random import Random
 from statistics import median
 from time import perf_counter_ns
 from typing import Any, Literal
@@ -116,6 +121,10 @@ WARMUP_WINDOW = 5
 WARMUP_LIMIT = 50
 STABLE_WITHIN = 0.05
 """Warm-up ends when the medians of two successive windows of every candidate differ by less than this."""
+SHORT_MS = 20.0
+"""Calls shorter than this are preceded by ``UNMEASURED`` others; longer ones refill the caches in a few percent of their
+time."""
+UNMEASURED = 3
 LEAST_ROUNDS = 5
 """Minimum number of rounds, also for slow candidates."""
 
@@ -261,14 +270,15 @@ def measure(
     budgets = parse_budgets(budget, batch=batch, rounds=rounds, names=tuple(candidates))
     calls = {name: _call(each, batch, num_inference_steps, end_to_end) for name, each in candidates.items()}
     first = {name: _time_ms(call) for name, call in calls.items()}
-    warmup_rounds, stable = _warm_up(calls, warmup, _timer(max_seconds))
+    turns = _Turns(calls, first)
+    warmup_rounds, stable = _warm_up(turns, warmup, _timer(max_seconds))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     is_over = _timer(max_seconds)
     for number in range(rounds):
         if number >= LEAST_ROUNDS and is_over():
             rounds = number
             break
-        _round(calls, samples, number)
+        turns.run(samples)
         events.step("rounds", number + 1, rounds)
     base = np.array(next(iter(samples.values())))
     timings = tuple(
@@ -317,11 +327,24 @@ def _time_ms(call: Callable[[], object]) -> float:
     return (perf_counter_ns() - start) / 1e6
 
 
-def _round(calls: Mapping[str, Callable[[], object]], samples: Mapping[str, list[float]], number: int) -> None:
-    names = list(calls)
-    shift = number % len(names)  # each candidate is first equally often
-    for name in names[shift:] + names[:shift]:
-        samples[name].append(_time_ms(calls[name]))
+class _Turns:
+    """Runs rounds: one turn of each candidate, in a random order, the same orders each time.
+
+    So no candidate always follows the same other one.
+    """
+
+    def __init__(self, calls: Mapping[str, Callable[[], object]], first_ms: Mapping[str, float]) -> None:
+        self.calls, self._latest_ms, self._random = calls, dict(first_ms), Random(0)
+
+    def run(self, samples: Mapping[str, list[float]]) -> None:
+        """Run one round and append the time of each candidate, ms."""
+        for name in self._random.sample(list(self.calls), len(self.calls)):
+            call = self.calls[name]
+            if len(self.calls) > 1 and self._latest_ms[name] < SHORT_MS:
+                for _ in range(UNMEASURED):
+                    call()
+            self._latest_ms[name] = _time_ms(call)
+            samples[name].append(self._latest_ms[name])
 
 
 def _timer(seconds: float | None) -> Callable[[], bool]:
@@ -330,14 +353,12 @@ def _timer(seconds: float | None) -> Callable[[], bool]:
     return lambda: seconds is not None and perf_counter_ns() - began >= seconds * 1e9
 
 
-def _warm_up(
-    calls: Mapping[str, Callable[[], object]], rounds: int | None, is_over: Callable[[], bool]
-) -> tuple[int, bool]:
+def _warm_up(turns: _Turns, rounds: int | None, is_over: Callable[[], bool]) -> tuple[int, bool]:
     """Run until stable or out of time, or exactly ``rounds``; return the rounds and whether the times were stable."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in turns.calls}
     number = stable = 0
     while number < (WARMUP_LIMIT if rounds is None else rounds) and not (rounds is None and (stable or is_over())):
-        _round(calls, samples, number)
+        turns.run(samples)
         number += 1
         stable = all(_is_stable(times) for times in samples.values())
     return number, bool(stable)

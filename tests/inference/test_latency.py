@@ -44,12 +44,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_candidates_are_interleaved_and_take_turns_at_the_front(clock: Clock) -> None:
-    measure({name: clock.candidate(name, 1) for name in "abc"}, rounds=6, warmup=2)
+def test_candidates_are_interleaved_and_follow_one_another_in_every_order(clock: Clock) -> None:
+    measure({name: clock.candidate(name, module.SHORT_MS) for name in "abc"}, rounds=60, warmup=2)
     assert clock.order[:3] == list("abc")  # the first calls
     rounds = ["".join(clock.order[i : i + 3]) for i in range(3, len(clock.order), 3)]
-    assert rounds == ["abc", "bca", "abc", "bca", "cab", "abc", "bca", "cab"]
-    assert set(Counter(clock.order).values()) == {1 + 2 + 6}
+    assert len(rounds) == 62 and {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert len(set(rounds)) == 6, "no candidate always finds the caches of the same other one"
+    again = len(clock.order)
+    measure({name: clock.candidate(name, module.SHORT_MS) for name in "abc"}, rounds=60, warmup=2)
+    assert clock.order[again:] == clock.order[:again], "the same orders each time"
+
+
+def test_a_short_call_is_measured_after_others_of_its_candidate(clock: Clock) -> None:
+    short = [5.0] + [2.0, 1.2, 1.1, 1.0] * 10  # the first call of each turn finds the caches of the other candidate
+    both = {"long": clock.candidate("long", 90.0), "short": clock.candidate("short", *short)}
+    assert measure(both, rounds=9, warmup=1)["short"].samples_ms == (1.0,) * 9
+    assert Counter(clock.order) == {"long": 1 + 1 + 9, "short": 1 + 4 * 10}
+    clock.order.clear()
+    assert measure({"short": clock.candidate("short", 1.0)}, rounds=9, warmup=1)["short"].samples_ms == (1.0,) * 9
+    assert len(clock.order) == 1 + 1 + 9, "nothing else fills the caches"
 
 
 def test_first_call_warm_up_and_steady_state_are_apart(clock: Clock) -> None:
@@ -84,15 +97,15 @@ def test_slow_candidates_get_fewer_rounds_if_time_is_short(clock: Clock) -> None
 
 def test_the_ratio_is_paired(clock: Clock) -> None:
     """The machine slows down tenfold half-way; each round's ratio stays 2."""
-    slow = [20.0] * 4 + [200.0] * 10
-    fast = [10.0] * 4 + [100.0] * 10
+    slow = [60.0] * 4 + [600.0] * 10
+    fast = [30.0] * 4 + [300.0] * 10
     result = measure(
         {"slow": clock.candidate("slow", *slow), "fast": clock.candidate("fast", *fast)}, rounds=9, warmup=0
     )
     assert result["fast"].speedup == 2
     assert result["fast"].speedup_interval == (2, 2)
     assert result["slow"].speedup == 1
-    assert result["fast"].median_interval_ms[1] == 100
+    assert result["fast"].median_interval_ms[1] == 300
 
 
 def test_percentiles_and_p99_only_with_enough_samples(clock: Clock) -> None:
