@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,33 +101,15 @@ def bench(
         for batch in batches:
             with TerminalEvents("", title=f"batch {batch}", total=rounds) as events:
                 results.append(measure(opened, batch=batch, rounds=rounds, budget=budgets.get(batch), events=events))
-        rows = {name: opened[name].opened().row.key for name in backends}
-    medians = {key: Measured(results[0][name].median_ms, results[0].batch) for name, key in rows.items()}
+        rows = {name: gen.opened().row for name, gen in opened.items()}
+    medians = {rows[name].key: Measured(results[0][name].median_ms, results[0].batch) for name in backends}
     if source.build_id:
         remember(medians, source.build_id, num_inference_steps=steps, device=None, num_threads=threads)
     if as_json:
         print_json([latency.to_dict() for latency in results])
     else:
-        table = make_table(
-            "batch",
-            "backend",
-            "load ms",
-            "first ms",
-            "median ms",
-            "p95 ms",
-            "images/s",
-            "speed-up (95 %)",
-        )
         for latency in results:
-            for timing in latency:
-                low, high = timing.speedup_interval
-                load = "-" if timing.load_ms is None else f"{timing.load_ms:.0f}"
-                table.add_row(
-                    str(latency.batch), timing.name, load, f"{timing.first_call_ms:.1f}", f"{timing.median_ms:.2f}",
-                    f"{timing.p95_ms:.2f}", f"{timing.images_per_s:.0f}",
-                    f"{timing.speedup:.2f}x ({low:.2f}..{high:.2f})",
-                )  # fmt: skip
-        print_table(table)
+            _print_latency(latency, {name: row.precision for name, row in rows.items()})
         for latency in results:
             for line in _verdicts(latency, budgets.get(latency.batch)):
                 click.echo(line)
@@ -138,6 +121,21 @@ def bench(
         latency.raise_if_over()
     if keep_budget:  # a budget that is exceeded now is not stored
         keep_budgets(bundle, budget or "")
+
+
+def _print_latency(latency: Latency, precisions: Mapping[str, str]) -> None:
+    table = make_table(
+        "backend", "precision", "load", "first", "median", "p95", "images/s", "speed-up",
+        title=f"batch {latency.batch}, {latency.rounds} rounds, ms; speed-up with its 95 % interval",
+    )  # fmt: skip
+    for timing in latency:
+        load = "-" if timing.load_ms is None else f"{timing.load_ms:.0f}"
+        within = max(abs(end - timing.speedup) for end in timing.speedup_interval)
+        table.add_row(
+            timing.name, precisions[timing.name], load, f"{timing.first_call_ms:.1f}", f"{timing.median_ms:.2f}",
+            f"{timing.p95_ms:.2f}", f"{timing.images_per_s:.0f}", f"{timing.speedup:.2f} ± {within:.2f}",
+        )  # fmt: skip
+    print_table(table)
 
 
 def _verdicts(latency: Latency, budget: str | None) -> list[str]:

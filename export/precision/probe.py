@@ -60,7 +60,7 @@ def bundle_examples(path: str | os.PathLike[str], prompts: Path) -> Examples:
 
 NUM_SAMPLES = 32
 RANKED_SAMPLES = 8
-"""Number of images that rank graphs."""
+"""Maximum number of images that rank graphs."""
 SMALL_GRAPH = 64 * 2**20
 """Largest graph, including weights, whose batches run concurrently, bytes."""
 SMALL_SAMPLE = 2**14
@@ -132,7 +132,7 @@ class Probe:
         return self._compare(self.run(model)).psnr_p05_db
 
     def rank_db(self, model: ir.Model | Path | Session) -> float:
-        """Return the mean PSNR of the first ``RANKED_SAMPLES`` single images, dB, for ranking many graphs.
+        """Return the mean PSNR of single images of the first batch, dB, for ranking many graphs.
 
         An image that turns into another one has little influence, while it would dominate the PSNR over all images.
 

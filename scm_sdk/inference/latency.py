@@ -122,8 +122,7 @@ WARMUP_LIMIT = 50
 STABLE_WITHIN = 0.05
 """Warm-up ends when the medians of two successive windows of every candidate differ by less than this."""
 SHORT_MS = 20.0
-"""Calls shorter than this are preceded by ``UNMEASURED`` others; longer ones refill the caches in a few percent of their
-time."""
+"""Shorter calls follow ``UNMEASURED`` others; longer ones refill the caches in a few percent of their time."""
 UNMEASURED = 3
 LEAST_ROUNDS = 5
 """Minimum number of rounds, also for slow candidates."""

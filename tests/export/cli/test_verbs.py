@@ -174,7 +174,9 @@ def test_validate_records_and_gates(street):
 def test_bench_table_json_and_budget(street):
     one = ["bench", street / "bundle", "--backend", "onnxruntime", "--batch", 1, "--rounds", 10]
     table = run(*one, "--threads", 1).stdout
-    assert "onnxruntime" in table and "speed-up" in table and "p95 ms" in table and "budget" not in table
+    assert table.splitlines()[0] == "batch 1, 10 rounds, ms; speed-up with its 95 % interval"
+    assert table.splitlines()[1].split() == "backend precision load first median p95 images/s speed-up".split()
+    assert table.splitlines()[2].split()[:2] == ["onnxruntime", "fp32"] and "budget" not in table
     rows = json.loads(run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--json").stdout)
     names = [timing["name"] for timing in rows[0]["timings"]]
     assert [name for name in names if not name.endswith(":bf16")] == ["torch", "onnxruntime", "openvino"]

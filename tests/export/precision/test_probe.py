@@ -1,0 +1,83 @@
+"""The probe: its images are those of one thread whatever the batch, and a small graph is measured on all cores."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from scm_sdk.export.precision import probe as module
+from scm_sdk.export.precision.half import apply_precision, default_plan
+from scm_sdk.export.precision.probe import RANKED_SAMPLES, Probe
+from scm_sdk.export.precision.session import open_session
+from scm_sdk.spec import SamplerSpec
+
+
+@pytest.fixture
+def small(fp32: ir.Model, spec: SamplerSpec, monkeypatch: pytest.MonkeyPatch) -> Probe:
+    monkeypatch.setattr(module, "usable_cores", lambda: 2)
+    return Probe(fp32, spec, num_samples=12, batch_size=5)
+
+
+@pytest.fixture
+def large(fp32: ir.Model, spec: SamplerSpec, monkeypatch: pytest.MonkeyPatch) -> Probe:
+    monkeypatch.setattr(module, "SMALL_GRAPH", 0)
+    return Probe(fp32, spec, num_samples=12, batch_size=5)
+
+
+def test_a_small_graph_is_measured_on_all_cores(small: Probe) -> None:
+    together = threading.Barrier(2)  # it opens only to two calls at once
+
+    def wait(item: int) -> int:
+        together.wait(60)
+        return item * item
+
+    assert small.num_threads == 1
+    assert list(small.map(wait, iter(range(6)))) == [0, 1, 4, 9, 16, 25]
+    assert list(small.map(lambda item: threading.current_thread(), [0])) == [threading.current_thread()]
+
+
+def test_a_large_graph_takes_one_item_at_a_time(large: Probe) -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(3):
+            made.append(i)
+            yield i
+
+    assert large.num_threads is None, "the library's threads"
+    results = large.map(lambda item: threading.current_thread(), items())
+    assert next(results) is threading.current_thread() and made == [0], "graphs are made when they are measured"
+
+
+def test_what_fails_stops_the_others(small: Probe) -> None:
+    begun: list[int] = []
+
+    def fail(item: int) -> None:
+        begun.append(item)
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 0"):
+        list(small.map(fail, range(1000)))
+    assert len(begun) < 1000
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, None])
+def test_images_depend_neither_on_the_batch_nor_on_the_cores(
+    fp32: ir.Model, spec: SamplerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int | None
+) -> None:
+    low = apply_precision(fp32, default_plan("fp16"))
+    monkeypatch.setattr(module, "usable_cores", lambda: 3)
+    probe = Probe(fp32, spec, num_samples=12, batch_size=batch_size)
+    session = open_session(low, tmp_path, num_threads=1)
+    feeds = [module.feeds_of(spec, [seed]) for seed in module.SELECTION[:12]]
+    one_by_one = np.concatenate([session.run(None, each)[0] for each in feeds])
+    np.testing.assert_array_equal(probe.run(low), one_by_one)
+    with ThreadPoolExecutor(2) as threads:
+        ranks = list(threads.map(probe.rank_db, [low, low]))
+    count = min(batch_size or 32, spec.max_batch, RANKED_SAMPLES)
+    mean = np.mean([probe._compare(one_by_one[i : i + 1], i).psnr_db for i in range(count)])
+    assert ranks == [mean, mean]
