@@ -228,7 +228,7 @@ class _Unroller:
         name, border = f"step{step}/labels", self.labeled.border
         found = self.labeled.rows(self.source, self._times(step))
         alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # already contiguous
-        # Single rows of one shape lie together for a whole batch: OpenVINO then splits them without a copy.
+        # Single rows of one shape are contiguous for a whole batch: OpenVINO then splits them without a copy.
         stacked = alike and all(rows.shape[1] == 1 for rows in found) and found[0].ndim > 2
         axis, batch_axis = (0, 1) if stacked else (1, 0)
         laid = found if alike else [rows.reshape(len(rows), -1) for rows in found]
