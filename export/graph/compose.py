@@ -227,7 +227,7 @@ class _Unroller:
             return {}
         name, border = f"step{step}/labels", self.labeled.border
         found = self.labeled.rows(self.source, self._times(step))
-        alike = found[0].ndim > 1 and len({rows.shape[2:] for rows in found}) == 1  # already contiguous
+        alike = all(rows.ndim > 1 for rows in found) and len({rows.shape[2:] for rows in found}) == 1  # contiguous
         # Single rows of one shape are contiguous for a whole batch: OpenVINO then splits them without a copy.
         stacked = alike and all(rows.shape[1] == 1 for rows in found) and found[0].ndim > 2
         axis, batch_axis = (0, 1) if stacked else (1, 0)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,6 +31,7 @@ from scm_sdk.inference.request import make_example
 from scm_sdk.inference.sources import open_source
 from scm_sdk.spec import SamplerSpec
 
+from ..graph.io import read_model
 from .session import Session, open_session
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ NUM_SAMPLES = 32
 RANKED_SAMPLES = 8
 """Maximum number of images that rank graphs."""
 SMALL_GRAPH = 64 * 2**20
-"""Largest graph, including weights, whose batches run concurrently, bytes."""
+"""Largest weights of a graph whose batches run concurrently, bytes."""
 SMALL_SAMPLE = 2**14
 """Largest sample, number of elements, of a small graph; it bounds the memory of large concurrent batches."""
 
@@ -112,16 +115,26 @@ class Probe:
         self.images = self.run(reference)
 
     def map(self, function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-        """Yield the results of a function that runs a graph, in order; concurrently for a small graph."""
-        if self._concurrent == 1 or len(items := list(items)) == 1:
-            yield from map(function, items)
+        """Yield the results of a function that runs a graph, in order; concurrently for a small graph.
+
+        Items are taken as they are measured, because each may be a graph.
+        """
+        items = iter(items)
+        few = [] if self._concurrent == 1 else list(islice(items, 2))
+        if len(few) < 2:
+            yield from map(function, chain(few, items))
             return
+        waiting = deque[Future[U]]()
         with ThreadPoolExecutor(self._concurrent, "scm-probe") as threads:
             try:
-                yield from threads.map(function, items)
-            except BaseException:
+                for item in chain(few, items):
+                    waiting.append(threads.submit(function, item))
+                    if len(waiting) > self._concurrent:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
                 threads.shutdown(cancel_futures=True)
-                raise
 
     def gate_db(self, model: ir.Model | Path | Session) -> float:
         """Return the PSNR that 95 % of a graph's images reach, dB; 0 for NaN, infinite if equal.
@@ -191,8 +204,7 @@ class Probe:
 
 
 def _num_bytes(graph: ir.Model | Path) -> int:
-    """Return the size of a graph including its weights, bytes."""
-    if isinstance(graph, Path):
-        return sum(each.stat().st_size for each in graph.parent.iterdir() if each.name.startswith(graph.name))
-    weights = (value.const_value for value in graph.graph.initializers.values())
+    """Return the size of the weights of a graph, bytes; those of a further image size are in the file of the first."""
+    model = read_model(graph) if isinstance(graph, Path) else graph
+    weights = (value.const_value for value in model.graph.initializers.values())
     return sum(weight.nbytes for weight in weights if weight is not None)

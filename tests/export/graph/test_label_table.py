@@ -99,6 +99,20 @@ def test_rows_lie_together_and_values_of_other_shapes_are_shaped_again(monkeypat
     np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", ["gain", "first"])
+def test_a_number_for_each_label_lies_beside_rows(monkeypatch, first):
+    """Values (batch,) and (batch, 6) or (batch, 1), whichever the network reads first."""
+    nodes = [*BRANCH, ("ReduceSum", ["gain", "one"], "first"), ("Squeeze", ["first", "one"], "number")]
+    nodes += [("ReduceSum", ["x", "one"], "x_1"), ("Squeeze", ["x_1", "one"], "x_0")]
+    rows = [("Mul", ["x", first], "y")]
+    numbers = [("Mul", ["x_0", "number"], "scaled"), ("Unsqueeze", ["scaled", "one"], "scaled_1")]
+    for consumers in ([*rows, *numbers], [*numbers, *rows]):
+        found, kept = both(network([*nodes, *consumers, ("Add", ["y", "scaled_1"], "F")]), monkeypatch)
+        assert "step0/labels/table" in found.graph.initializers
+        labels = np.array([3, 0, 4, 4, 1, 2])
+        np.testing.assert_allclose(run(found, labels), run(kept, labels), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("count", [2, 7, 8, 32, 50])
 def test_a_row_is_cut_by_splits_of_few_outputs(monkeypatch, count):
     """WebGPU guarantees 8 storage buffers: onnxruntime-web 1.30 refuses a Split of more than 7 outputs."""

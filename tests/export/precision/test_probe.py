@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from scm_sdk.export.graph.io import write_beside, write_model
 from scm_sdk.export.precision import probe as module
 from scm_sdk.export.precision.half import apply_precision, default_plan
 from scm_sdk.export.precision.probe import RANKED_SAMPLES, Probe
@@ -26,6 +27,14 @@ def small(fp32: ir.Model, spec: SamplerSpec, monkeypatch: pytest.MonkeyPatch) ->
 def large(fp32: ir.Model, spec: SamplerSpec, monkeypatch: pytest.MonkeyPatch) -> Probe:
     monkeypatch.setattr(module, "SMALL_GRAPH", 0)
     return Probe(fp32, spec, num_samples=12, batch_size=5)
+
+
+def test_weights_in_the_file_of_another_graph_count(fp32: ir.Model, tmp_path: Path) -> None:
+    """As those of a further image size of a bundle are stored."""
+    first, path = tmp_path / "model.onnx", tmp_path / "model-16x32.onnx"
+    write_model(fp32, first, external_data_above=0)
+    write_beside(fp32, path, first)
+    assert module._num_bytes(path) == module._num_bytes(first) == module._num_bytes(fp32) > 0
 
 
 def test_a_small_graph_is_measured_on_all_cores(small: Probe) -> None:
@@ -53,6 +62,20 @@ def test_a_large_graph_takes_one_item_at_a_time(large: Probe) -> None:
     assert next(results) is threading.current_thread() and made == [0], "graphs are made when they are measured"
 
 
+def test_a_small_graph_takes_few_items_ahead(small: Probe) -> None:
+    """Each may be a graph, and int8-cpu calibrates to make one."""
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    for number, result in enumerate(small.map(lambda item: item, items())):
+        assert result == number and len(made) - number <= 3
+    assert len(made) == 100
+
+
 def test_what_fails_stops_the_others(small: Probe) -> None:
     begun: list[int] = []
 
@@ -62,7 +85,18 @@ def test_what_fails_stops_the_others(small: Probe) -> None:
 
     with pytest.raises(ValueError, match="item 0"):
         list(small.map(fail, range(1000)))
-    assert len(begun) < 1000
+    assert len(begun) <= 3
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit])
+def test_what_stops_the_search_stops_the_others(small: Probe, raised: type[BaseException]) -> None:
+    begun: list[int] = []
+    results = small.map(begun.append, range(1000))
+    next(results)
+    with pytest.raises(raised):
+        results.throw(raised)
+    assert len(begun) <= 3
+    assert not [each for each in threading.enumerate() if each.name.startswith("scm-probe")], "all have ended"
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, None])
