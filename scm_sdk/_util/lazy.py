@@ -28,14 +28,19 @@ def is_installed(module: str) -> bool:
 
 
 def distribution_version(*names: str) -> str | None:
-    """Return the version of the first of some distributions that is installed, without an import of it; or None."""
+    """Return the version of the first of some distributions that is installed, without an import of it; or None.
+
+    What states no version, such as a folder that an uninstallation left, is not installed.
+    """
     from importlib import metadata  # inside: it loads Python's e-mail package
 
     for name in names:
         try:
-            return metadata.version(name)
+            found = metadata.distribution(name).metadata.get("Version")  # ``metadata.version`` warns if it is missing
         except metadata.PackageNotFoundError:
             continue
+        if found:
+            return found
     return None
 
 
@@ -47,18 +52,22 @@ def installed_version(module: str) -> str:
 def _provider(module: str) -> tuple[str, str]:
     """Return name and version of the distribution that provides a module; the version is "unknown" without one.
 
-    A distribution with the name of the module comes first: to find another one, the files of all are read.
+    A distribution with the name of the module comes first: to find another one, the files of all are read. Of several
+    with a part of the same package, such as ``google``, the one that holds the module comes first.
     """
-    from importlib.metadata import packages_distributions
+    from importlib.metadata import files, packages_distributions
 
-    own = module.replace(".", "-")
+    own, folder = module.replace(".", "-"), f"{module.replace('.', '/')}/"
     if version := distribution_version(own):
         return own, version
-    brought = packages_distributions()
-    for name in (*brought.get(module, ()), *brought.get(module.partition(".")[0], ())):
-        if version := distribution_version(name):
-            return name, version
-    return own, "unknown"
+
+    def holds(name: str) -> bool:
+        return any(file.as_posix().startswith(folder) for file in files(name) or ())
+
+    names = packages_distributions().get(module.partition(".")[0], ())
+    found = {name: version for name in names if (version := distribution_version(name))}
+    name = max(found, key=holds, default=own)
+    return name, found.get(name, "unknown")
 
 
 def outdated(*modules: str) -> dict[str, str]:
@@ -71,6 +80,7 @@ def outdated(*modules: str) -> dict[str, str]:
 
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
+    from packaging.version import InvalidVersion, Version
 
     try:
         asked = [Requirement(line) for line in requires(_DISTRIBUTION) or ()]
@@ -79,9 +89,13 @@ def outdated(*modules: str) -> dict[str, str]:
     broken = dict[str, str]()
     for module in modules:
         name, found = _provider(module)
+        try:
+            version = Version(found)
+        except InvalidVersion:  # "unknown", or that of a build of one's own, which compares with none
+            continue
         for each in asked:
-            known = canonicalize_name(each.name) == canonicalize_name(name) and found != "unknown"
-            if known and not each.specifier.contains(found, prereleases=True):
+            same = canonicalize_name(each.name) == canonicalize_name(name)
+            if same and not each.specifier.contains(version, prereleases=True):
                 broken[module] = f"{found}, expected {each.specifier}"
     return broken
 

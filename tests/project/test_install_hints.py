@@ -72,6 +72,39 @@ def test_a_library_that_is_too_old_is_named() -> None:
     assert json.loads(done.stdout)["outdated"].keys() == {"onnxscript"}
 
 
+def _describe(folder: Path, name: str, version: str, *files: str) -> None:
+    """Write what an installation leaves of a distribution; without a version, of one with incomplete metadata."""
+    about = folder / f"{name.replace('-', '_')}-1.dist-info"
+    about.mkdir()
+    stated = f"Version: {version}\n" if version else ""
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\n{stated}", encoding="utf-8")
+    (about / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_version_is_that_of_the_distribution_that_holds_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _describe(tmp_path, "a-part", "1.0", "scm_shared/other/__init__.py")
+    _describe(tmp_path, "b-part", "2.0", "scm_shared/wanted/__init__.py")
+    _describe(tmp_path, "c-part", "3.0", "scm_shared/wanted_too/__init__.py")
+    _describe(tmp_path, "scm-named-otherwise", "4.0", "scm_module.py")
+    _describe(tmp_path, "scm-no-version", "", "scm_no_version/__init__.py")
+    (tmp_path / "scm_left-1.dist-info").mkdir()
+    _describe(tmp_path, "scm-folder", "5.0", "scm_other_folder/__init__.py")
+    (tmp_path / "scm_folder-1.dist-info").rename(tmp_path / "another-1.dist-info")
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = ["scm_shared.wanted", "scm_shared.other", "scm_module", "scm_no_version", "scm_left", "scm_other_folder"]
+    assert [lazy.installed_version(m) for m in modules] == ["2.0", "1.0", "4.0", "unknown", "unknown", "unknown"]
+    assert lazy.distribution_version("scm-no-version", "scm-left", "b-part") == "2.0"
+    assert lazy.outdated(*modules) == {}
+    _describe(tmp_path, "onnxscript", "of our own", "onnxscript/__init__.py")
+    assert lazy.installed_version("onnxscript") == "of our own" and lazy.outdated("onnxscript") == {}
+
+
 def test_nothing_here_is_too_old() -> None:
     assert lazy.outdated("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "cuda.bindings", "click") == {}
 
