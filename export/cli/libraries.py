@@ -34,6 +34,7 @@ LIBRARIES = {
     "starlette": ("serve", "serve a bundle"),
     "uvicorn": ("serve", "serve a bundle"),
     "prometheus_client": ("serve", "serve a bundle"),
+    "python_multipart": ("serve", "serve a bundle"),
     "httpx": ("serve", "call a server"),
     "diffusers": ("diffusers", "import pipelines of diffusers"),
     "transformers": ("diffusers", "encode prompts"),

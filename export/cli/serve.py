@@ -55,7 +55,7 @@ from .names import BACKEND_OR_AUTO, PRECISION_OR_AUTO
               help="Send a trace of each request by OpenTelemetry, to where the variables OTEL_* say.")  # fmt: skip
 @click.option("--trust-engines", is_flag=True, help="Run TensorRT engines that were not built on this machine.")
 @json_option
-@requires("starlette", "uvicorn", "prometheus_client")
+@requires("starlette", "uvicorn", "prometheus_client", "python_multipart")
 def serve(
     bundle: Path, host: str, port: int, api_key_file: Path | None, allowed_hosts: tuple[str, ...], workers: int,
     backend: str, precision: str, device: str | None, num_threads: int | None, steps: tuple[int, ...], max_queue: int,

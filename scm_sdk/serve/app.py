@@ -8,18 +8,21 @@ import hashlib
 import logging
 import re
 import secrets
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import h11
 import msgspec
 import numpy as np
 from starlette.applications import Starlette
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -34,6 +37,7 @@ from . import inference_protocol as v2
 from .limits import ApiKeys, check_caller, check_host, check_origin
 from .metrics import CONTENT_TYPE
 from .schemas import (
+    MAX_PROMPT,
     MEDIA_TYPES,
     ErrorObject,
     FileFormat,
@@ -43,6 +47,7 @@ from .schemas import (
     ImagesResponse,
     ModelList,
     RequestError,
+    check_image_request,
     decode_image_request,
     openapi_document,
 )
@@ -51,6 +56,9 @@ from .traces import Attribute, RequestSpan
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
+EventType = Literal["image_generation.completed", "image_edit.completed"]
+MAX_FIELDS = 32
+"""Parameters of a form."""
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json"})
 """What needs no API key: the page, the API's description, and probes."""
 PROBES = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -187,6 +195,7 @@ class _Api:
         name, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
         self.routes: list[tuple[str, str, Endpoint, str]] = [
             ("POST", "/v1/images/generations", self.generate, "Make images."),
+            ("POST", "/v1/images/edits", self.edit, "Make images that start from an image, a file of a form."),
             ("GET", "/v1/models", self.models, "List the model that is served."),
             ("GET", "/healthz", self.live, "The process answers."),
             ("GET", "/readyz", self.ready, "An inference succeeds."),
@@ -217,14 +226,28 @@ class _Api:
         _check_content_type(request, "application/json")
         async with _body(request, self._service) as body:
             asked = decode_image_request(body)
-            call, kind = self._call(request, asked)
-            request.state.images = len(call.seeds)
-            self._check_room(request, len(call.seeds))
-            if asked.image is not None:
-                call = replace(call, image=await self._service.decode_image(asked.image))
+            call, kind = await self._call(request, asked, asked.image)
+        return await self._answer(request, asked, call, kind, "image_generation.completed")
+
+    async def edit(self, request: Request) -> Response:
+        """``POST /v1/images/edits``."""
+        self._check_room(request, 1)
+        _check_content_type(request, "multipart/form-data")
+        async with _body(request, self._service) as body:
+            asked, image = await _read_form(request, body)
+            times = set(self._service.model.start_times.values())
+            if asked.start_time is None and len(times) == 1:  # so that OpenAI's clients need no extension
+                asked.start_time = times.pop()
+            call, kind = await self._call(request, asked, image)
+        return await self._answer(request, asked, call, kind, "image_edit.completed")
+
+    async def _answer(
+        self, request: Request, asked: ImageRequest, call: Call, kind: FileFormat, event: EventType
+    ) -> Response:
+        """Make the images of a request and return them as it asks."""
         fps = 16.0 if asked.fps is None else asked.fps
         if asked.stream:
-            events = self._events(request, call, kind, fps)
+            events = self._events(request, call, kind, fps, event)
             first = await _unless_disconnected(request, anext(events))  # an error before it is an answer of its own
             return StreamingResponse(_chain(first, events), media_type="text/event-stream", headers=_NO_STORE)
         images = await _unless_disconnected(request, self._images(call, kind, fps, request.state.key))
@@ -248,8 +271,8 @@ class _Api:
         service = self._service
         service.admission.check(images, request.state.key, retry_after=service.retry_after)
 
-    def _call(self, request: Request, asked: ImageRequest) -> tuple[Call, FileFormat]:
-        """Check what depends on the model; the image is not yet decoded."""
+    async def _call(self, request: Request, asked: ImageRequest, image: str | bytes | None) -> tuple[Call, FileFormat]:
+        """Check what depends on the model, then decode the image."""
         service, model = self._service, self._service.model
         if not model.formats:
             raise RequestError(
@@ -280,14 +303,16 @@ class _Api:
             labels = asked.prompt
         call = Call(
             seeds=_seeds(asked.seed, count),
-            steps=service.check_start(asked.image is not None, asked.start_time, asked.num_inference_steps),
+            steps=service.check_start(image is not None, asked.start_time, asked.num_inference_steps),
             labels=labels,
             others=others,
             start_time=asked.start_time,
             split=bool(asked.stream) or not model.takes_prompt,  # a prompt is encoded once
             deadline=service.due(asked.timeout),
         )
-        return call, kind
+        request.state.images = count
+        self._check_room(request, count)
+        return call if image is None else replace(call, image=await service.decode_image(image)), kind
 
     async def _each(
         self, call: Call, kind: FileFormat, fps: float, key: str
@@ -302,13 +327,15 @@ class _Api:
         async with aclosing(self._each(call, kind, fps, key)) as images:
             return [image async for _, image in in_order(images)]
 
-    async def _events(self, request: Request, call: Call, kind: FileFormat, fps: float) -> AsyncGenerator[bytes, None]:
+    async def _events(
+        self, request: Request, call: Call, kind: FileFormat, fps: float, event_type: EventType
+    ) -> AsyncGenerator[bytes, None]:
         sent = False
         async with aclosing(self._each(call, kind, fps, request.state.key)) as images:
             try:
                 async for index, (seed, label, content) in images:
                     event = ImageEvent(
-                        type="image_generation.completed", index=index, b64_json=_base64(content), seed=seed,
+                        type=event_type, index=index, b64_json=_base64(content), seed=seed,
                         label=label, created_at=int(time.time()), output_format=kind,
                         size=self._service.model.size or "",
                     )  # fmt: skip
@@ -477,6 +504,55 @@ async def _body(request: Request, service: Service) -> AsyncIterator[bytes]:
         yield body
     finally:
         service.body_bytes -= held
+
+
+class _FormInMemory(MultiPartParser):
+    """A parser of forms that writes no temporary files; the size of a body is limited already."""
+
+    spool_max_size = sys.maxsize
+
+
+async def _read_form(request: Request, body: bytes) -> tuple[ImageRequest, bytes]:
+    """Return the parameters of a form and the file of its image.
+
+    Raises:
+        RequestError: ``invalid_form``, ``unknown_parameter`` or ``invalid_value``.
+    """
+
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await _FormInMemory(
+            request.headers, whole(), max_files=1, max_fields=MAX_FIELDS, max_part_size=4 * MAX_PROMPT
+        ).parse()
+    except (MultiPartException, ValueError, LookupError) as exc:
+        raise RequestError("invalid_form", f"the body is no form ({exc}), expected one with one file.") from None
+    try:
+        return await _check_form(form)
+    finally:
+        await form.close()
+
+
+async def _check_form(form: FormData) -> tuple[ImageRequest, bytes]:
+    parameters: dict[str, str] = {}
+    image: bytes | None = None
+    for name, value in form.multi_items():
+        if name == "mask":
+            raise RequestError("invalid_value", "mask is given, expected none: the whole image changes.", param="mask")
+        if name in ("image", "image[]"):
+            if isinstance(value, str):
+                raise RequestError("invalid_value", "image is a text, expected a file of the form.", param="image")
+            image = await value.read()
+        elif not isinstance(value, str):
+            raise RequestError("invalid_value", f"{name[:100]} is a file, expected a text.", param=name[:100])
+        elif name in parameters:
+            raise RequestError("invalid_value", f"{name[:100]} is given twice, expected one.", param=name[:100])
+        else:
+            parameters[name] = value
+    if image is None:
+        raise RequestError("invalid_value", "the form has no image, expected a file of this name.", param="image")
+    return check_image_request(parameters, from_text=True), image
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:

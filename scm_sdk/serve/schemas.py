@@ -1,7 +1,7 @@
 """Types of the HTTP API, its error codes, and the OpenAPI document that describes them.
 
-``POST /v1/images/generations`` has the shape of OpenAI's API, with ``seed``, ``label``, ``image``, ``start_time``,
-``num_inference_steps``, ``guidance_scale``, ``fps`` and ``timeout`` as extensions.
+``POST /v1/images/generations`` and ``/v1/images/edits`` have the shape of OpenAI's API, with ``seed``, ``label``,
+``image``, ``start_time``, ``num_inference_steps``, ``guidance_scale``, ``fps`` and ``timeout`` as extensions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MEDIA_TYPES: Mapping[FileFormat, str] = {
 INVALID, AUTH, LIMIT, SERVER = "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
 CODES: Mapping[str, tuple[int, str, str]] = {
     "invalid_json": (400, INVALID, "The body is no JSON object."),
+    "invalid_form": (400, INVALID, "The body is no multipart form."),
     "unknown_parameter": (400, INVALID, "The body holds a parameter that does not exist."),
     "invalid_value": (400, INVALID, "A parameter has a wrong type or is out of its range."),
     "invalid_api_key": (401, AUTH, "No API key, or one that this server does not know."),
@@ -172,7 +173,7 @@ class ImageEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The data of a server-sent event: one picture of a stream.
 
     Attributes:
-        type: ``image_generation.completed``.
+        type: ``image_generation.completed``, or ``image_edit.completed`` of an edit.
         index: Position of the picture in the request.
         b64_json: The file, in base64.
         seed: Names the picture.
@@ -182,7 +183,7 @@ class ImageEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
         size: Width and height.
     """
 
-    type: Literal["image_generation.completed"]
+    type: Literal["image_generation.completed", "image_edit.completed"]
     index: int
     b64_json: str
     seed: int
@@ -265,14 +266,22 @@ def decode_image_request(body: bytes) -> ImageRequest:
     Raises:
         RequestError: ``invalid_json``, ``unknown_parameter`` or ``invalid_value``.
     """
-    found = decode_object(body)
+    return check_image_request(decode_object(body))
+
+
+def check_image_request(found: Mapping[str, Any], *, from_text: bool = False) -> ImageRequest:
+    """Return the request of some parameters; ``from_text`` reads numbers from the texts of a form.
+
+    Raises:
+        RequestError: ``unknown_parameter`` or ``invalid_value``.
+    """
     try:
         check_names(found, ImageRequest.__struct_fields__, of="the request")
     except UnknownArgument as exc:
         unknown = next(name for name in found if name not in ImageRequest.__struct_fields__)
         raise RequestError("unknown_parameter", str(exc), param=unknown[:100]) from None
     try:
-        return msgspec.convert(found, ImageRequest)
+        return msgspec.convert(found, ImageRequest, strict=not from_text)
     except msgspec.ValidationError as exc:
         where = re.search(r"\$\.(\w+)", str(exc))
         raise RequestError("invalid_value", f"{exc}.", param=where[1] if where else None) from None
@@ -298,18 +307,22 @@ def openapi_document(paths: Mapping[str, tuple[str, str, str]]) -> dict[str, Any
                 {"name": each, "in": "path", "required": True, "schema": {"type": "string"}} for each in parameters
             ]
         described[path] = {method.lower(): operation}
-    images = described["/v1/images/generations"]["post"]
-    images["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref("ImageRequest")}}}
-    images["responses"]["200"]["content"] = {
-        "application/json": {"schema": _ref("ImagesResponse")},
-        "text/event-stream": {"schema": _ref("ImageEvent")},
-        **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
-    }
+    file = {"type": "string", "format": "binary"}
+    form = {"allOf": [_ref("ImageRequest"), {"properties": {"image": file}, "required": ["image"]}]}
+    bodies = {"generations": ("application/json", _ref("ImageRequest")), "edits": ("multipart/form-data", form)}
     by_status: dict[int, list[str]] = {}
     for code, (status, _, meaning) in CODES.items():
         by_status.setdefault(status, []).append(f"`{code}`: {meaning}")
-    for status, meanings in by_status.items():
-        images["responses"][str(status)] = error | {"description": " ".join(meanings)}
+    for name, (media_type, schema) in bodies.items():
+        images = described[f"/v1/images/{name}"]["post"]
+        images["requestBody"] = {"required": True, "content": {media_type: {"schema": schema}}}
+        images["responses"]["200"]["content"] = {
+            "application/json": {"schema": _ref("ImagesResponse")},
+            "text/event-stream": {"schema": _ref("ImageEvent")},
+            **{kind: {"schema": file} for kind in MEDIA_TYPES.values()},
+        }
+        for status, meanings in by_status.items():
+            images["responses"][str(status)] = error | {"description": " ".join(meanings)}
     described["/v1/models"]["get"]["responses"]["200"]["content"] = {"application/json": {"schema": _ref("ModelList")}}
     return {
         "openapi": "3.1.0",

@@ -270,17 +270,17 @@ class Service:
         assert found is not None, "an image has a sampler"
         return found
 
-    async def decode_image(self, text: str) -> NDArray[np.uint8]:
+    async def decode_image(self, image: str | bytes) -> NDArray[np.uint8]:
         """Return the image of a request, (1, H, W, C), of the model's size.
 
         Args:
-            text: A PNG, JPEG or WebP file in base64, or a ``data:`` URL of it.
+            image: A PNG, JPEG or WebP file, also as text: in base64, or a ``data:`` URL of it.
 
         Raises:
             RequestError: If it is none, or has another size; that is found before its pixels are decoded.
         """
         channels, height, width = self.spec.image_shape
-        return await self.apart(_decode_image, text, (height, width, channels))
+        return await self.apart(_decode_image, image, (height, width, channels))
 
     async def apart(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function on a thread for short work, so that the answers to others continue."""
@@ -532,15 +532,19 @@ def _files(arrays: Any, output: GeneratorOutput, kind: FileFormat, fps: float) -
         raise RequestError("invalid_value", str(exc), param="output_format") from exc
 
 
-def _decode_image(text: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """See ``Service.decode_image``; ``shape`` is (H, W, C)."""
+def _from_base64(text: str) -> bytes:
     head, comma, rest = text.partition(",") if text.startswith("data:") else ("", "", text)
     if comma and not head.endswith(";base64"):
         raise _wrong_image("a data: URL that is not in base64")
     try:
-        content = base64.b64decode(rest, validate=True)
+        return base64.b64decode(rest, validate=True)
     except (binascii.Error, ValueError) as exc:
         raise _wrong_image(f"no base64 ({exc})") from None
+
+
+def _decode_image(image: str | bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """See ``Service.decode_image``; ``shape`` is (H, W, C)."""
+    content = _from_base64(image) if isinstance(image, str) else image
     if (scans := content.count(b"\xff\xda")) > MOST_SCANS and content.startswith(b"\xff\xd8"):
         raise _wrong_image(f"a JPEG file of {scans} scans, of which {MOST_SCANS} are allowed")
     height, width, channels = shape
@@ -554,14 +558,14 @@ def _decode_image(text: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         raise RequestError(
             "invalid_value",
             f"image cannot be taken: {exc}. The model takes a PNG, JPEG or WebP file of {height}x{width} pixels "
-            f"(height x width), {kind}, in base64.",
+            f"(height x width), {kind}; in JSON it is in base64.",
             param="image",
         ) from None
 
 
 def _wrong_image(found: str) -> RequestError:
     return RequestError(
-        "invalid_value", f"image is {found}, expected a PNG, JPEG or WebP file in base64.", param="image"
+        "invalid_value", f"image is {found}, expected a PNG, JPEG or WebP file, in JSON in base64.", param="image"
     )
 
 
