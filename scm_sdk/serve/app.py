@@ -58,7 +58,7 @@ T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 EventType = Literal["image_generation.completed", "image_edit.completed"]
 MAX_FIELDS = 32
-"""Parameters of a form."""
+"""Parameters, and files, of a form."""
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json"})
 """What needs no API key: the page, the API's description, and probes."""
 PROBES = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -524,10 +524,12 @@ async def _read_form(request: Request, body: bytes) -> tuple[ImageRequest, bytes
 
     try:
         form = await _FormInMemory(
-            request.headers, whole(), max_files=1, max_fields=MAX_FIELDS, max_part_size=4 * MAX_PROMPT
+            request.headers, whole(), max_files=MAX_FIELDS, max_fields=MAX_FIELDS, max_part_size=4 * MAX_PROMPT
         ).parse()
     except (MultiPartException, ValueError, LookupError) as exc:
-        raise RequestError("invalid_form", f"the body is no form ({exc}), expected one with one file.") from None
+        raise RequestError(
+            "invalid_form", f"the body is no form ({exc}), expected parameters and the file of an image."
+        ) from None
     try:
         return await _check_form(form)
     finally:
@@ -543,6 +545,8 @@ async def _check_form(form: FormData) -> tuple[ImageRequest, bytes]:
         if name in ("image", "image[]"):
             if isinstance(value, str):
                 raise RequestError("invalid_value", "image is a text, expected a file of the form.", param="image")
+            if image is not None:
+                raise RequestError("invalid_value", "the form has several images, expected one.", param="image")
             image = await value.read()
         elif not isinstance(value, str):
             raise RequestError("invalid_value", f"{name[:100]} is a file, expected a text.", param=name[:100])

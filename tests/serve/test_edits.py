@@ -92,8 +92,9 @@ def test_wrong_fields_are_refused(server: RunningServer, case: str) -> None:
 
 FILES: dict[str, tuple[list[tuple[str, tuple[str | None, bytes, str]]], str]] = {
     "none": ([("prompt", (None, b"cat", ""))], "invalid_value"),
-    "two": ([("image[]", ("a.png", picture(), "image/png"))] * 2, "invalid_form"),
-    "mask": ([("mask", ("a.png", picture(), "image/png"))], "invalid_value"),
+    "two": ([("image[]", ("a.png", picture(), "image/png"))] * 2, "invalid_value"),
+    "mask": ([(name, ("a.png", picture(), "image/png")) for name in ("image", "mask")], "invalid_value"),
+    "many": ([("image[]", ("a.png", b"", "image/png"))] * 40, "invalid_form"),
     "text": ([("image", (None, b"cat", ""))], "invalid_value"),
     "other name": ([("picture", ("a.png", picture(), "image/png"))], "invalid_value"),
     "field twice": (
