@@ -36,11 +36,11 @@ def distribution_version(*names: str) -> str | None:
 
     for name in names:
         try:
-            found = metadata.distribution(name).metadata.get("Version")  # ``metadata.version`` warns if it is missing
+            about = metadata.distribution(name).metadata
         except metadata.PackageNotFoundError:
             continue
-        if found:
-            return found
+        if "Version" in about and (version := about["Version"]):  # reading a missing one warns
+            return version
     return None
 
 
