@@ -38,6 +38,14 @@ LIBRARIES = {
     "httpx": ("serve", "call a server"),
     "diffusers": ("diffusers", "import pipelines of diffusers"),
     "transformers": ("diffusers", "encode prompts"),
+    "ftfy": ("prompts", "clean prompts"),
+    "tokenizers": ("prompts", "encode prompts without PyTorch"),
+    "av": ("video", "write MP4 clips"),
+    "fsspec": ("sample", "write samples to URLs"),
+    "pyarrow": ("parquet", "write samples as Parquet"),
+    "ray": ("ray", "write samples on a Ray cluster"),
+    "model_signing": ("sign", "sign bundles and verify signatures"),
+    "opentelemetry.sdk": ("opentelemetry", "trace the requests of a server"),
 }
 """Import name: the extra that installs it, its purpose."""
 EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript")

@@ -16,6 +16,7 @@ from scm_sdk._util import lazy
 from scm_sdk.bundle.card import model_card
 from scm_sdk.errors import BackendUnavailable
 from scm_sdk.export.cli import main
+from scm_sdk.export.cli.libraries import LIBRARIES
 from scm_sdk.spec import SamplerSpec
 
 EXTRAS = importlib.metadata.metadata("scm-sdk").get_all("Provides-Extra") or []
@@ -107,6 +108,20 @@ def test_the_version_is_that_of_the_distribution_that_holds_the_module(
 
 def test_nothing_here_is_too_old() -> None:
     assert lazy.outdated("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "cuda.bindings", "click") == {}
+
+
+def test_doctor_lists_every_library_that_the_code_asks_for() -> None:
+    asked = set()
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+                (name,) = node.args
+                (extra,) = (word.value for word in node.keywords if word.arg == "extra")
+                if isinstance(name, ast.Constant) and isinstance(extra, ast.Constant):
+                    asked.add((str(name.value).partition(".")[0], str(extra.value)))
+    assert {("ftfy", "prompts"), ("tokenizers", "prompts"), ("torch", "torch")} <= asked
+    assert {name for name, _ in asked} <= {name.partition(".")[0] for name in LIBRARIES}
+    assert {extra for _, extra in asked} <= {extra for extra, _ in LIBRARIES.values()} <= set(EXTRAS)
 
 
 def test_no_other_text_hints_at_the_index() -> None:
