@@ -7,7 +7,7 @@ backend is one file with a class that uses this module and is also named ``open_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from glob import escape
 from pathlib import Path
@@ -24,6 +24,7 @@ from scm_sdk.spec import SamplerSpec, TensorSpec
 __all__ = [
     "SPEC_KEY",
     "Backend",
+    "LoadedGraph",
     "check_artifact",
     "check_graph",
     "check_images",
@@ -37,6 +38,51 @@ __all__ = [
 
 SPEC_KEY = "scm_spec"
 """Metadata key of a graph for the JSON of its spec."""
+
+
+class LoadedGraph:
+    """A graph that is no sampler, loaded by a library; see ``backends.Graph``.
+
+    Args:
+        path: The file, for messages.
+        infer: Runs the graph: arrays by input name to the outputs in order. It holds the memory of the graph.
+        library: Name of the library, for messages.
+        errors: Exceptions of the library.
+        explain: Returns the message of such an exception.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        infer: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
+        *,
+        library: str,
+        errors: type[Exception],
+        explain: Callable[[Exception], str],
+    ) -> None:
+        self._path, self._library, self._errors, self._explain = path, library, errors, explain
+        self._infer: Callable[[dict[str, np.ndarray]], list[np.ndarray]] | None = infer
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs for inputs of the declared shapes and dtypes, axis 0 is the batch.
+
+        Raises:
+            BackendFailure: If the library raised, or the graph is closed.
+        """
+        infer = self._infer
+        if infer is None:
+            raise BackendFailure(f"{self._path} was closed, expected an open graph. Open it again.")
+        try:
+            return infer({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+        except self._errors as exc:
+            raise BackendFailure(
+                f"{self._library} failed on {self._path}: {self._explain(exc)}. Expected an output; report it if "
+                "memory suffices."
+            ) from exc
+
+    def close(self) -> None:
+        """Release the graph and its memory."""
+        self._infer = None
 
 
 def check_inputs(

@@ -34,6 +34,7 @@ from scm_sdk.spec import Precision, SamplerSpec, TensorSpec
 
 from .base import (
     SPEC_KEY,
+    LoadedGraph,
     check_artifact,
     check_graph,
     check_images,
@@ -51,7 +52,7 @@ _LEAST_FILLED = 0.875
 """Minimum share of requested images in a part of a fixed size."""
 _TYPES = {"f32": "float32", "i64": "int64"}
 _PLACE = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?")
-_MOST_SAID = 400
+_MAX_MESSAGE = 400
 
 
 def cannot_compute(precision: str) -> str:
@@ -93,8 +94,7 @@ class OpenVINOBackend:
         self._openvino: Any = openvino
         self._core: Any = openvino.Core()
         self._model: Any = _load(self._core, artifact_path)
-        found = [_describe(port) for port in (*self._model.inputs, *self._model.outputs)]
-        check_graph(spec, found, _spec_text(self._model), artifact_path)
+        check_graph(spec, _tensors(self._model), _spec_text(self._model), artifact_path)
         self.spec = spec
         self._fixed = _graph_bytes(artifact_path) <= FIXED_BYTES
         self._compiled: dict[int, _Compiled] = {}
@@ -112,7 +112,7 @@ class OpenVINOBackend:
             images = self._run(feeds, batch) if self._fixed else self._for_size(0).run(feeds)[0]
         except RuntimeError as exc:
             raise BackendFailure(
-                f"openvino failed on a batch of {batch} on cpu: {_said(exc)}. "
+                f"openvino failed on a batch of {batch} on cpu: {_message(exc)}. "
                 "Expected images; try a smaller batch_size, and report it if that does not help."
             ) from exc
         return check_images(self.spec, images, batch, backend="openvino")
@@ -151,61 +151,30 @@ class OpenVINOBackend:
             return self._compiled[size]
 
 
-class OpenVINOGraph:
-    """A graph that is no sampler, compiled in float32 for any batch size; see ``backends.open_graph``.
-
-    Args:
-        path: The ``.onnx`` file.
-        inputs: Its inputs in order.
-        outputs: Its outputs in order.
-        device: ``"cpu"`` or None.
-        num_threads: As in ``open_backend``.
+def open_graph(
+    path: Path,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    device: str | None = None,
+    num_threads: int | None = None,
+) -> LoadedGraph:
+    """Open a graph that is no sampler, compiled in float32 for any batch size; see ``backends.open_graph``.
 
     Raises:
         BackendUnavailable: If openvino or the device is not here, or it has no kernel for a node.
         IntegrityError: If the file is missing, damaged, or has other inputs or outputs.
     """
-
-    def __init__(
-        self,
-        path: Path,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        *,
-        device: str | None = None,
-        num_threads: int | None = None,
-    ) -> None:
-        openvino = _library(path, device, num_threads)
-        core = openvino.Core()
-        model = _load(core, path)
-        check_tensors([_describe(port) for port in (*model.inputs, *model.outputs)], inputs, outputs, path)
-        try:
-            with same_signal_stack():
-                compiled = core.compile_model(model, "CPU", _settings(num_threads, None))
-        except RuntimeError as exc:
-            raise _cannot_compile(openvino, path, exc) from exc
-        self._path = path
-        self._compiled: _Compiled | None = _Compiled(compiled)
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Return the outputs for inputs of the declared shapes and dtypes, axis 0 is the batch.
-
-        Raises:
-            BackendFailure: If openvino raised, or the graph is closed.
-        """
-        compiled = self._compiled
-        if compiled is None:
-            raise BackendFailure(f"{self._path} was closed, expected an open graph. Open it again.")
-        try:
-            return compiled.run({name: np.ascontiguousarray(array) for name, array in feeds.items()})
-        except RuntimeError as exc:
-            raise BackendFailure(
-                f"openvino failed on {self._path}: {_said(exc)}. Expected an output; report it if memory suffices."
-            ) from exc
-
-    def close(self) -> None:
-        """Release the compiled graph, which owns the memory."""
-        self._compiled = None
+    openvino = _library(path, device, num_threads)
+    core = openvino.Core()
+    model = _load(core, path)
+    check_tensors(_tensors(model), inputs, outputs, path)
+    try:
+        with same_signal_stack():
+            compiled = _Compiled(core.compile_model(model, "CPU", _settings(num_threads, None)))
+    except RuntimeError as exc:
+        raise _cannot_compile(openvino, path, exc) from exc
+    return LoadedGraph(path, compiled.run, library="openvino", errors=RuntimeError, explain=_message)
 
 
 class _Compiled:
@@ -292,7 +261,7 @@ def _settings(num_threads: int | None, precision: Precision | None) -> dict[str,
 
 def _cannot_compile(openvino: Any, path: Path, exc: Exception) -> BackendUnavailable:
     return BackendUnavailable(
-        f"openvino {openvino.__version__} cannot compile {path}: {_said(exc)}. Expected a "
+        f"openvino {openvino.__version__} cannot compile {path}: {_message(exc)}. Expected a "
         "precision that this CPU computes; fp32 runs everywhere."
     )
 
@@ -302,17 +271,22 @@ def _load(core: Any, path: Path) -> Any:
         return core.read_model(path)
     except RuntimeError as exc:
         raise IntegrityError(
-            f"openvino cannot load {path}: {_said(exc)}. "
+            f"openvino cannot load {path}: {_message(exc)}. "
             "Expected a sampler graph of scm-export with its external data next to it, and memory for both. Export it "
             "again."
         ) from exc
 
 
-def _said(exc: Exception) -> str:
+def _message(exc: Exception) -> str:
     """Return OpenVINO's message without source locations and full stop."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     found = " ".join(line for line in lines if not _PLACE.fullmatch(line)) or (lines or [type(exc).__name__])[-1]
-    return found[:_MOST_SAID].rstrip(". ")
+    return found[:_MAX_MESSAGE].rstrip(". ")
+
+
+def _tensors(model: Any) -> list[tuple[str, str, tuple[object, ...]]]:
+    """Return name, dtype and shape without the batch of each input, then of each output."""
+    return [_describe(port) for port in (*model.inputs, *model.outputs)]
 
 
 def _describe(port: Any) -> tuple[str, str, tuple[object, ...]]:
@@ -334,4 +308,3 @@ def _graph_bytes(path: Path) -> int:
 
 
 open_backend = OpenVINOBackend
-open_graph = OpenVINOGraph

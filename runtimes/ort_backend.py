@@ -7,8 +7,6 @@ manifest.
 An ``int8`` graph is made for engines: here its Q/DQ nodes are computed in floating point, because the fused int8
 kernels saturate on a CPU without VNNI. ``int8-cpu`` is the fast form for CPUs.
 
-``OrtGraph`` runs graphs next to a sampler's: encoders and decoders.
-
 Threads: ``InferenceSession.run`` is thread-safe, so ``sample`` takes no lock. The worker threads of the session do not
 spin while they wait, which would waste cores of a shared machine.
 """
@@ -18,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from scm_sdk.spec import SamplerSpec, TensorSpec
 
 from .base import (
     SPEC_KEY,
+    LoadedGraph,
     check_artifact,
     check_graph,
     check_images,
@@ -75,8 +75,7 @@ class OrtBackend:
         num_threads: int | None = None,
     ) -> None:
         session, index = _open_session(artifact_path, device, num_threads)
-        found = [_describe(node) for node in (*session.get_inputs(), *session.get_outputs())]
-        check_graph(spec, found, _metadata(session, SPEC_KEY), artifact_path)
+        check_graph(spec, _tensors(session), _metadata(session, SPEC_KEY), artifact_path)
         self.spec = spec
         self.device = "cpu" if index is None else f"cuda:{index}"
         self._session: Any = session
@@ -91,7 +90,7 @@ class OrtBackend:
             (images,) = session.run([self.spec.output_name], feeds)
         except Exception as exc:  # onnxruntime's errors have no common base class
             raise BackendFailure(
-                f"onnxruntime failed on a batch of {len(noise[0])} on {self.device}: {_said(exc)}. "
+                f"onnxruntime failed on a batch of {len(noise[0])} on {self.device}: {_message(exc)}. "
                 "Expected images; try a smaller batch_size, and report it if that does not help."
             ) from exc
         return check_images(self.spec, images, len(noise[0]), backend="onnxruntime")
@@ -101,56 +100,24 @@ class OrtBackend:
         self._session = None
 
 
-class OrtGraph:
-    """One ``InferenceSession`` over a graph that is no sampler, with declared inputs and outputs.
-
-    Args:
-        path: The ``.onnx`` file.
-        inputs: Its inputs in order.
-        outputs: Its outputs in order.
-        device: As in ``open_backend``.
-        num_threads: As in ``open_backend``.
+def open_graph(
+    path: Path,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    device: str | None = None,
+    num_threads: int | None = None,
+) -> LoadedGraph:
+    """Open a graph that is no sampler; see ``backends.open_graph``.
 
     Raises:
         BackendUnavailable: If onnxruntime or the execution provider for ``device`` is not here.
         IntegrityError: If the file is missing, damaged, or has other inputs or outputs.
     """
-
-    def __init__(
-        self,
-        path: Path,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        *,
-        device: str | None = None,
-        num_threads: int | None = None,
-    ) -> None:
-        session, _ = _open_session(path, device, num_threads, arena=False)
-        found = [_describe(node) for node in (*session.get_inputs(), *session.get_outputs())]
-        check_tensors(found, inputs, outputs, path)
-        self._path, self._outputs = path, [tensor.name for tensor in outputs]
-        self._session: Any = session
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Return the outputs for inputs of the declared shapes and dtypes, axis 0 is the batch.
-
-        Raises:
-            BackendFailure: If onnxruntime raised, or the graph is closed.
-        """
-        session = self._session
-        if session is None:
-            raise BackendFailure(f"{self._path} was closed, expected an open graph. Open it again.")
-        try:
-            found: list[np.ndarray] = session.run(self._outputs, dict(feeds))
-        except Exception as exc:  # onnxruntime's errors have no common base class
-            raise BackendFailure(
-                f"onnxruntime failed on {self._path}: {_said(exc)}. Expected an output; report it if memory suffices."
-            ) from exc
-        return found
-
-    def close(self) -> None:
-        """Release the session, which owns the memory."""
-        self._session = None
+    session, _ = _open_session(path, device, num_threads, arena=False)
+    check_tensors(_tensors(session), inputs, outputs, path)
+    infer = partial(session.run, [tensor.name for tensor in outputs])
+    return LoadedGraph(path, infer, library="onnxruntime", errors=Exception, explain=_message)  # no common base class
 
 
 def _open_session(
@@ -193,7 +160,7 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
     try:
         return ort.InferenceSession(name, options, providers=settings)
     except Exception as exc:  # onnxruntime's errors have no common base class
-        text = _said(exc)
+        text = _message(exc)
         if "NOT_IMPLEMENTED" in text:
             raise BackendUnavailable(
                 f"onnxruntime {ort.__version__} has no kernel for a node of {path}: {text}. Expected a precision "
@@ -211,7 +178,7 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
         ) from exc
 
 
-def _said(exc: Exception) -> str:
+def _message(exc: Exception) -> str:
     """Return onnxruntime's message without prefixes and source locations."""
     return _PREFIX.sub("", first_line(exc))
 
@@ -237,9 +204,10 @@ def _cuda_options(index: int) -> dict[str, str]:
     return {"device_id": str(index), "use_tf32": "0"}
 
 
-def _describe(node: Any) -> tuple[str, str, tuple[object, ...]]:
-    return node.name, _TYPES.get(node.type, str(node.type)), tuple(node.shape[1:])
+def _tensors(session: Any) -> list[tuple[str, str, tuple[object, ...]]]:
+    """Return name, dtype and shape without the batch of each input, then of each output."""
+    nodes = (*session.get_inputs(), *session.get_outputs())
+    return [(node.name, _TYPES.get(node.type, str(node.type)), tuple(node.shape[1:])) for node in nodes]
 
 
 open_backend = OrtBackend
-open_graph = OrtGraph
