@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from click.testing import CliRunner, Result
 
+from helpers.commands import invoke
 from scm_sdk._util.lazy import install_command
 from scm_sdk.bundle.archive import pack, unpack
 from scm_sdk.bundle.bundle import Bundle, write_manifest
@@ -31,7 +31,6 @@ from scm_sdk.bundle.signing import (
     sign,
 )
 from scm_sdk.errors import BackendUnavailable, BundleError, ConfigError, IntegrityError
-from scm_sdk.export.cli import main
 from scm_sdk.inference.generator import Generator
 from scm_sdk.spec import SamplerSpec
 
@@ -84,10 +83,6 @@ def runs(linear_bundle: Callable[..., Path], keys: SimpleNamespace) -> Path:
     return path
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, arguments)])
-
-
 def open_it(path: Path | str, signer: PublicKey | Identity) -> Generator:
     return Generator.from_pretrained(path, backend="onnxruntime", require_signature=signer)
 
@@ -129,7 +124,9 @@ def test_a_key_with_a_password(bundle_copy: Path, tmp_path: Path) -> None:
         sign(bundle_copy, PrivateKey(pair.private))
     assert not (bundle_copy / SIGNATURE_NAME).exists()
     (tmp_path / "password").write_text("open sesame\n", encoding="utf-8")
-    done = run("bundle", "sign", bundle_copy, "--private-key", pair.private, "--password-file", tmp_path / "password")
+    done = invoke(
+        "bundle", "sign", bundle_copy, "--private-key", pair.private, "--password-file", tmp_path / "password"
+    )
     assert done.exit_code == 0, done.output
     check_signature(bundle_copy, PublicKey(pair.public))
     assert "sesame" not in repr(PrivateKey(pair.private, "open sesame"))
@@ -188,7 +185,7 @@ def test_each_thing_that_is_not_as_it_was_signed(case: str, signed: Path, ours: 
     damage(signed)
     with pytest.raises(IntegrityError, match=text):
         Generator.from_pretrained(signed, require_signature=ours)
-    done = run("bundle", "verify", signed, "--public-key", ours.path)
+    done = invoke("bundle", "verify", signed, "--public-key", ours.path)
     assert done.exit_code == 6, done.output
 
 
@@ -279,7 +276,7 @@ def test_a_file_holds_its_signature(runs: Path, ours: PublicKey, keys: SimpleNam
         with pytest.raises(IntegrityError, match=r"is not signed by the key .*other\.pub"):
             open_it(file, PublicKey(keys.other.public))
     check_signature(unpack(file, tmp_path / "out"), ours)
-    assert run("bundle", "verify", file, "--public-key", keys.ours.public).exit_code == 0
+    assert invoke("bundle", "verify", file, "--public-key", keys.ours.public).exit_code == 0
     (runs / SIGNATURE_NAME).unlink()
     with pytest.raises(IntegrityError, match="is not signed"):
         open_it(pack(runs, tmp_path / "unsigned.scmz"), ours)
@@ -314,7 +311,7 @@ def test_a_hub_id(hub, runs: Path, ours: PublicKey, keys: SimpleNamespace, tmp_p
     with pytest.raises(IntegrityError, match="is not signed"):
         open_it("hf:me/unsigned", ours)
     out = tmp_path / "out"
-    assert run("bundle", "unpack", "hf:me/runs", "-o", out).exit_code == 0
+    assert invoke("bundle", "unpack", "hf:me/runs", "-o", out).exit_code == 0
     check_signature(out, ours)
 
 
@@ -355,9 +352,9 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, made_bundle: Path,
         Generator.from_pretrained(made_bundle, require_signature=PublicKey(keys.ours.public))
     for options in (["sign", made_bundle, "--private-key", keys.ours.private],
                     ["verify", made_bundle, "--public-key", keys.ours.public]):  # fmt: skip
-        done = run("bundle", *options)
+        done = invoke("bundle", *options)
         assert done.exit_code == 7 and install_command("sign") in done.stderr, done.output
-    assert run("bundle", "verify", made_bundle).exit_code == 0, "hashes need no library"
+    assert invoke("bundle", "verify", made_bundle).exit_code == 0, "hashes need no library"
 
 
 @pytest.mark.parametrize(
@@ -372,16 +369,16 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, made_bundle: Path,
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], made_bundle: Path) -> None:
-    done = run("bundle", options[0], made_bundle, *options[1:])
+    done = invoke("bundle", options[0], made_bundle, *options[1:])
     assert done.exit_code == 2 and "expected --p" in done.stderr
 
 
 def test_the_verbs(bundle_copy: Path, keys: SimpleNamespace) -> None:
-    assert json.loads(run("bundle", "verify", bundle_copy, "--json").stdout)["signed"] is False
-    done = run("bundle", "sign", bundle_copy, "--private-key", keys.ours.private, "--json")
+    assert json.loads(invoke("bundle", "verify", bundle_copy, "--json").stdout)["signed"] is False
+    done = invoke("bundle", "sign", bundle_copy, "--private-key", keys.ours.private, "--json")
     assert json.loads(done.stdout) == {"path": str(bundle_copy / SIGNATURE_NAME)}
-    assert "It is signed; the signature was not checked" in run("bundle", "verify", bundle_copy).stderr
-    found = run("bundle", "verify", bundle_copy, "--public-key", keys.ours.public, "--json")
+    assert "It is signed; the signature was not checked" in invoke("bundle", "verify", bundle_copy).stderr
+    found = invoke("bundle", "verify", bundle_copy, "--public-key", keys.ours.public, "--json")
     assert json.loads(found.stdout)["signed_by"] == f"the key {keys.ours.public}"
 
 

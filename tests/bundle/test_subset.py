@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
+from helpers.commands import run
 from helpers.toy_bundles import write_linear_graph
 from scm_sdk.bundle import subset
 from scm_sdk.bundle.archive import pack
@@ -21,7 +21,6 @@ from scm_sdk.engines.targets import resolve_targets
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError
 from scm_sdk.evaluate.stored_budgets import check_budgets
 from scm_sdk.evaluate.validate import validate_bundle
-from scm_sdk.export.cli import main
 from scm_sdk.export.engines.add import add_engines
 from scm_sdk.export.polygraphy import write_handover
 from scm_sdk.export.precision.variants import add_cpu_form
@@ -154,23 +153,19 @@ def test_names_that_are_not_there(only: list[str], made_bundle: Path, tmp_path: 
 
 
 def test_the_verb_writes_a_file_or_a_folder(whole: Bundle, tmp_path: Path) -> None:
-    def run(*options: object) -> dict[str, object]:
-        done = CliRunner().invoke(main, ["bundle", "pack", *map(str, options), "--json"])
-        assert done.exit_code == 0, done.output
-        return dict(json.loads(done.stdout))
-
     only = ["--only", "onnx/fp32/2step"]
     file, folder = tmp_path / "slim.scmz", tmp_path / "slim"
-    assert run(whole.path, *only, "-o", file)["bytes"] == file.stat().st_size
-    run(file, *only, "-o", folder)
+    packed = run("bundle", "pack", whole.path, *only, "-o", file, "--json")
+    assert json.loads(packed.stdout)["bytes"] == file.stat().st_size
+    run("bundle", "pack", file, *only, "-o", folder)
     assert pack(folder, tmp_path / "again.scmz").read_bytes() == file.read_bytes()
-    again = CliRunner().invoke(main, ["bundle", "pack", str(whole.path), *only, "-o", str(folder)])
-    assert again.exit_code == 6 and "exists and is not empty" in again.stderr
-    run(whole.path, "-o", folder, "--overwrite")
+    again = run("bundle", "pack", whole.path, *only, "-o", folder, code=6)
+    assert "exists and is not empty" in again.stderr
+    run("bundle", "pack", whole.path, "-o", folder, "--overwrite")
     assert Bundle.open(folder).manifest == whole.manifest
-    lacking = CliRunner().invoke(main, ["bundle", "pack", str(whole.path), *only])
-    assert lacking.exit_code == 2 and "--out is missing" in lacking.stderr
-    shown = CliRunner().invoke(main, ["inspect", str(file)]).stdout
+    lacking = run("bundle", "pack", whole.path, *only, code=2)
+    assert "--out is missing" in lacking.stderr
+    shown = run("inspect", file).stdout
     assert f"cut from build {whole.manifest.build_id[:12]}" in shown and "onnx/fp32/2step " in shown
 
 

@@ -5,21 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
+from helpers.commands import run
 from helpers.recorded_events import Recorded
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.errors import ConfigError, LatencyError
 from scm_sdk.evaluate.stored_budgets import check_budgets, keep_budgets
-from scm_sdk.export.cli import main
 from scm_sdk.export.precision.half import default_plan
 from scm_sdk.export.precision.variants import add_precision
-
-
-def run(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_a_kept_budget_is_enforced_by_validate(unet_copy: Path) -> None:

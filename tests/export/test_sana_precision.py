@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from helpers.bf16 import COMPUTES_BF16
+from helpers.commands import invoke, run
 from scm_sdk.bundle.bundle import Bundle
-from scm_sdk.export.cli import main
 from scm_sdk.export.graph.io import read_model
 from scm_sdk.export.precision.calibration import Calibration
 from scm_sdk.export.precision.half import default_plan
@@ -25,12 +24,6 @@ BLOCK = "step0/transformer.transformer_blocks.0"
 
 def types_of(graph: Path) -> dict[str, str]:
     return {n.name or "": n.outputs[0].dtype.name for n in read_model(graph).graph if n.outputs[0].dtype is not None}
-
-
-def run(*arguments: object) -> Any:
-    done = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +70,7 @@ def test_int8_is_calibrated_on_prompts_and_says_so(sana_bundle_copy: Path, promp
 
 def test_the_command_refuses_a_file_without_prompts(sana_bundle_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n", encoding="utf-8")
-    done = CliRunner().invoke(main, ["quantize", str(sana_bundle_copy), "--prompts", str(tmp_path / "none.txt")])
+    done = invoke("quantize", sana_bundle_copy, "--prompts", tmp_path / "none.txt")
     assert done.exit_code == 2 and "holds 0 prompts, expected 1..4096, one a line" in done.output
     assert not (sana_bundle_copy / "onnx" / "int8").exists()
 

@@ -13,15 +13,14 @@ torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
-from click.testing import CliRunner  # noqa: E402
 
+from helpers.commands import invoke  # noqa: E402
 from helpers.latent_models import latent_model  # noqa: E402
 from scm_sdk.bundle.bundle import Bundle, write_bundle  # noqa: E402
 from scm_sdk.bundle.verify import read_manifest  # noqa: E402
 from scm_sdk.errors import BackendFailure, ConfigError, IntegrityError  # noqa: E402
 from scm_sdk.export.build_all import build_all  # noqa: E402
 from scm_sdk.export.bundle_export import current_export, export_bundle  # noqa: E402
-from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.export.diagnose.validate import validate  # noqa: E402
 from scm_sdk.export.graph.io import read_model, write_model  # noqa: E402
 from scm_sdk.export.precision.half import default_plan  # noqa: E402
@@ -31,10 +30,6 @@ from scm_sdk.inference.parts import Part  # noqa: E402
 
 DECODER = "decoder/model.onnx"
 ORT: dict[str, Any] = {"backend": "onnxruntime", "num_threads": 1}
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def whole(checkpoint: Path) -> Path:
 def split(checkpoint: Path) -> Path:
     """The bundle that the command splits; read only."""
     out = checkpoint.parent / "split"
-    made = run("onnx", checkpoint, "-o", out, "--steps", 1, "--steps", 2, "--max-batch", 2, "--split")
+    made = invoke("onnx", checkpoint, "-o", out, "--steps", 1, "--steps", 2, "--max-batch", 2, "--split")
     assert made.exit_code == 0, made.output
     return out
 
@@ -173,7 +168,7 @@ def test_offload_is_refused_where_it_cannot_be_done(whole: Path, split: Path, ch
 
 
 def test_a_model_without_a_decoder_is_not_split(unet_checkpoint: Path, whole: Path, tmp_path: Path) -> None:
-    done = run("onnx", unet_checkpoint, "-o", tmp_path / "x", "--steps", 1, "--split")
+    done = invoke("onnx", unet_checkpoint, "-o", tmp_path / "x", "--steps", 1, "--split")
     assert done.exit_code == 2 and "has none" in done.output and "Leave --split out" in done.output
     assert not (tmp_path / "x").exists()
 
@@ -211,10 +206,10 @@ def test_a_split_bundle_is_judged_by_its_images(copy: Path, tmp_path: Path) -> N
         f"onnx/{p}step/model.onnx" for p in ("fp32/1", "fp32/2", "fp16/2")
     }
     assert all(parities)
-    shown = run("inspect", copy)
+    shown = invoke("inspect", copy)
     assert f"split: graphs and engines end in latents, {DECODER}" in shown.output
     packed = tmp_path / "fp16.scmz"
-    assert run("bundle", "pack", copy, "-o", packed, "--only", "onnx/fp16").exit_code == 0
+    assert invoke("bundle", "pack", copy, "-o", packed, "--only", "onnx/fp16").exit_code == 0
     np.testing.assert_array_equal(images(packed, offload=True), images(copy, precision="fp16"))
 
 
@@ -260,7 +255,7 @@ def test_the_decoder_of_another_model_is_refused(copy: Path, whole: Path) -> Non
     ],
 )
 def test_verbs_that_need_images_of_one_graph_refuse(copy: Path, tmp_path: Path, verb: str, options: list[str]) -> None:
-    done = run(verb, copy, *(tmp_path / "out" if option == "OUT" else option for option in options))
+    done = invoke(verb, copy, *(tmp_path / "out" if option == "OUT" else option for option in options))
     assert done.exit_code in (2, 7), done.output
     if done.exit_code == 2:  # 7: an optional library is missing
         assert "end in latents" in done.output and "without --split" in done.output
@@ -269,6 +264,6 @@ def test_verbs_that_need_images_of_one_graph_refuse(copy: Path, tmp_path: Path, 
 
 def test_the_command_generates_with_one_part_in_memory(split: Path, tmp_path: Path, sessions: list[str]) -> None:
     options = ["--num-images", 3, "--seed", 7, "--backend", "onnxruntime", "--scale", 1, "--offload"]
-    done = run("generate", split, "-o", tmp_path / "out", *options)
+    done = invoke("generate", split, "-o", tmp_path / "out", *options)
     assert done.exit_code == 0, done.output
     assert sessions[-1].endswith(DECODER) and len(list((tmp_path / "out").iterdir())) == 3

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+from helpers.commands import run  # noqa: E402
 from helpers.few_step_fixtures import (  # noqa: E402
     CHAT,
     SIZES,
@@ -24,7 +24,6 @@ from helpers.few_step_fixtures import (  # noqa: E402
 )
 from scm_sdk import Generator  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError  # noqa: E402
-from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.export.graph.text_encoder import export_text_encoder  # noqa: E402
 from scm_sdk.export.precision.calibration import Calibration  # noqa: E402
 from scm_sdk.export.precision.probe import bundle_examples  # noqa: E402
@@ -151,23 +150,18 @@ def test_a_lost_component_is_named(folder: Path, tmp_path: Path) -> None:
 def test_the_commands_make_a_clip_of_a_prompt(
     folder: Path, flow_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    def run(*arguments: object) -> str:
-        done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return str(done.output)
-
     out = tmp_path / "bundle"
     arguments = ["import", folder, "-o", out, "--distilled", "--size", "32x48", "--frames", 5, "--tokens", TOKENS]
     arguments += ["--steps", 1, "--max-batch", 2]
     run(*arguments)
-    assert "unchanged" in run(*arguments)
+    assert "unchanged" in run(*arguments).output
     run("generate", out, "-o", tmp_path / "cat.gif", "--num-images", 1, "--seed", 1, "--prompt", "a cat", "--backend",
         "onnxruntime")  # fmt: skip
     assert (tmp_path / "cat.gif").read_bytes()[:3] == b"GIF"
     run("generate", out, "-o", tmp_path / "two", "--num-images", 2, "--seed", 1, "--prompt", "a cat")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["1.webp", "2.webp"]
-    refused = CliRunner().invoke(main, ["generate", str(out), "-o", str(tmp_path / "cat.png"), "--prompt", "a cat"])
-    assert refused.exit_code == 2 and "this model makes clips, expected .gif" in refused.output
+    refused = run("generate", out, "-o", tmp_path / "cat.png", "--prompt", "a cat", code=2)
+    assert "this model makes clips, expected .gif" in refused.output
 
 
 @pytest.mark.slow
@@ -179,8 +173,7 @@ def test_a_prompt_needs_neither_torch_nor_transformers(name: str, tmp_path: Path
     arguments += ["--tokens", 40, "--max-batch", 2, "--no-text-encoder", "--onnx-text-encoder"]
     arguments += ["--distilled", *(("--frames", size["num_frames"]) if name == "WanPipeline" else ())]
     for word in ("build", "unchanged"):
-        done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-        assert done.exit_code == 0 and word in done.output
+        assert word in run(*arguments).output
     code = f"""
 import sys
 for name in ("torch", "transformers", "diffusers", "jinja2"):
@@ -200,9 +193,7 @@ with Generator.from_pretrained({str(out)!r}, backend="onnxruntime", num_threads=
     (tmp_path / "prompts.txt").write_text("\n".join(["a cat", "a dog"]), encoding="utf-8")
     encoded = bundle_examples(out, tmp_path / "prompts.txt").rows([0])["prompt_embeds"]
     np.testing.assert_allclose(encoded[0], embeds[0], rtol=0, atol=1e-4)
-    arguments = ["quantize", out, "--to", "int8", "--to", "int4", "--num-samples", 2]
-    done = CliRunner().invoke(main, [str(argument) for argument in [*arguments, "--prompts", tmp_path / "prompts.txt"]])
-    assert done.exit_code == 0, done.output
+    run("quantize", out, "--to", "int8", "--to", "int4", "--num-samples", 2, "--prompts", tmp_path / "prompts.txt")
     record = Calibration.from_json((out / "calibration" / "int8-1step.json").read_bytes())
     assert record.conditioning.startswith("2 prompts of prompts.txt, sha256 ")
     for precision in ("int8", "int4"):
@@ -215,6 +206,6 @@ def test_a_pipeline_without_the_encoder_is_refused_before_its_export(
     flow_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     arguments = ["import", flow_folders("Flux2KleinPipeline"), "-o", tmp_path / "out", "--onnx-text-encoder"]
-    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert done.exit_code == 2 and "has no text encoder that is known here, expected one for" in done.output
+    done = run(*arguments, code=2)
+    assert "has no text encoder that is known here, expected one for" in done.output
     assert not list(tmp_path.iterdir())

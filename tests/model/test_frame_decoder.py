@@ -181,7 +181,7 @@ def test_the_other_commands_take_the_bundle(bundle: Path, flow_folders: Callable
     whole = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     run("bundle", "verify", whole)
     run("precision", whole, "--num-samples", 1)
-    assert "fp16" in run("validate", whole, "--num-seeds", 2, "--batch", 2)
+    assert "fp16" in run("validate", whole, "--num-seeds", 2, "--batch", 2).output
     given = {"steps": (2,), "size": (32, 48), "num_frames": FRAMES, "max_sequence_length": TOKENS, "max_batch": 2,
              "distilled": True}  # fmt: skip
     folder = flow_folders("WanPipeline")

@@ -13,14 +13,13 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 
-from click.testing import CliRunner  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from helpers.commands import invoke  # noqa: E402
 from helpers.sana_fixtures import SIZE, TOKENS, pictures_from_pictures  # noqa: E402
 from helpers.sana_fixtures import source_pictures as pictures  # noqa: E402
 from scm_sdk.bundle.bundle import Bundle, write_bundle  # noqa: E402
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, ScmError  # noqa: E402
-from scm_sdk.export.cli import main  # noqa: E402
 from scm_sdk.export.sana import import_sana  # noqa: E402
 from scm_sdk.inference.generator import Generator  # noqa: E402
 from scm_sdk.model.consistency import ConsistencyModel  # noqa: E402
@@ -203,26 +202,22 @@ def test_a_damaged_encoder_is_refused(sana_image_bundle: Path, sana_inputs: Any,
         gen(2, image=pictures(), **told(sana_inputs))
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def test_the_command_takes_an_image(start_bundle: Path, tmp_path: Path) -> None:
     bundle = start_bundle
     Image.fromarray(pictures()[0, :8, :8]).save(tmp_path / "in.png")
     start = ["generate", bundle, "--num-images", 1, "--seed", 1, "--backend", "onnxruntime", "--class-labels", "cat"]
     image = ["--image", tmp_path / "in.png", "--start-time", 0.9]
-    done = run(*start, *image, "-o", tmp_path / "out.png", "--scale", 1)
+    done = invoke(*start, *image, "-o", tmp_path / "out.png", "--scale", 1)
     assert done.exit_code == 0 and "1 step" in done.output, done.output
     with Generator.from_pretrained(bundle, backend="onnxruntime", num_threads=1) as gen:
         same = gen(1, "cat", seed=1, image=pictures()[0, :8, :8], start_time=0.9, output_type="uint8").images
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), same[0])
-    assert run(*start, *image[:2], "-o", tmp_path / "x.png").exit_code == 2
+    assert invoke(*start, *image[:2], "-o", tmp_path / "x.png").exit_code == 2
     Image.fromarray(pictures()[0, :8, :4]).save(tmp_path / "small.png")
-    small = run(*start, "--image", tmp_path / "small.png", "--start-time", 0.9, "-o", tmp_path / "x.png")
+    small = invoke(*start, "--image", tmp_path / "small.png", "--start-time", 0.9, "-o", tmp_path / "x.png")
     assert small.exit_code == 2 and "8x4 pixels" in small.output and "expected 8x8" in small.output
     (tmp_path / "no.png").write_bytes(b"text")
-    none = run(*start, "--image", tmp_path / "no.png", "--start-time", 0.9, "-o", tmp_path / "x.png")
+    none = invoke(*start, "--image", tmp_path / "no.png", "--start-time", 0.9, "-o", tmp_path / "x.png")
     assert none.exit_code == 2 and "no.png is no image" in none.output
     assert not (tmp_path / "x.png").exists()
 

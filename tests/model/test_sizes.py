@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 
+from helpers.commands import invoke
 from helpers.few_step_fixtures import SIZES, STEPS, draw_prompts, feeds_of, pictures_of
 from helpers.few_step_fixtures import TOKENS as FLOW_TOKENS
 from helpers.sana_fixtures import SIZE, TOKENS, make_sana_inputs, pictures_of_sana
@@ -22,7 +22,6 @@ from scm_sdk.bundle.bundle import Bundle, write_manifest
 from scm_sdk.bundle.manifest import Manifest, ParityRecord
 from scm_sdk.bundle.verify import check_manifest, read_manifest
 from scm_sdk.errors import BundleError, ConfigError, IntegrityError, SchemaError
-from scm_sdk.export.cli import main
 from scm_sdk.export.flow_pipeline import import_flow_pipeline
 from scm_sdk.export.graph.io import read_model, write_beside
 from scm_sdk.export.precision.half import default_plan
@@ -34,18 +33,11 @@ FIRST, FURTHER = "onnx/fp32/2step/model.onnx", "onnx/fp32/2step/model-32x64.onnx
 ORT: dict[str, Any] = {"backend": "onnxruntime", "num_threads": 1}
 
 
-def run(*arguments: object) -> Any:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 @pytest.fixture(scope="module")
 def two_sizes(sana_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 32x32 and 32x64 pixels, 2 steps, that the command made; read only."""
     out = tmp_path_factory.mktemp("sizes") / "bundle"
-    done = run(*importing(sana_folder, out, "--no-text-encoder"))
+    done = invoke(*importing(sana_folder, out, "--no-text-encoder"))
     assert done.exit_code == 0, done.output
     return out
 
@@ -137,7 +129,7 @@ def test_another_size_is_refused(two_sizes: Path, sana_folder: Path, tmp_path: P
             gen(height=64, **words())
         with pytest.raises(ConfigError, match=r"height is 0, expected 1 or more"):
             gen(height=0, width=64, **words())
-    refused = run("generate", two_sizes, "-o", tmp_path / "x.png", "--size", "64x64")
+    refused = invoke("generate", two_sizes, "-o", tmp_path / "x.png", "--size", "64x64")
     assert refused.exit_code == 2 and "expected one of 32x32, 32x64" in refused.stderr
     with (
         Generator.from_pretrained(sana_folder, backend="torch", num_threads=1) as gen,
@@ -159,7 +151,7 @@ def test_another_size_is_refused(two_sizes: Path, sana_folder: Path, tmp_path: P
 def test_sizes_that_cannot_be_in_one_bundle_are_refused(
     sana_folder: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    refused = run(*importing(sana_folder, tmp_path / "x", *options))
+    refused = invoke(*importing(sana_folder, tmp_path / "x", *options))
     assert refused.exit_code == 2 and message in refused.stderr
     assert not (tmp_path / "x").exists()
 
@@ -167,15 +159,15 @@ def test_sizes_that_cannot_be_in_one_bundle_are_refused(
 def test_the_import_may_be_repeated_and_the_bundle_inspected(
     two_sizes_copy: Path, sana_folder: Path, tmp_path: Path
 ) -> None:
-    same = run(*importing(sana_folder, two_sizes_copy, "--no-text-encoder", "--json"))
+    same = invoke(*importing(sana_folder, two_sizes_copy, "--no-text-encoder", "--json"))
     assert json.loads(same.stdout)["unchanged"] is True
-    other = run(*importing(sana_folder, two_sizes_copy, "--no-text-encoder", sizes=("32",)))
+    other = invoke(*importing(sana_folder, two_sizes_copy, "--no-text-encoder", sizes=("32",)))
     assert other.exit_code == 6 and "--overwrite" in other.stderr
-    assert json.loads(run("inspect", two_sizes_copy, "--json").stdout)["image_sizes"] == ["32x32", "32x64"]
-    shown = run("inspect", two_sizes_copy).output
+    assert json.loads(invoke("inspect", two_sizes_copy, "--json").stdout)["image_sizes"] == ["32x32", "32x64"]
+    shown = invoke("inspect", two_sizes_copy).output
     assert "further size 32x64" in shown and FURTHER in shown
     assert "32x32 (the default), 32x64" in (two_sizes_copy / "README.md").read_text(encoding="utf-8")
-    quantized = run("quantize", two_sizes_copy, "--to", "int4", "--num-samples", 1)
+    quantized = invoke("quantize", two_sizes_copy, "--to", "int4", "--num-samples", 1)
     assert "quantize takes the first, 32x32" in quantized.stderr, "nothing is left out silently"
 
 
@@ -271,7 +263,7 @@ def test_validate_and_precision_take_every_size(two_sizes_copy: Path) -> None:
     with Generator.from_pretrained(two_sizes_copy, num_threads=1) as gen:
         asked = {"height": WIDE[0], "width": WIDE[1], **words()}
         assert gen(2, **asked).info.backend == "torch", "auto takes no graph that was not compared"
-    judged = run("validate", two_sizes_copy, "--backend", "onnxruntime", "--num-seeds", 2, "--batch", 1, "--json",
+    judged = invoke("validate", two_sizes_copy, "--backend", "onnxruntime", "--num-seeds", 2, "--batch", 1, "--json",
                  "--min-psnr", 45, "--reason", "random weights")  # fmt: skip
     assert judged.exit_code == 0, judged.output
     found = {record["candidate"] for record in json.loads(judged.stdout)["parity"]}

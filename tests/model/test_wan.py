@@ -73,7 +73,7 @@ def test_the_bundles_clips_are_those_of_rcm_down_to_fp16(
     assert [len(clip) for clip in frames.images] == [5, 5] and frames.images[0][0].size == (48, 32)
     assert all(file.stat().st_size > 100 for file in frames.save(tmp_path / "clip.webp"))
     validated = run("validate", whole, "--num-seeds", 2, "--batch", 2)
-    assert "fp16" in validated
+    assert "fp16" in validated.output
 
 
 @pytest.mark.slow

@@ -3,22 +3,15 @@
 import json
 
 import pytest
-from click.testing import CliRunner
 
+from helpers.commands import run
 from scm_sdk.bundle.bundle import Bundle
 from scm_sdk.bundle.status import ModelStatus
-from scm_sdk.export.cli import main
 from scm_sdk.inference.generator import Generator
 from scm_sdk.model.consistency import ConsistencyModel
 
 TEACHER = {"objective": "diffusion", "iteration": "20", "num_iterations": "60"}
 STUDENT = {"objective": "scd+vsd", "iteration": "60", "num_iterations": "60"}
-
-
-def run(*arguments):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
+from helpers.commands import run
 from scm_sdk.errors import ConfigError
 from scm_sdk.evaluate.quality.held_out import load_held_out
 from scm_sdk.evaluate.quality.nets import effnet_lite0
-from scm_sdk.export.cli import common, main
+from scm_sdk.export.cli import common
 from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.spec import SamplerSpec
 from scm_sdk.train.config import DataConfig
@@ -22,12 +22,6 @@ from scm_sdk.train.data.images import load_data, shortened
 from scm_sdk.train.record import describe_data, recorded_data
 
 LENGTH = ("--iterations", "2", "--batch-size", "4", "--sample-every", "0")
-
-
-def run(*arguments: Any, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

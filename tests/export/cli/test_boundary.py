@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from helpers.commands import invoke
 from scm_sdk import errors
 from scm_sdk._util.files import final_path
 from scm_sdk.export.cli import EXIT_CODES, main
@@ -41,13 +42,6 @@ def leaves(command: click.Command, name: str = "") -> Iterator[tuple[str, click.
 VERBS = dict(leaves(main))
 NO_NETWORK = {"bundle push"}
 """Verbs whose result needs a server; tests/bundle/test_hub_server.py runs them."""
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +120,7 @@ def results(
         for verb in VERBS:
             arguments = arguments_of(verb, used, out)
             if arguments is not None:
-                found[verb] = run(*verb.split(), *arguments, "--json")
+                found[verb] = invoke(*verb.split(), *arguments, "--json")
     return found
 
 
@@ -180,7 +174,7 @@ def named_options() -> list[Any]:
 def test_a_wrong_name_is_exit_2_with_the_known_and_the_nearest(verb: str, option: str, kind: Name) -> None:
     known = kind.names[-1]
     wrong = f"{known}x"
-    result = run(*verb.split(), option, wrong)
+    result = invoke(*verb.split(), option, wrong)
     assert result.exit_code == 2
     assert repr(wrong) in result.stderr and all(name in result.stderr for name in kind.names)
     assert f"Did you mean {known}?" in result.stderr
@@ -197,16 +191,16 @@ def test_names_are_typed(verb: str) -> None:
 
 def test_wrong_targets_and_pairs() -> None:
     for arguments in (["engine", "b", "--target", "a1000"], ["all", "c", "-o", "b", "--target", "a1000"]):
-        result = run(*arguments)
+        result = invoke(*arguments)
         assert result.exit_code == 2 and "a100" in result.stderr
-    result = run("bench", "b", "--backend", "onnxruntime:fp61")
+    result = invoke("bench", "b", "--backend", "onnxruntime:fp61")
     assert result.exit_code == 2 and "Did you mean fp16?" in result.stderr
 
 
 @pytest.mark.parametrize("verb", ["generate", "selfcheck", "validate"])
 def test_a_precision_that_is_not_there_names_those_that_are(unet_bundle: Path, tmp_path: Path, verb: str) -> None:
     out = ["-o", tmp_path / "x.png"] if verb == "generate" else []
-    result = run(verb, unet_bundle, "--precision", "int8", *out)
+    result = invoke(verb, unet_bundle, "--precision", "int8", *out)
     assert result.exit_code == 2 and "int8" in result.stderr and re.search(r"fp32 \(.*steps\)", result.stderr)
 
 
@@ -218,7 +212,7 @@ def test_a_backend_that_is_not_installed_is_exit_7(unet_bundle: Path, tmp_path: 
     if is_installed("tensorrt"):
         pytest.skip("tensorrt is installed here")
     out = ["-o", tmp_path / "out"] if verb in ("generate", "report") else []
-    result = run(verb, unet_bundle, "--backend", "tensorrt", *out)
+    result = invoke(verb, unet_bundle, "--backend", "tensorrt", *out)
     assert result.exit_code == 7 and "pip install" in result.stderr
 
 
@@ -285,7 +279,7 @@ def test_every_verb_without_a_library_is_done_or_exit_7(place: Path, tmp_path: P
 def test_exit_codes_are_complete_and_documented() -> None:
     raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.ScmError)}
     assert raised <= EXIT_CODES.keys() and set(EXIT_CODES) == {*range(8), 130, 143}
-    help_text = run("-h").output
+    help_text = invoke("-h").output
     table = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", COMMANDS, re.MULTILINE))
     assert {int(code): meaning for code, meaning in table.items()} == EXIT_CODES
     assert all(
@@ -302,7 +296,7 @@ def test_the_help_lists_each_verb_once_with_a_whole_sentence() -> None:
         assert len(re.findall(rf"^  {verb} +{re.escape(sentence)}$", text, re.MULTILINE)) == 1, "on one line"
         assert sentence.endswith("."), verb
     assert "..." not in text.partition("Train:")[2]
-    wrong = run("version")
+    wrong = invoke("version")
     assert wrong.exit_code == 2 and "Did you mean --version?" in wrong.stderr
 
 
@@ -341,24 +335,24 @@ def test_jpeg_webp_and_other_names(unet_bundle: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     for name, kind in (("x.jpg", "JPEG"), ("x.JPEG", "JPEG"), ("x.webp", "WEBP"), ("x.png", "PNG")):
-        assert run("generate", unet_bundle, "-o", tmp_path / name, "--num-images", 1).exit_code == 0
+        assert invoke("generate", unet_bundle, "-o", tmp_path / name, "--num-images", 1).exit_code == 0
         with Image.open(tmp_path / name) as picture:
             assert picture.format == kind
     for name in ("x.gif", "x.tiff", "x.svg", "-"):
-        refused = run("generate", unet_bundle, "-o", name if name == "-" else tmp_path / name)
+        refused = invoke("generate", unet_bundle, "-o", name if name == "-" else tmp_path / name)
         assert refused.exit_code == 2 and ".png, .jpg, .jpeg, .webp" in refused.stderr
         assert not (tmp_path / name).exists()
 
 
 def test_generate_takes_what_a_generator_takes(unet_bundle: Path, tmp_path: Path) -> None:
     options = ["--precision", "fp32", "--device", "cpu", "--threads", 1, "--batch-size", 2, "--seed", 8]
-    done = run("generate", unet_bundle, "-o", tmp_path / "many", "--num-images", 3, *options, "--json")
+    done = invoke("generate", unet_bundle, "-o", tmp_path / "many", "--num-images", 3, *options, "--json")
     document = json.loads(done.stdout)
     assert done.exit_code == 0 and document["info"]["batches"] == [2, 1]
     assert [Path(file).name for file in document["files"]] == ["08.png", "09.png", "10.png"]
-    refused = run("generate", unet_bundle, "-o", tmp_path / "x.png", "--device", "cuda:99")
+    refused = invoke("generate", unet_bundle, "-o", tmp_path / "x.png", "--device", "cuda:99")
     assert refused.exit_code == 7
-    assert "1 image, seed 5, by" in run(
+    assert "1 image, seed 5, by" in invoke(
         "generate", unet_bundle, "-o", tmp_path / "one.png", "--num-images", 1, "--seed", 5
     ).stderr  # fmt: skip
 
@@ -366,19 +360,19 @@ def test_generate_takes_what_a_generator_takes(unet_bundle: Path, tmp_path: Path
 @pytest.mark.usefixtures("exported_once")
 def test_onnx_and_import_may_be_repeated(unet_checkpoint: Path, pkl: Path, tmp_path: Path) -> None:
     export = ["onnx", unet_checkpoint, "-o", tmp_path / "b", "--steps", 1]
-    assert run(*export).exit_code == 0
+    assert invoke(*export).exit_code == 0
     before = (tmp_path / "b/scm_manifest.json").read_bytes()
-    again = run(*export, "--json")
+    again = invoke(*export, "--json")
     assert again.exit_code == 0 and json.loads(again.stdout)["unchanged"] is True
     assert (tmp_path / "b/scm_manifest.json").read_bytes() == before
-    other = run(*export[:-1], 2)
+    other = invoke(*export[:-1], 2)
     assert other.exit_code == 6 and "--overwrite" in other.stderr
     convert = ["import", pkl, "-o", tmp_path / "network"]
-    assert json.loads(run(*convert, "--json").stdout)["unchanged"] is False
+    assert json.loads(invoke(*convert, "--json").stdout)["unchanged"] is False
     weights = tmp_path / "network/diffusion_pytorch_model.safetensors"
     made = weights.read_bytes()
-    assert json.loads(run(*convert, "--json").stdout)["unchanged"] is True and weights.read_bytes() == made
-    other = run(*convert, "--license", "MIT")
+    assert json.loads(invoke(*convert, "--json").stdout)["unchanged"] is True and weights.read_bytes() == made
+    other = invoke(*convert, "--license", "MIT")
     assert other.exit_code == 6 and "--overwrite" in other.stderr
 
 

@@ -6,20 +6,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from click.testing import CliRunner, Result
 
+from helpers.commands import invoke
 from helpers.containers import run_python
 from scm_sdk._util.events import Counter
 from scm_sdk._util.files import check_writable
 from scm_sdk.errors import ScmError
-from scm_sdk.export.cli import common, main
+from scm_sdk.export.cli import common
 from scm_sdk.model.consistency import ConsistencyModel
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
@@ -50,7 +44,7 @@ def test_an_output_that_cannot_be_written_is_found_out_before_the_work(
     unet_bundle: Path, tmp_path: Path, verb: str, options: list[str]
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    done = run(verb, unet_bundle, *(option.format(tmp_path / "file") for option in options))
+    done = invoke(verb, unet_bundle, *(option.format(tmp_path / "file") for option in options))
     assert done.exit_code == 1 and "cannot be written" in done.stderr, done.output
     assert len(done.stderr.splitlines()) == 1, "no line of progress came before"
 
@@ -82,19 +76,19 @@ def test_a_bundle_that_cannot_be_written_is_found_out_before_the_work(
 def test_nothing_is_written_into_a_bundle(unet_bundle: Path, verb: str, where: str) -> None:
     before = files_in(unet_bundle)
     source = () if verb == "train" else (unet_bundle,)
-    done = run(verb, *source, "-o", unet_bundle / where)
+    done = invoke(verb, *source, "-o", unet_bundle / where)
     assert done.exit_code == 2 and "is in the bundle" in done.stderr and "outside it" in done.stderr
     assert files_in(unet_bundle) == before
 
 
 def test_a_name_that_is_no_picture_and_no_folder(unet_bundle: Path, tmp_path: Path) -> None:
     for name in ("a.xyz", "a.png.gz", "v1.2"):
-        done = run("generate", unet_bundle, "-o", tmp_path / name, "--num-images", 1)
+        done = invoke("generate", unet_bundle, "-o", tmp_path / name, "--num-images", 1)
         assert done.exit_code == 2 and ".png, .jpg, .jpeg, .webp" in done.stderr and not (tmp_path / name).exists()
     (tmp_path / "v1.2").mkdir()
-    assert run("generate", unet_bundle, "-o", tmp_path / "v1.2", "--num-images", 1).exit_code == 0
+    assert invoke("generate", unet_bundle, "-o", tmp_path / "v1.2", "--num-images", 1).exit_code == 0
     for name in ("v1.2", "r.md"):
-        done = run("report", unet_bundle, "-o", tmp_path / name)
+        done = invoke("report", unet_bundle, "-o", tmp_path / name)
         assert done.exit_code == 2 and "expected the name of an .html file" in done.stderr
 
 
@@ -112,7 +106,7 @@ def named(unet_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def seeds_and_files(model: Path, out: Path, *labels: object) -> dict[str, bytes]:
-    done = run("generate", model, "-o", out, "--seed", 5, "--num-images", 2, "--steps", 1, *labels)
+    done = invoke("generate", model, "-o", out, "--seed", 5, "--num-images", 2, "--steps", 1, *labels)
     assert done.exit_code == 0, done.output
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -121,10 +115,10 @@ def test_png_files_name_what_made_them(unet_bundle: Path, tmp_path: Path) -> Non
     from PIL import Image
 
     common = ["generate", unet_bundle, "--num-images", 2, "--class-labels", "dog", "--seed", 2**53, "--json"]
-    done = run(*common, "-o", tmp_path / "grid.png")
+    done = invoke(*common, "-o", tmp_path / "grid.png")
     info = json.loads(done.stdout)["info"]
-    run(*common, "-o", tmp_path / "many")
-    run(*common, "-o", tmp_path / "grid.webp")
+    invoke(*common, "-o", tmp_path / "many")
+    invoke(*common, "-o", tmp_path / "grid.webp")
     seeds = [str(2**53), str(2**53 + 1)]
     for path, held in [("grid.png", seeds), *((f"many/{seed}.png", [seed]) for seed in seeds)]:
         with Image.open(tmp_path / path) as picture:
@@ -149,17 +143,17 @@ def test_errors_of_generate_name_the_options(unet_bundle: Path, tmp_path: Path) 
         (["--steps", "7"], ("--steps is 7",)),
         (["--guidance-scale", "3"], ("--guidance-scale",)),
     ):
-        done = run("generate", unet_bundle, *out, *options)
+        done = invoke("generate", unet_bundle, *out, *options)
         assert done.exit_code == 2 and all(part in done.stderr for part in parts), done.stderr
         assert "class_labels" not in done.stderr and "num_" not in done.stderr and "guidance_scale" not in done.stderr
     assert not (tmp_path / "x.png").exists()
-    plan = json.loads(run("generate", unet_bundle, "--plan", "--json").stdout)
+    plan = json.loads(invoke("generate", unet_bundle, "--plan", "--json").stdout)
     assert plan
 
 
 @pytest.mark.parametrize("verb", ["bench", "selfcheck"])
 def test_errors_of_other_verbs_name_the_options(unet_bundle: Path, verb: str) -> None:
-    done = run(verb, unet_bundle, "--backend", "onnxruntime", "--steps", 7)
+    done = invoke(verb, unet_bundle, "--backend", "onnxruntime", "--steps", 7)
     assert done.exit_code == 2 and "num_inference_steps" not in done.stderr, done.stderr
     assert "--steps is 7" in done.stderr or "7 steps" in done.stderr
 

@@ -4,21 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
+from helpers.commands import run
 from scm_sdk._util.processor import BF16_CLASSES, INT8_CLASSES, cpu_class
 from scm_sdk.export.cli import main
 
 VERBS = sorted(main.commands)
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def one_line(result):
