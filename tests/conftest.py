@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from safetensors.numpy import save
 
+from helpers.commands import run
 from helpers.toy_bundles import ToyBundle, write_linear_graph
 from scm_sdk.bundle.bundle import publish_bundle, write_bundle
 from scm_sdk.bundle.manifest import Artifact
@@ -129,11 +130,11 @@ def exports() -> Callable[[], AbstractContextManager[None]]:
 
     real, made = network.export_network, {}
 
-    def export_network(model: ConsistencyModel, **options: Any) -> network.NetworkGraph:
+    def export_network(model: ConsistencyModel, *, with_decoder: bool = True, **options: Any) -> network.NetworkGraph:
         weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-        key = type(model.network), repr(model.config.network), hashlib.sha256(save(weights)).digest()
+        key = type(model.network), repr(model.config), with_decoder, hashlib.sha256(save(weights)).digest()
         if key not in made:
-            made[key] = real(model, **options)
+            made[key] = real(model, with_decoder=with_decoder, **options)
         return replace(made[key], spec=model.spec(1))  # of times that another config of the same network may have
 
     @contextmanager
@@ -189,15 +190,9 @@ def unet_bundle(unet_checkpoint: Path, exports: Callable[[], AbstractContextMana
 @pytest.fixture(scope="session")
 def start_bundle(unet_checkpoint: Path, exports: Callable[[], AbstractContextManager[None]]) -> Path:
     """Return a bundle of ``unet_checkpoint`` that samples in 2 steps from noise, in 1 from an image; read only."""
-    from click.testing import CliRunner
-
-    from scm_sdk.export.cli import main
-
     path = unet_checkpoint.parent / "start-bundle"
-    arguments = ["onnx", unet_checkpoint, "-o", path, "--steps", 2, "--start-time", 0.9, "--max-batch", 2]
     with exports():
-        made = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert made.exit_code == 0, made.output
+        run("onnx", unet_checkpoint, "-o", path, "--steps", 2, "--start-time", 0.9, "--max-batch", 2)
     return path
 
 

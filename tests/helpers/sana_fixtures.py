@@ -1,6 +1,8 @@
 """A whole SANA-Sprint pipeline with random weights, all of it tiny, made offline: what the tests of it share."""
 
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+
+from helpers.commands import run
 
 SIZE, TOKENS = 32, 16
 PROMPTS = ["a cat", "a dog on the moon"]
@@ -67,29 +71,25 @@ def sana_folder(sana_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def sana_bundle(sana_folder: Path) -> Path:
+def sana_bundle(sana_folder: Path, exports: Callable[[], AbstractContextManager[None]]) -> Path:
     """The bundle that the command makes of it, for 1, 2 and 4 steps; read only."""
-    from click.testing import CliRunner
-
-    from scm_sdk.export.cli import main
-
     out = sana_folder.parent / "bundle"
-    arguments = ["import", sana_folder, "-o", out, "--size", SIZE, "--tokens", TOKENS, "--max-batch", 3]
-    done = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
+    with exports():
+        run("import", sana_folder, "-o", out, "--size", SIZE, "--tokens", TOKENS, "--max-batch", 3)
     return out
 
 
 @pytest.fixture(scope="session")
-def sana_image_bundle(sana_folder: Path) -> Path:
+def sana_image_bundle(sana_folder: Path, exports: Callable[[], AbstractContextManager[None]]) -> Path:
     """A bundle with the encoder, samplers of 2 steps from noise and of 1 step from 1.1 radians; read only."""
     from scm_sdk.export.sana import import_sana
 
     out = sana_folder.parent / "image-bundle"
-    import_sana(
-        sana_folder, out, steps=(2,), start_time=1.1, size=(SIZE, SIZE), max_sequence_length=TOKENS, max_batch=3,
-        text_encoder=False, encoder=True,
-    )  # fmt: skip
+    with exports():
+        import_sana(
+            sana_folder, out, steps=(2,), start_time=1.1, size=(SIZE, SIZE), max_sequence_length=TOKENS, max_batch=3,
+            text_encoder=False, encoder=True,
+        )  # fmt: skip
     return out
 
 

@@ -3,6 +3,8 @@
 import shutil
 import threading
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ ort = pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
 
-from helpers.commands import invoke  # noqa: E402
+from helpers.commands import invoke, run  # noqa: E402
 from helpers.latent_models import latent_model  # noqa: E402
 from scm_sdk.bundle.bundle import Bundle, write_bundle  # noqa: E402
 from scm_sdk.bundle.verify import read_manifest  # noqa: E402
@@ -41,18 +43,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint: Path) -> Path:
+def whole(checkpoint: Path, exports: Callable[[], AbstractContextManager[None]]) -> Path:
     """Its bundle, whose graphs return images; read only."""
-    export_bundle(checkpoint, checkpoint.parent / "whole", steps=(1, 2), max_batch=2)
+    with exports():
+        export_bundle(checkpoint, checkpoint.parent / "whole", steps=(1, 2), max_batch=2)
     return checkpoint.parent / "whole"
 
 
 @pytest.fixture(scope="module")
-def split(checkpoint: Path) -> Path:
+def split(checkpoint: Path, exports: Callable[[], AbstractContextManager[None]]) -> Path:
     """The bundle that the command splits; read only."""
     out = checkpoint.parent / "split"
-    made = invoke("onnx", checkpoint, "-o", out, "--steps", 1, "--steps", 2, "--max-batch", 2, "--split")
-    assert made.exit_code == 0, made.output
+    with exports():
+        run("onnx", checkpoint, "-o", out, "--steps", 1, "--steps", 2, "--max-batch", 2, "--split")
     return out
 
 
@@ -180,6 +183,7 @@ def test_an_export_is_repeated_if_it_is_to_be_split(checkpoint: Path, whole: Pat
         assert [report is not None for report in found] == [not is_split, is_split]
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_all_keeps_a_bundle_split(copy: Path, checkpoint: Path) -> None:
     made = build_all(checkpoint, copy, precisions=())
     assert made.manifest.is_split and made.manifest == Bundle.open(copy).manifest

@@ -14,6 +14,7 @@ from scm_sdk.model.consistency import ConsistencyModel
 from scm_sdk.model.decoder import DECODERS
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_bundle_of_a_latent_model_is_validated_and_runs_in_torch(tmp_path) -> None:
     model = latent_model()
     export_bundle(model, tmp_path / "bundle", steps=(1,), max_batch=2)

@@ -137,6 +137,7 @@ def test_diagnosis_names_a_wrong_noise_of_the_trajectory() -> None:
     assert (first.step, first.value) == (1, "noise")
 
 
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("renoise", ["same", "ode"])
 def test_bundle_keeps_the_rule_in_every_backend(unet_checkpoint, tmp_path, renoise: Renoise) -> None:
     report = export_bundle(unet_checkpoint, tmp_path / "bundle", steps=(2, 3), renoise=renoise)
