@@ -79,6 +79,8 @@ def _describe(folder: Path, name: str, version: str, *files: str) -> None:
     about.mkdir()
     stated = f"Version: {version}\n" if version else ""
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\n{stated}", encoding="utf-8")
+    tops = {file.partition("/")[0].removesuffix(".py") for file in files}
+    (about / "top_level.txt").write_text("\n".join(sorted(tops)), encoding="utf-8")  # Python 3.10 reads no RECORD
     (about / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
