@@ -1,6 +1,8 @@
 """``scm-export`` as users call it: every verb on a tiny model, every exit code, one line per error."""
 
 import json
+from functools import cache
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -154,7 +156,7 @@ def test_validate_records_and_gates(street):
     assert ran == [(1, "onnxruntime"), (1, "openvino"), (2, "onnxruntime"), (2, "openvino")]
     assert all(r["passed"] for r in results if r["required"])
     assert {int(b) for b in results[0]["by_batch"]} == {1, 3, 4}
-    again = ("validate", street / "bundle", "--backend", "onnxruntime")
+    again = ("validate", street / "bundle", "--backend", "onnxruntime", "--steps", 2)
     failed = run(*again, "--threshold", 0, code=3)
     assert "expected at most 0.0e+00" in one_line(failed)
     assert "looser than the derived" in one_line(run(*again, "--threshold", 1, code=2))
@@ -228,6 +230,17 @@ def test_damage_is_exit_6(street, tmp_path):
     one_line(run("inspect", tmp_path / "absent", code=6))
 
 
+@pytest.fixture(scope="module")
+def trials_run_once():
+    """Keep the result of each backend's trial, which takes seconds, for the next ``doctor``."""
+    module = import_module("scm_sdk.export.cli.doctor")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_try", "_gains"):
+            patch.setattr(module, name, cache(getattr(module, name)))
+        yield
+
+
+@pytest.mark.usefixtures("trials_run_once")
 def test_doctor():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["backends"]["onnxruntime"] == "runs here" and report["libraries"]["torch"]
@@ -239,6 +252,7 @@ def test_doctor():
     assert "backend torch: runs here" in run("doctor").stdout
 
 
+@pytest.mark.usefixtures("trials_run_once")
 def test_doctor_of_a_bundle_says_what_would_run_and_why_not(street):
     table = run("doctor", street / "bundle").stdout
     assert "1 step; * is what" in table and "2 steps; * is what" in table
