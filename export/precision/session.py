@@ -102,7 +102,7 @@ def open_session(
         path, precision = model, ir.load(model).metadata_props.get(PRECISION_KEY, "fp32")
     else:
         path, precision = folder / "model.onnx", model.metadata_props.get(PRECISION_KEY, "fp32")
-        save_apart(model, path)
+        save_apart(model.clone(), path)  # writing changes a model, which other threads may read
     if cpu_bf16 and precision == "bf16" and _computes_bf16():
         try:
             return Session(_OpenVINOGraph(path, num_threads), precision)

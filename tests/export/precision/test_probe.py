@@ -4,8 +4,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -97,6 +99,23 @@ def test_what_stops_the_search_stops_the_others(small: Probe, raised: type[BaseE
         results.throw(raised)
     assert len(begun) <= 3
     assert not [each for each in threading.enumerate() if each.name.startswith("scm-probe")], "all have ended"
+
+
+def test_a_model_is_the_same_while_it_is_written(
+    fp32: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads may read or write it: onnx_ir lets the weights of what it writes refer to the new file."""
+    before = {name: value.const_value for name, value in fp32.graph.initializers.items()}
+    during: list[dict[str, ir.TensorProtocol | None]] = []
+    write = onnx.save
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        during.append({name: value.const_value for name, value in fp32.graph.initializers.items()})
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(onnx, "save", save)
+    open_session(fp32, tmp_path)
+    assert [{name for name in each if each[name] is not before[name]} for each in during] == [set()]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, None])
