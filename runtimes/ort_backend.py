@@ -164,7 +164,8 @@ def _load(ort: Any, path: Path, options: Any, settings: Any) -> Any:
         if "NOT_IMPLEMENTED" in text:
             raise BackendUnavailable(
                 f"onnxruntime {ort.__version__} has no kernel for a node of {path}: {text}. Expected a precision "
-                "that this device computes; fp32 runs everywhere, bf16 needs a GPU."
+                "that this device computes; fp32 runs everywhere, bf16 on a GPU, or by backend 'openvino' on a CPU "
+                "with BF16 instructions."
             ) from exc
         if "Unsupported model IR version" in text or "is under development" in text:
             raise BackendUnavailable(

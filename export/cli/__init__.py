@@ -35,13 +35,10 @@ from .web import web
 
 __all__ = ["EXIT_CODES", "main"]
 
-_EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
-
 
 @click.group(
     cls=ScmGroup,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    epilog=_EXIT_CODES,
 )
 @click.version_option(__version__, prog_name="scm-export")
 @click.option(

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import TerminalEvents, json_option, plural, print_json, prompts_option, say, say_warnings
+from .common import (
+    TerminalEvents,
+    json_option,
+    passed_and_skipped,
+    plural,
+    print_json,
+    prompts_option,
+    say,
+    say_warnings,
+)
 from .libraries import EXPORT, requires
 from .located import model_argument, say_first_size
 from .names import STEPS, OutputPath, TargetName, one_of
@@ -95,10 +104,6 @@ def build(
     for parity in checked.results:
         parity.raise_if_failed()
     graphs = [a for a in made.manifest.all_artifacts if a.format == "onnx"]
-    proof = (
-        f"{plural(sum(map(bool, checked.results)), 'comparison')} passed, {len(checked.skipped)} skipped"
-        if validate
-        else "not validated"
-    )
+    proof = passed_and_skipped(checked.results, checked) if validate else "not validated"
     say(f"{out}: {size / 1e6:.1f} MB, {plural(len(graphs), 'graph')}, {plural(len(engines), 'engine')}; {proof}. "
         f"Next: scm-export report {out}")  # fmt: skip

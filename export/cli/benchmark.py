@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ from .names import BackendAndPrecision
 
 if TYPE_CHECKING:
     from scm_sdk.inference.latency import Latency
+    from scm_sdk.inference.selection import PlanRow
     from scm_sdk.inference.sources import Source
 
 
@@ -102,14 +103,15 @@ def bench(
             with TerminalEvents("", title=f"batch {batch}", total=rounds) as events:
                 results.append(measure(opened, batch=batch, rounds=rounds, budget=budgets.get(batch), events=events))
         rows = {name: gen.opened().row for name, gen in opened.items()}
+    suffixes = {f"{name}{label}": label for label in labels.values() for name in backends}
     medians = {rows[name].key: Measured(results[0][name].median_ms, results[0].batch) for name in backends}
     if source.build_id:
         remember(medians, source.build_id, num_inference_steps=steps, device=None, num_threads=threads)
     if as_json:
-        print_json([latency.to_dict() for latency in results])
+        print_json([_to_dict(latency, rows) for latency in results])
     else:
         for latency in results:
-            _print_latency(latency, {name: row.precision for name, row in rows.items()})
+            _print_latency(latency, {name: (row.backend + suffixes[name], row.precision) for name, row in rows.items()})
         for latency in results:
             for line in _verdicts(latency, budgets.get(latency.batch)):
                 click.echo(line)
@@ -123,19 +125,34 @@ def bench(
         keep_budgets(bundle, budget or "")
 
 
-def _print_latency(latency: Latency, precisions: Mapping[str, str]) -> None:
+def _to_dict(latency: Latency, rows: Mapping[str, PlanRow]) -> dict[str, Any]:
+    """Return plain data for JSON, with what each timing is of."""
+    plain = latency.to_dict()
+    for timing in plain["timings"]:
+        row = rows[timing["name"]]
+        timing |= {"backend": row.backend, "precision": row.precision, "artifact": row.artifact}
+    return plain
+
+
+def _print_latency(latency: Latency, names: Mapping[str, tuple[str, str]]) -> None:
+    """Print a table; each number has three digits, so that it is at most 80 columns wide."""
+    first = next(iter(latency)).name
     table = make_table(
         "backend", "precision", "load", "first", "median", "p95", "images/s", "speed-up",
-        title=f"batch {latency.batch}, {latency.rounds} rounds, ms; speed-up with its 95 % interval",
+        title=f"batch {latency.batch}, {latency.rounds} rounds, ms; speed-up over {first} with its 95 % interval",
     )  # fmt: skip
     for timing in latency:
         load = "-" if timing.load_ms is None else f"{timing.load_ms:.0f}"
         within = max(abs(end - timing.speedup) for end in timing.speedup_interval)
         table.add_row(
-            timing.name, precisions[timing.name], load, f"{timing.first_call_ms:.1f}", f"{timing.median_ms:.2f}",
-            f"{timing.p95_ms:.2f}", f"{timing.images_per_s:.0f}", f"{timing.speedup:.2f} ± {within:.2f}",
+            *names[timing.name], load, _digits(timing.first_call_ms), _digits(timing.median_ms),
+            _digits(timing.p95_ms), f"{timing.images_per_s:.0f}", f"{_digits(timing.speedup)} ± {_digits(within)}",
         )  # fmt: skip
     print_table(table)
+
+
+def _digits(number: float) -> str:
+    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
 
 
 def _verdicts(latency: Latency, budget: str | None) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import Command, json_option, print_json, say
+from .group import SummaryGroup
 from .located import local_folder, revision_option
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def trust_config_option(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
-@click.group()
+@click.group(cls=SummaryGroup)
 def bundle() -> None:
     """Check, sign or pack a bundle, or upload it to a hub."""
 

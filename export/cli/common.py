@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -145,25 +145,58 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def make_table(*headers: str, title: str = "") -> Table:
-    """Return an empty table whose cells are printable and folded, never cut, where a terminal is narrow."""
+    """Return an empty table whose cells are printable; ``print_table`` fits it to the terminal."""
     from rich.table import Table
 
     class Printable(Table):
         def add_row(self, *cells: Any, **options: Any) -> None:
             super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
-    table = Printable(box=None, title=title or None, title_justify="left")
+    table = Printable(box=None, title=title or None)
     for header in headers:
         table.add_column(header, overflow="fold")
     return table
 
 
 def print_table(table: Table) -> None:
-    """Write a table to stdout."""
-    console = make_console()
-    with console.capture() as capture:
-        console.print(table)
-    click.echo("\n".join(line.rstrip() for line in final_path(capture.get()).splitlines()))
+    """Write a table to stdout: lines are broken between words, and a table too wide for that becomes a list."""
+    console, title = make_console(), str(table.title or "")
+    table.title = None  # rich would break it where the table ends
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    widths = _column_widths(columns, console.width)
+    if widths is None:
+        lines = _as_list(columns)
+    else:
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+        with console.capture() as capture:
+            console.print(table)
+        lines = [line.rstrip() for line in capture.get().splitlines()]
+    click.echo(final_path("\n".join([title, *lines] if title else lines)))
+
+
+def _column_widths(columns: list[list[str]], width: int) -> list[int] | None:
+    """Return the widths of a table that breaks no word, the widest columns narrowed first; None if there are none."""
+    from rich.cells import cell_len
+
+    longest = [max(map(cell_len, cells)) for cells in columns]
+    words = [max((cell_len(word) for cell in cells for word in cell.split()), default=0) for cells in columns]
+    room = width - 2 * len(columns)  # a space on either side of a cell
+    for limit in range(max(longest), 0, -1):
+        widths = [min(most, max(word, limit)) for most, word in zip(longest, words, strict=True)]
+        if sum(widths) <= room:
+            return widths
+    return None
+
+
+def _as_list(columns: list[list[str]]) -> list[str]:
+    """Return the lines of a table as a list: the first cell of each row, and a line for each other one below it."""
+    (_, *names), *others = columns
+    lines: list[str] = []
+    indent = max((len(header) for header, *_ in others), default=0)
+    for row, name in enumerate(names, start=1):
+        lines += [f" {name}", *(f"   {cells[0]:<{indent}}  {cells[row]}".rstrip() for cells in others if cells[row])]
+    return lines
 
 
 def write_any_text() -> None:
@@ -322,6 +355,11 @@ class TerminalEvents(Silent):
         self._update = None
         if text:
             say(f"{self._indent}{text}")
+
+
+def passed_and_skipped(results: Sequence[object], events: TerminalEvents) -> str:
+    """Return how many comparisons passed, and how many had nothing to run on here."""
+    return f"{plural(sum(map(bool, results)), 'comparison')} passed, {len(events.skipped)} skipped"
 
 
 def _duration(seconds: float) -> str:

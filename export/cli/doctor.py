@@ -75,13 +75,16 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     console = make_console()
     for key in ("scm-sdk", "python", "system", "cpu", "cpu_class", "cores", "gpu"):
         console.print(f"{key.replace('_', ' '):<9} {report[key] or 'none found'}")
-    table = make_table("library", "version", "for", "get it with")
+    table = make_table("library", "version", "for")
+    commands: dict[str, list[str]] = {}
     for name, (extra, purpose) in LIBRARIES.items():
-        get_it = name in wrong or not found[name]
-        options = ["--upgrade"] if name in wrong else []
-        version = wrong.get(name) or found[name] or "-"
-        table.add_row(name, version, purpose, install_command(extra, *options) if get_it else "")
+        table.add_row(name, wrong.get(name) or found[name] or "-", purpose)
+        if name in wrong or not found[name]:
+            options = ["--upgrade"] if name in wrong else []
+            commands.setdefault(install_command(extra, *options), []).append(name)
     print_table(table)
+    for command, names in commands.items():
+        click.echo(f"get {', '.join(names)} with: {command}")
     for name, state in states.items():
         faster = ", ".join(f"{precision} {gain:.1f}x" for precision, gain in gains.get(name, {}).items())
         console.print(f"backend {name}: {state}{f'; matrix products, over fp32: {faster}' if faster else ''}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import TerminalEvents, json_option, make_table, plural, print_json, print_table, say
+from .group import SummaryGroup
 from .located import say_first_size
 from .names import PRECISION, STEPS, TargetName, one_of
 
@@ -115,7 +116,7 @@ def targets(as_json: bool) -> None:
     print_table(table)
 
 
-@click.group()
+@click.group(cls=SummaryGroup)
 def cache() -> None:
     """List, verify and remove cached engines and unpacked bundles.
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, min_open=True),
     help="Guidance scale of a teacher, which then takes twice the network calls.",
 )
-@click.option("--num-images", type=click.IntRange(64), default=10_000)
+@click.option("--num-images", type=click.IntRange(64), default=10_000, help="Number of generated images.")
 @click.option("--data", metavar="SOURCE", help="Data, as for train; default: the training data of MODEL.")
 @click.option("--label", metavar="COLUMN", help="Label column; '' for none; default: that of MODEL's training.")
 @click.option(
@@ -216,13 +216,13 @@ def _keep(bundle: Bundle, scores: list[Score]) -> None:
     with extend_bundle(bundle) as draft:
         draft.sources |= {artifact.path for artifact in bundle.artifacts()}
         _write(draft.path(SCORES_PATH), scores)
-    say(f"kept in {bundle.path}/{SCORES_PATH}")
+    say(f"kept in {bundle.path}/{SCORES_PATH}. Next: scm-export report {bundle.path}")
 
 
 def _print(scores: list[Score]) -> None:
     quality = scores[0].quality
     table = make_table(
-        "sampler", "calls", quality.metric, "real vs real", "KID x1e3 (95 %)", "more than the first",
+        "sampler", "calls", quality.metric, "real vs real", "KID x1e3 (95 %)", "KID over the first",
         "precision", "recall", "labels (real)", "palette",
         title=f"{quality.num_generated} pictures against {quality.num_reference or 'statistics of'} held-out ones; "
         f"features by weights {quality.weights_sha256[:12]}",

@@ -46,7 +46,20 @@ class _Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
 
-class ScmGroup(click.Group):
+class SummaryGroup(click.Group):
+    """Lists each of its commands with the complete first sentence, which click cuts to a line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands by name."""
+        self.write_summaries(formatter, "Commands", self.list_commands(ctx))
+
+    def write_summaries(self, formatter: click.HelpFormatter, title: str, names: Sequence[str]) -> None:
+        """Write a section of the help, with these commands."""
+        with formatter.section(title):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200)) for name in names])
+
+
+class ScmGroup(SummaryGroup):
     """Prints a ``ScmError`` as one line; any other exception keeps its traceback."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -60,11 +73,14 @@ class ScmGroup(click.Group):
         self.sections[title] = tuple(verb.name or "" for verb in verbs)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs by section, each with its complete first sentence."""
+        """List the verbs by section."""
         for title, names in self.sections.items():
-            rows = [(name, self.commands[name].get_short_help_str(limit=200)) for name in names]
-            with formatter.section(title):
-                formatter.write_dl(rows)
+            self.write_summaries(formatter, title, names)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the exit codes."""
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

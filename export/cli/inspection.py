@@ -72,17 +72,15 @@ def inspect(bundle: Path, portable: bool, as_json: bool) -> None:
         steps = str(artifact.num_inference_steps or "any")
         artifacts.add_row(printable(names[artifact.path]), artifact.format, artifact.precision, steps)
     print_table(artifacts)
-    files = make_table("file", "role", "bytes", "sha256")
+    files = make_table("file", "bytes", "sha256")
     for entry in manifest.files:
-        files.add_row(entry.path, entry.role, f"{entry.size:,}", entry.sha256[:12])
+        files.add_row(entry.path, f"{entry.size:,}", entry.sha256[:12])
     print_table(files)
     if manifest.parity:
-        parity = make_table("parity of", "backend", "found", "noise floor", "samples", "verdict")
+        parity = make_table("parity of", "backend", "found", "samples", "verdict")
         for record in manifest.parity:
-            parity.add_row(
-                record.artifact, record.way, record.finding, f"{record.noise_floor:.1e}",
-                str(record.num_samples), record.verdict,
-            )  # fmt: skip
+            of = names.get(record.artifact, record.artifact)
+            parity.add_row(of, record.way, record.finding, str(record.num_samples), record.verdict)
         print_table(parity)
     for key, value in (*manifest.provenance.items(), *manifest.versions.items()):
         console.print(printable(f"{key}: {value}"))

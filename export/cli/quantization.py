@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     default="minmax",
     help="Method that chooses the range of an activation.",
 )
-@click.option("--percentile", type=click.FloatRange(50, 100), default=99.99)
+@click.option("--percentile", type=click.FloatRange(50, 100), default=99.99,
+              help="Share of the values inside the range with --method percentile, percent.")  # fmt: skip
 @click.option("--num-samples", type=click.IntRange(1), default=128,
               help="Number of images for calibration, and of further images for --target-psnr.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, help="Random seed for calibration samples.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import TerminalEvents, json_option, print_json, prompts_option, say
+from .common import TerminalEvents, json_option, passed_and_skipped, print_json, prompts_option, say
 from .located import model_argument
 from .names import BACKEND, PRECISION, STEPS, OutputPath
 
@@ -110,6 +110,7 @@ def validate(
         parity.raise_if_failed()
     for latency in latencies:
         latency.raise_if_over()
+    say(f"{bundle}: {passed_and_skipped(results, events)}. Next: scm-export bench {bundle}")
 
 
 def _localize(workspace: Workspace, parity: Parity, folder: Path) -> None:

@@ -138,10 +138,13 @@ class Diagnosis:
     def __str__(self) -> str:
         """Describe the performed checks."""
         unchecked = [name for name in self.stored.unchecked if "sampler/" not in name]  # the solved factors
+        steps = len(self.psnr_by_step)
+        others = f" and {len(unchecked) - 1} more" if len(unchecked) > 1 else ""
         return (
-            f"checked: times and factors of {len(self.psnr_by_step)} steps to {FACTOR_TOLERANCE:.0e}, the network's "
-            f"output to {self.tolerance:.2g}, {self.stored.compared} of {self.stored.compared + len(unchecked)} stored "
-            "tensors" + (f"; not {unchecked[0]} and {len(unchecked) - 1} more" if unchecked else "")
+            f"checked: times and factors of {steps} step{'' if steps == 1 else 's'} to {FACTOR_TOLERANCE:.0e}, the "
+            f"network's output to {self.tolerance:.2g}, {self.stored.compared} of "
+            f"{self.stored.compared + len(unchecked)} stored tensors"
+            + (f"; not {unchecked[0]}{others}" if unchecked else "")
         )
 
 

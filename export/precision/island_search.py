@@ -93,7 +93,7 @@ def find_islands(
 
     chosen = smallest_set(worst_first, passes, expect=counter.expect)
     islands = [
-        Island(pattern=p, reason=f"alone in {plan.precision} it costs {alone[p]:.1f} dB; target {target_db:.0f} dB")
+        Island(pattern=p, reason=f"alone in {plan.precision} it leaves {alone[p]:.1f} dB; target {target_db:g} dB")
         for p in chosen
     ]
     found = plan.with_islands(*islands)

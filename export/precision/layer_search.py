@@ -175,7 +175,7 @@ def exclude_to_target(
         )
 
     def plan_without(names: list[str]) -> QuantizePlan:
-        reasons = {n: f"alone in int8 it costs {table.layers_db[n]:.1f} dB; target {target_db:.0f} dB" for n in names}
+        reasons = {n: f"alone in int8 it leaves {table.layers_db[n]:.1f} dB; target {target_db:g} dB" for n in names}
         return plan.excluding(*(Exclusion(pattern=n, reason=reason) for n, reason in reasons.items()))
 
     reached = {frozenset[str](): start}

@@ -93,8 +93,8 @@ def sample_student(
     return Samples(
         images=images,
         class_labels=cycle_labels(num_images, spec.num_classes),
-        sampler=f"sCM, {num_inference_steps} steps, {row.backend} {row.precision}"
-        + ("" if guidance_scale is None else f", guidance {guidance_scale:g}"),
+        sampler=f"sCM, {num_inference_steps} step{'' if num_inference_steps == 1 else 's'}, "
+        f"{row.backend} {row.precision}" + ("" if guidance_scale is None else f", guidance {guidance_scale:g}"),
         network_calls=num_inference_steps,
     )
 

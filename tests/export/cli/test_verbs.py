@@ -168,12 +168,17 @@ def test_validate_records_and_gates(street):
 def test_bench_table_json_and_budget(street):
     one = ["bench", street / "bundle", "--backend", "onnxruntime", "--batch", 1, "--rounds", 10]
     table = run(*one, "--threads", 1).stdout
-    assert table.splitlines()[0] == "batch 1, 10 rounds, ms; speed-up with its 95 % interval"
-    heads = ["backend", "precision", "load", "first", "median", "p95", "images/s", "speed-up"]
-    assert table.splitlines()[1].split() == heads
-    assert table.splitlines()[2].split()[:2] == ["onnxruntime", "fp32"] and "budget" not in table
+    title, *lines = table.splitlines()
+    assert title == "batch 1, 10 rounds, ms; speed-up over onnxruntime with its 95 % interval"
+    assert lines[0].split() == ["backend", "precision", "load", "first", "median", "p95", "images/s", "speed-up"]
+    assert lines[1].split()[:2] == ["onnxruntime", "fp32"] and len(lines) == 2
     rows = json.loads(run("bench", street / "bundle", "--batch", 1, "--rounds", 10, "--json").stdout)
-    names = [timing["name"] for timing in rows[0]["timings"]]
+    timings = rows[0]["timings"]
+    assert all(
+        timing["name"] in (timing["backend"], f"{timing['backend']}:{timing['precision']}") for timing in timings
+    )
+    assert {timing["artifact"] for timing in timings} == {"denoiser", "onnx/fp32/2step/model.onnx"}
+    names = [timing["name"] for timing in timings]
     assert [name for name in names if not name.endswith(":bf16")] == ["torch", "onnxruntime", "openvino"]
     over = run(*one, "--budget", "median=1us@b1", code=4)
     assert "budget missed: onnxruntime, batch 1: median" in over.stdout and "at most 0.001 ms" in over.stdout
