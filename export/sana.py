@@ -85,8 +85,7 @@ def import_sana(
         ExportError: If the network cannot be exported.
     """
     from scm_sdk.model.foreign.sana import load_sana
-    from scm_sdk.model.foreign.sana_config import Settings
-    from scm_sdk.model.foreign.sana_folder import OBJECTIVE, read_sana_folder
+    from scm_sdk.model.foreign.sana_folder import OBJECTIVE, Settings, read_sana_folder
     from scm_sdk.model.foreign.sana_parts import with_parts
 
     height, width = size or (0, 0)

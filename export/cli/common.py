@@ -200,7 +200,7 @@ def _as_list(columns: list[list[str]]) -> list[str]:
 
 
 def write_any_text() -> None:
-    """Let stdout and stderr take characters that their encoding lacks: these are written in ASCII, or as escapes."""
+    """Make stdout and stderr accept characters outside their encoding, which are written as ASCII or as escapes."""
     codecs.register_error("scm-export", _replace_character)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -218,7 +218,7 @@ def _replace_character(error: UnicodeError) -> tuple[str, int]:
 
 
 def say_warnings(status: ModelStatus) -> None:
-    """Write what forbids to take a model for a finished product to stderr, a line each."""
+    """Write the reasons why a model is no finished product to stderr, one per line."""
     for text in status.warnings:
         say(f"warning: {text}")
 
@@ -263,7 +263,7 @@ def progress_bar(description: str, total: int, *, done: int = 0, hidden: bool = 
 
 
 def _plain_progress(description: str, total: int) -> Callable[..., None]:
-    """Return ``update`` of ``progress_bar``; it says a line when ``PLAIN_SECONDS`` have passed."""
+    """Return ``update`` of ``progress_bar``, which writes a line every ``PLAIN_SECONDS``."""
     began = said = monotonic()
     first: int | None = None
     last_note = ""
@@ -332,7 +332,7 @@ class TerminalEvents(Silent):
         (self._update or self._open_bar(total))(done, text, total)
 
     def result(self, made: object, /) -> None:
-        """Collect it, and write what ``str`` says of it."""
+        """Collect the result and write it as ``str`` does."""
         self.results.append(made)
         self._line(str(made) if self._show_results else "")
 

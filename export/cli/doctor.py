@@ -1,4 +1,4 @@
-"""``doctor``: what this machine can run, tried, and what would make it run more."""
+"""``doctor``: libraries of this machine, trial runs of its backends, and install commands for what is missing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _plans(bundle: Path) -> dict[int, Plan]:
     from scm_sdk.inference.sources import open_source
 
     source = open_source(bundle)
-    # This opens nothing: a plan is wanted most where nothing can run.
+    # Nothing is opened, because the plan must also be shown if nothing can run.
     plans = {steps: plan_for(source, steps) for steps in source.steps}
     return {
         steps: Plan([row for row in plan if row.num_inference_steps in (0, steps)]) for steps, plan in plans.items()
@@ -107,7 +107,7 @@ def _plans(bundle: Path) -> dict[int, Plan]:
 
 
 def _gains(backend: str) -> dict[str, float]:
-    """Return how many times as fast as in float32 a backend computes products here; nothing where that fails."""
+    """Return the speed of a backend's matrix products over float32, by precision; empty if the measurement fails."""
     command = [sys.executable, "-m", f"{__package__}._trial", "--gain", backend]
     try:
         done = subprocess.run(
@@ -120,7 +120,7 @@ def _gains(backend: str) -> dict[str, float]:
 
 
 def _try(backend: str) -> str:
-    """Return ``RUNS``, or what happened when a backend ran the trial graph in a process of its own."""
+    """Run the trial graph on a backend in a separate process; return ``RUNS`` or the failure."""
     command = [sys.executable, "-m", f"{__package__}._trial", backend]
     try:
         done = subprocess.run(

@@ -160,7 +160,7 @@ def generate(
 
 
 def _describe(result: GeneratorOutput, indices: Sequence[int]) -> str:
-    """Return what a PNG file says about the images in it, JSON; the page of ``scm-export web`` writes the same."""
+    """Return the JSON description that a PNG file stores; the page of ``scm-export web`` writes the same."""
     import json
 
     info, labels = result.info, result.class_labels
@@ -186,7 +186,7 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
 
 
 def _check_kind(out: Path, in_one_file: bool, is_clip: bool, num_images: int) -> None:
-    """Refuse a file that does not hold what the model makes."""
+    """Refuse a file type that cannot store the output of the model."""
     from scm_sdk.images import CLIP_FORMATS, PICTURE_FORMATS
 
     known, found = (CLIP_FORMATS, "clips") if is_clip else (tuple(PICTURE_FORMATS), "images")

@@ -50,7 +50,7 @@ def say_first_size(folder: Path, what: str = "") -> None:
 
     Args:
         folder: The bundle.
-        what: What is of the first size, with its verb; "" is what the command does.
+        what: Subject and verb of the message; "" is the command itself.
     """
     from scm_sdk.bundle.manifest import MANIFEST_NAME, describe_size
     from scm_sdk.bundle.verify import read_manifest

@@ -281,7 +281,7 @@ class _Lowering:
         return self.copies[key]
 
     def _has_lost_factor(self, node: ir.Node) -> bool:
-        """Return whether a product has a factor, one number, that the reduced precision does not hold.
+        """Return whether a product has a scalar factor that overflows or vanishes in the reduced precision.
 
         The product itself often fits: a coefficient of a step is 2e-8, not 0, where rounded times give no exact zero.
         """
@@ -291,7 +291,7 @@ class _Lowering:
         return any(c is not None and c.size == 1 and self._rounded(c.numpy())[1] for c in constants)
 
     def _rounded(self, array: np.ndarray) -> tuple[np.ndarray, str]:
-        """Return an array in the reduced precision, and what it becomes there: "" if it keeps its value, rounded."""
+        """Return an array in the reduced precision, and the kind of loss beyond rounding, "" for none."""
         import numpy as np
 
         with np.errstate(over="ignore"):

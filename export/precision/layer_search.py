@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Quantizer = Callable[[QuantizePlan], "ir.Model"]
 Candidate = Callable[[QuantizePlan], "ir.Model | Session"]
-"""Returns what a plan makes of a graph: the graph, or a session that computes the same."""
+"""Returns the graph quantized by a plan, or a session that computes the same."""
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def open_candidates(
 ) -> Iterator[Candidate]:
     """Open one session for every plan that quantizes no more layers than a given one.
 
-    In its graph each layer reads int8 or what it read before, as an input says: the images are bit by bit those of the
-    graph that ``quantized`` makes of the same plan. Float32 graphs are made one by one instead, since ONNX Runtime
-    multiplies by their stored weights in another order than by selected ones.
+    Inputs of its graph select for each layer whether it reads int8 or its original input. The images equal, bit for
+    bit, those of the graph that ``quantized`` returns for the same plan. Float32 graphs are made one by one instead,
+    since ONNX Runtime multiplies by their stored weights in another order than by selected ones.
 
     Args:
         model: The graph to quantize.
@@ -67,7 +67,7 @@ def open_candidates(
 
 
 def _with_switches(quantized: ir.Model, model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """Let each named layer of a quantized graph read what it read in ``model`` where its switch, an input, is false."""
+    """Add a boolean input for each named layer; if it is false, the layer reads its original input in ``model``."""
     import onnx_ir as ir
 
     graph = quantized.graph

@@ -77,21 +77,21 @@ class BackendInfo:
     runs_graphs: bool = False
 
     def takes(self, artifact: Artifact) -> bool:
-        """Whether it can and may open an artifact."""
+        """Return whether this backend opens the format of an artifact, and is suitable for its precision."""
         return artifact.format in self.opens and artifact.precision not in self.unfit
 
     def needs_cpu_class(self, precision: str, device: str | None) -> bool:
-        """Whether the numbers of a precision depend on the class of the CPU: those of bf16 that this one computes."""
+        """Return whether images in a precision depend on the class of the CPU, as bf16 computed by the library does."""
         return precision == "bf16" and bool(self.computes) and (device or "cpu") == "cpu"
 
     def cannot_compute(self, precision: str) -> str:
-        """Return why the library cannot compute in a precision on this machine, as it says itself; "" if it can."""
+        """Return the library's reason why it cannot compute in a precision on this machine; "" if it can."""
         reason: str = import_module(self.module).cannot_compute(precision)
         return reason
 
     @property
     def runs_engines(self) -> bool:
-        """Whether it opens engines, which are code and fit only some machines."""
+        """Whether the artifacts are engines: executable code that fits only some machines."""
         return self.module == _TENSORRT
 
 

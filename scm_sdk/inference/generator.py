@@ -332,7 +332,7 @@ class Generator:
 
     @checked_names("batcher")
     def batcher(self, *, max_queue_size: int = 256, max_concurrent_batches: int | None = None) -> Batcher:
-        """Return a front that many threads share: it runs what they ask for in shared batches; see ``Batcher``.
+        """Return a ``Batcher``, which runs the requests of many threads in shared batches.
 
         Args:
             max_queue_size: Largest number of images that wait.
@@ -529,7 +529,7 @@ class Generator:
         return StartImages(opener.source, device=device, num_threads=threads, turn=opener.turn)
 
     def _at_size(self, height: object, width: object) -> tuple[Opener, StartImages]:
-        """Return what opens the backends and encodes the images of one image size of the model."""
+        """Return the opener and the image encoder for one image size of the model."""
         size = check_image_size(height, width)
         if size is None:
             return self._opener, self._starts

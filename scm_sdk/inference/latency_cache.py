@@ -1,9 +1,8 @@
-"""Latencies measured on this machine, remembered so that ``backend="auto"`` can choose the fastest backend.
+"""Cache of latencies measured on this machine, from which ``backend="auto"`` chooses the fastest backend.
 
-One small JSON file in the cache folder, written by ``Generator.benchmark``. A time is valid
-for one build, artifact, precision, number of steps, backend and library version, device, number of threads and
-processor with its class;
-anything else simply is not found. The file may be deleted at any time.
+One small JSON file in the cache folder, written by ``Generator.benchmark`` and ``scm-export bench``. The key of a
+latency names the build, artifact, precision, number of steps, backend with its library's version, device, number of
+threads, and processor with its class. The file may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -66,9 +65,9 @@ def remember(
     device: str | None,
     num_threads: int | None,
 ) -> None:
-    """Store medians by backend, artifact path and precision; each takes the place of an older one, of whatever batch.
+    """Store medians by backend, artifact path and precision; each replaces an older one, also of another batch size.
 
-    If the cache is not writable, one warning says so.
+    Warns once if the cache is not writable.
     """
     purpose = "the measured latencies are not kept for other processes"
     folder = writable_folder("", purpose=purpose)

@@ -106,7 +106,7 @@ class PartsBackend:
 
     @property
     def decodes(self) -> bool:
-        """Whether the decoder is a part of its own."""
+        """Whether the decoder is a separate part."""
         return self._decoder is not None
 
     def sample(self, noise: Sequence[np.ndarray], conditioning: Mapping[str, np.ndarray]) -> np.ndarray:

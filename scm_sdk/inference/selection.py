@@ -24,7 +24,7 @@ FP32_CPU_IS_FASTER = frozenset({"avx512_bf16"})
 """Classes of CPUs on which graphs of precision ``fp32-cpu`` beat those of fp32 (``benchmarks/results/winograd-*``): an
 unmeasured plan takes them first there."""
 WayKey = tuple[str, str, str]
-"""Backend, artifact path and precision: what a measured latency is of."""
+"""Key of a measured latency: backend, artifact path and precision."""
 
 
 class Measured(NamedTuple):
@@ -67,18 +67,18 @@ class PlanRow:
 
     @property
     def key(self) -> WayKey:
-        """What distinguishes it from other rows."""
+        """Key that is unique among the rows of a plan."""
         return self.backend, self.artifact, self.precision
 
     @property
     def name(self) -> str:
-        """Backend and artifact, and the precision where that is not the artifact's own."""
+        """Name for tables: backend and artifact, and the precision if it differs from the artifact's."""
         return describe_way(f"{self.backend}:{self.artifact}", self.precision if self.lowered else "")
 
     def records(
         self, parity: Iterable[ParityRecord], *, num_inference_steps: int, device: str | None = None
     ) -> list[ParityRecord]:
-        """Return its recorded comparisons with so many steps; of bf16 on a CPU those made on this class of CPU."""
+        """Return this row's parity records for a number of steps; for bf16 on a CPU, those of this class of CPU."""
         there = cpu_class() if BACKENDS[self.backend].needs_cpu_class(self.precision, device) else ""
         wanted = (self.artifact, self.backend, self.precision if self.lowered else "", there)
         return [
@@ -170,7 +170,7 @@ def make_plan(
 
     Args:
         artifacts: What can be run.
-        num_inference_steps: The steps that are asked for.
+        num_inference_steps: The requested number of steps.
         backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes only what is the fp32
             reference or has a recorded parity that passed; a name also takes what was never compared or
             failed, and the reason says so, but no precision lower than the artifact's own unless that is named, too.
@@ -179,7 +179,7 @@ def make_plan(
         measured: Medians remembered from this machine by backend, artifact path and precision.
         device: The device that was asked for; engines run on GPUs alone.
         host: This machine, for engines; None looks at it where there are engines.
-        sha256: Digest of an artifact's file, which says whether an engine is trusted.
+        sha256: Returns the digest of an artifact's file, which decides whether an engine is trusted.
         offload: Whether parts are loaded in turn, for which a checkpoint is too large a part.
 
     Returns:
@@ -197,7 +197,7 @@ def make_plan(
         return _engine_incompatibility(artifact, device, host, sha256(artifact.path))
 
     rows = [
-        _judge(
+        _assess(
             name, artifact, computed, num_inference_steps, backend, precision, parity, measured or {},
             engine_incompatibility, device, offload,
         )
@@ -244,7 +244,7 @@ def _order(row: PlanRow) -> int:
     return 1 if row.precision == "fp32" else 3 if row.lowered else 2
 
 
-def _judge(
+def _assess(
     name: str,
     artifact: Artifact,
     computed: Precision,
@@ -257,7 +257,7 @@ def _judge(
     device: str | None,
     offload: bool,
 ) -> PlanRow:
-    """One row: the first thing that speaks against it, or what speaks for it."""
+    """Return one row with the first reason to reject it, or the reason to accept it."""
     info = BACKENDS[name]
     row = PlanRow(
         backend=name,

@@ -289,7 +289,7 @@ class Opener:
         return () if self._closed or os.getpid() != self._pid else tuple(self._opened.values())
 
     def remember(self, medians: Mapping[WayKey, Measured], steps: int) -> None:
-        """Go by these medians, by the rows' keys, from now on, and store them for later plans on this machine.
+        """Use these medians, by the rows' keys, in this opener's plans, and store them for later ones on this machine.
 
         If another row is now the best, it is opened for new calls. Running calls finish on the old backend, which is
         closed with the others.

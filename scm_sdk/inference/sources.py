@@ -203,7 +203,7 @@ class Source:
 
     @property
     def is_split(self) -> bool:
-        """Whether the decoder is a graph of its own, or two."""
+        """Whether the decoder is one separate graph, or the two of a frame decoder."""
         return self.bundle is not None and self.bundle.manifest.is_split
 
     def ends_in_latents(self, artifact: str) -> bool:
@@ -277,7 +277,7 @@ class Source:
             self.bundle.check_graph(PROMPT_GRAPH_PATH)
 
     def prompts(self, *, device: str | None = None, turn: threading.Lock | None = None) -> Prompts:
-        """Return what encodes prompts: the graph of the text encoder, or the text encoder in PyTorch.
+        """Return the prompt encoder: the graph of the text encoder, or the text encoder in PyTorch.
 
         Args:
             device: Device of the text encoder; None is the CPU.

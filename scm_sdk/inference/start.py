@@ -128,7 +128,7 @@ class StartImages:
                 "step; expected 'fresh' or 'ode'."
             )
         pixels = _to_data(spec, count, image)
-        # A pixel model has no decoder, hence no shape of its own for the output.
+        # A pixel model has no decoder, so its spec has no output shape.
         x_0 = pixels if not spec.output_shape else self._encode(spec, pixels)
         offset = offset_factor(spec) * x_0
         return np.broadcast_to(offset, (count, *spec.sample_shape))
@@ -170,7 +170,7 @@ class StartImages:
 
 
 def offset_factor(spec: SamplerSpec) -> np.float32:
-    """Return the factor of x_0 in what is added to the first noise."""
+    """Return the factor that turns x_0 into the offset of the first noise."""
     t = spec.times[0]
     return np.float32(math.cos(t) / (math.sin(t) * spec.sigma_data))
 

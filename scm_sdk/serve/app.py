@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and the gate before them."""
+"""The ASGI application: the routes, and the checks that precede them."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ MAX_FIELDS = 32
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json"})
 """What needs no API key: the page, the API's description, and probes."""
 PROBES = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
-"""What answers whatever ``Host`` says: load balancers choose it."""
+"""Paths that accept any ``Host``, because load balancers choose its value."""
 QUIET = PROBES | {"/metrics"}
-"""What is asked every few seconds, and logged only where it fails."""
+"""Paths that are polled every few seconds; only failures are logged."""
 LOG = logging.getLogger("scm_sdk.serve")
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -248,7 +248,7 @@ class _Api:
         fps = 16.0 if asked.fps is None else asked.fps
         if asked.stream:
             events = self._events(request, call, kind, fps, event)
-            first = await _unless_disconnected(request, anext(events))  # an error before it is an answer of its own
+            first = await _unless_disconnected(request, anext(events))  # an error before it has its own answer
             return StreamingResponse(_chain(first, events), media_type="text/event-stream", headers=_NO_STORE)
         images = await _unless_disconnected(request, self._images(call, kind, fps, request.state.key))
         if request.state.as_file:

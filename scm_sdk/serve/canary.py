@@ -48,7 +48,7 @@ class Bound:
 
     @classmethod
     def of(cls, gen: Generator, steps: int) -> Bound:
-        """Return the bound of what a generator runs: its parity record's; without one, that of its precision."""
+        """Return the bound of a generator's artifact: from its parity record, or else from its precision."""
         row = gen.opened(steps).row
         records = [r for r in gen.source.parity if (r.artifact, r.backend) == (row.artifact, row.backend)]
         if records:
@@ -66,7 +66,7 @@ class Bound:
 
 
 def open_reference(served: Generator, options: ServeOptions) -> Generator:
-    """Open what the served images are compared with: fp32 on ONNX Runtime unless that is served, else PyTorch.
+    """Open the reference for the served images: fp32 on ONNX Runtime, or PyTorch if the server runs that.
 
     Raises:
         ConfigError: If the bundle or this machine has nothing but what is served.
@@ -90,7 +90,7 @@ def open_reference(served: Generator, options: ServeOptions) -> Generator:
 
 
 class Canary:
-    """Compares a share of the served images in a thread of its own.
+    """Compares a share of the served images, in a separate thread.
 
     Args:
         reference: Generator that computes the images again; closed with the canary.
@@ -138,7 +138,7 @@ class Canary:
         self._reference.close()
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own: requests come first
+        if sys.platform == "linux":  # there a thread has its own priority, and requests come first
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while (taken := self._waiting.get()) is not None:

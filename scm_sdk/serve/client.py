@@ -1,4 +1,4 @@
-"""``Client``: call a server of ``scm-export serve``, again where that can help, and check what came back.
+"""``Client``: call a server of ``scm-export serve``, retry where that can help, and check the answers.
 
     with Client("http://127.0.0.1:8000", bundle="avatars") as client:
         result = client.generate(4, class_labels="red", seed=7, verify=True)
@@ -260,7 +260,7 @@ class Client:
         return image
 
     def _verify(self, picture: Image.Image, seed: int, wanted: NDArray[np.uint8]) -> None:
-        """Compare an image of the server with what was computed here."""
+        """Compare an image of the server with the one computed here."""
         from ..inference.parity.compare import MIN_PSNR_DB
 
         served, row = self.model(), self._open_local().opened().row
@@ -294,7 +294,7 @@ def _decode(content: bytes, kind: type[T]) -> T:
 
 
 def _error_of(status: int, content: bytes, attempts: int) -> ScmError:
-    """Return the error of this package that an answer stands for."""
+    """Return the exception of this package for an error answer."""
     try:
         body = msgspec.json.decode(content, type=ErrorObject).error
         found = f"the server answered {status}, {body.code}: {body.message}"

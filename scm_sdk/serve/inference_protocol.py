@@ -75,7 +75,7 @@ class InferRequest(msgspec.Struct, kw_only=True):
         id: Returned as it is.
         parameters: ``num_inference_steps``, ``start_time`` (radians), ``timeout`` (microseconds),
             ``binary_data_output``.
-        outputs: The outputs that are asked for; () is the usual ones.
+        outputs: The requested outputs; () is the default ones.
     """
 
     inputs: list[Tensor]
@@ -94,7 +94,7 @@ class InferResponse(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Metadata(msgspec.Struct, kw_only=True):
-    """What a model takes and gives."""
+    """Inputs and outputs of a model."""
 
     name: str
     versions: list[str]

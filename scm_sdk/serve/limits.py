@@ -20,7 +20,7 @@ SHORTEST_KEY = 16
 """Minimum length of an API key, characters."""
 LARGEST_KEY_FILE = 1 << 20
 ANYONE = "anyone"
-"""The name of the caller where no key is asked for."""
+"""Name of the caller if no API key is required."""
 
 
 class ApiKeys:

@@ -24,7 +24,7 @@ _DECIBELS = (10, 20, 25, 30, 35, 40, 45, 50, 55, 60, 70, 80, 100, 120)
 
 
 class Metrics:
-    """Every metric of one process, in a registry of its own."""
+    """Every metric of one process, in a separate registry."""
 
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()
@@ -84,6 +84,6 @@ class Metrics:
         return generate_latest(registry)
 
     def close(self) -> None:
-        """Forget this process's gauges of living processes."""
+        """Remove this process from the gauges of live processes."""
         if self._shared:
             mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""``ServeOptions``: what a server opens, where it listens and how much it accepts."""
+"""``ServeOptions``: model, address and limits of a server."""
 
 from __future__ import annotations
 

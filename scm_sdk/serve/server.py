@@ -127,7 +127,7 @@ class _Config(uvicorn.Config):
 
 
 class _Server(uvicorn.Server):
-    """Lets connections know of the end that are accepted while it begins, which would else be kept."""
+    """Also shuts down connections that are accepted while the shutdown begins, which uvicorn would keep open."""
 
     config: _Config
 
@@ -144,14 +144,14 @@ class TimedProtocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for headers."""
+        """Start the time limit for headers."""
         super().connection_made(transport)
         self._start()
         if self.config.ending:
             self.shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing more."""
+        """Cancel the time limits."""
         self._stop()
         super().connection_lost(exc)
 
@@ -165,17 +165,17 @@ class TimedProtocol(H11Protocol):
             self._start()
 
     def pause_writing(self) -> None:
-        """Wait for the client to read what was sent."""
+        """Start the time limit for the client to read the answer."""
         super().pause_writing()
         self._start()
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """Cancel the time limit of ``pause_writing``, because the client has read."""
         self._stop()
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """End after the answer; an idle connection after a moment in which a request may still be read."""
+        """Close after the answer; close an idle connection after a short wait for a request in transit."""
         self.config.ending = True  # in a worker process, whose server is uvicorn's own
         if self._is_idle:
             self.loop.call_later(LATE_SECONDS, self._shutdown_now)

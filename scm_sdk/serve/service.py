@@ -1,4 +1,4 @@
-"""``Service``: an open model and its batcher behind the HTTP API: what is accepted, what runs, what is ready."""
+"""``Service``: the open model behind the HTTP API: checks of requests, their execution, and readiness."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Call:
         steps: Number of network calls.
         labels: Names or numbers of classes: one for each image, or one for all; None draws them from the seeds.
         others: Further arguments of ``Generator.__call__``: guidance scale, prompt; a list is one for each image.
-        image: What to start from, (1 or N, H, W, C) uint8, one for each image, or one for all; None is noise.
+        image: Images to start from, (1 or N, H, W, C) uint8, one for each image, or one for all; None is noise.
         start_time: When its sampler starts, radians.
-        split: Make each image as a request of its own: it is ready on its own, and dropped on its own.
+        split: Whether each image is a separate request of the batcher, which ends or is dropped separately.
         deadline: When the answer is due, seconds of ``time.monotonic``.
     """
 
@@ -299,13 +299,13 @@ class Service:
         return count
 
     def due(self, timeout: float | None) -> float:
-        """Return when the answer of a request is due that comes now, seconds of ``time.monotonic``."""
+        """Return the deadline of a request that arrives now, seconds of ``time.monotonic``."""
         return time.monotonic() + min(self.options.deadline, timeout or math.inf)
 
     async def run(self, call: Call, key: str) -> AsyncGenerator[tuple[int, GeneratorOutput], None]:
         """Make the images of a request, unless there is no room.
 
-        Closing the iterator, or an error, drops what no batch has begun.
+        Closing the iterator, or an error, cancels the images that are still queued.
 
         Args:
             call: The request.
@@ -446,7 +446,7 @@ class Service:
             return problem
 
     def _observe(self, output: GeneratorOutput, call: Call, start: int) -> None:
-        """Count an output, and let the canary have it."""
+        """Update the metrics with an output, and offer it to the canary."""
         count, batches, sample = len(output.seeds), output.info.batches, output.info.timings["sample_ms"] / 1e3
         self.metrics.images.inc(count)
         for size in batches:
@@ -469,7 +469,7 @@ async def in_order(parts: AsyncGenerator[tuple[int, T], None]) -> AsyncGenerator
 
 
 class _Translated:
-    """Turns what the caller did wrong into a ``RequestError`` without paths of this machine."""
+    """Translates errors of the caller to ``RequestError``, without paths of this machine."""
 
     def __init__(self, service: Service, param: str | None) -> None:
         self._service, self._param = service, param
@@ -486,7 +486,7 @@ class _Translated:
 
 
 def _check_inputs(gen: Generator) -> None:
-    """Refuse a model that no request could give what it needs."""
+    """Refuse a model with inputs that requests cannot provide."""
     names = {tensor.name for tensor in gen.opened().spec.conditioning}
     if unknown := names - {EMBEDS, MASK}:
         raise ConfigError(
@@ -501,7 +501,7 @@ def _check_inputs(gen: Generator) -> None:
 
 
 def _probe(spec: SamplerSpec, start_time: float | None = None) -> dict[str, Any]:
-    """Return the arguments, other than the seed, of an inference that no request asked for."""
+    """Return the arguments, other than the seed, of an inference for warm-up and readiness checks."""
     probe: dict[str, Any] = {}
     if start_time is not None:
         channels, height, width = spec.image_shape
@@ -570,5 +570,5 @@ def _wrong_image(found: str) -> RequestError:
 
 
 def _default(steps: tuple[int, ...]) -> int | None:
-    """Return the default number of steps where some are named: 2 where it is among them, else the first."""
+    """Return the default of the offered numbers of steps: 2 if offered, else the first; None if none are named."""
     return None if not steps else 2 if 2 in steps else steps[0]

@@ -17,7 +17,7 @@ Attribute = str | int | float | bool
 
 
 class Traces:
-    """No traces: nothing is imported or sent. ``OtelTraces`` sends them."""
+    """Disabled tracing: imports and sends nothing. ``OtelTraces`` sends spans."""
 
     def request(self, headers: Mapping[str, str]) -> AbstractContextManager[RequestSpan | None]:
         """Begin the span of a request, as a part of the trace that its ``traceparent`` header names."""
@@ -28,7 +28,7 @@ class Traces:
         return nullcontext()
 
     def close(self) -> None:
-        """Send what was not sent yet."""
+        """Send all remaining spans."""
 
 
 class RequestSpan:

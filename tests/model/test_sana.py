@@ -19,7 +19,7 @@ from scm_sdk.inference.generator import Generator  # noqa: E402
 from scm_sdk.model.conversions import SANA  # noqa: E402
 from scm_sdk.model.foreign.prompt_encoder import PromptEncoder  # noqa: E402
 from scm_sdk.model.foreign.sana import SanaNetwork, load_sana  # noqa: E402
-from scm_sdk.model.foreign.sana_config import Settings  # noqa: E402
+from scm_sdk.model.foreign.sana_folder import Settings  # noqa: E402
 
 
 @pytest.mark.parametrize(("backend", "allowed"), [("torch", 1e-5), ("onnxruntime", 1e-4)])

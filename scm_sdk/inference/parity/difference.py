@@ -71,11 +71,11 @@ class Difference:
 
 
 MIN_SPREAD = 0.5
-"""Share of the reference's spread that samples must keep; rounding noise adds to it, and what is lost is contrast."""
+"""Minimum standard deviation of samples, as a share of the reference's; lower values mean lost contrast."""
 
 
 def find_blank(candidate: NDArray[np.float32], reference: NDArray[np.float32]) -> str:
-    """Return that samples are blank or all alike while those of the reference are not; "" if they are not.
+    """Describe samples that are blank or all alike while those of the reference are not; "" if they are fine.
 
     The PSNR of a blank picture is high where the contrast of the reference is low.
 
@@ -85,7 +85,7 @@ def find_blank(candidate: NDArray[np.float32], reference: NDArray[np.float32]) -
     """
     a, b = (np.reshape(each, (len(each), -1)).astype(np.float64) for each in (candidate, reference))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return ""  # said by ``Difference.finite``
+        return ""  # reported by ``Difference.finite``
     within = [np.median(each.std(axis=1)) for each in (a, b)]
     between = [math.sqrt(each.var(axis=0).mean()) for each in (a, b)]
     for (found, wanted), what in (

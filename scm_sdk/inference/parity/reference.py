@@ -29,8 +29,8 @@ from ..session import OpensBackends
 JUDGMENT = range(0, 1 << 40)
 CALIBRATION = range(1 << 40, 1 << 41)
 SELECTION = range(1 << 41, 1 << 42)
-"""Disjoint ranges of seeds, so that no graph is judged on the samples that tuned it: ``calibration`` measures ranges on
-``CALIBRATION``, ``precision.probe`` compares plans on ``SELECTION``, and the parity gate (``validate``) judges on
+"""Disjoint ranges of seeds, so that no graph is tested on samples that tuned it: ``calibration`` measures ranges on
+``CALIBRATION``, ``precision.probe`` compares plans on ``SELECTION``, and the parity gate (``validate``) tests on
 ``JUDGMENT``, from its first seed or another one (``validate --first-seed``)."""
 NUM_SEEDS = 32
 NUM_RERUNS = 8
@@ -152,7 +152,7 @@ def noise_floor(
     batches: Sequence[int | None] | None = None,
     num_inference_steps: int | None = None,
 ) -> float:
-    """Measure how far a reference is from itself: run in other batch splits, and on noise moved by rounding.
+    """Measure the numerical noise of a reference: rerun it in other batch splits, and on noise changed by rounding.
 
     Arguments as for ``run_reference``.
 

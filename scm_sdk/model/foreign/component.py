@@ -28,7 +28,7 @@ CONFIG_SUFFIXES = (".json", ".model", ".txt")
 
 
 def check_limits(*, height: int, width: int, tokens: int) -> None:
-    """Refuse settings of an import that no memory is enough for.
+    """Refuse settings of an import that would exceed any memory.
 
     Raises:
         ConfigError: If one is above its limit.

@@ -45,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         width: Width, pixels; 0 is the pipeline's default.
         num_frames: Frames of a video, 4 n + 1; 0 is the pipeline's default, and 0 for an image.
         max_sequence_length: Tokens of a prompt; 0 is the pipeline's default.
-        distilled: Whether the user says that the weights are a few-step student, where the folder does not say so.
+        distilled: Whether the user declares the weights a few-step student, if the folder does not.
         frame_decoder: Whether exports decode clips frame by frame.
     """
 
@@ -78,7 +78,7 @@ class TextEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class FewStepPipeline:
-    """One row of the table: what a pipeline class means for a sampler.
+    """One row of the table: a pipeline class, and how its configs determine a sampler.
 
     Attributes:
         name: Class of the pipeline.
@@ -92,8 +92,8 @@ class FewStepPipeline:
         cell: Multiple of height and width, pixels, of the transformer's and the autoencoder's configs.
         sample_shape: Shape of the noise, of the two configs and the settings.
         sigmas: Noise levels of N steps, of the scheduler's config and the sample shape.
-        student: Why the folder is known to hold a few-step student: "" if it says so, else what it lacks; of the
-            model index. None if no such folder says which it is.
+        student: Returns "" if a model index declares a few-step student, else what it lacks. None if the model index
+            of this class never declares it.
         check: Raises if transformer's or autoencoder's config or the model index is of another variant, or has no
             positions for the size.
         text: Its text encoder.
@@ -154,7 +154,7 @@ def _wan_shape(transformer: Mapping[str, Any], vae: Mapping[str, Any], size: Set
 
 
 def _linear(num_inference_steps: int) -> list[float]:
-    """Return ``linspace(1, 1 / N, N)``, what the pipelines give their scheduler."""
+    """Return ``linspace(1, 1 / N, N)``, the sigmas that the pipelines pass to their scheduler."""
     return [1 - i / num_inference_steps for i in range(num_inference_steps)]
 
 
@@ -259,7 +259,7 @@ def _check_wan_positions(transformer: Mapping[str, Any], vae: Mapping[str, Any],
 
 
 def _check_positions(axes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse a size for which a transformer has no positions: of each axis the tokens, and the most there are."""
+    """Refuse a size with more tokens along an axis than a transformer has positions; ``axes``: (tokens, positions)."""
     for name, (tokens, most) in axes.items():
         if tokens > most:
             raise ConfigError(
@@ -361,7 +361,7 @@ TABLE = {
 }
 """Every supported pipeline by its class."""
 _ALIASES = {"WanDMDPipeline": "WanPipeline"}
-"""Other names of a pipeline; such a folder says by its name that it holds a student."""
+"""Other class names of a pipeline; each implies a few-step student."""
 _NO_SIGMAS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 
 

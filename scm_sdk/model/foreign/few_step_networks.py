@@ -293,7 +293,7 @@ def _make_wan_exportable(transformer: Any, folder: FewStepFolder) -> None:
 
 
 class _OneTime(nn.Module):
-    """AnyFlow's embedding of the times, once for all tokens: they have one time, and a graph stores its embedding."""
+    """AnyFlow's embedding of the times, computed once, because all tokens have the same time."""
 
     def __init__(self, embedder: nn.Module) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ class LinearAttention:
 
 
 def guard_transformer(transformer: nn.Module) -> None:
-    """Give each self-attention of a SANA transformer the processor above."""
+    """Set ``LinearAttention`` as the processor of each self-attention of a SANA transformer."""
     for name, module in transformer.named_modules():
         if name.endswith(".attn1"):
             module.processor = LinearAttention()  # pyright: ignore[reportArgumentType]

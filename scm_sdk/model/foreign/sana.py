@@ -31,8 +31,7 @@ from ..networks.custom import OwnConfig
 from .component import copy_pipeline
 from .component_module import load_component
 from .linear_attention import guard_autoencoder, guard_transformer
-from .sana_config import Settings
-from .sana_folder import SanaFolder, read_sana_folder
+from .sana_folder import SanaFolder, Settings, read_sana_folder
 
 PURPOSE = "a SANA-Sprint model"
 
