@@ -115,14 +115,15 @@ def bench(
         for latency in results:
             for line in _verdicts(latency, budgets.get(latency.batch)):
                 click.echo(line)
-        if (chosen := plan_for(source, steps, num_threads=threads).chosen) is not None:
-            say(f'backend="auto" takes {chosen.backend} {chosen.precision}: {chosen.reason}')
         if not all(latency.stable for latency in results):
             say("Latencies did not become stable during warm-up: ratios are more reliable than milliseconds.")
+        if (chosen := plan_for(source, steps, num_threads=threads).chosen) is not None:
+            say(f'backend="auto" takes {chosen.backend} {chosen.precision}: {chosen.reason}')
     for latency in results:
         latency.raise_if_over()
     if keep_budget:  # a budget that is exceeded now is not stored
         keep_budgets(bundle, budget or "")
+        say(f"{bundle}: " + (f"validate enforces {budget} from now on" if budget else "the stored budget was removed"))
 
 
 def _to_dict(latency: Latency, rows: Mapping[str, PlanRow]) -> dict[str, Any]:

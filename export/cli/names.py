@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+
+from scm_sdk._util.arguments import nearest_hint
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[str]  # generic since click 8.4
@@ -46,8 +47,7 @@ class Name(_ParamType):
         """Return the name, or fail with the known ones."""
         if value in self.names:
             return str(value)
-        close = get_close_matches(str(value).lower(), self.names, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = nearest_hint(value, self.names)
         self.fail(f"{self.name} is {value!r}, expected {_one_of(self.names)}.{hint}", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:

@@ -20,6 +20,12 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}."
 
 
+def nearest_hint(name: object, known: Iterable[str]) -> str:
+    """Return a sentence with the known name that is nearest to a wrong one, after a space; "" if none is near."""
+    close = get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
 def check_names(given: Iterable[object], known: Sequence[str], *, of: str) -> None:
     """Raise ``UnknownArgument`` if a keyword is none of a function's; the message suggests the nearest one."""
     for name in given:

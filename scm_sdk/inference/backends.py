@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .._util.arguments import nearest_hint
 from .._util.forked import survive_fork
 from ..bundle.manifest import Artifact
 from ..errors import ConfigError
@@ -241,5 +242,8 @@ def open_graph(
 def backend_info(name: str) -> BackendInfo:
     """Look up a backend, or raise ``ConfigError`` with the known names."""
     if name not in BACKENDS:
-        raise ConfigError(f"backend is {name!r}, expected 'auto' or one of {', '.join(sorted(BACKENDS))}.")
+        raise ConfigError(
+            f"backend is {name!r}, expected 'auto' or one of {', '.join(sorted(BACKENDS))}."
+            f"{nearest_hint(name, BACKENDS)}"
+        )
     return BACKENDS[name]

@@ -370,9 +370,9 @@ def nothing_accepted(
     formats = {artifact.format for artifact in source.artifacts}
     rows = [row for row in plan if backend in ("auto", row.backend)]
     fitting = [row for row in rows if row.num_inference_steps in (0, steps) and precision in ("auto", row.precision)]
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, dict[str, None]] = {}  # ordered; an artifact that a backend computes in two precisions once
     for row in fitting or rows:  # only the requested rows are relevant, unless there are none
-        by_reason.setdefault(row.reason, []).append(f"{row.backend} on {row.artifact}")
+        by_reason.setdefault(row.reason, {})[f"{row.backend} on {row.artifact}"] = None
     reasons = "; ".join(f"{', '.join(what)}: {reason}" for reason, what in by_reason.items())
     asked = f"backend={backend!r}, precision={precision!r}"
     found = f"{source.path} has nothing that runs {steps} step{'' if steps == 1 else 's'} with {asked}"

@@ -19,6 +19,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from .._util.arguments import nearest_hint
 from .._util.events import SILENT, Events
 from .._util.forked import check_process
 from ..bundle.goldens import GOLDEN_PATH
@@ -219,6 +220,7 @@ class Opener:
         if precision not in ("auto", *get_args(Precision)):
             raise ConfigError(
                 f"precision is {precision!r}, expected 'auto' or one of {', '.join(get_args(Precision))}."
+                f"{nearest_hint(precision, get_args(Precision))}"
             )
         self.source, self._backend, self._precision = source, backend, precision
         self._device, self._num_threads = device, num_threads

@@ -17,7 +17,8 @@ from scm_sdk.export.precision.variants import add_precision
 
 def test_a_kept_budget_is_enforced_by_validate(unet_copy: Path) -> None:
     generous = "onnxruntime:p95=60s@b1,median=60s@b2"
-    run("bench", unet_copy, "--budget", generous, "--batch", 1, "--batch", 2, "--rounds", 10, "--keep-budget")
+    arguments = ["bench", unet_copy, "--budget", generous, "--batch", 1, "--batch", 2, "--rounds", 10, "--keep-budget"]
+    assert f"validate enforces {generous} from now on" in run(*arguments).stderr
     assert Bundle.open(unet_copy).manifest.budgets == ("onnxruntime:p95=60s@b1", "median=60s@b2")
     out = run("validate", unet_copy).stderr
     assert "pass  latency of onnxruntime, batch 1" in out and "pass  latency of auto, batch 2" in out
@@ -62,7 +63,7 @@ def test_a_stored_budget_is_neither_lost_nor_replaced_by_one_that_is_not_kept(un
     assert "needs --budget" in run(*bench, code=2).stderr
     assert "has p95" in run(*bench, "--budget", "p95=0.001us@b1", code=4).stderr
     assert Bundle.open(unet_copy).manifest.budgets == ("p95=60s@b1",)
-    run(*bench, "--budget", "")
+    assert "the stored budget was removed" in run(*bench, "--budget", "").stderr
     assert Bundle.open(unet_copy).manifest.budgets == ()
 
 

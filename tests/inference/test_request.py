@@ -115,6 +115,8 @@ def test_wrong_arguments(ort: Generator, arguments: dict[str, Any], error: type[
             {"precision": "fp16"},
             "precision 'fp16' is not in .*, expected fp32",
         ),
+        ({"backend": "ONNXRuntim"}, r"torch\. Did you mean onnxruntime\?$"),
+        ({"precision": "int-8"}, r"int4\. Did you mean int8\?$"),
         ({"fallback": "maybe"}, "fallback is 'maybe', expected one of error, warn, allow"),
         ({"verify": "twice"}, "verify is 'twice', expected one of none, digest, remembered, smoke, full"),
         ({"max_batch": 6}, r"max_batch is 6, expected 1\.\.5"),

@@ -22,7 +22,8 @@ from scm_sdk.errors import BackendFailure, BackendUnavailable, BundleError, Conf
 from scm_sdk.inference import backends, selection
 from scm_sdk.inference.generator import Verify
 from scm_sdk.inference.latency_cache import cache_path, recall
-from scm_sdk.inference.selection import Measured, Plan, PlanRow
+from scm_sdk.inference.selection import Measured, Plan, PlanRow, nothing_accepted
+from scm_sdk.inference.sources import open_source
 from scm_sdk.spec import SamplerSpec
 
 GRAPH = "onnx/fp32/2step/model.onnx"
@@ -113,6 +114,13 @@ def test_the_plan_holds_every_pair_that_could_be_and_prints_as_a_table(ort: Gene
     assert json.loads(json.dumps(plan.to_dict()))[0]["chosen"] is True
     assert plan[0] is plan.chosen and plan[1:] == plan.rejected
     assert all(row.reason for row in plan)
+
+
+def test_an_artifact_that_no_precision_of_a_backend_takes_is_named_once(unet_bundle: Path) -> None:
+    common = {"backend": "torch", "artifact": "denoiser", "num_inference_steps": 0, "accepted": False, "reason": "late"}
+    plan = Plan([PlanRow(precision=each, **common) for each in ("fp32", "bf16")])  # type: ignore[arg-type]
+    said = str(nothing_accepted(open_source(unet_bundle), plan, 2, "torch", "auto"))
+    assert said.count("torch on denoiser: late") == said.count("denoiser") == 1
 
 
 def test_a_plan_counts_the_rows_of_other_numbers_of_steps_also_where_no_graph_may_run() -> None:
