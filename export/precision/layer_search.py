@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,22 +93,9 @@ def _switch(layer: str) -> str:
     return f"int8/{layer}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """Quantization loss of single layers.
-
-    Attributes:
-        base_db: PSNR of the gate without quantized layers, dB: the loss of the FP16 base.
-        layers_db: Mean PSNR of a few images, dB, by layer name, such as ``step0/conv/Conv``; lowest first.
-    """
-
-    base_db: float
-    layers_db: dict[str, float]
-
-
 def sensitivity(
     model: ir.Model, candidate: Candidate, plan: QuantizePlan, probe: Probe, *, counter: Counter | None = None
-) -> Sensitivity:
+) -> dict[str, float]:
     """Measure each layer of a plan alone in int8.
 
     Args:
@@ -118,6 +104,9 @@ def sensitivity(
         plan: Which layers.
         probe: Made from the float32 graph of the same sampler.
         counter: Counts the layers.
+
+    Returns:
+        Mean PSNR of a few images, dB, by layer name, such as ``step0/conv/Conv``; lowest first.
     """
     names = choose_layers(model, plan).quantized
     counter = counter or Counter(SILENT, len(names))
@@ -129,9 +118,7 @@ def sensitivity(
     for name, alone_db in zip(names, probe.map(probe.rank_db, map(alone, names)), strict=True):
         found[name] = alone_db
         counter.step(f"{name} alone in int8: {alone_db:.1f} dB")
-    return Sensitivity(
-        base_db=probe.gate_db(model), layers_db={n: found[n] for n in sorted(found, key=found.__getitem__)}
-    )
+    return {name: found[name] for name in sorted(found, key=found.__getitem__)}
 
 
 def exclude_to_target(
@@ -164,18 +151,18 @@ def exclude_to_target(
     events.note(f"95 % of the images reach {start:.1f} dB by the plan as it is, {target_db:g} dB is the target")
     if start >= target_db:
         return plan
+    if (base := probe.gate_db(model)) < target_db:
+        raise ParityError(
+            f"the graph has {base:.1f} dB with no layer in int8, expected {target_db:.1f} dB. Lower the "
+            "target, or keep more of the graph in float32 (scm-export precision --target-psnr)."
+        )
     events.stage(f"search the layers to keep out of int8, {probe.spec.num_inference_steps}-step graph")
     count = len(choose_layers(model, plan).quantized)
     counter = Counter(events, count + most_calls(count))
-    table = sensitivity(model, candidate, plan, probe, counter=counter)
-    if table.base_db < target_db:
-        raise ParityError(
-            f"the graph has {table.base_db:.1f} dB with no layer in int8, expected {target_db:.1f} dB. Lower the "
-            "target, or keep more of the graph in float32 (scm-export precision --target-psnr)."
-        )
+    layers_db = sensitivity(model, candidate, plan, probe, counter=counter)
 
     def plan_without(names: list[str]) -> QuantizePlan:
-        reasons = {n: f"alone in int8 it leaves {table.layers_db[n]:.1f} dB; target {target_db:g} dB" for n in names}
+        reasons = {n: f"alone in int8 it leaves {layers_db[n]:.1f} dB; target {target_db:g} dB" for n in names}
         return plan.excluding(*(Exclusion(pattern=n, reason=reason) for n, reason in reasons.items()))
 
     reached = {frozenset[str](): start}
@@ -184,7 +171,7 @@ def exclude_to_target(
         chosen = frozenset(names)
         if chosen not in reached:
             reached[chosen] = probe.gate_db(candidate(plan_without(names)))
-        counter.step(f"{len(names)} of {len(table.layers_db)} layers not in int8: {reached[chosen]:.1f} dB")
+        counter.step(f"{len(names)} of {len(layers_db)} layers not in int8: {reached[chosen]:.1f} dB")
         return reached[chosen] >= target_db
 
-    return plan_without(smallest_set(list(table.layers_db), lambda chosen: passes(list(chosen)), expect=counter.expect))
+    return plan_without(smallest_set(list(layers_db), lambda chosen: passes(list(chosen)), expect=counter.expect))
