@@ -8,29 +8,29 @@ from scm_sdk._version import __version__
 
 from .all import build
 from .averages import average, ema
-from .benchmark import bench
+from .bench import bench
 from .bundles import bundle
-from .checking import selfcheck
 from .common import log_lines
 from .demo import demo
 from .doctor import doctor
 from .edge import edge
 from .engines import cache, engine, targets
-from .evaluation import evaluate
-from .generation import generate
-from .graphs import onnx
+from .evaluate import evaluate
+from .generate import generate
 from .group import EXIT_CODES, ScmGroup
 from .handover import handover
 from .importing import import_
-from .inspection import inspect
+from .inspect import inspect
+from .onnx import onnx
 from .precision import precision
-from .quantization import quantize
+from .quantize import quantize
 from .report import report
 from .sample import merge, sample
+from .selfcheck import selfcheck
 from .serve import serve
 from .training import distill, train
 from .triton import triton
-from .validation import validate
+from .validate import validate
 from .web import web
 
 __all__ = ["EXIT_CODES", "main"]

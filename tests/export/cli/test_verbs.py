@@ -189,7 +189,7 @@ def test_bench_table_json_and_budget(street):
 
 @pytest.mark.parametrize("here", ["avx2", "avx512_vnni", "avx512_bf16", "amx_bf16"])
 def test_bench_times_bf16_where_the_class_of_cpu_computes_it(street, here, monkeypatch):
-    from scm_sdk.export.cli.benchmark import _usual
+    from scm_sdk.export.cli.bench import _usual
     from scm_sdk.inference import selection
     from scm_sdk.inference.backends import BackendInfo
     from scm_sdk.inference.sources import open_source
