@@ -65,7 +65,7 @@ NUM_SAMPLES = 32
 RANKED_SAMPLES = 8
 """Maximum number of images that rank graphs."""
 SMALL_GRAPH = 64 * 2**20
-"""Largest weights of a graph whose batches run concurrently, bytes."""
+"""Largest weights of a graph, with its decoder, whose batches run concurrently, bytes."""
 SMALL_SAMPLE = 2**14
 """Largest sample, number of elements, of a small graph; it bounds the memory of large concurrent batches."""
 
@@ -104,7 +104,8 @@ class Probe:
             raise ConfigError(f"num_samples is {num_samples}, expected 1 or more.")
         self.spec = spec
         self._reference, self._decoder = reference, decoder
-        is_small = math.prod(spec.image_shape) <= SMALL_SAMPLE and _num_bytes(reference) <= SMALL_GRAPH
+        graphs = [reference] if decoder is None else [reference, decoder]
+        is_small = math.prod(spec.image_shape) <= SMALL_SAMPLE and sum(map(_num_bytes, graphs)) <= SMALL_GRAPH
         self.num_threads = 1 if is_small else None
         self._concurrent = usable_cores() if is_small else 1
         batch = min(batch_size or (32 if is_small else RANKED_SAMPLES), spec.max_batch)

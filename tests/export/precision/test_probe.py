@@ -39,6 +39,19 @@ def test_weights_in_the_file_of_another_graph_count(fp32: ir.Model, tmp_path: Pa
     assert module._num_bytes(path) == module._num_bytes(first) == module._num_bytes(fp32) > 0
 
 
+def test_the_decoder_counts(fp32: ir.Model, spec: SamplerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each concurrent measurement opens it."""
+    latents, images = ir.val("latents", ir.DataType.FLOAT, ["batch", *spec.image_shape]), ir.Value(name="images")
+    shift = ir.val("shift", const_value=ir.tensor(np.ones(spec.image_shape, np.float32), name="shift"))
+    add = ir.Node("", "Add", [latents, shift], outputs=[images])
+    images.shape, images.dtype = latents.shape, latents.dtype
+    graph = ir.Graph([latents], [images], nodes=[add], initializers=[shift], opset_imports={"": 20}, name="decoder")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "decoder.onnx")
+    monkeypatch.setattr(module, "SMALL_GRAPH", module._num_bytes(fp32))
+    assert Probe(fp32, spec, num_samples=1).num_threads == 1
+    assert Probe(fp32, spec, num_samples=1, decoder=tmp_path / "decoder.onnx").num_threads is None
+
+
 def test_a_small_graph_is_measured_on_all_cores(small: Probe) -> None:
     together = threading.Barrier(2)  # it opens only to two calls at once
 
