@@ -240,6 +240,8 @@ def measure(
 ) -> Latency:
     """Measure candidates against each other, interleaved in this process.
 
+    With several candidates, three unmeasured calls precede each measured one that takes less than 20 ms.
+
     Args:
         candidates: By name. Backends and generators are timed from noise arrays to image arrays; a function is called
             without arguments and counts as ``batch`` images. ``speedup`` is relative to the first candidate.
