@@ -141,13 +141,17 @@ def arguments_as_options() -> Iterator[None]:
 
     params = click.get_current_context().command.params
     options = {p.name: max(p.opts, key=len) for p in params if isinstance(p, click.Option)}
-    for argument, option in (("num_inference_steps", "steps"), ("num_threads", "threads")):
+    flags = {flag for p in params for flag in p.opts}
+    for argument, option in (("num_inference_steps", "steps"), ("num_threads", "threads"), ("min_psnr_db", "min_psnr")):
         options |= {argument: options[option]} if option in options else {}
     try:
         yield
     except ConfigError as exc:
         name = r"(?<![\w/.-])[a-z]+_[a-z_]+(?!\w|[/.]\w)"
-        raise ConfigError(re.sub(name, lambda found: options.get(found[0], found[0]), str(exc))) from exc
+        text = re.sub(name, lambda found: options.get(found[0], found[0]), str(exc))
+        values = r"(?<![\w/.-])(backend|precision)='([\w-]+)'"
+        text = re.sub(values, lambda f: f"--{f[1]} {f[2]}" if f"--{f[1]}" in flags else f[0], text)
+        raise ConfigError(text) from exc
 
 
 def one_of(kind: str, *names: str) -> Name:
