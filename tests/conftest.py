@@ -132,7 +132,8 @@ def exports() -> Callable[[], AbstractContextManager[None]]:
 
     def export_network(model: ConsistencyModel, *, with_decoder: bool = True, **options: Any) -> network.NetworkGraph:
         weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-        key = type(model.network), repr(model.config), with_decoder, hashlib.sha256(save(weights)).digest()
+        decoder = model.decoder and (type(model.decoder.module), repr(model.decoder.latents))
+        key = type(model.network), repr(model.config), with_decoder, decoder, hashlib.sha256(save(weights)).digest()
         if key not in made:
             made[key] = real(model, with_decoder=with_decoder, **options)
         return replace(made[key], spec=model.spec(1))  # of times that another config of the same network may have

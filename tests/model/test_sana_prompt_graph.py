@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +31,16 @@ GRAPH, START = "text_encoder/model.onnx", 1.1
 
 
 @pytest.fixture(scope="module")
-def bundle(sana_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(
+    sana_folder: Path, tmp_path_factory: pytest.TempPathFactory, exports: Callable[[], AbstractContextManager[None]]
+) -> Path:
     """Return a bundle with the graphs of both encoders, that of the text in place of its weights; read only."""
     out = tmp_path_factory.mktemp("prompts") / "bundle"
-    import_sana(
-        sana_folder, out, times=(START,), size=(SIZE, SIZE), max_sequence_length=TOKENS, max_batch=2,
-        text_encoder=False, onnx_text_encoder=True, encoder=True,
-    )  # fmt: skip
+    with exports():
+        import_sana(
+            sana_folder, out, times=(START,), size=(SIZE, SIZE), max_sequence_length=TOKENS, max_batch=2,
+            text_encoder=False, onnx_text_encoder=True, encoder=True,
+        )  # fmt: skip
     return out
 
 

@@ -61,6 +61,7 @@ def test_the_pictures_are_those_of_diffusers(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("exported_once")
 def test_several_steps_start_from_an_image(
     sana_pipeline: Any, sana_folder: Path, sana_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ ORT: dict[str, Any] = {"backend": "onnxruntime", "num_threads": 1}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("exported_once")
 def test_sana_from_a_picture_in_four_parts(
     sana_folder: Path, sana_image_bundle: Path, sana_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
