@@ -66,6 +66,8 @@ RANKED_SAMPLES = 8
 """Maximum number of images that rank graphs."""
 SMALL_GRAPH = 64 * 2**20
 """Largest weights of a graph, with its decoder, whose batches run concurrently, bytes."""
+MOST_CONCURRENT = 8
+"""Maximum number of concurrent batches or graphs; each takes memory."""
 SMALL_SAMPLE = 2**14
 """Largest sample, number of elements, of a small graph; it bounds the memory of large concurrent batches."""
 
@@ -79,7 +81,7 @@ class Probe:
         decoder: Graph of the decoder, for graphs that end in latents; None if they return the output of the sampler.
         num_samples: Number of compared seeds, from ``SELECTION.start``; labels are drawn from them. More seeds reduce
             overfitting of a plan.
-        batch_size: Batch size, which limits memory; None is 32 for a small graph and 8 for others.
+        batch_size: Batch size, which limits memory; None is 8, and up to 32 for a small graph.
         examples: Conditioning inputs, for example prompts; None draws them from the seed.
 
     Attributes:
@@ -107,8 +109,10 @@ class Probe:
         graphs = [reference] if decoder is None else [reference, decoder]
         is_small = math.prod(spec.image_shape) <= SMALL_SAMPLE and sum(map(_num_bytes, graphs)) <= SMALL_GRAPH
         self.num_threads = 1 if is_small else None
-        self._concurrent = usable_cores() if is_small else 1
-        batch = min(batch_size or (32 if is_small else RANKED_SAMPLES), spec.max_batch)
+        self._concurrent = min(usable_cores(), MOST_CONCURRENT) if is_small else 1
+        if batch_size is None:  # small graphs: as large as leaves one for each core
+            batch_size = min(max(-(-num_samples // self._concurrent), RANKED_SAMPLES), 32 if is_small else 8)
+        batch = min(batch_size, spec.max_batch)
         seeds = SELECTION[:num_samples]
         self._feeds = [
             feeds_of(spec, seeds[at : at + batch], examples) for at in range(0, num_samples, batch)
