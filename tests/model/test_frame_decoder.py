@@ -89,7 +89,8 @@ def test_the_graphs_decode_the_clip(
         )
         for i, path in enumerate((FIRST_FRAME_PATH, NEXT_FRAMES_PATH))
     )
-    kept_by_library = [graph._session.get_session_options().enable_cpu_mem_arena for graph in (first, following)]
+    sessions = [graph._infer.func.__self__ for graph in (first, following)]
+    kept_by_library = [session.get_session_options().enable_cpu_mem_arena for session in sessions]
     assert kept_by_library == [False, False], "memory of a frame is freed, not kept for later"
     found, caches = [], {}
     for i in range(latents.shape[2]):
